@@ -1,0 +1,242 @@
+"""Every contract between the parts, and nothing else.
+
+Resources that own something are abstract base classes and context managers; swapped behaviour is a callable Protocol.
+Letters in shapes: R rows of one call, T new tokens, S stored tokens, H query heads, G key-value heads, D head
+dimension, C hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, Self
+
+from ollm_core.types import (
+    CacheKind,
+    Capability,
+    CatalogEntry,
+    Config,
+    Layout,
+    TensorInfo,
+    WeightPlan,
+)
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    import torch
+    from torch import Tensor
+
+ADAPTER_API = "1.0"
+"""The adapter contract that this core speaks. Another major is refused, a newer minor is warned of."""
+
+
+class ModelAdapter(ABC):
+    """What a plugin provides for one model family. Pure declarations: no torch is needed to read them."""
+
+    name: str
+    """Short and unique, for instance `llama`."""
+    adapter_api: str = ADAPTER_API
+    model_types: tuple[str, ...]
+    """The `model_type` values in config.json that this adapter opens."""
+
+    @property
+    def capabilities(self) -> Mapping[str, Capability]:
+        """Ability name to what is supported. Names: see `ollm_core.registry.CAPABILITIES`. Missing means full."""
+        return {}
+
+    def catalog(self) -> Sequence[CatalogEntry]:
+        """Models that can be named by id. The configs are the real ones, so that planning works offline."""
+        return ()
+
+    @abstractmethod
+    def layout(self, config: Config) -> Layout:
+        """Where the parts sit in the transformers module tree. Raises ConfigError for a config it cannot open."""
+
+    @abstractmethod
+    def weights(self, config: Config, tensor_names: Iterable[str]) -> WeightPlan:
+        """Which checkpoint tensors make which parameter. Pure data; raises CheckpointError for a foreign tensor."""
+
+    @abstractmethod
+    def caches(self, config: Config) -> Sequence[CacheKind]:
+        """What each layer remembers, in layer order."""
+
+    @abstractmethod
+    def tiny_config(self) -> Config:
+        """A small config that has every feature of the family, for tests with random weights."""
+
+
+class Closing(ABC):
+    """A context manager that closes on exit. `close` may be called twice."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free everything this object owns."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class ByteSource(Closing):
+    """A reading engine: brings byte ranges of checkpoint files into memory that the caller owns."""
+
+    name: str
+
+    @abstractmethod
+    def read(self, tensors: Sequence[TensorInfo], buffer: memoryview) -> Sequence[int]:
+        """Read all `tensors` into `buffer` and return each one's byte offset in it.
+
+        `buffer` is writable, page-aligned and at least `buffer_bytes(tensors)` long. Called from one thread at a time.
+        Raises ReadError if the storage fails or a file is shorter than it was when it was opened.
+        """
+
+    @abstractmethod
+    def buffer_bytes(self, tensors: Sequence[TensorInfo]) -> int:
+        """Bytes of buffer that `read(tensors)` needs."""
+
+    @property
+    @abstractmethod
+    def bytes_read(self) -> int:
+        """Bytes asked of the storage since this source was opened."""
+
+
+class WeightStreamer(Closing):
+    """Gives out parameters in the order of a weight pass, and reads ahead: after the last unit comes the first."""
+
+    @abstractmethod
+    def acquire(self, unit_idx: int) -> AbstractContextManager[Sequence[Tensor]]:
+        """The parameters of one unit (a layer, or a part of the head) on the device, valid inside the context.
+
+        Their order is the unit's. Raises ReadError if they cannot be read; the next pass may be tried again.
+        """
+
+    @abstractmethod
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """Rows of the input embedding, [N] -> [N, C], in the compute dtype on the device."""
+
+    @property
+    @abstractmethod
+    def bytes_read(self) -> int:
+        """Weight bytes read from storage since opening."""
+
+
+@dataclass(frozen=True, slots=True)
+class TierBytes:
+    """Bytes held per tier."""
+
+    device: int = 0
+    host: int = 0
+    disk: int = 0
+
+
+class KVStore(Closing):
+    """Keys and values of every layer for any number of sequences, stored per KV head, never repeated to query heads.
+
+    A sequence's layers fill one after another during a weight pass; `num_tokens(sequence)` counts the tokens that
+    every layer has. Not thread-safe: one weight pass at a time.
+    """
+
+    block_size: int
+    """Tokens per block, the unit of allocation."""
+
+    @abstractmethod
+    def new_sequence(self) -> int:
+        """A fresh, empty sequence."""
+
+    @abstractmethod
+    def reserve(self, sequence: int, num_tokens: int) -> None:
+        """Make sure that `sequence` can grow to `num_tokens` in every layer.
+
+        Raises DoesNotFitError, with nothing changed, if memory or disk does not allow it.
+        """
+
+    @abstractmethod
+    def append(self, layer_idx: int, sequence: int, keys: Tensor, values: Tensor) -> None:
+        """Store `keys` and `values`, each [G, T, D] in the store's dtype, after what this layer has."""
+
+    @abstractmethod
+    def blocks(
+        self, layer_idx: int, sequence: int, num_tokens: int | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Keys and values of the first `num_tokens` (default: all) in position order, as pairs of [G, n, D].
+
+        They are on the compute device and valid until the next step of the iterator.
+        """
+
+    @abstractmethod
+    def num_tokens(self, sequence: int, layer_idx: int | None = None) -> int:
+        """Tokens stored in `layer_idx`, or, by default, in every layer."""
+
+    @abstractmethod
+    def truncate(self, sequence: int, num_tokens: int) -> None:
+        """Drop positions >= `num_tokens` from every layer. Idempotent. Raises KVStoreError if a layer has fewer."""
+
+    @abstractmethod
+    def fork(self, sequence: int, num_tokens: int | None = None) -> int:
+        """A new sequence that shares the first `num_tokens` (default: all). Neither sees what the other adds."""
+
+    @abstractmethod
+    def release(self, sequence: int) -> None:
+        """Forget a sequence and free what only it used. Unknown sequences are ignored."""
+
+    @abstractmethod
+    def tier_bytes(self) -> TierBytes:
+        """Bytes held now, per tier."""
+
+    @property
+    @abstractmethod
+    def bytes_read(self) -> int:
+        """KV bytes read from disk since opening."""
+
+
+@dataclass(frozen=True, slots=True)
+class KVView:
+    """What a layer's attention may see: the new keys and values of R rows, and the store for what came before.
+
+    It stands where transformers expects the key tensor, and reaches the attention function through the layer.
+    """
+
+    keys: Tensor
+    """[R, G, T, D], new, rotated."""
+    values: Tensor
+    """[R, G, T, D], new."""
+    layer_idx: int
+    sequences: tuple[int, ...]
+    """One per row."""
+    starts: tuple[int, ...]
+    """Tokens of each row that come before the new ones."""
+    store: KVStore
+    attention: Attention
+
+    def past(self, row: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Stored keys and values before the new tokens of `row`, as pairs of [G, n, D]."""
+        return self.store.blocks(self.layer_idx, self.sequences[row], self.starts[row])
+
+
+class Attention(Protocol):
+    """Causal attention of new tokens over all earlier ones and themselves."""
+
+    def __call__(
+        self,
+        module: torch.nn.Module,
+        query: Tensor,
+        view: KVView,
+        *,
+        scaling: float,
+        **options: Any,
+    ) -> Tensor:
+        """`query` [R, H, T, D] -> [R, T, H, D]. `module` is the transformers attention module that asks.
+
+        `options` are those that the module passes to any attention function; one that is not understood and not
+        None is refused with UnsupportedError rather than ignored.
+        """

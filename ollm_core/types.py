@@ -1,0 +1,165 @@
+"""Plain data that the parts exchange: frozen, slotted, and free of torch so that `list-models` stays quick."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Config = Mapping[str, Any]
+"""A model's config.json as parsed: the one form that every declaration reads."""
+
+Tier = Literal["device", "host", "disk"]
+Support = Literal["full", "unsupported", "not-implemented"]
+
+DTYPE_BYTES: Mapping[str, int] = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
+    "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+"""Bytes per element of the safetensors dtypes that a checkpoint may hold."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Where one tensor's bytes are: `num_bytes` at absolute file `offset` in `path`, row-major, little-endian."""
+
+    name: str
+    dtype: str
+    """safetensors dtype name, a key of `DTYPE_BYTES`."""
+    shape: tuple[int, ...]
+    path: Path
+    offset: int
+    num_bytes: int
+
+    def rows(self, start: int, stop: int) -> TensorInfo:
+        """The part of this tensor that is rows `start` to `stop` of its first dimension."""
+        row_bytes = self.num_bytes // self.shape[0]
+        return TensorInfo(
+            f"{self.name}[{start}:{stop}]", self.dtype, (stop - start, *self.shape[1:]), self.path,
+            self.offset + start * row_bytes, (stop - start) * row_bytes,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterSource:
+    """Which checkpoint tensors make one parameter.
+
+    `transform` gets the tensors in order, as stored, and returns the parameter; None takes the single tensor as it is.
+    """
+
+    tensors: tuple[str, ...]
+    transform: Callable[..., Tensor] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class WeightPlan:
+    """How a checkpoint's tensors become parameters: each tensor is used by one parameter or listed in `ignored`.
+
+    `parameters` is keyed by the name in the transformers module tree. A tied head names the embedding's tensor again.
+    """
+
+    parameters: Mapping[str, ParameterSource]
+    ignored: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where the parts sit in the transformers module tree (dotted module paths), and each layer's mixer kind."""
+
+    num_layers: int
+    embedding: str = "model.embed_tokens"
+    layers: str = "model.layers"
+    norm: str = "model.norm"
+    head: str = "lm_head"
+    rotary: str = "model.rotary_emb"
+    mixers: tuple[str, ...] = ()
+    """One of "full", "sliding", "recurrent" per layer; empty means all "full"."""
+
+
+@dataclass(frozen=True, slots=True)
+class CacheKind:
+    """What one layer remembers. `window` counts tokens, for "sliding" only."""
+
+    kind: Literal["full", "sliding", "recurrent"] = "full"
+    num_kv_heads: int = 0
+    head_dim: int = 0
+    window: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Capability:
+    """One declared ability: supported in full, or not, with the adapter's own reason."""
+
+    support: Support = "full"
+    reason: str = ""
+
+    def __post_init__(self) -> None:
+        if self.support != "full" and not self.reason:
+            raise ValueError(f"a capability that is {self.support!r} needs a reason")
+
+
+@dataclass(frozen=True, slots=True)
+class CatalogEntry:
+    """A model that an adapter knows: enough to list it, fetch it and plan it offline."""
+
+    id: str
+    repo: str
+    """Hub repository, `owner/name`."""
+    num_parameters: int
+    weight_bytes: int
+    """Bytes of all checkpoint tensors."""
+    config: Config = field(repr=False)
+    chat: bool = True
+    license: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where a weight pass is. Sent to `on_progress` after every step of work; cheap to ignore."""
+
+    stage: Literal["prefill", "decode"]
+    """"prefill" while a pass brings more than one new token per sequence."""
+    steps_done: int
+    steps_total: int
+    """A step is one chunk of tokens through one layer, or one part of the head."""
+    num_new_tokens: int
+    """New tokens in this pass, over all sequences."""
+    weight_passes: int
+    """Passes finished before this one."""
+    weight_bytes_read: int
+    """Since the model was opened."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """What a model has done since it was opened. Sizes are bytes; `model.stats` makes a new one at each call."""
+
+    weight_bytes: int
+    """All parameters of the model as stored in the checkpoint."""
+    resident_bytes: int
+    """Of those, kept in memory between passes."""
+    device_limit_bytes: int
+    device_peak_bytes: int
+    host_limit_bytes: int
+    host_peak_bytes: int
+    weight_bytes_read: int
+    """Read from storage by the weight streamer, loading of resident weights not counted."""
+    read_seconds: float
+    """Time the reading engine spent reading those."""
+    weight_passes: int
+    kv_tier: str
+    kv_bytes_read: int
+    kv_disk_bytes: int
+    """Largest so far."""
+    prefill_tokens: int
+    prefill_seconds: float
+    decode_tokens: int
+    decode_seconds: float
+    reader: str
+    """The reading engine in use: "direct" or "mmap"."""
+    attention: str
+    chunk_size: int
