@@ -96,7 +96,7 @@ class ByteSource(Closing):
     def read(self, tensors: Sequence[TensorInfo], buffer: memoryview) -> Sequence[int]:
         """Read all `tensors` into `buffer` and return each one's byte offset in it.
 
-        `buffer` is writable, page-aligned and at least `buffer_bytes(tensors)` long. Called from one thread at a time.
+        `buffer` is writable, page-aligned and at least `buffer_bytes(tensors)` long. May be called from several threads.
         Raises ReadError if the storage fails or a file is shorter than it was when it was opened.
         """
 

@@ -86,7 +86,7 @@ class MemoryAccount:
         """Give back what `reserve` took."""
         with self._lock:
             self.used -= num_bytes
-            self.kinds[kind] -= num_bytes
+            self.kinds[kind] = self.kinds.get(kind, 0) - num_bytes
 
     @contextmanager
     def holding(self, kind: str, num_bytes: int) -> Iterator[None]:

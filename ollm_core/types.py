@@ -146,6 +146,8 @@ class Stats:
     device_peak_bytes: int
     host_limit_bytes: int
     host_peak_bytes: int
+    process_peak_bytes: int
+    """Of the whole process, interpreter and libraries included; 0 where the system does not tell."""
     weight_bytes_read: int
     """Read from storage by the weight streamer, loading of resident weights not counted."""
     read_seconds: float

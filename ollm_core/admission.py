@@ -1,0 +1,171 @@
+"""Before a weight pass: what it needs of each memory, how it will be cut, and whether it fits at all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from ollm_core.chunks import Chunk, NewTokens, cut_chunks
+from ollm_core.errors import DoesNotFitError
+from ollm_core.kv import BlockKVStore
+from ollm_core.memory import MemoryAccount, format_size
+from ollm_core.interfaces import TierBytes
+from ollm_core.weights.tiered import TieredWeights
+from ollm_core.workspace import Workspace
+
+EXACT_CONTEXT = 8192
+"""Tokens up to which attention "auto" is exact. Beyond, the exact form would cost more memory than it is worth."""
+
+
+@dataclass(frozen=True, slots=True)
+class Accounts:
+    """The two memories of a model."""
+
+    device: MemoryAccount
+    host: MemoryAccount
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """What the user fixed: None or "auto" leaves the choice to the pass."""
+
+    attention: str
+    chunk_size: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class PassPlan:
+    """How a weight pass will run, and what it takes beside weights and KV."""
+
+    chunks: tuple[Chunk, ...]
+    chunk_size: int
+    attention: str
+    hidden_on_host: bool
+    needed: TierBytes
+
+
+class Admission:
+    """Chooses the first way to run a pass that fits, dropping resident weights for it where that helps."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        accounts: Accounts,
+        weights: TieredWeights,
+        workspace: Workspace,
+        *,
+        hidden_size: int,
+        vocab_size: int,
+    ) -> None:
+        self._policy = policy
+        self._accounts = accounts
+        self._weights = weights
+        self._workspace = workspace
+        self._hidden_size = hidden_size
+        self._vocab_size = vocab_size
+        self._itemsize = weights.dtype.itemsize
+        self._on_cpu = weights.device.type == "cpu"
+
+    @contextmanager
+    def admit(self, store: BlockKVStore, work: Sequence[NewTokens]) -> Iterator[PassPlan]:
+        """Hold the memory of a pass over `work`. Raises DoesNotFitError, naming what would do, before anything runs."""
+        growth = self._growth(store, work)
+        smallest: tuple[int, int] | None = None
+        for plan in self._candidates(work):
+            missing = self._missing(plan, growth)
+            if not any(missing):
+                break
+            smallest = min(smallest or missing, missing)
+        else:
+            assert smallest is not None
+            self._refuse(work, *smallest)
+        self._weights.fit(*self._weight_budgets(plan, growth))
+        for item in work:
+            store.reserve(item.sequence, item.start + len(item.token_ids))
+        device, host = self._accounts.device, self._accounts.host
+        with (
+            device.holding("activations", plan.needed.device),
+            host.holding("activations", plan.needed.host),
+        ):
+            yield plan
+
+    def _candidates(self, work: Sequence[NewTokens]) -> Iterator[PassPlan]:
+        context = max(item.start + len(item.token_ids) for item in work)
+        longest = max(len(item.token_ids) for item in work)
+        attention = self._policy.attention
+        if attention == "auto":
+            names = ["exact", "blockwise"] if context <= EXACT_CONTEXT else ["blockwise"]
+        else:
+            names = [attention]
+        first = 512 if self._on_cpu else 2048
+        sizes = [self._policy.chunk_size or first]
+        while self._policy.chunk_size is None and sizes[-1] > 64 and longest > 64:
+            sizes.append(sizes[-1] // 2)
+        for name in names:
+            for size in sizes:
+                chunks = tuple(cut_chunks(work, size))
+                for hidden_on_host in (False,) if self._on_cpu else (False, True):
+                    needed = self._needed(work, chunks, name, hidden_on_host)
+                    yield PassPlan(chunks, size, name, hidden_on_host, needed)
+
+    def _needed(
+        self, work: Sequence[NewTokens], chunks: Sequence[Chunk], attention: str, on_host: bool
+    ) -> TierBytes:
+        hidden = sum(len(item.token_ids) for item in work) * self._hidden_size * self._itemsize
+        shapes: dict[tuple[int, int], int] = {}
+        for chunk in chunks:
+            past = max(work[row].start for row in chunk.rows) + chunk.begin
+            shape = len(chunk.rows), chunk.num_tokens
+            shapes[shape] = max(shapes.get(shape, 0), past)
+        layer = max(
+            self._workspace.layer_bytes(*shape, past, attention) for shape, past in shapes.items()
+        )
+        num_logits = sum(item.num_logits for item in work)
+        # Logits in parts and whole, the normalised rows, and float32 copies from which the next token is chosen.
+        head = num_logits * (2 * self._vocab_size + self._hidden_size) * self._itemsize
+        head += len(work) * self._vocab_size * 2 * torch.float32.itemsize
+        largest = max(len(chunk.rows) * chunk.num_tokens for chunk in chunks)
+        head += 4 * largest * self._hidden_size * torch.float32.itemsize  # the norm's own
+        if on_host:
+            chunk_bytes = largest * self._hidden_size * self._itemsize
+            return TierBytes(device=max(layer, head) + chunk_bytes, host=hidden)
+        return TierBytes(device=max(layer, head) + hidden)
+
+    def _growth(self, store: BlockKVStore, work: Sequence[NewTokens]) -> TierBytes:
+        parts = [
+            store.growth_bytes(item.sequence, item.start + len(item.token_ids)) for item in work
+        ]
+        return TierBytes(sum(part.device for part in parts), sum(part.host for part in parts))
+
+    def _weight_budgets(self, plan: PassPlan, growth: TierBytes) -> tuple[int, int]:
+        """Bytes that the weights may hold of device and host while `plan` runs."""
+        budgets = []
+        for account, taken in (
+            (self._accounts.device, plan.needed.device + growth.device),
+            (self._accounts.host, plan.needed.host + growth.host),
+        ):
+            held = sum(account.kinds.get(kind, 0) for kind in ("resident weights", "weight ring"))
+            budgets.append(account.free + held - taken)
+        return budgets[0], budgets[1]
+
+    def _missing(self, plan: PassPlan, growth: TierBytes) -> tuple[int, int]:
+        """Bytes of device and host memory that `plan` lacks; zeros if it fits."""
+        device, host = self._weight_budgets(plan, growth)
+        ring = self._weights.least_bytes(device)
+        if self._on_cpu:
+            return max(ring - device, 0), max(-host, 0)
+        return max(-device, 0), max(ring - host, 0)
+
+    def _refuse(self, work: Sequence[NewTokens], device: int, host: int) -> None:
+        num_tokens = sum(len(item.token_ids) for item in work)
+        for account, missing in ((self._accounts.device, device), (self._accounts.host, host)):
+            if missing:
+                needed = account.limit + missing
+                raise DoesNotFitError(
+                    f"a pass over {num_tokens} new tokens needs {format_size(needed)} of "
+                    f"{account.name}, {format_size(account.limit)} is allowed",
+                    hint=f"allow at least {needed} bytes, or give it fewer tokens at once",
+                )

@@ -1,0 +1,42 @@
+"""Attention strategies, and the name under which transformers' layers find them.
+
+A layer is run with its attention implementation set to `ATTENTION_NAME`. What it gets as keys is a KVView, which says
+which strategy to use: nothing is kept in this module, so that models do not see each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from ollm_core.attention.blockwise import blockwise_attention
+from ollm_core.attention.exact import exact_attention
+from ollm_core.interfaces import Attention, KVView
+
+ATTENTION_NAME = "ollm"
+"""Unknown to transformers' mask functions, so that no mask is built for it."""
+
+ATTENTIONS: Mapping[str, Attention] = {"exact": exact_attention, "blockwise": blockwise_attention}
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: KVView,
+    value: KVView,
+    attention_mask: None,
+    scaling: float,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    return key.attention(module, query, key, scaling=scaling, **options), None
+
+
+def register_attention() -> None:
+    """Make `ATTENTION_NAME` known to transformers' registry. May be called any number of times."""
+    AttentionInterface.register(ATTENTION_NAME, _attend)
+
+
+__all__ = ["ATTENTIONS", "ATTENTION_NAME", "blockwise_attention", "exact_attention"]

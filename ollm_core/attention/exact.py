@@ -1,0 +1,66 @@
+"""The oracle: transformers' own eager attention of the family, over all keys and values in one piece.
+
+Bit for bit what the un-offloaded model computes for the same chunk. Its memory grows with the context.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from ollm_core.errors import UnsupportedError
+from ollm_core.interfaces import KVView
+
+
+def exact_attention(
+    module: torch.nn.Module, query: Tensor, view: KVView, *, scaling: float, **options: Any
+) -> Tensor:
+    """See Attention. Follows `eager_attention_forward` of the modeling module that `module` comes from."""
+    if options.pop("sliding_window", None) is not None:
+        raise UnsupportedError("sliding-window attention is not supported yet")
+    eager = _family_eager(module)
+    outputs = []
+    for row in range(query.shape[0]):
+        keys, values = _gather(view, row)  # [1, G, S, D]
+        mask = _causal_mask(query, view.starts[row], keys.shape[2])
+        outputs.append(
+            eager(module, query[row : row + 1], keys, values, mask, scaling=scaling, **options)[0]
+        )
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _family_eager(module: torch.nn.Module) -> Callable[..., tuple[Tensor, Tensor]]:
+    modeling = sys.modules[type(module).__module__]
+    eager = getattr(modeling, "eager_attention_forward", None)
+    if eager is None:
+        raise UnsupportedError(f"{modeling.__name__} has no eager attention to be exact with")
+    return cast("Callable[..., tuple[Tensor, Tensor]]", eager)
+
+
+def _gather(view: KVView, row: int) -> tuple[Tensor, Tensor]:
+    """All keys and values of a row, stored and new, each contiguous [1, G, S, D]."""
+    new_keys, new_values = view.keys[row], view.values[row]  # [G, T, D]
+    start = view.starts[row]
+    num_heads, num_new, head_dim = new_keys.shape
+    keys = new_keys.new_empty(1, num_heads, start + num_new, head_dim)
+    values = torch.empty_like(keys)
+    position = 0
+    for past_keys, past_values in view.past(row):
+        end = position + past_keys.shape[1]
+        keys[0, :, position:end] = past_keys
+        values[0, :, position:end] = past_values
+        position = end
+    keys[0, :, start:] = new_keys
+    values[0, :, start:] = new_values
+    return keys, values
+
+
+def _causal_mask(query: Tensor, start: int, num_keys: int) -> Tensor:
+    """Additive mask [1, 1, T, S]: zero where key position <= query position, else the dtype's minimum."""
+    lowest = torch.finfo(query.dtype).min
+    mask = query.new_full((query.shape[2], num_keys), lowest)
+    return mask.triu_(start + 1)[None, None]

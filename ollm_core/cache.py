@@ -1,0 +1,126 @@
+"""The cache object that `generate` carries: rows of a batch, each a sequence of a KV store."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+from ollm_core.errors import InputError, UnsupportedError
+from ollm_core.kv import BlockKVStore
+
+
+class SequenceCache(Cache):
+    """A transformers Cache over a KV store. Padding is never stored: a row only remembers where it was.
+
+    Frees its sequences, and with `owns_store` the store, when it is closed or no longer referred to.
+    """
+
+    def __init__(self, store: BlockKVStore, num_layers: int, *, owns_store: bool = True) -> None:
+        super().__init__(layers=[])
+        self.store = store
+        self.rows: list[int] = []
+        """Sequence of each batch row."""
+        self.kept: list[Tensor] = []
+        """Per row, bool [S]: which positions of the padded batch are real tokens."""
+        self._num_layers = num_layers
+        self.finalizer = weakref.finalize(self, _release, store, self.rows, owns_store)
+
+    def close(self) -> None:
+        """Free what the cache holds. May be called twice."""
+        self.finalizer()
+
+    def begin(self, num_rows: int) -> None:
+        """Make sure that there are `num_rows` rows. Raises InputError if there are others already."""
+        if not self.rows:
+            self.rows.extend(self.store.new_sequence() for _ in range(num_rows))
+            self.kept = [torch.zeros(0, dtype=torch.bool)] * num_rows
+        if len(self.rows) != num_rows:
+            raise InputError(f"the cache has {len(self.rows)} rows, the batch has {num_rows}")
+
+    def extend(self, row: int, kept: Tensor) -> None:
+        """Note positions, bool [T], that were added to a row."""
+        self.kept[row] = torch.cat([self.kept[row], kept])
+
+    def num_tokens(self, row: int) -> int:
+        """Real tokens of a row."""
+        return self.store.num_tokens(self.rows[row])
+
+    @property
+    def is_compileable(self) -> bool:
+        return False
+
+    @property
+    def is_croppable(self) -> bool:
+        return True
+
+    @property
+    def is_initialized(self) -> bool:
+        return bool(self.rows)
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        return [False] * self._num_layers
+
+    def __len__(self) -> int:
+        return self._num_layers
+
+    def __repr__(self) -> str:
+        return f"SequenceCache(rows={len(self.rows)}, tokens={self.get_seq_length()})"
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Positions of the padded batch so far."""
+        return len(self.kept[0]) if self.kept else 0
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        return -1
+
+    def update(self, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        raise UnsupportedError("this cache belongs to a streamed model and works with no other")
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop the last `-tokens_to_remove` positions; a positive number is the length to keep."""
+        length = self.get_seq_length()
+        wanted = tokens_to_remove if tokens_to_remove > 0 else length + tokens_to_remove
+        for row, kept in enumerate(self.kept):
+            self.kept[row] = kept[:wanted]
+            self.store.truncate(self.rows[row], int(self.kept[row].sum()))
+
+    def reset(self) -> None:
+        """Forget all rows."""
+        for sequence in self.rows:
+            self.store.release(sequence)
+        self.rows.clear()
+        self.kept = []
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row i becomes a fork of what was row `beam_idx[i]`."""
+        self._pick(beam_idx.tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._pick([row for row in range(len(self.rows)) for _ in range(repeats)])
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        picked = torch.arange(len(self.rows))[indices.cpu()]
+        self._pick(picked.tolist())
+
+    def activate_past_recording(self) -> None:
+        """Nothing to do: the store can always be truncated."""
+
+    def _pick(self, sources: list[int]) -> None:
+        forks = [self.store.fork(self.rows[source]) for source in sources]
+        for sequence in self.rows:
+            self.store.release(sequence)
+        self.rows[:] = forks  # the same list: the finalizer holds it
+        self.kept = [self.kept[source] for source in sources]
+
+
+def _release(store: BlockKVStore, rows: list[int], owns_store: bool) -> None:
+    if owns_store:
+        store.close()
+        return
+    for sequence in rows:
+        store.release(sequence)

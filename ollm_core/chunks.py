@@ -1,0 +1,52 @@
+"""How the new tokens of a weight pass are cut into calls of a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class NewTokens:
+    """What one sequence brings to a weight pass: `token_ids` [T], after `start` tokens that it has.
+
+    Logits are wanted at its last `num_logits` positions.
+    """
+
+    sequence: int
+    token_ids: Tensor
+    start: int
+    num_logits: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """One call of a layer: tokens `begin` to `end` of the new ones of each of `rows` (indices into the work)."""
+
+    rows: tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def num_tokens(self) -> int:
+        """New tokens per row."""
+        return self.end - self.begin
+
+
+def cut_chunks(work: Sequence[NewTokens], chunk_size: int) -> Iterator[Chunk]:
+    """Cut `work` into chunks of at most `chunk_size` tokens.
+
+    Sequences with equally many new tokens share a call while they fit in a chunk together; a longer one goes chunk by
+    chunk, alone.
+    """
+    by_length: dict[int, list[int]] = {}
+    for row, item in enumerate(work):
+        by_length.setdefault(len(item.token_ids), []).append(row)
+    for length, rows in by_length.items():
+        together = max(chunk_size // length, 1)
+        for first in range(0, len(rows), together):
+            group = tuple(rows[first : first + together])
+            for begin in range(0, length, chunk_size):
+                yield Chunk(group, begin, min(begin + chunk_size, length))

@@ -1,0 +1,212 @@
+"""THE loop: one weight pass over a ragged list of sequences.
+
+The engine knows layers, chunks and memory. It knows nothing about text, sampling or model families.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ollm_core.admission import Admission, PassPlan
+from ollm_core.attention import ATTENTIONS
+from ollm_core.chunks import Chunk, NewTokens
+from ollm_core.interfaces import KVView
+from ollm_core.kv import BlockKVStore
+from ollm_core.skeleton import Skeleton
+from ollm_core.types import Progress
+from ollm_core.weights.tiered import TieredWeights
+
+
+@dataclass(slots=True)
+class Counters:
+    """What an engine has done so far."""
+
+    weight_passes: int = 0
+    prefill_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_tokens: int = 0
+    decode_seconds: float = 0.0
+    kv_bytes_read: int = 0
+    kv_disk_bytes: int = 0
+    last_plan: PassPlan | None = None
+
+
+class Engine:
+    """Runs weight passes of one model, one at a time."""
+
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        weights: TieredWeights,
+        admission: Admission,
+        on_progress: Callable[[Progress], None] | None = None,
+    ) -> None:
+        self.counters = Counters()
+        self._skeleton = skeleton
+        self._weights = weights
+        self._admission = admission
+        self.on_progress = on_progress
+        self._lock = threading.RLock()
+
+    def run(self, store: BlockKVStore, work: Sequence[NewTokens]) -> list[Tensor]:
+        """Logits [num_logits, V] of each item of `work`; the store then holds its new tokens.
+
+        Raises DoesNotFitError before anything is read. If a pass fails or is interrupted, the store is as before.
+        """
+        with self._lock, torch.no_grad():
+            start = time.perf_counter()
+            read_before = store.bytes_read
+            with self._admission.admit(store, work) as plan:
+                try:
+                    logits = self._run(store, work, plan)
+                except BaseException:
+                    for item in work:
+                        store.truncate(item.sequence, item.start)
+                    raise
+            self._count(store, work, plan, time.perf_counter() - start, read_before)
+            return logits
+
+    def _run(self, store: BlockKVStore, work: Sequence[NewTokens], plan: PassPlan) -> list[Tensor]:
+        report = self._reporter(work, plan)
+        device = self._weights.device
+        parked = torch.device("cpu") if plan.hidden_on_host else device
+        hidden = [self._embed(work, chunk).to(parked) for chunk in plan.chunks]  # [R, T, C] each
+        calls = [LayerCall(store, work, chunk, plan.attention, device) for chunk in plan.chunks]
+        for layer_idx in range(len(self._skeleton.layers)):
+            with (
+                self._weights.acquire(layer_idx) as parameters,
+                self._skeleton.bound(layer_idx, parameters) as layer,
+            ):
+                for i, call in enumerate(calls):
+                    chunk_hidden = hidden[i].to(device)
+                    hidden[i] = layer(
+                        chunk_hidden,
+                        attention_mask=None,
+                        position_ids=call.positions,
+                        past_key_values=call,
+                        use_cache=True,
+                        position_embeddings=self._rotary(chunk_hidden, call, keep=len(calls) == 1),
+                    ).to(parked)
+                    report()
+        return self._head(work, plan, hidden, report)
+
+    def _embed(self, work: Sequence[NewTokens], chunk: Chunk) -> Tensor:
+        ids = torch.cat([work[row].token_ids[chunk.begin : chunk.end] for row in chunk.rows])
+        return self._weights.embed(ids).view(len(chunk.rows), chunk.num_tokens, -1)
+
+    def _rotary(self, hidden: Tensor, call: LayerCall, *, keep: bool) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [R, T, D]. Made anew for each layer of a long prompt, to hold little."""
+        if call.embeddings is not None:
+            return call.embeddings
+        embeddings: tuple[Tensor, Tensor] = self._skeleton.rotary(hidden, call.positions)
+        if keep:
+            call.embeddings = embeddings
+        return embeddings
+
+    def _head(
+        self,
+        work: Sequence[NewTokens],
+        plan: PassPlan,
+        hidden: Sequence[Tensor],
+        report: Callable[[], None],
+    ) -> list[Tensor]:
+        """Logits [num_logits, V] per item. The head is walked once, in parts, for all of them."""
+        wanted: list[tuple[Chunk, Tensor]] = []  # normalised states [R, t, C]
+        for chunk, states in zip(plan.chunks, hidden, strict=True):
+            first = min(len(work[row].token_ids) - work[row].num_logits for row in chunk.rows)
+            if first < chunk.end:
+                normalised = self._skeleton.norm(states.to(self._weights.device))
+                wanted.append((chunk, normalised[:, max(first - chunk.begin, 0) :]))
+        parts: list[list[Tensor]] = [[] for _ in wanted]
+        for unit_idx in range(len(self._skeleton.layers), len(self._weights.units)):
+            with self._weights.acquire(unit_idx) as (weight,):
+                for part, (_, states) in zip(parts, wanted, strict=True):
+                    part.append(functional.linear(states, weight))
+            report()
+        found: list[list[Tensor]] = [[] for _ in work]
+        for part, (chunk, _) in zip(parts, wanted, strict=True):
+            logits = torch.cat(part, dim=-1) if len(part) > 1 else part[0]  # [R, t, V]
+            for place, row in enumerate(chunk.rows):
+                found[row].append(logits[place])
+        rows = [torch.cat(pieces) if len(pieces) > 1 else pieces[0] for pieces in found]
+        return [row[-item.num_logits :] for item, row in zip(work, rows, strict=True)]
+
+    def _reporter(self, work: Sequence[NewTokens], plan: PassPlan) -> Callable[[], None]:
+        num_head = len(self._weights.units) - len(self._skeleton.layers)
+        total = len(self._skeleton.layers) * len(plan.chunks) + num_head
+        stage: Literal["prefill", "decode"] = "prefill" if _is_prefill(work) else "decode"
+        num_new = sum(len(item.token_ids) for item in work)
+        done = -1
+
+        def report() -> None:
+            nonlocal done
+            done += 1
+            if self.on_progress:
+                passes, num_bytes = self.counters.weight_passes, self._weights.bytes_read
+                self.on_progress(Progress(stage, done, total, num_new, passes, num_bytes))
+
+        report()
+        return report
+
+    def _count(
+        self,
+        store: BlockKVStore,
+        work: Sequence[NewTokens],
+        plan: PassPlan,
+        seconds: float,
+        read_before: int,
+    ) -> None:
+        counters = self.counters
+        counters.weight_passes += 1
+        if _is_prefill(work):
+            counters.prefill_tokens += sum(len(item.token_ids) for item in work)
+            counters.prefill_seconds += seconds
+        else:
+            counters.decode_tokens += len(work)
+            counters.decode_seconds += seconds
+        counters.kv_bytes_read += store.bytes_read - read_before
+        counters.kv_disk_bytes = max(counters.kv_disk_bytes, store.tier_bytes().disk)
+        counters.last_plan = plan
+
+
+class LayerCall:
+    """One chunk's call of every layer; stands where a layer expects its cache."""
+
+    def __init__(
+        self,
+        store: BlockKVStore,
+        work: Sequence[NewTokens],
+        chunk: Chunk,
+        attention: str,
+        device: torch.device,
+    ) -> None:
+        self.embeddings: tuple[Tensor, Tensor] | None = None
+        self._store = store
+        self._attention = ATTENTIONS[attention]
+        self._sequences = tuple(work[row].sequence for row in chunk.rows)
+        self._starts = tuple(work[row].start + chunk.begin for row in chunk.rows)
+        steps = torch.arange(chunk.num_tokens, device=device)
+        self.positions = torch.tensor(self._starts, device=device)[:, None] + steps  # [R, T]
+
+    def update(
+        self, keys: Tensor, values: Tensor, layer_idx: int, *_: object, **__: object
+    ) -> tuple[KVView, KVView]:
+        """Store new keys and values [R, G, T, D]; what the attention function gets is a view of all."""
+        for row, sequence in enumerate(self._sequences):
+            self._store.append(layer_idx, sequence, keys[row], values[row])
+        view = KVView(
+            keys, values, layer_idx, self._sequences, self._starts, self._store, self._attention
+        )
+        return view, view
+
+
+def _is_prefill(work: Sequence[NewTokens]) -> bool:
+    return any(len(item.token_ids) > 1 for item in work)

@@ -1,0 +1,259 @@
+"""The transformers face of the engine: `generate` is transformers' own, each of its steps is one weight pass."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from ollm_core.admission import Accounts
+from ollm_core.cache import SequenceCache
+from ollm_core.chunks import NewTokens
+from ollm_core.engine import Engine
+from ollm_core.errors import InputError, UnsupportedError
+from ollm_core.kv import BlockKVStore
+from ollm_core.machine import peak_process_bytes
+from ollm_core.skeleton import Skeleton
+from ollm_core.types import Progress, Stats
+from ollm_core.weights.tiered import TieredWeights
+
+OpenStore = Callable[[str, "Path | None", int], tuple[str, BlockKVStore]]
+"""(tier or "auto", directory, tokens to expect) -> (tier, store)."""
+
+
+class StreamedModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+    """A causal language model whose weights are streamed. Open it with `ollm.load`, close it after use.
+
+    `generate`, `forward` and the caches work as in transformers; there are no parameters to look at.
+    """
+
+    _supports_sdpa = True
+    _is_stateful = False
+
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        weights: TieredWeights,
+        engine: Engine,
+        accounts: Accounts,
+        open_store: OpenStore,
+        *,
+        weight_bytes: int,
+        generation_config: GenerationConfig | None = None,
+        tokenizer: Any = None,
+    ) -> None:
+        config = copy.deepcopy(skeleton.config)
+        config._attn_implementation = "eager"
+        super().__init__(config)
+        if generation_config is not None:
+            self.generation_config = generation_config
+        self.tokenizer = tokenizer
+        self.engine = engine
+        self.weights = weights
+        self.accounts = accounts
+        self._open_store = open_store
+        self._weight_bytes = weight_bytes
+        self._kv_tier = ""
+        self._caches: list[weakref.finalize[Any, Any]] = []
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: SequenceCache | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        inputs_embeds: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **_: Any,
+    ) -> CausalLMOutputWithPast:
+        """One weight pass over a batch: `input_ids` [B, T] after what the cache has -> logits [B, n, V].
+
+        `attention_mask` [B, past + T] marks padding with 0, anywhere; such positions are left out of the pass and
+        their logits are 0. n is T, or `logits_to_keep` last positions.
+        """
+        if input_ids is None or inputs_embeds is not None:
+            raise UnsupportedError("a streamed model takes input_ids, not inputs_embeds")
+        if output_attentions or output_hidden_states:
+            raise UnsupportedError("a streamed model returns neither attentions nor hidden states")
+        if past_key_values is not None and not isinstance(past_key_values, SequenceCache):
+            raise InputError(
+                f"past_key_values is a {type(past_key_values).__name__}",
+                hint="leave it out, or make one with model.new_cache()",
+            )
+        cache = past_key_values
+        if cache is None:
+            cache = self.new_cache(num_tokens=input_ids.shape[1] * input_ids.shape[0])
+        try:
+            logits = self._pass(input_ids, attention_mask, cache, logits_to_keep)
+        finally:
+            if past_key_values is None and not use_cache:
+                cache.close()
+        keep = cache if past_key_values is not None or use_cache else None
+        return CausalLMOutputWithPast(logits=logits, past_key_values=keep)
+
+    def _pass(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        cache: SequenceCache,
+        logits_to_keep: int | Tensor,
+    ) -> Tensor:
+        num_rows, num_new = input_ids.shape
+        ids = input_ids.cpu()
+        kept = torch.ones_like(ids, dtype=torch.bool)
+        if attention_mask is not None:
+            kept = attention_mask[:, -num_new:].cpu().bool()
+        num_last = num_new
+        if isinstance(logits_to_keep, int) and logits_to_keep:
+            num_last = min(logits_to_keep, num_new)
+        self._check(ids, kept, cache)
+        cache.begin(num_rows)
+        work = [
+            NewTokens(
+                cache.rows[row],
+                ids[row][kept[row]],
+                cache.num_tokens(row),
+                max(int(kept[row, -num_last:].sum()), 1),
+            )
+            for row in range(num_rows)
+        ]
+        found = self.engine.run(cache.store, work)
+        for row in range(num_rows):
+            cache.extend(row, kept[row])
+        if bool(kept[:, -num_last:].all()):
+            logits = found[0][None] if num_rows == 1 else torch.stack(found)
+        else:
+            logits = found[0].new_zeros(num_rows, num_last, found[0].shape[-1])
+            for row, values in enumerate(found):
+                where = kept[row, -num_last:].to(values.device)
+                logits[row, where] = values[: int(where.sum())]
+        return logits if isinstance(logits_to_keep, int) else logits[:, logits_to_keep]
+
+    def _check(self, ids: Tensor, kept: Tensor, cache: SequenceCache) -> None:
+        if ids.numel() == 0 or not bool(kept.any(dim=1).all()):
+            raise InputError("the prompt is empty", hint="give at least one token per row")
+        lowest, highest = int(ids.min()), int(ids.max())
+        if lowest < 0 or highest >= self.config.vocab_size:
+            wrong = lowest if lowest < 0 else highest
+            raise InputError(
+                f"token id {wrong} is not in the vocabulary of {self.config.vocab_size}",
+                hint="the tokenizer is not this model's",
+            )
+        past = max((cache.num_tokens(row) for row in range(len(cache.rows))), default=0)
+        length = past + int(kept.sum(dim=1).max())
+        limit = self.config.max_position_embeddings
+        if length > limit:
+            raise InputError(
+                f"{length} tokens are past the model's {limit} positions",
+                hint="shorten the prompt or ask for fewer new tokens",
+            )
+
+    def new_cache(
+        self, kv: str | None = None, kv_dir: str | Path | None = None, *, num_tokens: int = 0
+    ) -> SequenceCache:
+        """An empty cache for `past_key_values`, in a tier ("device", "host", "disk"; default: as loaded).
+
+        `num_tokens` to expect, over all rows, helps to choose the tier when it is "auto".
+        """
+        directory = Path(kv_dir) if kv_dir is not None else None
+        self._kv_tier, store = self._open_store(kv or "", directory, num_tokens)
+        cache = SequenceCache(store, self.config.num_hidden_layers)
+        self._caches = [finalizer for finalizer in self._caches if finalizer.alive]
+        self._caches.append(cache.finalizer)
+        return cache
+
+    @property
+    def stats(self) -> Stats:
+        """What the model has done since it was opened."""
+        counters, plan = self.engine.counters, self.engine.counters.last_plan
+        return Stats(
+            weight_bytes=self._weight_bytes,
+            resident_bytes=self.weights.resident_bytes,
+            device_limit_bytes=self.accounts.device.limit,
+            device_peak_bytes=self.accounts.device.peak,
+            host_limit_bytes=self.accounts.host.limit,
+            host_peak_bytes=self.accounts.host.peak,
+            process_peak_bytes=peak_process_bytes(),
+            weight_bytes_read=self.weights.bytes_read,
+            read_seconds=self.weights.read_seconds,
+            weight_passes=counters.weight_passes,
+            kv_tier=self._kv_tier,
+            kv_bytes_read=counters.kv_bytes_read,
+            kv_disk_bytes=counters.kv_disk_bytes,
+            prefill_tokens=counters.prefill_tokens,
+            prefill_seconds=counters.prefill_seconds,
+            decode_tokens=counters.decode_tokens,
+            decode_seconds=counters.decode_seconds,
+            reader=self.weights.reader,
+            attention=plan.attention if plan else "",
+            chunk_size=plan.chunk_size if plan else 0,
+        )
+
+    def on_progress(self, report: Callable[[Progress], None] | None) -> None:
+        """Call `report` after every step of a weight pass; None stops it."""
+        self.engine.on_progress = report
+
+    def close(self) -> None:
+        """Stop reading, close all files, remove KV files and free all memory. May be called twice."""
+        for finalizer in self._caches:
+            finalizer()
+        self._caches.clear()
+        self.weights.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # What GenerationMixin asks of a model that has no parameters to look at.
+
+    @property
+    def device(self) -> torch.device:
+        return self.weights.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weights.dtype
+
+    @classmethod
+    def can_generate(cls) -> bool:
+        return True
+
+    def get_experts_implementation(self) -> dict[str, str]:
+        return {}
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        if generation_config.cache_implementation is not None:
+            raise UnsupportedError(
+                "cache_implementation is for transformers' caches",
+                hint="choose with kv='device', 'host' or 'disk' when loading",
+            )
+        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
+            rows = batch_size * max(
+                generation_config.num_beams or 1, generation_config.num_return_sequences or 1
+            )
+            model_kwargs["past_key_values"] = self.new_cache(num_tokens=rows * max_cache_length)

@@ -1,0 +1,93 @@
+"""The interface of the predecessor (ollm 0.x and 1.x on PyPI), so that its scripts run unchanged."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ollm_core.cache import SequenceCache
+from ollm_core.errors import InputError
+from ollm_core.generation import StreamedModel
+from ollm_core.hub import local_path, pull
+from ollm_core.loading import load
+from ollm_core.machine import pick_device
+from ollm_core.registry import Registry
+
+logger = logging.getLogger("ollm")
+
+
+def file_get_contents(path: str | Path) -> str:
+    """The text of a UTF-8 file."""
+    return Path(path).read_text(encoding="utf-8")
+
+
+class Inference:
+    """A model by id. `ini_model` fetches it if need be and opens it; then `model` and `tokenizer` are there.
+
+    Options of `ollm.load` may be given here too: they are how a budget is set.
+    """
+
+    def __init__(
+        self, model_id: str, device: str = "cuda:0", logging: bool = True, **load_options: Any
+    ) -> None:
+        """Raises DeviceError, naming what there is, if this machine does not have `device`."""
+        self.model_id = model_id
+        self.device: torch.device = pick_device(device)
+        self.model: StreamedModel
+        self.tokenizer: Any = None
+        self._logging = logging
+        self._load_options = load_options
+
+    def ini_model(self, models_dir: str | Path = "./models/", force_download: bool = False) -> None:
+        """Open the model from `models_dir`, fetching it from the hub if it is not there."""
+        registry = Registry.discover()
+        _, entry = registry.find(self.model_id)
+        directory = local_path(entry.id, models_dir)
+        if force_download or not (directory / "config.json").is_file():
+            pull(entry, models_dir, force=force_download)
+        self._open(directory)
+
+    def offload_layers_to_cpu(self, layers_num: int = 2) -> None:
+        """Nothing needs to be asked: as many layers stay in memory between passes as the budgets allow.
+
+        Kept so that scripts run. To keep more layers, give a larger `device_memory` or `host_memory`.
+        """
+        if layers_num < 0:
+            raise InputError(f"layers_num is {layers_num}, expected at least 0")
+        self._log("layers stay in memory as the budgets allow; %d were asked for", layers_num)
+
+    def DiskCache(self, cache_dir: str | Path = "./kv_cache") -> SequenceCache:  # noqa: N802
+        """An empty cache on disk, in a directory of its own inside `cache_dir`. Nothing else there is touched."""
+        return self.model.new_cache(kv="disk", kv_dir=cache_dir)
+
+    def _open(self, directory: str | Path) -> None:
+        self.model = load(directory, device=str(self.device), **self._load_options)
+        self.tokenizer = self.model.tokenizer
+        if self.tokenizer is not None:
+            # transformers 5 returns a mapping where 4 returned the tensor of token ids.
+            self.tokenizer.apply_chat_template = functools.partial(
+                self.tokenizer.apply_chat_template, return_dict=False
+            )
+        self._log("opened %s on %s", directory, self.device)
+
+    def _log(self, message: str, *values: object) -> None:
+        if self._logging:
+            logger.info(message, *values)
+
+
+class AutoInference(Inference):
+    """A model in a local directory, opened at once."""
+
+    def __init__(
+        self,
+        model_dir: str | Path,
+        device: str = "cuda:0",
+        logging: bool = True,
+        **load_options: Any,
+    ) -> None:
+        super().__init__(str(model_dir), device, logging, **load_options)
+        self._open(model_dir)

@@ -1,0 +1,87 @@
+"""The transformers model without weights: every layer on the meta device, parameters bound just before use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+
+from ollm_core.attention import ATTENTION_NAME, register_attention
+from ollm_core.errors import ConfigError
+from ollm_core.types import Config, Layout
+
+
+class Skeleton:
+    """Layers, final norm and rotary embedding of one model, callable once their parameters are bound."""
+
+    def __init__(
+        self, config: Config, layout: Layout, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """Raises ConfigError if transformers cannot build a model from `config`."""
+        register_attention()
+        self.layout = layout
+        self.config: PreTrainedConfig
+        try:
+            self.config = AutoConfig.for_model(**config)
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(
+                    self.config, dtype=dtype, attn_implementation=ATTENTION_NAME
+                )
+        except Exception as error:
+            raise ConfigError(
+                f"transformers cannot build a {config.get('model_type')} model from config.json: "
+                f"{' '.join(str(error).split())}"
+            ) from error
+        model.eval()
+        self.shapes = {
+            name: tuple(parameter.shape)
+            for name, parameter in model.named_parameters(remove_duplicate=False)
+        }
+        self.layers: Sequence[nn.Module] = list(model.get_submodule(layout.layers))  # type: ignore[arg-type]
+        self.norm = model.get_submodule(layout.norm)
+        rotary = model.get_submodule(layout.rotary)
+        self.meta_rotary = rotary
+        # Rotary frequencies are in no checkpoint: a fresh module computes them.
+        with torch.device(device):
+            self.rotary: nn.Module = type(rotary)(self.config)
+        self._slots = [_parameter_slots(layer) for layer in self.layers]
+        self._norm_slots = _parameter_slots(self.norm)
+        if getattr(model.get_submodule(layout.head), "bias", None) is not None:
+            raise ConfigError("a head with a bias is not supported")
+
+    def parameter_names(self, layer_idx: int) -> list[str]:
+        """Names of a layer's parameters in the order in which `bound` takes them."""
+        prefix = f"{self.layout.layers}.{layer_idx}"
+        return [f"{prefix}.{name}" for _, _, name in self._slots[layer_idx]]
+
+    @contextmanager
+    def bound(self, layer_idx: int, parameters: Sequence[Tensor]) -> Iterator[nn.Module]:
+        """The layer with `parameters` in place; afterwards it is on the meta device again."""
+        slots = self._slots[layer_idx]
+        previous = [holder[leaf] for holder, leaf, _ in slots]
+        for (holder, leaf, _), value in zip(slots, parameters, strict=True):
+            holder[leaf] = nn.Parameter(value, requires_grad=False)
+        try:
+            yield self.layers[layer_idx]
+        finally:
+            for (holder, leaf, _), value in zip(slots, previous, strict=True):
+                holder[leaf] = value
+
+    def bind_norm(self, parameters: Sequence[Tensor]) -> None:
+        """Give the final norm its parameters for good."""
+        for (holder, leaf, _), value in zip(self._norm_slots, parameters, strict=True):
+            holder[leaf] = nn.Parameter(value, requires_grad=False)
+
+
+def _parameter_slots(module: nn.Module) -> list[tuple[dict[str, Any], str, str]]:
+    """Where each parameter of `module` is kept: its owner's dictionary, the key in it, the dotted name."""
+    return [
+        (owner._parameters, leaf, f"{prefix}.{leaf}" if prefix else leaf)
+        for prefix, owner in module.named_modules()
+        for leaf, value in owner._parameters.items()
+        if value is not None
+    ]

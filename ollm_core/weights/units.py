@@ -1,0 +1,193 @@
+"""What is read together: a decoder layer, the final norm, or a slice of the head.
+
+A unit knows which checkpoint tensors it needs and how they become parameters; it holds no data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ollm_core.errors import CheckpointError
+from ollm_core.types import Layout, ParameterSource, TensorInfo, WeightPlan
+
+ALIGNMENT = 64
+"""Bytes. Matrix libraries give other last bits in float32 for data that is not aligned to it."""
+
+TORCH_DTYPES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """One parameter of a unit: its name, its shape, and the `tensors` of the unit that make it."""
+
+    name: str
+    shape: tuple[int, ...]
+    source: ParameterSource
+    tensors: tuple[TensorInfo, ...]
+
+    def needs_copy(self, dtype: torch.dtype) -> bool:
+        """Whether it cannot simply be a view of the bytes as read, page for page, from the file."""
+        tensor = self.tensors[0]
+        if self.source.transform or TORCH_DTYPES[tensor.dtype] != dtype:
+            return True
+        alignment = ALIGNMENT if dtype == torch.float32 else dtype.itemsize
+        return tensor.offset % alignment != 0
+
+    def num_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes of the finished parameter."""
+        return torch.Size(self.shape).numel() * dtype.itemsize
+
+    def build(self, buffer: Tensor, offsets: Mapping[str, int], dtype: torch.dtype) -> Tensor:
+        """The parameter from the bytes read: a view where it can be, else a new tensor."""
+        raw = [_as_tensor(buffer, offsets[tensor.name], tensor) for tensor in self.tensors]
+        value = self.source.transform(*raw) if self.source.transform else raw[0]
+        if tuple(value.shape) != self.shape:
+            raise CheckpointError(
+                f"{self.tensors[0].path}: {self.tensors[0].name} has shape {list(value.shape)}, "
+                f"{self.name} needs {list(self.shape)}",
+                hint="config.json and the weights are of different models",
+            )
+        value = value.to(dtype)
+        if dtype == torch.float32 and value.device.type == "cpu" and value.data_ptr() % ALIGNMENT:
+            value = value.clone()
+        return value
+
+
+@dataclass(frozen=True)
+class WeightUnit:
+    """Parameters that are acquired together, in the order in which they are given out."""
+
+    name: str
+    parameters: tuple[Parameter, ...]
+    tensors: tuple[TensorInfo, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        distinct = {tensor.name: tensor for p in self.parameters for tensor in p.tensors}
+        object.__setattr__(self, "tensors", tuple(distinct.values()))
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of its tensors as stored."""
+        return sum(tensor.num_bytes for tensor in self.tensors)
+
+    def copied_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes of new tensors made each time it is acquired from a streaming buffer."""
+        return sum(p.num_bytes(dtype) for p in self.parameters if p.needs_copy(dtype))
+
+    def build(self, buffer: Tensor, offsets: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
+        """All parameters in order; `offsets` are those of `tensors` in `buffer`."""
+        by_name = {
+            tensor.name: offset for tensor, offset in zip(self.tensors, offsets, strict=True)
+        }
+        return [p.build(buffer, by_name, dtype) for p in self.parameters]
+
+
+@dataclass(frozen=True, slots=True)
+class Units:
+    """A model cut into units: the layers, then the head, in pass order; the norm and the embedding beside them."""
+
+    layers: tuple[WeightUnit, ...]
+    head: tuple[WeightUnit, ...]
+    norm: WeightUnit
+    embedding: TensorInfo
+
+    @property
+    def in_pass_order(self) -> tuple[WeightUnit, ...]:
+        """The units that a weight pass walks, first to last."""
+        return self.layers + self.head
+
+
+def cut_units(
+    layout: Layout,
+    plan: WeightPlan,
+    tensors: Mapping[str, TensorInfo],
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    slice_head: bool,
+) -> Units:
+    """Cut a model into units.
+
+    `shapes` are those of the skeleton's parameters. With `slice_head` the head is cut over the vocabulary into parts
+    no larger than the largest layer, so that it needs no larger buffer. Raises CheckpointError if the plan, the
+    checkpoint and the skeleton do not agree.
+    """
+    parameters = dict(_checked(plan, tensors, shapes))
+
+    def below(prefix: str) -> tuple[Parameter, ...]:
+        return tuple(p for name, p in parameters.items() if name.startswith(f"{prefix}."))
+
+    layers = tuple(
+        WeightUnit(f"layer {i}", below(f"{layout.layers}.{i}")) for i in range(layout.num_layers)
+    )
+    head = parameters[f"{layout.head}.weight"]
+    limit = max(unit.file_bytes for unit in layers) if slice_head else head.tensors[0].num_bytes
+    embedding = parameters[f"{layout.embedding}.weight"].tensors[0]
+    return Units(
+        layers, tuple(_head_slices(head, limit)), WeightUnit("norm", below(layout.norm)), embedding
+    )
+
+
+def _checked(
+    plan: WeightPlan, tensors: Mapping[str, TensorInfo], shapes: Mapping[str, tuple[int, ...]]
+) -> Iterator[tuple[str, Parameter]]:
+    for name, shape in shapes.items():
+        source = plan.parameters.get(name)
+        if source is None:
+            raise CheckpointError(f"no checkpoint tensor is planned for parameter {name}")
+        found = tuple(tensors[tensor] for tensor in source.tensors)
+        for tensor in found:
+            if tensor.dtype not in TORCH_DTYPES:
+                raise CheckpointError(
+                    f"{tensor.path}: {tensor.name} has dtype {tensor.dtype}, which is not supported"
+                )
+            if source.transform is None and tensor.shape != shape:
+                raise CheckpointError(
+                    f"{tensor.path}: {tensor.name} has shape {list(tensor.shape)}, "
+                    f"config.json asks for {list(shape)}",
+                    hint="config.json and the weights are of different models",
+                )
+            if source.transform is None and not TORCH_DTYPES[tensor.dtype].is_floating_point:
+                raise CheckpointError(
+                    f"{tensor.path}: {tensor.name} has dtype {tensor.dtype}, expected a float dtype",
+                    hint="quantised checkpoints need an adapter that knows them",
+                )
+        yield name, Parameter(name, shape, source, found)
+
+
+def _head_slices(head: Parameter, limit: int) -> Iterator[WeightUnit]:
+    """The head cut into parts of at most `limit` bytes as stored, as equal as can be."""
+    tensor = head.tensors[0]
+    num_rows = head.shape[0]
+    num_parts = min(-(-tensor.num_bytes // limit), num_rows) if head.source.transform is None else 1
+    for part in range(num_parts):
+        start, stop = part * num_rows // num_parts, (part + 1) * num_rows // num_parts
+        rows = tensor if num_parts == 1 else tensor.rows(start, stop)
+        shape = (stop - start, *head.shape[1:])
+        yield WeightUnit(
+            f"head rows {start} to {stop}", (Parameter(head.name, shape, head.source, (rows,)),)
+        )
+
+
+def _as_tensor(buffer: Tensor, offset: int, info: TensorInfo) -> Tensor:
+    dtype = TORCH_DTYPES[info.dtype]
+    raw = buffer[offset : offset + info.num_bytes]
+    if raw.storage_offset() % dtype.itemsize:
+        raw = raw.clone()  # a header of odd length: bytes cannot be viewed in place
+    return raw.view(dtype).view(info.shape)

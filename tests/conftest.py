@@ -1,0 +1,123 @@
+"""Real models for the tests: tiny random Llamas, and SmolLM2 where `make model` has put it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
+
+TINY = {
+    "vocab_size": 199,
+    "hidden_size": 64,
+    "intermediate_size": 112,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 4096,
+    "rope_theta": 10000.0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+SMOLLM2 = Path(os.environ.get("OLLM_TEST_MODEL", Path(__file__).parents[1] / "models/smollm2-135M"))
+MakeLlama = Callable[..., Path]
+
+
+@pytest.fixture
+def make_llama(tmp_path: Path) -> MakeLlama:
+    """Writes a random Llama checkpoint and returns its directory."""
+
+    def make(
+        dtype: torch.dtype = torch.float32,
+        *,
+        name: str = "tiny",
+        seed: int = 0,
+        shard: str = "1GB",
+        **config: Any,
+    ) -> Path:
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(LlamaConfig(**TINY | config)).to(dtype)
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                torch.nn.init.normal_(parameter, std=0.2)  # peaked logits: no near-ties
+        model.config.dtype = dtype
+        model.save_pretrained(tmp_path / name, max_shard_size=shard)
+        return tmp_path / name
+
+    return make
+
+
+@pytest.fixture
+def tiny(make_llama: MakeLlama) -> Path:
+    """One tiny float32 Llama."""
+    return make_llama()
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct in bf16."""
+    if not (SMOLLM2 / "config.json").is_file():
+        pytest.fail(f"{SMOLLM2} is not there: run `make model`, or set OLLM_TEST_MODEL")
+    return SMOLLM2
+
+
+class Reference:
+    """Un-offloaded transformers, eager attention, prompt in chunks."""
+
+    def __init__(self, directory: Path, dtype: torch.dtype) -> None:
+        self.model = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=dtype, attn_implementation="eager"
+        ).eval()
+        with torch.no_grad():
+            for parameter in self.model.parameters():
+                parameter.data = parameter.data.clone()  # aligned memory, as a fresh model has
+
+    @torch.no_grad()
+    def logits(self, ids: torch.Tensor, chunk_size: int) -> torch.Tensor:
+        """Logits [T, V] of a prompt [T]."""
+        cache = DynamicCache(config=self.model.config)
+        found = [
+            self.model(input_ids=chunk[None], past_key_values=cache, use_cache=True).logits[0]
+            for chunk in ids.split(chunk_size)
+        ]
+        return torch.cat(found)
+
+    @torch.no_grad()
+    def greedy(self, ids: torch.Tensor, num_new: int, chunk_size: int) -> tuple[list[int], Any]:
+        """Greedy tokens after a prompt [T], EOS ignored, and the logits [num_new, V] they came from."""
+        cache = DynamicCache(config=self.model.config)
+        for chunk in ids.split(chunk_size):
+            logits = self.model(
+                input_ids=chunk[None], past_key_values=cache, use_cache=True, logits_to_keep=1
+            ).logits[0]
+        tokens, found = [], []
+        for _ in range(num_new):
+            found.append(logits)
+            tokens.append(int(logits[-1].argmax()))
+            step = torch.tensor([[tokens[-1]]])
+            logits = self.model(input_ids=step, past_key_values=cache, use_cache=True).logits[0]
+        return tokens, torch.cat(found)
+
+
+@pytest.fixture
+def reference() -> Iterator[type[Reference]]:
+    """The un-offloaded model to compare with."""
+    yield Reference
+
+
+def random_ids(num_tokens: int, vocab_size: int = 199, seed: int = 1) -> torch.Tensor:
+    """Token ids [T] without special tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, vocab_size, (num_tokens,), generator=generator)
+
+
+@pytest.fixture
+def ids() -> Callable[..., torch.Tensor]:
+    """Makes random prompts."""
+    return random_ids
