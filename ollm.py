@@ -1,4 +1,5 @@
-"""oLLM: run a language model that is larger than your memory, exactly, with weights streamed from the SSD.
+"""oLLM: run a language model that is larger than your memory, exactly, with weights streamed from
+the SSD.
 
     import ollm
     with ollm.load("llama3-8B-chat", device_memory="8GB") as model:

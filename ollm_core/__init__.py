@@ -1,4 +1,6 @@
-"""The core of oLLM: streams a model's weights through a bounded memory, exactly. See README.md for the file map."""
+"""The core of oLLM: streams a model's weights through a bounded memory, exactly. See README.md for
+the file map.
+"""
 
 from ollm_core.errors import (
     CheckpointError,

@@ -1,4 +1,6 @@
-"""Before a weight pass: what it needs of each memory, how it will be cut, and whether it fits at all."""
+"""Before a weight pass: what it needs of each memory, how it will be cut, and whether it fits at
+all.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +12,16 @@ import torch
 
 from ollm_core.chunks import Chunk, NewTokens, cut_chunks
 from ollm_core.errors import DoesNotFitError
+from ollm_core.interfaces import TierBytes
 from ollm_core.kv import BlockKVStore
 from ollm_core.memory import MemoryAccount, format_size
-from ollm_core.interfaces import TierBytes
 from ollm_core.weights.tiered import TieredWeights
 from ollm_core.workspace import Workspace
 
 EXACT_CONTEXT = 8192
-"""Tokens up to which attention "auto" is exact. Beyond, the exact form would cost more memory than it is worth."""
+"""Tokens up to which attention "auto" is exact. Beyond, the exact form would cost more memory than
+it is worth.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +52,9 @@ class PassPlan:
 
 
 class Admission:
-    """Chooses the first way to run a pass that fits, dropping resident weights for it where that helps."""
+    """Chooses the first way to run a pass that fits, dropping resident weights for it where that
+    helps.
+    """
 
     def __init__(
         self,
@@ -71,7 +77,9 @@ class Admission:
 
     @contextmanager
     def admit(self, store: BlockKVStore, work: Sequence[NewTokens]) -> Iterator[PassPlan]:
-        """Hold the memory of a pass over `work`. Raises DoesNotFitError, naming what would do, before anything runs."""
+        """Hold the memory of a pass over `work`. Raises DoesNotFitError, naming what would do,
+        before anything runs.
+        """
         growth = self._growth(store, work)
         smallest: tuple[int, int] | None = None
         for plan in self._candidates(work):
@@ -124,7 +132,7 @@ class Admission:
             self._workspace.layer_bytes(*shape, past, attention) for shape, past in shapes.items()
         )
         num_logits = sum(item.num_logits for item in work)
-        # Logits in parts and whole, the normalised rows, and float32 copies from which the next token is chosen.
+        # Logits in parts and whole, the normalised rows, float32 copies to choose tokens from.
         head = num_logits * (2 * self._vocab_size + self._hidden_size) * self._itemsize
         head += len(work) * self._vocab_size * 2 * torch.float32.itemsize
         largest = max(len(chunk.rows) * chunk.num_tokens for chunk in chunks)

@@ -1,4 +1,6 @@
-"""Page-aligned memory on huge pages: what O_DIRECT wants, and what makes a read run at the speed of the disk."""
+"""Page-aligned memory on huge pages: what O_DIRECT wants, and what makes a read run at the speed of
+the disk.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +22,9 @@ def round_up(num_bytes: int, unit: int = PAGE) -> int:
 def aligned_buffer(num_bytes: int) -> Tensor:
     """A uint8 tensor of `num_bytes`, page-aligned, on huge pages where the kernel gives them.
 
-    The memory is private and anonymous: Python's default for an anonymous map is shared memory, which gets no huge
-    pages. It is mapped at once and taken from the machine as it is touched; it goes back when the last tensor that
-    views it does.
+    The memory is private and anonymous: Python's default for an anonymous map is shared memory,
+    which gets no huge pages. It is mapped at once and taken from the machine as it is touched; it
+    goes back when the last tensor that views it does.
     """
     size = max(round_up(num_bytes), PAGE)
     want_huge = size >= HUGE_PAGE
@@ -37,5 +39,7 @@ def aligned_buffer(num_bytes: int) -> Tensor:
 
 
 def as_memoryview(buffer: Tensor) -> memoryview:
-    """The bytes of a contiguous CPU uint8 tensor, writable, without a copy. The caller keeps the tensor alive."""
+    """The bytes of a contiguous CPU uint8 tensor, writable, without a copy. The caller keeps the
+    tensor alive.
+    """
     return memoryview((ctypes.c_char * buffer.numel()).from_address(buffer.data_ptr())).cast("B")

@@ -14,9 +14,11 @@ from ollm_core.kv import BlockKVStore
 
 
 class SequenceCache(Cache):
-    """A transformers Cache over a KV store. Padding is never stored: a row only remembers where it was.
+    """A transformers Cache over a KV store. Padding is never stored: a row only remembers where it
+    was.
 
-    Frees its sequences, and with `owns_store` the store, when it is closed or no longer referred to.
+    Frees its sequences, and with `owns_store` the store, when it is closed or no longer referred
+    to.
     """
 
     def __init__(self, store: BlockKVStore, num_layers: int, *, owns_store: bool = True) -> None:
@@ -34,7 +36,9 @@ class SequenceCache(Cache):
         self.finalizer()
 
     def begin(self, num_rows: int) -> None:
-        """Make sure that there are `num_rows` rows. Raises InputError if there are others already."""
+        """Make sure that there are `num_rows` rows. Raises InputError if there are others
+        already.
+        """
         if not self.rows:
             self.rows.extend(self.store.new_sequence() for _ in range(num_rows))
             self.kept = [torch.zeros(0, dtype=torch.bool)] * num_rows

@@ -23,7 +23,9 @@ class NewTokens:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """One call of a layer: tokens `begin` to `end` of the new ones of each of `rows` (indices into the work)."""
+    """One call of a layer: tokens `begin` to `end` of the new ones of each of `rows` (indices into
+    the work).
+    """
 
     rows: tuple[int, ...]
     begin: int
@@ -38,8 +40,8 @@ class Chunk:
 def cut_chunks(work: Sequence[NewTokens], chunk_size: int) -> Iterator[Chunk]:
     """Cut `work` into chunks of at most `chunk_size` tokens.
 
-    Sequences with equally many new tokens share a call while they fit in a chunk together; a longer one goes chunk by
-    chunk, alone.
+    Sequences with equally many new tokens share a call while they fit in a chunk together; a longer
+    one goes chunk by chunk, alone.
     """
     by_length: dict[int, list[int]] = {}
     for row, item in enumerate(work):

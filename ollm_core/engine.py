@@ -59,7 +59,8 @@ class Engine:
     def run(self, store: BlockKVStore, work: Sequence[NewTokens]) -> list[Tensor]:
         """Logits [num_logits, V] of each item of `work`; the store then holds its new tokens.
 
-        Raises DoesNotFitError before anything is read. If a pass fails or is interrupted, the store is as before.
+        Raises DoesNotFitError before anything is read. If a pass fails or is interrupted, the store
+        is as before.
         """
         with self._lock, torch.no_grad():
             start = time.perf_counter()
@@ -103,7 +104,9 @@ class Engine:
         return self._weights.embed(ids).view(len(chunk.rows), chunk.num_tokens, -1)
 
     def _rotary(self, hidden: Tensor, call: LayerCall, *, keep: bool) -> tuple[Tensor, Tensor]:
-        """Cosines and sines [R, T, D]. Made anew for each layer of a long prompt, to hold little."""
+        """Cosines and sines [R, T, D]. Made anew for each layer of a long prompt, to hold
+        little.
+        """
         if call.embeddings is not None:
             return call.embeddings
         embeddings: tuple[Tensor, Tensor] = self._skeleton.rotary(hidden, call.positions)
@@ -199,7 +202,9 @@ class LayerCall:
     def update(
         self, keys: Tensor, values: Tensor, layer_idx: int, *_: object, **__: object
     ) -> tuple[KVView, KVView]:
-        """Store new keys and values [R, G, T, D]; what the attention function gets is a view of all."""
+        """Store new keys and values [R, G, T, D]; what the attention function gets is a view of
+        all.
+        """
         for row, sequence in enumerate(self._sequences):
             self._store.append(layer_idx, sequence, keys[row], values[row])
         view = KVView(

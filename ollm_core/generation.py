@@ -1,4 +1,6 @@
-"""The transformers face of the engine: `generate` is transformers' own, each of its steps is one weight pass."""
+"""The transformers face of the engine: `generate` is transformers' own, each of its steps is one
+weight pass.
+"""
 
 from __future__ import annotations
 
@@ -29,10 +31,12 @@ OpenStore = Callable[[str, "Path | None", int], tuple[str, BlockKVStore]]
 """(tier or "auto", directory, tokens to expect) -> (tier, store)."""
 
 
-class StreamedModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
-    """A causal language model whose weights are streamed. Open it with `ollm.load`, close it after use.
+class StreamedModel(PreTrainedModel, GenerationMixin):
+    """A causal language model whose weights are streamed. Open it with `ollm.load`, close it after
+    use.
 
-    `generate`, `forward` and the caches work as in transformers; there are no parameters to look at.
+    `generate`, `forward` and the caches work as in transformers; there are no parameters to look
+    at.
     """
 
     _supports_sdpa = True
@@ -77,10 +81,11 @@ class StreamedModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         return_dict: bool | None = None,
         **_: Any,
     ) -> CausalLMOutputWithPast:
-        """One weight pass over a batch: `input_ids` [B, T] after what the cache has -> logits [B, n, V].
+        """One weight pass over a batch: `input_ids` [B, T] after what the cache has -> logits [B,
+        n, V].
 
-        `attention_mask` [B, past + T] marks padding with 0, anywhere; such positions are left out of the pass and
-        their logits are 0. n is T, or `logits_to_keep` last positions.
+        `attention_mask` [B, past + T] marks padding with 0, anywhere; such positions are left out
+        of the pass and their logits are 0. n is T, or `logits_to_keep` last positions.
         """
         if input_ids is None or inputs_embeds is not None:
             raise UnsupportedError("a streamed model takes input_ids, not inputs_embeds")
@@ -162,7 +167,8 @@ class StreamedModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     def new_cache(
         self, kv: str | None = None, kv_dir: str | Path | None = None, *, num_tokens: int = 0
     ) -> SequenceCache:
-        """An empty cache for `past_key_values`, in a tier ("device", "host", "disk"; default: as loaded).
+        """An empty cache for `past_key_values`, in a tier ("device", "host", "disk"; default: as
+        loaded).
 
         `num_tokens` to expect, over all rows, helps to choose the tier when it is "auto".
         """
@@ -205,7 +211,9 @@ class StreamedModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         self.engine.on_progress = report
 
     def close(self) -> None:
-        """Stop reading, close all files, remove KV files and free all memory. May be called twice."""
+        """Stop reading, close all files, remove KV files and free all memory. May be called
+        twice.
+        """
         for finalizer in self._caches:
             finalizer()
         self._caches.clear()
@@ -236,7 +244,7 @@ class StreamedModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     def can_generate(cls) -> bool:
         return True
 
-    def get_experts_implementation(self) -> dict[str, str]:
+    def get_experts_implementation(self) -> dict[str, str | None]:
         return {}
 
     def _prepare_cache_for_generation(
@@ -246,7 +254,7 @@ class StreamedModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         generation_mode: Any,
         batch_size: int,
         max_cache_length: int,
-    ) -> None:
+    ) -> bool:
         if generation_config.cache_implementation is not None:
             raise UnsupportedError(
                 "cache_implementation is for transformers' caches",
@@ -257,3 +265,4 @@ class StreamedModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
                 generation_config.num_beams or 1, generation_config.num_return_sequences or 1
             )
             model_kwargs["past_key_values"] = self.new_cache(num_tokens=rows * max_cache_length)
+        return True

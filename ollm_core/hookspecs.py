@@ -1,4 +1,6 @@
-"""What a plugin may implement. One entry point in the group `ollm.adapters` names the plugin module."""
+"""What a plugin may implement. One entry point in the group `ollm.adapters` names the plugin
+module.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The interface of the predecessor (ollm 0.x and 1.x on PyPI), so that its scripts run unchanged."""
+"""The interface of the predecessor (ollm 0.x and 1.x on PyPI), so that its scripts run
+unchanged.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,8 @@ def file_get_contents(path: str | Path) -> str:
 
 
 class Inference:
-    """A model by id. `ini_model` fetches it if need be and opens it; then `model` and `tokenizer` are there.
+    """A model by id. `ini_model` fetches it if need be and opens it; then `model` and `tokenizer`
+    are there.
 
     Options of `ollm.load` may be given here too: they are how a budget is set.
     """
@@ -52,16 +55,20 @@ class Inference:
         self._open(directory)
 
     def offload_layers_to_cpu(self, layers_num: int = 2) -> None:
-        """Nothing needs to be asked: as many layers stay in memory between passes as the budgets allow.
+        """Nothing needs to be asked: as many layers stay in memory between passes as the budgets
+        allow.
 
-        Kept so that scripts run. To keep more layers, give a larger `device_memory` or `host_memory`.
+        Kept so that scripts run. To keep more layers, give a larger `device_memory` or
+        `host_memory`.
         """
         if layers_num < 0:
             raise InputError(f"layers_num is {layers_num}, expected at least 0")
         self._log("layers stay in memory as the budgets allow; %d were asked for", layers_num)
 
-    def DiskCache(self, cache_dir: str | Path = "./kv_cache") -> SequenceCache:  # noqa: N802
-        """An empty cache on disk, in a directory of its own inside `cache_dir`. Nothing else there is touched."""
+    def DiskCache(self, cache_dir: str | Path = "./kv_cache") -> SequenceCache:
+        """An empty cache on disk, in a directory of its own inside `cache_dir`. Nothing else there
+        is touched.
+        """
         return self.model.new_cache(kv="disk", kv_dir=cache_dir)
 
     def _open(self, directory: str | Path) -> None:

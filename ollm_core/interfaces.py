@@ -1,8 +1,8 @@
 """Every contract between the parts, and nothing else.
 
-Resources that own something are abstract base classes and context managers; swapped behaviour is a callable Protocol.
-Letters in shapes: R rows of one call, T new tokens, S stored tokens, H query heads, G key-value heads, D head
-dimension, C hidden size, V vocabulary.
+Resources that own something are abstract base classes and context managers; swapped behaviour is a
+callable Protocol. Letters in shapes: R rows of one call, T new tokens, S stored tokens, H query
+heads, G key-value heads, D head dimension, C hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -30,11 +30,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ADAPTER_API = "1.0"
-"""The adapter contract that this core speaks. Another major is refused, a newer minor is warned of."""
+"""The adapter contract that this core speaks. Another major is refused, a newer minor is warned
+of.
+"""
 
 
 class ModelAdapter(ABC):
-    """What a plugin provides for one model family. Pure declarations: no torch is needed to read them."""
+    """What a plugin provides for one model family. Pure declarations: no torch is needed to read
+    them.
+    """
 
     name: str
     """Short and unique, for instance `llama`."""
@@ -44,20 +48,28 @@ class ModelAdapter(ABC):
 
     @property
     def capabilities(self) -> Mapping[str, Capability]:
-        """Ability name to what is supported. Names: see `ollm_core.registry.CAPABILITIES`. Missing means full."""
+        """Ability name to what is supported. Names: see `ollm_core.registry.CAPABILITIES`. Missing
+        means full.
+        """
         return {}
 
     def catalog(self) -> Sequence[CatalogEntry]:
-        """Models that can be named by id. The configs are the real ones, so that planning works offline."""
+        """Models that can be named by id. The configs are the real ones, so that planning works
+        offline.
+        """
         return ()
 
     @abstractmethod
     def layout(self, config: Config) -> Layout:
-        """Where the parts sit in the transformers module tree. Raises ConfigError for a config it cannot open."""
+        """Where the parts sit in the transformers module tree. Raises ConfigError for a config it
+        cannot open.
+        """
 
     @abstractmethod
     def weights(self, config: Config, tensor_names: Iterable[str]) -> WeightPlan:
-        """Which checkpoint tensors make which parameter. Pure data; raises CheckpointError for a foreign tensor."""
+        """Which checkpoint tensors make which parameter. Pure data; raises CheckpointError for a
+        foreign tensor.
+        """
 
     @abstractmethod
     def caches(self, config: Config) -> Sequence[CacheKind]:
@@ -96,8 +108,9 @@ class ByteSource(Closing):
     def read(self, tensors: Sequence[TensorInfo], buffer: memoryview) -> Sequence[int]:
         """Read all `tensors` into `buffer` and return each one's byte offset in it.
 
-        `buffer` is writable, page-aligned and at least `buffer_bytes(tensors)` long. May be called from several threads.
-        Raises ReadError if the storage fails or a file is shorter than it was when it was opened.
+        `buffer` is writable, page-aligned and at least `buffer_bytes(tensors)` long. May be called
+        from several threads. Raises ReadError if the storage fails or a file is shorter than it was
+        when it was opened.
         """
 
     @abstractmethod
@@ -111,13 +124,17 @@ class ByteSource(Closing):
 
 
 class WeightStreamer(Closing):
-    """Gives out parameters in the order of a weight pass, and reads ahead: after the last unit comes the first."""
+    """Gives out parameters in the order of a weight pass, and reads ahead: after the last unit
+    comes the first.
+    """
 
     @abstractmethod
     def acquire(self, unit_idx: int) -> AbstractContextManager[Sequence[Tensor]]:
-        """The parameters of one unit (a layer, or a part of the head) on the device, valid inside the context.
+        """The parameters of one unit (a layer, or a part of the head) on the device, valid inside
+        the context.
 
-        Their order is the unit's. Raises ReadError if they cannot be read; the next pass may be tried again.
+        Their order is the unit's. Raises ReadError if they cannot be read; the next pass may be
+        tried again.
         """
 
     @abstractmethod
@@ -140,10 +157,11 @@ class TierBytes:
 
 
 class KVStore(Closing):
-    """Keys and values of every layer for any number of sequences, stored per KV head, never repeated to query heads.
+    """Keys and values of every layer for any number of sequences, stored per KV head, never
+    repeated to query heads.
 
-    A sequence's layers fill one after another during a weight pass; `num_tokens(sequence)` counts the tokens that
-    every layer has. Not thread-safe: one weight pass at a time.
+    A sequence's layers fill one after another during a weight pass; `num_tokens(sequence)` counts
+    the tokens that every layer has. Not thread-safe: one weight pass at a time.
     """
 
     block_size: int
@@ -162,13 +180,16 @@ class KVStore(Closing):
 
     @abstractmethod
     def append(self, layer_idx: int, sequence: int, keys: Tensor, values: Tensor) -> None:
-        """Store `keys` and `values`, each [G, T, D] in the store's dtype, after what this layer has."""
+        """Store `keys` and `values`, each [G, T, D] in the store's dtype, after what this layer
+        has.
+        """
 
     @abstractmethod
     def blocks(
         self, layer_idx: int, sequence: int, num_tokens: int | None = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Keys and values of the first `num_tokens` (default: all) in position order, as pairs of [G, n, D].
+        """Keys and values of the first `num_tokens` (default: all) in position order, as pairs of
+        [G, n, D].
 
         They are on the compute device and valid until the next step of the iterator.
         """
@@ -179,11 +200,15 @@ class KVStore(Closing):
 
     @abstractmethod
     def truncate(self, sequence: int, num_tokens: int) -> None:
-        """Drop positions >= `num_tokens` from every layer. Idempotent. Raises KVStoreError if a layer has fewer."""
+        """Drop positions >= `num_tokens` from every layer. Idempotent. Raises KVStoreError if a
+        layer has fewer.
+        """
 
     @abstractmethod
     def fork(self, sequence: int, num_tokens: int | None = None) -> int:
-        """A new sequence that shares the first `num_tokens` (default: all). Neither sees what the other adds."""
+        """A new sequence that shares the first `num_tokens` (default: all). Neither sees what the
+        other adds.
+        """
 
     @abstractmethod
     def release(self, sequence: int) -> None:
@@ -201,9 +226,11 @@ class KVStore(Closing):
 
 @dataclass(frozen=True, slots=True)
 class KVView:
-    """What a layer's attention may see: the new keys and values of R rows, and the store for what came before.
+    """What a layer's attention may see: the new keys and values of R rows, and the store for what
+    came before.
 
-    It stands where transformers expects the key tensor, and reaches the attention function through the layer.
+    It stands where transformers expects the key tensor, and reaches the attention function through
+    the layer.
     """
 
     keys: Tensor
@@ -235,8 +262,9 @@ class Attention(Protocol):
         scaling: float,
         **options: Any,
     ) -> Tensor:
-        """`query` [R, H, T, D] -> [R, T, H, D]. `module` is the transformers attention module that asks.
+        """`query` [R, H, T, D] -> [R, T, H, D]. `module` is the transformers attention module that
+        asks.
 
-        `options` are those that the module passes to any attention function; one that is not understood and not
-        None is refused with UnsupportedError rather than ignored.
+        `options` are those that the module passes to any attention function; one that is not
+        understood and not None is refused with UnsupportedError rather than ignored.
         """

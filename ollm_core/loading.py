@@ -48,19 +48,26 @@ def load(
     on_progress: Callable[[Progress], None] | None = None,
     registry: Registry | None = None,
 ) -> StreamedModel:
-    """Open the model in a directory, or one that is known by id, for running inside a bounded memory.
+    """Open the model in a directory, or one that is known by id, for running inside a bounded
+    memory.
 
-    - `device`: "auto", "cpu", "cuda" or "cuda:N". `dtype`: "auto" (the checkpoint's), or a key of `DTYPES`.
-    - `device_memory`, `host_memory`: the most bytes to hold there, as `8GB`, `512MiB` or an int. Default: most of
-      what is free now. On a CPU, weights and activations count as device memory, KV on the host as host memory.
-    - `kv`: where keys and values are kept; "auto" takes the first of device, host and disk that has room.
-    - `kv_dir`: the directory for KV on disk. Only files made by this model are ever removed from it.
-    - `attention`: "exact" (bit for bit transformers' eager attention; memory grows with the context), "blockwise"
-      (it does not), or "auto": exact up to 8,192 tokens where it fits.
-    - `chunk_size`: tokens of a prompt that go through a layer together. Default: the largest that fits.
+    - `device`: "auto", "cpu", "cuda" or "cuda:N". `dtype`: "auto" (the checkpoint's), or a key of
+      `DTYPES`.
+    - `device_memory`, `host_memory`: the most bytes to hold there, as `8GB`, `512MiB` or an int.
+      Default: most of what is free now. On a CPU, weights and activations count as device memory,
+      KV on the host as host memory.
+    - `kv`: where keys and values are kept; "auto" takes the first of device, host and disk that has
+      room.
+    - `kv_dir`: the directory for KV on disk. Only files made by this model are ever removed from
+      it.
+    - `attention`: "exact" (bit for bit transformers' eager attention; memory grows with the
+      context), "blockwise" (it does not), or "auto": exact up to 8,192 tokens where it fits.
+    - `chunk_size`: tokens of a prompt that go through a layer together. Default: the largest that
+      fits.
     - `reader`: the reading engine, "direct", "mmap" or "auto".
 
-    Raises an OllmError: UnknownModelError, ConfigError, CheckpointError, DeviceError, DoesNotFitError, InputError.
+    Raises an OllmError: UnknownModelError, ConfigError, CheckpointError, DeviceError,
+    DoesNotFitError, InputError.
     """
     _one_of("kv", kv, KV_TIERS)
     _one_of("attention", attention, ("auto", *ATTENTIONS))
@@ -83,7 +90,7 @@ def load(
         adapter.weights(config, checkpoint.tensors),
         checkpoint.tensors,
         skeleton.shapes,
-        # Cutting the head changes last bits where a matrix library works on float32 rows in parallel.
+        # In float32, matrix libraries give other last bits for a part of the rows.
         slice_head=compute_dtype != torch.float32,
     )
     source = _open(checkpoint, reader)
@@ -188,7 +195,9 @@ def _open_store(
 def _choose_tier(
     geometry: KVGeometry, num_tokens: int, accounts: Accounts, *, on_disk: bool
 ) -> str:
-    """The first tier of which the expected tokens take at most a quarter (device) or half (host)."""
+    """The first tier of which the expected tokens take at most a quarter (device) or half
+    (host).
+    """
     if on_disk:
         return "disk"
     per_token = 2 * geometry.num_layers * geometry.num_kv_heads * geometry.head_dim
@@ -208,7 +217,9 @@ def _generation_config(directory: Path) -> GenerationConfig | None:
 
 
 def _tokenizer(directory: Path) -> Any:
-    """The tokenizer of the directory, or None if it has none: token ids are enough to run a model."""
+    """The tokenizer of the directory, or None if it has none: token ids are enough to run a
+    model.
+    """
     if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         return None
     try:

@@ -35,7 +35,8 @@ def pick_device(name: str) -> torch.device:
 
 
 def free_memory(device: torch.device) -> tuple[int, int]:
-    """Bytes of device and host memory that a model may use by default: what is free, less a reserve.
+    """Bytes of device and host memory that a model may use by default: what is free, less a
+    reserve.
 
     On a CPU both come out of the same memory: 70% counts as the device's, 20% as the host's.
     """

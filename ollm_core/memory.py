@@ -1,4 +1,6 @@
-"""Budgets and accounting: who holds how many bytes of one memory, the most that ever was, and a limit that holds."""
+"""Budgets and accounting: who holds how many bytes of one memory, the most that ever was, and a
+limit that holds.
+"""
 
 from __future__ import annotations
 
@@ -51,8 +53,8 @@ def format_size(num_bytes: float) -> str:
 class MemoryAccount:
     """Bytes held of one memory, by kind, under a limit.
 
-    Everything the library allocates there is reserved first, so that what does not fit fails before it is allocated.
-    Thread-safe: the reader thread and the pass share an account.
+    Everything the library allocates there is reserved first, so that what does not fit fails before
+    it is allocated. Thread-safe: the reader thread and the pass share an account.
     """
 
     def __init__(self, name: str, limit: int) -> None:
@@ -70,12 +72,15 @@ class MemoryAccount:
         return self.limit - self.used
 
     def reserve(self, kind: str, num_bytes: int) -> None:
-        """Take `num_bytes`. Raises DoesNotFitError, with nothing taken, if the limit does not allow it."""
+        """Take `num_bytes`. Raises DoesNotFitError, with nothing taken, if the limit does not allow
+        it.
+        """
         with self._lock:
             if self.used + num_bytes > self.limit:
+                free, limit = format_size(self.limit - self.used), format_size(self.limit)
                 raise DoesNotFitError(
-                    f"{kind} needs {format_size(num_bytes)} of {self.name}, {format_size(self.limit - self.used)} "
-                    f"of {format_size(self.limit)} is free",
+                    f"{kind} needs {format_size(num_bytes)} of {self.name}, "
+                    f"{free} of {limit} is free",
                     hint=f"allow at least {self.used + num_bytes} bytes",
                 )
             self.used += num_bytes

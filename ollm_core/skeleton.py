@@ -1,7 +1,10 @@
-"""The transformers model without weights: every layer on the meta device, parameters bound just before use."""
+"""The transformers model without weights: every layer on the meta device, parameters bound just
+before use.
+"""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -16,7 +19,9 @@ from ollm_core.types import Config, Layout
 
 
 class Skeleton:
-    """Layers, final norm and rotary embedding of one model, callable once their parameters are bound."""
+    """Layers, final norm and rotary embedding of one model, callable once their parameters are
+    bound.
+    """
 
     def __init__(
         self, config: Config, layout: Layout, dtype: torch.dtype, device: torch.device
@@ -26,7 +31,7 @@ class Skeleton:
         self.layout = layout
         self.config: PreTrainedConfig
         try:
-            self.config = AutoConfig.for_model(**config)
+            self.config = AutoConfig.for_model(**copy.deepcopy(dict(config)))
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(
                     self.config, dtype=dtype, attn_implementation=ATTENTION_NAME
@@ -41,7 +46,7 @@ class Skeleton:
             name: tuple(parameter.shape)
             for name, parameter in model.named_parameters(remove_duplicate=False)
         }
-        self.layers: Sequence[nn.Module] = list(model.get_submodule(layout.layers))  # type: ignore[arg-type]
+        self.layers: Sequence[nn.Module] = list(model.get_submodule(layout.layers))
         self.norm = model.get_submodule(layout.norm)
         rotary = model.get_submodule(layout.rotary)
         self.meta_rotary = rotary
@@ -78,7 +83,9 @@ class Skeleton:
 
 
 def _parameter_slots(module: nn.Module) -> list[tuple[dict[str, Any], str, str]]:
-    """Where each parameter of `module` is kept: its owner's dictionary, the key in it, the dotted name."""
+    """Where each parameter of `module` is kept: its owner's dictionary, the key in it, the dotted
+    name.
+    """
     return [
         (owner._parameters, leaf, f"{prefix}.{leaf}" if prefix else leaf)
         for prefix, owner in module.named_modules()

@@ -15,11 +15,12 @@ from torch.utils._pytree import tree_leaves
 class AllocationTracker(TorchDispatchMode):
     """Bytes of live tensor storages of one device type that were made inside the `with` block.
 
-    Kernels' inner scratch memory is not seen. `limit` makes it an enforcer: going past it raises MemoryError.
+    Kernels' inner scratch memory is not seen. `limit` makes it an enforcer: going past it raises
+    MemoryError.
     """
 
     def __init__(self, device_type: str, limit: int | None = None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.used = 0
         self.peak = 0
         self._device_type = device_type
@@ -65,4 +66,5 @@ def traced_peak(work: Callable[[], object]) -> int:
     with torch.no_grad(), AllocationTracker("meta") as tracker:
         result = work()
         del result
-    return tracker.peak
+    peak: int = tracker.peak
+    return peak

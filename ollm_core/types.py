@@ -1,4 +1,6 @@
-"""Plain data that the parts exchange: frozen, slotted, and free of torch so that `list-models` stays quick."""
+"""Plain data that the parts exchange: frozen, slotted, and free of torch so that `list-models`
+stays quick.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ DTYPE_BYTES: Mapping[str, int] = {
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """Where one tensor's bytes are: `num_bytes` at absolute file `offset` in `path`, row-major, little-endian."""
+    """Where one tensor's bytes are: `num_bytes` at absolute file `offset` in `path`, row-major,
+    little-endian.
+    """
 
     name: str
     dtype: str
@@ -48,7 +52,8 @@ class TensorInfo:
 class ParameterSource:
     """Which checkpoint tensors make one parameter.
 
-    `transform` gets the tensors in order, as stored, and returns the parameter; None takes the single tensor as it is.
+    `transform` gets the tensors in order, as stored, and returns the parameter; None takes the
+    single tensor as it is.
     """
 
     tensors: tuple[str, ...]
@@ -57,9 +62,11 @@ class ParameterSource:
 
 @dataclass(frozen=True, slots=True)
 class WeightPlan:
-    """How a checkpoint's tensors become parameters: each tensor is used by one parameter or listed in `ignored`.
+    """How a checkpoint's tensors become parameters: each tensor is used by one parameter or listed
+    in `ignored`.
 
-    `parameters` is keyed by the name in the transformers module tree. A tied head names the embedding's tensor again.
+    `parameters` is keyed by the name in the transformers module tree. A tied head names the
+    embedding's tensor again.
     """
 
     parameters: Mapping[str, ParameterSource]
@@ -68,7 +75,9 @@ class WeightPlan:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where the parts sit in the transformers module tree (dotted module paths), and each layer's mixer kind."""
+    """Where the parts sit in the transformers module tree (dotted module paths), and each layer's
+    mixer kind.
+    """
 
     num_layers: int
     embedding: str = "model.embed_tokens"
@@ -136,7 +145,9 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """What a model has done since it was opened. Sizes are bytes; `model.stats` makes a new one at each call."""
+    """What a model has done since it was opened. Sizes are bytes; `model.stats` makes a new one at
+    each call.
+    """
 
     weight_bytes: int
     """All parameters of the model as stored in the checkpoint."""
@@ -147,7 +158,9 @@ class Stats:
     host_limit_bytes: int
     host_peak_bytes: int
     process_peak_bytes: int
-    """Of the whole process, interpreter and libraries included; 0 where the system does not tell."""
+    """Of the whole process, interpreter and libraries included; 0 where the system does not
+    tell.
+    """
     weight_bytes_read: int
     """Read from storage by the weight streamer, loading of resident weights not counted."""
     read_seconds: float

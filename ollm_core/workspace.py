@@ -1,14 +1,17 @@
-"""How much memory one chunk takes on its way through a layer: traced on the meta device, so exact and quick."""
+"""How much memory one chunk takes on its way through a layer: traced on the meta device, so exact
+and quick.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from ollm_core.attention import ATTENTIONS
-from ollm_core.interfaces import KVView
+from ollm_core.interfaces import KVStore, KVView
 from ollm_core.skeleton import Skeleton
 from ollm_core.tracing import traced_peak
 from ollm_core.types import CacheKind
@@ -27,7 +30,8 @@ class Workspace:
         self._known: dict[tuple[int, int, int, str], int] = {}
 
     def layer_bytes(self, num_rows: int, num_new: int, num_past: int, attention: str) -> int:
-        """Peak bytes of a layer for `num_new` tokens in each of `num_rows`, after `num_past` tokens.
+        """Peak bytes of a layer for `num_new` tokens in each of `num_rows`, after `num_past`
+        tokens.
 
         The layer's output is counted, its input and its weights are not.
         """
@@ -80,7 +84,7 @@ class _TracedCache:
             layer_idx,
             (0,) * num_rows,
             (self._num_blocks * _BLOCK,) * num_rows,
-            self,  # type: ignore[arg-type] - only `blocks` is asked of it
+            cast("KVStore", self),  # only `blocks` is asked of it
             ATTENTIONS[self._attention],
         )
         return view, view

@@ -88,7 +88,9 @@ def test_greedy_decode_is_bitwise(make_llama, reference, ids, tmp_path, dtype):
 
 
 def test_streamed_equals_resident(make_llama, ids):
-    """A model that reads every layer at every pass gives the bits of one that is wholly resident."""
+    """A model that reads every layer at every pass gives the bits of one that is wholly
+    resident.
+    """
     directory = make_llama(
         torch.bfloat16, hidden_size=256, intermediate_size=1024, num_hidden_layers=6
     )
@@ -108,7 +110,9 @@ def test_streamed_equals_resident(make_llama, ids):
 
 @pytest.mark.parametrize("kv", ["device", "host", "disk"])
 def test_blockwise_is_within_1e_5(make_llama, reference, ids, tmp_path, kv):
-    """Block-wise attention in float32 differs from transformers by less than 1e-5 of the logits' scale."""
+    """Block-wise attention in float32 differs from transformers by less than 1e-5 of the logits'
+    scale.
+    """
     directory = make_llama()
     prompt = ids(1100)
     expected = reference(directory, torch.float32).logits(prompt, 200)
@@ -132,7 +136,9 @@ def test_llama3_rope_and_shards(make_llama, reference, ids):
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_smollm2_is_bitwise(smollm2, reference, tmp_path, dtype):
-    """SmolLM2 with its real weights: the logits of a long prompt and 64 greedy tokens are transformers'."""
+    """SmolLM2 with its real weights: the logits of a long prompt and 64 greedy tokens are
+    transformers'.
+    """
     num_tokens = 1040
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(10, 49000, (num_tokens,), generator=generator)

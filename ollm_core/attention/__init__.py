@@ -1,7 +1,8 @@
 """Attention strategies, and the name under which transformers' layers find them.
 
-A layer is run with its attention implementation set to `ATTENTION_NAME`. What it gets as keys is a KVView, which says
-which strategy to use: nothing is kept in this module, so that models do not see each other.
+A layer is run with its attention implementation set to `ATTENTION_NAME`. What it gets as keys is a
+KVView, which says which strategy to use: nothing is kept in this module, so that models do not see
+each other.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Attention block by block: the partial results are merged by their log-sum-exp, so no key is needed twice.
+"""Attention block by block: the partial results are merged by their log-sum-exp, so no key is
+needed twice.
 
-Its memory does not grow with the context. The fused kernels are torch's own; the merge is that of FlashAttention
-(Dao et al. 2022, arXiv:2205.14135).
+Its memory does not grow with the context. The fused kernels are torch's own; the merge is that of
+FlashAttention (Dao et al. 2022, arXiv:2205.14135).
 """
 
 from __future__ import annotations

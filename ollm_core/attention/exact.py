@@ -1,6 +1,8 @@
-"""The oracle: transformers' own eager attention of the family, over all keys and values in one piece.
+"""The oracle: transformers' own eager attention of the family, over all keys and values in one
+piece.
 
-Bit for bit what the un-offloaded model computes for the same chunk. Its memory grows with the context.
+Bit for bit what the un-offloaded model computes for the same chunk. Its memory grows with the
+context.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ from ollm_core.interfaces import KVView
 def exact_attention(
     module: torch.nn.Module, query: Tensor, view: KVView, *, scaling: float, **options: Any
 ) -> Tensor:
-    """See Attention. Follows `eager_attention_forward` of the modeling module that `module` comes from."""
+    """See Attention. Follows `eager_attention_forward` of the modeling module that `module` comes
+    from.
+    """
     if options.pop("sliding_window", None) is not None:
         raise UnsupportedError("sliding-window attention is not supported yet")
     eager = _family_eager(module)
@@ -60,7 +64,9 @@ def _gather(view: KVView, row: int) -> tuple[Tensor, Tensor]:
 
 
 def _causal_mask(query: Tensor, start: int, num_keys: int) -> Tensor:
-    """Additive mask [1, 1, T, S]: zero where key position <= query position, else the dtype's minimum."""
+    """Additive mask [1, 1, T, S]: zero where key position <= query position, else the dtype's
+    minimum.
+    """
     lowest = torch.finfo(query.dtype).min
     mask = query.new_full((query.shape[2], num_keys), lowest)
     return mask.triu_(start + 1)[None, None]

@@ -1,4 +1,6 @@
-"""The prefetching ring: one thread reads units in pass order into a few reused buffers, ahead of the pass."""
+"""The prefetching ring: one thread reads units in pass order into a few reused buffers, ahead of
+the pass.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ class Slot:
     buffer: Tensor
     offsets: Sequence[int] = ()
     built: dict[int, list[Tensor]] = field(default_factory=dict)
-    """Parameters that are views of this buffer, by unit: they are the same at every pass, so made once."""
+    """Parameters that are views of this buffer, by unit: they are the same at every pass, so made
+    once.
+    """
 
 
 class Ring(Closing):
@@ -48,7 +52,9 @@ class Ring(Closing):
         self._thread = threading.Thread(target=self._read_ahead, name="ollm-reader", daemon=True)
 
     def set_order(self, order: Sequence[int]) -> None:
-        """Read these units from now on, in this cyclic order. What is ready and still in the order stays."""
+        """Read these units from now on, in this cyclic order. What is ready and still in the order
+        stays.
+        """
         with self._changed:
             if list(order) == self._order:
                 return
@@ -61,14 +67,16 @@ class Ring(Closing):
             self._thread.start()
 
     def take(self, unit_idx: int) -> Slot:
-        """The slot that holds `unit_idx`, waiting for it; the caller gives it back. Raises ReadError.
+        """The slot that holds `unit_idx`, waiting for it; the caller gives it back. Raises
+        ReadError.
 
-        A pass that was broken off leaves the ring in the middle: units before the wanted one are passed over.
+        A pass that was broken off leaves the ring in the middle: units before the wanted one are
+        passed over.
         """
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._ready or self._error or self._closed)
-                if self._error:
+                if self._error and not self._ready:  # what was read before it is still good
                     error, self._error = self._error, None
                     self._changed.notify_all()
                     raise error

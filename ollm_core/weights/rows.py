@@ -24,7 +24,9 @@ class EmbeddingRows(Closing):
         self._file = os.open(table.path, os.O_RDONLY | os.O_CLOEXEC)
 
     def lookup(self, token_ids: Tensor, dtype: torch.dtype) -> Tensor:
-        """Rows of `token_ids` [N] as [N, C] in `dtype`, on the CPU. Each distinct row is read once."""
+        """Rows of `token_ids` [N] as [N, C] in `dtype`, on the CPU. Each distinct row is read
+        once.
+        """
         distinct, where = token_ids.unique(return_inverse=True)
         rows = torch.empty(len(distinct) * self._row_bytes, dtype=torch.uint8)
         memory = as_memoryview(rows)

@@ -1,7 +1,8 @@
-"""Reading engines: O_DIRECT into the caller's pages, and a memory map where the file system refuses O_DIRECT.
+"""Reading engines: O_DIRECT into the caller's pages, and a memory map where the file system refuses
+O_DIRECT.
 
-Both read whole pages around each run of neighbouring tensors, so a byte's place in its page is the same in memory as
-in the file.
+Both read whole pages around each run of neighbouring tensors, so a byte's place in its page is the
+same in memory as in the file.
 """
 
 from __future__ import annotations
@@ -83,7 +84,9 @@ class _PagedSource(ByteSource):
     def _plan(self, tensors: Sequence[TensorInfo]) -> tuple[list[_Run], list[int]]:
         key = tuple(tensors)
         if key not in self._plans:
-            runs, place, offset_of = [], 0, {}
+            runs: list[_Run] = []
+            offset_of: dict[str, int] = {}
+            place = 0
             for run, group in _runs(key):
                 runs.append(run)
                 offset_of |= {t.name: place + t.offset - run.offset for t in group}
@@ -96,12 +99,16 @@ class _PagedSource(ByteSource):
 
 
 class DirectSource(_PagedSource):
-    """O_DIRECT: the disk writes into the buffer itself, past the page cache. One call per run where it can be."""
+    """O_DIRECT: the disk writes into the buffer itself, past the page cache. One call per run where
+    it can be.
+    """
 
     name = "direct"
 
     def __init__(self, paths: Sequence[Path]) -> None:
-        """Open `paths` and try one read. Raises OSError with EINVAL where the file system refuses O_DIRECT."""
+        """Open `paths` and try one read. Raises OSError with EINVAL where the file system refuses
+        O_DIRECT.
+        """
         super().__init__()
         self._files: dict[Path, int] = {}
         try:
@@ -137,7 +144,9 @@ class DirectSource(_PagedSource):
 
 
 class MmapSource(_PagedSource):
-    """A memory map, copied into the buffer: works on every file system, at the price of the page cache."""
+    """A memory map, copied into the buffer: works on every file system, at the price of the page
+    cache.
+    """
 
     name = "mmap"
 
@@ -172,9 +181,11 @@ class MmapSource(_PagedSource):
 
 
 def open_source(paths: Sequence[Path], reader: str = "auto") -> ByteSource:
-    """The reading engine named by `reader`: "direct", "mmap", or "auto", which tries a direct read first.
+    """The reading engine named by `reader`: "direct", "mmap", or "auto", which tries a direct read
+    first.
 
-    Raises InputError for another name, or if "direct" is asked for where the file system refuses it.
+    Raises InputError for another name, or if "direct" is asked for where the file system refuses
+    it.
     """
     if reader not in ("auto", "direct", "mmap"):
         raise InputError(f"unknown reading engine {reader!r}", hint="one of: auto, direct, mmap")

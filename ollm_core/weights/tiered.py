@@ -1,8 +1,9 @@
-"""The weights of one model over the tiers: some units resident, the rest streamed from disk, inside a budget.
+"""The weights of one model over the tiers: some units resident, the rest streamed from disk, inside
+a budget.
 
-A cyclic scan never finds in a cache what it needs next, so the resident set is fixed, not least-recently-used. It
-follows one order that spreads any number of units evenly over the pass: the reader always has something to do while
-resident layers compute.
+A cyclic scan never finds in a cache what it needs next, so the resident set is fixed, not
+least-recently-used. It follows one order that spreads any number of units evenly over the pass: the
+reader always has something to do while resident layers compute.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ _SLOTS = 3  # two suffice when disk and compute are even; the third takes up jit
 
 
 def spread_order(num_units: int) -> list[int]:
-    """All unit indices, such that the first k of them lie evenly spread, for every k (bit-reversed counting)."""
+    """All unit indices, such that the first k of them lie evenly spread, for every k (bit-reversed
+    counting).
+    """
     bits = max((num_units - 1).bit_length(), 1)
     reversed_count = (int(f"{i:0{bits}b}"[::-1], 2) for i in range(1 << bits))
     return [i for i in reversed_count if i < num_units]
@@ -35,7 +38,9 @@ def spread_order(num_units: int) -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Which units are kept on the device and in host memory. The rest is streamed through `num_slots` buffers."""
+    """Which units are kept on the device and in host memory. The rest is streamed through
+    `num_slots` buffers.
+    """
 
     device: frozenset[int]
     host: frozenset[int]
@@ -43,7 +48,9 @@ class Placement:
 
 
 class TieredWeights(WeightStreamer):
-    """Gives out the units of a model. `fit` says how much memory it may hold; it may be called between passes."""
+    """Gives out the units of a model. `fit` says how much memory it may hold; it may be called
+    between passes.
+    """
 
     def __init__(
         self,
@@ -53,7 +60,9 @@ class TieredWeights(WeightStreamer):
         device: torch.device,
         accounts: tuple[MemoryAccount, MemoryAccount],
     ) -> None:
-        """`accounts` are those of the device and the host. On a CPU everything counts as device memory."""
+        """`accounts` are those of the device and the host. On a CPU everything counts as device
+        memory.
+        """
         self.units = units.in_pass_order
         self.dtype = dtype
         self.device = device
@@ -84,7 +93,9 @@ class TieredWeights(WeightStreamer):
         self.fixed_device_bytes = (
             norm_bytes + copied + (0 if self._upload is None else self._upload.num_bytes)
         )
-        """Held on the device whatever the placement: the norm, parameters in conversion, the upload buffer."""
+        """Held on the device whatever the placement: the norm, parameters in conversion, the upload
+        buffer.
+        """
         self._device_account.reserve("weights", self.fixed_device_bytes)
         self.norm = self._load(units.norm)
 
@@ -119,10 +130,11 @@ class TieredWeights(WeightStreamer):
         return self._source.name
 
     def fit(self, device_bytes: int, host_bytes: int) -> None:
-        """Hold at most `device_bytes` and `host_bytes` beside `fixed_device_bytes`, as much as is useful of it.
+        """Hold at most `device_bytes` and `host_bytes` beside `fixed_device_bytes`, as much as is
+        useful of it.
 
-        Drops resident units or plans more of them; those are read when they are first acquired. Raises
-        DoesNotFitError if not even the ring fits.
+        Drops resident units or plans more of them; those are read when they are first acquired.
+        Raises DoesNotFitError if not even the ring fits.
         """
         wanted = self._place(device_bytes, host_bytes)
         for i in self._device_units.keys() - wanted.device:
@@ -144,7 +156,9 @@ class TieredWeights(WeightStreamer):
 
     @contextmanager
     def acquire(self, unit_idx: int) -> Iterator[Sequence[Tensor]]:
-        """See WeightStreamer. `unit_idx` counts in pass order: layers first, then the parts of the head."""
+        """See WeightStreamer. `unit_idx` counts in pass order: layers first, then the parts of the
+        head.
+        """
         unit = self.units[unit_idx]
         if unit_idx in self._device_units:
             resident = self._device_units[unit_idx]

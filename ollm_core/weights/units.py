@@ -101,7 +101,9 @@ class WeightUnit:
 
 @dataclass(frozen=True, slots=True)
 class Units:
-    """A model cut into units: the layers, then the head, in pass order; the norm and the embedding beside them."""
+    """A model cut into units: the layers, then the head, in pass order; the norm and the embedding
+    beside them.
+    """
 
     layers: tuple[WeightUnit, ...]
     head: tuple[WeightUnit, ...]
@@ -124,9 +126,9 @@ def cut_units(
 ) -> Units:
     """Cut a model into units.
 
-    `shapes` are those of the skeleton's parameters. With `slice_head` the head is cut over the vocabulary into parts
-    no larger than the largest layer, so that it needs no larger buffer. Raises CheckpointError if the plan, the
-    checkpoint and the skeleton do not agree.
+    `shapes` are those of the skeleton's parameters. With `slice_head` the head is cut over the
+    vocabulary into parts no larger than the largest layer, so that it needs no larger buffer.
+    Raises CheckpointError if the plan, the checkpoint and the skeleton do not agree.
     """
     parameters = dict(_checked(plan, tensors, shapes))
 
@@ -165,7 +167,7 @@ def _checked(
                 )
             if source.transform is None and not TORCH_DTYPES[tensor.dtype].is_floating_point:
                 raise CheckpointError(
-                    f"{tensor.path}: {tensor.name} has dtype {tensor.dtype}, expected a float dtype",
+                    f"{tensor.path}: {tensor.name} has dtype {tensor.dtype}, expected floats",
                     hint="quantised checkpoints need an adapter that knows them",
                 )
         yield name, Parameter(name, shape, source, found)

@@ -7,7 +7,9 @@ from torch import Tensor
 
 
 class Upload:
-    """Copies a host buffer to a device buffer that is reused: stream order keeps copy and compute apart."""
+    """Copies a host buffer to a device buffer that is reused: stream order keeps copy and compute
+    apart.
+    """
 
     def __init__(self, device: torch.device, num_bytes: int) -> None:
         """`num_bytes` is the largest buffer that will be copied."""
@@ -16,7 +18,9 @@ class Upload:
         self._copied = torch.cuda.Event()
 
     def copy(self, host: Tensor) -> Tensor:
-        """The bytes of `host` on the device, valid until the next copy. `host` may be reused after `wait`."""
+        """The bytes of `host` on the device, valid until the next copy. `host` may be reused after
+        `wait`.
+        """
         target = self._buffer[: host.numel()]
         target.copy_(host, non_blocking=True)
         self._copied.record(torch.cuda.current_stream(target.device))

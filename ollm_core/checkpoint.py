@@ -1,0 +1,347 @@
+"""Where each tensor of a checkpoint is: safetensors headers, read as the hostile input they are.
+
+Knows files, names and byte ranges, but no model family. Reads no tensor data, `content_fingerprint`
+excepted, and needs no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from ollm_core.errors import CheckpointError, ConfigError, ReadError
+from ollm_core.types import DTYPE_BYTES, TensorInfo
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+MAX_HEADER_BYTES = 100_000_000
+"""The format's own limit; also put on the index."""
+MAX_CONFIG_BYTES = 16 << 20
+
+_LENGTH_BYTES = 8
+_MAX_INT = (1 << 63) - 1
+_SAMPLE_BYTES = 512
+_FETCH_AGAIN = "fetch the model again, for instance with `ollm pull`"
+
+
+@dataclass(frozen=True, slots=True)
+class FileState:
+    """What shows that a file was replaced or written to."""
+
+    num_bytes: int
+    mtime_ns: int
+    inode: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> FileState:
+        """The state that `stat` found."""
+        return cls(status.st_size, status.st_mtime_ns, status.st_ino)
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """The files of one model: where each tensor is, and how the files were when opened."""
+
+    directory: Path
+    tensors: Mapping[str, TensorInfo] = field(repr=False)
+    """By name, in the order of the files and of the bytes in them."""
+    files: Mapping[Path, FileState] = field(repr=False)
+    fingerprint: str
+    """16 hex digits of headers, file sizes and config.json. Blind to the values of the weights."""
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.num_bytes for tensor in self.tensors.values())
+
+    def check_unchanged(self) -> None:
+        """Raises ReadError if a file is gone or has another size, modification time or inode."""
+        for path, state in self.files.items():
+            try:
+                now = FileState.of(path.stat())
+            except OSError as error:
+                raise ReadError(
+                    f"{path}: cannot be read any more ({_reason(error)})",
+                    hint="do not move the files of a model that is open",
+                ) from error
+            if now != state:
+                raise ReadError(
+                    f"{path}: changed since the model was opened", hint="open the model again"
+                )
+
+    def content_fingerprint(self) -> str:
+        """16 hex digits of `fingerprint` and of the first and last 512 bytes of every tensor.
+
+        Tells fine-tunes of one model apart, whose headers are equal. Raises ReadError.
+        """
+        digest = hashlib.sha256(self.fingerprint.encode())
+        for path in self.files:
+            try:
+                with path.open("rb") as file:
+                    for tensor in self.tensors.values():
+                        if tensor.path == path:
+                            _hash_ends(digest, file.fileno(), tensor)
+            except OSError as error:
+                raise ReadError(f"{path}: {_reason(error)}") from error
+        return digest.hexdigest()[:16]
+
+
+def open_checkpoint(directory: Path) -> Checkpoint:
+    """Read and check the headers of the safetensors files: those of the index, else the single one.
+
+    Raises CheckpointError, naming the file, for anything missing, damaged or contradictory.
+    """
+    index = directory / INDEX_FILE
+    listed = _read_index(index) if os.path.lexists(index) else None
+    names = sorted(set(listed.values())) if listed is not None else [SINGLE_FILE]
+    if listed is None and not os.path.lexists(directory / SINGLE_FILE):
+        raise CheckpointError(
+            f"{directory}: neither {INDEX_FILE} nor {SINGLE_FILE} is there",
+            hint="give the directory of a safetensors checkpoint",
+        )
+    digest = hashlib.sha256()
+    tensors: dict[str, TensorInfo] = {}
+    files: dict[Path, FileState] = {}
+    for path in (directory / name for name in names):
+        header, files[path] = _read_header(path)
+        digest.update(b"%d %d " % (files[path].num_bytes, len(header)))
+        digest.update(header)
+        for tensor in _parse_header(path, header, files[path].num_bytes):
+            if other := tensors.get(tensor.name):
+                raise CheckpointError(
+                    f"{path}: tensor {_show(tensor.name)} is also in {other.path.name}",
+                    hint=_FETCH_AGAIN,
+                )
+            tensors[tensor.name] = tensor
+    if listed is not None:
+        _check_listed(index, listed, tensors)
+    config = directory / "config.json"
+    if os.path.isfile(config):
+        digest.update(_read_small(config, MAX_CONFIG_BYTES, CheckpointError))
+    return Checkpoint(
+        directory, MappingProxyType(tensors), MappingProxyType(files), digest.hexdigest()[:16]
+    )
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """The model's config.json. Raises ConfigError if missing, damaged or without `model_type`."""
+    path = directory / "config.json"
+    if not os.path.isfile(path):
+        raise ConfigError(f"{path}: no such file", hint="give the directory of a model")
+    try:
+        config = _parse_object(_read_small(path, MAX_CONFIG_BYTES, ConfigError))
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}", hint=_FETCH_AGAIN) from error
+    if not isinstance(config.get("model_type"), str):
+        raise ConfigError(
+            f"{path}: `model_type` must be a string, got {_show(config.get('model_type'))}",
+            hint="it names the model's family, for instance `llama`",
+        )
+    return config
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """Tensor name to file name."""
+    try:
+        raw = _read_small(path, MAX_HEADER_BYTES, CheckpointError)
+        listed = _parse_object(raw, object_pairs_hook=_unique).get("weight_map")
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}", hint=_FETCH_AGAIN) from error
+    if not isinstance(listed, dict) or not listed:
+        raise CheckpointError(
+            f"{path}: `weight_map` must be an object of tensor names and file names",
+            hint=_FETCH_AGAIN,
+        )
+    for name in listed.values():
+        if not _is_plain_name(name):
+            raise CheckpointError(
+                f"{path}: {_show(name)} is not the plain name of a file in the same directory",
+                hint=_FETCH_AGAIN,
+            )
+    return listed
+
+
+def _check_listed(
+    index: Path, listed: Mapping[str, str], tensors: Mapping[str, TensorInfo]
+) -> None:
+    for name, file_name in listed.items():
+        if name not in tensors or tensors[name].path.name != file_name:
+            raise CheckpointError(
+                f"{index.with_name(file_name)}: lacks tensor {_show(name)}, which the index names",
+                hint=_FETCH_AGAIN,
+            )
+    for name, tensor in tensors.items():
+        if name not in listed:
+            raise CheckpointError(
+                f"{tensor.path}: tensor {_show(name)} is not in {index.name}",
+                hint="the index is of another version of the model; " + _FETCH_AGAIN,
+            )
+
+
+def _read_header(path: Path) -> tuple[bytes, FileState]:
+    """The JSON part of a safetensors file, its length checked against the file's."""
+    try:
+        _check_regular(path, path.stat().st_mode, CheckpointError)
+        with path.open("rb") as file:
+            state = FileState.of(os.fstat(file.fileno()))
+            start = file.read(_LENGTH_BYTES)
+            if start == b"version ":
+                raise CheckpointError(
+                    f"{path}: is a Git LFS pointer, not the weights", hint="run `git lfs pull`"
+                )
+            length = int.from_bytes(start, "little")
+            missing = _LENGTH_BYTES + length - state.num_bytes
+            if len(start) == _LENGTH_BYTES and length > MAX_HEADER_BYTES:
+                raise CheckpointError(
+                    f"{path}: header of {length} bytes, at most {MAX_HEADER_BYTES} are allowed",
+                    hint="this is no safetensors file, or a damaged one; " + _FETCH_AGAIN,
+                )
+            if missing > 0:
+                raise _cut_short(path, f"at least {missing}", state.num_bytes)
+            header = file.read(length)
+    except OSError as error:
+        raise CheckpointError(f"{path}: {_reason(error)}", hint=_FETCH_AGAIN) from error
+    if len(header) < length:
+        raise _cut_short(path, f"at least {length - len(header)}", state.num_bytes)
+    return header, state
+
+
+def _parse_header(path: Path, header: bytes, file_bytes: int) -> list[TensorInfo]:
+    """The tensors in the order of their bytes, which must reach the end of the file exactly."""
+    data_start = _LENGTH_BYTES + len(header)
+    try:
+        if not header.startswith(b"{"):
+            raise ValueError("must start with '{'")
+        entries = _parse_object(header, object_pairs_hook=_unique, parse_constant=_refuse_constant)
+        _check_metadata(entries.pop("__metadata__", {}))
+        tensors = [_tensor(path, name, entry, data_start) for name, entry in entries.items()]
+        tensors.sort(key=lambda tensor: (tensor.offset, tensor.num_bytes))
+        end = data_start
+        for tensor in tensors:
+            if tensor.offset != end:
+                what = "overlaps the one before" if tensor.offset < end else "leaves a hole before"
+                raise ValueError(f"tensor {_show(tensor.name)} {what}")
+            end += tensor.num_bytes
+    except ValueError as error:
+        raise CheckpointError(f"{path}: damaged header: {error}", hint=_FETCH_AGAIN) from error
+    if end > file_bytes:
+        raise _cut_short(path, str(end - file_bytes), file_bytes)
+    if end < file_bytes:
+        raise CheckpointError(
+            f"{path}: {file_bytes - end} bytes more than its header tells of", hint=_FETCH_AGAIN
+        )
+    return tensors
+
+
+def _tensor(path: Path, name: str, entry: object, data_start: int) -> TensorInfo:
+    """One entry of a header. Raises ValueError for one that contradicts the format."""
+    if not isinstance(entry, dict):
+        raise ValueError(f"tensor {_show(name)} must be an object")
+    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
+        raise ValueError(f"tensor {_show(name)} has the unknown dtype {_show(dtype)}")
+    if not isinstance(shape, list) or not all(map(_is_size, shape)):
+        raise ValueError(f"tensor {_show(name)} needs a shape of non-negative integers")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
+        raise ValueError(f"tensor {_show(name)} needs two non-negative data_offsets")
+    num_bytes = DTYPE_BYTES[dtype]
+    for size in shape:
+        num_bytes *= size
+        if num_bytes > _MAX_INT:
+            raise ValueError(f"tensor {_show(name)} is larger than any file")
+    begin, end = offsets
+    if end - begin != num_bytes:
+        raise ValueError(
+            f"tensor {_show(name)} has {end - begin} bytes, dtype and shape need {num_bytes}"
+        )
+    return TensorInfo(name, dtype, tuple(shape), path, data_start + begin, num_bytes)
+
+
+def _parse_object(raw: bytes, **options: Any) -> dict[str, Any]:
+    """Strict UTF-8 JSON that is an object. Raises ValueError with a reason of one line."""
+    try:
+        parsed = json.loads(raw.decode("utf-8"), **options)
+    except RecursionError:
+        raise ValueError("JSON nested too deeply") from None
+    if not isinstance(parsed, dict):
+        raise ValueError("must be a JSON object")
+    return parsed
+
+
+def _unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        key.encode()  # a lone surrogate is no Unicode text: raises a ValueError
+        if key in result:
+            raise ValueError(f"{_show(key)} is there twice")
+        result[key] = value
+    return result
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _check_metadata(metadata: object) -> None:
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise ValueError("__metadata__ must be an object of strings")
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and 0 <= value <= _MAX_INT  # a bool is an int, but not a size
+
+
+def _is_plain_name(value: object) -> bool:
+    return (
+        isinstance(value, str)
+        and value.isprintable()
+        and value not in ("", ".", "..")
+        and not {"/", "\\"} & set(value)
+    )
+
+
+def _read_small(path: Path, limit: int, error_type: type[CheckpointError | ConfigError]) -> bytes:
+    try:
+        _check_regular(path, path.stat().st_mode, error_type)
+        with path.open("rb") as file:
+            raw = file.read(limit + 1)
+    except OSError as error:
+        raise error_type(f"{path}: {_reason(error)}", hint=_FETCH_AGAIN) from error
+    if len(raw) > limit:
+        raise error_type(f"{path}: larger than the {limit} bytes allowed", hint=_FETCH_AGAIN)
+    return raw
+
+
+def _check_regular(path: Path, mode: int, error_type: type[CheckpointError | ConfigError]) -> None:
+    if not stat.S_ISREG(mode):  # opening a pipe would wait for ever
+        raise error_type(f"{path}: is not a regular file", hint=_FETCH_AGAIN)
+
+
+def _hash_ends(digest: hashlib._Hash, file: int, tensor: TensorInfo) -> None:
+    digest.update(os.pread(file, min(_SAMPLE_BYTES, tensor.num_bytes), tensor.offset))
+    last = max(0, tensor.num_bytes - _SAMPLE_BYTES)
+    digest.update(os.pread(file, tensor.num_bytes - last, tensor.offset + last))
+
+
+def _cut_short(path: Path, missing: str, file_bytes: int) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: truncated: {missing} bytes are missing after the {file_bytes} that are there",
+        hint="the download was cut short; " + _FETCH_AGAIN,
+    )
+
+
+def _show(value: object) -> str:
+    """A value from a file, safe on one line of a terminal."""
+    text = ascii(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or type(error).__name__

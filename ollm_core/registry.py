@@ -1,0 +1,255 @@
+"""Which adapters are installed: discover, check and look up, without importing torch.
+
+A plugin is one entry point in the group `ollm.adapters`. Each is loaded in isolation: one that is
+broken is kept as failed with its reason, and hurts no other. There is no module-level state.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import EntryPoint, entry_points
+from types import MappingProxyType
+from typing import Literal
+
+import pluggy
+
+from ollm_core import hookspecs
+from ollm_core.errors import PluginError, UnknownModelError, UnsupportedError
+from ollm_core.interfaces import ADAPTER_API, ModelAdapter
+from ollm_core.types import Capability, CatalogEntry, Config
+
+ENTRY_POINT_GROUP = "ollm.adapters"
+LOAD_PLUGINS = "OLLM_LOAD_PLUGINS"
+"""Environment variable: the only distributions or entry points to load, comma separated."""
+
+CAPABILITIES: Mapping[str, str] = MappingProxyType(
+    {
+        "batch": "several sequences in one weight pass",
+        "chunked-prefill": "a prompt in chunks, bit for bit as transformers gives it so",
+        "kv-device": "KV cache on the device",
+        "kv-host": "KV cache in host memory",
+        "kv-disk": "KV cache on disk, found again by the next process",
+        "blockwise-attention": "attention over KV blocks, merged by log-sum-exp",
+        "truncate": "dropping the last tokens of a sequence",
+        "drafts": "checking several drafted tokens in one weight pass",
+    }
+)
+"""Every ability that an adapter can declare, and what it means. What is not declared is full."""
+
+
+@dataclass(frozen=True, slots=True)
+class PluginInfo:
+    """One entry point and what became of it."""
+
+    name: str
+    distribution: str
+    """Empty where the entry point belongs to none."""
+    version: str
+    adapters: tuple[ModelAdapter, ...] = ()
+    """Empty unless `status` is "ok"."""
+    status: Literal["ok", "failed", "skipped"] = "ok"
+    reason: str = ""
+    """Why it failed or was skipped; a warning if it is "ok"."""
+
+    def __str__(self) -> str:
+        origin = f"{self.distribution} {self.version}".strip()
+        return f"{self.name} ({origin})" if origin else self.name
+
+
+class Registry:
+    """The plugins of one moment. Build it with `discover`."""
+
+    def __init__(self) -> None:
+        self._plugins: list[PluginInfo] = []
+        self._adapters: dict[str, ModelAdapter] = {}
+        self._catalog: list[tuple[ModelAdapter, CatalogEntry, PluginInfo]] = []
+        self._claims: dict[tuple[str, str], PluginInfo] = {}
+
+    @classmethod
+    def discover(cls, candidates: Iterable[EntryPoint] | None = None) -> Registry:
+        """Load the `candidates` (default: those installed) that `OLLM_LOAD_PLUGINS` lets through.
+
+        Never raises for a broken plugin. Of two that clash, the first by distribution wins.
+        """
+        if candidates is None:
+            candidates = entry_points(group=ENTRY_POINT_GROUP)
+        found = [(_info(entry_point), entry_point) for entry_point in candidates]
+        found.sort(key=lambda pair: (pair[0].distribution, pair[0].name))
+        wanted = _wanted(os.environ.get(LOAD_PLUGINS))
+        registry = cls()
+        for info, entry_point in found:
+            names = {_normalised(info.name), _normalised(info.distribution)}
+            if wanted is None or names & wanted:
+                registry._load(info, entry_point)
+            else:
+                reason = f"not named in {LOAD_PLUGINS}"
+                registry._plugins.append(replace(info, status="skipped", reason=reason))
+        known = {_normalised(name) for info, _ in found for name in (info.name, info.distribution)}
+        for name in sorted((wanted or set()) - known):
+            reason = f"named in {LOAD_PLUGINS}, but not installed"
+            registry._plugins.append(PluginInfo(name, "", "", status="failed", reason=reason))
+        return registry
+
+    @property
+    def plugins(self) -> Sequence[PluginInfo]:
+        """Every entry point found, the failed and skipped ones included."""
+        return tuple(self._plugins)
+
+    @property
+    def adapters(self) -> Mapping[str, ModelAdapter]:
+        """The usable adapters by name."""
+        return MappingProxyType(self._adapters)
+
+    def adapter_for(self, config: Config) -> ModelAdapter:
+        """The adapter that opens a config.json. Raises UnknownModelError if there is none."""
+        model_type = config.get("model_type")
+        for adapter in self._adapters.values():
+            if model_type in adapter.model_types:
+                return adapter
+        installed = ", ".join(sorted(t for a in self._adapters.values() for t in a.model_types))
+        hint = "install the adapter of its family"
+        if isinstance(model_type, str) and re.fullmatch(r"[A-Za-z0-9_]{1,64}", model_type):
+            hint = f"pip install ollm-adapter-{_normalised(model_type)}"
+        raise UnknownModelError(
+            f"no adapter opens model_type {model_type!a}; installed ones open: "
+            f"{installed or 'nothing'}{self._failures()}",
+            hint=hint,
+        )
+
+    def find(self, model_id: str) -> tuple[ModelAdapter, CatalogEntry]:
+        """The model with this id, in any case. Raises UnknownModelError, naming similar ids."""
+        known = {entry.id.casefold(): (adapter, entry) for adapter, entry, _ in self._catalog}
+        if match := known.get(model_id.casefold()):
+            return match
+        close = difflib.get_close_matches(model_id.casefold(), known, n=3, cutoff=0.5)
+        names = " or ".join(known[key][1].id for key in close)
+        raise UnknownModelError(
+            f"no adapter offers a model {model_id!a}{self._failures()}",
+            hint=f"did you mean {names}?" if names else "`ollm list-models` shows the known ones",
+        )
+
+    def catalog(self) -> list[tuple[ModelAdapter, CatalogEntry, PluginInfo]]:
+        """Every model that can be named, with its adapter and the plugin that brought it."""
+        return list(self._catalog)
+
+    def _failures(self) -> str:
+        failed = [plugin for plugin in self._plugins if plugin.status == "failed"]
+        return "".join(f"; plugin {plugin} failed to load: {plugin.reason}" for plugin in failed)
+
+    def _load(self, info: PluginInfo, entry_point: EntryPoint) -> None:
+        """Take a plugin in whole, or record why not."""
+        try:
+            info = replace(info, adapters=tuple(_adapters_of(info.name, entry_point)))
+            catalogs = [(adapter, tuple(adapter.catalog())) for adapter in info.adapters]
+            warnings = [_check(adapter, models) for adapter, models in catalogs]
+            info = replace(info, reason=" ".join(filter(None, warnings)))
+            claims: dict[tuple[str, str], PluginInfo] = {}
+            for claim in (c for adapter, models in catalogs for c in _claims(adapter, models)):
+                if owner := self._claims.get(claim) or claims.get(claim):
+                    raise PluginError(f"{claim[0]} {claim[1]!r} is already taken by {owner}")
+                claims[claim] = info
+        except (Exception, SystemExit) as error:  # noqa: BLE001 (a plugin may raise anything)
+            reason = _one_line(error)
+            self._plugins.append(replace(info, adapters=(), status="failed", reason=reason))
+            return
+        self._plugins.append(info)
+        self._claims.update(claims)
+        self._adapters.update({adapter.name: adapter for adapter in info.adapters})
+        self._catalog.extend(
+            (adapter, model, info) for adapter, models in catalogs for model in models
+        )
+
+
+def require(adapter: ModelAdapter, capability: str) -> None:
+    """Raises UnsupportedError, with the adapter's own reason, unless `capability` is full."""
+    if capability not in CAPABILITIES:
+        raise ValueError(f"unknown capability {capability!r}, known: {', '.join(CAPABILITIES)}")
+    declared = adapter.capabilities.get(capability)
+    if declared is not None and declared.support != "full":
+        yet = " yet" if declared.support == "not-implemented" else ""
+        raise UnsupportedError(
+            f"adapter {adapter.name} does not support {capability}{yet}: {declared.reason}",
+            hint=f"do without it; it means {CAPABILITIES[capability]}",
+        )
+
+
+def _adapters_of(name: str, entry_point: EntryPoint) -> Iterator[ModelAdapter]:
+    """Import a plugin and ask it, in a plugin manager of its own so that no other is touched."""
+    manager = pluggy.PluginManager(hookspecs.PROJECT)
+    manager.add_hookspecs(hookspecs)
+    manager.register(entry_point.load(), name)
+    manager.check_pending()
+    if not manager.hook.ollm_adapters.get_hookimpls():
+        raise PluginError("implements no hook `ollm_adapters`")
+    for adapters in manager.hook.ollm_adapters():
+        for adapter in adapters:
+            if not isinstance(adapter, ModelAdapter):
+                raise PluginError(f"offers {adapter!r}, which is no ModelAdapter")
+            yield adapter
+
+
+def _check(adapter: ModelAdapter, models: Iterable[CatalogEntry]) -> str:
+    """A warning, or nothing. Raises PluginError for a declaration that cannot be used."""
+    name, types, api = adapter.name, adapter.model_types, adapter.adapter_api
+    if not isinstance(name, str) or not name:
+        raise PluginError(f"adapter name must be a string, got {name!r}")
+    if not isinstance(types, tuple) or not all(isinstance(t, str) for t in types):
+        raise PluginError(f"adapter {name}: model_types must be a tuple of strings, got {types!r}")
+    if not all(isinstance(model, CatalogEntry) for model in models):
+        raise PluginError(f"adapter {name}: catalog() must give CatalogEntry objects")
+    major, minor = _api_version(api)
+    core_major, core_minor = _api_version(ADAPTER_API)
+    if major != core_major:
+        raise PluginError(f"adapter {name} speaks adapter API {api}, this core {ADAPTER_API}")
+    if minor > core_minor:
+        return f"adapter {name} speaks adapter API {api}, newer than this core's {ADAPTER_API}"
+    if not all(isinstance(value, Capability) for value in adapter.capabilities.values()):
+        raise PluginError(f"adapter {name}: capabilities must be Capability objects")
+    if unknown := sorted(set(adapter.capabilities) - set(CAPABILITIES)):
+        raise PluginError(f"adapter {name} declares unknown capabilities: {', '.join(unknown)}")
+    return ""
+
+
+def _claims(adapter: ModelAdapter, models: Iterable[CatalogEntry]) -> Iterator[tuple[str, str]]:
+    """What only one adapter may have."""
+    yield "adapter name", adapter.name
+    for model_type in adapter.model_types:
+        yield "model_type", model_type
+    for model in models:
+        yield "model id", model.id.casefold()
+
+
+def _api_version(text: str) -> tuple[int, int]:
+    if not isinstance(text, str) or not (match := re.fullmatch(r"(\d{1,6})\.(\d{1,6})", text)):
+        raise PluginError(f"adapter_api must look like {ADAPTER_API!r}, got {text!r}")
+    return int(match[1]), int(match[2])
+
+
+def _info(entry_point: EntryPoint) -> PluginInfo:
+    distribution = version = ""
+    if entry_point.dist is not None:
+        try:
+            distribution, version = entry_point.dist.name or "", entry_point.dist.version or ""
+        except Exception:  # noqa: BLE001 (damaged metadata makes importlib raise anything)
+            distribution = version = "unknown"
+    return PluginInfo(entry_point.name, distribution, version)
+
+
+def _wanted(setting: str | None) -> set[str] | None:
+    if setting is None:
+        return None
+    return {_normalised(name) for name in setting.split(",")} - {""}
+
+
+def _normalised(name: str) -> str:
+    """A distribution's name as package indexes compare it."""
+    return re.sub(r"[-_.]+", "-", name.strip()).lower()
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text if isinstance(error, PluginError) else f"{type(error).__name__}: {text}".strip(": ")

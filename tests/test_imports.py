@@ -1,0 +1,77 @@
+"""Imports point one way, promised names are there, and what must be quick loads no torch."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import ollm
+import ollm_core
+
+ROOT = Path(ollm_core.__file__).parent
+ORDER = [
+    {"errors", "types", "buffers"},
+    {"interfaces", "hookspecs", "memory", "machine"},
+    {"checkpoint", "registry", "kv", "attention", "tracing", "chunks"},
+    {"hub", "gguf_import", "weights", "skeleton"},
+    {"workspace", "cache"},
+    {"admission"},
+    {"engine"},
+    {"generation"},
+    {"loading"},
+    {"inference", "cli"},
+]
+RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
+
+
+def imported(path):
+    """Top-level parts of ollm_core that a file imports, and any adapter."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        for name in names:
+            first, *rest = name.split(".")
+            assert not first.startswith("ollm_adapter"), f"{path} imports an adapter"
+            if first == "ollm_core" and rest:
+                yield rest[0]
+
+
+def test_imports_point_one_way():
+    """No part imports one that stands above it."""
+    for path in ROOT.rglob("*.py"):
+        part = path.relative_to(ROOT).parts[0].removesuffix(".py")
+        if part in ("__init__",):
+            continue
+        assert part in RANK, f"{part} has no place in the order of imports"
+        for other in imported(path):
+            if other != part:
+                assert RANK[other] <= RANK[part], f"{path.name} imports {other}"
+
+
+def test_promised_names_are_there():
+    """Everything in `__all__` can be imported and is documented."""
+    for module in (ollm, ollm_core):
+        for name in module.__all__:
+            value = getattr(module, name)
+            assert value.__doc__ or isinstance(value, str), name
+
+
+def test_importing_the_package_loads_no_torch():
+    """`import ollm` and the contracts are cheap."""
+    code = "import ollm, ollm_core, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_nothing_of_transformers_is_replaced():
+    """No file of the core assigns to an attribute of a transformers module."""
+    for path in ROOT.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            targets = node.targets if isinstance(node, ast.Assign) else []
+            for target in targets:
+                text = ast.unparse(target)
+                assert not text.startswith(("transformers.", "modeling_")), f"{path}: {text}"
