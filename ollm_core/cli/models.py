@@ -1,0 +1,165 @@
+"""The verbs about models and plugins: `list-models`, `plugins`, `pull`, `import`."""
+
+from __future__ import annotations
+
+import io
+import sys
+from contextlib import nullcontext, redirect_stderr
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from ollm_core.cli.output import (
+    debug_option,
+    json_option,
+    models_dir_option,
+    print_json,
+    print_table,
+)
+from ollm_core.memory import format_size
+
+if TYPE_CHECKING:
+    from ollm_core.registry import PluginInfo
+
+
+@click.command("list-models")
+@models_dir_option
+@json_option
+@debug_option
+def list_models(models_dir: str | None, as_json: bool) -> None:
+    """Show every model that the installed adapters offer."""
+    from ollm_core.hub import is_on_disk, local_path
+    from ollm_core.registry import Registry
+
+    rows = [("ID", "ADAPTER", "DISTRIBUTION", "PARAMETERS", "SIZE", "ON DISK")]
+    models = []
+    for adapter, entry, plugin in Registry.discover().catalog():
+        on_disk = is_on_disk(entry.id, models_dir)
+        size = format_size(entry.weight_bytes)
+        parameters = f"{entry.num_parameters / 1e9:.3g}B"
+        rows.append(
+            (entry.id, adapter.name, plugin.distribution, parameters, size, "yes" * on_disk)
+        )
+        models.append(
+            {
+                "id": entry.id,
+                "adapter": adapter.name,
+                "distribution": plugin.distribution,
+                "repo": entry.repo,
+                "license": entry.license,
+                "num_parameters": entry.num_parameters,
+                "weight_bytes": entry.weight_bytes,
+                "on_disk": on_disk,
+                "path": str(local_path(entry.id, models_dir)),
+            }
+        )
+    if as_json:
+        print_json({"models": models})
+    elif not models:
+        click.echo("no adapter offers a model; `ollm plugins` shows what is installed")
+    else:
+        print_table(rows)
+
+
+@click.command()
+@json_option
+@debug_option
+def plugins(as_json: bool) -> None:
+    """Show the installed plugins, their API versions, and why one failed to load."""
+    from ollm_core.interfaces import ADAPTER_API
+    from ollm_core.registry import Registry
+
+    found = Registry.discover().plugins
+    if as_json:
+        print_json({"core_adapter_api": ADAPTER_API, "plugins": [_fields(one) for one in found]})
+        return
+    rows = [("PLUGIN", "DISTRIBUTION", "VERSION", "ADAPTERS (API)", "STATUS")]
+    for plugin in found:
+        adapters = ", ".join(f"{one.name} ({one.adapter_api})" for one in plugin.adapters)
+        status = f"{plugin.status}: {plugin.reason}" if plugin.reason else plugin.status
+        rows.append((plugin.name, plugin.distribution, plugin.version, adapters, status))
+    print_table(rows)
+    click.echo(f"this core speaks adapter API {ADAPTER_API}")
+
+
+def _fields(plugin: PluginInfo) -> dict[str, object]:
+    """One plugin as JSON shows it."""
+    return {
+        "name": plugin.name,
+        "distribution": plugin.distribution,
+        "version": plugin.version,
+        "adapters": [
+            {
+                "name": adapter.name,
+                "adapter_api": adapter.adapter_api,
+                "model_types": list(adapter.model_types),
+            }
+            for adapter in plugin.adapters
+        ],
+        "status": plugin.status,
+        "reason": plugin.reason,
+    }
+
+
+@click.command()
+@click.argument("model_id", metavar="ID")
+@models_dir_option
+@click.option("--force", is_flag=True, help="Fetch again what is there.")
+@json_option
+@debug_option
+def pull(model_id: str, models_dir: str | None, force: bool, as_json: bool) -> None:
+    """Fetch the model ID from the hub. What was interrupted goes on where it stopped."""
+    from ollm_core import hub
+    from ollm_core.registry import Registry
+
+    _, entry = Registry.discover().find(model_id)
+    path = hub.pull(entry, models_dir, force=force, progress=sys.stderr.isatty())
+    if as_json:
+        print_json({"id": entry.id, "path": str(path)})
+    else:
+        click.echo(path)
+
+
+@click.command("import")
+@click.argument("gguf_file", metavar="FILE.gguf", type=click.Path(path_type=Path))
+@click.option(
+    "--out",
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    help="Where the model goes.  [default: the file's name, in the models directory]",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["bfloat16", "float16", "float32"]),
+    default="bfloat16",
+    show_default=True,
+)
+@models_dir_option
+@click.option("--force", is_flag=True, help="If DIR is there, give it another name first.")
+@json_option
+@debug_option
+@click.pass_context
+def import_(
+    context: click.Context,
+    gguf_file: Path,
+    out: Path | None,
+    dtype: str,
+    models_dir: str | None,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Make a safetensors model from a GGUF file. Quantised weights are unpacked."""
+    from ollm_core.gguf_import import import_gguf
+    from ollm_core.hub import models_root
+
+    out = out or models_root(models_dir) / gguf_file.stem
+    show = sys.stderr.isatty() or context.ensure_object(dict).get("debug")
+    with nullcontext() if show else redirect_stderr(io.StringIO()):  # the libraries' own bars
+        aside = import_gguf(gguf_file, out, dtype, force=force)
+    if aside is not None:
+        click.echo(f"{out} was there and is now {aside}", err=True)
+    if as_json:
+        print_json({"path": str(out), "dtype": dtype, "moved": str(aside) if aside else None})
+    else:
+        click.echo(out)

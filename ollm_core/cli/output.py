@@ -1,0 +1,77 @@
+"""What the verbs share: options, one JSON object, tables, errors of one line, quiet libraries."""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import click
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def json_option(command: Command) -> Command:
+    """`--json`, as the argument `as_json`."""
+    text = "Print one JSON object on stdout, and nothing else there."
+    return click.option("--json", "as_json", is_flag=True, help=text)(command)
+
+
+def models_dir_option(command: Command) -> Command:
+    """`--models-dir`."""
+    text = "Where models lie.  [default: $OLLM_MODELS or ~/.cache/ollm/models]"
+    return click.option("--models-dir", metavar="DIR", help=text)(command)
+
+
+def debug_option(command: Command) -> Command:
+    """`--debug`, which any verb and the group take; it shows what `quiet` and `main` hide."""
+    return click.option(
+        "--debug",
+        is_flag=True,
+        is_eager=True,
+        expose_value=False,
+        callback=_set_debug,
+        help="Show tracebacks, and what the libraries log.",
+    )(command)
+
+
+def _set_debug(context: click.Context, _: click.Parameter, value: bool) -> None:
+    if value:
+        context.ensure_object(dict)["debug"] = True
+        logging.disable(logging.NOTSET)
+        warnings.simplefilter("default")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep log lines and warnings of the libraries from the user, for the length of a `with`."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(logging.NOTSET)
+
+
+def print_json(fields: Mapping[str, object]) -> None:
+    """One JSON object on one line."""
+    click.echo(json.dumps(fields, ensure_ascii=False))
+
+
+def print_table(rows: Sequence[Sequence[str]]) -> None:
+    """Columns as wide as their widest cell; the first row is the heading."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        click.echo("  ".join(cells).rstrip())
+
+
+def print_error(message: str, hint: str = "") -> None:
+    """The form of every error: one line on stderr, and one more for what can be done."""
+    click.echo(f"error: {' '.join(message.split())}", err=True)
+    if hint:
+        click.echo(f"hint: {' '.join(hint.split())}", err=True)

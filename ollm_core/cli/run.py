@@ -1,0 +1,251 @@
+"""The verb `run`: one prompt, one answer, and what it cost."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ollm_core.cli.output import (
+    debug_option,
+    json_option,
+    models_dir_option,
+    print_json,
+)
+from ollm_core.cli.streaming import ProgressBar, TextStream
+from ollm_core.errors import InputError, UnsupportedError
+from ollm_core.memory import format_size
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ollm_core.types import Stats
+
+_LOADING = [
+    "device",
+    "dtype",
+    "device_memory",
+    "host_memory",
+    "kv",
+    "kv_dir",
+    "models_dir",
+    "chunk_size",
+    "attention",
+]
+_GREEDY = dict.fromkeys(
+    ["temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"]
+)  # None each: what a checkpoint says about sampling is not for greedy decoding
+_SAMPLING = ("top_p", "top_k", "seed")
+
+
+@click.command()
+@click.argument("model")
+@click.option("--prompt", metavar="TEXT", help="What to ask. Without --prompt and --file: stdin.")
+@click.option("--file", metavar="FILE", help="A document to put before the prompt; - is stdin.")
+@click.option("--system", metavar="TEXT", help="A system message for the chat template.")
+@click.option("--raw", is_flag=True, help="Continue the text as it is, without a chat template.")
+@click.option("--max-new-tokens", type=click.IntRange(1), default=256, show_default=True)
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda:0, ...")
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
+    default="auto",
+    show_default=True,
+)
+@click.option("--device-memory", metavar="SIZE", help="Never use more of the device's memory.")
+@click.option("--host-memory", metavar="SIZE", help="Never use more of the host's memory.")
+@click.option(
+    "--kv",
+    type=click.Choice(["auto", "device", "host", "disk"]),
+    default="auto",
+    show_default=True,
+    help="Where keys and values of earlier tokens are kept.",
+)
+@click.option("--kv-dir", metavar="DIR", help="Where --kv disk keeps them.")
+@click.option("--chunk-size", type=click.IntRange(1), help="Prompt tokens computed at a time.")
+@click.option(
+    "--attention",
+    type=click.Choice(["auto", "exact", "blockwise"]),
+    default="auto",
+    show_default=True,
+)
+@click.option(
+    "--temperature", type=click.FloatRange(0), default=0.0, help="0, the default, is greedy."
+)
+@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="[default: all]")
+@click.option("--top-k", type=click.IntRange(1), help="[default: all]")
+@click.option("--seed", type=int, help="Make sampling repeatable.")
+@click.option(
+    "--draft",
+    type=click.Choice(["lookup", "none"]),
+    default="none",
+    show_default=True,
+    help="Where guesses of several tokens at once come from.",
+)
+@models_dir_option
+@json_option
+@debug_option
+def run(
+    model: str,
+    prompt: str | None,
+    file: str | None,
+    system: str | None,
+    raw: bool,
+    as_json: bool,
+    draft: str,
+    max_new_tokens: int,
+    temperature: float,
+    **options: Any,
+) -> None:
+    """Answer a prompt with MODEL, an id or a directory.
+
+    With --file and --prompt, the model reads the document and then the question. The answer goes
+    to stdout as it is made, progress and a summary to stderr.
+    """
+    if draft != "none":
+        raise UnsupportedError("--draft lookup is not there yet", hint="use --draft none")
+    if raw and system:
+        raise click.UsageError("--system needs a chat template, and --raw goes without")
+    sampling = {name: options[name] for name in _SAMPLING if options[name] is not None}
+    if sampling and not temperature:
+        given = ", ".join("--" + name.replace("_", "-") for name in sampling)
+        raise click.UsageError(f"{given} needs a --temperature above 0")
+    text = _user_text(prompt, file)
+    progress = ProgressBar(Path(model).name)
+    try:
+        from ollm_core.loading import load
+
+        loading = {name: options[name] for name in _LOADING}
+        opened: Any  # transformers types `generate` for its own classes only
+        with load(model, **loading, on_progress=progress) as opened:
+            if opened.tokenizer is None:
+                raise InputError(f"{model} has no tokenizer", hint="add its tokenizer.json")
+            prompt_ids = _encode(opened.tokenizer, text, system, raw)
+            streamer = TextStream(opened.tokenizer, progress, silent=as_json)
+            output = opened.generate(
+                input_ids=prompt_ids.to(opened.device),
+                attention_mask=prompt_ids.new_ones(prompt_ids.shape).to(opened.device),
+                max_new_tokens=max_new_tokens,
+                streamer=streamer,
+                **_generation(temperature, **sampling),
+            )
+            new_ids = output[0, prompt_ids.shape[1] :].tolist()
+            stats = opened.stats
+            answer = opened.tokenizer.decode(new_ids, skip_special_tokens=True)
+    finally:
+        progress.close()
+    if as_json:
+        print_json(_report(answer, new_ids, prompt_ids.shape[1], stats))
+    else:
+        click.echo("\n" + _summary(stats), err=True)
+
+
+def _user_text(prompt: str | None, file: str | None) -> str:
+    """The document, then the prompt. Raises InputError if there is nothing to read."""
+    parts = [_read(file)] if file else []
+    if prompt is not None:
+        parts.append(prompt)
+    if not parts and not sys.stdin.isatty():
+        parts.append(_read("-"))
+    text = "\n\n".join(part for part in parts if part.strip())
+    if not text:
+        raise InputError("the prompt is empty", hint="give --prompt, --file or stdin")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError("the prompt is not UTF-8 text") from error
+    return text
+
+
+def _read(file: str) -> str:
+    """The text of a file, or of stdin for `-`, without the newlines at its end."""
+    try:
+        data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+        return data.decode("utf-8-sig").rstrip("\n")
+    except OSError as error:
+        raise InputError(f"cannot read {file}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file} is not UTF-8 text", hint="convert it to plain text") from error
+
+
+def _encode(tokenizer: Any, text: str, system: str | None, raw: bool) -> Tensor:
+    """Token ids [1, T] of what the model is to read."""
+    if raw or not tokenizer.chat_template:
+        encoded = tokenizer(text, return_tensors="pt")
+    else:
+        messages = [{"role": "system", "content": system}] if system else []
+        messages.append({"role": "user", "content": text})
+        encoded = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    token_ids: Tensor = encoded["input_ids"]
+    return token_ids
+
+
+def _generation(
+    temperature: float,
+    top_p: float = 1.0,
+    top_k: int = 0,  # transformers' word for all
+    seed: int | None = None,
+) -> dict[str, Any]:
+    """The arguments of `generate` that choose tokens."""
+    if not temperature:
+        return {"do_sample": False, "num_beams": 1, **_GREEDY}
+    if seed is not None:
+        import torch
+
+        torch.manual_seed(seed)
+    chosen = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+    return {"do_sample": True, "num_beams": 1, **_GREEDY, **chosen}
+
+
+def _report(
+    text: str, token_ids: list[int], num_prompt_tokens: int, stats: Stats
+) -> dict[str, object]:
+    """The fields of `--json`. Sizes are bytes."""
+    return {
+        "text": text,
+        "token_ids": token_ids,
+        "num_prompt_tokens": num_prompt_tokens,
+        "num_cached_tokens": 0,
+        "num_new_tokens": len(token_ids),
+        "prefill_seconds": stats.prefill_seconds,
+        "decode_tokens_per_second": _rate(stats.decode_tokens, stats.decode_seconds),
+        "device_peak_bytes": stats.device_peak_bytes,
+        "host_peak_bytes": stats.host_peak_bytes,
+        "weight_bytes_read": stats.weight_bytes_read,
+        "kv_bytes_read": stats.kv_bytes_read,
+        "weight_passes": stats.weight_passes,
+    }
+
+
+def _summary(stats: Stats) -> str:
+    """What the run cost, a line each."""
+    passes = max(stats.weight_passes, 1)
+    read_rate = _rate(stats.weight_bytes_read, stats.read_seconds)
+    prefill_rate = _rate(stats.prefill_tokens, stats.prefill_seconds)
+    decode_rate = _rate(stats.decode_tokens, stats.decode_seconds)
+    lines = {
+        "model": f"{format_size(stats.weight_bytes)}, {format_size(stats.resident_bytes)} of it "
+        "kept in memory",
+        "device memory": f"peak {format_size(stats.device_peak_bytes)} of "
+        f"{format_size(stats.device_limit_bytes)} allowed",
+        "host memory": f"peak {format_size(stats.host_peak_bytes)} of "
+        f"{format_size(stats.host_limit_bytes)} allowed; "
+        f"whole process {format_size(stats.process_peak_bytes)}",
+        "weights read": f"{format_size(stats.weight_bytes_read / passes)} per pass, "
+        f"{stats.weight_passes} passes, {format_size(read_rate)}/s ({stats.reader})",
+        "prefill": f"{stats.prefill_tokens} tokens in {stats.prefill_seconds:.1f} s, "
+        f"{prefill_rate:.1f} tokens/s",
+        "decode": f"{stats.decode_tokens} tokens in {stats.decode_seconds:.1f} s, "
+        f"{decode_rate:.2f} tokens/s",
+        "KV cache": f"on {stats.kv_tier}, {format_size(stats.kv_disk_bytes)} on disk, "
+        f"{format_size(stats.kv_bytes_read)} read",
+    }
+    return "\n".join(f"{name:<14}{value}" for name, value in lines.items())
+
+
+def _rate(amount: int, seconds: float) -> float:
+    return amount / seconds if seconds > 0 else 0.0

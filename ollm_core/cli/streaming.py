@@ -1,0 +1,104 @@
+"""What a terminal shows while a model works: a progress bar first, then the text as it is made."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ollm_core.memory import format_size
+from ollm_core.types import Progress
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_BAR = "{desc} {percentage:3.0f}% |{bar}| {elapsed}<{remaining}{postfix}"
+_LOADING = "{desc} {elapsed}"
+
+
+class ProgressBar:
+    """Loading, then the prefill with rate and time left, on stderr if that is a terminal.
+
+    Call it with each `Progress`. It takes itself off the screen at the first decode step, or by
+    `close`, so that the text after it stands alone.
+    """
+
+    def __init__(self, model: str) -> None:
+        """`model` is the name to show while nothing has been computed."""
+        from tqdm import tqdm
+
+        self._start: tuple[float, int] | None = None
+        self._bar = tqdm(
+            desc=f"opening {model}",
+            bar_format=_LOADING,
+            file=sys.stderr,
+            disable=None,  # off unless stderr is a terminal
+            leave=False,
+            dynamic_ncols=True,
+        )
+
+    def __call__(self, progress: Progress) -> None:
+        if self._bar.disable:
+            return
+        if progress.stage == "decode":
+            self.close()
+            return
+        now = time.monotonic()
+        if self._start is None:
+            self._start = (now, progress.weight_bytes_read)
+            self._bar.bar_format = _BAR
+            self._bar.set_description_str(f"prefill {progress.num_new_tokens} tokens", False)
+            self._bar.reset(progress.steps_total)
+        seconds = now - self._start[0]
+        if seconds > 0:
+            rate = (progress.weight_bytes_read - self._start[1]) / seconds
+            self._bar.set_postfix_str(f"{format_size(rate)}/s", False)
+        self._bar.update(progress.steps_done - self._bar.n)
+
+    def close(self) -> None:
+        """Take the bar off the screen. May be called twice."""
+        self._bar.close()
+
+
+class TextStream:
+    """A streamer for `generate`: writes text to stdout as soon as its characters are whole."""
+
+    def __init__(self, tokenizer: Any, progress: ProgressBar, silent: bool) -> None:
+        self._tokenizer = tokenizer
+        self._progress = progress
+        self._silent = silent
+        self._seen_prompt = False
+        self._token_ids: list[int] = []
+        self._shown = 0  # tokens whose text is out
+        self._context = 0  # where decoding starts: a token's text depends on the one before
+
+    def put(self, token_ids: Tensor) -> None:
+        """The prompt first, then each new token."""
+        if not self._seen_prompt:
+            self._seen_prompt = True
+            return
+        self._progress.close()
+        self._token_ids += token_ids.flatten().tolist()
+        self._write(self._pending())
+
+    def end(self) -> None:
+        """Write what is left."""
+        self._write(self._pending(last=True) + "\n")
+
+    def _pending(self, last: bool = False) -> str:
+        before = self._decode(self._token_ids[self._context : self._shown])
+        text = self._decode(self._token_ids[self._context :])
+        if text.endswith("\ufffd") and not last:  # in the middle of a character
+            return ""
+        self._context, self._shown = self._shown, len(self._token_ids)
+        return text[len(before) :]
+
+    def _decode(self, token_ids: list[int]) -> str:
+        return str(self._tokenizer.decode(token_ids, skip_special_tokens=True))
+
+    def _write(self, text: str) -> None:
+        if text and not self._silent:
+            click.echo(text, nl=False)
+            sys.stdout.flush()
