@@ -1,0 +1,311 @@
+"""KV stores against a plain model: lists of tokens."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from ollm_core import DoesNotFitError, KVStoreError, ReadError
+from ollm_core.kv import DeviceKVStore, DiskKVStore, HostKVStore, KVGeometry
+from ollm_core.kv.disk import MAGIC
+from ollm_core.memory import MemoryAccount
+
+GEOMETRY = KVGeometry(2, 3, 5, torch.float32, torch.device("cpu"), block_size=4)
+STORES = ["device", "host", "disk"]
+
+
+def open_store(kind, directory, limit=10**8, geometry=GEOMETRY):
+    """A store of one tier and the account it charges."""
+    account = MemoryAccount("memory", limit)
+    if kind == "disk":
+        return DiskKVStore(geometry, account, Path(directory), "f00d"), account
+    return (DeviceKVStore if kind == "device" else HostKVStore)(geometry, account), account
+
+
+def tokens(num_tokens, seed, geometry=GEOMETRY):
+    """Random keys or values [G, T, D]."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = geometry.num_kv_heads, num_tokens, geometry.head_dim
+    return torch.randn(shape, generator=generator).to(geometry.dtype)
+
+
+def content(store, layer_idx, sequence, num_tokens=None):
+    """Everything `blocks` gives, as [2, G, S, D]."""
+    pairs = [torch.stack(pair) for pair in store.blocks(layer_idx, sequence, num_tokens)]
+    geometry = store.geometry
+    empty = torch.empty(2, geometry.num_kv_heads, 0, geometry.head_dim, dtype=geometry.dtype)
+    return torch.cat([empty, *pairs], dim=2)
+
+
+def fill(store, sequence, num_tokens, seed=0):
+    """Append to both layers; returns what layer 0 has."""
+    for layer_idx in range(store.geometry.num_layers):
+        keys, values = tokens(num_tokens, seed), tokens(num_tokens, seed + 1)
+        store.append(layer_idx, sequence, keys, values)
+    return torch.stack([keys, values])
+
+
+class KVStoreMachine(RuleBasedStateMachine):
+    """Any order of calls leaves what a dict of tensors would have."""
+
+    kind = "device"
+
+    def __init__(self):
+        super().__init__()
+        self.directory = tempfile.TemporaryDirectory()
+        self.store, self.account = open_store(self.kind, self.directory.name)
+        self.fixed = self.account.used
+        self.model: dict[int, list[torch.Tensor]] = {}
+        self.seed = 0
+
+    def pick(self, index):
+        return sorted(self.model)[index % len(self.model)]
+
+    @rule()
+    def new(self):
+        self.model[self.store.new_sequence()] = [torch.empty(2, 3, 0, 5)] * 2
+
+    @precondition(lambda self: self.model)
+    @rule(index=st.integers(0, 9), lengths=st.lists(st.integers(1, 11), min_size=1, max_size=3))
+    def append(self, index, lengths):
+        sequence = self.pick(index)
+        for layer_idx in range(2):
+            for length in lengths:
+                self.seed += 2
+                new = torch.stack([tokens(length, self.seed), tokens(length, self.seed + 1)])
+                self.store.append(layer_idx, sequence, new[0], new[1])
+                old = self.model[sequence]
+                old[layer_idx] = torch.cat([old[layer_idx], new], dim=2)
+
+    @precondition(lambda self: self.model)
+    @rule(index=st.integers(0, 9), extra=st.integers(0, 20))
+    def reserve(self, index, extra):
+        sequence = self.pick(index)
+        length = self.store.num_tokens(sequence) + extra
+        growth = self.store.growth_bytes(sequence, length)
+        used = self.account.used
+        self.store.reserve(sequence, length)
+        assert self.account.used - used == growth.device + growth.host
+        assert self.store.growth_bytes(sequence, length).host == 0
+
+    @precondition(lambda self: self.model)
+    @rule(index=st.integers(0, 9), share=st.floats(0, 1))
+    def truncate(self, index, share):
+        sequence = self.pick(index)
+        length = int(share * self.store.num_tokens(sequence))
+        self.store.truncate(sequence, length)
+        self.model[sequence] = [t[:, :, :length] for t in self.model[sequence]]
+
+    @precondition(lambda self: self.model and len(self.model) < 6)
+    @rule(index=st.integers(0, 9), share=st.floats(0, 1))
+    def fork(self, index, share):
+        sequence = self.pick(index)
+        length = int(share * self.store.num_tokens(sequence))
+        self.model[self.store.fork(sequence, length)] = [
+            t[:, :, :length] for t in self.model[sequence]
+        ]
+
+    @precondition(lambda self: self.model)
+    @rule(index=st.integers(0, 9))
+    def release(self, index):
+        sequence = self.pick(index)
+        self.store.release(sequence)
+        del self.model[sequence]
+
+    @invariant()
+    def same_content(self):
+        for sequence, layers in self.model.items():
+            assert self.store.num_tokens(sequence) == layers[0].shape[2]
+            for layer_idx, expected in enumerate(layers):
+                assert torch.equal(content(self.store, layer_idx, sequence), expected)
+                half = expected.shape[2] // 2
+                found = content(self.store, layer_idx, sequence, half)
+                assert torch.equal(found, expected[:, :, :half])
+
+    @invariant()
+    def nothing_is_lost(self):
+        if not self.model:
+            assert self.account.used == self.fixed
+
+    def teardown(self):
+        self.store.close()
+        self.store.close()
+        assert self.account.used == 0
+        assert os.listdir(self.directory.name) == []
+        self.directory.cleanup()
+
+
+class HostMachine(KVStoreMachine):
+    """The same for the host tier."""
+
+    kind = "host"
+
+
+class DiskMachine(KVStoreMachine):
+    """The same for the disk tier."""
+
+    kind = "disk"
+
+
+KVStoreMachine.TestCase.settings = settings(max_examples=25, stateful_step_count=20, deadline=None)
+HostMachine.TestCase.settings = settings(max_examples=10, stateful_step_count=20, deadline=None)
+DiskMachine.TestCase.settings = settings(max_examples=25, stateful_step_count=20, deadline=None)
+TestDeviceStore = KVStoreMachine.TestCase
+TestHostStore = HostMachine.TestCase
+TestDiskStore = DiskMachine.TestCase
+
+
+@pytest.mark.parametrize("kind", STORES)
+def test_what_does_not_fit_changes_nothing(kind, tmp_path):
+    """A reservation past the limit is refused, and what was there is still there."""
+    store, account = open_store(kind, tmp_path)
+    with store:
+        sequence = store.new_sequence()
+        expected = fill(store, sequence, 6)
+        used = account.used
+        account.limit = used + 1
+        other = store.new_sequence()
+        with pytest.raises(DoesNotFitError):
+            store.reserve(other, 9)
+        assert account.used == used
+        assert torch.equal(content(store, 0, sequence), expected)
+
+
+@pytest.mark.parametrize("kind", STORES)
+def test_wrong_requests(kind, tmp_path):
+    """A foreign shape or dtype, an unknown sequence, too many tokens: one line each."""
+    store, _ = open_store(kind, tmp_path)
+    sequence = store.new_sequence()
+    fill(store, sequence, 6)
+    with pytest.raises(KVStoreError, match="has 6 tokens; cannot truncate to 7"):
+        store.truncate(sequence, 7)
+    with pytest.raises(KVStoreError, match="7 were asked for"):
+        list(store.blocks(0, sequence, 7))
+    with pytest.raises(KVStoreError, match="cannot fork at 7"):
+        store.fork(sequence, 7)
+    with pytest.raises(KVStoreError, match=r"expected torch\.float32"):
+        store.append(0, sequence, tokens(1, 0).half(), tokens(1, 0))
+    with pytest.raises(KVStoreError, match="no sequence 99"):
+        store.num_tokens(99)
+    store.release(99)
+    store.close()
+    with pytest.raises(KVStoreError, match="closed"):
+        store.new_sequence()
+
+
+def test_disk_store_is_private_and_removes_only_its_own(tmp_path):
+    """Directory 0700, files 0600 with a readable header; a stranger's file in the way survives."""
+    (tmp_path / "kv").mkdir()
+    (tmp_path / "kv" / "mine.txt").write_text("keep")
+    store, _ = open_store("disk", tmp_path / "kv")
+    fill(store, store.new_sequence(), 9)
+    (made,) = [path for path in (tmp_path / "kv").iterdir() if path.is_dir()]
+    assert stat.S_IMODE(made.stat().st_mode) == 0o700
+    files = sorted(made.iterdir())
+    assert [stat.S_IMODE(path.stat().st_mode) for path in files] == [0o600] * 2
+    page = files[1].read_bytes()[:4096]
+    header = json.loads(page[len(MAGIC) :].rstrip(b"\0"))
+    assert page.startswith(MAGIC)
+    assert (header["layer"], header["fingerprint"], header["version"]) == (1, "f00d", 1)
+    (made / "stranger").write_text("keep")
+    store.close()
+    assert [path.name for path in made.iterdir()] == ["stranger"]
+    assert (tmp_path / "kv" / "mine.txt").read_text() == "keep"
+
+
+def test_unwritable_directory(tmp_path):
+    """A KV directory that cannot be made is one line that names it."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(KVStoreError, match=r"file/kv: no KV directory"):
+        open_store("disk", tmp_path / "file" / "kv")
+
+
+def test_full_disk_is_refused_before_writing(tmp_path, monkeypatch):
+    """No room for the reservation: refused with the bytes, files as long as before."""
+    store, account = open_store("disk", tmp_path)
+    with store:
+        sequence = store.new_sequence()
+        expected = fill(store, sequence, 6)
+        sizes = [path.stat().st_size for path in sorted(tmp_path.glob("*/*"))]
+        real, calls = os.posix_fallocate, []
+
+        def full(number, offset, length):
+            calls.append(length)
+            if len(calls) == 2:
+                raise OSError(28, "No space left on device")
+            real(number, offset, length)
+
+        monkeypatch.setattr(os, "posix_fallocate", full)
+        used = account.used
+        with pytest.raises(DoesNotFitError, match="more on disk"):
+            store.reserve(sequence, 100)
+        monkeypatch.undo()
+        assert [path.stat().st_size for path in sorted(tmp_path.glob("*/*"))] == sizes
+        assert account.used == used
+        assert torch.equal(content(store, 0, sequence), expected)
+
+
+def test_failed_write_surfaces(tmp_path, monkeypatch):
+    """A write that fails behind the scenes is reported by the next sealed block."""
+    store, _ = open_store("disk", tmp_path)
+    sequence = store.new_sequence()
+
+    def broken(*_):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "pwritev", broken)
+    with pytest.raises(KVStoreError, match="Input/output error"):
+        fill(store, sequence, 200)
+    monkeypatch.undo()
+    store.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_file_cut_short(tmp_path):
+    """A KV file that lost its end gives a ReadError."""
+    store, _ = open_store("disk", tmp_path)
+    with store:
+        sequence = store.new_sequence()
+        fill(store, sequence, 200)
+        fill(store, sequence, 40)  # the writes of the first have been waited for
+        for path in tmp_path.glob("*/*.kv"):
+            os.truncate(path, 4096 * 2)
+        with pytest.raises(ReadError, match="ends at byte"):
+            content(store, 0, sequence)
+
+
+def test_iterators_may_interleave_and_be_left(tmp_path):
+    """Two readers at once, and one given up half-way, do not disturb each other."""
+    store, _ = open_store("disk", tmp_path)
+    with store:
+        sequence = store.new_sequence()
+        expected = fill(store, sequence, 100)
+        abandoned = store.blocks(0, sequence)
+        next(abandoned)
+        del abandoned
+        pairs = zip(store.blocks(0, sequence), store.blocks(1, sequence), strict=True)
+        found = [(torch.stack(one), torch.stack(other)) for one, other in pairs]
+        for i in range(2):
+            assert torch.equal(torch.cat([pair[i] for pair in found], dim=2), expected)
+
+
+def test_where_direct_io_is_refused():
+    """In a directory without O_DIRECT the store works through the page cache."""
+    memory = Path("/dev/shm")
+    if not memory.is_dir():
+        pytest.skip("no memory file system here")
+    with tempfile.TemporaryDirectory(dir=memory) as directory:
+        store, _ = open_store("disk", directory)
+        with store:
+            sequence = store.new_sequence()
+            expected = fill(store, sequence, 50)
+            assert torch.equal(content(store, 1, sequence), expected)
