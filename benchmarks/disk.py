@@ -15,6 +15,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 
 from measure import checkpoint_files, drop_from_cache
@@ -39,32 +40,40 @@ class DiskRate:
 
 
 def probe(
-    files: Sequence[Path], total_bytes: int | None = None, block_bytes: int = 16 << 20
+    files: Sequence[Path],
+    total_bytes: int | None = None,
+    block_bytes: int = 16 << 20,
+    num_blocks: int = 1,
 ) -> DiskRate:
-    """Read `total_bytes` (default: each file once) of `files`, in order and over again, cold."""
+    """Read `total_bytes` (default: each file once) of `files`, in order and over again, cold.
+
+    One block, read into over and over, stays in the processor's cache: the most that any reader
+    can get. With as many blocks as a ring of layers takes, it is what a streaming reader can get.
+    """
     total_bytes = total_bytes or sum(path.stat().st_size for path in files)
-    buffer = aligned_buffer(round_up(block_bytes, PAGE))
+    buffer = aligned_buffer(num_blocks * round_up(block_bytes, PAGE))
     buffer.fill_(0)  # take the pages now, not while the clock runs
-    block = as_memoryview(buffer)
-    direct = all(_takes_direct(path, block) for path in files)
+    memory = as_memoryview(buffer)
+    blocks = cycle([memory[i * block_bytes : (i + 1) * block_bytes] for i in range(num_blocks)])
+    direct = all(_takes_direct(path, memory[:PAGE]) for path in files)
     drop_from_cache(files)
     done, started, cpu_started = 0, time.perf_counter(), time.thread_time()
     while done < total_bytes:
-        for num_bytes in _blocks(files, block, direct):
+        for num_bytes in _reads(files, blocks, direct):
             done += num_bytes
             if done >= total_bytes:
                 break
     return DiskRate(done, time.perf_counter() - started, time.thread_time() - cpu_started, direct)
 
 
-def _blocks(files: Sequence[Path], block: memoryview, direct: bool) -> Iterator[int]:
+def _reads(files: Sequence[Path], blocks: Iterator[memoryview], direct: bool) -> Iterator[int]:
     """Bytes read by each `preadv` of one walk over `files`; a file's last block may be short."""
     for path in files:
         descriptor = os.open(path, os.O_RDONLY | (os.O_DIRECT if direct else 0))
         try:
             size, offset = os.fstat(descriptor).st_size, 0
             while offset < size:
-                num_bytes = os.preadv(descriptor, [block], offset)
+                num_bytes = os.preadv(descriptor, [next(blocks)], offset)
                 if not num_bytes:
                     raise OSError(errno.EIO, "file became shorter while it was read", str(path))
                 yield num_bytes
@@ -73,7 +82,7 @@ def _blocks(files: Sequence[Path], block: memoryview, direct: bool) -> Iterator[
             os.close(descriptor)
 
 
-def _takes_direct(path: Path, block: memoryview) -> bool:
+def _takes_direct(path: Path, page: memoryview) -> bool:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
     except OSError as error:
@@ -81,7 +90,7 @@ def _takes_direct(path: Path, block: memoryview) -> bool:
             return False
         raise
     try:
-        os.preadv(descriptor, [block[:PAGE]], 0)
+        os.preadv(descriptor, [page], 0)
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
