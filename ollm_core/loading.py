@@ -187,9 +187,11 @@ def _open_store(
     if tier == "device":
         return tier, DeviceKVStore(geometry, accounts.device)
     if tier == "host":
-        return tier, HostKVStore(geometry, accounts.host)
+        return tier, HostKVStore(geometry, accounts.host, accounts.device)
     home = directory or Path.home() / ".cache" / "ollm" / "kv"
-    return tier, DiskKVStore(geometry, accounts.host, home, checkpoint.fingerprint)
+    return tier, DiskKVStore(
+        geometry, accounts.host, home, checkpoint.content_fingerprint(), accounts.device
+    )
 
 
 def _choose_tier(

@@ -64,7 +64,7 @@ class MemoryAccount:
         self.used = 0
         self.peak = 0
         self.kinds: dict[str, int] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a finalizer may release inside `reserve`
 
     @property
     def free(self) -> int:

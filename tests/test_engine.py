@@ -26,7 +26,7 @@ def test_one_reading_per_pass(make_llama, ids):
             before = model.stats
             model(input_ids=prompt, logits_to_keep=1)
             after = model.stats
-            ahead = 3 * model.weights.slot_bytes
+            ahead = 6 * model.weights.slot_bytes  # once more where the resident set changed
             streamed = after.weight_bytes - after.resident_bytes
             assert after.weight_passes - before.weight_passes == 1
             assert after.weight_bytes_read - before.weight_bytes_read > 0

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import stat
+import subprocess
+import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +20,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from ollm_core import DoesNotFitError, KVStoreError, ReadError
 from ollm_core.kv import DeviceKVStore, DiskKVStore, HostKVStore, KVGeometry
-from ollm_core.kv.disk import MAGIC
+from ollm_core.kv.files import MAGIC
 from ollm_core.memory import MemoryAccount
 
 GEOMETRY = KVGeometry(2, 3, 5, torch.float32, torch.device("cpu"), block_size=4)
@@ -188,7 +192,7 @@ def test_wrong_requests(kind, tmp_path):
     fill(store, sequence, 6)
     with pytest.raises(KVStoreError, match="has 6 tokens; cannot truncate to 7"):
         store.truncate(sequence, 7)
-    with pytest.raises(KVStoreError, match="7 were asked for"):
+    with pytest.raises(KVStoreError, match="cannot read 7"):
         list(store.blocks(0, sequence, 7))
     with pytest.raises(KVStoreError, match="cannot fork at 7"):
         store.fork(sequence, 7)
@@ -225,7 +229,7 @@ def test_disk_store_is_private_and_removes_only_its_own(tmp_path):
 def test_unwritable_directory(tmp_path):
     """A KV directory that cannot be made is one line that names it."""
     (tmp_path / "file").write_text("")
-    with pytest.raises(KVStoreError, match=r"file/kv: no KV directory"):
+    with pytest.raises(KVStoreError, match=r"file/kv: cannot keep KV there"):
         open_store("disk", tmp_path / "file" / "kv")
 
 
@@ -246,7 +250,7 @@ def test_full_disk_is_refused_before_writing(tmp_path, monkeypatch):
 
         monkeypatch.setattr(os, "posix_fallocate", full)
         used = account.used
-        with pytest.raises(DoesNotFitError, match="more on disk"):
+        with pytest.raises(DoesNotFitError, match="bytes free, or name"):
             store.reserve(sequence, 100)
         monkeypatch.undo()
         assert [path.stat().st_size for path in sorted(tmp_path.glob("*/*"))] == sizes
@@ -263,7 +267,7 @@ def test_failed_write_surfaces(tmp_path, monkeypatch):
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(os, "pwritev", broken)
-    with pytest.raises(KVStoreError, match="Input/output error"):
+    with pytest.raises(ReadError, match="Input/output error"):
         fill(store, sequence, 200)
     monkeypatch.undo()
     store.close()
@@ -309,3 +313,193 @@ def test_where_direct_io_is_refused():
             sequence = store.new_sequence()
             expected = fill(store, sequence, 50)
             assert torch.equal(content(store, 1, sequence), expected)
+
+
+def test_a_block_that_was_not_written_is_never_read_as_zeros(tmp_path, monkeypatch):
+    """After one failed write every call says so, until the block is dropped; then all works."""
+    store, _ = open_store("disk", tmp_path)
+    with store:
+        sequence = store.new_sequence()
+        keys = tokens(6, 1)
+        store.append(1, sequence, keys, keys)
+        wait_for_writes(store)
+        real = os.pwritev
+
+        def full(*_):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(os, "pwritev", full)
+        store.append(0, sequence, keys, keys)
+        wait_for_writes(store)
+        monkeypatch.setattr(os, "pwritev", real)
+        for _ in range(2):
+            with pytest.raises(DoesNotFitError, match="writing failed"):
+                store.append(0, sequence, keys, keys)
+            with pytest.raises(DoesNotFitError, match="writing failed"):
+                store.reserve(sequence, 100)
+            with pytest.raises(DoesNotFitError, match="writing failed"):
+                store.blocks(0, sequence)
+            store.truncate(sequence, 6)
+        store.truncate(sequence, 3)  # brings the block back from memory
+        assert torch.equal(content(store, 0, sequence)[0], keys[:, :3])
+        assert torch.equal(store_again(store, sequence, keys), torch.cat([keys[:, :3], keys], 1))
+
+
+@pytest.mark.parametrize("kind", STORES)
+def test_cut_of_a_shared_block_that_does_not_fit(kind, tmp_path):
+    """Without memory for a copy nothing is lost, and it can be tried again."""
+    store, account = open_store(kind, tmp_path)
+    fixed = account.used
+    with store:
+        sequence = store.new_sequence()
+        expected = fill(store, sequence, 8)
+        fork = store.fork(sequence)
+        account.limit = account.used
+        with pytest.raises(DoesNotFitError):
+            store.truncate(fork, 6)
+        assert [store.num_tokens(fork, layer_idx) for layer_idx in range(2)] == [8, 8]
+        assert torch.equal(content(store, 0, fork), expected)
+        account.limit = 10**8
+        store.truncate(fork, 6)
+        assert torch.equal(content(store, 0, fork), expected[:, :, :6])
+        assert torch.equal(content(store, 0, sequence), expected)
+        store.release(sequence)
+        store.release(fork)
+        assert account.used == fixed
+
+
+def test_fork_that_cannot_be_read_leaves_nothing(tmp_path):
+    """A ReadError in a fork leaves the account as it was."""
+    store, account = open_store("disk", tmp_path)
+    with store:
+        sequence = store.new_sequence()
+        fill(store, sequence, 8)
+        wait_for_writes(store)
+        for path in tmp_path.glob("*/*.kv"):
+            os.truncate(path, 4096)
+        used = account.used
+        with pytest.raises(ReadError, match="ends at byte"):
+            store.fork(sequence, 6)
+        with pytest.raises(ReadError, match="ends at byte"):
+            store.truncate(sequence, 6)
+        assert store.num_tokens(sequence) == 8
+        store.truncate(sequence, 0)
+        assert account.used < used
+
+
+def test_every_live_iterator_is_accounted(tmp_path):
+    """Staging beyond the first set is charged while its iterator lives, and many runs are read."""
+    account = MemoryAccount("memory", 10**8)
+    with DiskKVStore(GEOMETRY, account, tmp_path, "f00d", staging_bytes=2 * 4096) as store:
+        sequence = store.new_sequence()
+        expected = fill(store, sequence, 43)
+        used = account.used
+        iterators = [store.blocks(0, sequence) for _ in range(3)]
+        rows = [[torch.stack(pair) for pair in pairs] for pairs in zip(*iterators, strict=True)]
+        for i in range(3):
+            assert torch.equal(torch.cat([row[i] for row in rows], dim=2), expected)
+        iterators = [store.blocks(0, sequence) for _ in range(3)]
+        for iterator in iterators:
+            next(iterator)
+        assert account.used == used + 2 * 2 * 2 * 4096
+        del iterators, iterator
+        assert account.used == used
+
+
+def test_disk_space_is_given_back(tmp_path):
+    """Files shrink when their last blocks are freed, and freed slots are used again."""
+    store, _ = open_store("disk", tmp_path)
+    with store:
+        first, second = store.new_sequence(), store.new_sequence()
+        fill(store, first, 40)
+        expected = fill(store, second, 40)
+        size = store.tier_bytes().disk
+        assert size == sum(path.stat().st_size for path in tmp_path.glob("*/*"))
+        store.release(first)
+        assert store.growth_bytes(second, 80).disk == 0
+        store.reserve(second, 80)
+        assert store.tier_bytes().disk == size
+        assert torch.equal(content(store, 0, second), expected)
+        store.release(second)
+        assert store.tier_bytes().disk == 2 * 4096
+
+
+def test_closing_under_an_iterator(tmp_path):
+    """An iterator that outlives its store says so, and the account stays even."""
+    store, account = open_store("disk", tmp_path)
+    sequence = store.new_sequence()
+    fill(store, sequence, 43)
+    iterator = store.blocks(0, sequence)
+    next(iterator)
+    store.close()
+    with pytest.raises(KVStoreError, match="closed"):
+        next(iterator)
+    del iterator
+    assert account.used == 0
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        lambda store, sequence: store.fork(sequence, -1),
+        lambda store, sequence: store.blocks(0, sequence, -1),
+        lambda store, sequence: store.num_tokens(sequence, 2),
+        lambda store, sequence: store.append(2, sequence, tokens(1, 0), tokens(1, 0)),
+        lambda store, sequence: store.append(0, sequence, torch.zeros(3), torch.zeros(3)),
+    ],
+)
+def test_requests_out_of_range(request_):
+    """Negative counts, layers that are not there and vectors are refused as they are made."""
+    store, _ = open_store("host", None)
+    sequence = store.new_sequence()
+    fill(store, sequence, 6)
+    with pytest.raises(KVStoreError):
+        request_(store, sequence)
+
+
+@pytest.mark.parametrize("refused", ["posix_fallocate", "pwritev"])
+def test_file_systems_that_can_do_less(refused, tmp_path, monkeypatch):
+    """No preallocation, or O_DIRECT refused at its first use: slower guarantees, same content."""
+    real = getattr(os, refused)
+
+    def refuse(file, *arguments):
+        if refused == "posix_fallocate":
+            raise OSError(95, "Operation not supported")
+        if fcntl.fcntl(file, fcntl.F_GETFL) & os.O_DIRECT:
+            raise OSError(22, "Invalid argument")
+        return real(file, *arguments)
+
+    monkeypatch.setattr(os, refused, refuse)
+    store, _ = open_store("disk", tmp_path)
+    with store:
+        sequence = store.new_sequence()
+        expected = fill(store, sequence, 50)
+        wait_for_writes(store)
+        assert torch.equal(content(store, 1, sequence), expected)
+
+
+def test_process_that_ends_without_closing_leaves_nothing(tmp_path):
+    """The user's text does not stay on the disk when a program forgets to close the store."""
+    code = f"""
+import torch
+from pathlib import Path
+from ollm_core.kv import DiskKVStore, KVGeometry
+from ollm_core.memory import MemoryAccount
+geometry = KVGeometry(1, 1, 4, torch.float32, torch.device("cpu"), 4)
+store = DiskKVStore(geometry, MemoryAccount("memory", 10**8), Path({str(tmp_path)!r}), "f00d")
+store.append(0, store.new_sequence(), torch.ones(1, 9, 4), torch.ones(1, 9, 4))
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+    assert list(tmp_path.iterdir()) == []
+
+
+def wait_for_writes(store):
+    """Return when the disk has, or has refused, every sealed block."""
+    while store._storage._pending:
+        time.sleep(0.001)
+
+
+def store_again(store, sequence, keys):
+    """Append to layer 0, and all keys it then has."""
+    store.append(0, sequence, keys, keys)
+    return content(store, 0, sequence)[0]

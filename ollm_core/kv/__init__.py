@@ -1,9 +1,15 @@
-"""KV stores: keys and values per layer and sequence, in blocks, on the device, the host or the
-disk.
-"""
+"""Keys and values of many sequences: on the device, in host memory or on disk."""
 
-from ollm_core.kv.blocks import BlockKVStore, KVGeometry
+from ollm_core.kv.blocks import BlockKVStore
 from ollm_core.kv.disk import DiskKVStore
 from ollm_core.kv.memory import DeviceKVStore, HostKVStore
+from ollm_core.kv.storage import BlockStorage, KVGeometry
 
-__all__ = ["BlockKVStore", "DeviceKVStore", "DiskKVStore", "HostKVStore", "KVGeometry"]
+__all__ = [
+    "BlockKVStore",
+    "BlockStorage",
+    "DeviceKVStore",
+    "DiskKVStore",
+    "HostKVStore",
+    "KVGeometry",
+]

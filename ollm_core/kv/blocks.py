@@ -1,234 +1,164 @@
-"""The block table: which blocks each sequence has, shared between forks, the same for every tier.
+"""Block tables: which blocks hold the tokens of each sequence in each layer, and who shares them.
 
-Tokens collect in a tail, one open block per layer and sequence. A full tail is sealed: from then
-on it never changes, so that forks can share it, and the tier may put it where it likes.
+This module knows tokens, blocks and owners. Where the bytes of a block are is known to a
+BlockStorage.
 """
 
 from __future__ import annotations
 
-import itertools
-from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from ollm_core.errors import KVStoreError
-from ollm_core.interfaces import Closing, KVStore, TierBytes
-
-
-@dataclass(frozen=True, slots=True)
-class KVGeometry:
-    """The shape of what is stored, and the device that computes with it."""
-
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
-    dtype: torch.dtype
-    device: torch.device
-    block_size: int = 256
-    """Tokens per block."""
-
-    @property
-    def block_shape(self) -> tuple[int, int, int, int]:
-        """Keys then values, head-major: [2, G, block_size, D]."""
-        return 2, self.num_kv_heads, self.block_size, self.head_dim
-
-    @property
-    def block_bytes(self) -> int:
-        """Bytes of one block."""
-        return torch.Size(self.block_shape).numel() * self.dtype.itemsize
-
-    def num_blocks(self, num_tokens: int) -> int:
-        """Blocks per layer that hold `num_tokens`."""
-        return -(-num_tokens // self.block_size)
-
-
-class BlockStorage(Closing):
-    """One tier: memory for tails, a place for sealed blocks, and the account of both.
-
-    Space is taken before it is used: `take` covers as many open or sealed blocks in a layer.
-    """
-
-    @abstractmethod
-    def cost(self, num_blocks: int, num_tails: int) -> TierBytes:
-        """Bytes that `take` asks for, over all layers together."""
-
-    @abstractmethod
-    def take(self, blocks_per_layer: Sequence[int], num_tails: int) -> None:
-        """Set space aside. Raises DoesNotFitError with nothing changed."""
-
-    @abstractmethod
-    def give(self, blocks_per_layer: Sequence[int], num_tails: int) -> None:
-        """Return space that was taken."""
-
-    @abstractmethod
-    def open_tail(self) -> Tensor:
-        """A block to be filled, contents arbitrary."""
-
-    @abstractmethod
-    def drop_tail(self, tail: Tensor) -> None:
-        """Take back a tail that is not sealed."""
-
-    @abstractmethod
-    def seal(self, layer_idx: int, tail: Tensor) -> object:
-        """Make a full tail immutable; the handle is what `read` and `free` want."""
-
-    @abstractmethod
-    def read(self, layer_idx: int, handles: Sequence[object]) -> Iterator[Tensor]:
-        """Sealed blocks in order, on the compute device, each valid until the next step."""
-
-    @abstractmethod
-    def free(self, layer_idx: int, handle: object) -> None:
-        """Forget a sealed block."""
-
-    @abstractmethod
-    def tier_bytes(self) -> TierBytes:
-        """Bytes held now."""
-
-    @property
-    def bytes_read(self) -> int:
-        """Bytes read from disk since opening."""
-        return 0
+from ollm_core.interfaces import KVStore, TierBytes
+from ollm_core.kv.lanes import Charges, Lanes
+from ollm_core.kv.storage import BlockStorage, KVGeometry
+from ollm_core.memory import MemoryAccount
 
 
 @dataclass(eq=False, slots=True)
-class _Block:
-    """A sealed block and how many sequences have it."""
+class _Table:
+    """One layer of one sequence. Token at position p is in `blocks[p // block_size]`."""
 
-    handle: object
-    num_users: int = 1
-
-
-@dataclass(eq=False, slots=True)
-class _Layer:
-    """What one layer of a sequence has."""
-
-    blocks: list[_Block] = field(default_factory=list)
+    blocks: list[int] = field(default_factory=list)
+    """Sealed ones, then the one that `tail` fills, then those reserved."""
+    num_tokens: int = 0
     tail: Tensor | None = None
-    num_in_tail: int = 0
-
-
-@dataclass(eq=False, slots=True)
-class _Sequence:
-    layers: list[_Layer]
-    capacity: int = 0
-    """Blocks per layer for which there is space, those in use included."""
+    """Holds the tokens after the last full block, or is there for those to come."""
 
 
 class BlockKVStore(KVStore):
-    """See KVStore. Everything but the tier."""
+    """A KV store of reference-counted blocks. Full blocks are shared by forks and never written
+    again while they are.
+    """
 
-    def __init__(self, geometry: KVGeometry, storage: BlockStorage) -> None:
+    def __init__(
+        self,
+        geometry: KVGeometry,
+        storage: BlockStorage,
+        upload_account: MemoryAccount | None = None,
+        *,
+        upload: bool = False,
+    ) -> None:
+        """With `upload`, blocks are copied to the compute device as they are read.
+
+        The buffers for it are then held in `upload_account`.
+        """
         self.geometry = geometry
         self.block_size = geometry.block_size
         self._storage = storage
-        self._sequences: dict[int, _Sequence] = {}
-        self._ids = itertools.count()
+        self._tables: dict[int, list[_Table]] = {}
+        self._next_sequence = 0
+        self._num_sharers: Counter[tuple[int, int]] = Counter()  # owners beyond the first
         self._closed = False
+        self._upload_charges = Charges(upload_account) if upload and upload_account else None
+        self._uploads: Lanes[Tensor] | None = None
+        if upload:
+            try:
+                self._uploads = Lanes(
+                    self._device_block, geometry.block_bytes, "kv upload", self._upload_charges
+                )
+            except BaseException:
+                storage.close()
+                raise
 
     def new_sequence(self) -> int:
-        if self._closed:
-            raise KVStoreError("the KV store is closed")
-        sequence = next(self._ids)
-        self._sequences[sequence] = _Sequence([_Layer() for _ in range(self.geometry.num_layers)])
+        self._check_open()
+        sequence, self._next_sequence = self._next_sequence, self._next_sequence + 1
+        self._tables[sequence] = [_Table() for _ in range(self.geometry.num_layers)]
         return sequence
 
     def growth_bytes(self, sequence: int, num_tokens: int) -> TierBytes:
-        """What `reserve` with the same arguments would take of each tier."""
-        missing, num_tails = self._missing(sequence, num_tokens)
-        return self._storage.cost(missing * self.geometry.num_layers, num_tails)
+        """What `reserve` would take beyond what is held or reserved already."""
+        tables = dict(enumerate(self._tables_of(sequence)))
+        return self._storage.growth(*self._missing(tables, num_tokens))
 
     def reserve(self, sequence: int, num_tokens: int) -> None:
-        missing, num_tails = self._missing(sequence, num_tokens)
-        if missing:
-            self._storage.take([missing] * self.geometry.num_layers, num_tails)
-            self._sequences[sequence].capacity += missing
+        tables = dict(enumerate(self._tables_of(sequence)))
+        self._storage.check()
+        self._grow(tables, num_tokens)
 
     def append(self, layer_idx: int, sequence: int, keys: Tensor, values: Tensor) -> None:
-        layer = self._layer(layer_idx, sequence)
-        num_new = keys.shape[1]
-        self._check(keys, values)
-        self.reserve(sequence, self._length(layer) + num_new)
+        """See KVStore. Raises KVStoreError for another shape or dtype; DoesNotFitError or ReadError
+        also for a block that could not be written earlier.
+        """
+        table = self._table(layer_idx, sequence)
+        num_new = self._check_new(keys, values)
+        self._storage.check()
+        self._grow({layer_idx: table}, table.num_tokens + num_new)
         done = 0
         while done < num_new:
-            if layer.tail is None:
-                layer.tail = self._storage.open_tail()
-            count = min(self.block_size - layer.num_in_tail, num_new - done)
-            place = slice(layer.num_in_tail, layer.num_in_tail + count)
-            layer.tail[0, :, place] = keys[:, done : done + count]
-            layer.tail[1, :, place] = values[:, done : done + count]
-            layer.num_in_tail += count
+            block_idx, inside = divmod(table.num_tokens, self.block_size)
+            block = table.blocks[block_idx]
+            if table.tail is None:
+                table.tail = self._storage.open(block)
+            count = min(self.block_size - inside, num_new - done)
+            table.tail[0, :, inside : inside + count] = keys[:, done : done + count]
+            table.tail[1, :, inside : inside + count] = values[:, done : done + count]
+            if inside + count == self.block_size:
+                table.tail = self._storage.seal(layer_idx, block, table.tail)
+            table.num_tokens += count  # only now: sealing may raise
             done += count
-            if layer.num_in_tail == self.block_size:
-                layer.blocks.append(_Block(self._storage.seal(layer_idx, layer.tail)))
-                layer.tail, layer.num_in_tail = None, 0
 
     def blocks(
         self, layer_idx: int, sequence: int, num_tokens: int | None = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        layer = self._layer(layer_idx, sequence)
-        length = self._length(layer)
-        left = length if num_tokens is None else num_tokens
-        if left > length:
-            raise KVStoreError(f"the KV store has {length} tokens; {left} were asked for")
-        num_sealed = min(self.geometry.num_blocks(left), len(layer.blocks))
-        handles = [block.handle for block in layer.blocks[:num_sealed]]
-        for block in self._storage.read(layer_idx, handles):
-            count = min(left, self.block_size)
-            yield block[0, :, :count], block[1, :, :count]
-            left -= count
-        if left and layer.tail is not None:
-            tail = layer.tail[:, :, :left].to(self.geometry.device)
-            yield tail[0], tail[1]
+        table = self._table(layer_idx, sequence)
+        wanted = table.num_tokens if num_tokens is None else num_tokens
+        if not 0 <= wanted <= table.num_tokens:
+            raise KVStoreError(
+                f"sequence {sequence} has {table.num_tokens} tokens in layer {layer_idx}; "
+                f"cannot read {wanted}",
+                hint=f"num_tokens must be between 0 and {table.num_tokens}",
+            )
+        self._storage.check()
+        num_sealed = min(-(-wanted // self.block_size), table.num_tokens // self.block_size)
+        sealed = self._storage.read(layer_idx, table.blocks[:num_sealed])
+        tail = table.tail if wanted > num_sealed * self.block_size else None
+        return self._views(sealed, tail, wanted)
 
     def num_tokens(self, sequence: int, layer_idx: int | None = None) -> int:
         if layer_idx is not None:
-            return self._length(self._layer(layer_idx, sequence))
-        return min(self._length(layer) for layer in self._get(sequence).layers)
+            return self._table(layer_idx, sequence).num_tokens
+        return min(table.num_tokens for table in self._tables_of(sequence))
 
     def truncate(self, sequence: int, num_tokens: int) -> None:
-        found = self._get(sequence)
-        shortest = min(self._length(layer) for layer in found.layers)
-        if num_tokens > shortest or num_tokens < 0:
-            raise KVStoreError(
-                f"the KV store has {shortest} tokens; cannot truncate to {num_tokens}",
-                hint=f"num_tokens must be from 0 to {shortest}",
-            )
-        capacity = self.geometry.num_blocks(num_tokens)
-        for layer_idx, layer in enumerate(found.layers):
-            self._truncate_layer(layer_idx, layer, num_tokens, found.capacity)
-        if capacity == 0 and found.capacity:
-            self._storage.give([0] * len(found.layers), len(found.layers))
-        found.capacity = capacity
+        """See KVStore. Also gives back what was reserved and not used.
+
+        Raises DoesNotFitError or ReadError if the block that is cut cannot be copied; what is not
+        cut then stays, and it may be tried again.
+        """
+        tables = self._tables_of(sequence)
+        self._check_length(sequence, num_tokens, "truncate to")
+        for layer_idx, table in enumerate(tables):
+            self._cut(layer_idx, table, num_tokens)
 
     def fork(self, sequence: int, num_tokens: int | None = None) -> int:
-        source = self._get(sequence)
-        length = self.num_tokens(sequence) if num_tokens is None else num_tokens
-        if length > self.num_tokens(sequence):
-            raise KVStoreError(
-                f"the KV store has {self.num_tokens(sequence)} tokens; cannot fork at {length}"
-            )
-        num_shared, rest = divmod(length, self.block_size)
-        num_layers = self.geometry.num_layers
-        if length:
-            self._storage.take([1 if rest else 0] * num_layers, num_layers)
-        fork = self.new_sequence()
-        target = self._sequences[fork]
-        target.capacity = self.geometry.num_blocks(length)
-        for layer_idx, (old, new) in enumerate(zip(source.layers, target.layers, strict=True)):
-            new.blocks = old.blocks[:num_shared]
-            for block in new.blocks:
-                block.num_users += 1
-            if rest:
-                self._open_with(layer_idx, new, self._content(layer_idx, old, num_shared), rest)
-        return fork
+        """See KVStore. Full blocks are shared, the tokens after them copied. Raises DoesNotFitError
+        or ReadError with nothing changed.
+        """
+        sources = self._tables_of(sequence)
+        wanted = self.num_tokens(sequence) if num_tokens is None else num_tokens
+        self._check_length(sequence, wanted, "fork at")
+        forked = self.new_sequence()
+        try:
+            for layer_idx, (source, table) in enumerate(
+                zip(sources, self._tables[forked], strict=True)
+            ):
+                self._share(layer_idx, source, table, wanted)
+        except BaseException:
+            self.release(forked)
+            raise
+        return forked
 
     def release(self, sequence: int) -> None:
-        if sequence in self._sequences:
-            self.truncate(sequence, 0)
-            del self._sequences[sequence]
+        for layer_idx, table in enumerate(self._tables.pop(sequence, ())):
+            self._drop_tail(table)
+            self._disown(layer_idx, table.blocks)
 
     def tier_bytes(self) -> TierBytes:
         return self._storage.tier_bytes()
@@ -238,88 +168,168 @@ class BlockKVStore(KVStore):
         return self._storage.bytes_read
 
     def close(self) -> None:
-        for sequence in list(self._sequences):
-            self.release(sequence)
         self._closed = True
+        self._tables.clear()
+        self._num_sharers.clear()
+        self._uploads = None
+        if self._upload_charges:
+            self._upload_charges.close()
         self._storage.close()
 
-    def _truncate_layer(
-        self, layer_idx: int, layer: _Layer, num_tokens: int, capacity: int
-    ) -> None:
-        num_full, rest = divmod(num_tokens, self.block_size)
-        spare = capacity - len(layer.blocks)  # space taken for the tail and for growth
-        reopened: Tensor | None = None
-        if num_full < len(layer.blocks):
-            if rest:
-                reopened = self._content(layer_idx, layer, num_full)
-            if layer.tail is not None:
-                self._storage.drop_tail(layer.tail)
-            layer.tail, layer.num_in_tail = None, 0
-            for block in layer.blocks[num_full:]:
-                self._drop(layer_idx, block)
-            del layer.blocks[num_full:]
-        elif not rest and layer.tail is not None:
-            self._storage.drop_tail(layer.tail)
-            layer.tail, layer.num_in_tail = None, 0
-        change = spare - (1 if rest else 0)
-        if change >= 0:
-            self._storage.give(self._only(layer_idx, change), 0)
-        else:
-            self._storage.take(self._only(layer_idx, -change), 0)
-        if reopened is not None:
-            self._open_with(layer_idx, layer, reopened, rest)
-        layer.num_in_tail = rest
+    def _views(
+        self, sealed: Iterator[Tensor], tail: Tensor | None, num_tokens: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        tails = () if tail is None else (tail,)
+        for block in self._on_device(sealed, tails):
+            count = min(num_tokens, self.block_size)
+            yield block[0, :, :count], block[1, :, :count]
+            num_tokens -= count
+            self._check_open()
 
-    def _content(self, layer_idx: int, layer: _Layer, block_idx: int) -> Tensor:
-        """A copy of one block, sealed or open."""
-        if block_idx == len(layer.blocks):
-            assert layer.tail is not None, "a layer with more tokens than full blocks has a tail"
-            return layer.tail
-        (block,) = (
-            b.clone() for b in self._storage.read(layer_idx, [layer.blocks[block_idx].handle])
-        )
-        return block
+    def _on_device(self, *parts: Iterable[Tensor]) -> Iterator[Tensor]:
+        if self._uploads is None:
+            for part in parts:
+                yield from part
+            return
+        with self._uploads.lane() as buffer:
+            for part in parts:
+                for block in part:
+                    # Stream order keeps this from overtaking the kernels that read the last block.
+                    yield buffer.copy_(block, non_blocking=True)
 
-    def _open_with(self, layer_idx: int, layer: _Layer, content: Tensor, num_tokens: int) -> None:
-        layer.tail = self._storage.open_tail()
-        layer.tail[:, :, :num_tokens] = content[:, :, :num_tokens]
-        layer.num_in_tail = num_tokens
-
-    def _drop(self, layer_idx: int, block: _Block) -> None:
-        block.num_users -= 1
-        if block.num_users == 0:
-            self._storage.free(layer_idx, block.handle)
-            self._storage.give(self._only(layer_idx, 1), 0)
-
-    def _only(self, layer_idx: int, num_blocks: int) -> list[int]:
-        counts = [0] * self.geometry.num_layers
-        counts[layer_idx] = num_blocks
-        return counts
-
-    def _missing(self, sequence: int, num_tokens: int) -> tuple[int, int]:
-        """Blocks per layer, and tails, for which there is no space yet."""
-        found = self._get(sequence)
-        missing = max(self.geometry.num_blocks(num_tokens) - found.capacity, 0)
-        return missing, len(found.layers) if missing and not found.capacity else 0
-
-    def _length(self, layer: _Layer) -> int:
-        return len(layer.blocks) * self.block_size + layer.num_in_tail
-
-    def _get(self, sequence: int) -> _Sequence:
-        if sequence not in self._sequences:
-            state = "is closed" if self._closed else f"has no sequence {sequence}"
-            raise KVStoreError(f"the KV store {state}")
-        return self._sequences[sequence]
-
-    def _layer(self, layer_idx: int, sequence: int) -> _Layer:
-        return self._get(sequence).layers[layer_idx]
-
-    def _check(self, keys: Tensor, values: Tensor) -> None:
+    def _device_block(self) -> Tensor:
         geometry = self.geometry
-        expected = (geometry.num_kv_heads, keys.shape[1], geometry.head_dim)
-        for name, value in (("keys", keys), ("values", values)):
-            if tuple(value.shape) != expected or value.dtype != geometry.dtype:
+        return torch.empty(geometry.block_shape, dtype=geometry.dtype, device=geometry.device)
+
+    def _missing(self, tables: Mapping[int, _Table], num_tokens: int) -> tuple[dict[int, int], int]:
+        """New blocks by layer, and new tails, that bring `tables` to `num_tokens`."""
+        total = -(-num_tokens // self.block_size)
+        blocks = {layer_idx: total - len(table.blocks) for layer_idx, table in tables.items()}
+        growing = [table for table in tables.values() if num_tokens > table.num_tokens]
+        return (
+            {layer_idx: count for layer_idx, count in blocks.items() if count > 0},
+            sum(table.tail is None for table in growing),
+        )
+
+    def _grow(self, tables: Mapping[int, _Table], num_tokens: int) -> None:
+        num_blocks, num_tails = self._missing(tables, num_tokens)
+        if not num_blocks and not num_tails:
+            return
+        for layer_idx, blocks in self._storage.allocate(num_blocks, num_tails).items():
+            tables[layer_idx].blocks += blocks
+        for table in tables.values():
+            if table.tail is None and num_tokens > table.num_tokens:
+                table.tail = self._storage.open(table.blocks[table.num_tokens // self.block_size])
+
+    def _cut(self, layer_idx: int, table: _Table, num_tokens: int) -> None:
+        num_full, inside = divmod(num_tokens, self.block_size)
+        in_tail = table.num_tokens // self.block_size == num_full
+        num_kept = num_full + (inside > 0)
+        dropped, table.blocks[num_kept:] = table.blocks[num_kept:], []
+        if not (inside and in_tail):
+            self._drop_tail(table)
+        table.num_tokens = min(table.num_tokens, num_kept * self.block_size)
+        self._disown(layer_idx, dropped)
+        if inside and not in_tail:
+            self._reopen(layer_idx, table)
+        table.num_tokens = num_tokens
+
+    def _reopen(self, layer_idx: int, table: _Table) -> None:
+        """Bring the last block, which is sealed, back into a tail; into one of its own if it is
+        shared.
+        """
+        block = table.blocks[-1]
+        if self._num_sharers[layer_idx, block]:
+            table.blocks[-1], table.tail = self._copy_block(layer_idx, block)
+            self._disown(layer_idx, [block])
+            return
+        self._storage.allocate({}, 1)
+        tail = self._storage.open(block)
+        try:
+            self._storage.unseal(layer_idx, block, tail)
+        except BaseException:
+            self._storage.drop(tail)
+            raise
+        table.tail = tail
+
+    def _share(self, layer_idx: int, source: _Table, table: _Table, num_tokens: int) -> None:
+        num_full, inside = divmod(num_tokens, self.block_size)
+        table.blocks = source.blocks[:num_full]
+        self._num_sharers.update((layer_idx, block) for block in table.blocks)
+        if inside:
+            in_tail = source.num_tokens // self.block_size == num_full
+            held = source.tail if in_tail else None
+            block, table.tail = self._copy_block(layer_idx, source.blocks[num_full], held)
+            table.blocks.append(block)
+        table.num_tokens = num_tokens
+
+    def _copy_block(
+        self, layer_idx: int, block: int, held: Tensor | None = None
+    ) -> tuple[int, Tensor]:
+        """A new block and its tail, which holds what `held` does, or else the sealed `block`."""
+        new = self._storage.allocate({layer_idx: 1}, 1)[layer_idx][0]
+        tail = self._storage.open(new)
+        try:
+            if held is None:
+                self._storage.load(layer_idx, block, tail)
+            else:
+                tail.copy_(held)
+        except BaseException:
+            self._storage.drop(tail)
+            self._storage.free(layer_idx, [new])
+            raise
+        return new, tail
+
+    def _disown(self, layer_idx: int, blocks: Sequence[int]) -> None:
+        """Drop one owner of each block, and free those that had no other."""
+        unowned = []
+        for block in blocks:
+            key = layer_idx, block
+            if self._num_sharers[key]:
+                self._num_sharers[key] -= 1
+            else:
+                unowned.append(block)
+                self._num_sharers.pop(key, None)
+        self._storage.free(layer_idx, unowned)
+
+    def _drop_tail(self, table: _Table) -> None:
+        if table.tail is not None:
+            self._storage.drop(table.tail)
+            table.tail = None
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise KVStoreError("the KV store is closed")
+
+    def _tables_of(self, sequence: int) -> list[_Table]:
+        self._check_open()
+        if sequence not in self._tables:
+            raise KVStoreError(f"the KV store has no sequence {sequence}")
+        return self._tables[sequence]
+
+    def _table(self, layer_idx: int, sequence: int) -> _Table:
+        tables = self._tables_of(sequence)
+        if not 0 <= layer_idx < len(tables):
+            raise KVStoreError(f"layer {layer_idx} is not one of the store's {len(tables)} layers")
+        return tables[layer_idx]
+
+    def _check_length(self, sequence: int, num_tokens: int, what: str) -> None:
+        found = self.num_tokens(sequence)
+        if not 0 <= num_tokens <= found:
+            raise KVStoreError(
+                f"sequence {sequence} has {found} tokens; cannot {what} {num_tokens}",
+                hint=f"num_tokens must be between 0 and {found}",
+            )
+
+    def _check_new(self, keys: Tensor, values: Tensor) -> int:
+        """The number of tokens in `keys` and `values`, [G, T, D] each."""
+        geometry = self.geometry
+        num_new = keys.shape[1] if keys.ndim == 3 else 0
+        expected = geometry.num_kv_heads, num_new, geometry.head_dim
+        for name, given in (("keys", keys), ("values", values)):
+            if tuple(given.shape) != expected or given.dtype != geometry.dtype:
                 raise KVStoreError(
-                    f"{name} are {value.dtype} {list(value.shape)}, "
+                    f"{name} are {given.dtype} {list(given.shape)}, "
                     f"expected {geometry.dtype} {list(expected)}"
                 )
+        return num_new

@@ -1,348 +1,341 @@
-"""Keys and values on disk: one file per layer, blocks in slots, written behind and read ahead.
-
-A file is a header page and slots of whole pages, raw and little-endian. Nothing in it is
-executable. Only tails, blocks on their way to the disk and two staging buffers are in memory.
-"""
+"""KV on disk: blocks written behind the pass and read ahead of it; only tails stay in memory."""
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import json
 import os
-import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+import threading
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
+import torch
 from torch import Tensor
 
-from ollm_core.buffers import PAGE, aligned_buffer, as_memoryview, round_up
+from ollm_core.buffers import aligned_buffer, as_memoryview, round_up
 from ollm_core.errors import DoesNotFitError, KVStoreError, OllmError, ReadError
 from ollm_core.interfaces import TierBytes
-from ollm_core.kv.blocks import BlockKVStore, BlockStorage, KVGeometry
+from ollm_core.kv.blocks import BlockKVStore
+from ollm_core.kv.files import LayerFile, storage_error
+from ollm_core.kv.lanes import Charges, Lanes
+from ollm_core.kv.storage import BlockStorage, KVGeometry
 from ollm_core.memory import MemoryAccount, format_size
 
-MAGIC = b"OLLMKV\0\1"
-FORMAT_VERSION = 1
-_STAGING_BYTES = 4 << 20
-_MAX_PENDING = 8
+STAGING_BYTES = 4 << 20
+"""One read: large enough for the full speed of the disk. An iterator has two such buffers."""
+NUM_WRITE_BUFFERS = 4
+"""Full blocks that may wait to be written before `append` waits too."""
 
-
-class DiskKVStore(BlockKVStore):
-    """Sealed blocks in files in a directory of its own, which `close` removes. The rest is host
-    memory.
-    """
-
-    def __init__(
-        self, geometry: KVGeometry, account: MemoryAccount, directory: Path, fingerprint: str
-    ) -> None:
-        """`account` is the host's; `fingerprint` names the model.
-
-        Raises KVStoreError if nothing can be made in `directory`, DoesNotFitError without room.
-        """
-        super().__init__(geometry, _DiskStorage(geometry, account, directory, fingerprint))
-
-
-@dataclass(eq=False, slots=True)
-class _File:
-    """One layer's file and which of its slots are in use."""
-
-    path: Path
-    number: int
-    num_taken: int = 0
-    """Slots for which the file has room and an owner, in use or promised."""
-    num_bytes: int = PAGE
-    next_slot: int = 0
-    free_slots: list[int] = field(default_factory=list)
+_THREAD_NAME = "ollm-kv"
 
 
 @dataclass(frozen=True, slots=True)
-class _Run:
-    """Slots that lie together, read in one call; or one block that is not written yet."""
+class _Staging:
+    """A buffer for a run of slots, and its blocks [2, G, block_size, D]."""
 
-    first_slot: int
-    num_slots: int
-    pending: Tensor | None = None
+    buffer: memoryview
+    blocks: list[Tensor]
 
 
-class _DiskStorage(BlockStorage):
+class DiskStorage(BlockStorage):
+    """A file per layer in a directory of its own. A block is a slot of its layer's file.
+
+    One thread writes, one reads. A block that waits to be written, or could not be, is served from
+    memory; the error of the latter is raised by `check` until the block is freed or unsealed.
+    """
+
     def __init__(
-        self, geometry: KVGeometry, account: MemoryAccount, directory: Path, fingerprint: str
+        self,
+        geometry: KVGeometry,
+        account: MemoryAccount,
+        directory: Path,
+        fingerprint: str,
+        staging_bytes: int,
     ) -> None:
         self._geometry = geometry
-        self._account = account
         self._slot_bytes = round_up(geometry.block_bytes)
-        self._staging_bytes = max(_STAGING_BYTES // self._slot_bytes, 1) * self._slot_bytes
-        self._fixed_bytes = 2 * self._staging_bytes + _MAX_PENDING * self._slot_bytes
-        self._num_tails = 0
+        self._run_slots = max(staging_bytes // self._slot_bytes, 1)
+        self._charges = Charges(account)
+        self._changed = threading.Condition()  # guards the four below
+        self._spares: list[Tensor] = []
+        self._pending: dict[tuple[int, int], Tensor] = {}
+        self._failed: dict[tuple[int, int], tuple[Tensor, BaseException]] = {}
         self._bytes_read = 0
-        self._files: list[_File] = []
-        self._buffers: dict[int, Tensor] = {}
-        """The slot of memory of each tail, by its address."""
-        self._spare_tails: list[Tensor] = []
-        self._spare_staging: list[Tensor] = []
-        self._pending: dict[tuple[int, int], tuple[Future[None], Tensor]] = {}
-        self._directory: Path | None = None
-        account.reserve("kv staging", self._fixed_bytes)
+        with ExitStack() as stack:
+            stack.callback(self._charges.close)
+            self._charges.take("kv write buffers", NUM_WRITE_BUFFERS * self._slot_bytes)
+            self._spares += [self._new_tail() for _ in range(NUM_WRITE_BUFFERS)]
+            lane_bytes = 2 * self._run_slots * self._slot_bytes
+            self._stagings = Lanes(self._new_staging, lane_bytes, "kv staging", self._charges)
+            self.directory = _own_directory(directory)
+            stack.callback(_remove_directory, self.directory)
+            self._files = self._open_files(fingerprint, stack)
+            self._writer, self._reader = (
+                ThreadPoolExecutor(1, thread_name_prefix=_THREAD_NAME) for _ in range(2)
+            )
+            stack.callback(self._writer.shutdown, cancel_futures=True)
+            stack.callback(self._reader.shutdown, cancel_futures=True)
+            # Also runs when nobody closed the store, and at exit: the files are the user's text.
+            self._close = weakref.finalize(self, _close, stack.pop_all())
+
+    def growth(self, num_blocks: Mapping[int, int], num_tails: int) -> TierBytes:
+        new = sum(
+            max(number - self._files[layer_idx].num_free, 0)
+            for layer_idx, number in num_blocks.items()
+        )
+        return TierBytes(host=num_tails * self._slot_bytes, disk=new * self._slot_bytes)
+
+    def allocate(self, num_blocks: Mapping[int, int], num_tails: int) -> dict[int, list[int]]:
+        needed = self.growth(num_blocks, num_tails)
+        self._charges.take("kv tails", needed.host)
         try:
-            self._directory = _make_directory(directory)
-            for layer_idx in range(geometry.num_layers):
-                self._files.append(self._make_file(layer_idx, fingerprint))
-        except BaseException:
-            self._remove()
-            account.release("kv staging", self._fixed_bytes)
-            raise
-        self._writer = ThreadPoolExecutor(1, "ollm-kv-writer")
-        self._reader = ThreadPoolExecutor(1, "ollm-kv-reader")
+            for layer_idx, number in num_blocks.items():
+                file = self._files[layer_idx]
+                file.grow(number - file.num_free)
+        except (OSError, ReadError) as error:
+            for layer_idx in num_blocks:
+                self._files[layer_idx].give_back(())
+            self._charges.give("kv tails", needed.host)
+            if isinstance(error, ReadError):
+                raise
+            raise self._no_space(error, needed.disk) from error
+        return {
+            layer_idx: self._files[layer_idx].take(number)
+            for layer_idx, number in num_blocks.items()
+        }
 
-    def cost(self, num_blocks: int, num_tails: int) -> TierBytes:
-        return TierBytes(host=num_tails * self._slot_bytes, disk=num_blocks * self._slot_bytes)
+    def free(self, layer_idx: int, blocks: Sequence[int]) -> None:
+        for block in blocks:
+            self._forget(layer_idx, block)
+        self._files[layer_idx].give_back(blocks)
 
-    def take(self, blocks_per_layer: Sequence[int], num_tails: int) -> None:
-        self._account.reserve("kv", num_tails * self._slot_bytes)
-        grown: list[tuple[_File, int]] = []
-        try:
-            for file, count in zip(self._files, blocks_per_layer, strict=True):
-                needed = PAGE + (file.num_taken + count) * self._slot_bytes
-                if needed > file.num_bytes:
-                    grown.append((file, file.num_bytes))
-                    os.posix_fallocate(file.number, file.num_bytes, needed - file.num_bytes)
-                    file.num_bytes = needed
-        except OSError as error:
-            for file, num_bytes in grown:
-                os.ftruncate(file.number, num_bytes)
-                file.num_bytes = num_bytes
-            self._account.release("kv", num_tails * self._slot_bytes)
-            raise self._no_room(error, sum(blocks_per_layer) * self._slot_bytes) from error
-        for file, count in zip(self._files, blocks_per_layer, strict=True):
-            file.num_taken += count
-        self._num_tails += num_tails
+    def open(self, block: int) -> Tensor:
+        return self._new_tail()
 
-    def give(self, blocks_per_layer: Sequence[int], num_tails: int) -> None:
-        for file, count in zip(self._files, blocks_per_layer, strict=True):
-            file.num_taken -= count
-        self._num_tails -= num_tails
-        self._account.release("kv", num_tails * self._slot_bytes)
+    def drop(self, tail: Tensor) -> None:
+        self._charges.give("kv tails", self._slot_bytes)
 
-    def open_tail(self) -> Tensor:
-        buffer = self._spare_tails.pop() if self._spare_tails else aligned_buffer(self._slot_bytes)
-        tail = self._as_block(buffer)
-        self._buffers[tail.data_ptr()] = buffer
-        return tail
+    def seal(self, layer_idx: int, block: int, tail: Tensor) -> Tensor:
+        """See BlockStorage. Waits while all write buffers are in use. Raises as `check`."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._spares or self._failed)
+            self.check()
+            spare = self._spares.pop()
+            self._pending[layer_idx, block] = tail
+        self._writer.submit(self._write, layer_idx, block, tail)
+        return spare
 
-    def drop_tail(self, tail: Tensor) -> None:
-        self._spare_tails.append(self._buffers.pop(tail.data_ptr()))
+    def load(self, layer_idx: int, block: int, tail: Tensor) -> None:
+        self._settle()
+        if not self._copy_unwritten(layer_idx, block, tail):
+            self._read_slots(layer_idx, block, self._slot_view(tail))
 
-    def seal(self, layer_idx: int, tail: Tensor) -> object:
-        self._reap()
-        file = self._files[layer_idx]
-        if file.free_slots:
-            slot = file.free_slots.pop()
-        else:
-            slot, file.next_slot = file.next_slot, file.next_slot + 1
-        buffer = self._buffers[tail.data_ptr()]
-        future = self._writer.submit(self._write, file, slot, buffer)
-        self._pending[layer_idx, slot] = future, tail
-        return slot
+    def unseal(self, layer_idx: int, block: int, tail: Tensor) -> None:
+        self.load(layer_idx, block, tail)
+        self._forget(layer_idx, block)
 
-    def read(self, layer_idx: int, handles: Sequence[object]) -> Iterator[Tensor]:
-        runs = self._runs(layer_idx, cast("Sequence[int]", handles))
+    def read(self, layer_idx: int, blocks: Sequence[int]) -> Iterator[Tensor]:
+        runs = [
+            run[start : start + self._run_slots]
+            for run in _consecutive(blocks)
+            for start in range(0, len(run), self._run_slots)
+        ]
         if not runs:
             return
-        staging = [self._take_staging(), self._take_staging()]
-        ahead: Future[None] | None = None
-        try:
-            for i, run in enumerate(runs):
-                if run.pending is not None:
-                    yield run.pending.to(self._geometry.device)
-                    continue
-                buffer = staging[i % 2]
-                if ahead is None:
-                    ahead = self._reader.submit(self._read_run, layer_idx, run, buffer)
-                ahead.result()
-                ahead = None
-                following = runs[i + 1] if i + 1 < len(runs) else None
-                if following is not None and following.pending is None:
-                    target = staging[(i + 1) % 2]
-                    ahead = self._reader.submit(self._read_run, layer_idx, following, target)
-                for slot in range(run.num_slots):
-                    yield self._as_block(buffer[slot * self._slot_bytes :]).to(
-                        self._geometry.device
-                    )
-        finally:
-            if ahead is not None:
-                with contextlib.suppress(OllmError):
-                    ahead.result()
-            self._spare_staging += staging
+        with self._stagings.lane() as stagings:
+            coming = self._reader.submit(self._fill, layer_idx, runs[0], stagings[0])
+            try:
+                for i, run in enumerate(runs):
+                    coming.result()
+                    if i + 1 < len(runs):
+                        self._settle()
+                        following = runs[i + 1], stagings[(i + 1) % 2]
+                        coming = self._reader.submit(self._fill, layer_idx, *following)
+                    yield from stagings[i % 2].blocks[: len(run)]
+                self._settle()
+            finally:
+                _finish(coming)  # before others get the staging
 
-    def free(self, layer_idx: int, handle: object) -> None:
-        slot = cast("int", handle)
-        pending = self._pending.pop((layer_idx, slot), None)
-        if pending is not None:
-            pending[0].exception()  # wait: the slot may be written again
-            self.drop_tail(pending[1])
-        self._files[layer_idx].free_slots.append(slot)
+    def check(self) -> None:
+        with self._changed:
+            for _, error in self._failed.values():
+                raise error
 
     def tier_bytes(self) -> TierBytes:
-        disk = sum(file.num_bytes for file in self._files)
-        return TierBytes(host=self._fixed_bytes + self._num_tails * self._slot_bytes, disk=disk)
+        on_disk = sum(file.num_bytes for file in self._files) if self._close.alive else 0
+        return TierBytes(host=self._charges.num_bytes, disk=on_disk)
 
     @property
     def bytes_read(self) -> int:
         return self._bytes_read
 
     def close(self) -> None:
-        if self._directory is None:
-            return
-        self._writer.shutdown()
-        self._reader.shutdown()
+        self._close()
+        self._spares.clear()
         self._pending.clear()
-        self._buffers.clear()
-        self._spare_tails.clear()
-        self._spare_staging.clear()
-        self._remove()
-        self._account.release("kv staging", self._fixed_bytes)
+        self._failed.clear()
 
-    def _reap(self) -> None:
-        """Take back the buffers of finished writes; wait where too many are under way."""
-        for key, (future, tail) in list(self._pending.items()):
-            if not future.done() and len(self._pending) < _MAX_PENDING:
-                break
-            error = future.exception()
-            del self._pending[key]
-            self.drop_tail(tail)
-            if error is not None:
-                raise error
-
-    def _runs(self, layer_idx: int, slots: Sequence[int]) -> list[_Run]:
-        longest = self._staging_bytes // self._slot_bytes
-        runs: list[_Run] = []
-        for slot in slots:
-            pending = self._pending.get((layer_idx, slot))
-            last = runs[-1] if runs else None
-            if pending is not None:
-                runs.append(_Run(slot, 1, pending[1]))
-            elif (
-                last
-                and last.pending is None
-                and slot == last.first_slot + last.num_slots
-                and last.num_slots < longest
-            ):
-                runs[-1] = _Run(last.first_slot, last.num_slots + 1)
-            else:
-                runs.append(_Run(slot, 1))
-        return runs
-
-    def _take_staging(self) -> Tensor:
-        return (
-            self._spare_staging.pop()
-            if self._spare_staging
-            else aligned_buffer(self._staging_bytes)
-        )
-
-    def _as_block(self, buffer: Tensor) -> Tensor:
-        data = buffer[: self._geometry.block_bytes]
-        return data.view(self._geometry.dtype).view(self._geometry.block_shape)
-
-    def _write(self, file: _File, slot: int, buffer: Tensor) -> None:
-        memory, offset, done = as_memoryview(buffer), PAGE + slot * self._slot_bytes, 0
-        while done < len(memory):
+    def _open_files(self, fingerprint: str, stack: ExitStack) -> list[LayerFile]:
+        files: list[LayerFile] = []
+        for layer_idx in range(self._geometry.num_layers):
             try:
-                count = os.pwritev(file.number, [memory[done:]], offset + done)
+                file = LayerFile(self.directory, layer_idx, self._geometry, fingerprint)
             except OSError as error:
-                raise self._no_room(error, len(memory)) from error
-            if count <= 0:
-                raise self._no_room(OSError(errno.ENOSPC, "no space left"), len(memory))
-            done += count
+                raise storage_error(error, self.directory, "making a KV file") from error
+            files.append(stack.enter_context(file))
+        return files
 
-    def _read_run(self, layer_idx: int, run: _Run, buffer: Tensor) -> None:
-        file = self._files[layer_idx]
-        memory = as_memoryview(buffer)[: run.num_slots * self._slot_bytes]
-        offset, done = PAGE + run.first_slot * self._slot_bytes, 0
-        while done < len(memory):
-            try:
-                count = os.preadv(file.number, [memory[done:]], offset + done)
-            except OSError as error:
-                raise ReadError(f"{file.path}: reading failed: {error.strerror}") from error
-            if count <= 0:
-                raise ReadError(
-                    f"{file.path}: ends at byte {offset + done}",
-                    hint="the file was cut while the model was open",
-                )
-            done += count
-        self._bytes_read += len(memory)
-
-    def _no_room(self, error: OSError, num_bytes: int) -> OllmError:
-        assert self._directory is not None, "only an open store takes room"
-        parent = self._directory.parent
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            return KVStoreError(f"{parent}: writing KV failed: {error.strerror}")
-        free = shutil.disk_usage(parent).free
+    def _no_space(self, error: OSError, num_bytes: int) -> OllmError:
+        found = storage_error(error, self.directory, "reserving space")
+        if not isinstance(found, DoesNotFitError):
+            return found
+        disk = os.statvfs(self.directory)
         return DoesNotFitError(
-            f"{parent}: KV needs {format_size(num_bytes)} more on disk, "
-            f"{format_size(free)} is free",
-            hint="give another kv_dir, or a shorter prompt",
+            f"KV needs {format_size(num_bytes)} more in {self.directory.parent}, "
+            f"{format_size(disk.f_bavail * disk.f_frsize)} is free there",
+            hint=f"make {num_bytes} bytes free, or name another directory for KV",
         )
 
-    def _make_file(self, layer_idx: int, fingerprint: str) -> _File:
-        assert self._directory is not None, "files are made in the store's own directory"
-        path = self._directory / f"layer-{layer_idx:05d}.kv"
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        geometry = self._geometry
-        header = {
-            "version": FORMAT_VERSION,
-            "fingerprint": fingerprint,
-            "layer": layer_idx,
-            "dtype": str(geometry.dtype).removeprefix("torch."),
-            "block_size": geometry.block_size,
-            "num_kv_heads": geometry.num_kv_heads,
-            "head_dim": geometry.head_dim,
-            "slot_bytes": self._slot_bytes,
-        }
-        page = aligned_buffer(PAGE)
-        text = MAGIC + json.dumps(header).encode()
-        as_memoryview(page)[: len(text)] = text
+    def _write(self, layer_idx: int, block: int, tail: Tensor) -> None:
+        failure: BaseException | None = None
         try:
-            number = _open_direct(path, flags)
-            os.pwritev(number, [as_memoryview(page)], 0)
-        except OSError as error:
-            raise self._no_room(error, PAGE) from error
-        return _File(path, number)
+            self._files[layer_idx].write(block, self._slot_view(tail))
+        except BaseException as error:  # noqa: BLE001 - handed to the pass by `check`
+            failure = error
+        with self._changed:
+            del self._pending[layer_idx, block]
+            if failure:
+                self._failed[layer_idx, block] = tail, failure
+            else:
+                self._spares.append(tail)
+            self._changed.notify_all()
 
-    def _remove(self) -> None:
-        """Close the files and remove what this store made, and nothing else."""
-        for file in self._files:
-            os.close(file.number)
-            with contextlib.suppress(OSError):
-                file.path.unlink()
-        self._files.clear()
-        if self._directory is not None:
-            with contextlib.suppress(OSError):
-                self._directory.rmdir()
-            self._directory = None
+    def _forget(self, layer_idx: int, block: int) -> None:
+        """Return when nothing will write or remember `block` any more."""
+        key = layer_idx, block
+        with self._changed:
+            self._changed.wait_for(lambda: key not in self._pending)
+            if key in self._failed:
+                self._spares.append(self._failed.pop(key)[0])
+
+    def _copy_unwritten(self, layer_idx: int, block: int, target: Tensor) -> bool:
+        """Copy `block` if it is not on disk. The lock keeps its buffer from being used again."""
+        key = layer_idx, block
+        with self._changed:
+            source = self._failed[key][0] if key in self._failed else self._pending.get(key)
+            if source is not None:
+                target.copy_(source)
+        return source is not None
+
+    def _fill(self, layer_idx: int, run: Sequence[int], staging: _Staging) -> None:
+        """Bring consecutive slots into `staging`, in one read unless some are not on disk yet."""
+        on_disk = [
+            place
+            for place, block in enumerate(run)
+            if not self._copy_unwritten(layer_idx, block, staging.blocks[place])
+        ]
+        for places in _consecutive(on_disk):
+            begin, end = places[0] * self._slot_bytes, (places[-1] + 1) * self._slot_bytes
+            self._read_slots(layer_idx, run[places[0]], staging.buffer[begin:end])
+
+    def _read_slots(self, layer_idx: int, slot: int, buffer: memoryview) -> None:
+        self._files[layer_idx].read(slot, buffer)
+        with self._changed:
+            self._bytes_read += len(buffer)
+
+    def _settle(self) -> None:
+        """Return when the device has copied what was uploaded, so that its source may change."""
+        if self._geometry.device.type == "cuda":
+            torch.cuda.current_stream(self._geometry.device).synchronize()
+
+    def _new_tail(self) -> Tensor:
+        return self._as_block(aligned_buffer(self._slot_bytes))
+
+    def _new_staging(self) -> tuple[_Staging, _Staging]:
+        return self._one_staging(), self._one_staging()
+
+    def _one_staging(self) -> _Staging:
+        buffer = aligned_buffer(self._run_slots * self._slot_bytes)
+        slots = buffer.view(self._run_slots, self._slot_bytes)
+        return _Staging(as_memoryview(buffer), [self._as_block(slot) for slot in slots])
+
+    def _as_block(self, slot: Tensor) -> Tensor:
+        geometry = self._geometry
+        return slot[: geometry.block_bytes].view(geometry.dtype).view(geometry.block_shape)
+
+    def _slot_view(self, tail: Tensor) -> memoryview:
+        """The whole pages of a tail, which the block need not fill."""
+        return as_memoryview(tail.view(-1).view(torch.uint8).as_strided((self._slot_bytes,), (1,)))
 
 
-def _make_directory(parent: Path) -> Path:
+class DiskKVStore(BlockKVStore):
+    """Keys and values in files, with the unfinished block of each layer in host memory."""
+
+    def __init__(
+        self,
+        geometry: KVGeometry,
+        account: MemoryAccount,
+        directory: Path,
+        fingerprint: str,
+        device_account: MemoryAccount | None = None,
+        *,
+        staging_bytes: int = STAGING_BYTES,
+    ) -> None:
+        """Files go to a new directory inside `directory`, and away with `close`.
+
+        `account` is that of the host; `device_account` holds the block being uploaded.
+        `fingerprint` names the model. Raises KVStoreError if `directory` cannot be written,
+        DoesNotFitError if the buffers do not fit.
+        """
+        storage = DiskStorage(geometry, account, directory, fingerprint, staging_bytes)
+        self.directory = storage.directory
+        """Made by this store and removed by it."""
+        super().__init__(geometry, storage, device_account, upload=geometry.device.type != "cpu")
+
+
+def _own_directory(parent: Path) -> Path:
+    """A new directory in `parent`, for this user only."""
     try:
         parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         return Path(tempfile.mkdtemp(prefix="ollm-kv-", dir=parent))
     except OSError as error:
         raise KVStoreError(
-            f"{parent}: no KV directory can be made there: {error.strerror}",
-            hint="give a directory that can be written to as kv_dir",
+            f"{parent}: cannot keep KV there: {error.strerror}",
+            hint="name a directory that can be written",
         ) from error
 
 
-def _open_direct(path: Path, flags: int) -> int:
-    """Open past the page cache, or through it where the file system refuses that."""
-    try:
-        return os.open(path, flags | getattr(os, "O_DIRECT", 0), 0o600)
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-        path.unlink(missing_ok=True)  # some file systems refuse after making the file
-        return os.open(path, flags, 0o600)
+def _remove_directory(directory: Path) -> None:
+    """Remove the layer files and then the directory, unless somebody put something into it."""
+    with suppress(OSError):
+        for path in directory.glob("layer-*.kv"):
+            path.unlink(missing_ok=True)
+        directory.rmdir()
+
+
+def _close(stack: ExitStack) -> None:
+    """Closing waits for the threads; the garbage collector may ask for it in one of them."""
+    if threading.current_thread().name.startswith(_THREAD_NAME):
+        threading.Thread(target=stack.close).start()
+    else:
+        stack.close()
+
+
+def _consecutive(numbers: Sequence[int]) -> list[list[int]]:
+    """`numbers` cut where the next is not one more."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return runs
+
+
+def _finish(coming: Future[None]) -> None:
+    """Wait, whatever comes of it."""
+    if not coming.cancel():
+        coming.exception()

@@ -1,80 +1,129 @@
-"""Keys and values in memory: on the device that computes, or on the host."""
+"""KV in memory: on the compute device, or on the host."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import cast
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import count
 
 import torch
 from torch import Tensor
 
+from ollm_core.errors import DoesNotFitError
 from ollm_core.interfaces import TierBytes
-from ollm_core.kv.blocks import BlockKVStore, BlockStorage, KVGeometry
+from ollm_core.kv.blocks import BlockKVStore
+from ollm_core.kv.lanes import Charges
+from ollm_core.kv.storage import BlockStorage, KVGeometry
 from ollm_core.memory import MemoryAccount
+from ollm_core.types import Tier
+
+_KIND = "kv blocks"
+
+
+class MemoryStorage(BlockStorage):
+    """A tensor per block. The tail of a block is the block, so sealing costs nothing."""
+
+    def __init__(
+        self,
+        geometry: KVGeometry,
+        account: MemoryAccount,
+        tier: Tier,
+        device: torch.device,
+        *,
+        pinned: bool = False,
+    ) -> None:
+        """Blocks are on `device`, counted as `tier`; `pinned` ones upload without waiting."""
+        self._geometry = geometry
+        self._tier = tier
+        self._device = device
+        self._pinned = pinned
+        self._charges = Charges(account)
+        self._blocks: dict[int, Tensor] = {}
+        self._numbers = count()
+
+    def growth(self, num_blocks: Mapping[int, int], num_tails: int) -> TierBytes:
+        return TierBytes(**{self._tier: sum(num_blocks.values()) * self._geometry.block_bytes})
+
+    def allocate(self, num_blocks: Mapping[int, int], num_tails: int) -> dict[int, list[int]]:
+        num_bytes = sum(num_blocks.values()) * self._geometry.block_bytes
+        self._charges.take(_KIND, num_bytes)
+        try:
+            made = {
+                layer_idx: [self._new_block() for _ in range(number)]
+                for layer_idx, number in num_blocks.items()
+            }
+        except RuntimeError as error:  # torch's out of memory; it has no other cause here
+            self._charges.give(_KIND, num_bytes)
+            raise DoesNotFitError(
+                f"{self._charges.account.name} has no {num_bytes} bytes left for KV",
+                hint="allow less of it, or keep KV on disk",
+            ) from error
+        found = {}
+        for layer_idx, tensors in made.items():
+            found[layer_idx] = [next(self._numbers) for _ in tensors]
+            self._blocks.update(zip(found[layer_idx], tensors, strict=True))
+        return found
+
+    def free(self, layer_idx: int, blocks: Sequence[int]) -> None:
+        for block in blocks:
+            del self._blocks[block]
+        self._charges.give(_KIND, len(blocks) * self._geometry.block_bytes)
+
+    def open(self, block: int) -> Tensor:
+        return self._blocks[block]
+
+    def drop(self, tail: Tensor) -> None:
+        """Nothing to do: the block stays."""
+
+    def seal(self, layer_idx: int, block: int, tail: Tensor) -> Tensor | None:
+        return None
+
+    def load(self, layer_idx: int, block: int, tail: Tensor) -> None:
+        tail.copy_(self._blocks[block])
+
+    def unseal(self, layer_idx: int, block: int, tail: Tensor) -> None:
+        """Nothing to do: `tail` is the block."""
+
+    def read(self, layer_idx: int, blocks: Sequence[int]) -> Iterator[Tensor]:
+        for block in blocks:
+            yield self._blocks[block]
+
+    def tier_bytes(self) -> TierBytes:
+        return TierBytes(**{self._tier: self._charges.num_bytes})
+
+    def close(self) -> None:
+        self._blocks.clear()
+        self._charges.close()
+
+    def _new_block(self) -> Tensor:
+        return torch.empty(
+            self._geometry.block_shape,
+            dtype=self._geometry.dtype,
+            device=self._device,
+            pin_memory=self._pinned,
+        )
 
 
 class DeviceKVStore(BlockKVStore):
-    """All blocks on the compute device. `account` is the device's."""
+    """Keys and values on the compute device: `blocks` gives out what is stored, without a copy."""
 
     def __init__(self, geometry: KVGeometry, account: MemoryAccount) -> None:
-        super().__init__(geometry, _MemoryStorage(geometry, account, on_host=False))
+        """`account` is that of the compute device."""
+        super().__init__(geometry, MemoryStorage(geometry, account, "device", geometry.device))
 
 
 class HostKVStore(BlockKVStore):
-    """All blocks in host memory, brought to the device one at a time. `account` is the host's."""
+    """Keys and values in host memory. Without a copy where the host computes; else pinned, and each
+    block uploaded as it is read.
+    """
 
-    def __init__(self, geometry: KVGeometry, account: MemoryAccount) -> None:
-        super().__init__(geometry, _MemoryStorage(geometry, account, on_host=True))
-
-
-class _MemoryStorage(BlockStorage):
-    """A sealed block is its tail, and its own handle."""
-
-    def __init__(self, geometry: KVGeometry, account: MemoryAccount, *, on_host: bool) -> None:
-        self._geometry = geometry
-        self._account = account
-        self._on_host = on_host
-        self._num_blocks = 0
-
-    def cost(self, num_blocks: int, num_tails: int) -> TierBytes:
-        num_bytes = num_blocks * self._geometry.block_bytes
-        return TierBytes(host=num_bytes) if self._on_host else TierBytes(device=num_bytes)
-
-    def take(self, blocks_per_layer: Sequence[int], num_tails: int) -> None:
-        num_blocks = sum(blocks_per_layer)
-        self._account.reserve("kv", num_blocks * self._geometry.block_bytes)
-        self._num_blocks += num_blocks
-
-    def give(self, blocks_per_layer: Sequence[int], num_tails: int) -> None:
-        num_blocks = sum(blocks_per_layer)
-        self._account.release("kv", num_blocks * self._geometry.block_bytes)
-        self._num_blocks -= num_blocks
-
-    def open_tail(self) -> Tensor:
-        geometry = self._geometry
-        device = torch.device("cpu") if self._on_host else geometry.device
-        return torch.empty(
-            geometry.block_shape,
-            dtype=geometry.dtype,
-            device=device,
-            pin_memory=self._on_host and geometry.device.type == "cuda",
-        )
-
-    def drop_tail(self, tail: Tensor) -> None:
-        pass
-
-    def seal(self, layer_idx: int, tail: Tensor) -> object:
-        return tail
-
-    def read(self, layer_idx: int, handles: Sequence[object]) -> Iterator[Tensor]:
-        for handle in handles:
-            yield cast("Tensor", handle).to(self._geometry.device, non_blocking=True)
-
-    def free(self, layer_idx: int, handle: object) -> None:
-        pass
-
-    def tier_bytes(self) -> TierBytes:
-        return self.cost(self._num_blocks, 0)
-
-    def close(self) -> None:
-        pass
+    def __init__(
+        self,
+        geometry: KVGeometry,
+        account: MemoryAccount,
+        device_account: MemoryAccount | None = None,
+    ) -> None:
+        """`account` is that of the host; `device_account` holds the block being uploaded."""
+        upload = geometry.device.type != "cpu"
+        pinned = geometry.device.type == "cuda"
+        storage = MemoryStorage(geometry, account, "host", torch.device("cpu"), pinned=pinned)
+        super().__init__(geometry, storage, device_account, upload=upload)

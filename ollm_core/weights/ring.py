@@ -52,16 +52,20 @@ class Ring(Closing):
         self._thread = threading.Thread(target=self._read_ahead, name="ollm-reader", daemon=True)
 
     def set_order(self, order: Sequence[int]) -> None:
-        """Read these units from now on, in this cyclic order. What is ready and still in the order
-        stays.
+        """Read these units from now on, in this cyclic order. What is ready and
+        comes first in it stays.
         """
         with self._changed:
             if list(order) == self._order:
                 return
             self._order = list(order)
-            self._next = 0
-            while self._ready:
-                self._free.append(self._ready.popleft()[1])
+            ready, self._ready = self._ready, deque()
+            for unit_idx, slot in ready:
+                if len(self._ready) < len(order) and unit_idx == order[len(self._ready)]:
+                    self._ready.append((unit_idx, slot))
+                else:
+                    self._free.append(slot)
+            self._next = len(self._ready) % max(len(order), 1)
             self._changed.notify_all()
         if not self._thread.is_alive():
             self._thread.start()
