@@ -66,6 +66,7 @@ class StreamedModel(PreTrainedModel, GenerationMixin):
         self._open_store = open_store
         self._weight_bytes = weight_bytes
         self._kv_tier = ""
+        self._closed = False
         self._caches: list[weakref.finalize[Any, Any]] = []
 
     def forward(
@@ -87,6 +88,8 @@ class StreamedModel(PreTrainedModel, GenerationMixin):
         `attention_mask` [B, past + T] marks padding with 0, anywhere; such positions are left out
         of the pass and their logits are 0. n is T, or `logits_to_keep` last positions.
         """
+        if self._closed:
+            raise InputError("the model is closed", hint="open it again with ollm.load")
         if input_ids is None or inputs_embeds is not None:
             raise UnsupportedError("a streamed model takes input_ids, not inputs_embeds")
         if output_attentions or output_hidden_states:
@@ -214,6 +217,7 @@ class StreamedModel(PreTrainedModel, GenerationMixin):
         """Stop reading, close all files, remove KV files and free all memory. May be called
         twice.
         """
+        self._closed = True
         for finalizer in self._caches:
             finalizer()
         self._caches.clear()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import ollm
-from ollm_core import DoesNotFitError, ReadError
+from ollm_core import DoesNotFitError, InputError, ReadError
 from ollm_core.chunks import NewTokens, cut_chunks
 from ollm_core.tracing import AllocationTracker
 
@@ -219,4 +219,6 @@ def test_close_frees_everything(tiny, ids):
     model.generate(ids(20)[None], max_new_tokens=3, **GREEDY)
     model.close()
     model.close()
+    with pytest.raises(InputError, match="closed"):
+        model(input_ids=ids(5)[None])
     assert not [t for t in threading.enumerate() if t.name.startswith("ollm")]
