@@ -17,11 +17,10 @@ class SequenceCache(Cache):
     """A transformers Cache over a KV store. Padding is never stored: a row only remembers where it
     was.
 
-    Frees its sequences, and with `owns_store` the store, when it is closed or no longer referred
-    to.
+    Owns the store: closes it when it is closed itself or no longer referred to.
     """
 
-    def __init__(self, store: BlockKVStore, num_layers: int, *, owns_store: bool = True) -> None:
+    def __init__(self, store: BlockKVStore, num_layers: int) -> None:
         super().__init__(layers=[])
         self.store = store
         self.rows: list[int] = []
@@ -29,7 +28,7 @@ class SequenceCache(Cache):
         self.kept: list[Tensor] = []
         """Per row, bool [S]: which positions of the padded batch are real tokens."""
         self._num_layers = num_layers
-        self.finalizer = weakref.finalize(self, _release, store, self.rows, owns_store)
+        self.finalizer = weakref.finalize(self, store.close)
 
     def close(self) -> None:
         """Free what the cache holds. May be called twice."""
@@ -118,13 +117,5 @@ class SequenceCache(Cache):
         forks = [self.store.fork(self.rows[source]) for source in sources]
         for sequence in self.rows:
             self.store.release(sequence)
-        self.rows[:] = forks  # the same list: the finalizer holds it
+        self.rows = forks
         self.kept = [self.kept[source] for source in sources]
-
-
-def _release(store: BlockKVStore, rows: list[int], owns_store: bool) -> None:
-    if owns_store:
-        store.close()
-        return
-    for sequence in rows:
-        store.release(sequence)

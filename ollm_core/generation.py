@@ -8,8 +8,7 @@ import copy
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +20,7 @@ from ollm_core.cache import SequenceCache
 from ollm_core.chunks import NewTokens
 from ollm_core.engine import Engine
 from ollm_core.errors import InputError, UnsupportedError
+from ollm_core.interfaces import Closing
 from ollm_core.kv import BlockKVStore
 from ollm_core.machine import peak_process_bytes
 from ollm_core.skeleton import Skeleton
@@ -31,7 +31,7 @@ OpenStore = Callable[[str, "Path | None", int], tuple[str, BlockKVStore]]
 """(tier or "auto", directory, tokens to expect) -> (tier, store)."""
 
 
-class StreamedModel(PreTrainedModel, GenerationMixin):
+class StreamedModel(PreTrainedModel, GenerationMixin, Closing):
     """A causal language model whose weights are streamed. Open it with `ollm.load`, close it after
     use.
 
@@ -222,17 +222,6 @@ class StreamedModel(PreTrainedModel, GenerationMixin):
             finalizer()
         self._caches.clear()
         self.weights.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
-        self.close()
 
     # What GenerationMixin asks of a model that has no parameters to look at.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -96,23 +97,24 @@ def load(
     source = _open(checkpoint, reader)
     weights = TieredWeights(units, source, compute_dtype, target, (accounts.device, accounts.host))
     skeleton.bind_norm(weights.norm)
+    geometry = KVGeometry(
+        layout.num_layers, cache.num_kv_heads, cache.head_dim, compute_dtype, target
+    )
     admission = Admission(
         Policy(attention, chunk_size),
         accounts,
         weights,
-        Workspace(skeleton, cache, compute_dtype),
+        Workspace(skeleton, geometry),
         hidden_size=skeleton.config.hidden_size,
         vocab_size=skeleton.config.vocab_size,
     )
-    geometry = KVGeometry(
-        layout.num_layers, cache.num_kv_heads, cache.head_dim, compute_dtype, target
-    )
     default_dir = Path(kv_dir) if kv_dir is not None else None
+    fingerprint = functools.cache(checkpoint.content_fingerprint)  # reads a little of every tensor
 
     def open_store(tier: str, store_dir: Path | None, num_tokens: int) -> tuple[str, BlockKVStore]:
         _one_of("kv", tier or kv, KV_TIERS)
         return _open_store(
-            tier or kv, store_dir or default_dir, num_tokens, geometry, accounts, checkpoint
+            tier or kv, store_dir or default_dir, num_tokens, geometry, accounts, fingerprint
         )
 
     return StreamedModel(
@@ -180,7 +182,7 @@ def _open_store(
     num_tokens: int,
     geometry: KVGeometry,
     accounts: Accounts,
-    checkpoint: Checkpoint,
+    fingerprint: Callable[[], str],
 ) -> tuple[str, BlockKVStore]:
     if tier == "auto":
         tier = _choose_tier(geometry, num_tokens, accounts, on_disk=directory is not None)
@@ -189,9 +191,7 @@ def _open_store(
     if tier == "host":
         return tier, HostKVStore(geometry, accounts.host, accounts.device)
     home = directory or Path.home() / ".cache" / "ollm" / "kv"
-    return tier, DiskKVStore(
-        geometry, accounts.host, home, checkpoint.content_fingerprint(), accounts.device
-    )
+    return tier, DiskKVStore(geometry, accounts.host, home, fingerprint(), accounts.device)
 
 
 def _choose_tier(
@@ -202,8 +202,8 @@ def _choose_tier(
     """
     if on_disk:
         return "disk"
-    per_token = 2 * geometry.num_layers * geometry.num_kv_heads * geometry.head_dim
-    expected = per_token * geometry.dtype.itemsize * (num_tokens + geometry.block_size)
+    num_expected = num_tokens + geometry.block_size
+    expected = geometry.num_layers * geometry.block_bytes * num_expected // geometry.block_size
     if expected <= accounts.device.limit // 4:
         return "device"
     return "host" if expected <= accounts.host.limit // 2 else "disk"

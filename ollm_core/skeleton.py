@@ -28,7 +28,6 @@ class Skeleton:
     ) -> None:
         """Raises ConfigError if transformers cannot build a model from `config`."""
         register_attention()
-        self.layout = layout
         self.config: PreTrainedConfig
         try:
             self.config = AutoConfig.for_model(**copy.deepcopy(dict(config)))
@@ -48,47 +47,43 @@ class Skeleton:
         }
         self.layers: Sequence[nn.Module] = list(model.get_submodule(layout.layers))
         self.norm = model.get_submodule(layout.norm)
-        rotary = model.get_submodule(layout.rotary)
-        self.meta_rotary = rotary
+        self.meta_rotary = model.get_submodule(layout.rotary)
         # Rotary frequencies are in no checkpoint: a fresh module computes them.
         with torch.device(device):
-            self.rotary: nn.Module = type(rotary)(self.config)
+            self.rotary: nn.Module = type(self.meta_rotary)(self.config)
         self._slots = [_parameter_slots(layer) for layer in self.layers]
-        self._norm_slots = _parameter_slots(self.norm)
         if getattr(model.get_submodule(layout.head), "bias", None) is not None:
             raise ConfigError("a head with a bias is not supported")
-
-    def parameter_names(self, layer_idx: int) -> list[str]:
-        """Names of a layer's parameters in the order in which `bound` takes them."""
-        prefix = f"{self.layout.layers}.{layer_idx}"
-        return [f"{prefix}.{name}" for _, _, name in self._slots[layer_idx]]
 
     @contextmanager
     def bound(self, layer_idx: int, parameters: Sequence[Tensor]) -> Iterator[nn.Module]:
         """The layer with `parameters` in place; afterwards it is on the meta device again."""
         slots = self._slots[layer_idx]
-        previous = [holder[leaf] for holder, leaf, _ in slots]
-        for (holder, leaf, _), value in zip(slots, parameters, strict=True):
-            holder[leaf] = nn.Parameter(value, requires_grad=False)
+        previous = [holder[leaf] for holder, leaf in slots]
+        _bind(slots, parameters)
         try:
             yield self.layers[layer_idx]
         finally:
-            for (holder, leaf, _), value in zip(slots, previous, strict=True):
+            for (holder, leaf), value in zip(slots, previous, strict=True):
                 holder[leaf] = value
 
     def bind_norm(self, parameters: Sequence[Tensor]) -> None:
         """Give the final norm its parameters for good."""
-        for (holder, leaf, _), value in zip(self._norm_slots, parameters, strict=True):
-            holder[leaf] = nn.Parameter(value, requires_grad=False)
+        _bind(_parameter_slots(self.norm), parameters)
 
 
-def _parameter_slots(module: nn.Module) -> list[tuple[dict[str, Any], str, str]]:
-    """Where each parameter of `module` is kept: its owner's dictionary, the key in it, the dotted
-    name.
+def _bind(slots: Sequence[tuple[dict[str, Any], str]], parameters: Sequence[Tensor]) -> None:
+    for (holder, leaf), value in zip(slots, parameters, strict=True):
+        holder[leaf] = nn.Parameter(value, requires_grad=False)
+
+
+def _parameter_slots(module: nn.Module) -> list[tuple[dict[str, Any], str]]:
+    """Where each parameter of `module` is kept, in the order of `named_parameters`: its owner's
+    dictionary, and the key in it.
     """
     return [
-        (owner._parameters, leaf, f"{prefix}.{leaf}" if prefix else leaf)
-        for prefix, owner in module.named_modules()
+        (owner._parameters, leaf)
+        for owner in module.modules()
         for leaf, value in owner._parameters.items()
         if value is not None
     ]

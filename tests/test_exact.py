@@ -27,6 +27,19 @@ TINY_CASES = [
 ]
 
 
+def greedy(model, prompt, num_new):
+    """Greedy tokens after a prompt [T], EOS ignored, and the float32 logits behind them."""
+    found = model.generate(
+        prompt[None],
+        max_new_tokens=num_new,
+        do_sample=False,
+        eos_token_id=None,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    return found.sequences[0, len(prompt) :].tolist(), torch.cat(found.logits)
+
+
 @pytest.mark.parametrize(("dtype", "chunk_size", "kv", "reader", "tied"), TINY_CASES)
 def test_tiny_logits_are_bitwise(
     make_llama, reference, ids, tmp_path, dtype, chunk_size, kv, reader, tied
@@ -75,16 +88,9 @@ def test_greedy_decode_is_bitwise(make_llama, reference, ids, tmp_path, dtype):
         kv="disk",
         kv_dir=tmp_path,
     ) as model:
-        found = model.generate(
-            prompt[None],
-            max_new_tokens=64,
-            do_sample=False,
-            eos_token_id=None,
-            return_dict_in_generate=True,
-            output_logits=True,
-        )
-    assert found.sequences[0, 300:].tolist() == tokens
-    assert torch.equal(torch.cat(found.logits), logits.float())
+        found_tokens, found_logits = greedy(model, prompt, 64)
+    assert found_tokens == tokens
+    assert torch.equal(found_logits, logits.float())
 
 
 def test_streamed_equals_resident(make_llama, ids):
@@ -153,14 +159,7 @@ def test_smollm2_is_bitwise(smollm2, reference, tmp_path, dtype):
         chunk_size=256,
         attention="exact",
     ) as model:
-        found = model.generate(
-            prompt[None],
-            max_new_tokens=64,
-            do_sample=False,
-            eos_token_id=None,
-            return_dict_in_generate=True,
-            output_logits=True,
-        )
+        found_tokens, found_logits = greedy(model, prompt, 64)
         assert model.stats.weight_passes == 64
-    assert found.sequences[0, num_tokens:].tolist() == tokens
-    assert torch.equal(torch.cat(found.logits), logits.float())
+    assert found_tokens == tokens
+    assert torch.equal(found_logits, logits.float())

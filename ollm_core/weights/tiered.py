@@ -69,9 +69,9 @@ class TieredWeights(WeightStreamer):
         self._device_account, self._host_account = accounts
         self._source = source
         self._rows = EmbeddingRows(units.embedding)
-        self._norm = units.norm
         self._priority = spread_order(len(self.units))
         self._buffer_bytes = [source.buffer_bytes(unit.tensors) for unit in self.units]
+        self._copied_bytes = [unit.copied_bytes(dtype) for unit in self.units]
         self._kept_bytes = [self._bytes_when_kept(i) for i in range(len(self.units))]
         self._device_units: dict[int, list[Tensor] | None] = {}
         self._host_units: dict[int, tuple[Tensor, Sequence[int]] | None] = {}
@@ -79,15 +79,8 @@ class TieredWeights(WeightStreamer):
         self._ring_account = self._device_account if device.type == "cpu" else self._host_account
         self._streamed_bytes = 0
         self._read_seconds = 0.0
-        copied = (
-            max(
-                max(unit.copied_bytes(dtype), self._buffer_bytes[i])
-                for i, unit in enumerate(self.units)
-                if unit.copied_bytes(dtype)
-            )
-            if any(unit.copied_bytes(dtype) for unit in self.units)
-            else 0
-        )
+        sizes = zip(self._copied_bytes, self._buffer_bytes, strict=True)
+        copied = max((max(pair) for pair in sizes if pair[0]), default=0)
         norm_bytes = sum(p.num_bytes(dtype) for p in units.norm.parameters)
         self._upload = None if device.type == "cpu" else Upload(device, max(self._buffer_bytes))
         self.fixed_device_bytes = (
@@ -176,7 +169,7 @@ class TieredWeights(WeightStreamer):
             try:
                 if self._upload is not None:
                     yield unit.build(self._uploaded(slot.buffer), slot.offsets, self.dtype)
-                elif unit.copied_bytes(self.dtype):
+                elif self._copied_bytes[unit_idx]:
                     yield unit.build(slot.buffer, slot.offsets, self.dtype)
                 else:
                     if unit_idx not in slot.built:
@@ -208,25 +201,19 @@ class TieredWeights(WeightStreamer):
         ring_budget = device_bytes if on_cpu else host_bytes
         num_slots = _SLOTS if ring_budget >= 2 * _SLOTS * self.slot_bytes else 2
         ring_bytes = num_slots * self.slot_bytes
-        device = self._first_that_fit(
+        device = _first_that_fit(
             device_bytes - ring_bytes if on_cpu else device_bytes, self._kept_bytes, self._priority
         )
         if on_cpu:
             return Placement(device, frozenset(), num_slots)
         rest = [i for i in self._priority if i not in device]
-        host = self._first_that_fit(host_bytes - ring_bytes, self._buffer_bytes, rest)
+        host = _first_that_fit(host_bytes - ring_bytes, self._buffer_bytes, rest)
         return Placement(device, host, num_slots)
-
-    def _first_that_fit(
-        self, budget: int, sizes: Sequence[int], priority: Sequence[int]
-    ) -> frozenset[int]:
-        used = accumulate(sizes[i] for i in priority)
-        return frozenset(i for i, total in zip(priority, used, strict=True) if total <= budget)
 
     def _bytes_when_kept(self, unit_idx: int) -> int:
         unit = self.units[unit_idx]
         has_views = any(not p.needs_copy(self.dtype) for p in unit.parameters)
-        return unit.copied_bytes(self.dtype) + (self._buffer_bytes[unit_idx] if has_views else 0)
+        return self._copied_bytes[unit_idx] + (self._buffer_bytes[unit_idx] if has_views else 0)
 
     def _resize_ring(self, num_slots: int) -> None:
         held = len(self._ring.slots) if self._ring else 0
@@ -256,3 +243,8 @@ class TieredWeights(WeightStreamer):
     def _uploaded(self, buffer: Tensor) -> Tensor:
         assert self._upload is not None, "only a device other than the CPU uploads"
         return self._upload.copy(buffer)
+
+
+def _first_that_fit(budget: int, sizes: Sequence[int], priority: Sequence[int]) -> frozenset[int]:
+    used = accumulate(sizes[i] for i in priority)
+    return frozenset(i for i, total in zip(priority, used, strict=True) if total <= budget)
