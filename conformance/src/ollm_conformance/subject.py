@@ -38,21 +38,41 @@ class Reference:
         with torch.no_grad():
             for parameter in self.model.parameters():
                 parameter.data = parameter.data.clone()  # aligned memory, as a fresh model has
+        self._known: dict[tuple[tuple[int, ...], int, bool], Tensor] = {}
 
     def new_cache(self) -> DynamicCache:
         """An empty cache of the right kind for each layer."""
         return DynamicCache(config=self.model.config)
 
     @torch.no_grad()
-    def run(self, ids: Tensor, chunk_size: int = CHUNK, cache: DynamicCache | None = None) -> Tensor:
-        """Logits [T, V] of `ids` [T], after what is in `cache`."""
-        cache = self.new_cache() if cache is None else cache
-        return torch.cat(
-            [
-                self.model(input_ids=chunk[None], past_key_values=cache, use_cache=True).logits[0]
-                for chunk in ids.split(chunk_size)
-            ]
-        )
+    def run(
+        self,
+        ids: Tensor,
+        chunk_size: int = CHUNK,
+        cache: DynamicCache | None = None,
+        *,
+        last_only: bool = False,
+    ) -> Tensor:
+        """Logits [T, V] of `ids` [T], after what is in `cache`; of the last token alone with
+        `last_only`, as `generate` asks for them.
+        """
+        key = tuple(ids.tolist()), chunk_size, last_only
+        if cache is None and key in self._known:
+            return self._known[key]
+        used = self.new_cache() if cache is None else cache
+        found = [
+            self.model(
+                input_ids=chunk[None],
+                past_key_values=used,
+                use_cache=True,
+                logits_to_keep=int(last_only),
+            ).logits[0]
+            for chunk in ids.split(chunk_size)
+        ]
+        logits = found[-1] if last_only else torch.cat(found)
+        if cache is None:
+            self._known[key] = logits
+        return logits
 
     @torch.no_grad()
     def greedy(self, ids: Tensor, num_new: int) -> tuple[list[int], Tensor]:
@@ -60,7 +80,7 @@ class Reference:
         them.
         """
         cache = self.new_cache()
-        found = [self.run(ids, cache=cache)[-1:]]
+        found = [self.run(ids, cache=cache, last_only=True)]
         while len(found) < num_new:
             found.append(self.run(found[-1].argmax(-1), cache=cache))
         logits = torch.cat(found)
@@ -141,12 +161,17 @@ class Subject:
         generator = torch.Generator().manual_seed(seed)
         return torch.randint(5, self.vocab_size, (num_tokens,), generator=generator)
 
-    def least_memory(self, work: Callable[[StreamedModel], object], **options: Any) -> int:
+    def least_memory(
+        self,
+        work: Callable[[StreamedModel], object],
+        directory: Path | None = None,
+        **options: Any,
+    ) -> int:
         """The smallest `device_memory` that `work` runs in, by following what refusals name."""
         num_bytes = 1
         for _ in range(10):
             try:
-                with self.open(device_memory=num_bytes, **options) as model:
+                with self.open(directory, device_memory=num_bytes, **options) as model:
                     work(model)
                     return num_bytes
             except DoesNotFitError as error:

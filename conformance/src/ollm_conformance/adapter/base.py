@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
+import torch
 
 import ollm
 from ollm_conformance.checks import UNSUPPORTED, check_of
@@ -47,6 +48,14 @@ class AdapterSuite:
             adapter = cls.adapter() if isinstance(cls.adapter, type) else cls.adapter
         directory = tmp_path_factory.mktemp(adapter.name)
         return Subject(adapter, directory, cls.load, cls.checkpoint)
+
+    @pytest.fixture(autouse=True)
+    def _one_thread(self) -> Iterator[None]:
+        """Tiny models are quickest on one thread; on a busy machine by far."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        yield
+        torch.set_num_threads(before)
 
     @pytest.fixture(autouse=True)
     def _only_what_is_supported(self, request: pytest.FixtureRequest) -> None:
