@@ -1,10 +1,10 @@
 """Proves an oLLM adapter or part. A whole test file:
 
-    from ollm_conformance import AdapterConformance
-    from ollm_adapter_x import XAdapter
+from ollm_conformance import AdapterConformance
+from ollm_adapter_x import XAdapter
 
-    class TestX(AdapterConformance):
-        adapter = XAdapter
+class TestX(AdapterConformance):
+    adapter = XAdapter
 """
 
 from ollm_conformance.adapter import AdapterConformance

@@ -1,4 +1,4 @@
-"""The names and shapes that a model's parameters have in memory, and its tensors in a checkpoint."""
+"""Names of parameters in a model, and names and shapes of tensors in its checkpoint."""
 
 from __future__ import annotations
 
@@ -16,5 +16,5 @@ def parameter_names(config: Config) -> list[str]:
 def stored_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     """Every tensor of the checkpoint that transformers would write: a tied head's is left out."""
     model = meta_model(config)
-    state = dict(model.named_parameters())  # each shared parameter once
+    state = {name: p.data for name, p in model.named_parameters()}  # each shared one once
     return {name: tuple(t.shape) for name, t in revert_weight_conversion(model, state).items()}

@@ -21,19 +21,27 @@ from ollm_conformance.checks import (
 )
 from ollm_conformance.results import Outcome, Result, merged, write_json
 
-_RESULTS = pytest.StashKey[list[Result]]()
+_RESULTS: pytest.StashKey[list[Result]] = pytest.StashKey()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("ollm", "conformance of oLLM adapters")
     group.addoption(
-        "--ollm-adapter", metavar="NAME", help="the installed adapter that ollm_conformance.suite tests"
+        "--ollm-adapter",
+        metavar="NAME",
+        help="the installed adapter that ollm_conformance.suite tests",
     )
     group.addoption(
         "--ollm-level",
         choices=LEVELS,
         default="core",
         help="run the checks up to this level (default: core)",
+    )
+    group.addoption(
+        "--ollm-checkpoint",
+        metavar="DIR",
+        type=Path,
+        help="a real model for ollm_conformance.suite, to check its tokenizer",
     )
     group.addoption("--ollm-checks", metavar="ID,ID", help="run only these checks")
     group.addoption(
@@ -93,12 +101,14 @@ def pytest_runtest_makereport(
 def pytest_sessionfinish(session: pytest.Session) -> None:
     path = session.config.getoption("ollm_results")
     if path is not None:
-        write_json(merged(session.config.stash[_RESULTS]), path)
+        found: list[Result] = session.config.stash[_RESULTS]
+        write_json(merged(found), path)
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     """One line for each subject."""
-    results = merged(config.stash[_RESULTS])
+    found: list[Result] = config.stash[_RESULTS]
+    results = merged(found)
     if not results:
         return
     terminalreporter.section("oLLM conformance")

@@ -72,4 +72,4 @@ def support_table(results: Sequence[Result]) -> str:
             if result and result.detail and result.outcome not in ("passed", "does not apply"):
                 notes.append(f"- {subject}, `{name}`: {result.detail}")
         lines.append(f"| `{name}` | {any_result.reason} | " + " | ".join(cells) + " |")
-    return "\n".join(lines + ([""] + notes if notes else [])) + "\n"
+    return "\n".join(lines + (["", *notes] if notes else [])) + "\n"

@@ -119,7 +119,11 @@ class Subject:
         return int(model_config(self.config).get_text_config().vocab_size)
 
     def tiny(
-        self, dtype: str = "float32", *, shards: bool = False, changes: Mapping[str, Any] | None = None
+        self,
+        dtype: str = "float32",
+        *,
+        shards: bool = False,
+        changes: Mapping[str, Any] | None = None,
     ) -> Path:
         """The directory of a tiny random checkpoint, written by transformers, `changes` made to its
         config.
@@ -127,7 +131,9 @@ class Subject:
         told = "-".join(f"{key}={value}" for key, value in sorted((changes or {}).items()))
         directory = self.directory / re.sub(r"[^\w=.-]", "_", f"tiny-{dtype}-{shards}-{told}")
         if not directory.is_dir():
-            model = random_model({**self.config, **(changes or {})}).to(DTYPES[dtype])
+            model = random_model({**self.config, **(changes or {})})
+            for parameter in model.parameters():
+                parameter.data = parameter.data.to(DTYPES[dtype])
             model.config.dtype = DTYPES[dtype]
             num_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
             model.save_pretrained(directory, max_shard_size=num_bytes // 5 if shards else "5GB")
@@ -185,16 +191,17 @@ class Subject:
         raise AssertionError(f"expected refusals to name what would do, still refused: {num_bytes}")
 
 
+def generate(model: StreamedModel, ids: Tensor, num_new: int, **options: Any) -> Any:
+    """What transformers' `generate` returns, greedy, for prompts [B, T]; EOS is ignored unless
+    given.
+    """
+    options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0} | options
+    return model.generate(ids, max_new_tokens=num_new, **options)  # type: ignore[misc]
+
+
 def greedy(model: StreamedModel, ids: Tensor, num_new: int) -> tuple[list[int], Tensor]:
     """Greedy tokens of `generate` after a prompt [T], EOS ignored, and the logits behind them."""
-    found = model.generate(
-        ids[None],
-        max_new_tokens=num_new,
-        do_sample=False,
-        eos_token_id=None,
-        return_dict_in_generate=True,
-        output_logits=True,
-    )
+    found = generate(model, ids[None], num_new, return_dict_in_generate=True, output_logits=True)
     return found.sequences[0, len(ids) :].tolist(), torch.cat(found.logits)
 
 

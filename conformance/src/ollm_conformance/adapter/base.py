@@ -47,7 +47,8 @@ class AdapterSuite:
         else:
             adapter = cls.adapter() if isinstance(cls.adapter, type) else cls.adapter
         directory = tmp_path_factory.mktemp(adapter.name)
-        return Subject(adapter, directory, cls.load, cls.checkpoint)
+        checkpoint = cls.checkpoint or request.config.getoption("ollm_checkpoint")
+        return Subject(adapter, directory, cls.load, checkpoint)
 
     @pytest.fixture(autouse=True)
     def _one_thread(self) -> Iterator[None]:
@@ -81,7 +82,9 @@ def installed_adapter(name: str | None) -> ModelAdapter:
             f"{', '.join(sorted(registry.adapters)) or 'none'}"
         )
     if name not in registry.adapters:
-        failed = "".join(f"; plugin {p}: {p.reason}" for p in registry.plugins if p.status == "failed")
+        failed = "".join(
+            f"; plugin {p}: {p.reason}" for p in registry.plugins if p.status == "failed"
+        )
         raise pytest.UsageError(
             f"no adapter {name!r} is installed; installed: "
             f"{', '.join(sorted(registry.adapters)) or 'none'}{failed}"

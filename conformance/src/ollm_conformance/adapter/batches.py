@@ -8,7 +8,7 @@ import torch
 from ollm_conformance.adapter.base import AdapterSuite
 from ollm_conformance.checks import check
 from ollm_conformance.compare import same_tokens, same_within
-from ollm_conformance.subject import Subject, greedy
+from ollm_conformance.subject import Subject, generate, greedy
 from ollm_core.chunks import NewTokens
 
 _LOOK = "caches() and, if declared, how the layer is split: positions and caches are per row"
@@ -58,10 +58,7 @@ class Batches(AdapterSuite):
             ids[row, longest - len(prompt) :] = prompt
             mask[row, longest - len(prompt) :] = 1
         with subject.open() as model:
-            found = model.generate(
-                ids, attention_mask=mask, max_new_tokens=12, do_sample=False, eos_token_id=None,
-                pad_token_id=0,
-            )  # fmt: skip
+            found = generate(model, ids, 12, attention_mask=mask)
         for row, prompt in enumerate(prompts):
             expected = subject.reference().greedy(prompt, 12)[0]
             same_tokens(found[row, longest:].tolist(), expected, f"tokens of row {row}")
@@ -103,7 +100,7 @@ class Drafts(AdapterSuite):
 
     @check(
         "drafts.assisted",
-        "Prompt lookup gives the tokens of plain greedy decoding, in fewer weight passes if it can.",
+        "Prompt lookup gives the tokens of plain greedy decoding, in no more weight passes.",
         look="caches(): what a layer remembers must be cut back to any earlier token",
         needs=["drafts", "truncate"],
     )
@@ -114,10 +111,7 @@ class Drafts(AdapterSuite):
         with subject.open() as model:
             plain = greedy(model, prompt, 24)[0]
             passes = model.stats.weight_passes
-            found = model.generate(
-                prompt[None], max_new_tokens=24, do_sample=False, eos_token_id=None,
-                prompt_lookup_num_tokens=4,
-            )  # fmt: skip
+            found = generate(model, prompt[None], 24, prompt_lookup_num_tokens=4)
             assisted = model.stats.weight_passes - passes
         same_tokens(plain, expected, "tokens without a draft")
         same_tokens(found[0, len(prompt) :].tolist(), expected, "tokens with prompt lookup")

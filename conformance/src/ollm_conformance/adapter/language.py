@@ -5,7 +5,7 @@ from __future__ import annotations
 from ollm_conformance.adapter.base import AdapterSuite
 from ollm_conformance.checks import check, does_not_apply
 from ollm_conformance.compare import same_tokens
-from ollm_conformance.subject import Subject
+from ollm_conformance.subject import Subject, generate
 
 
 class Language(AdapterSuite):
@@ -21,10 +21,7 @@ class Language(AdapterSuite):
         tokens = subject.reference().greedy(prompt, 20)[0]
         last = next(i for i in range(3, 20) if tokens[i] not in tokens[:i])
         with subject.open() as model:
-            found = model.generate(
-                prompt[None], max_new_tokens=20, do_sample=False, eos_token_id=tokens[last],
-                pad_token_id=0,
-            )  # fmt: skip
+            found = generate(model, prompt[None], 20, eos_token_id=tokens[last])
         same_tokens(found[0, 50:].tolist(), tokens[: last + 1], "tokens up to the end")
 
     @check(

@@ -12,7 +12,7 @@ import torch
 
 from ollm_conformance.adapter.base import AdapterSuite
 from ollm_conformance.checks import check
-from ollm_conformance.subject import Subject
+from ollm_conformance.subject import Subject, generate
 from ollm_core import DoesNotFitError
 from ollm_core.generation import StreamedModel
 from ollm_core.tracing import AllocationTracker
@@ -44,11 +44,13 @@ class Memory(AdapterSuite):
             work(model)
             peak = model.stats.device_peak_bytes
         assert peak <= least, f"expected a peak of at most {least} bytes, got {peak}"
-        with pytest.raises(DoesNotFitError):
-            with subject.open(
+        with (
+            pytest.raises(DoesNotFitError),
+            subject.open(
                 directory, device_memory=least - 1, attention=attention, kv="device"
-            ) as model:
-                work(model)
+            ) as model,
+        ):
+            work(model)
 
     @check(
         "memory.planned",
@@ -120,9 +122,11 @@ class Memory(AdapterSuite):
         assert 0 < held <= peak, f"expected a host peak of at least {held} bytes, got {peak}"
         with subject.open(directory, kv="host", host_memory=peak) as model:
             model(input_ids=prompt[None], logits_to_keep=1)
-        with pytest.raises(DoesNotFitError):
-            with subject.open(directory, kv="host", host_memory=peak - 1) as model:
-                model(input_ids=prompt[None], logits_to_keep=1)
+        with (
+            pytest.raises(DoesNotFitError),
+            subject.open(directory, kv="host", host_memory=peak - 1) as model,
+        ):
+            model(input_ids=prompt[None], logits_to_keep=1)
 
     @check(
         "memory.freed",
@@ -137,7 +141,7 @@ class Memory(AdapterSuite):
         before = _live_bytes(), _open_files(), _threads()
         model = subject.open(directory, kv=kv, kv_dir=kv_dir)
         for _ in range(2):
-            model.generate(prompt[None], max_new_tokens=3, do_sample=False, eos_token_id=None)
+            generate(model, prompt[None], 3)
         model.close()
         model.close()
         gc.collect()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from ollm_conformance.checks import check
 from ollm_conformance.compare import same_bits, same_tokens
 from ollm_conformance.subject import Reference, Subject, greedy
 from ollm_core import ReadError
+from ollm_core.cache import SequenceCache
 from ollm_core.generation import StreamedModel
 from ollm_core.types import Progress
 
@@ -102,9 +104,7 @@ class Failure(AdapterSuite):
         look="code of the adapter that catches errors",
     )
     @pytest.mark.parametrize("kv", ["device", "disk"])
-    def test_read_error(
-        self, subject: Subject, kv: str, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_read_error(self, subject: Subject, kv: str, monkeypatch: pytest.MonkeyPatch) -> None:
         prompt, directory = subject.prompt(400), subject.tiny("bfloat16")
 
         def work(model: StreamedModel) -> None:
@@ -114,12 +114,16 @@ class Failure(AdapterSuite):
         with subject.open(directory, device_memory=least, kv=kv) as model:
             cache = model.new_cache()
             model(input_ids=prompt[None, :300], past_key_values=cache, logits_to_keep=1)
+
+            def go_on() -> None:
+                for _ in range(3):
+                    model(input_ids=prompt[None, 300:], past_key_values=cache)
+                    cache.crop(-100)
+
             with monkeypatch.context() as patch:
                 _fail_after(model, 2, patch)
                 with pytest.raises(ReadError, match="the disk is gone"):
-                    for _ in range(3):
-                        model(input_ids=prompt[None, 300:], past_key_values=cache)
-                        cache.crop(-100)
+                    go_on()
             _goes_on(subject, model, cache, prompt)
 
     @check(
@@ -136,6 +140,10 @@ class Failure(AdapterSuite):
         def work(model: StreamedModel) -> None:
             model(input_ids=prompt[None], logits_to_keep=1)
 
+        def work_thrice(model: StreamedModel) -> None:
+            for _ in range(3):
+                work(model)
+
         least = subject.least_memory(work, directory, reader=reader)
         (file,) = directory.glob("*.safetensors")
         whole = file.read_bytes()
@@ -144,8 +152,7 @@ class Failure(AdapterSuite):
             with file.open("r+b") as cut:
                 cut.truncate(len(whole) // 3)
             with pytest.raises(ReadError):
-                for _ in range(3):
-                    work(model)
+                work_thrice(model)
             with file.open("r+b") as again:
                 again.write(whole)
             for _ in range(3):
@@ -180,9 +187,11 @@ class Failure(AdapterSuite):
             _goes_on(subject, model, cache, prompt)
 
 
-def _goes_on(subject: Subject, model: StreamedModel, cache: object, prompt: torch.Tensor) -> None:
+def _goes_on(
+    subject: Subject, model: StreamedModel, cache: SequenceCache, prompt: torch.Tensor
+) -> None:
     """The cache has 300 tokens, and the rest of the prompt gives the bits of an untroubled run."""
-    length = cache.get_seq_length()  # type: ignore[attr-defined]
+    length = cache.get_seq_length()
     assert length == 300, f"expected the 300 tokens from before, got {length}"
     found = model(input_ids=prompt[None, 300:], past_key_values=cache).logits[0]
     reference = subject.reference("bfloat16")
@@ -204,6 +213,6 @@ def _fail_after(model: StreamedModel, num_reads: int, patch: pytest.MonkeyPatch)
     patch.setattr(source, "read", failing)
 
 
-def _other(subject: Subject) -> object:
+def _other(subject: Subject) -> Path:
     """A checkpoint of another size and with other weights."""
     return subject.tiny(changes={"vocab_size": subject.vocab_size - 1})
