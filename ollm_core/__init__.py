@@ -2,6 +2,13 @@
 the file map.
 """
 
+from ollm_core.declarations import (
+    DecoderAdapter,
+    bad_config,
+    catalog_entry,
+    head_sizes,
+    read_size,
+)
 from ollm_core.errors import (
     CheckpointError,
     ConfigError,
@@ -51,6 +58,7 @@ __all__ = [
     "CheckpointError",
     "Config",
     "ConfigError",
+    "DecoderAdapter",
     "DeviceError",
     "DoesNotFitError",
     "InputError",
@@ -71,5 +79,9 @@ __all__ = [
     "UnsupportedError",
     "WeightPlan",
     "WeightStreamer",
+    "bad_config",
+    "catalog_entry",
+    "head_sizes",
     "hookimpl",
+    "read_size",
 ]

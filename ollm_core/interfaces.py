@@ -59,6 +59,12 @@ class ModelAdapter(ABC):
         """
         return ()
 
+    def text_config(self, config: Config) -> Config:
+        """The part of config.json that describes the language model, as transformers' AutoConfig
+        takes it: what every other declaration is given. Default: the config itself.
+        """
+        return config
+
     @abstractmethod
     def layout(self, config: Config) -> Layout:
         """Where the parts sit in the transformers module tree. Raises ConfigError for a config it

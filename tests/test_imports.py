@@ -14,7 +14,7 @@ ROOT = Path(ollm_core.__file__).parent
 ORDER = [
     {"errors", "types", "buffers"},
     {"interfaces", "hookspecs", "memory", "machine"},
-    {"checkpoint", "registry", "kv", "attention", "tracing", "chunks"},
+    {"declarations", "checkpoint", "registry", "kv", "attention", "tracing", "chunks"},
     {"hub", "gguf_import", "weights", "skeleton"},
     {"workspace", "cache"},
     {"admission"},

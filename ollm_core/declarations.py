@@ -1,0 +1,255 @@
+"""The declarations that most families share: a decoder whose checkpoint uses the parameter names of
+its transformers model. A family says what one layer holds; sizes, rotary embeddings, tied heads,
+windows and damaged files are dealt with here. No torch is needed.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+from ollm_core.errors import CheckpointError, ConfigError, UnsupportedError
+from ollm_core.interfaces import ModelAdapter
+from ollm_core.types import (
+    CacheKind,
+    CatalogEntry,
+    Config,
+    Layout,
+    ParameterSource,
+    WeightPlan,
+)
+
+_MAX_SIZE = 1 << 31
+_MAX_LAYERS = 10_000
+_MIXERS = MappingProxyType({"full_attention": "full", "sliding_attention": "sliding"})
+_DTYPE_BYTES = MappingProxyType({"float32": 4, "float16": 2, "bfloat16": 2})
+
+
+class DecoderAdapter(ModelAdapter):
+    """A decoder-only family. To be given: `name`, `model_types`, `layer_parameters`, `tiny_config`,
+    and `catalog` where models are known by id. The rest has defaults, to be overridden as needed.
+
+    `config` is always the text config with `defaults` filled in, where a method here is called by
+    another one here.
+    """
+
+    defaults: Config = MappingProxyType({})
+    """What the config class of transformers assumes for keys that config.json may lack, where that
+    is not None or False: for instance `{"tie_word_embeddings": True, "head_dim": 256}`.
+    """
+    sizes: tuple[str, ...] = ("vocab_size", "hidden_size", "intermediate_size")
+    """Keys that must hold a positive integer, beside those for layers and heads."""
+    rope_types: tuple[str, ...] = ("default", "linear", "llama3", "yarn")
+    """Rotary embeddings with fixed frequencies that the model has."""
+    norm_parameters: tuple[str, ...] = ("weight",)
+    """Parameters of the final norm."""
+
+    @abstractmethod
+    def layer_parameters(self, config: Config, layer_idx: int) -> Iterable[str]:
+        """Names of the parameters of one decoder layer, without the layer's own path: for instance
+        `self_attn.q_proj.weight`.
+        """
+
+    def source(self, config: Config, parameter: str) -> ParameterSource:
+        """Which tensors make `parameter` (its full name). Default: the one of the same name.
+
+        A checkpoint that renames, fuses or splits tensors overrides this.
+        """
+        return ParameterSource((parameter,))
+
+    def ignores(self, config: Config, tensor: str) -> bool:
+        """Whether a tensor that no parameter uses is known to be superfluous. Frequencies of rotary
+        embeddings and the head of a tied model always are.
+        """
+        return False
+
+    def layer_types(self, config: Config) -> Sequence[str]:
+        """`full_attention` or `sliding_attention` for each layer, as transformers derives them.
+
+        Default: the config's `layer_types`; without those, `sliding_window` holds from layer
+        `max_window_layers` on, unless `use_sliding_window` is false. Raises ConfigError.
+        """
+        num_layers = read_size(config, "num_hidden_layers", _MAX_LAYERS)
+        listed = config.get("layer_types")
+        if listed is not None:
+            if not isinstance(listed, (list, tuple)) or len(listed) != num_layers:
+                raise bad_config("layer_types", listed, f"a list of {num_layers} names")
+            return tuple(listed)
+        first = num_layers
+        if config.get("sliding_window") is not None and config.get("use_sliding_window", True):
+            first = config.get("max_window_layers") or 0
+            if type(first) is not int or first < 0:
+                raise bad_config("max_window_layers", first, "an integer from 0")
+        return tuple(
+            "sliding_attention" if i >= first else "full_attention" for i in range(num_layers)
+        )
+
+    def layout(self, config: Config) -> Layout:
+        """transformers' usual tree; another one by `replace(super().layout(config), norm=...)`.
+
+        Raises ConfigError for sizes that make no model, UnsupportedError for a rope or layer type.
+        """
+        config = self._complete(config)
+        for key in self.sizes:
+            read_size(config, key)
+        heads, kv_heads, _ = head_sizes(config)
+        if heads % kv_heads:
+            raise bad_config("num_attention_heads", heads, f"a multiple of {kv_heads} KV heads")
+        self._check_rope(config)
+        mixers = tuple(self._mixers(config))
+        return Layout(len(mixers), mixers=mixers if "sliding" in mixers else ())
+
+    def weights(self, config: Config, tensor_names: Iterable[str]) -> WeightPlan:
+        """Every parameter from its `source`, a tied head from the embedding's.
+
+        Raises CheckpointError if a tensor is missing or foreign.
+        """
+        config = self._complete(config)
+        layout = self.layout(config)
+        embedding, head = f"{layout.embedding}.weight", f"{layout.head}.weight"
+        parameters = {
+            name: self.source(config, name) for name in self._parameter_names(config, layout)
+        }
+        unused_head: tuple[str, ...] = ()
+        if config.get("tie_word_embeddings"):
+            unused_head = parameters[head].tensors
+            parameters[head] = parameters[embedding]
+        used = {tensor for source in parameters.values() for tensor in source.tensors}
+        present = frozenset(tensor_names)
+        ignored = frozenset(
+            tensor
+            for tensor in present - used
+            if tensor in unused_head
+            or tensor.endswith(".rotary_emb.inv_freq")
+            or self.ignores(config, tensor)
+        )
+        self._check_tensors(missing=used - present, foreign=present - used - ignored)
+        return WeightPlan(parameters, ignored)
+
+    def caches(self, config: Config) -> Sequence[CacheKind]:
+        """Every layer remembers all tokens, or those of its window."""
+        config = self._complete(config)
+        _, kv_heads, head_dim = head_sizes(config)
+        full = CacheKind("full", kv_heads, head_dim)
+        mixers = list(self._mixers(config))
+        if "sliding" not in mixers:
+            return (full,) * len(mixers)
+        sliding = CacheKind("sliding", kv_heads, head_dim, read_size(config, "sliding_window"))
+        return tuple(sliding if mixer == "sliding" else full for mixer in mixers)
+
+    def _complete(self, config: Config) -> Config:
+        return {**self.defaults, **config}
+
+    def _parameter_names(self, config: Config, layout: Layout) -> Iterator[str]:
+        yield f"{layout.embedding}.weight"
+        for i in range(layout.num_layers):
+            for leaf in self.layer_parameters(config, i):
+                yield f"{layout.layers}.{i}.{leaf}"
+        for leaf in self.norm_parameters:
+            yield f"{layout.norm}.{leaf}"
+        yield f"{layout.head}.weight"
+
+    def _mixers(self, config: Config) -> Iterator[str]:
+        for i, layer_type in enumerate(self.layer_types(config)):
+            if not isinstance(layer_type, str) or layer_type not in _MIXERS:
+                raise UnsupportedError(
+                    f"adapter {self.name} does not support layer {i} of type "
+                    f"{ascii(layer_type)[:80]}",
+                    hint=f"it knows {' and '.join(_MIXERS)}",
+                )
+            if layer_type == "sliding_attention":
+                read_size(config, "sliding_window")
+            yield _MIXERS[layer_type]
+
+    def _check_rope(self, config: Config) -> None:
+        """transformers 4 writes `rope_scaling`, which wins over the `rope_parameters` that 5
+        writes. Either may hold one set of parameters for each layer type.
+        """
+        ropes: Any = config.get("rope_scaling") or config.get("rope_parameters") or {}
+        if not isinstance(ropes, Mapping):
+            raise bad_config("rope_scaling", ropes, "an object")
+        for rope in [one for one in ropes.values() if isinstance(one, Mapping)] or [ropes]:
+            rope_type = rope.get("rope_type", rope.get("type", "default"))
+            if rope_type in ("dynamic", "longrope"):
+                raise UnsupportedError(
+                    f"rope type {rope_type} is not supported: its frequencies depend on the "
+                    "longest position so far, so a prompt in chunks would give another result",
+                    hint=f"use a model with one of {', '.join(self.rope_types)}",
+                )
+            if rope_type not in self.rope_types:
+                raise bad_config("rope_type", rope_type, f"one of {', '.join(self.rope_types)}")
+
+    def _check_tensors(self, *, missing: Iterable[str], foreign: Iterable[str]) -> None:
+        lacks, has = sorted(missing), sorted(foreign)
+        also = f"which no {self.name} model has ({len(has)} such in all)"
+        if lacks:
+            raise CheckpointError(
+                f"the checkpoint lacks tensor {lacks[0]} ({len(lacks)} are missing in all)"
+                + (f" and has {has[0]!a}, {also}" if has else ""),
+                hint="config.json and the checkpoint are of different models, or this adapter is "
+                "wrong",
+            )
+        if has:
+            raise CheckpointError(
+                f"the checkpoint has tensor {has[0]!a}, {also}",
+                hint="quantised checkpoints and LoRA files are not supported",
+            )
+
+
+def head_sizes(config: Config) -> tuple[int, int, int]:
+    """Query heads, key-value heads and head dimension, where the last two may be absent or null.
+
+    Raises ConfigError.
+    """
+    heads = read_size(config, "num_attention_heads")
+    kv_heads = heads
+    if config.get("num_key_value_heads") is not None:
+        kv_heads = read_size(config, "num_key_value_heads")
+    if config.get("head_dim") is not None:
+        return heads, kv_heads, read_size(config, "head_dim")
+    hidden = read_size(config, "hidden_size")
+    if hidden % heads:
+        raise bad_config("hidden_size", hidden, f"a multiple of num_attention_heads = {heads}")
+    return heads, kv_heads, hidden // heads
+
+
+def read_size(config: Config, key: str, largest: int = _MAX_SIZE) -> int:
+    """The size at `key`. Raises ConfigError unless it is an integer from 1 to `largest`."""
+    value = config.get(key)
+    if type(value) is not int or not 0 < value <= largest:  # a bool is an int, but not a size
+        raise bad_config(key, value, f"an integer from 1 to {largest}")
+    return value
+
+
+def bad_config(key: str, value: object, expected: str) -> ConfigError:
+    """The error for a value of config.json that cannot be, in one line."""
+    return ConfigError(
+        f"config.json: {key} must be {expected}, got {ascii(value)[:80]}",
+        hint="fetch the model's config.json again",
+    )
+
+
+def catalog_entry(
+    model_id: str,
+    repo: str,
+    config: Config,
+    *,
+    num_parameters: int,
+    license: str,
+    chat: bool = True,
+) -> CatalogEntry:
+    """A known model: its id, hub repository, the content of its config.json, and its size.
+
+    `num_parameters` counts a tied head once, as the checkpoint does; all are stored in the config's
+    dtype. The config is copied, so that what transformers does to it stays with that caller.
+    """
+    dtype = str(config.get("dtype") or config.get("torch_dtype"))
+    if dtype not in _DTYPE_BYTES:
+        raise bad_config("dtype", dtype, f"one of {', '.join(_DTYPE_BYTES)}")
+    return CatalogEntry(
+        model_id, repo, num_parameters, num_parameters * _DTYPE_BYTES[dtype],
+        copy.deepcopy(dict(config)), chat, license,
+    )  # fmt: skip
