@@ -22,7 +22,7 @@ class Gpu(AdapterSuite):
 
     @check(
         "gpu.exact",
-        "On a GPU, streamed in the least memory, logits and tokens are those of transformers there.",
+        "On a GPU, in the least memory, logits and tokens are those of transformers there.",
         look="weights(): transforms run on the device",
         level="gpu",
     )

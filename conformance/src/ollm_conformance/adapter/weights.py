@@ -110,7 +110,8 @@ class Weights(AdapterSuite):
         directories = [directory]
         if tied:
             stored = subject.adapter.weights(config, open_checkpoint(directory).tensors)
-            directories.append(_with_head(directory, *stored.parameters[embedding].tensors, head))
+            (table,) = stored.parameters[embedding].tensors
+            directories.append(_with_head(directory, table, head))
         prompt = subject.prompt(40)
         expected = subject.reference(directory=directory).run(prompt)
         for place in directories:
