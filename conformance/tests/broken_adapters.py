@@ -1,5 +1,5 @@
-"""Adapters that are wrong in one way each. Every one is a few lines on the good Llama adapter, or on
-the Qwen3 one in families.py.
+"""Adapters that are wrong in one way each: a few lines on the good Llama adapter, or on one of
+families.py.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Ways of opening a model that are wrong in one way each: the Llama adapter is good, the engine, the
-store or a budget is not. Each wraps `ollm.load`.
+"""Ways of opening a model that are wrong in one way each: the Llama adapter is good, the engine,
+the store or a budget is not. Each wraps `ollm.load`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The suite's power: everything broken is caught by the check meant for it, what is good by none."""
+"""The suite's power: what is broken is caught by the check meant for it."""
 
 from __future__ import annotations
 
