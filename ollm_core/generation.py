@@ -20,14 +20,13 @@ from ollm_core.cache import SequenceCache
 from ollm_core.chunks import NewTokens
 from ollm_core.engine import Engine
 from ollm_core.errors import InputError, UnsupportedError
-from ollm_core.interfaces import Closing
-from ollm_core.kv import BlockKVStore
+from ollm_core.interfaces import Closing, KVStore
 from ollm_core.machine import peak_process_bytes
 from ollm_core.skeleton import Skeleton
 from ollm_core.types import Progress, Stats
 from ollm_core.weights.tiered import TieredWeights
 
-OpenStore = Callable[[str, "Path | None", int], tuple[str, BlockKVStore]]
+OpenStore = Callable[[str, "Path | None", int], tuple[str, KVStore]]
 """(tier or "auto", directory, tokens to expect) -> (tier, store)."""
 
 

@@ -13,8 +13,18 @@ import ollm_core
 ROOT = Path(ollm_core.__file__).parent
 ORDER = [
     {"errors", "types", "buffers"},
-    {"interfaces", "hookspecs", "memory", "machine"},
-    {"checkpoint", "registry", "kv", "attention", "tracing", "chunks"},
+    {"interfaces", "memory", "machine"},
+    {
+        "checkpoint",
+        "requests",
+        "hookspecs",
+        "plugins",
+        "registry",
+        "kv",
+        "attention",
+        "tracing",
+        "chunks",
+    },
     {"hub", "gguf_import", "weights", "skeleton"},
     {"workspace", "cache"},
     {"admission"},
