@@ -213,4 +213,10 @@ class LayerCall:
 
 
 def _is_prefill(work: Sequence[NewTokens]) -> bool:
-    return any(len(item.token_ids) > 1 for item in work)
+    """Whether a pass reads a prompt. A draft is not one: it goes on from stored tokens, and all of
+    its logits are wanted.
+    """
+    return any(
+        len(item.token_ids) > 1 and (item.start == 0 or item.num_logits < len(item.token_ids))
+        for item in work
+    )

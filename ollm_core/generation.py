@@ -12,15 +12,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteriaList,
+)
+from transformers.generation.candidate_generator import CandidateGenerator
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ollm_core.admission import Accounts
 from ollm_core.cache import SequenceCache
 from ollm_core.chunks import NewTokens
+from ollm_core.drafts import DraftCandidates
 from ollm_core.engine import Engine
 from ollm_core.errors import InputError, UnsupportedError
-from ollm_core.interfaces import Closing, KVStore
+from ollm_core.interfaces import Closing, Drafter, KVStore
 from ollm_core.machine import peak_process_bytes
 from ollm_core.skeleton import Skeleton
 from ollm_core.types import Progress, Stats
@@ -52,6 +60,7 @@ class StreamedModel(PreTrainedModel, GenerationMixin, Closing):
         weight_bytes: int,
         generation_config: GenerationConfig | None = None,
         tokenizer: Any = None,
+        drafter: Drafter | None = None,
     ) -> None:
         config = copy.deepcopy(skeleton.config)
         config._attn_implementation = "eager"
@@ -63,6 +72,7 @@ class StreamedModel(PreTrainedModel, GenerationMixin, Closing):
         self.weights = weights
         self.accounts = accounts
         self._open_store = open_store
+        self._drafter = drafter
         self._weight_bytes = weight_bytes
         self._kv_tier = ""
         self._closed = False
@@ -221,6 +231,8 @@ class StreamedModel(PreTrainedModel, GenerationMixin, Closing):
             finalizer()
         self._caches.clear()
         self.weights.close()
+        if isinstance(self._drafter, Closing):
+            self._drafter.close()
 
     # What GenerationMixin asks of a model that has no parameters to look at.
 
@@ -258,3 +270,44 @@ class StreamedModel(PreTrainedModel, GenerationMixin, Closing):
             )
             model_kwargs["past_key_values"] = self.new_cache(num_tokens=rows * max_cache_length)
         return True
+
+    def _sample(
+        self,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        **options: Any,
+    ) -> Any:
+        """Greedy decoding and sampling. Where there is a draft source, transformers' assisted
+        decoding, which knows one row only and needs a cache; anything else is decoded plainly.
+        """
+        if self._drafter is None or input_ids.shape[0] > 1 or not options.get("use_cache"):
+            return super()._sample(
+                input_ids, logits_processor, stopping_criteria, generation_config, **options
+            )
+        candidates = DraftCandidates(
+            self._drafter,
+            stopping_criteria,
+            self._count_accepted,
+            max_positions=self.config.max_position_embeddings,
+            vocab_size=self.config.vocab_size,
+        )
+        return self._assisted_decoding(
+            input_ids,
+            logits_processor,
+            stopping_criteria,
+            generation_config,
+            assistant_model=candidates,  # only handed on, to _get_candidate_generator
+            **options,
+        )
+
+    def _get_candidate_generator(self, *arguments: Any, **options: Any) -> CandidateGenerator:
+        candidates = options.get("assistant_model")
+        if isinstance(candidates, DraftCandidates):
+            return candidates
+        return super()._get_candidate_generator(*arguments, **options)
+
+    def _count_accepted(self, num_tokens: int) -> None:
+        """A pass has given `num_tokens` more than the one that it was counted for."""
+        self.engine.counters.decode_tokens += num_tokens

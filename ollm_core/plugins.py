@@ -10,15 +10,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any
 
 import pluggy
 
 from ollm_core import hookspecs
 from ollm_core.errors import OllmError, PluginError
 from ollm_core.interfaces import ModelAdapter
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +67,8 @@ class Offer:
     def __str__(self) -> str:
         return f"{KINDS[self.hook].title} {self.name!r} of {self.plugin}"
 
-    def make(self, expected: type[T], *arguments: object) -> T:
-        """What the factory makes of `arguments`.
+    def make(self, expected: type[object], *arguments: object) -> Any:
+        """What the factory makes of `arguments`, an `expected`.
 
         Raises PluginError if that is no `expected`, or for anything that the factory raises and
         that is no OllmError.

@@ -25,7 +25,7 @@ ORDER = [
         "tracing",
         "chunks",
     },
-    {"hub", "gguf_import", "weights", "skeleton"},
+    {"hub", "gguf_import", "weights", "skeleton", "drafts"},
     {"workspace", "cache"},
     {"admission"},
     {"engine"},
