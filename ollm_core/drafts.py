@@ -32,11 +32,12 @@ class LookupDrafter:
         generator = PromptLookupCandidateGenerator(
             num_output_tokens=num_tokens, max_length=sys.maxsize
         )
-        found, _ = generator.get_candidates(token_ids[None])
+        text: Any = token_ids[None]
+        found: Tensor = generator.get_candidates(text)[0]
         return found[0, len(token_ids) :]
 
 
-class DraftCandidates(CandidateGenerator):  # type: ignore[misc] # transformers types it as Any
+class DraftCandidates(CandidateGenerator):
     """The guesses of a Drafter for one call of `generate`, cut so that they change no text.
 
     A draft ends before the token that would end the text, because transformers looks at the
@@ -61,9 +62,9 @@ class DraftCandidates(CandidateGenerator):  # type: ignore[misc] # transformers 
         self._vocab_size = vocab_size
         self._has_prompt = False
 
-    def get_candidates(self, input_ids: Tensor, **_: Any) -> tuple[Tensor, None]:
-        """`input_ids` [1, S] -> with the draft, [1, S + n]. Raises PluginError for what is no
-        token.
+    def get_candidates(self, input_ids: Tensor, **_: Any) -> tuple[Any, Any]:
+        """`input_ids` [1, S] -> with the draft, [1, S + n], and None for its logits. Raises
+        PluginError for what is no token.
         """
         num_tokens = min(NUM_DRAFT_TOKENS, self._max_positions - input_ids.shape[1])
         if not self._has_prompt or num_tokens < 1:

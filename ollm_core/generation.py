@@ -20,6 +20,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 from transformers.generation.candidate_generator import CandidateGenerator
+from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ollm_core.admission import Accounts
@@ -231,8 +232,9 @@ class StreamedModel(PreTrainedModel, GenerationMixin, Closing):
             finalizer()
         self._caches.clear()
         self.weights.close()
-        if isinstance(self._drafter, Closing):
-            self._drafter.close()
+        drafter: object = self._drafter
+        if isinstance(drafter, Closing):
+            drafter.close()
 
     # What GenerationMixin asks of a model that has no parameters to look at.
 
@@ -277,15 +279,17 @@ class StreamedModel(PreTrainedModel, GenerationMixin, Closing):
         logits_processor: LogitsProcessorList,
         stopping_criteria: StoppingCriteriaList,
         generation_config: GenerationConfig,
+        synced_gpus: bool = False,
+        streamer: BaseStreamer | None = None,
         **options: Any,
     ) -> Any:
         """Greedy decoding and sampling. Where there is a draft source, transformers' assisted
         decoding, which knows one row only and needs a cache; anything else is decoded plainly.
         """
+        mixin: Any = super()  # transformers types `self` for its own classes only
+        arguments = input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus
         if self._drafter is None or input_ids.shape[0] > 1 or not options.get("use_cache"):
-            return super()._sample(
-                input_ids, logits_processor, stopping_criteria, generation_config, **options
-            )
+            return mixin._sample(*arguments, streamer, **options)
         candidates = DraftCandidates(
             self._drafter,
             stopping_criteria,
@@ -293,20 +297,34 @@ class StreamedModel(PreTrainedModel, GenerationMixin, Closing):
             max_positions=self.config.max_position_embeddings,
             vocab_size=self.config.vocab_size,
         )
-        return self._assisted_decoding(
-            input_ids,
-            logits_processor,
-            stopping_criteria,
-            generation_config,
-            assistant_model=candidates,  # only handed on, to _get_candidate_generator
-            **options,
+        # The assistant model is only handed on, to _get_candidate_generator.
+        return mixin._assisted_decoding(*arguments, streamer, assistant_model=candidates, **options)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: SequenceCache | None = None,
+        **options: Any,
+    ) -> dict[str, Any]:
+        """See GenerationMixin, whose assisted decoding gives a cache the tokens that it already
+        has in a second turn.
+        """
+        mixin: Any = super()
+        if next_sequence_length is None and past_key_values is not None:
+            next_sequence_length = input_ids.shape[1] - past_key_values.get_seq_length()
+        inputs: dict[str, Any] = mixin.prepare_inputs_for_generation(
+            input_ids, next_sequence_length, past_key_values, **options
         )
+        return inputs
 
     def _get_candidate_generator(self, *arguments: Any, **options: Any) -> CandidateGenerator:
         candidates = options.get("assistant_model")
         if isinstance(candidates, DraftCandidates):
             return candidates
-        return super()._get_candidate_generator(*arguments, **options)
+        mixin: Any = super()
+        generator: CandidateGenerator = mixin._get_candidate_generator(*arguments, **options)
+        return generator
 
     def _count_accepted(self, num_tokens: int) -> None:
         """A pass has given `num_tokens` more than the one that it was counted for."""

@@ -140,7 +140,7 @@ def load(
         vocab_size = skeleton.config.vocab_size
         try:
             drafter = draft_source.make(
-                collections.abc.Callable,
+                collections.abc.Callable,  # type: ignore[arg-type] # a class, seen as a form
                 DraftRequest(
                     config, directory, vocab_size, tokenizer, str(target),
                     accounts.device, accounts.host,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NoReturn
 
 import click
 
+from ollm_core.cli.output import Command
 from ollm_core.errors import OllmError
 from ollm_core.plugins import KINDS
 
@@ -16,26 +18,29 @@ if TYPE_CHECKING:
 _HOOK = "ollm_commands"
 
 
-class OfferedName(click.ParamType):
-    """A name that is built in, or that a plugin offers through `hook`."""
+def offered_name(option: str, hook: str, text: str) -> Callable[[Command], Command]:
+    """An option whose value is built in, or a name that a plugin offers through `hook`. `text` is
+    its help. The first built-in name is the default.
+    """
+    built_in = KINDS[hook].built_in
 
-    name = "name"
-
-    def __init__(self, hook: str) -> None:
-        self._hook = hook
-
-    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """`value`, or a usage error. Looks for plugins only if the name is not built in."""
-        if value not in KINDS[self._hook].built_in:
+    def check(context: click.Context, parameter: click.Parameter, value: str) -> str:
+        """Looks for plugins only if the name is not built in."""
+        if value not in built_in:
             try:
-                _registry().check_name(self._hook, value)
+                _registry().check_name(hook, value)
             except OllmError as error:
-                self.fail(str(error), param, ctx)
+                raise click.BadParameter(str(error), context, parameter) from error
         return value
 
-    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
-        """Shown by --help."""
-        return f"[{'|'.join(KINDS[self._hook].built_in)}|PLUGIN]"
+    return click.option(
+        option,
+        callback=check,
+        default=built_in[0],
+        show_default=True,
+        metavar=f"[{'|'.join(built_in)}|PLUGIN]",
+        help=text,
+    )
 
 
 class Verbs(click.Group):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ollm_core.cli.offered import OfferedName
+from ollm_core.cli.offered import offered_name
 from ollm_core.cli.output import (
     debug_option,
     json_option,
@@ -59,13 +59,7 @@ _SAMPLING = ("top_p", "top_k", "seed")
 )
 @click.option("--device-memory", metavar="SIZE", help="Never use more of the device's memory.")
 @click.option("--host-memory", metavar="SIZE", help="Never use more of the host's memory.")
-@click.option(
-    "--kv",
-    type=OfferedName("ollm_kv_stores"),
-    default="auto",
-    show_default=True,
-    help="Where keys and values of earlier tokens are kept.",
-)
+@offered_name("--kv", "ollm_kv_stores", "Where keys and values of earlier tokens are kept.")
 @click.option("--kv-dir", metavar="DIR", help="Where --kv disk keeps them.")
 @click.option("--chunk-size", type=click.IntRange(1), help="Prompt tokens computed at a time.")
 @click.option(
@@ -80,20 +74,8 @@ _SAMPLING = ("top_p", "top_k", "seed")
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="[default: all]")
 @click.option("--top-k", type=click.IntRange(1), help="[default: all]")
 @click.option("--seed", type=int, help="Make sampling repeatable.")
-@click.option(
-    "--reader",
-    type=OfferedName("ollm_reading_engines"),
-    default="auto",
-    show_default=True,
-    help="What reads the weights.",
-)
-@click.option(
-    "--draft",
-    type=OfferedName("ollm_draft_sources"),
-    default="none",
-    show_default=True,
-    help="Where guesses of several tokens at once come from.",
-)
+@offered_name("--reader", "ollm_reading_engines", "What reads the weights.")
+@offered_name("--draft", "ollm_draft_sources", "Where guesses of several tokens at once come from.")
 @models_dir_option
 @json_option
 @debug_option
