@@ -43,7 +43,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
             "command",
             "commands",
             (
-                "ask", "batch", "bench", "cache", "chat", "conformance", "doctor", "help", "import",
+                "ask", "batch", "bench", "cache", "chat", "doctor", "help", "import",
                 "list-models", "plan", "plugins", "pull", "run", "serve",
             ),
         ),
