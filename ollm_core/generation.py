@@ -232,6 +232,7 @@ class StreamedModel(PreTrainedModel, GenerationMixin, Closing):
             finalizer()
         self._caches.clear()
         self.weights.close()
+        self.engine.close()
         drafter: object = self._drafter
         if isinstance(drafter, Closing):
             drafter.close()
