@@ -305,7 +305,7 @@ class StreamedModel(PreTrainedModel, GenerationMixin, Closing):
         input_ids: Tensor,
         next_sequence_length: int | None = None,
         past_key_values: SequenceCache | None = None,
-        **options: Any,
+        **kwargs: Any,  # by this name transformers knows that forward takes the rest
     ) -> dict[str, Any]:
         """See GenerationMixin, whose assisted decoding gives a cache the tokens that it already
         has in a second turn.
@@ -314,7 +314,7 @@ class StreamedModel(PreTrainedModel, GenerationMixin, Closing):
         if next_sequence_length is None and past_key_values is not None:
             next_sequence_length = input_ids.shape[1] - past_key_values.get_seq_length()
         inputs: dict[str, Any] = mixin.prepare_inputs_for_generation(
-            input_ids, next_sequence_length, past_key_values, **options
+            input_ids, next_sequence_length, past_key_values, **kwargs
         )
         return inputs
 
