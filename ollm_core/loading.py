@@ -18,7 +18,14 @@ from ollm_core.errors import ConfigError, InputError, UnsupportedError
 from ollm_core.generation import StreamedModel
 from ollm_core.hub import resolve
 from ollm_core.interfaces import ByteSource, ModelAdapter
-from ollm_core.kv import BlockKVStore, DeviceKVStore, DiskKVStore, HostKVStore, KVGeometry
+from ollm_core.kv import (
+    BlockKVStore,
+    DeviceKVStore,
+    DiskKVStore,
+    HostKVStore,
+    KeepingKVStore,
+    KVGeometry,
+)
 from ollm_core.machine import free_memory, pick_device
 from ollm_core.memory import MemoryAccount, parse_size
 from ollm_core.registry import Registry
@@ -42,6 +49,7 @@ def load(
     host_memory: str | int | None = None,
     kv: str = "auto",
     kv_dir: str | Path | None = None,
+    keep_kv: bool = True,
     models_dir: str | Path | None = None,
     chunk_size: int | None = None,
     attention: str = "auto",
@@ -60,7 +68,9 @@ def load(
     - `kv`: where keys and values are kept; "auto" takes the first of device, host and disk that has
       room.
     - `kv_dir`: the directory for KV on disk. Only files made by this model are ever removed from
-      it.
+      it. What it holds is kept there when a cache is closed, and a later prompt on the same model
+      that begins alike continues from there. Nothing is kept in the default directory.
+    - `keep_kv`: False neither keeps KV in `kv_dir` nor looks for any.
     - `attention`: "exact" (bit for bit transformers' eager attention; memory grows with the
       context), "blockwise" (it does not), or "auto": exact up to 8,192 tokens where it fits.
     - `chunk_size`: tokens of a prompt that go through a layer together. Default: the largest that
@@ -114,8 +124,9 @@ def load(
     def open_store(tier: str, store_dir: Path | None, num_tokens: int) -> tuple[str, BlockKVStore]:
         _one_of("kv", tier or kv, KV_TIERS)
         return _open_store(
-            tier or kv, store_dir or default_dir, num_tokens, geometry, accounts, fingerprint
-        )
+            tier or kv, store_dir or default_dir, num_tokens, geometry, accounts, fingerprint,
+            keep=keep_kv,
+        )  # fmt: skip
 
     return StreamedModel(
         skeleton,
@@ -183,6 +194,8 @@ def _open_store(
     geometry: KVGeometry,
     accounts: Accounts,
     fingerprint: Callable[[], str],
+    *,
+    keep: bool,
 ) -> tuple[str, BlockKVStore]:
     if tier == "auto":
         tier = _choose_tier(geometry, num_tokens, accounts, on_disk=directory is not None)
@@ -190,6 +203,10 @@ def _open_store(
         return tier, DeviceKVStore(geometry, accounts.device)
     if tier == "host":
         return tier, HostKVStore(geometry, accounts.host, accounts.device)
+    if directory and keep:
+        return tier, KeepingKVStore(
+            geometry, accounts.host, directory, fingerprint(), accounts.device
+        )
     home = directory or Path.home() / ".cache" / "ollm" / "kv"
     return tier, DiskKVStore(geometry, accounts.host, home, fingerprint(), accounts.device)
 
