@@ -141,6 +141,13 @@ def find_homes(parent: Path) -> Iterator[Path]:
     yield from (path for _, path in sorted(found, reverse=True))
 
 
+def is_home(directory: Path) -> bool:
+    """Whether files of ours are in a directory."""
+    with suppress(OSError):
+        return any(_is_kv_file(path) for path in _files_in(directory))
+    return False
+
+
 def lock_home(directory: Path) -> int | None:
     """A file descriptor that owns a directory for as long as it is open, or None if another has it.
     Raises OSError; KVStoreError if it is not a private directory of this user.
@@ -166,10 +173,14 @@ def lock_home(directory: Path) -> int | None:
 def remove_files(directory: Path) -> None:
     """Remove the files of a home and then the directory, unless somebody put something into it."""
     with suppress(OSError):
-        for path in (*directory.glob("layer-*.kv"), *directory.glob("prefixes.*")):
+        for path in _files_in(directory):
             if _is_kv_file(path):
                 path.unlink(missing_ok=True)
         directory.rmdir()
+
+
+def _files_in(directory: Path) -> list[Path]:
+    return [*directory.glob("layer-*.kv"), *directory.glob("prefixes.*")]
 
 
 def _is_kv_file(path: Path) -> bool:

@@ -36,8 +36,6 @@ NAME = "prefixes.journal"
 
 _MARK = b"PFX1"
 _RECORD = struct.Struct("<4sIQQ")  # mark, kind, payload bytes, checksum of those three and it
-    "<4sIQQ"
-)  # mark, kind, payload bytes, checksum of the three and the payload
 _KEPT = struct.Struct("<QQI")
 _LAYER = struct.Struct("<II")
 _KEEP, _DROP = 1, 2
