@@ -263,10 +263,10 @@ def test_run_refuses(ollm, tiny_chat, tmp_path):
 
 
 def test_interrupted_run_leaves_nothing(tiny_chat, tmp_path):
-    """Ctrl-C in the middle of an answer ends cleanly and takes the KV files along."""
+    """Ctrl-C in the middle of an answer ends cleanly; what is not to be kept goes along."""
     kv_dir = tmp_path / "kv"
     command = [sys.executable, "-m", "ollm_core.cli", "run", str(tiny_chat), "--prompt", "hi"]
-    command += ["--kv", "disk", "--kv-dir", str(kv_dir), "--max-new-tokens", "200"]
+    command += ["--kv-dir", str(kv_dir), "--no-keep-kv", "--max-new-tokens", "200"]
     command += ["--temperature", "5", "--device", "cpu"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout
