@@ -94,6 +94,15 @@ class Registry:
             registry._plugins.append(PluginInfo(name, "", "", status="failed", reason=reason))
         return registry
 
+    @classmethod
+    def of(cls, *adapters: ModelAdapter) -> Registry:
+        """A registry of these adapters alone, for tests. Raises PluginError for one that cannot be
+        used.
+        """
+        registry = cls()
+        registry._take(PluginInfo("given", "", "", adapters=adapters))
+        return registry
+
     @property
     def plugins(self) -> Sequence[PluginInfo]:
         """Every entry point found, the failed and skipped ones included."""
@@ -143,19 +152,20 @@ class Registry:
     def _load(self, info: PluginInfo, entry_point: EntryPoint) -> None:
         """Take a plugin in whole, or record why not."""
         try:
-            info = replace(info, adapters=tuple(_adapters_of(info.name, entry_point)))
-            catalogs = [(adapter, tuple(adapter.catalog())) for adapter in info.adapters]
-            warnings = [_check(adapter, models) for adapter, models in catalogs]
-            info = replace(info, reason=" ".join(filter(None, warnings)))
-            claims: dict[tuple[str, str], PluginInfo] = {}
-            for claim in (c for adapter, models in catalogs for c in _claims(adapter, models)):
-                if owner := self._claims.get(claim) or claims.get(claim):
-                    raise PluginError(f"{claim[0]} {claim[1]!r} is already taken by {owner}")
-                claims[claim] = info
+            self._take(replace(info, adapters=tuple(_adapters_of(info.name, entry_point))))
         except (Exception, SystemExit) as error:  # noqa: BLE001 (a plugin may raise anything)
-            reason = _one_line(error)
-            self._plugins.append(replace(info, adapters=(), status="failed", reason=reason))
-            return
+            self._plugins.append(replace(info, status="failed", reason=_one_line(error)))
+
+    def _take(self, info: PluginInfo) -> None:
+        """Add a plugin's adapters. Raises PluginError, with nothing added, for one that clashes."""
+        catalogs = [(adapter, tuple(adapter.catalog())) for adapter in info.adapters]
+        warnings = [_check(adapter, models) for adapter, models in catalogs]
+        info = replace(info, reason=" ".join(filter(None, warnings)))
+        claims: dict[tuple[str, str], PluginInfo] = {}
+        for claim in (c for adapter, models in catalogs for c in _claims(adapter, models)):
+            if owner := self._claims.get(claim) or claims.get(claim):
+                raise PluginError(f"{claim[0]} {claim[1]!r} is already taken by {owner}")
+            claims[claim] = info
         self._plugins.append(info)
         self._claims.update(claims)
         self._adapters.update({adapter.name: adapter for adapter in info.adapters})

@@ -1,0 +1,29 @@
+"""The checks of an adapter, in groups."""
+
+import inspect
+
+from ollm_conformance.adapter.batches import Batches, Drafts
+from ollm_conformance.adapter.caches import Caches
+from ollm_conformance.adapter.declaration import Declaration
+from ollm_conformance.adapter.exact import Exact
+from ollm_conformance.adapter.language import Language
+from ollm_conformance.adapter.memory import Memory
+from ollm_conformance.adapter.robust import Failure, Isolation
+from ollm_conformance.adapter.weights import Weights
+from ollm_conformance.checks import MARK, Check
+
+
+class AdapterConformance(
+    Declaration, Weights, Exact, Caches, Batches, Drafts, Memory, Isolation, Failure, Language
+):
+    """Every check of an adapter. Subclass it as `TestX` and set `adapter`."""
+
+
+def adapter_checks() -> list[Check]:
+    """Every check of an adapter, sorted by id."""
+    marks = [getattr(test, "pytestmark", []) for _, test in inspect.getmembers(AdapterConformance)]
+    checks = [mark.args[0] for found in marks for mark in found if mark.name == MARK]
+    return sorted(checks, key=lambda check: check.id)
+
+
+__all__ = ["AdapterConformance", "adapter_checks"]

@@ -1,0 +1,92 @@
+"""What every group of adapter checks shares: the subject, and how a test class names it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+
+import ollm
+from ollm_conformance.checks import UNSUPPORTED, check_of
+from ollm_conformance.subject import Subject
+from ollm_core import ModelAdapter
+from ollm_core.generation import StreamedModel
+from ollm_core.registry import Registry
+
+
+class AdapterSuite:
+    """Base of the groups. Test authors subclass AdapterConformance, which has them all."""
+
+    adapter: ClassVar[type[ModelAdapter] | ModelAdapter | None] = None
+    """The adapter to test. None: the installed one that `--ollm-adapter` names."""
+    expected_failures: ClassVar[Mapping[str, str]] = {}
+    """Check id to the reason why it fails. One that passes after all is a failure."""
+    checkpoint: ClassVar[Path | None] = None
+    """A directory with a real model of the family, for the checks of its tokenizer."""
+    load: ClassVar[Callable[..., StreamedModel]] = staticmethod(ollm.load)
+    """How a model is opened; for testing the suite itself."""
+
+    @classmethod
+    def subject_name(cls, config: pytest.Config) -> str:
+        """The name that results carry."""
+        if cls.adapter is None:
+            return str(config.getoption("ollm_adapter"))
+        return cls.adapter.name
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def subject(
+        cls, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+    ) -> Subject:
+        """The adapter under test, one for the class, so that what it makes is made once."""
+        if cls.adapter is None:
+            adapter = installed_adapter(request.config.getoption("ollm_adapter"))
+        else:
+            adapter = cls.adapter() if isinstance(cls.adapter, type) else cls.adapter
+        directory = tmp_path_factory.mktemp(adapter.name)
+        checkpoint = cls.checkpoint or request.config.getoption("ollm_checkpoint")
+        return Subject(adapter, directory, cls.load, checkpoint)
+
+    @pytest.fixture(autouse=True)
+    def _one_thread(self) -> Iterator[None]:
+        """Tiny models are quickest on one thread; on a busy machine by far."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        yield
+        torch.set_num_threads(before)
+
+    @pytest.fixture(autouse=True)
+    def _only_what_is_supported(self, request: pytest.FixtureRequest) -> None:
+        """A check of what the adapter declares not to do is not run; that it refuses is another
+        check.
+        """
+        found = check_of(request.node)
+        if found is None or not found.needs:
+            return
+        subject: Subject = request.getfixturevalue("subject")
+        for need in found.needs:
+            declared = subject.adapter.capabilities.get(need)
+            if declared is not None and declared.support != "full":
+                pytest.skip(f"{UNSUPPORTED}{need}: {declared.reason}")
+
+
+def installed_adapter(name: str | None) -> ModelAdapter:
+    """The adapter that is installed under `name`. Raises UsageError if there is none."""
+    registry = Registry.discover()
+    if name is None:
+        raise pytest.UsageError(
+            "which adapter? give --ollm-adapter NAME; installed: "
+            f"{', '.join(sorted(registry.adapters)) or 'none'}"
+        )
+    if name not in registry.adapters:
+        failed = "".join(
+            f"; plugin {p}: {p.reason}" for p in registry.plugins if p.status == "failed"
+        )
+        raise pytest.UsageError(
+            f"no adapter {name!r} is installed; installed: "
+            f"{', '.join(sorted(registry.adapters)) or 'none'}{failed}"
+        )
+    return registry.adapters[name]

@@ -1,0 +1,118 @@
+"""Checks of several sequences in one weight pass, and of drafted tokens."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ollm_conformance.adapter.base import AdapterSuite
+from ollm_conformance.checks import check
+from ollm_conformance.compare import same_tokens, same_within
+from ollm_conformance.subject import Subject, generate, greedy
+from ollm_core.chunks import NewTokens
+
+_LOOK = "caches() and, if declared, how the layer is split: positions and caches are per row"
+
+
+class Batches(AdapterSuite):
+    """What goes together gives what each gives alone."""
+
+    @check(
+        "batches.ragged",
+        "Prompts, steps and drafts of any lengths in one pass give what each gives alone.",
+        look=_LOOK,
+        needs=["batch"],
+    )
+    def test_ragged(self, subject: Subject) -> None:
+        lengths, news = (400, 310, 290, 290, 33), (400, 1, 1, 7, 33)
+        prompts = [subject.prompt(n, seed=i) for i, n in enumerate(lengths)]
+        with subject.open() as model:
+            cache = model.new_cache()
+            store = cache.store
+            work = []
+            for prompt, num_new in zip(prompts, news, strict=True):
+                sequence, start = store.new_sequence(), len(prompt) - num_new
+                if start:
+                    model.engine.run(store, [NewTokens(sequence, prompt[:start], 0)])
+                work.append(NewTokens(sequence, prompt[start:], start, num_new))
+            passes = model.stats.weight_passes
+            found = model.engine.run(store, work)
+            passes = model.stats.weight_passes - passes
+        assert passes == 1, f"expected one weight pass, got {passes}"
+        for row, (prompt, logits) in enumerate(zip(prompts, found, strict=True)):
+            expected = subject.reference().run(prompt)[-len(logits) :]
+            same_within(logits, expected, 1e-4, f"logits of row {row}")
+
+    @check(
+        "batches.left-padded",
+        "A left-padded batch generates the tokens of each prompt alone.",
+        look=_LOOK,
+        needs=["batch"],
+    )
+    def test_left_padded(self, subject: Subject) -> None:
+        prompts = [subject.prompt(n, seed=i) for i, n in enumerate((300, 20, 111))]
+        longest = max(map(len, prompts))
+        ids = torch.zeros(len(prompts), longest, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            ids[row, longest - len(prompt) :] = prompt
+            mask[row, longest - len(prompt) :] = 1
+        with subject.open() as model:
+            found = generate(model, ids, 12, attention_mask=mask)
+        for row, prompt in enumerate(prompts):
+            expected = subject.reference().greedy(prompt, 12)[0]
+            same_tokens(found[row, longest:].tolist(), expected, f"tokens of row {row}")
+
+
+class Drafts(AdapterSuite):
+    """Checking k tokens in one pass equals k steps."""
+
+    @check(
+        "drafts.verify",
+        "A draft of k tokens gives the logits of k steps, wherever it turns wrong, and leaves no "
+        "trace of what was rejected.",
+        look="caches(): what a layer remembers must be cut back to any earlier token",
+        needs=["drafts", "truncate"],
+    )
+    @pytest.mark.parametrize("kv", ["device", "disk"])
+    def test_verify(self, subject: Subject, kv: str) -> None:
+        prompt, num_drafted = subject.prompt(509), 4
+        tokens, logits = subject.reference().greedy(prompt, 10)
+        with subject.open(kv=kv) as model:
+            cache = model.new_cache()
+            model(input_ids=prompt[None], past_key_values=cache, logits_to_keep=1)
+            for num_right in range(num_drafted + 1):
+                wrong = [(token + 1) % subject.vocab_size for token in tokens]
+                draft = [tokens[0], *tokens[1 : num_right + 1], *wrong[num_right + 1 :]]
+                draft = draft[: num_drafted + 1]
+                found = model(input_ids=torch.tensor([draft]), past_key_values=cache).logits[0]
+                what = f"{num_right} of {num_drafted} right"
+                same_within(
+                    found[: num_right + 1], logits[1 : num_right + 2], 1e-4, f"logits, {what}"
+                )
+                cache.crop(-(num_drafted - num_right) or cache.get_seq_length())
+                following = torch.tensor([[tokens[num_right + 1]]])
+                after = model(input_ids=following, past_key_values=cache).logits[0]
+                same_within(
+                    after, logits[num_right + 2 : num_right + 3], 1e-4, f"the step after, {what}"
+                )
+                cache.crop(-(num_right + 2))
+
+    @check(
+        "drafts.assisted",
+        "Prompt lookup gives the tokens of plain greedy decoding, in no more weight passes.",
+        look="caches(): what a layer remembers must be cut back to any earlier token",
+        needs=["drafts", "truncate"],
+    )
+    def test_assisted(self, subject: Subject) -> None:
+        piece = subject.prompt(30)
+        prompt = torch.cat([piece, piece, piece])
+        expected = subject.reference().greedy(prompt, 24)[0]
+        with subject.open() as model:
+            plain = greedy(model, prompt, 24)[0]
+            passes = model.stats.weight_passes
+            found = generate(model, prompt[None], 24, prompt_lookup_num_tokens=4)
+            assisted = model.stats.weight_passes - passes
+        same_tokens(plain, expected, "tokens without a draft")
+        same_tokens(found[0, len(prompt) :].tolist(), expected, "tokens with prompt lookup")
+        assert assisted <= 24, f"expected at most 24 weight passes for 24 tokens, got {assisted}"

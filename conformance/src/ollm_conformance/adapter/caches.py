@@ -1,0 +1,174 @@
+"""Checks of what the model remembers: in every tier, cut, shared, and after a second turn."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ollm_conformance.adapter.base import AdapterSuite
+from ollm_conformance.checks import check
+from ollm_conformance.compare import same_bits, same_tokens, same_within
+from ollm_conformance.subject import PROMPT, Subject, generate, greedy
+
+_LOOK = "caches(): kind, num_kv_heads, head_dim and window of each layer"
+_TIERS = pytest.mark.parametrize(
+    "kv",
+    [
+        pytest.param("device", id="device"),
+        pytest.param("host", id="host"),
+        pytest.param("disk", id="disk"),
+    ],
+)
+
+
+class Caches(AdapterSuite):
+    """Keys and values, on the device, in host memory and on disk."""
+
+    @check(
+        "caches.kinds",
+        "Each layer's declared cache has the shape and the window of the one in transformers.",
+        look=_LOOK,
+    )
+    def test_kinds(self, subject: Subject) -> None:
+        reference = subject.reference()
+        cache = reference.new_cache()
+        reference.run(subject.prompt(PROMPT), cache=cache)
+        declared = subject.adapter.caches(subject.config)
+        assert len(declared) == len(cache.layers), (
+            f"expected {len(cache.layers)} layers, got {len(declared)}"
+        )
+        for layer_idx, (kind, layer) in enumerate(zip(declared, cache.layers, strict=True)):
+            window = getattr(layer, "sliding_window", None)
+            name = "sliding" if window else "full"
+            assert (kind.kind, kind.window) == (name, window), (
+                f"layer {layer_idx}: expected {name} {window}, got {kind.kind} {kind.window}"
+            )
+            keys = getattr(layer, "keys", None)
+            assert keys is not None, f"layer {layer_idx}: expected keys, got {type(layer).__name__}"
+            _, heads, _, dim = keys.shape
+            assert (kind.num_kv_heads, kind.head_dim) == (heads, dim), (
+                f"layer {layer_idx}: expected {heads} KV heads of {dim}, "
+                f"got {kind.num_kv_heads} of {kind.head_dim}"
+            )
+
+    @check(
+        "caches.tiers",
+        "KV on the device, in host memory and on disk give the same bits.",
+        look=_LOOK,
+        needs=["kv-device", "kv-host", "kv-disk"],
+    )
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    @_TIERS
+    def test_tiers(self, subject: Subject, dtype: str, kv: str) -> None:
+        prompt = subject.prompt(PROMPT)
+        tokens, logits = subject.reference(dtype).greedy(prompt, 6)
+        with subject.open(subject.tiny(dtype), kv=kv) as model:
+            found_tokens, found_logits = greedy(model, prompt, 6)
+            assert model.stats.kv_tier == kv, f"expected KV on {kv}, got {model.stats.kv_tier}"
+        same_tokens(found_tokens, tokens, f"tokens with KV on {kv}")
+        same_bits(found_logits, logits.float(), f"logits with KV on {kv}")
+
+    @check(
+        "caches.decode-equals-prefill",
+        "Tokens one by one give the logits of the same tokens as one prompt.",
+        look=_LOOK,
+    )
+    def test_decode_equals_prefill(self, subject: Subject) -> None:
+        prompt = subject.prompt(PROMPT)
+        with subject.open() as model:
+            whole = model(input_ids=prompt[None]).logits[0]
+            cache = model.new_cache()
+            model(input_ids=prompt[None, :500], past_key_values=cache, logits_to_keep=1)
+            steps = [
+                model(input_ids=prompt[None, i : i + 1], past_key_values=cache).logits[0]
+                for i in range(500, 540)
+            ]
+        same_within(torch.cat(steps), whole[500:540], 1e-4, "logits of the steps")
+
+    @check(
+        "caches.truncate",
+        "After tokens are dropped, others give the bits of a run that never had them.",
+        look=_LOOK,
+        needs=["truncate"],
+    )
+    @_TIERS
+    def test_truncate(self, subject: Subject, kv: str) -> None:
+        prompt, other = subject.prompt(PROMPT), subject.prompt(PROMPT, seed=1)
+        with subject.open(kv=kv) as model:
+            for num_dropped in (1, 5, 40):
+                kept = 530 - num_dropped
+                cache = model.new_cache()
+                model(input_ids=prompt[None, :kept], past_key_values=cache, logits_to_keep=1)
+                model(input_ids=prompt[None, kept:530], past_key_values=cache, logits_to_keep=1)
+                cache.crop(-num_dropped)
+                found = model(input_ids=other[None, :9], past_key_values=cache).logits[0]
+                again = model.new_cache()
+                model(input_ids=prompt[None, :kept], past_key_values=again, logits_to_keep=1)
+                expected = model(input_ids=other[None, :9], past_key_values=again).logits[0]
+                same_bits(found, expected, f"logits after {num_dropped} tokens were dropped")
+
+    @check(
+        "caches.fork",
+        "Two continuations of one prompt do not see each other.",
+        look=_LOOK,
+        needs=["batch"],
+    )
+    @_TIERS
+    def test_fork(self, subject: Subject, kv: str) -> None:
+        prompt, tails = subject.prompt(300), [subject.prompt(20, seed=s) for s in (1, 2)]
+        expected = [subject.reference().run(torch.cat([prompt, tail]))[-1] for tail in tails]
+        with subject.open(kv=kv) as model:
+            cache = model.new_cache()
+            model(input_ids=prompt[None], past_key_values=cache, logits_to_keep=1)
+            cache.batch_repeat_interleave(2)
+            model(input_ids=torch.stack(tails)[:, :10], past_key_values=cache, logits_to_keep=1)
+            cache.reorder_cache(torch.tensor([1, 0]))
+            swapped = torch.stack([tails[1], tails[0]])[:, 10:]
+            found = model(input_ids=swapped, past_key_values=cache, logits_to_keep=1).logits
+        for row, other in ((0, 1), (1, 0)):
+            same_within(found[row, -1], expected[other], 1e-4, f"logits of row {row}")
+
+    @check(
+        "caches.second-turn",
+        "A second prompt on the same cache goes on where the first answer ended, bit for bit.",
+        look=_LOOK,
+    )
+    @_TIERS
+    def test_second_turn(self, subject: Subject, kv: str) -> None:
+        first, second = subject.prompt(200), subject.prompt(150, seed=1)
+        reference = subject.reference()
+        cache = reference.new_cache()
+        logits = reference.run(first, cache=cache)[-1:]
+        said = [int(logits.argmax())]
+        for _ in range(7):
+            said.append(int(reference.run(torch.tensor(said[-1:]), cache=cache).argmax()))
+        turn = torch.cat([torch.tensor(said[-1:]), second])
+        expected = reference.run(turn, cache=cache)
+        with subject.open(kv=kv) as model:
+            mine = model.new_cache()
+            found = generate(model, first[None], 8, past_key_values=mine)
+            same_tokens(found[0, len(first) :].tolist(), said, "tokens of the first turn")
+            logits = model(input_ids=turn[None], past_key_values=mine).logits[0]
+        same_bits(logits, expected, "logits of the second turn")
+
+    @check(
+        "caches.bytes",
+        "Stored keys and values take the bytes of the KV heads, rounded up to blocks.",
+        look=_LOOK,
+    )
+    @_TIERS
+    def test_bytes(self, subject: Subject, kv: str) -> None:
+        kinds = subject.adapter.caches(subject.config)
+        with subject.open(subject.tiny("bfloat16"), kv=kv) as model:
+            cache = model.new_cache()
+            model(input_ids=subject.prompt(PROMPT)[None], past_key_values=cache, logits_to_keep=1)
+            held = cache.store.tier_bytes()
+            block = cache.store.block_size
+        found = held.device + held.host + held.disk
+        most = 0
+        for kind in kinds:
+            tokens = PROMPT if kind.window is None else min(PROMPT, kind.window + 2 * block)
+            blocks = -(-tokens // block) + 2  # unfinished ones, and those being written
+            most += blocks * -(-2 * 2 * kind.num_kv_heads * kind.head_dim * block // 4096) * 4096
+        staging = 64 << 20 if kv == "disk" else 0
+        assert 0 < found <= most + staging, f"expected at most {most} bytes of KV, got {found}"

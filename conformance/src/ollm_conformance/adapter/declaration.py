@@ -1,0 +1,203 @@
+"""Checks of what an adapter says about itself, before any weight is read."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from ollm_conformance import probe
+from ollm_conformance.adapter.base import AdapterSuite
+from ollm_conformance.checks import check, does_not_apply
+from ollm_conformance.naming import parameter_names, stored_shapes
+from ollm_conformance.subject import PROMPT, Subject, meta_model, model_config
+from ollm_core import ModelAdapter, OllmError
+from ollm_core.registry import CAPABILITIES, Registry
+
+_BAD_VALUES: tuple[Any, ...] = (
+    None, -1, 0, 1.5, 10**30, "x", [], {}, True, [1, 2], {"a": []},
+)  # fmt: skip
+
+
+class Declaration(AdapterSuite):
+    """Names, capabilities, catalog, and configs that lie."""
+
+    @check(
+        "declaration.imports-clean",
+        "Importing the adapter prints nothing, loads no torch, and leaves transformers as it was.",
+        look="the adapter's module: import torch in functions, use transformers' registries",
+    )
+    @pytest.mark.parametrize("beside", ["nothing", "transformers"])
+    def test_imports_clean(self, subject: Subject, beside: str) -> None:
+        cls = type(subject.adapter)
+        watched = ""
+        if beside == "transformers":
+            watched = type(meta_model(subject.config)).__module__
+        if "<locals>" in cls.__qualname__:
+            raise AssertionError(f"expected an adapter class of a module, got {cls.__qualname__}")
+        ran = subprocess.run(
+            [
+                sys.executable,
+                probe.__file__,
+                cls.__module__,
+                cls.__qualname__,
+                json.dumps(sys.path),
+                watched,
+            ],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert ran.returncode == 0, (ran.stderr.strip() or ran.stdout).splitlines()[-1]
+
+    @check(
+        "declaration.names",
+        "The adapter has a proper name and claims model types that transformers knows.",
+        look="`name`, `model_types` and `adapter_api` of the adapter",
+    )
+    def test_names(self, subject: Subject) -> None:
+        adapter = subject.adapter
+        assert re.fullmatch(r"[a-z0-9][a-z0-9-]*", adapter.name), (
+            f"expected a name of small letters, digits and hyphens, got {adapter.name!r}"
+        )
+        assert adapter.model_types, "expected at least one model type, got none"
+        tiny_type = subject.config.get("model_type")
+        assert tiny_type in adapter.model_types, (
+            f"expected tiny_config of a claimed model type, got {tiny_type!r}, "
+            f"claimed: {', '.join(adapter.model_types)}"
+        )
+        Registry.of(adapter)
+
+    @check(
+        "declaration.capabilities",
+        "Each declared capability is one that core knows, and every limit gives its reason.",
+        look="`capabilities` of the adapter",
+    )
+    def test_capabilities(self, subject: Subject) -> None:
+        for name, capability in subject.adapter.capabilities.items():
+            assert name in CAPABILITIES, f"expected one of {', '.join(CAPABILITIES)}, got {name!r}"
+            assert capability.support == "full" or len(capability.reason) > 10, (
+                f"expected a reason why {name} is {capability.support}, got {capability.reason!r}"
+            )
+
+    @check(
+        "declaration.pure",
+        "A declaration says the same when asked again, and leaves the config that it reads alone.",
+        look="layout(), weights(), caches(), tiny_config(): return new objects, change no argument",
+    )
+    def test_pure(self, subject: Subject) -> None:
+        adapter, config = subject.adapter, subject.config
+        names = sorted(stored_shapes(config))
+        before = copy.deepcopy(config)
+        first = adapter.layout(config), adapter.caches(config), _told(adapter, config, names)
+        second = adapter.layout(config), adapter.caches(config), _told(adapter, config, names)
+        assert first == second, "expected the same declarations twice, got others"
+        assert config == before, "expected the config unchanged, got a changed one"
+        assert adapter.tiny_config() == before, "expected the same tiny_config twice, got another"
+        model_config(adapter.tiny_config())
+        assert adapter.tiny_config() == before, "expected a fresh tiny_config at each call"
+
+    @check(
+        "declaration.tiny-config",
+        "The tiny model is small, long enough for the checks, and groups its KV heads.",
+        look="tiny_config()",
+    )
+    def test_tiny_config(self, subject: Subject) -> None:
+        json.dumps(subject.config)
+        model = meta_model(subject.config)
+        num_bytes = 4 * sum(p.numel() for p in model.parameters())
+        assert num_bytes < 64_000_000, f"expected less than 64 MB in float32, got {num_bytes} bytes"
+        positions = model.config.get_text_config().max_position_embeddings
+        assert positions >= 2 * PROMPT, f"expected {2 * PROMPT} positions or more, got {positions}"
+        layers = subject.adapter.layout(subject.config).num_layers
+        assert layers >= 2, f"expected two layers or more, got {layers}"
+        kinds = {(k.kind, k.window) for k in subject.adapter.caches(subject.config)}
+        for kind, window in kinds:
+            assert window is None or window < PROMPT, (
+                f"expected {kind} windows below {PROMPT} tokens, so that prompts cross them, "
+                f"got {window}"
+            )
+
+    @check(
+        "declaration.layout",
+        "Every path of the layout leads to the module it names in the transformers tree.",
+        look="layout()",
+    )
+    def test_layout(self, subject: Subject) -> None:
+        layout, model = subject.adapter.layout(subject.config), meta_model(subject.config)
+        for path in (layout.embedding, layout.norm, layout.head, layout.rotary):
+            model.get_submodule(path)
+        found = len(list(model.get_submodule(layout.layers).children()))
+        assert found == layout.num_layers, f"expected {found} layers, got {layout.num_layers}"
+        embedding = model.get_submodule(layout.embedding)
+        assert embedding is model.get_input_embeddings(), (
+            f"expected the input embedding at {layout.embedding}, got another module"
+        )
+        assert model.get_submodule(layout.head) is model.get_output_embeddings(), (
+            f"expected the output head at {layout.head}, got another module"
+        )
+
+    @check(
+        "declaration.catalog",
+        "Every model of the catalog opens by its id, with the sizes that its config gives.",
+        look="catalog()",
+    )
+    def test_catalog(self, subject: Subject) -> None:
+        entries = subject.adapter.catalog()
+        if not entries:
+            does_not_apply("the catalog is empty")
+        for entry in entries:
+            json.dumps(dict(entry.config))
+            assert subject.registry.find(entry.id)[1] == entry
+            assert re.fullmatch(r"[\w.-]+/[\w.-]+", entry.repo), (
+                f"{entry.id}: expected a repository OWNER/NAME, got {entry.repo!r}"
+            )
+            model = meta_model(entry.config)
+            num_parameters = sum(p.numel() for p in model.parameters())
+            assert entry.num_parameters == num_parameters, (
+                f"{entry.id}: expected {num_parameters} parameters, got {entry.num_parameters}"
+            )
+            assert 0 < entry.weight_bytes <= 4 * num_parameters, (
+                f"{entry.id}: expected weight_bytes of {num_parameters} parameters, "
+                f"got {entry.weight_bytes}"
+            )
+
+    @check(
+        "declaration.hostile-config",
+        "A config.json with a missing, absurd or mistyped field is refused in one clear line.",
+        look="layout(), weights(), caches(): check each field before it is used, raise ConfigError",
+    )
+    def test_hostile_config(self, subject: Subject) -> None:
+        adapter, good = subject.adapter, subject.config
+        names = sorted(stored_shapes(good))
+        for key in good:
+            for value in _BAD_VALUES:
+                self._refused_or_fine(adapter, {**good, key: value}, names, f"{key} = {value!r}")
+
+    @staticmethod
+    def _refused_or_fine(
+        adapter: ModelAdapter, config: dict[str, Any], names: list[str], what: str
+    ) -> None:
+        try:
+            adapter.layout(config)
+            adapter.caches(config)
+            adapter.weights(config, names)
+        except OllmError as error:
+            told = str(error)
+        except Exception as error:
+            raise AssertionError(
+                f"{what}: expected an OllmError or nothing, got {type(error).__name__}: {error}"
+            ) from error
+        else:
+            return
+        assert "\n" not in told, f"{what}: expected one line, got {told!r}"
+
+
+def _told(adapter: ModelAdapter, config: dict[str, Any], names: list[str]) -> Any:
+    plan = adapter.weights(config, names)
+    return {name: plan.parameters[name] for name in parameter_names(config)}, plan.ignored

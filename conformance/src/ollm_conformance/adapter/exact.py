@@ -1,0 +1,99 @@
+"""Promise 1: the tokens and logits of the un-offloaded model."""
+
+from __future__ import annotations
+
+import pytest
+
+from ollm_conformance.adapter.base import AdapterSuite
+from ollm_conformance.checks import check
+from ollm_conformance.compare import same_bits, same_tokens, same_within
+from ollm_conformance.subject import PROMPT, Subject, greedy
+from ollm_core.generation import StreamedModel
+
+_LOOK = "layout(), weights() (run weights.values first), and text_config()"
+_DTYPES = pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+
+
+class Exact(AdapterSuite):
+    """Bit for bit what transformers computes with the same chunks."""
+
+    @check(
+        "exact.resident",
+        "With all weights in memory every logit of a long prompt is that of transformers.",
+        look=_LOOK,
+    )
+    @_DTYPES
+    def test_resident(self, subject: Subject, dtype: str) -> None:
+        prompt = subject.prompt(PROMPT)
+        with subject.open(subject.tiny(dtype)) as model:
+            found = model(input_ids=prompt[None]).logits[0]
+            assert model.stats.weight_bytes_read == 0, "expected all weights resident"
+        same_bits(found, subject.reference(dtype).run(prompt), f"logits in {dtype}")
+
+    @check(
+        "exact.streamed",
+        "In the smallest memory that it runs in, with each reading engine, the bits are the same.",
+        look="weights(): transforms must not keep or change what they are given",
+    )
+    @pytest.mark.parametrize("reader", ["direct", "mmap"])
+    @_DTYPES
+    def test_streamed(self, subject: Subject, dtype: str, reader: str) -> None:
+        prompt, directory = subject.prompt(PROMPT), subject.tiny(dtype)
+
+        def work(model: StreamedModel) -> None:
+            model(input_ids=prompt[None], logits_to_keep=1)
+
+        least = subject.least_memory(work, directory=directory, reader=reader, kv="disk")
+        with subject.open(directory, device_memory=least, reader=reader, kv="disk") as model:
+            expected = subject.reference(dtype).run(prompt, last_only=True)
+            for number in range(3):
+                found = model(input_ids=prompt[None], logits_to_keep=1).logits[0]
+                same_bits(found, expected, f"last logits in {dtype}, pass {number + 1}")
+            assert model.stats.weight_bytes_read > 0, "expected weights to be streamed"
+
+    @check(
+        "exact.decode",
+        "Greedy tokens after a long prompt, and every logit behind them, are transformers'.",
+        look=_LOOK,
+    )
+    @_DTYPES
+    def test_decode(self, subject: Subject, dtype: str) -> None:
+        prompt = subject.prompt(PROMPT)
+        tokens, logits = subject.reference(dtype).greedy(prompt, 40)
+        with subject.open(subject.tiny(dtype)) as model:
+            found_tokens, found_logits = greedy(model, prompt, 40)
+        same_tokens(found_tokens, tokens, f"greedy tokens in {dtype}")
+        same_bits(found_logits, logits.float(), f"logits of the steps in {dtype}")
+
+    @check(
+        "exact.chunks",
+        "Any chunk size gives transformers' bits for that size, and the same tokens as any other.",
+        look="layout(): rotary embeddings and masks that depend on more than the position",
+        needs=["chunked-prefill"],
+    )
+    @pytest.mark.parametrize("chunk_size", [1, 37, 256, 257, PROMPT])
+    def test_chunks(self, subject: Subject, chunk_size: int) -> None:
+        prompt = subject.prompt(PROMPT if chunk_size > 1 else 40)
+        reference = subject.reference()
+        with subject.open(chunk_size=chunk_size) as model:
+            found = model(input_ids=prompt[None]).logits[0]
+        same_bits(found, reference.run(prompt, chunk_size), f"logits in chunks of {chunk_size}")
+        whole = reference.run(prompt, PROMPT)
+        same_within(found, whole, 1e-4, f"chunks of {chunk_size} against one chunk")
+        same_tokens(found.argmax(-1).tolist(), whole.argmax(-1).tolist(), "most likely tokens")
+
+    @check(
+        "exact.blockwise",
+        "Block-wise attention differs from transformers by less than 1e-5 of the scale in float32.",
+        look="attention options that the family's modules pass: windows, sinks, scaling, soft caps",
+        needs=["blockwise-attention"],
+    )
+    @pytest.mark.parametrize("chunk_size", [61, 400])
+    def test_blockwise(self, subject: Subject, chunk_size: int) -> None:
+        prompt = subject.prompt(PROMPT)
+        with subject.open(chunk_size=chunk_size, attention="blockwise") as model:
+            found = model(input_ids=prompt[None]).logits[0]
+            steps = greedy(model, prompt, 5)[1]
+        expected = subject.reference().run(prompt, chunk_size)
+        same_within(found, expected, 1e-5, f"block-wise logits in chunks of {chunk_size}")
+        same_within(steps[:1], expected[-1:], 1e-5, "block-wise logits of a step")

@@ -1,0 +1,52 @@
+"""Checks of where generation stops, and of the tokenizer of a real model."""
+
+from __future__ import annotations
+
+from ollm_conformance.adapter.base import AdapterSuite
+from ollm_conformance.checks import check, does_not_apply
+from ollm_conformance.compare import same_tokens
+from ollm_conformance.subject import Subject, generate
+
+
+class Language(AdapterSuite):
+    """Text in, text out."""
+
+    @check(
+        "language.stop",
+        "Generation ends with the first end-of-sequence token, the token included.",
+        look="generation_config.json of the checkpoint",
+    )
+    def test_stop(self, subject: Subject) -> None:
+        prompt = subject.prompt(50)
+        tokens = subject.reference().greedy(prompt, 20)[0]
+        last = next(i for i in range(3, 20) if tokens[i] not in tokens[:i])
+        with subject.open() as model:
+            found = generate(model, prompt[None], 20, eos_token_id=tokens[last])
+        same_tokens(found[0, 50:].tolist(), tokens[: last + 1], "tokens up to the end")
+
+    @check(
+        "language.chat-template",
+        "A real model's tokenizer opens, its chat template marks the turns, and it knows its stop "
+        "tokens.",
+        look="the files of the real checkpoint: tokenizer.json, chat_template, generation_config",
+    )
+    def test_chat_template(self, subject: Subject) -> None:
+        if subject.real_checkpoint is None:
+            does_not_apply("no real checkpoint was named")
+            return
+        with subject.open(subject.real_checkpoint) as model:
+            tokenizer, config = model.tokenizer, model.generation_config
+        assert tokenizer is not None, "expected a tokenizer, got none"
+        question = [{"role": "user", "content": "What is one and one?"}]
+        text = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
+        assert question[0]["content"] in text, f"expected the question in the prompt, got {text!r}"
+        shorter = tokenizer.apply_chat_template(question, tokenize=False)
+        assert text.startswith(shorter), "expected the prompt to end with the start of an answer"
+        assert len(text) > len(shorter), "expected the prompt to end with the start of an answer"
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        assert tokenizer.decode(ids) == text, "expected the template's text back from its tokens"
+        stops = config.eos_token_id
+        stops = stops if isinstance(stops, list) else [stops]
+        assert tokenizer.eos_token_id in stops, (
+            f"expected the tokenizer's {tokenizer.eos_token_id} among the stop tokens, got {stops}"
+        )

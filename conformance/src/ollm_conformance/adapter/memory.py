@@ -1,0 +1,170 @@
+"""Promise 2: budgets hold, the plan is near the truth, and everything is given back."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from ollm_conformance.adapter.base import AdapterSuite
+from ollm_conformance.checks import check
+from ollm_conformance.subject import Subject, generate
+from ollm_core import DoesNotFitError
+from ollm_core.generation import StreamedModel
+from ollm_core.tracing import AllocationTracker
+
+_LOOK = "weights(): transforms that allocate more than their result; caches(): sizes"
+
+
+class Memory(AdapterSuite):
+    """Device and host memory."""
+
+    @check(
+        "memory.budget",
+        "What a refusal names is enough, one byte less is refused, and the peak stays inside.",
+        look=_LOOK,
+    )
+    @pytest.mark.parametrize("attention", ["exact", "blockwise"])
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    def test_budget(self, subject: Subject, dtype: str, attention: str) -> None:
+        prompt, directory = subject.prompt(300), subject.tiny(dtype)
+
+        def work(model: StreamedModel) -> None:
+            for ids in (prompt, prompt[:1]):
+                model(input_ids=ids[None], logits_to_keep=1)
+
+        least = subject.least_memory(work, directory, attention=attention, kv="device")
+        with subject.open(
+            directory, device_memory=least, attention=attention, kv="device"
+        ) as model:
+            work(model)
+            peak = model.stats.device_peak_bytes
+        assert peak <= least, f"expected a peak of at most {least} bytes, got {peak}"
+        with (
+            pytest.raises(DoesNotFitError),
+            subject.open(
+                directory, device_memory=least - 1, attention=attention, kv="device"
+            ) as model,
+        ):
+            work(model)
+
+    @check(
+        "memory.planned",
+        "The planned device peak is never below what is really allocated, and within 10% of it.",
+        look=_LOOK,
+    )
+    @pytest.mark.parametrize("attention", ["exact", "blockwise"])
+    @pytest.mark.parametrize("resident", [True, False])
+    def test_planned(self, subject: Subject, resident: bool, attention: str) -> None:
+        prompt, directory = subject.prompt(400), subject.tiny("bfloat16")
+
+        def work(model: StreamedModel) -> None:
+            model(input_ids=prompt[None], logits_to_keep=1)
+
+        options = {"attention": attention, "kv": "device", "chunk_size": 400}
+        budget = 1 << 30
+        if not resident:
+            budget = subject.least_memory(work, directory, **options)
+        gc.collect()
+        before = _live_bytes()
+        with subject.open(directory, device_memory=budget, **options) as model:
+            work(model)
+            gc.collect()
+            held = _live_bytes() - before
+            with AllocationTracker("cpu") as tracker:
+                work(model)
+            planned = model.stats.device_peak_bytes
+        measured = held + tracker.peak
+        assert measured <= planned, f"expected a plan of at least {measured} bytes, got {planned}"
+        assert planned <= 1.1 * measured, (
+            f"expected a plan of at most {1.1 * measured:.0f} bytes, got {planned}"
+        )
+
+    @check(
+        "memory.flat",
+        "Twice the prompt adds its hidden states to the device peak, and no more.",
+        look=_LOOK,
+        needs=["blockwise-attention", "kv-disk"],
+    )
+    def test_flat(self, subject: Subject) -> None:
+        directory = subject.tiny("bfloat16")
+        least = {}
+        for num_tokens in (512, 1024):
+            prompt = subject.prompt(num_tokens)
+
+            def work(model: StreamedModel, prompt: torch.Tensor = prompt) -> None:
+                model(input_ids=prompt[None], logits_to_keep=1)
+
+            least[num_tokens] = subject.least_memory(
+                work, directory, attention="blockwise", kv="disk", chunk_size=64
+            )
+        grown = least[1024] - least[512]
+        hidden_size = subject.reference().model.config.get_text_config().hidden_size
+        most = 512 * (hidden_size * 2 + 64)
+        assert grown <= most, f"expected at most {most} bytes more, got {grown}"
+
+    @check(
+        "memory.host",
+        "KV in host memory counts against the host's budget, which holds.",
+        look="caches(): sizes",
+        needs=["kv-host"],
+    )
+    def test_host(self, subject: Subject) -> None:
+        prompt, directory = subject.prompt(500), subject.tiny("bfloat16")
+        with subject.open(directory, kv="host") as model:
+            cache = model.new_cache()
+            model(input_ids=prompt[None], past_key_values=cache, logits_to_keep=1)
+            held, peak = cache.store.tier_bytes().host, model.stats.host_peak_bytes
+        assert 0 < held <= peak, f"expected a host peak of at least {held} bytes, got {peak}"
+        with subject.open(directory, kv="host", host_memory=peak) as model:
+            model(input_ids=prompt[None], logits_to_keep=1)
+        with (
+            pytest.raises(DoesNotFitError),
+            subject.open(directory, kv="host", host_memory=peak - 1) as model,
+        ):
+            model(input_ids=prompt[None], logits_to_keep=1)
+
+    @check(
+        "memory.freed",
+        "After close no tensor, file, thread or KV directory is left.",
+        look="weights(): transforms that keep what they are given",
+    )
+    @pytest.mark.parametrize("kv", ["device", "host", "disk"])
+    def test_freed(self, subject: Subject, kv: str) -> None:
+        directory, kv_dir = subject.tiny("bfloat16"), subject.new_directory()
+        prompt = subject.prompt(300)
+        gc.collect()
+        before = _live_bytes(), _open_files(), _threads()
+        model = subject.open(directory, kv=kv, kv_dir=kv_dir)
+        for _ in range(2):
+            generate(model, prompt[None], 3)
+        model.close()
+        model.close()
+        gc.collect()
+        after = _live_bytes(), _open_files(), _threads()
+        for what, one, other in zip(("bytes", "open files", "threads"), before, after, strict=True):
+            assert other <= one, f"expected no more {what} than before ({one}), got {other}"
+        left = [path.name for path in kv_dir.iterdir()] if kv_dir.is_dir() else []
+        assert not left, f"expected an empty KV directory, got {left}"
+
+
+def _live_bytes() -> int:
+    """Bytes of all CPU tensors that Python knows of, each storage once."""
+    sizes = {}
+    for thing in gc.get_objects():
+        if issubclass(type(thing), torch.Tensor) and thing.device.type == "cpu":
+            storage = thing.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
+    return sum(sizes.values())
+
+
+def _open_files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir())) if os.path.isdir("/proc/self/fd") else 0
+
+
+def _threads() -> int:
+    return sum(thread.name.startswith("ollm") for thread in threading.enumerate())

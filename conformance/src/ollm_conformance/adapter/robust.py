@@ -1,0 +1,218 @@
+"""Checks of models beside each other, and of what goes wrong."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from ollm_conformance.adapter.base import AdapterSuite
+from ollm_conformance.checks import check
+from ollm_conformance.compare import same_bits, same_tokens
+from ollm_conformance.subject import Reference, Subject, greedy
+from ollm_core import ReadError
+from ollm_core.cache import SequenceCache
+from ollm_core.generation import StreamedModel
+from ollm_core.types import Progress
+
+_LOOK = "module-level state in the adapter"
+
+
+class Isolation(AdapterSuite):
+    """Two models in one process do not see each other."""
+
+    @check(
+        "isolation.interleaved",
+        "Two models of other weights and sizes, used in turn, give what each gives alone.",
+        look=_LOOK,
+    )
+    def test_interleaved(self, subject: Subject) -> None:
+        prompt = subject.prompt(200)
+        directories = [subject.tiny(), _other(subject)]
+        expected = [subject.reference(directory=d).greedy(prompt, 8)[0] for d in directories]
+        models = [subject.open(d) for d in directories]
+        caches = [model.new_cache() for model in models]
+        found: list[list[int]] = [[], []]
+        ids = [prompt, prompt]
+        for _ in range(8):
+            for i, model in enumerate(models):
+                logits = model(
+                    input_ids=ids[i][None], past_key_values=caches[i], logits_to_keep=1
+                ).logits
+                found[i].append(int(logits[0, -1].argmax()))
+                ids[i] = torch.tensor(found[i][-1:])
+        for model in models:
+            model.close()
+        for i in range(2):
+            same_tokens(found[i], expected[i], f"tokens of model {i + 1}")
+
+    @check(
+        "isolation.threads",
+        "Two models on two threads, and plain transformers beside them, do not disturb each other.",
+        look=_LOOK,
+    )
+    def test_threads(self, subject: Subject) -> None:
+        prompt = subject.prompt(150)
+        directories = [subject.tiny(), _other(subject)]
+        references = [subject.reference(directory=directory) for directory in directories]
+        expected = [reference.greedy(prompt, 8)[0] for reference in references]
+        found: dict[int, list[list[int]]] = {0: [], 1: []}
+
+        def work(i: int) -> None:
+            with subject.open(directories[i]) as model:
+                for _ in range(3):
+                    found[i].append(greedy(model, prompt, 8)[0])
+
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+        for thread in threads:
+            thread.start()
+        beside = [references[0].greedy(prompt, 8)[0] for _ in range(2)]
+        for thread in threads:
+            thread.join()
+        for i in range(2):
+            assert len(found[i]) == 3, f"expected thread {i + 1} to finish, it did not"
+            for tokens in found[i]:
+                same_tokens(tokens, expected[i], f"tokens of thread {i + 1}")
+        for tokens in beside:
+            same_tokens(tokens, expected[0], "tokens of transformers beside them")
+
+    @check(
+        "isolation.transformers",
+        "A plain transformers model made after ours gives what one made before it gave.",
+        look="attributes of transformers that the adapter replaces",
+    )
+    def test_transformers(self, subject: Subject) -> None:
+        prompt, directory = subject.prompt(100), subject.tiny()
+        expected = subject.reference().run(prompt)
+        with subject.open(directory) as model:
+            model(input_ids=prompt[None])
+            during = Reference(directory, torch.float32).run(prompt)
+        after = Reference(directory, torch.float32).run(prompt)
+        same_bits(during, expected, "logits of transformers beside an open model")
+        same_bits(after, expected, "logits of transformers after close")
+
+
+class Failure(AdapterSuite):
+    """What goes wrong in the middle of a pass leaves a usable model and no torn cache."""
+
+    @check(
+        "failure.read-error",
+        "A read that fails is an error, the cache stays as it was, and the model goes on.",
+        look="code of the adapter that catches errors",
+    )
+    @pytest.mark.parametrize("kv", ["device", "disk"])
+    def test_read_error(self, subject: Subject, kv: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        prompt, directory = subject.prompt(400), subject.tiny("bfloat16")
+
+        def work(model: StreamedModel) -> None:
+            model(input_ids=prompt[None], logits_to_keep=1)
+
+        least = subject.least_memory(work, directory, kv=kv)
+        with subject.open(directory, device_memory=least, kv=kv) as model:
+            cache = model.new_cache()
+            model(input_ids=prompt[None, :300], past_key_values=cache, logits_to_keep=1)
+
+            def go_on() -> None:
+                for _ in range(3):
+                    model(input_ids=prompt[None, 300:], past_key_values=cache)
+                    cache.crop(-100)
+
+            with monkeypatch.context() as patch:
+                _fail_after(model, 2, patch)
+                with pytest.raises(ReadError, match="the disk is gone"):
+                    go_on()
+            _goes_on(subject, model, cache, prompt)
+
+    @check(
+        "failure.short-read",
+        "A checkpoint that became shorter while it was open is an error, never other tokens.",
+        look="code of the adapter that catches errors",
+    )
+    @pytest.mark.parametrize("reader", ["direct", "mmap"])
+    def test_short_read(self, subject: Subject, reader: str) -> None:
+        prompt = subject.prompt(100)
+        directory = subject.new_directory()
+        shutil.copytree(subject.tiny("bfloat16"), directory)
+
+        def work(model: StreamedModel) -> None:
+            model(input_ids=prompt[None], logits_to_keep=1)
+
+        def work_thrice(model: StreamedModel) -> None:
+            for _ in range(3):
+                work(model)
+
+        least = subject.least_memory(work, directory, reader=reader)
+        (file,) = directory.glob("*.safetensors")
+        whole = file.read_bytes()
+        with subject.open(directory, device_memory=least, reader=reader) as model:
+            expected = model(input_ids=prompt[None]).logits
+            with file.open("r+b") as cut:
+                cut.truncate(len(whole) // 3)
+            with pytest.raises(ReadError):
+                work_thrice(model)
+            with file.open("r+b") as again:
+                again.write(whole)
+            for _ in range(3):
+                try:  # what was read ahead of the repair may still be an error
+                    found = model(input_ids=prompt[None]).logits
+                    break
+                except ReadError:
+                    continue
+            same_bits(found, expected, "logits after the file is whole again")
+
+    @check(
+        "failure.cancelled",
+        "Ctrl-C at any step of a pass leaves the cache as it was, and the model goes on.",
+        look="code of the adapter that catches errors",
+    )
+    @pytest.mark.parametrize("kv", ["device", "disk"])
+    def test_cancelled(self, subject: Subject, kv: str) -> None:
+        prompt = subject.prompt(400)
+        with subject.open(subject.tiny("bfloat16"), kv=kv) as model:
+            cache = model.new_cache()
+            model(input_ids=prompt[None, :300], past_key_values=cache, logits_to_keep=1)
+            for step in (0, 1, 3, 5):
+
+                def interrupt(progress: Progress, step: int = step) -> None:
+                    if progress.steps_done == step:
+                        raise KeyboardInterrupt
+
+                model.on_progress(interrupt)
+                with pytest.raises(KeyboardInterrupt):
+                    model(input_ids=prompt[None, 300:], past_key_values=cache)
+                model.on_progress(None)
+            _goes_on(subject, model, cache, prompt)
+
+
+def _goes_on(
+    subject: Subject, model: StreamedModel, cache: SequenceCache, prompt: torch.Tensor
+) -> None:
+    """The cache has 300 tokens, and the rest of the prompt gives the bits of an untroubled run."""
+    length = cache.get_seq_length()
+    assert length == 300, f"expected the 300 tokens from before, got {length}"
+    found = model(input_ids=prompt[None, 300:], past_key_values=cache).logits[0]
+    reference = subject.reference("bfloat16")
+    mine = reference.new_cache()
+    reference.run(prompt[:300], cache=mine)
+    same_bits(found, reference.run(prompt[300:], cache=mine), "logits after the failure")
+
+
+def _fail_after(model: StreamedModel, num_reads: int, patch: pytest.MonkeyPatch) -> None:
+    source = model.weights._source
+    real, left = source.read, [num_reads]
+
+    def failing(tensors: object, buffer: object) -> object:
+        left[0] -= 1
+        if left[0] < 0:
+            raise ReadError("the disk is gone")
+        return real(tensors, buffer)  # type: ignore[arg-type]
+
+    patch.setattr(source, "read", failing)
+
+
+def _other(subject: Subject) -> Path:
+    """A checkpoint of another size and with other weights."""
+    return subject.tiny(changes={"vocab_size": subject.vocab_size - 1})

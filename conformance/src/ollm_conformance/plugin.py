@@ -1,0 +1,207 @@
+"""The pytest plugin: options, strict expected failures, what a skip means, and messages that help.
+
+Loaded in every pytest run where the package is installed; it looks at conformance checks only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ollm_conformance.checks import (
+    LEVELS,
+    MARK,
+    NOT_APPLICABLE,
+    UNSUPPORTED,
+    Check,
+    check_of,
+)
+from ollm_conformance.results import Outcome, Result, merged, write_json
+
+_RESULTS: pytest.StashKey[list[Result]] = pytest.StashKey()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("ollm", "conformance of oLLM adapters")
+    group.addoption(
+        "--ollm-adapter",
+        metavar="NAME",
+        help="the installed adapter that ollm_conformance.suite tests",
+    )
+    group.addoption(
+        "--ollm-level",
+        choices=LEVELS,
+        default="core",
+        help="run the checks up to this level (default: core)",
+    )
+    group.addoption(
+        "--ollm-checkpoint",
+        metavar="DIR",
+        type=Path,
+        help="a real model for ollm_conformance.suite, to check its tokenizer",
+    )
+    group.addoption("--ollm-checks", metavar="ID,ID", help="run only these checks")
+    group.addoption(
+        "--ollm-results", metavar="FILE", type=Path, help="write the outcome of each check as JSON"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", f"{MARK}(check): a check of the oLLM conformance suite")
+    config.stash[_RESULTS] = []
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Drop what was not asked for; mark what the adapter says it does not do."""
+    levels = LEVELS[: LEVELS.index(config.getoption("ollm_level")) + 1]
+    wanted = _wanted(config, items)
+    kept, dropped = [], []
+    for item in items:
+        found = check_of(item)
+        if found is None or (found.level in levels and (wanted is None or found.id in wanted)):
+            kept.append(item)
+            if found:
+                _mark(item, found)
+        else:
+            dropped.append(item)
+    _refuse_unknown_failures(items)
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = kept
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Say what a failed check means; make a skip that nobody declared a failure."""
+    report = yield
+    found = check_of(item)
+    if found is None:
+        return report
+    if report.skipped and not _is_xfail(report):
+        why = _skip_reason(report)
+        if not why.startswith((NOT_APPLICABLE, UNSUPPORTED)):
+            report.outcome = "failed"
+            report.longrepr = (
+                f"the check was skipped ({why}), which counts as a failure: "
+                "declare the capability as unsupported, with a reason, or make it pass"
+            )
+    if report.failed:
+        report.sections.insert(0, ("conformance", _explanation(item, found, call)))
+    if report.when == "call" or not report.passed:
+        config = item.config
+        config.stash[_RESULTS].append(_result(item, found, report, call))
+    return report
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    path = session.config.getoption("ollm_results")
+    if path is not None:
+        found: list[Result] = session.config.stash[_RESULTS]
+        write_json(merged(found), path)
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """One line for each subject."""
+    found: list[Result] = config.stash[_RESULTS]
+    results = merged(found)
+    if not results:
+        return
+    terminalreporter.section("oLLM conformance")
+    for subject in sorted({result.subject for result in results}):
+        counts: dict[Outcome, int] = {}
+        for result in results:
+            if result.subject == subject:
+                counts[result.outcome] = counts.get(result.outcome, 0) + 1
+        told = ", ".join(f"{number} {outcome}" for outcome, number in sorted(counts.items()))
+        terminalreporter.line(f"{subject}: {told}")
+
+
+def _wanted(config: pytest.Config, items: list[pytest.Item]) -> set[str] | None:
+    asked = config.getoption("ollm_checks")
+    if asked is None:
+        return None
+    wanted = {part.strip() for part in asked.split(",")} - {""}
+    known = {found.id for found in map(check_of, items) if found}
+    if unknown := sorted(wanted - known):
+        raise pytest.UsageError(
+            f"--ollm-checks: no check {unknown[0]!r} here; there are: {', '.join(sorted(known))}"
+        )
+    return wanted
+
+
+def _mark(item: pytest.Item, found: Check) -> None:
+    failures = _expected_failures(item)
+    if found.id in failures:
+        item.add_marker(pytest.mark.xfail(reason=failures[found.id], strict=True))
+
+
+def _expected_failures(item: pytest.Item) -> dict[str, str]:
+    return dict(getattr(getattr(item, "cls", None), "expected_failures", {}))
+
+
+def _refuse_unknown_failures(items: list[pytest.Item]) -> None:
+    """An expected failure of a check that is not there would never be noticed."""
+    by_class: dict[type, set[str]] = {}
+    for item in items:
+        found, cls = check_of(item), getattr(item, "cls", None)
+        if found and cls:
+            by_class.setdefault(cls, set()).add(found.id)
+    for cls, ids in by_class.items():
+        for name in getattr(cls, "expected_failures", {}):
+            if name not in ids:
+                raise pytest.UsageError(
+                    f"{cls.__name__}.expected_failures names {name!r}, which is no check; "
+                    f"there are: {', '.join(sorted(ids))}"
+                )
+
+
+def _subject_name(item: pytest.Item) -> str:
+    name: str = item.cls.subject_name(item.config)  # type: ignore[attr-defined]
+    return name
+
+
+def _explanation(item: pytest.Item, found: Check, call: pytest.CallInfo[None]) -> str:
+    error = call.excinfo.value if call.excinfo else None
+    if isinstance(error, AssertionError):
+        what = str(error).splitlines()[0] if str(error) else "see the assertion above"
+    else:
+        what = f"expected no error, got {type(error).__name__}: {error}"
+    return (
+        f"{_subject_name(item)} fails check {found.id}\n"
+        f"  must hold: {found.reason}\n"
+        f"  found:     {what}\n"
+        f"  look at:   {found.look}"
+    )
+
+
+def _result(
+    item: pytest.Item, found: Check, report: pytest.TestReport, call: pytest.CallInfo[None]
+) -> Result:
+    outcome: Outcome = "passed"
+    detail = ""
+    if report.failed:
+        outcome = "failed"
+        detail = " ".join(str(call.excinfo.value).split()) if call.excinfo else str(report.longrepr)
+        detail = detail[:300]
+    elif _is_xfail(report):
+        outcome, detail = "expected failure", str(getattr(report, "wasxfail", ""))
+    elif report.skipped:
+        why = _skip_reason(report)
+        outcome = "unsupported" if why.startswith(UNSUPPORTED) else "does not apply"
+        detail = why.removeprefix(UNSUPPORTED).removeprefix(NOT_APPLICABLE)
+    return Result(_subject_name(item), found.id, found.reason, found.since, outcome, detail)
+
+
+def _is_xfail(report: pytest.TestReport) -> bool:
+    return "wasxfail" in vars(report)
+
+
+def _skip_reason(report: pytest.TestReport) -> str:
+    if isinstance(report.longrepr, tuple):
+        return report.longrepr[2].removeprefix("Skipped: ")
+    return str(report.longrepr)

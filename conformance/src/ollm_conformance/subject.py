@@ -1,0 +1,236 @@
+"""The adapter under test, with what the checks need of it: random checkpoints, the un-offloaded
+model, and ways to open it.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
+
+import ollm
+from ollm_core import Config, DoesNotFitError, ModelAdapter
+from ollm_core.generation import StreamedModel
+from ollm_core.registry import Registry
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+CHUNK = 96
+"""Tokens of a chunk in most checks: no divisor and no multiple of a KV block."""
+PROMPT = 600
+"""Tokens of a long prompt: more than two KV blocks and six chunks."""
+
+
+class Reference:
+    """The un-offloaded transformers model of a checkpoint: eager attention and experts, prompt in
+    chunks.
+    """
+
+    def __init__(self, directory: Path, dtype: torch.dtype) -> None:
+        self.model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=dtype, attn_implementation="eager", experts_implementation="eager"
+        ).eval()
+        with torch.no_grad():
+            for parameter in self.model.parameters():
+                parameter.data = parameter.data.clone()  # aligned memory, as a fresh model has
+        self._known: dict[tuple[tuple[int, ...], int, bool], Tensor] = {}
+
+    def new_cache(self) -> DynamicCache:
+        """An empty cache of the right kind for each layer."""
+        return DynamicCache(config=self.model.config)
+
+    @torch.no_grad()
+    def run(
+        self,
+        ids: Tensor,
+        chunk_size: int = CHUNK,
+        cache: DynamicCache | None = None,
+        *,
+        last_only: bool = False,
+    ) -> Tensor:
+        """Logits [T, V] of `ids` [T], after what is in `cache`; of the last token alone with
+        `last_only`, as `generate` asks for them.
+        """
+        key = tuple(ids.tolist()), chunk_size, last_only
+        if cache is None and key in self._known:
+            return self._known[key]
+        used = self.new_cache() if cache is None else cache
+        found = [
+            self.model(
+                input_ids=chunk[None],
+                past_key_values=used,
+                use_cache=True,
+                logits_to_keep=int(last_only),
+            ).logits[0]
+            for chunk in ids.split(chunk_size)
+        ]
+        logits = found[-1] if last_only else torch.cat(found)
+        if cache is None:
+            self._known[key] = logits
+        return logits
+
+    @torch.no_grad()
+    def greedy(self, ids: Tensor, num_new: int) -> tuple[list[int], Tensor]:
+        """Greedy tokens after a prompt [T], EOS ignored, and the logits [num_new, V] behind
+        them.
+        """
+        cache = self.new_cache()
+        found = [self.run(ids, cache=cache, last_only=True)]
+        while len(found) < num_new:
+            found.append(self.run(found[-1].argmax(-1), cache=cache))
+        logits = torch.cat(found)
+        return logits.argmax(-1).tolist(), logits
+
+
+class Subject:
+    """One adapter under test. Checkpoints and references are made once and kept."""
+
+    def __init__(
+        self,
+        adapter: ModelAdapter,
+        directory: Path,
+        load: Callable[..., StreamedModel] = ollm.load,
+        checkpoint: Path | None = None,
+    ) -> None:
+        """`directory` is an empty one for files; `checkpoint` that of a real model, if there is
+        one.
+        """
+        self.adapter = adapter
+        self.directory = directory
+        self.real_checkpoint = checkpoint
+        self.registry = Registry.of(adapter)
+        self._load = load
+        self._references: dict[tuple[Path, str], Reference] = {}
+        self._num_kv_directories = 0
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """A copy of the adapter's tiny config."""
+        return copy.deepcopy(dict(self.adapter.tiny_config()))
+
+    @property
+    def vocab_size(self) -> int:
+        """Of the tiny model."""
+        return int(model_config(self.config).get_text_config().vocab_size)
+
+    def tiny(
+        self,
+        dtype: str = "float32",
+        *,
+        shards: bool = False,
+        changes: Mapping[str, Any] | None = None,
+    ) -> Path:
+        """The directory of a tiny random checkpoint, written by transformers, `changes` made to its
+        config.
+        """
+        told = "-".join(f"{key}={value}" for key, value in sorted((changes or {}).items()))
+        directory = self.directory / re.sub(r"[^\w=.-]", "_", f"tiny-{dtype}-{shards}-{told}")
+        if not directory.is_dir():
+            model = random_model({**self.config, **(changes or {})})
+            for parameter in model.parameters():
+                parameter.data = parameter.data.to(DTYPES[dtype])
+            model.config.dtype = DTYPES[dtype]
+            num_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+            model.save_pretrained(directory, max_shard_size=num_bytes // 5 if shards else "5GB")
+        return directory
+
+    def reference(self, dtype: str = "float32", directory: Path | None = None) -> Reference:
+        """The un-offloaded model of `directory` (default: `tiny(dtype)`)."""
+        directory = directory or self.tiny(dtype)
+        key = directory, dtype
+        if key not in self._references:
+            self._references[key] = Reference(directory, DTYPES[dtype])
+        return self._references[key]
+
+    def open(self, directory: Path | None = None, **options: Any) -> StreamedModel:
+        """The model under test; default: `tiny()`, exact attention, chunks of `CHUNK` tokens."""
+        options = {
+            "device": "cpu", "device_memory": "1GB", "host_memory": "1GB", "chunk_size": CHUNK,
+            "attention": "exact", "registry": self.registry,
+        } | options  # fmt: skip
+        if options.get("kv") == "disk":
+            options.setdefault("kv_dir", self.new_directory())
+        return self._load(directory or self.tiny(), **options)
+
+    def new_directory(self) -> Path:
+        """A path that nothing has used."""
+        self._num_kv_directories += 1
+        return self.directory / f"kv-{self._num_kv_directories}"
+
+    def prompt(self, num_tokens: int, seed: int = 0) -> Tensor:
+        """Random token ids [num_tokens] without the first few, which are often special."""
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randint(5, self.vocab_size, (num_tokens,), generator=generator)
+
+    def least_memory(
+        self,
+        work: Callable[[StreamedModel], object],
+        directory: Path | None = None,
+        **options: Any,
+    ) -> int:
+        """The smallest `device_memory` that `work` runs in, by following what refusals name."""
+        num_bytes = 1
+        for _ in range(10):
+            try:
+                with self.open(directory, device_memory=num_bytes, **options) as model:
+                    work(model)
+                    return num_bytes
+            except DoesNotFitError as error:
+                named = re.search(r"at least (\d+) bytes", error.hint)
+                if not named or int(named[1]) <= num_bytes:
+                    raise AssertionError(
+                        f"expected a refusal at {num_bytes} bytes to name a larger number that "
+                        f"would do, got: {error}"
+                    ) from error
+                num_bytes = int(named[1])
+        raise AssertionError(f"expected refusals to name what would do, still refused: {num_bytes}")
+
+
+def generate(model: StreamedModel, ids: Tensor, num_new: int, **options: Any) -> Any:
+    """What transformers' `generate` returns, greedy, for prompts [B, T]; EOS is ignored unless
+    given.
+    """
+    options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0} | options
+    return model.generate(ids, max_new_tokens=num_new, **options)  # type: ignore[misc]
+
+
+def greedy(model: StreamedModel, ids: Tensor, num_new: int) -> tuple[list[int], Tensor]:
+    """Greedy tokens of `generate` after a prompt [T], EOS ignored, and the logits behind them."""
+    found = generate(model, ids[None], num_new, return_dict_in_generate=True, output_logits=True)
+    return found.sequences[0, len(ids) :].tolist(), torch.cat(found.logits)
+
+
+def model_config(config: Config) -> Any:
+    """The transformers configuration object of a config.json."""
+    return AutoConfig.for_model(**copy.deepcopy(dict(config)))
+
+
+def meta_model(config: Config) -> PreTrainedModel:
+    """The transformers model of a config.json, without data."""
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(model_config(config))
+    return model
+
+
+def random_model(config: Config) -> PreTrainedModel:
+    """The transformers model of a config.json in float32, every parameter random.
+
+    Norms, biases and sinks too: one that is dropped or swapped must show. Logits are peaked, so
+    that the greedy token is rarely near a tie.
+    """
+    torch.manual_seed(0)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(model_config(config)).float().eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() > 1:
+                parameter.copy_(noise * 0.2)
+            else:
+                parameter.add_(noise * 0.2)
+    return model
