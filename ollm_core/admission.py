@@ -12,8 +12,7 @@ import torch
 
 from ollm_core.chunks import Chunk, NewTokens, cut_chunks
 from ollm_core.errors import DoesNotFitError
-from ollm_core.interfaces import TierBytes
-from ollm_core.kv import BlockKVStore
+from ollm_core.interfaces import KVStore, TierBytes
 from ollm_core.memory import MemoryAccount, format_size
 from ollm_core.weights.tiered import TieredWeights
 from ollm_core.workspace import Workspace
@@ -76,7 +75,7 @@ class Admission:
         self._on_cpu = weights.device.type == "cpu"
 
     @contextmanager
-    def admit(self, store: BlockKVStore, work: Sequence[NewTokens]) -> Iterator[PassPlan]:
+    def admit(self, store: KVStore, work: Sequence[NewTokens]) -> Iterator[PassPlan]:
         """Hold the memory of a pass over `work`. Raises DoesNotFitError, naming what would do,
         before anything runs.
         """
@@ -142,7 +141,7 @@ class Admission:
             return TierBytes(device=max(layer, head) + chunk_bytes, host=hidden)
         return TierBytes(device=max(layer, head) + hidden)
 
-    def _growth(self, store: BlockKVStore, work: Sequence[NewTokens]) -> TierBytes:
+    def _growth(self, store: KVStore, work: Sequence[NewTokens]) -> TierBytes:
         parts = [
             store.growth_bytes(item.sequence, item.start + len(item.token_ids)) for item in work
         ]

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import Cache
 
 from ollm_core.errors import InputError, UnsupportedError
-from ollm_core.kv import BlockKVStore
+from ollm_core.interfaces import KVStore
 
 
 class SequenceCache(Cache):
@@ -20,7 +20,7 @@ class SequenceCache(Cache):
     Owns the store: closes it when it is closed itself or no longer referred to.
     """
 
-    def __init__(self, store: BlockKVStore, num_layers: int) -> None:
+    def __init__(self, store: KVStore, num_layers: int) -> None:
         super().__init__(layers=[])
         self.store = store
         self.rows: list[int] = []

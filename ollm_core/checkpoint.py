@@ -55,6 +55,10 @@ class Checkpoint:
     files: Mapping[Path, FileState] = field(repr=False)
     fingerprint: str
     """16 hex digits of headers, file sizes and config.json. Blind to the values of the weights."""
+    metadata: Mapping[Path, Mapping[str, str]] = field(
+        default_factory=lambda: MappingProxyType({}), repr=False
+    )
+    """The `__metadata__` of each file."""
 
     @property
     def total_bytes(self) -> int:
@@ -109,11 +113,13 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     digest = hashlib.sha256()
     tensors: dict[str, TensorInfo] = {}
     files: dict[Path, FileState] = {}
+    metadata: dict[Path, Mapping[str, str]] = {}
     for path in (directory / name for name in names):
         header, files[path] = _read_header(path)
         digest.update(b"%d %d " % (files[path].num_bytes, len(header)))
         digest.update(header)
-        for tensor in _parse_header(path, header, files[path].num_bytes):
+        found, metadata[path] = _parse_header(path, header, files[path].num_bytes)
+        for tensor in found:
             if other := tensors.get(tensor.name):
                 raise CheckpointError(
                     f"{path}: tensor {_show(tensor.name)} is also in {other.path.name}",
@@ -126,7 +132,11 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     if os.path.isfile(config):
         digest.update(_read_small(config, MAX_CONFIG_BYTES, CheckpointError))
     return Checkpoint(
-        directory, MappingProxyType(tensors), MappingProxyType(files), digest.hexdigest()[:16]
+        directory,
+        MappingProxyType(tensors),
+        MappingProxyType(files),
+        digest.hexdigest()[:16],
+        MappingProxyType(metadata),
     )
 
 
@@ -213,14 +223,19 @@ def _read_header(path: Path) -> tuple[bytes, FileState]:
     return header, state
 
 
-def _parse_header(path: Path, header: bytes, file_bytes: int) -> list[TensorInfo]:
-    """The tensors in the order of their bytes, which must reach the end of the file exactly."""
+def _parse_header(
+    path: Path, header: bytes, file_bytes: int
+) -> tuple[list[TensorInfo], Mapping[str, str]]:
+    """The tensors in the order of their bytes, which must reach the end of the file exactly, and
+    the file's metadata.
+    """
     data_start = _LENGTH_BYTES + len(header)
     try:
         if not header.startswith(b"{"):
             raise ValueError("must start with '{'")
         entries = _parse_object(header, object_pairs_hook=_unique, parse_constant=_refuse_constant)
-        _check_metadata(entries.pop("__metadata__", {}))
+        metadata = entries.pop("__metadata__", {})
+        _check_metadata(metadata)
         tensors = [_tensor(path, name, entry, data_start) for name, entry in entries.items()]
         tensors.sort(key=lambda tensor: (tensor.offset, tensor.num_bytes))
         end = data_start
@@ -237,7 +252,7 @@ def _parse_header(path: Path, header: bytes, file_bytes: int) -> list[TensorInfo
         raise CheckpointError(
             f"{path}: {file_bytes - end} bytes more than its header tells of", hint=_FETCH_AGAIN
         )
-    return tensors
+    return tensors, MappingProxyType(metadata)
 
 
 def _tensor(path: Path, name: str, entry: object, data_start: int) -> TensorInfo:

@@ -18,8 +18,7 @@ from torch.nn import functional
 from ollm_core.admission import Admission, PassPlan
 from ollm_core.attention import ATTENTIONS
 from ollm_core.chunks import Chunk, NewTokens
-from ollm_core.interfaces import KVView
-from ollm_core.kv import BlockKVStore
+from ollm_core.interfaces import KVStore, KVView
 from ollm_core.skeleton import Skeleton
 from ollm_core.types import Progress
 from ollm_core.weights.tiered import TieredWeights
@@ -56,7 +55,7 @@ class Engine:
         self.on_progress = on_progress
         self._lock = threading.RLock()
 
-    def run(self, store: BlockKVStore, work: Sequence[NewTokens]) -> list[Tensor]:
+    def run(self, store: KVStore, work: Sequence[NewTokens]) -> list[Tensor]:
         """Logits [num_logits, V] of each item of `work`; the store then holds its new tokens.
 
         Raises DoesNotFitError before anything is read. If a pass fails or is interrupted, the store
@@ -75,7 +74,7 @@ class Engine:
             self._count(store, work, plan, time.perf_counter() - start, read_before)
             return logits
 
-    def _run(self, store: BlockKVStore, work: Sequence[NewTokens], plan: PassPlan) -> list[Tensor]:
+    def _run(self, store: KVStore, work: Sequence[NewTokens], plan: PassPlan) -> list[Tensor]:
         report = self._reporter(work, plan)
         device = self._weights.device
         parked = torch.device("cpu") if plan.hidden_on_host else device
@@ -161,7 +160,7 @@ class Engine:
 
     def _count(
         self,
-        store: BlockKVStore,
+        store: KVStore,
         work: Sequence[NewTokens],
         plan: PassPlan,
         seconds: float,
@@ -185,7 +184,7 @@ class LayerCall:
 
     def __init__(
         self,
-        store: BlockKVStore,
+        store: KVStore,
         work: Sequence[NewTokens],
         chunk: Chunk,
         attention: str,
@@ -214,4 +213,10 @@ class LayerCall:
 
 
 def _is_prefill(work: Sequence[NewTokens]) -> bool:
-    return any(len(item.token_ids) > 1 for item in work)
+    """Whether a pass reads a prompt. A draft is not one: it goes on from stored tokens, and all of
+    its logits are wanted.
+    """
+    return any(
+        len(item.token_ids) > 1 and (item.start == 0 or item.num_logits < len(item.token_ids))
+        for item in work
+    )

@@ -12,22 +12,30 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteriaList,
+)
+from transformers.generation.candidate_generator import CandidateGenerator
+from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ollm_core.admission import Accounts
 from ollm_core.cache import SequenceCache
 from ollm_core.chunks import NewTokens
+from ollm_core.drafts import DraftCandidates
 from ollm_core.engine import Engine
 from ollm_core.errors import InputError, UnsupportedError
-from ollm_core.interfaces import Closing
-from ollm_core.kv import BlockKVStore
+from ollm_core.interfaces import Closing, Drafter, KVStore
 from ollm_core.machine import peak_process_bytes
 from ollm_core.skeleton import Skeleton
 from ollm_core.types import Progress, Stats
 from ollm_core.weights.tiered import TieredWeights
 
-OpenStore = Callable[[str, "Path | None", int], tuple[str, BlockKVStore]]
+OpenStore = Callable[[str, "Path | None", int], tuple[str, KVStore]]
 """(tier or "auto", directory, tokens to expect) -> (tier, store)."""
 
 
@@ -53,6 +61,7 @@ class StreamedModel(PreTrainedModel, GenerationMixin, Closing):
         weight_bytes: int,
         generation_config: GenerationConfig | None = None,
         tokenizer: Any = None,
+        drafter: Drafter | None = None,
     ) -> None:
         config = copy.deepcopy(skeleton.config)
         config._attn_implementation = "eager"
@@ -66,6 +75,7 @@ class StreamedModel(PreTrainedModel, GenerationMixin, Closing):
         self.weights = weights
         self.accounts = accounts
         self._open_store = open_store
+        self._drafter = drafter
         self._weight_bytes = weight_bytes
         self._kv_tier = ""
         self._closed = False
@@ -224,6 +234,9 @@ class StreamedModel(PreTrainedModel, GenerationMixin, Closing):
             finalizer()
         self._caches.clear()
         self.weights.close()
+        drafter: object = self._drafter
+        if isinstance(drafter, Closing):
+            drafter.close()
 
     # What GenerationMixin asks of a model that has no parameters to look at.
 
@@ -261,3 +274,60 @@ class StreamedModel(PreTrainedModel, GenerationMixin, Closing):
             )
             model_kwargs["past_key_values"] = self.new_cache(num_tokens=rows * max_cache_length)
         return True
+
+    def _sample(
+        self,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        synced_gpus: bool = False,
+        streamer: BaseStreamer | None = None,
+        **options: Any,
+    ) -> Any:
+        """Greedy decoding and sampling. Where there is a draft source, transformers' assisted
+        decoding, which knows one row only and needs a cache; anything else is decoded plainly.
+        """
+        mixin: Any = super()  # transformers types `self` for its own classes only
+        arguments = input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus
+        if self._drafter is None or input_ids.shape[0] > 1 or not options.get("use_cache"):
+            return mixin._sample(*arguments, streamer, **options)
+        candidates = DraftCandidates(
+            self._drafter,
+            stopping_criteria,
+            self._count_accepted,
+            max_positions=self.config.max_position_embeddings,
+            vocab_size=self.config.vocab_size,
+        )
+        # The assistant model is only handed on, to _get_candidate_generator.
+        return mixin._assisted_decoding(*arguments, streamer, assistant_model=candidates, **options)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: SequenceCache | None = None,
+        **options: Any,
+    ) -> dict[str, Any]:
+        """See GenerationMixin, whose assisted decoding gives a cache the tokens that it already
+        has in a second turn.
+        """
+        mixin: Any = super()
+        if next_sequence_length is None and past_key_values is not None:
+            next_sequence_length = input_ids.shape[1] - past_key_values.get_seq_length()
+        inputs: dict[str, Any] = mixin.prepare_inputs_for_generation(
+            input_ids, next_sequence_length, past_key_values, **options
+        )
+        return inputs
+
+    def _get_candidate_generator(self, *arguments: Any, **options: Any) -> CandidateGenerator:
+        candidates = options.get("assistant_model")
+        if isinstance(candidates, DraftCandidates):
+            return candidates
+        mixin: Any = super()
+        generator: CandidateGenerator = mixin._get_candidate_generator(*arguments, **options)
+        return generator
+
+    def _count_accepted(self, num_tokens: int) -> None:
+        """A pass has given `num_tokens` more than the one that it was counted for."""
+        self.engine.counters.decode_tokens += num_tokens

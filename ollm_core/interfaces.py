@@ -114,6 +114,7 @@ class ByteSource(Closing):
     def read(self, tensors: Sequence[TensorInfo], buffer: memoryview) -> Sequence[int]:
         """Read all `tensors` into `buffer` and return each one's byte offset in it.
 
+        An offset equals the tensor's own in its file modulo 64 bytes.
         `buffer` is writable, page-aligned and at least `buffer_bytes(tensors)` long. May be called
         from several threads. Raises ReadError if the storage fails or a file is shorter than it was
         when it was opened.
@@ -176,6 +177,12 @@ class KVStore(Closing):
     @abstractmethod
     def new_sequence(self) -> int:
         """A fresh, empty sequence."""
+
+    @abstractmethod
+    def growth_bytes(self, sequence: int, num_tokens: int) -> TierBytes:
+        """What `reserve` would take of each memory beyond what is held or reserved already. A pass
+        is refused by it before anything runs.
+        """
 
     @abstractmethod
     def reserve(self, sequence: int, num_tokens: int) -> None:
@@ -254,6 +261,19 @@ class KVView:
     def past(self, row: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Stored keys and values before the new tokens of `row`, as pairs of [G, n, D]."""
         return self.store.blocks(self.layer_idx, self.sequences[row], self.starts[row])
+
+
+class Drafter(Protocol):
+    """A draft source: guesses the next tokens, which the model then checks in one weight pass.
+
+    A wrong guess costs time and never changes the text. One that holds resources may be `Closing`:
+    it is then closed with the model.
+    """
+
+    def __call__(self, token_ids: Tensor, num_tokens: int) -> Tensor | Sequence[int]:
+        """`token_ids` [S], all so far, on the CPU -> at most `num_tokens` ids [n] that may come
+        next; none is allowed.
+        """
 
 
 class Attention(Protocol):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import collections.abc
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +14,27 @@ from transformers import AutoTokenizer, GenerationConfig
 from ollm_core.admission import Accounts, Admission, Policy
 from ollm_core.attention import ATTENTIONS
 from ollm_core.checkpoint import Checkpoint, open_checkpoint, read_config
+from ollm_core.drafts import LookupDrafter
 from ollm_core.engine import Engine
-from ollm_core.errors import ConfigError, InputError, UnsupportedError
+from ollm_core.errors import ConfigError, InputError, PluginError, UnsupportedError
 from ollm_core.generation import StreamedModel
 from ollm_core.hub import resolve
-from ollm_core.interfaces import ByteSource, ModelAdapter
-from ollm_core.kv import BlockKVStore, DeviceKVStore, DiskKVStore, HostKVStore, KVGeometry
+from ollm_core.interfaces import ByteSource, Drafter, KVStore, ModelAdapter
+from ollm_core.kv import DeviceKVStore, DiskKVStore, HostKVStore, KVGeometry
 from ollm_core.machine import free_memory, pick_device
 from ollm_core.memory import MemoryAccount, parse_size
-from ollm_core.registry import Registry
+from ollm_core.plugins import Offer, one_line
+from ollm_core.registry import Registry, require
+from ollm_core.requests import DraftRequest, KVRequest
 from ollm_core.skeleton import Skeleton
 from ollm_core.types import CacheKind, Config, Progress
-from ollm_core.weights.sources import open_source
+from ollm_core.weights.codecs import LogicalTensors
+from ollm_core.weights.sources import check_source, open_source
 from ollm_core.weights.tiered import TieredWeights
 from ollm_core.weights.units import cut_units
 from ollm_core.workspace import Workspace
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-KV_TIERS = ("auto", "device", "host", "disk")
 
 
 def load(
@@ -46,6 +50,7 @@ def load(
     chunk_size: int | None = None,
     attention: str = "auto",
     reader: str = "auto",
+    draft: str = "none",
     on_progress: Callable[[Progress], None] | None = None,
     registry: Registry | None = None,
 ) -> StreamedModel:
@@ -66,36 +71,46 @@ def load(
     - `chunk_size`: tokens of a prompt that go through a layer together. Default: the largest that
       fits.
     - `reader`: the reading engine, "direct", "mmap" or "auto".
+    - `draft`: where tokens guessed ahead come from: "none", or "lookup", which looks for the last
+      ones earlier in the text. It changes the speed, not the text; batches go without.
+
+    `kv`, `reader` and `draft` also take a name that a plugin offers; "auto" never takes one.
 
     Raises an OllmError: UnknownModelError, ConfigError, CheckpointError, DeviceError,
-    DoesNotFitError, InputError.
+    DoesNotFitError, InputError, PluginError.
     """
-    _one_of("kv", kv, KV_TIERS)
+    registry = registry or Registry.discover()
+    registry.check_name("ollm_kv_stores", kv)
+    engine = registry.check_name("ollm_reading_engines", reader)
+    draft_source = registry.check_name("ollm_draft_sources", draft)
     _one_of("attention", attention, ("auto", *ATTENTIONS))
     _one_of("dtype", dtype, ("auto", *DTYPES))
     if chunk_size is not None and chunk_size < 1:
         raise InputError(f"chunk_size is {chunk_size}, expected at least 1")
     target = pick_device(device)
     accounts = _accounts(target, device_memory, host_memory)
-    registry = registry or Registry.discover()
     directory = resolve(str(path_or_id), registry, models_dir)
     whole_config = read_config(directory)
     adapter = registry.adapter_for(whole_config)
+    if draft != "none":
+        require(adapter, "drafts")
     config = adapter.text_config(whole_config)
     checkpoint = open_checkpoint(directory)
-    compute_dtype = _compute_dtype(dtype, {**config, **whole_config}, checkpoint)
+    tensors = LogicalTensors(checkpoint, config, registry.offers("ollm_weight_codecs"))
+    compute_dtype = _compute_dtype(dtype, {**config, **whole_config}, directory, tensors.dtypes())
     layout = adapter.layout(config)
     cache = _cache_kind(adapter, config)
     skeleton = Skeleton(config, layout, compute_dtype, target)
+    plan = adapter.weights(config, tensors.names)
     units = cut_units(
         layout,
-        adapter.weights(config, checkpoint.tensors),
+        tensors.compose(plan, skeleton.shapes, compute_dtype),
         checkpoint.tensors,
         skeleton.shapes,
         # In float32, matrix libraries give other last bits for a part of the rows.
         slice_head=compute_dtype != torch.float32,
     )
-    source = _open(checkpoint, reader)
+    source = _open(checkpoint, reader, engine)
     weights = TieredWeights(units, source, compute_dtype, target, (accounts.device, accounts.host))
     skeleton.bind_norm(weights.norm)
     geometry = KVGeometry(
@@ -112,12 +127,29 @@ def load(
     default_dir = Path(kv_dir) if kv_dir is not None else None
     fingerprint = functools.cache(checkpoint.content_fingerprint)  # reads a little of every tensor
 
-    def open_store(tier: str, store_dir: Path | None, num_tokens: int) -> tuple[str, BlockKVStore]:
-        _one_of("kv", tier or kv, KV_TIERS)
-        return _open_store(
-            tier or kv, store_dir or default_dir, num_tokens, geometry, accounts, fingerprint
+    def open_store(tier: str, store_dir: Path | None, num_tokens: int) -> tuple[str, KVStore]:
+        request = KVRequest(
+            geometry, accounts.device, accounts.host, store_dir or default_dir, fingerprint
         )
+        if offer := registry.check_name("ollm_kv_stores", tier or kv):
+            return offer.name, offer.make(KVStore, request)
+        return _open_store(tier or kv, num_tokens, request)
 
+    tokenizer = _tokenizer(directory)
+    drafter: Drafter | None = LookupDrafter() if draft == "lookup" else None
+    if draft_source is not None:
+        vocab_size = skeleton.config.vocab_size
+        try:
+            drafter = draft_source.make(
+                collections.abc.Callable,  # type: ignore[arg-type] # a class, seen as a form
+                DraftRequest(
+                    config, directory, vocab_size, tokenizer, str(target),
+                    accounts.device, accounts.host,
+                ),
+            )  # fmt: skip
+        except BaseException:
+            weights.close()
+            raise
     return StreamedModel(
         skeleton,
         weights,
@@ -126,7 +158,8 @@ def load(
         open_store,
         weight_bytes=checkpoint.total_bytes,
         generation_config=_generation_config(directory),
-        tokenizer=_tokenizer(directory),
+        tokenizer=tokenizer,
+        drafter=drafter,
     )
 
 
@@ -147,18 +180,20 @@ def _accounts(
     )
 
 
-def _compute_dtype(dtype: str, config: Config, checkpoint: Checkpoint) -> torch.dtype:
+def _compute_dtype(
+    dtype: str, config: Config, directory: Path, stored_dtypes: Iterable[str]
+) -> torch.dtype:
     if dtype != "auto":
         return DTYPES[dtype]
     declared = config.get("dtype") or config.get("torch_dtype")
     if declared in DTYPES:
         return DTYPES[declared]
     stored = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    for tensor in checkpoint.tensors.values():
-        if tensor.dtype in stored:
-            return stored[tensor.dtype]
+    for name in stored_dtypes:
+        if name in stored:
+            return stored[name]
     raise ConfigError(
-        f"{checkpoint.directory}: no dtype in config.json and no float tensor in the checkpoint",
+        f"{directory}: no dtype in config.json and no float tensor in the checkpoint",
         hint="give dtype, for instance bfloat16",
     )
 
@@ -172,42 +207,46 @@ def _cache_kind(adapter: ModelAdapter, config: Config) -> CacheKind:
     return kinds.pop()
 
 
-def _open(checkpoint: Checkpoint, reader: str) -> ByteSource:
+def _open(checkpoint: Checkpoint, reader: str, engine: Offer | None) -> ByteSource:
     checkpoint.check_unchanged()
-    return open_source(list(checkpoint.files), reader)
+    paths = list(checkpoint.files)
+    if engine is None:
+        return open_source(paths, reader)
+    source: ByteSource = engine.make(ByteSource, paths)
+    try:
+        check_source(source, checkpoint.tensors.values())
+    except Exception as error:
+        source.close()
+        raise PluginError(
+            f"{engine} failed its test read: {one_line(error)}", hint="use reader='auto'"
+        ) from error
+    return source
 
 
-def _open_store(
-    tier: str,
-    directory: Path | None,
-    num_tokens: int,
-    geometry: KVGeometry,
-    accounts: Accounts,
-    fingerprint: Callable[[], str],
-) -> tuple[str, BlockKVStore]:
+def _open_store(tier: str, num_tokens: int, request: KVRequest) -> tuple[str, KVStore]:
+    geometry, device, host = request.geometry, request.device_account, request.host_account
     if tier == "auto":
-        tier = _choose_tier(geometry, num_tokens, accounts, on_disk=directory is not None)
+        tier = _choose_tier(request, num_tokens)
     if tier == "device":
-        return tier, DeviceKVStore(geometry, accounts.device)
+        return tier, DeviceKVStore(geometry, device)
     if tier == "host":
-        return tier, HostKVStore(geometry, accounts.host, accounts.device)
-    home = directory or Path.home() / ".cache" / "ollm" / "kv"
-    return tier, DiskKVStore(geometry, accounts.host, home, fingerprint(), accounts.device)
+        return tier, HostKVStore(geometry, host, device)
+    home = request.directory or Path.home() / ".cache" / "ollm" / "kv"
+    return tier, DiskKVStore(geometry, host, home, request.fingerprint(), device)
 
 
-def _choose_tier(
-    geometry: KVGeometry, num_tokens: int, accounts: Accounts, *, on_disk: bool
-) -> str:
+def _choose_tier(request: KVRequest, num_tokens: int) -> str:
     """The first tier of which the expected tokens take at most a quarter (device) or half
     (host).
     """
-    if on_disk:
+    if request.directory is not None:
         return "disk"
+    geometry = request.geometry
     num_expected = num_tokens + geometry.block_size
     expected = geometry.num_layers * geometry.block_bytes * num_expected // geometry.block_size
-    if expected <= accounts.device.limit // 4:
+    if expected <= request.device_account.limit // 4:
         return "device"
-    return "host" if expected <= accounts.host.limit // 2 else "disk"
+    return "host" if expected <= request.host_account.limit // 2 else "disk"
 
 
 def _generation_config(directory: Path) -> GenerationConfig | None:

@@ -1,4 +1,4 @@
-"""Which adapters are installed: discover, check and look up, without importing torch.
+"""Which plugins are installed and what they bring: discover, check, look up; imports no torch.
 
 A plugin is one entry point in the group `ollm.adapters`. Each is loaded in isolation: one that is
 broken is kept as failed with its reason, and hurts no other. There is no module-level state.
@@ -15,11 +15,9 @@ from importlib.metadata import EntryPoint, entry_points
 from types import MappingProxyType
 from typing import Literal
 
-import pluggy
-
-from ollm_core import hookspecs
-from ollm_core.errors import PluginError, UnknownModelError, UnsupportedError
+from ollm_core.errors import InputError, PluginError, UnknownModelError, UnsupportedError
 from ollm_core.interfaces import ADAPTER_API, ModelAdapter
+from ollm_core.plugins import KINDS, Offer, ask, one_line
 from ollm_core.types import Capability, CatalogEntry, Config
 
 ENTRY_POINT_GROUP = "ollm.adapters"
@@ -51,6 +49,8 @@ class PluginInfo:
     version: str
     adapters: tuple[ModelAdapter, ...] = ()
     """Empty unless `status` is "ok"."""
+    offers: tuple[Offer, ...] = ()
+    """Everything else that it brings; empty unless `status` is "ok"."""
     status: Literal["ok", "failed", "skipped"] = "ok"
     reason: str = ""
     """Why it failed or was skipped; a warning if it is "ok"."""
@@ -67,7 +67,10 @@ class Registry:
         self._plugins: list[PluginInfo] = []
         self._adapters: dict[str, ModelAdapter] = {}
         self._catalog: list[tuple[ModelAdapter, CatalogEntry, PluginInfo]] = []
-        self._claims: dict[tuple[str, str], PluginInfo] = {}
+        self._offers: dict[tuple[str, str], Offer] = {}
+        self._claims: dict[tuple[str, str], PluginInfo | str] = {
+            (kind.title, name): "oLLM itself" for kind in KINDS.values() for name in kind.built_in
+        }
 
     @classmethod
     def discover(cls, candidates: Iterable[EntryPoint] | None = None) -> Registry:
@@ -145,6 +148,23 @@ class Registry:
         """Every model that can be named, with its adapter and the plugin that brought it."""
         return list(self._catalog)
 
+    def offers(self, hook: str) -> Mapping[str, Offer]:
+        """What plugins offer through `hook`, by name; `hook` is a key of `KINDS`."""
+        return {name: offer for (of, name), offer in self._offers.items() if of == hook}
+
+    def check_name(self, hook: str, name: str) -> Offer | None:
+        """What a plugin offers under `name`, or None where `name` is built in.
+
+        Raises InputError, naming what there is, for a name that is neither.
+        """
+        kind, offers = KINDS[hook], self.offers(hook)
+        if name not in kind.built_in and name not in offers:
+            raise InputError(
+                f"there is no {kind.title} {name!a}{self._failures()}",
+                hint=f"one of: {', '.join((*kind.built_in, *offers))}",
+            )
+        return offers.get(name)
+
     def _failures(self) -> str:
         failed = [plugin for plugin in self._plugins if plugin.status == "failed"]
         return "".join(f"; plugin {plugin} failed to load: {plugin.reason}" for plugin in failed)
@@ -152,23 +172,27 @@ class Registry:
     def _load(self, info: PluginInfo, entry_point: EntryPoint) -> None:
         """Take a plugin in whole, or record why not."""
         try:
-            self._take(replace(info, adapters=tuple(_adapters_of(info.name, entry_point))))
+            adapters, offers = ask(entry_point, str(info))
+            self._take(replace(info, adapters=tuple(adapters), offers=tuple(offers)))
         except (Exception, SystemExit) as error:  # noqa: BLE001 (a plugin may raise anything)
-            self._plugins.append(replace(info, status="failed", reason=_one_line(error)))
+            self._plugins.append(replace(info, status="failed", reason=one_line(error)))
 
     def _take(self, info: PluginInfo) -> None:
-        """Add a plugin's adapters. Raises PluginError, with nothing added, for one that clashes."""
+        """Add what a plugin brings. Raises PluginError, with nothing added, where it clashes."""
         catalogs = [(adapter, tuple(adapter.catalog())) for adapter in info.adapters]
         warnings = [_check(adapter, models) for adapter, models in catalogs]
         info = replace(info, reason=" ".join(filter(None, warnings)))
         claims: dict[tuple[str, str], PluginInfo] = {}
-        for claim in (c for adapter, models in catalogs for c in _claims(adapter, models)):
+        wanted = [c for adapter, models in catalogs for c in _claims(adapter, models)]
+        wanted += [(KINDS[offer.hook].title, offer.name) for offer in info.offers]
+        for claim in wanted:
             if owner := self._claims.get(claim) or claims.get(claim):
                 raise PluginError(f"{claim[0]} {claim[1]!r} is already taken by {owner}")
             claims[claim] = info
         self._plugins.append(info)
         self._claims.update(claims)
         self._adapters.update({adapter.name: adapter for adapter in info.adapters})
+        self._offers.update({(offer.hook, offer.name): offer for offer in info.offers})
         self._catalog.extend(
             (adapter, model, info) for adapter, models in catalogs for model in models
         )
@@ -185,21 +209,6 @@ def require(adapter: ModelAdapter, capability: str) -> None:
             f"adapter {adapter.name} does not support {capability}{yet}: {declared.reason}",
             hint=f"do without it; it means {CAPABILITIES[capability]}",
         )
-
-
-def _adapters_of(name: str, entry_point: EntryPoint) -> Iterator[ModelAdapter]:
-    """Import a plugin and ask it, in a plugin manager of its own so that no other is touched."""
-    manager = pluggy.PluginManager(hookspecs.PROJECT)
-    manager.add_hookspecs(hookspecs)
-    manager.register(entry_point.load(), name)
-    manager.check_pending()
-    if not manager.hook.ollm_adapters.get_hookimpls():
-        raise PluginError("implements no hook `ollm_adapters`")
-    for adapters in manager.hook.ollm_adapters():
-        for adapter in adapters:
-            if not isinstance(adapter, ModelAdapter):
-                raise PluginError(f"offers {adapter!r}, which is no ModelAdapter")
-            yield adapter
 
 
 def _check(adapter: ModelAdapter, models: Iterable[CatalogEntry]) -> str:
@@ -258,8 +267,3 @@ def _wanted(setting: str | None) -> set[str] | None:
 def _normalised(name: str) -> str:
     """A distribution's name as package indexes compare it."""
     return re.sub(r"[-_.]+", "-", name.strip()).lower()
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return text if isinstance(error, PluginError) else f"{type(error).__name__}: {text}".strip(": ")

@@ -49,6 +49,23 @@ class TensorInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class EncodedTensor:
+    """A tensor that a weight codec makes of others, which a checkpoint stores in its place."""
+
+    tensors: tuple[str, ...]
+    """Names of the stored tensors, in the order in which `decode` takes them."""
+    dtype: str
+    """safetensors dtype name of what `decode` returns, a key of `DTYPE_BYTES`."""
+    shape: tuple[int, ...]
+    decode: Callable[..., Tensor]
+    """The stored tensors as read, on the device that computes -> a new tensor of `dtype` and
+    `shape` there, bit for bit what was encoded. Called in each weight pass.
+    """
+    scratch_bytes: int = 0
+    """The most that `decode` holds beside its arguments and its result."""
+
+
+@dataclass(frozen=True, slots=True)
 class ParameterSource:
     """Which checkpoint tensors make one parameter.
 
@@ -58,6 +75,8 @@ class ParameterSource:
 
     tensors: tuple[str, ...]
     transform: Callable[..., Tensor] | None = None
+    scratch_bytes: int = 0
+    """The most that `transform` holds beside its arguments and the finished parameter."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,9 +13,20 @@ import ollm_core
 ROOT = Path(ollm_core.__file__).parent
 ORDER = [
     {"errors", "types", "buffers"},
-    {"interfaces", "hookspecs", "memory", "machine"},
-    {"declarations", "checkpoint", "registry", "kv", "attention", "tracing", "chunks"},
-    {"hub", "gguf_import", "weights", "skeleton"},
+    {"interfaces", "memory", "machine"},
+    {
+        "declarations",
+        "checkpoint",
+        "requests",
+        "hookspecs",
+        "plugins",
+        "registry",
+        "kv",
+        "attention",
+        "tracing",
+        "chunks",
+    },
+    {"hub", "gguf_import", "weights", "skeleton", "drafts"},
     {"workspace", "cache"},
     {"admission"},
     {"engine"},

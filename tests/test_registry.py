@@ -4,12 +4,11 @@ import subprocess
 import sys
 import textwrap
 from importlib.metadata import EntryPoint, distributions
-from pathlib import Path
 
 import pytest
 
-from ollm_core import Capability, UnknownModelError, UnsupportedError
-from ollm_core.hookspecs import PROJECT
+from ollm_core import Capability, InputError, UnknownModelError, UnsupportedError
+from ollm_core.plugins import KINDS
 from ollm_core.registry import CAPABILITIES, ENTRY_POINT_GROUP, LOAD_PLUGINS, Registry, require
 
 PLUGIN = """
@@ -183,6 +182,31 @@ BROKEN = {
         "Adapter.catalog = lambda self: (CatalogEntry('ALPHA-small', '', 1, 1, {}),)",
         "model id 'alpha-small' is already taken by alpha (ollm-adapter-alpha 1.5)",
     ),
+    "another hook raises": ("@hookimpl\ndef ollm_kv_stores(): 1 / 0", "ZeroDivisionError"),
+    "not names": ("@hookimpl\ndef ollm_draft_sources(): return [print]", "names and factories"),
+    "not a name": ("@hookimpl\ndef ollm_draft_sources(): return {'My draft': print}", "a-z, 0-9"),
+    "not a string": ("@hookimpl\ndef ollm_weight_codecs(): return {3: print}", "a-z, 0-9"),
+    "not a factory": ("@hookimpl\ndef ollm_kv_stores(): return {'x': 'y'}", "'x' is a str"),
+    "own kv store": (
+        "@hookimpl\ndef ollm_kv_stores(): return {'disk': print}",
+        "KV store 'disk' is already taken by oLLM itself",
+    ),
+    "own reader": (
+        "@hookimpl\ndef ollm_reading_engines(): return {'auto': print}",
+        "reading engine 'auto' is already taken by oLLM itself",
+    ),
+    "own draft": (
+        "@hookimpl\ndef ollm_draft_sources(): return {'lookup': print}",
+        "draft source 'lookup' is already taken by oLLM itself",
+    ),
+    "own verb": (
+        "@hookimpl\ndef ollm_commands(): return {'run': print}",
+        "command 'run' is already taken by oLLM itself",
+    ),
+    "taken codec": (
+        "@hookimpl\ndef ollm_weight_codecs(): return {'planes': print}",
+        "weight codec 'planes' is already taken by alpha (ollm-adapter-alpha 1.5)",
+    ),
     "its own type twice": (
         "@hookimpl\ndef ollm_adapters(): return Adapter(), Adapter()",
         "already taken by bad",
@@ -194,15 +218,45 @@ BROKEN = {
 def test_broken_plugin_hurts_no_other(site, case):
     """A broken plugin is recorded with its reason, adds nothing, and leaves the others usable."""
     extra, word = BROKEN[case]
-    for name in ("alpha", "zeta"):
-        site.install(name)
+    site.install("alpha", "@hookimpl\ndef ollm_weight_codecs(): return {'planes': print}")
+    site.install("zeta")
     site.install("bad", extra)
     registry = site.discover()
     assert statuses(registry) == {"alpha": "ok", "bad": "failed", "zeta": "ok"}
     assert word in reason(registry, "bad")
     assert set(registry.adapters) == {"alpha", "zeta"}
     assert len(registry.catalog()) == 2
-    assert [plugin.adapters for plugin in registry.plugins if plugin.name == "bad"] == [()]
+    (bad,) = (plugin for plugin in registry.plugins if plugin.name == "bad")
+    assert (bad.adapters, bad.offers) == ((), ())
+    assert {hook: list(registry.offers(hook)) for hook in KINDS if registry.offers(hook)} == {
+        "ollm_weight_codecs": ["planes"]
+    }
+
+
+def test_a_plugin_needs_no_adapter(site):
+    """One that implements another hook only is taken, and what it offers is found by its name."""
+    site.install(
+        "alpha",
+        body="from ollm_core import hookimpl\n@hookimpl\n"
+        "def ollm_kv_stores(): return {{'{name}-store': print}}\n",
+    )
+    registry = site.discover()
+    assert statuses(registry) == {"alpha": "ok"}
+    offer = registry.check_name("ollm_kv_stores", "alpha-store")
+    assert offer is not None
+    assert offer.factory is print
+    assert str(offer) == "KV store 'alpha-store' of alpha (ollm-adapter-alpha 1.5)"
+    assert registry.check_name("ollm_kv_stores", "disk") is None
+
+
+def test_unknown_name_of_an_offer(site):
+    """The error names what there is, and a plugin that failed and might have brought it."""
+    site.install("alpha", "@hookimpl\ndef ollm_kv_stores(): return {'tape': print}")
+    site.install("bad", "1 / 0")
+    with pytest.raises(InputError, match="no KV store 'tap'") as caught:
+        site.discover().check_name("ollm_kv_stores", "tap")
+    assert "bad (ollm-adapter-bad 1.5) failed to load" in caught.value.message
+    assert caught.value.hint == "one of: auto, device, host, disk, tape"
 
 
 def test_one_module_under_two_names(site):
@@ -311,15 +365,6 @@ def test_require(site):
 def test_capabilities_are_explained():
     """Every ability has a meaning of one line."""
     assert all(meaning and "\n" not in meaning for meaning in CAPABILITIES.values())
-
-
-def test_every_hook_is_tested():
-    """Each hook of the specification appears in this file."""
-    from ollm_core import hookspecs
-
-    hooks = [n for n, v in vars(hookspecs).items() if hasattr(v, f"{PROJECT}_spec")]
-    assert hooks
-    assert all(hook in Path(__file__).read_text() for hook in hooks)
 
 
 def test_discovery_imports_no_torch():

@@ -11,6 +11,7 @@ import click
 
 from ollm_core import __version__
 from ollm_core.cli.models import import_, list_models, plugins, pull
+from ollm_core.cli.offered import Verbs
 from ollm_core.cli.output import debug_option, print_error, quiet
 from ollm_core.cli.run import run
 from ollm_core.errors import OllmError
@@ -19,7 +20,10 @@ INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells give it."""
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(
+    cls=Verbs,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
 @click.version_option(__version__, prog_name="ollm")
 @debug_option
 def cli() -> None:

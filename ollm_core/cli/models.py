@@ -66,25 +66,29 @@ def list_models(models_dir: str | None, as_json: bool) -> None:
 @json_option
 @debug_option
 def plugins(as_json: bool) -> None:
-    """Show the installed plugins, their API versions, and why one failed to load."""
+    """Show the installed plugins, what each brings, and why one failed to load."""
     from ollm_core.interfaces import ADAPTER_API
+    from ollm_core.plugins import KINDS
     from ollm_core.registry import Registry
 
     found = Registry.discover().plugins
     if as_json:
         print_json({"core_adapter_api": ADAPTER_API, "plugins": [_fields(one) for one in found]})
         return
-    rows = [("PLUGIN", "DISTRIBUTION", "VERSION", "ADAPTERS (API)", "STATUS")]
+    rows = [("PLUGIN", "DISTRIBUTION", "VERSION", "BRINGS", "STATUS")]
     for plugin in found:
-        adapters = ", ".join(f"{one.name} ({one.adapter_api})" for one in plugin.adapters)
+        brings = [f"adapter {one.name} ({one.adapter_api})" for one in plugin.adapters]
+        brings += [f"{KINDS[offer.hook].title} {offer.name}" for offer in plugin.offers]
         status = f"{plugin.status}: {plugin.reason}" if plugin.reason else plugin.status
-        rows.append((plugin.name, plugin.distribution, plugin.version, adapters, status))
+        rows.append((plugin.name, plugin.distribution, plugin.version, ", ".join(brings), status))
     print_table(rows)
     click.echo(f"this core speaks adapter API {ADAPTER_API}")
 
 
 def _fields(plugin: PluginInfo) -> dict[str, object]:
     """One plugin as JSON shows it."""
+    from ollm_core.plugins import KINDS
+
     return {
         "name": plugin.name,
         "distribution": plugin.distribution,
@@ -97,6 +101,10 @@ def _fields(plugin: PluginInfo) -> dict[str, object]:
             }
             for adapter in plugin.adapters
         ],
+        **{
+            kind.field: [offer.name for offer in plugin.offers if offer.hook == hook]
+            for hook, kind in KINDS.items()
+        },
         "status": plugin.status,
         "reason": plugin.reason,
     }

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ollm_core.cli.offered import offered_name
 from ollm_core.cli.output import (
     debug_option,
     json_option,
@@ -15,7 +16,7 @@ from ollm_core.cli.output import (
     print_json,
 )
 from ollm_core.cli.streaming import ProgressBar, TextStream
-from ollm_core.errors import InputError, UnsupportedError
+from ollm_core.errors import InputError
 from ollm_core.memory import format_size
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ _LOADING = [
     "models_dir",
     "chunk_size",
     "attention",
+    "reader",
+    "draft",
 ]
 _GREEDY = dict.fromkeys(
     ["temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"]
@@ -56,13 +59,7 @@ _SAMPLING = ("top_p", "top_k", "seed")
 )
 @click.option("--device-memory", metavar="SIZE", help="Never use more of the device's memory.")
 @click.option("--host-memory", metavar="SIZE", help="Never use more of the host's memory.")
-@click.option(
-    "--kv",
-    type=click.Choice(["auto", "device", "host", "disk"]),
-    default="auto",
-    show_default=True,
-    help="Where keys and values of earlier tokens are kept.",
-)
+@offered_name("--kv", "ollm_kv_stores", "Where keys and values of earlier tokens are kept.")
 @click.option("--kv-dir", metavar="DIR", help="Where --kv disk keeps them.")
 @click.option("--chunk-size", type=click.IntRange(1), help="Prompt tokens computed at a time.")
 @click.option(
@@ -77,13 +74,8 @@ _SAMPLING = ("top_p", "top_k", "seed")
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="[default: all]")
 @click.option("--top-k", type=click.IntRange(1), help="[default: all]")
 @click.option("--seed", type=int, help="Make sampling repeatable.")
-@click.option(
-    "--draft",
-    type=click.Choice(["lookup", "none"]),
-    default="none",
-    show_default=True,
-    help="Where guesses of several tokens at once come from.",
-)
+@offered_name("--reader", "ollm_reading_engines", "What reads the weights.")
+@offered_name("--draft", "ollm_draft_sources", "Where guesses of several tokens at once come from.")
 @models_dir_option
 @json_option
 @debug_option
@@ -94,7 +86,6 @@ def run(
     system: str | None,
     raw: bool,
     as_json: bool,
-    draft: str,
     max_new_tokens: int,
     temperature: float,
     **options: Any,
@@ -104,8 +95,6 @@ def run(
     With --file and --prompt, the model reads the document and then the question. The answer goes
     to stdout as it is made, progress and a summary to stderr.
     """
-    if draft != "none":
-        raise UnsupportedError("--draft lookup is not there yet", hint="use --draft none")
     if raw and system:
         raise click.UsageError("--system needs a chat template, and --raw goes without")
     sampling = {name: options[name] for name in _SAMPLING if options[name] is not None}

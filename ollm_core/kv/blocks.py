@@ -73,7 +73,6 @@ class BlockKVStore(KVStore):
         return sequence
 
     def growth_bytes(self, sequence: int, num_tokens: int) -> TierBytes:
-        """What `reserve` would take beyond what is held or reserved already."""
         tables = dict(enumerate(self._tables_of(sequence)))
         return self._storage.growth(*self._missing(tables, num_tokens))
 

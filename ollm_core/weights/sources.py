@@ -11,7 +11,7 @@ import errno
 import mmap
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from ollm_core.interfaces import ByteSource
 from ollm_core.types import TensorInfo
 
 _GAP_BYTES = 64 << 10  # reading this much between two tensors costs less than a second call
+_ALIGNMENT = 64  # what ByteSource.read promises, so that a parameter can be a view
 _MAX_READ = 1 << 30  # the kernel caps one call just below 2 GiB
 
 
@@ -178,6 +179,27 @@ class MmapSource(_PagedSource):
             file, mapped = self._maps.popitem()[1]
             mapped.close()
             os.close(file)
+
+
+def check_source(source: ByteSource, tensors: Iterable[TensorInfo]) -> None:
+    """Read the smallest of `tensors` and compare with the files: only this shows that an engine
+    works here.
+
+    Raises ReadError if it brings other bytes or puts them elsewhere; and what the engine raises.
+    """
+    smallest = sorted(tensors, key=lambda tensor: tensor.num_bytes)[:3]
+    buffer = aligned_buffer(source.buffer_bytes(smallest))
+    offsets = source.read(smallest, as_memoryview(buffer))
+    for tensor, offset in zip(smallest, offsets, strict=True):
+        with tensor.path.open("rb") as file:
+            expected = os.pread(file.fileno(), tensor.num_bytes, tensor.offset)
+        if bytes(as_memoryview(buffer)[offset : offset + tensor.num_bytes]) != expected:
+            raise ReadError(f"{tensor.path}: other bytes of {tensor.name} than the file has")
+        if (offset - tensor.offset) % _ALIGNMENT:
+            raise ReadError(
+                f"{tensor.name} was put at {offset}, expected the offset in its file, "
+                f"{tensor.offset}, modulo {_ALIGNMENT}"
+            )
 
 
 def open_source(paths: Sequence[Path], reader: str = "auto") -> ByteSource:

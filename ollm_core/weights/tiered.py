@@ -81,6 +81,7 @@ class TieredWeights(WeightStreamer):
         self._read_seconds = 0.0
         sizes = zip(self._copied_bytes, self._buffer_bytes, strict=True)
         copied = max((max(pair) for pair in sizes if pair[0]), default=0)
+        copied += max(unit.scratch_bytes for unit in (*self.units, units.norm))
         norm_bytes = sum(p.num_bytes(dtype) for p in units.norm.parameters)
         self._upload = None if device.type == "cpu" else Upload(device, max(self._buffer_bytes))
         self.fixed_device_bytes = (

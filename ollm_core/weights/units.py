@@ -91,6 +91,11 @@ class WeightUnit:
         """Bytes of new tensors made each time it is acquired from a streaming buffer."""
         return sum(p.num_bytes(dtype) for p in self.parameters if p.needs_copy(dtype))
 
+    @property
+    def scratch_bytes(self) -> int:
+        """Bytes that building holds for a while beside its arguments and results."""
+        return max((p.source.scratch_bytes for p in self.parameters), default=0)
+
     def build(self, buffer: Tensor, offsets: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
         """All parameters in order; `offsets` are those of `tensors` in `buffer`."""
         by_name = {
@@ -140,9 +145,18 @@ def cut_units(
     )
     head = parameters[f"{layout.head}.weight"]
     limit = max(unit.file_bytes for unit in layers) if slice_head else head.tensors[0].num_bytes
-    embedding = parameters[f"{layout.embedding}.weight"].tensors[0]
+    embedding = parameters[f"{layout.embedding}.weight"]
+    if embedding.source.transform is not None:
+        raise CheckpointError(
+            f"{embedding.tensors[0].path}: the input embedding is made from "
+            f"{embedding.tensors[0].name}, but its rows are read one by one, as they are stored",
+            hint="store the input embedding as it is; a codec may encode all else",
+        )
     return Units(
-        layers, tuple(_head_slices(head, limit)), WeightUnit("norm", below(layout.norm)), embedding
+        layers,
+        tuple(_head_slices(head, limit)),
+        WeightUnit("norm", below(layout.norm)),
+        embedding.tensors[0],
     )
 
 
@@ -174,16 +188,18 @@ def _checked(
 
 
 def _head_slices(head: Parameter, limit: int) -> Iterator[WeightUnit]:
-    """The head cut into parts of at most `limit` bytes as stored, as equal as can be."""
+    """The head cut into parts of at most `limit` bytes as stored, as equal as can be. One that a
+    transform or a codec makes stays whole.
+    """
     tensor = head.tensors[0]
     num_rows = head.shape[0]
     num_parts = min(-(-tensor.num_bytes // limit), num_rows) if head.source.transform is None else 1
     for part in range(num_parts):
         start, stop = part * num_rows // num_parts, (part + 1) * num_rows // num_parts
-        rows = tensor if num_parts == 1 else tensor.rows(start, stop)
+        rows = head.tensors if num_parts == 1 else (tensor.rows(start, stop),)
         shape = (stop - start, *head.shape[1:])
         yield WeightUnit(
-            f"head rows {start} to {stop}", (Parameter(head.name, shape, head.source, (rows,)),)
+            f"head rows {start} to {stop}", (Parameter(head.name, shape, head.source, rows),)
         )
 
 

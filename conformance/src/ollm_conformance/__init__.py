@@ -1,14 +1,33 @@
 """Proves an oLLM adapter or part. A whole test file:
 
-from ollm_conformance import AdapterConformance
-from ollm_adapter_x import XAdapter
+    from ollm_conformance import AdapterConformance
+    from ollm_adapter_x import XAdapter
 
-class TestX(AdapterConformance):
-    adapter = XAdapter
+    class TestX(AdapterConformance):
+        adapter = XAdapter
+
+Names are imported when they are first used: the command line looks in here and must not load torch.
 """
 
-from ollm_conformance.adapter import AdapterConformance
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ollm_conformance.adapter import AdapterConformance
 
 __version__ = "0.1.0"
 
+_HOMES = {
+    "AdapterConformance": "ollm_conformance.adapter",
+}
+
 __all__ = ["AdapterConformance"]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'ollm_conformance' has no attribute {name!r}")
+    return getattr(importlib.import_module(home), name)

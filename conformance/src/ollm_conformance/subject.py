@@ -5,6 +5,7 @@ model, and ways to open it.
 from __future__ import annotations
 
 import copy
+import functools
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -31,10 +32,11 @@ class Reference:
     chunks.
     """
 
-    def __init__(self, directory: Path, dtype: torch.dtype) -> None:
-        self.model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+    def __init__(self, directory: Path, dtype: torch.dtype, device: str = "cpu") -> None:
+        model = AutoModelForCausalLM.from_pretrained(
             directory, dtype=dtype, attn_implementation="eager", experts_implementation="eager"
-        ).eval()
+        )
+        self.model: PreTrainedModel = model.eval().to(device)
         with torch.no_grad():
             for parameter in self.model.parameters():
                 parameter.data = parameter.data.clone()  # aligned memory, as a fresh model has
@@ -60,6 +62,7 @@ class Reference:
         if cache is None and key in self._known:
             return self._known[key]
         used = self.new_cache() if cache is None else cache
+        ids = ids.to(self.model.device)
         found = [
             self.model(
                 input_ids=chunk[None],
@@ -103,10 +106,14 @@ class Subject:
         self.adapter = adapter
         self.directory = directory
         self.real_checkpoint = checkpoint
-        self.registry = Registry.of(adapter)
         self._load = load
         self._references: dict[tuple[Path, str], Reference] = {}
         self._num_kv_directories = 0
+
+    @functools.cached_property
+    def registry(self) -> Registry:
+        """A registry of this adapter alone. Raises PluginError if it cannot be used."""
+        return Registry.of(self.adapter)
 
     @property
     def config(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from ollm_conformance.adapter.batches import Batches, Drafts
 from ollm_conformance.adapter.caches import Caches
 from ollm_conformance.adapter.declaration import Declaration
 from ollm_conformance.adapter.exact import Exact
+from ollm_conformance.adapter.hardware import Gpu, Speed
 from ollm_conformance.adapter.language import Language
 from ollm_conformance.adapter.memory import Memory
 from ollm_conformance.adapter.robust import Failure, Isolation
@@ -14,7 +15,18 @@ from ollm_conformance.checks import MARK, Check
 
 
 class AdapterConformance(
-    Declaration, Weights, Exact, Caches, Batches, Drafts, Memory, Isolation, Failure, Language
+    Declaration,
+    Weights,
+    Exact,
+    Caches,
+    Batches,
+    Drafts,
+    Memory,
+    Isolation,
+    Failure,
+    Language,
+    Gpu,
+    Speed,
 ):
     """Every check of an adapter. Subclass it as `TestX` and set `adapter`."""
 

@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 
 from ollm_conformance import probe
+from ollm_conformance.adapter.asks import ASKS
 from ollm_conformance.adapter.base import AdapterSuite
 from ollm_conformance.checks import check, does_not_apply
 from ollm_conformance.naming import parameter_names, stored_shapes
 from ollm_conformance.subject import PROMPT, Subject, meta_model, model_config
-from ollm_core import ModelAdapter, OllmError
+from ollm_core import ModelAdapter, OllmError, UnsupportedError
 from ollm_core.registry import CAPABILITIES, Registry
 
 _BAD_VALUES: tuple[Any, ...] = (
@@ -83,6 +84,21 @@ class Declaration(AdapterSuite):
             assert name in CAPABILITIES, f"expected one of {', '.join(CAPABILITIES)}, got {name!r}"
             assert capability.support == "full" or len(capability.reason) > 10, (
                 f"expected a reason why {name} is {capability.support}, got {capability.reason!r}"
+            )
+
+    @check(
+        "declaration.unsupported",
+        "What is declared unsupported is refused with the adapter's own reason, not answered.",
+        look="`capabilities` of the adapter; core refuses what they say",
+    )
+    def test_unsupported(self, subject: Subject) -> None:
+        for name, capability in subject.adapter.capabilities.items():
+            if capability.support == "full":
+                continue
+            with pytest.raises(UnsupportedError) as refused:
+                ASKS[name](subject)
+            assert capability.reason in str(refused.value), (
+                f"{name}: expected the reason {capability.reason!r}, got: {refused.value}"
             )
 
     @check(
@@ -154,6 +170,9 @@ class Declaration(AdapterSuite):
         for entry in entries:
             json.dumps(dict(entry.config))
             assert subject.registry.find(entry.id)[1] == entry
+            assert entry.config.get("model_type") in subject.adapter.model_types, (
+                f"{entry.id}: expected a claimed model type, got {entry.config.get('model_type')!r}"
+            )
             assert re.fullmatch(r"[\w.-]+/[\w.-]+", entry.repo), (
                 f"{entry.id}: expected a repository OWNER/NAME, got {entry.repo!r}"
             )

@@ -45,6 +45,8 @@ class Exact(AdapterSuite):
 
         least = subject.least_memory(work, directory=directory, reader=reader, kv="disk")
         with subject.open(directory, device_memory=least, reader=reader, kv="disk") as model:
+            used = model.stats.reader
+            assert used == reader, f"expected reading engine {reader!r}, got {used!r}"
             expected = subject.reference(dtype).run(prompt, last_only=True)
             for number in range(3):
                 found = model(input_ids=prompt[None], logits_to_keep=1).logits[0]

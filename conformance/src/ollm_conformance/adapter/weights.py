@@ -106,19 +106,20 @@ class Weights(AdapterSuite):
         directory = subject.tiny(changes=changes)
         config = {**subject.config, **changes}
         layout = subject.adapter.layout(config)
-        plan = subject.adapter.weights(config, open_checkpoint(directory).tensors)
-        head = plan.parameters[f"{layout.head}.weight"].tensors
-        embedding = plan.parameters[f"{layout.embedding}.weight"].tensors
-        assert (head == embedding) is tied, (
-            f"tie_word_embeddings = {tied}: expected {'one tensor' if tied else 'two tensors'} for "
-            f"embedding and head, got {embedding} and {head}"
-        )
-        prompt = subject.prompt(40)
-        expected = subject.reference(directory=directory).run(prompt)
+        embedding, head = f"{layout.embedding}.weight", f"{layout.head}.weight"
         directories = [directory]
         if tied:
-            directories.append(_with_head(directory, embedding[0], f"{layout.head}.weight"))
+            stored = subject.adapter.weights(config, open_checkpoint(directory).tensors)
+            (table,) = stored.parameters[embedding].tensors
+            directories.append(_with_head(directory, table, head))
+        prompt = subject.prompt(40)
+        expected = subject.reference(directory=directory).run(prompt)
         for place in directories:
+            found = subject.adapter.weights(config, open_checkpoint(place).tensors).parameters
+            assert (found[head] == found[embedding]) is tied, (
+                f"tie_word_embeddings = {tied}: expected {'one tensor' if tied else 'two tensors'} "
+                f"for embedding and head, got {found[embedding].tensors} and {found[head].tensors}"
+            )
             with subject.open(place) as model:
                 same_bits(model(input_ids=prompt[None]).logits[0], expected, f"logits, tied={tied}")
 

@@ -1,0 +1,26 @@
+"""How something deliberately broken is written down: what is wrong, and the check meant for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ollm_conformance import AdapterConformance
+
+
+@dataclass(frozen=True, slots=True)
+class Broken:
+    """A test class for something broken, and the id of the check that must fail."""
+
+    name: str
+    sentence: str
+    suite: type
+    check: str
+
+
+def broken_adapter(check, sentence, adapter, **attributes):
+    """An entry for an adapter class; `attributes` go to its test class."""
+    name = adapter.__name__ if "load" not in attributes else attributes["load"].__name__
+    if "load" in attributes:
+        attributes["load"] = staticmethod(attributes["load"])
+    suite = type(f"Test{name}", (AdapterConformance,), {"adapter": adapter, **attributes})
+    return Broken(name, sentence, suite, check)

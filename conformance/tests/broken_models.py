@@ -1,0 +1,375 @@
+"""Ways of opening a model that are wrong in one way each: the Llama adapter is good, the engine,
+the store or a budget is not. Each wraps `ollm.load`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from pathlib import Path
+
+import torch
+from broken import broken_adapter
+from ollm_adapter_llama import LlamaAdapter
+
+import ollm
+from ollm_core import ReadError
+
+_ONLY = {}
+
+
+def upcast(*args, **options):
+    return ollm.load(*args, **{**options, "dtype": "float32"})
+
+
+def chunk_size_ignored(*args, **options):
+    return ollm.load(*args, **{**options, "chunk_size": 128})
+
+
+def blockwise_grows(*args, **options):
+    return ollm.load(*args, **{**options, "attention": "exact"})
+
+
+def exact_is_blockwise(*args, **options):
+    return ollm.load(*args, **{**options, "attention": "blockwise"})
+
+
+def kv_never_on_disk(*args, **options):
+    kv = "host" if options.get("kv") == "disk" else options.get("kv", "auto")
+    return ollm.load(*args, **{**options, "kv": kv})
+
+
+def always_direct(*args, **options):
+    return ollm.load(*args, **{**options, "reader": "direct"})
+
+
+def device_budget_ignored(*args, **options):
+    model = ollm.load(*args, **options)
+    model.accounts.device.limit = 1 << 40
+    return model
+
+
+def host_budget_ignored(*args, **options):
+    model = ollm.load(*args, **options)
+    model.accounts.host.limit = 1 << 40
+    return model
+
+
+def budget_understated(*args, **options):
+    """The planner forgets the activations."""
+    model = ollm.load(*args, **options)
+    model.engine._admission._workspace.layer_bytes = lambda *_: 0
+    return model
+
+
+def budget_overstated(*args, **options):
+    """The planner counts activations three times."""
+    model = ollm.load(*args, **options)
+    workspace = model.engine._admission._workspace
+    real = workspace.layer_bytes
+    workspace.layer_bytes = lambda *shape: 3 * real(*shape)
+    return model
+
+
+def last_chunk_dropped(*args, **options):
+    model = ollm.load(*args, **options)
+    real = model.engine._run
+
+    def run(store, work, plan):
+        logits = real(store, work, plan)
+        last = plan.chunks[-1]
+        if last.begin and len(last.rows) == 1:
+            item = work[last.rows[0]]
+            store.truncate(item.sequence, item.start + last.begin)
+            zeros = torch.zeros_like(logits[0][-last.num_tokens :])
+            logits[last.rows[0]] = torch.cat([logits[0][: -last.num_tokens], zeros])
+        return logits
+
+    model.engine._run = run
+    return model
+
+
+def rows_mixed_up(*args, **options):
+    model = ollm.load(*args, **options)
+    real = model.engine.run
+    model.engine.run = lambda store, work: real(store, work)[::-1]
+    return model
+
+
+def padding_is_seen(*args, **options):
+    model = ollm.load(*args, **options)
+    real = model._pass
+    model._pass = lambda ids, mask, *rest: real(ids, None, *rest)
+    return model
+
+
+def every_pass_twice(*args, **options):
+    model = ollm.load(*args, **options)
+    real = model.engine.run
+
+    def run(store, work):
+        real(store, work)
+        for item in work:
+            store.truncate(item.sequence, item.start)
+        return real(store, work)
+
+    model.engine.run = run
+    return model
+
+
+def one_pass_for_each_row(*args, **options):
+    model = ollm.load(*args, **options)
+    real = model.engine.run
+    model.engine.run = lambda store, work: [real(store, [item])[0] for item in work]
+    return model
+
+
+def errors_swallowed(*args, **options):
+    model = ollm.load(*args, **options)
+    real = model.engine.run
+
+    def run(store, work):
+        try:
+            return real(store, work)
+        except ReadError:
+            return [torch.zeros(item.num_logits, model.config.vocab_size) for item in work]
+
+    model.engine.run = run
+    return model
+
+
+def zeros_for_missing_bytes(*args, **options):
+    model = ollm.load(*args, **options)
+    source = model.weights._source
+    real = source.read
+
+    def read(tensors, buffer):
+        try:
+            return real(tensors, buffer)
+        except ReadError:
+            return source._plan(tensors)[1]
+
+    source.read = read
+    return model
+
+
+def failed_pass_stays(*args, **options):
+    """A pass that was broken off leaves its tokens in the layers that it reached."""
+    model = ollm.load(*args, **options)
+
+    def run(store, work):
+        with contextlib.ExitStack() as undone:
+            truncate = store.truncate
+            store.truncate = lambda *_: None
+            undone.callback(setattr, store, "truncate", truncate)
+            return real(store, work)
+
+    real, model.engine.run = model.engine.run, run
+    return model
+
+
+def _with_cache(change):
+    """A load whose every cache is changed."""
+
+    @functools.wraps(change)
+    def load(*args, **options):
+        model = ollm.load(*args, **options)
+        real = model.new_cache
+
+        def new_cache(*cache_args, **cache_options):
+            cache = real(*cache_args, **cache_options)
+            change(cache)
+            return cache
+
+        model.new_cache = new_cache
+        return model
+
+    return load
+
+
+@_with_cache
+def truncate_rounds_up(cache):
+    """Short cuts are not made."""
+    real = cache.store.truncate
+
+    def truncate(sequence, num_tokens):
+        dropped = cache.store.num_tokens(sequence) - num_tokens
+        if dropped > 4 or dropped == 0:
+            real(sequence, num_tokens)
+
+    cache.store.truncate = truncate
+
+
+@_with_cache
+def truncate_one_short(cache):
+    real = cache.store.truncate
+    cache.store.truncate = lambda sequence, n: real(
+        sequence, min(n + 1, cache.store.num_tokens(sequence))
+    )
+
+
+@_with_cache
+def fork_shares(cache):
+    """Both rows write to one sequence."""
+
+    def repeat(repeats):
+        cache.rows = cache.rows * repeats
+        cache.kept = cache.kept * repeats
+
+    cache.batch_repeat_interleave = repeat
+
+
+@_with_cache
+def reorder_forgotten(cache):
+    cache.reorder_cache = lambda beam_idx: None
+
+
+@_with_cache
+def blocks_reversed(cache):
+    real = cache.store.blocks
+    cache.store.blocks = lambda *args, **options: reversed(
+        [(k.clone(), v.clone()) for k, v in real(*args, **options)]
+    )
+
+
+def second_turn_forgets(*args, **options):
+    model = ollm.load(*args, **options)
+    real = model.generate
+
+    def generate(ids, past_key_values=None, **rest):
+        return real(ids, **rest)
+
+    model.generate = generate
+    return model
+
+
+def first_model_again(path, **options):
+    """A module-level cache of models."""
+    if "model" not in _ONLY or _ONLY["model"]._closed:
+        _ONLY["model"] = ollm.load(path, **options)
+    return _ONLY["model"]
+
+
+def transformers_replaced(*args, **options):
+    """A class of transformers is changed while the model is open."""
+    from transformers.models.llama import modeling_llama
+
+    model = ollm.load(*args, **options)
+    norm = modeling_llama.LlamaRMSNorm
+    real = norm.forward
+    norm.forward = lambda self, hidden: real(self, hidden) * 1.5
+    close = model.close
+
+    def undo():
+        norm.forward = real
+        close()
+
+    model.close = undo
+    return model
+
+
+def thread_left(*args, **options):
+    thread = threading.Thread(target=threading.Event().wait, name="ollm-left", daemon=True)
+    thread.start()
+    return ollm.load(*args, **options)
+
+
+def file_left(*args, **options):
+    model = ollm.load(*args, **options)
+    close = model.close
+
+    def leave():
+        close()
+        if options.get("kv_dir"):
+            Path(options["kv_dir"]).mkdir(exist_ok=True)
+            (Path(options["kv_dir"]) / "left.kv").touch()
+
+    model.close = leave
+    return model
+
+
+def never_stops(*args, **options):
+    model = ollm.load(*args, **options)
+    real = model.generate
+    model.generate = lambda ids, **rest: real(ids, **{**rest, "eos_token_id": None})
+    return model
+
+
+def shifted_positions(*args, **options):
+    """Steps are one position late."""
+    model = ollm.load(*args, **options)
+    rotary = model.engine._skeleton.rotary
+    real = rotary.forward
+    rotary.forward = lambda hidden, positions: real(
+        hidden, positions + (1 if positions.shape[1] == 1 else 0)
+    )
+    return model
+
+
+def kv_in_twice_the_bytes(*args, **options):
+    model = ollm.load(*args, **options)
+    real = model.new_cache
+
+    def new_cache(*cache_args, **cache_options):
+        cache = real(*cache_args, **cache_options)
+        cache.more = cache.store.new_sequence()
+        cache.store.reserve(cache.more, 4096)
+        return cache
+
+    model.new_cache = new_cache
+    return model
+
+
+def lookup_costs_passes(*args, **options):
+    """Every draft is checked token by token."""
+    model = ollm.load(*args, **options)
+    real = model.generate
+
+    def generate(ids, prompt_lookup_num_tokens=None, **rest):
+        if prompt_lookup_num_tokens:
+            real(ids, **rest)
+        return real(ids, **rest)
+
+    model.generate = generate
+    return model
+
+
+def _broken(check, sentence, load):
+    return broken_adapter(check, sentence, LlamaAdapter, load=load)
+
+
+BROKEN_MODELS = [
+    _broken("exact.resident", "Everything is computed in float32.", upcast),
+    _broken("exact.chunks", "The chunk size is not the one asked for.", chunk_size_ignored),
+    _broken("exact.decode", "Exact attention is block-wise.", exact_is_blockwise),
+    _broken("exact.resident", "The last chunk is dropped.", last_chunk_dropped),
+    _broken("exact.decode", "Positions of steps are off by one.", shifted_positions),
+    _broken("exact.streamed", "The reading engine is not the one asked for.", always_direct),
+    _broken("caches.tiers", "KV never goes to disk.", kv_never_on_disk),
+    _broken("caches.tiers", "KV blocks come in the wrong order.", blocks_reversed),
+    _broken("caches.truncate", "Truncating leaves a token.", truncate_one_short),
+    _broken("drafts.verify", "State is not restored after a rejected draft.", truncate_rounds_up),
+    _broken("drafts.assisted", "Drafts cost more passes than they save.", lookup_costs_passes),
+    _broken("caches.fork", "A fork writes into its source.", fork_shares),
+    _broken("caches.fork", "Rows are not reordered.", reorder_forgotten),
+    _broken("caches.second-turn", "The second turn forgets the first.", second_turn_forgets),
+    _broken("caches.bytes", "KV takes more memory than its tokens.", kv_in_twice_the_bytes),
+    _broken("batches.ragged", "Sequences of a batch are mixed up.", rows_mixed_up),
+    _broken("batches.ragged", "A batch is a pass for each row.", one_pass_for_each_row),
+    _broken("batches.left-padded", "Padding is seen.", padding_is_seen),
+    _broken("weights.read-once", "The weights are read twice.", every_pass_twice),
+    _broken("memory.budget", "The device budget is ignored.", device_budget_ignored),
+    _broken("memory.host", "The host budget is ignored.", host_budget_ignored),
+    _broken("memory.planned", "The plan forgets the activations.", budget_understated),
+    _broken("memory.planned", "The plan is far too large.", budget_overstated),
+    _broken("memory.flat", "Memory grows with the square of the prompt.", blockwise_grows),
+    _broken("memory.freed", "A thread is left.", thread_left),
+    _broken("memory.freed", "A file is left.", file_left),
+    _broken("isolation.interleaved", "Two models are one.", first_model_again),
+    _broken("isolation.transformers", "transformers is changed.", transformers_replaced),
+    _broken("failure.read-error", "Errors are swallowed.", errors_swallowed),
+    _broken("failure.short-read", "Missing bytes are zeros.", zeros_for_missing_bytes),
+    _broken("failure.cancelled", "A broken-off pass leaves its tokens.", failed_pass_stays),
+    _broken("language.stop", "Generation does not stop.", never_stops),
+]

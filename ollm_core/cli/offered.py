@@ -1,0 +1,92 @@
+"""What plugins bring to the command line: names for options, and verbs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NoReturn
+
+import click
+
+from ollm_core.cli.output import Command
+from ollm_core.errors import OllmError
+from ollm_core.plugins import KINDS
+
+if TYPE_CHECKING:
+    from ollm_core.plugins import Offer
+    from ollm_core.registry import Registry
+
+_HOOK = "ollm_commands"
+
+
+def offered_name(option: str, hook: str, text: str) -> Callable[[Command], Command]:
+    """An option whose value is built in, or a name that a plugin offers through `hook`. `text` is
+    its help. The first built-in name is the default.
+    """
+    built_in = KINDS[hook].built_in
+
+    def check(context: click.Context, parameter: click.Parameter, value: str) -> str:
+        """Looks for plugins only if the name is not built in."""
+        if value not in built_in:
+            try:
+                _registry().check_name(hook, value)
+            except OllmError as error:
+                raise click.BadParameter(str(error), context, parameter) from error
+        return value
+
+    return click.option(
+        option,
+        callback=check,
+        default=built_in[0],
+        show_default=True,
+        metavar=f"[{'|'.join(built_in)}|PLUGIN]",
+        help=text,
+    )
+
+
+class Verbs(click.Group):
+    """The verbs of oLLM itself, and those of plugins, which are looked for only when they are
+    needed: for --help, and for a name that is no verb of oLLM.
+    """
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Their names, sorted."""
+        return sorted({*super().list_commands(ctx), *_registry().offers(_HOOK)})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The verb; one that cannot be loaded says so when it is run."""
+        command = super().get_command(ctx, cmd_name)
+        if command is not None:
+            return command
+        offer = _registry().offers(_HOOK).get(cmd_name)
+        return None if offer is None else _command(offer)
+
+    def invoke(self, ctx: click.Context) -> None:
+        """Run a verb. What it returns is dropped: it is no exit code."""
+        super().invoke(ctx)
+
+
+def _command(offer: Offer) -> click.Command:
+    try:
+        made: click.Command = offer.make(click.Command)
+    except OllmError as error:
+        return _Broken(offer.name, error)
+    made.name = offer.name
+    return made
+
+
+class _Broken(click.Command):
+    """Stands for a verb whose plugin failed when it was asked for it."""
+
+    def __init__(self, name: str, error: OllmError) -> None:
+        super().__init__(name, short_help="(cannot be loaded)", add_help_option=False)
+        self._error = error
+
+    def make_context(self, *_: object, **__: object) -> NoReturn:
+        """Raises what making the verb raised."""
+        raise self._error
+
+
+def _registry() -> Registry:
+    from ollm_core.registry import Registry
+
+    return Registry.discover()

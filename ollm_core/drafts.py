@@ -1,0 +1,105 @@
+"""Draft sources: tokens guessed ahead, which the model checks several of in one weight pass.
+
+The checking is transformers' assisted decoding; this module hands it the guesses.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import StoppingCriteriaList
+from transformers.generation.candidate_generator import (
+    CandidateGenerator,
+    PromptLookupCandidateGenerator,
+)
+
+from ollm_core.errors import PluginError
+from ollm_core.interfaces import Drafter
+
+NUM_DRAFT_TOKENS = 10
+"""Tokens drafted at a time, the number that transformers looks up too."""
+
+
+class LookupDrafter:
+    """Guesses what followed the last tokens earlier in the text, as transformers' prompt lookup."""
+
+    def __call__(self, token_ids: Tensor, num_tokens: int) -> Tensor:
+        """See Drafter."""
+        generator = PromptLookupCandidateGenerator(
+            num_output_tokens=num_tokens, max_length=sys.maxsize
+        )
+        text: Any = token_ids[None]
+        found: Tensor = generator.get_candidates(text)[0]
+        return found[0, len(token_ids) :]
+
+
+class DraftCandidates(CandidateGenerator):
+    """The guesses of a Drafter for one call of `generate`, cut so that they change no text.
+
+    A draft ends before the token that would end the text, because transformers looks at the
+    stopping criteria only after each pass. The first pass, which reads the prompt, has no draft:
+    it is then the same as without a draft source.
+    """
+
+    def __init__(
+        self,
+        drafter: Drafter,
+        stopping_criteria: StoppingCriteriaList,
+        on_accepted: Callable[[int], None],
+        *,
+        max_positions: int,
+        vocab_size: int,
+    ) -> None:
+        """`on_accepted` is told after each pass how many drafted tokens were right."""
+        self._drafter = drafter
+        self._stopping_criteria = stopping_criteria
+        self._on_accepted = on_accepted
+        self._max_positions = max_positions
+        self._vocab_size = vocab_size
+        self._has_prompt = False
+
+    def get_candidates(self, input_ids: Tensor, **_: Any) -> tuple[Any, Any]:
+        """`input_ids` [1, S] -> with the draft, [1, S + n], and None for its logits. Raises
+        PluginError for what is no token.
+        """
+        num_tokens = min(NUM_DRAFT_TOKENS, self._max_positions - input_ids.shape[1])
+        if not self._has_prompt or num_tokens < 1:
+            self._has_prompt = True
+            return input_ids, None
+        draft = self._checked(self._drafter(input_ids[0].cpu(), num_tokens))[:num_tokens]
+        candidates = torch.cat([input_ids, draft.to(input_ids.device)[None]], dim=1)
+        for length in range(input_ids.shape[1] + 1, candidates.shape[1] + 1):
+            if bool(self._stopping_criteria(candidates[:, :length], None).any()):
+                return candidates[:, : length - 1], None
+        return candidates, None
+
+    def update_candidate_strategy(
+        self, input_ids: Tensor, scores: Tensor, num_matches: int
+    ) -> None:
+        """Called by transformers after each pass."""
+        self._on_accepted(int(num_matches))
+
+    def _checked(self, draft: object) -> Tensor:
+        """A draft as token ids, [n] int64."""
+        try:
+            found = torch.as_tensor(draft)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise PluginError(f"the draft source gave {draft!a:.60}, expected token ids") from error
+        if found.numel() == 0:
+            return torch.zeros(0, dtype=torch.long)
+        if found.ndim != 1 or found.is_floating_point() or found.dtype == torch.bool:
+            raise PluginError(
+                f"the draft source gave {found.dtype} {list(found.shape)}, expected integers [n]"
+            )
+        lowest, highest = int(found.min()), int(found.max())
+        if lowest < 0 or highest >= self._vocab_size:
+            raise PluginError(
+                f"the draft source gave token id {lowest if lowest < 0 else highest}, "
+                f"the vocabulary has {self._vocab_size}",
+                hint="use another draft source, or none",
+            )
+        return found.to(torch.long)

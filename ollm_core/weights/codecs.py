@@ -1,0 +1,157 @@
+"""Weight codecs: tensors that a checkpoint stores in another, lossless form.
+
+Nothing is read here. Codecs say which stored tensors make which logical one; a parameter's source
+is then composed: its tensors are decoded first, then transformed as the adapter says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ollm_core.checkpoint import Checkpoint
+from ollm_core.errors import CheckpointError, OllmError, PluginError
+from ollm_core.plugins import Offer, one_line
+from ollm_core.requests import CodecRequest
+from ollm_core.types import DTYPE_BYTES, Config, EncodedTensor, ParameterSource, WeightPlan
+from ollm_core.weights.units import TORCH_DTYPES
+
+
+class LogicalTensors:
+    """The tensors of a checkpoint as its model family names them: those stored as they are, and
+    those that codecs decode.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, config: Config, codecs: Mapping[str, Offer]) -> None:
+        """Ask each codec. Raises PluginError, naming the codec, for an answer that cannot be
+        used.
+        """
+        self._checkpoint = checkpoint
+        self._encoded: dict[str, EncodedTensor] = {}
+        taken: dict[str, Offer] = {}
+        request = CodecRequest(config, checkpoint.tensors, checkpoint.metadata)
+        for codec in codecs.values():
+            answer: Mapping[str, EncodedTensor] = codec.make(Mapping, request)
+            for name, encoded in answer.items():
+                self._check(codec, name, encoded)
+                if name in self._encoded or any(
+                    taken.get(t, codec) != codec for t in encoded.tensors
+                ):
+                    raise PluginError(f"{codec} decodes {name}, and so does another codec")
+                self._encoded[name] = encoded
+                taken |= dict.fromkeys(encoded.tensors, codec)
+        plain = [name for name in checkpoint.tensors if name not in taken]
+        if clash := sorted(self._encoded.keys() & set(plain)):
+            raise CheckpointError(
+                f"{checkpoint.tensors[clash[0]].path}: {clash[0]} is stored both as it is and "
+                "encoded"
+            )
+        self.names: tuple[str, ...] = (*plain, *self._encoded)
+        """Logical names, in no order that matters."""
+
+    def dtypes(self) -> Iterator[str]:
+        """safetensors dtype names of the tensors, decoded."""
+        for name in self.names:
+            encoded = self._encoded.get(name)
+            yield encoded.dtype if encoded else self._checkpoint.tensors[name].dtype
+
+    def compose(
+        self, plan: WeightPlan, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype
+    ) -> WeightPlan:
+        """`plan`, which is over logical names, as one over stored tensors.
+
+        `shapes` are those of the skeleton's parameters, `dtype` is the one to compute in. Raises
+        CheckpointError if a decoded tensor is of another shape than its parameter.
+        """
+        if not self._encoded:
+            return plan
+        parameters = {
+            name: self._composed(name, source, shapes.get(name), dtype)
+            for name, source in plan.parameters.items()
+        }
+        return replace(plan, parameters=parameters)
+
+    def _composed(
+        self,
+        name: str,
+        source: ParameterSource,
+        shape: tuple[int, ...] | None,
+        dtype: torch.dtype,
+    ) -> ParameterSource:
+        found = [(tensor, self._encoded.get(tensor)) for tensor in source.tensors]
+        parts = [encoded for _, encoded in found if encoded]
+        if not parts:
+            return source
+        if source.transform is None and shape is not None and parts[0].shape != shape:
+            raise CheckpointError(
+                f"{self._checkpoint.directory}: {source.tensors[0]} decodes to shape "
+                f"{list(parts[0].shape)}, {name} needs {list(shape)}",
+                hint="config.json and the weights are of different models",
+            )
+        scratch = max(part.scratch_bytes for part in parts) + source.scratch_bytes
+        if source.transform is not None or TORCH_DTYPES[parts[0].dtype] != dtype:
+            scratch += sum(_num_bytes(part) for part in parts)
+        stored = [
+            t for tensor, encoded in found for t in (encoded.tensors if encoded else (tensor,))
+        ]
+        return ParameterSource(tuple(stored), _Decode(tuple(found), source.transform), scratch)
+
+    def _check(self, codec: Offer, name: object, encoded: object) -> None:
+        """Raises PluginError for an entry that is not what it should be."""
+        if not isinstance(name, str) or not isinstance(encoded, EncodedTensor):
+            raise PluginError(f"{codec} must return names and EncodedTensor objects")
+        stored = self._checkpoint.tensors
+        missing = [tensor for tensor in encoded.tensors if tensor not in stored]
+        if missing or not encoded.tensors:
+            raise PluginError(f"{codec} decodes {name!a} from {missing}, which is not stored")
+        if encoded.dtype not in TORCH_DTYPES:
+            raise PluginError(f"{codec} decodes {name!a} to the unknown dtype {encoded.dtype!a}")
+        if any(type(size) is not int or size < 0 for size in encoded.shape):
+            raise PluginError(f"{codec} decodes {name!a} to the shape {encoded.shape!a}")
+
+
+@dataclass(frozen=True, slots=True)
+class _Decode:
+    """A transform that takes stored tensors: decodes those that need it, then goes on as the
+    adapter says.
+    """
+
+    parts: tuple[tuple[str, EncodedTensor | None], ...]
+    """Logical names; None for a tensor that is stored as it is."""
+    then: Callable[..., Tensor] | None
+
+    def __call__(self, *stored: Tensor) -> Tensor:
+        left = iter(stored)
+        made = [
+            next(left)
+            if encoded is None
+            else _decoded(name, encoded, [next(left) for _ in encoded.tensors])
+            for name, encoded in self.parts
+        ]
+        return made[0] if self.then is None else self.then(*made)
+
+
+def _decoded(name: str, encoded: EncodedTensor, stored: list[Tensor]) -> Tensor:
+    """What `decode` gives, which must be what the codec has said."""
+    try:
+        value = encoded.decode(*stored)
+    except OllmError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{name} cannot be decoded: {one_line(error)}") from error
+    if value.dtype != TORCH_DTYPES[encoded.dtype] or tuple(value.shape) != encoded.shape:
+        raise CheckpointError(
+            f"{name} was decoded to {value.dtype} {list(value.shape)}, "
+            f"its codec said {encoded.dtype} {list(encoded.shape)}"
+        )
+    memory = value.untyped_storage().data_ptr()
+    if any(memory == tensor.untyped_storage().data_ptr() for tensor in stored):
+        value = value.clone()  # a view would keep the buffer that it was read into
+    return value
+
+
+def _num_bytes(encoded: EncodedTensor) -> int:
+    return torch.Size(encoded.shape).numel() * DTYPE_BYTES[encoded.dtype]
