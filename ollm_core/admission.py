@@ -22,6 +22,9 @@ EXACT_CONTEXT = 8192
 it is worth.
 """
 
+_POSITION_BYTES = 8
+_TOKEN_BYTES = 10  # an id, and twice whether it is padding
+
 
 @dataclass(frozen=True, slots=True)
 class Accounts:
@@ -121,7 +124,8 @@ class Admission:
     def _needed(
         self, work: Sequence[NewTokens], chunks: Sequence[Chunk], attention: str, on_host: bool
     ) -> TierBytes:
-        hidden = sum(len(item.token_ids) for item in work) * self._hidden_size * self._itemsize
+        num_tokens = sum(len(item.token_ids) for item in work)
+        hidden = num_tokens * self._hidden_size * self._itemsize
         shapes: dict[tuple[int, int], int] = {}
         for chunk in chunks:
             past = max(work[row].start for row in chunk.rows) + chunk.begin
@@ -136,10 +140,11 @@ class Admission:
         head += len(work) * self._vocab_size * 2 * torch.float32.itemsize
         largest = max(len(chunk.rows) * chunk.num_tokens for chunk in chunks)
         head += 4 * largest * self._hidden_size * torch.float32.itemsize  # the norm's own
+        tokens = num_tokens * (_POSITION_BYTES + (_TOKEN_BYTES if self._on_cpu else 0))
         if on_host:
             chunk_bytes = largest * self._hidden_size * self._itemsize
-            return TierBytes(device=max(layer, head) + chunk_bytes, host=hidden)
-        return TierBytes(device=max(layer, head) + hidden)
+            return TierBytes(device=max(layer, head) + chunk_bytes + tokens, host=hidden)
+        return TierBytes(device=max(layer, head) + hidden + tokens)
 
     def _growth(self, store: KVStore, work: Sequence[NewTokens]) -> TierBytes:
         parts = [

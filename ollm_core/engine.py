@@ -55,6 +55,10 @@ class Engine:
         self.on_progress = on_progress
         self._lock = threading.RLock()
 
+    def close(self) -> None:
+        """Hold nothing on the device any more."""
+        self._skeleton.close()
+
     def run(self, store: KVStore, work: Sequence[NewTokens]) -> list[Tensor]:
         """Logits [num_logits, V] of each item of `work`; the store then holds its new tokens.
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
+    Cache,
     GenerationConfig,
     GenerationMixin,
     LogitsProcessorList,
@@ -234,6 +235,7 @@ class StreamedModel(PreTrainedModel, GenerationMixin, Closing):
             finalizer()
         self._caches.clear()
         self.weights.close()
+        self.engine.close()
         drafter: object = self._drafter
         if isinstance(drafter, Closing):
             drafter.close()
@@ -306,8 +308,11 @@ class StreamedModel(PreTrainedModel, GenerationMixin, Closing):
         self,
         input_ids: Tensor,
         next_sequence_length: int | None = None,
-        past_key_values: SequenceCache | None = None,
-        **options: Any,
+        past_key_values: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,  # by this name transformers knows that forward takes the rest
     ) -> dict[str, Any]:
         """See GenerationMixin, whose assisted decoding gives a cache the tokens that it already
         has in a second turn.
@@ -316,7 +321,13 @@ class StreamedModel(PreTrainedModel, GenerationMixin, Closing):
         if next_sequence_length is None and past_key_values is not None:
             next_sequence_length = input_ids.shape[1] - past_key_values.get_seq_length()
         inputs: dict[str, Any] = mixin.prepare_inputs_for_generation(
-            input_ids, next_sequence_length, past_key_values, **options
+            input_ids,
+            next_sequence_length,
+            past_key_values,
+            attention_mask,
+            inputs_embeds,
+            is_first_iteration,
+            **kwargs,
         )
         return inputs
 

@@ -111,7 +111,14 @@ def load(
         slice_head=compute_dtype != torch.float32,
     )
     source = _open(checkpoint, reader, engine)
-    weights = TieredWeights(units, source, compute_dtype, target, (accounts.device, accounts.host))
+    weights = TieredWeights(
+        units,
+        source,
+        compute_dtype,
+        target,
+        (accounts.device, accounts.host),
+        buffer_bytes=skeleton.buffer_bytes,
+    )
     skeleton.bind_norm(weights.norm)
     geometry = KVGeometry(
         layout.num_layers, cache.num_kv_heads, cache.head_dim, compute_dtype, target

@@ -68,8 +68,18 @@ class Skeleton:
                 holder[leaf] = value
 
     def bind_norm(self, parameters: Sequence[Tensor]) -> None:
-        """Give the final norm its parameters for good."""
+        """Give the final norm its parameters until `close`."""
         _bind(_parameter_slots(self.norm), parameters)
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Bytes on the device beside parameters: the rotary frequencies."""
+        return sum(buffer.nbytes for buffer in self.rotary.buffers())
+
+    def close(self) -> None:
+        """Hold nothing on the device any more."""
+        self.rotary = self.meta_rotary
+        self.bind_norm([torch.empty_like(p, device="meta") for p in self.norm.parameters()])
 
 
 def _bind(slots: Sequence[tuple[dict[str, Any], str]], parameters: Sequence[Tensor]) -> None:

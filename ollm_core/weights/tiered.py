@@ -59,9 +59,11 @@ class TieredWeights(WeightStreamer):
         dtype: torch.dtype,
         device: torch.device,
         accounts: tuple[MemoryAccount, MemoryAccount],
+        *,
+        buffer_bytes: int = 0,
     ) -> None:
         """`accounts` are those of the device and the host. On a CPU everything counts as device
-        memory.
+        memory. `buffer_bytes` are those of the model that are no weights, and held for it.
         """
         self.units = units.in_pass_order
         self.dtype = dtype
@@ -85,13 +87,17 @@ class TieredWeights(WeightStreamer):
         norm_bytes = sum(p.num_bytes(dtype) for p in units.norm.parameters)
         self._upload = None if device.type == "cpu" else Upload(device, max(self._buffer_bytes))
         self.fixed_device_bytes = (
-            norm_bytes + copied + (0 if self._upload is None else self._upload.num_bytes)
+            norm_bytes
+            + buffer_bytes
+            + copied
+            + (0 if self._upload is None else self._upload.num_bytes)
         )
-        """Held on the device whatever the placement: the norm, parameters in conversion, the upload
-        buffer.
+        """Held on the device whatever the placement: norm, rotary frequencies, parameters in
+        conversion, the upload buffer.
         """
         self._device_account.reserve("weights", self.fixed_device_bytes)
-        self.norm = self._load(units.norm)
+        # Copies: a view would keep the whole page that was read.
+        self.norm = [parameter.clone() for parameter in self._load(units.norm)]
 
     @property
     def slot_bytes(self) -> int:
@@ -187,12 +193,19 @@ class TieredWeights(WeightStreamer):
 
     def close(self) -> None:
         """Stop the reader, close the files and free all weights."""
-        self._drop_ring()
+        self._resize_ring(0)
         self._rows.close()
         self._source.close()
+        for i in self._device_units:
+            self._device_account.release("resident weights", self._kept_bytes[i])
+        for i in self._host_units:
+            self._host_account.release("resident weights", self._buffer_bytes[i])
         self._device_units.clear()
         self._host_units.clear()
         self.norm = []
+        self._upload = None
+        self._device_account.release("weights", self.fixed_device_bytes)
+        self.fixed_device_bytes = 0
 
     def _place(self, device_bytes: int, host_bytes: int) -> Placement:
         everything = frozenset(range(len(self.units)))

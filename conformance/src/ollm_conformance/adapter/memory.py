@@ -144,6 +144,8 @@ class Memory(AdapterSuite):
             generate(model, prompt[None], 3)
         model.close()
         model.close()
+        for account in (model.accounts.device, model.accounts.host):
+            assert not account.used, f"{account.name}: expected nothing held, got {account.kinds}"
         gc.collect()
         after = _live_bytes(), _open_files(), _threads()
         for what, one, other in zip(("bytes", "open files", "threads"), before, after, strict=True):
