@@ -10,7 +10,7 @@ MODEL := models/smollm2-135M
 QUESTION := What is the title of this document?
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint format type test demo model bench gpu clean
+.PHONY: help install lint format type test demo model template bench gpu clean
 
 help: ## show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -52,6 +52,9 @@ $(MODEL)/config.json: | $(INSTALLED)
 demo: install model ## ask a 269 MB model about LICENSE, in 128 MB and with the KV cache on disk
 	$(BIN)/ollm run $(MODEL) --file LICENSE --prompt "$(QUESTION)" --max-new-tokens 64 \
 		--device cpu --device-memory 128MB --kv disk --kv-dir kv_cache
+
+template: install ## an adapter from the template: made, installed, tested and listed, all afresh
+	adapters/template/check.sh $(BIN)/python
 
 bench: install ## decode and prefill against the disk's own limit
 	$(BIN)/python benchmarks/decode.py

@@ -69,6 +69,8 @@ class StreamedModel(PreTrainedModel, GenerationMixin, Closing):
         super().__init__(config)
         if generation_config is not None:
             self.generation_config = generation_config
+        # Checkpoints saved while training say False, and every token would be a whole prefill.
+        self.generation_config.use_cache = True
         self.tokenizer = tokenizer
         self.engine = engine
         self.weights = weights

@@ -196,3 +196,14 @@ def test_memory_goes_back_after_generate(model, ids):
     model.generate(ids(300)[None], max_new_tokens=3, **GREEDY)
     held = {kind: n for kind, n in model.accounts.device.kinds.items() if "weights" not in kind}
     assert not any(held.values())
+
+
+def test_a_config_without_cache_still_uses_one(make_llama, reference, ids):
+    """A checkpoint whose config says `use_cache: false` is not prefilled again at every token."""
+    directory = make_llama(use_cache=False)
+    prompt = ids(40)
+    expected, _ = reference(directory, torch.float32).greedy(prompt, 4, 40)
+    with ollm.load(directory, device="cpu", chunk_size=40) as model:
+        found = model.generate(prompt[None], max_new_tokens=4, do_sample=False, eos_token_id=None)
+        assert found[0, 40:].tolist() == expected
+        assert model.stats.prefill_tokens == 40
