@@ -40,6 +40,10 @@ class Policy:
 
     attention: str
     chunk_size: int | None
+    may_chunk: bool = True
+    """Whether the family allows a prompt in chunks."""
+    may_use_blocks: bool = True
+    """Whether the family allows block-wise attention."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,11 +112,19 @@ class Admission:
         attention = self._policy.attention
         if attention == "auto":
             names = ["exact", "blockwise"] if context <= EXACT_CONTEXT else ["blockwise"]
+            names = names if self._policy.may_use_blocks else ["exact"]
         else:
             names = [attention]
         first = 512 if self._on_cpu else 2048
         sizes = [self._policy.chunk_size or first]
-        while self._policy.chunk_size is None and sizes[-1] > 64 and longest > 64:
+        if not self._policy.may_chunk:
+            sizes = [max(longest, first)]
+        while (
+            self._policy.may_chunk
+            and self._policy.chunk_size is None
+            and sizes[-1] > 64
+            and longest > 64
+        ):
             sizes.append(sizes[-1] // 2)
         for name in names:
             for size in sizes:

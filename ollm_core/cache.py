@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,9 +21,13 @@ class SequenceCache(Cache):
     Owns the store: closes it when it is closed itself or no longer referred to.
     """
 
-    def __init__(self, store: KVStore, num_layers: int) -> None:
+    def __init__(
+        self, store: KVStore, num_layers: int, demand: Callable[[str], None] | None = None
+    ) -> None:
+        """`demand` raises UnsupportedError for a capability that the model does not have."""
         super().__init__(layers=[])
         self.store = store
+        self._demand = demand
         self.rows: list[int] = []
         """Sequence of each batch row."""
         self.kept: list[Tensor] = []
@@ -106,7 +110,12 @@ class SequenceCache(Cache):
         raise UnsupportedError("this cache belongs to a streamed model and works with no other")
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Drop the last `-tokens_to_remove` positions; a positive number is the length to keep."""
+        """Drop the last `-tokens_to_remove` positions; a positive number is the length to keep.
+
+        Raises UnsupportedError for a family that cannot go back.
+        """
+        if self._demand:
+            self._demand("truncate")
         length = self.get_seq_length()
         wanted = tokens_to_remove if tokens_to_remove > 0 else length + tokens_to_remove
         for row, kept in enumerate(self.kept):

@@ -21,6 +21,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 from transformers.generation.candidate_generator import CandidateGenerator
+from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -63,7 +64,9 @@ class StreamedModel(PreTrainedModel, GenerationMixin, Closing):
         generation_config: GenerationConfig | None = None,
         tokenizer: Any = None,
         drafter: Drafter | None = None,
+        demand: Callable[[str], None],
     ) -> None:
+        """`demand` raises UnsupportedError for a capability that the adapter does not have."""
         config = copy.deepcopy(skeleton.config)
         config._attn_implementation = "eager"
         super().__init__(config)
@@ -76,6 +79,7 @@ class StreamedModel(PreTrainedModel, GenerationMixin, Closing):
         self.weights = weights
         self.accounts = accounts
         self._open_store = open_store
+        self._demand = demand
         self._drafter = drafter
         self._weight_bytes = weight_bytes
         self._kv_tier = ""
@@ -131,6 +135,8 @@ class StreamedModel(PreTrainedModel, GenerationMixin, Closing):
         logits_to_keep: int | Tensor,
     ) -> Tensor:
         num_rows, num_new = input_ids.shape
+        if num_rows > 1:
+            self._demand("batch")
         ids = input_ids.cpu()
         kept = torch.ones_like(ids, dtype=torch.bool)
         if attention_mask is not None:
@@ -216,7 +222,7 @@ class StreamedModel(PreTrainedModel, GenerationMixin, Closing):
         """
         directory = Path(kv_dir) if kv_dir is not None else None
         self._kv_tier, store = self._open_store(kv or "", directory, num_tokens)
-        cache = SequenceCache(store, self.config.num_hidden_layers)
+        cache = SequenceCache(store, self.config.num_hidden_layers, self._demand)
         self._caches = [finalizer for finalizer in self._caches if finalizer.alive]
         self._caches.append(cache.finalizer)
         return cache
@@ -297,6 +303,8 @@ class StreamedModel(PreTrainedModel, GenerationMixin, Closing):
                 "cache_implementation is for transformers' caches",
                 hint="choose with kv='device', 'host' or 'disk' when loading",
             )
+        if generation_mode == GenerationMode.ASSISTED_GENERATION:
+            self._demand("drafts")
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
             rows = batch_size * max(
                 generation_config.num_beams or 1, generation_config.num_return_sequences or 1

@@ -24,7 +24,7 @@ from ollm_core.kv import DeviceKVStore, DiskKVStore, HostKVStore, KeepingKVStore
 from ollm_core.machine import free_memory, pick_device
 from ollm_core.memory import MemoryAccount, parse_size
 from ollm_core.plugins import Offer, one_line
-from ollm_core.registry import Registry, require
+from ollm_core.registry import Registry, require, supports
 from ollm_core.requests import DraftRequest, KVRequest
 from ollm_core.skeleton import Skeleton
 from ollm_core.types import CacheKind, Config, Progress
@@ -35,6 +35,7 @@ from ollm_core.weights.units import cut_units
 from ollm_core.workspace import Workspace
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+KV_TIERS = ("device", "host", "disk")
 
 
 def load(
@@ -95,8 +96,13 @@ def load(
     directory = resolve(str(path_or_id), registry, models_dir)
     whole_config = read_config(directory)
     adapter = registry.adapter_for(whole_config)
+    demand = functools.partial(require, adapter)
     if draft != "none":
-        require(adapter, "drafts")
+        demand("drafts")
+    if attention == "blockwise":
+        demand("blockwise-attention")
+    if chunk_size is not None:
+        demand("chunked-prefill")
     config = adapter.text_config(whole_config)
     checkpoint = open_checkpoint(directory)
     tensors = LogicalTensors(checkpoint, config, registry.offers("ollm_weight_codecs"))
@@ -127,7 +133,12 @@ def load(
         layout.num_layers, cache.num_kv_heads, cache.head_dim, compute_dtype, target
     )
     admission = Admission(
-        Policy(attention, chunk_size),
+        Policy(
+            attention,
+            chunk_size,
+            may_chunk=supports(adapter, "chunked-prefill"),
+            may_use_blocks=supports(adapter, "blockwise-attention"),
+        ),
         accounts,
         weights,
         Workspace(skeleton, geometry),
@@ -148,7 +159,12 @@ def load(
         )
         if offer := registry.check_name("ollm_kv_stores", tier or kv):
             return offer.name, offer.make(KVStore, request)
-        return _open_store(tier or kv, num_tokens, request)
+        if (tier or kv) == "auto":
+            able = [name for name in KV_TIERS if supports(adapter, f"kv-{name}")]
+            tier = _choose_tier(able, request, num_tokens)
+        tier = tier or kv
+        demand(f"kv-{tier}")
+        return tier, _open_store(tier, request)
 
     tokenizer = _tokenizer(directory)
     drafter: Drafter | None = LookupDrafter() if draft == "lookup" else None
@@ -175,6 +191,7 @@ def load(
         generation_config=_generation_config(directory),
         tokenizer=tokenizer,
         drafter=drafter,
+        demand=demand,
     )
 
 
@@ -238,34 +255,30 @@ def _open(checkpoint: Checkpoint, reader: str, engine: Offer | None) -> ByteSour
     return source
 
 
-def _open_store(tier: str, num_tokens: int, request: KVRequest) -> tuple[str, KVStore]:
+def _open_store(tier: str, request: KVRequest) -> KVStore:
     geometry, device, host = request.geometry, request.device_account, request.host_account
-    if tier == "auto":
-        tier = _choose_tier(request, num_tokens)
     if tier == "device":
-        return tier, DeviceKVStore(geometry, device)
+        return DeviceKVStore(geometry, device)
     if tier == "host":
-        return tier, HostKVStore(geometry, host, device)
+        return HostKVStore(geometry, host, device)
     if request.directory and request.keep:
-        return tier, KeepingKVStore(
-            geometry, host, request.directory, request.fingerprint(), device
-        )
+        return KeepingKVStore(geometry, host, request.directory, request.fingerprint(), device)
     home = request.directory or Path.home() / ".cache" / "ollm" / "kv"
-    return tier, DiskKVStore(geometry, host, home, request.fingerprint(), device)
+    return DiskKVStore(geometry, host, home, request.fingerprint(), device)
 
 
-def _choose_tier(request: KVRequest, num_tokens: int) -> str:
-    """The first tier of which the expected tokens take at most a quarter (device) or half
-    (host).
+def _choose_tier(able: Sequence[str], request: KVRequest, num_tokens: int) -> str:
+    """Of the tiers that the family is `able` to use, the first of which the expected tokens take at
+    most a quarter (device) or half (host); disk where a directory was named.
     """
-    if request.directory is not None:
-        return "disk"
     geometry = request.geometry
     num_expected = num_tokens + geometry.block_size
     expected = geometry.num_layers * geometry.block_bytes * num_expected // geometry.block_size
-    if expected <= request.device_account.limit // 4:
-        return "device"
-    return "host" if expected <= request.host_account.limit // 2 else "disk"
+    room = {"device": request.device_account.limit // 4, "host": request.host_account.limit // 2}
+    if request.directory is not None and "disk" in able:
+        return "disk"
+    fitting = [tier for tier in able if expected <= room.get(tier, expected)]
+    return (*fitting, *reversed(able), *KV_TIERS)[0]
 
 
 def _generation_config(directory: Path) -> GenerationConfig | None:

@@ -198,12 +198,18 @@ class Registry:
         )
 
 
+def supports(adapter: ModelAdapter, capability: str) -> bool:
+    """Whether `adapter` declares `capability` in full, or not at all."""
+    declared = adapter.capabilities.get(capability)
+    return declared is None or declared.support == "full"
+
+
 def require(adapter: ModelAdapter, capability: str) -> None:
     """Raises UnsupportedError, with the adapter's own reason, unless `capability` is full."""
     if capability not in CAPABILITIES:
         raise ValueError(f"unknown capability {capability!r}, known: {', '.join(CAPABILITIES)}")
-    declared = adapter.capabilities.get(capability)
-    if declared is not None and declared.support != "full":
+    if not supports(adapter, capability):
+        declared = adapter.capabilities[capability]
         yet = " yet" if declared.support == "not-implemented" else ""
         raise UnsupportedError(
             f"adapter {adapter.name} does not support {capability}{yet}: {declared.reason}",

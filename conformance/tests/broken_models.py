@@ -11,10 +11,12 @@ from pathlib import Path
 
 import torch
 from broken import broken_adapter
+from families import Limited
 from ollm_adapter_llama import LlamaAdapter
 
 import ollm
 from ollm_core import ReadError
+from ollm_core.registry import Registry
 
 _ONLY = {}
 
@@ -335,11 +337,19 @@ def lookup_costs_passes(*args, **options):
     return model
 
 
+def limits_ignored(path, **options):
+    """What the adapter declares unsupported is done all the same."""
+    return ollm.load(path, **{**options, "registry": Registry.of(LlamaAdapter())})
+
+
 def _broken(check, sentence, load):
     return broken_adapter(check, sentence, LlamaAdapter, load=load)
 
 
 BROKEN_MODELS = [
+    broken_adapter(
+        "declaration.unsupported", "What is unsupported is done.", Limited, load=limits_ignored
+    ),
     _broken("exact.resident", "Everything is computed in float32.", upcast),
     _broken("exact.chunks", "The chunk size is not the one asked for.", chunk_size_ignored),
     _broken("exact.decode", "Exact attention is block-wise.", exact_is_blockwise),

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from ollm_adapter_llama import LlamaAdapter
 
-from ollm_core import DecoderAdapter
+from ollm_core import Capability, DecoderAdapter
+from ollm_core.registry import CAPABILITIES
+
+_NOT_HERE = sorted(CAPABILITIES.keys() - {"kv-device"})
 
 
 class Qwen3(DecoderAdapter):
@@ -30,3 +33,11 @@ class Qwen3(DecoderAdapter):
             "use_sliding_window": False,
             "rope_scaling": None,
         }
+
+
+class Limited(LlamaAdapter):
+    """A good adapter that declares to do nothing beyond the plainest run."""
+
+    @property
+    def capabilities(self):
+        return {name: Capability("unsupported", f"no {name} here") for name in _NOT_HERE}

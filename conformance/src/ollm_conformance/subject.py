@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrai
 import ollm
 from ollm_core import Config, DoesNotFitError, ModelAdapter
 from ollm_core.generation import StreamedModel
-from ollm_core.registry import Registry
+from ollm_core.registry import Registry, supports
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 CHUNK = 96
@@ -32,7 +32,9 @@ class Reference:
     chunks.
     """
 
-    def __init__(self, directory: Path, dtype: torch.dtype, device: str = "cpu") -> None:
+    def __init__(
+        self, directory: Path, dtype: torch.dtype, device: str = "cpu", chunk_size: int = CHUNK
+    ) -> None:
         model = AutoModelForCausalLM.from_pretrained(
             directory, dtype=dtype, attn_implementation="eager", experts_implementation="eager"
         )
@@ -40,6 +42,7 @@ class Reference:
         with torch.no_grad():
             for parameter in self.model.parameters():
                 parameter.data = parameter.data.clone()  # aligned memory, as a fresh model has
+        self._chunk_size = chunk_size
         self._known: dict[tuple[tuple[int, ...], int, bool], Tensor] = {}
 
     def new_cache(self) -> DynamicCache:
@@ -50,7 +53,7 @@ class Reference:
     def run(
         self,
         ids: Tensor,
-        chunk_size: int = CHUNK,
+        chunk_size: int | None = None,
         cache: DynamicCache | None = None,
         *,
         last_only: bool = False,
@@ -58,6 +61,7 @@ class Reference:
         """Logits [T, V] of `ids` [T], after what is in `cache`; of the last token alone with
         `last_only`, as `generate` asks for them.
         """
+        chunk_size = chunk_size or self._chunk_size
         key = tuple(ids.tolist()), chunk_size, last_only
         if cache is None and key in self._known:
             return self._known[key]
@@ -151,14 +155,17 @@ class Subject:
         directory = directory or self.tiny(dtype)
         key = directory, dtype
         if key not in self._references:
-            self._references[key] = Reference(directory, DTYPES[dtype])
+            chunk_size = CHUNK if supports(self.adapter, "chunked-prefill") else 1 << 20
+            self._references[key] = Reference(directory, DTYPES[dtype], chunk_size=chunk_size)
         return self._references[key]
 
     def open(self, directory: Path | None = None, **options: Any) -> StreamedModel:
         """The model under test; default: `tiny()`, exact attention, chunks of `CHUNK` tokens."""
+        if supports(self.adapter, "chunked-prefill"):
+            options.setdefault("chunk_size", CHUNK)
         options = {
-            "device": "cpu", "device_memory": "1GB", "host_memory": "1GB", "chunk_size": CHUNK,
-            "attention": "exact", "registry": self.registry,
+            "device": "cpu", "device_memory": "1GB", "host_memory": "1GB",
+            "attention": "exact", "registry": self.registry, "keep_kv": False,
         } | options  # fmt: skip
         if options.get("kv") == "disk":
             options.setdefault("kv_dir", self.new_directory())

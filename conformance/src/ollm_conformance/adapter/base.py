@@ -14,7 +14,7 @@ from ollm_conformance.checks import UNSUPPORTED, check_of
 from ollm_conformance.subject import Subject
 from ollm_core import ModelAdapter
 from ollm_core.generation import StreamedModel
-from ollm_core.registry import Registry
+from ollm_core.registry import Registry, supports
 
 
 class AdapterSuite:
@@ -64,13 +64,23 @@ class AdapterSuite:
         check.
         """
         found = check_of(request.node)
-        if found is None or not found.needs:
+        needs = [*found.needs, *_needs_of_case(request.node)] if found else []
+        if not needs:
             return
         subject: Subject = request.getfixturevalue("subject")
-        for need in found.needs:
-            declared = subject.adapter.capabilities.get(need)
-            if declared is not None and declared.support != "full":
-                pytest.skip(f"{UNSUPPORTED}{need}: {declared.reason}")
+        for need in needs:
+            if not supports(subject.adapter, need):
+                reason = subject.adapter.capabilities[need].reason
+                pytest.skip(f"{UNSUPPORTED}{need}: {reason}")
+
+
+def _needs_of_case(item: pytest.Function) -> Iterator[str]:
+    """What one case of a check needs, by its parameters."""
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    if "kv" in parameters:
+        yield f"kv-{parameters['kv']}"
+    if parameters.get("attention") == "blockwise":
+        yield "blockwise-attention"
 
 
 def installed_adapter(name: str | None) -> ModelAdapter:

@@ -152,6 +152,39 @@ class Caches(AdapterSuite):
         same_bits(logits, expected, "logits of the second turn")
 
     @check(
+        "caches.reopen",
+        "KV on disk is found by the next run, which goes on from it bit for bit; damage is not "
+        "believed.",
+        look=_LOOK,
+        needs=["kv-disk"],
+    )
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    def test_reopen(self, subject: Subject, dtype: str) -> None:
+        prompt, kv_dir = subject.prompt(PROMPT), subject.new_directory()
+        reference = subject.reference(dtype)
+        cache = reference.new_cache()
+        reference.run(prompt[:500], cache=cache)
+        expected = reference.run(prompt[500:], cache=cache, last_only=True)
+        options = {"kv": "disk", "kv_dir": kv_dir, "keep_kv": True}
+        with subject.open(subject.tiny(dtype), **options) as model:
+            model(input_ids=prompt[None, :500], logits_to_keep=1)
+        with subject.open(subject.tiny(dtype), **options) as model:
+            found = model(input_ids=prompt[None], logits_to_keep=1).logits[0]
+            counts = model.stats.cached_tokens, model.stats.prefill_tokens
+        assert counts == (500, 100), (
+            f"expected 500 tokens found and 100 computed, got {counts[0]} and {counts[1]}"
+        )
+        same_bits(found, expected, f"logits after 500 found tokens in {dtype}")
+        for path in kv_dir.rglob("layer-*"):
+            with path.open("r+b") as file:
+                file.seek(path.stat().st_size // 2)
+                file.write(bytes(4096))
+        with subject.open(subject.tiny(dtype), **options) as model:
+            found = model(input_ids=prompt[None, :500], logits_to_keep=1).logits[0]
+        whole = reference.run(prompt[:500], last_only=True)
+        same_within(found, whole, 1e-4 if dtype == "float32" else 0.1, "logits after damage")
+
+    @check(
         "caches.bytes",
         "Stored keys and values take the bytes of the KV heads, rounded up to blocks.",
         look=_LOOK,

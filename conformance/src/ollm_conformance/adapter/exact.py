@@ -43,8 +43,8 @@ class Exact(AdapterSuite):
         def work(model: StreamedModel) -> None:
             model(input_ids=prompt[None], logits_to_keep=1)
 
-        least = subject.least_memory(work, directory=directory, reader=reader, kv="disk")
-        with subject.open(directory, device_memory=least, reader=reader, kv="disk") as model:
+        least = subject.least_memory(work, directory=directory, reader=reader)
+        with subject.open(directory, device_memory=least, reader=reader) as model:
             used = model.stats.reader
             assert used == reader, f"expected reading engine {reader!r}, got {used!r}"
             expected = subject.reference(dtype).run(prompt, last_only=True)
@@ -88,7 +88,7 @@ class Exact(AdapterSuite):
         "exact.blockwise",
         "Block-wise attention differs from transformers by less than 1e-5 of the scale in float32.",
         look="attention options that the family's modules pass: windows, sinks, scaling, soft caps",
-        needs=["blockwise-attention"],
+        needs=["blockwise-attention", "chunked-prefill"],
     )
     @pytest.mark.parametrize("chunk_size", [61, 400])
     def test_blockwise(self, subject: Subject, chunk_size: int) -> None:

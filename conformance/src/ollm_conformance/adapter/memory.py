@@ -27,6 +27,7 @@ class Memory(AdapterSuite):
         "memory.budget",
         "What a refusal names is enough, one byte less is refused, and the peak stays inside.",
         look=_LOOK,
+        needs=["kv-device"],
     )
     @pytest.mark.parametrize("attention", ["exact", "blockwise"])
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -56,6 +57,7 @@ class Memory(AdapterSuite):
         "memory.planned",
         "The planned device peak is never below what is really allocated, and within 10% of it.",
         look=_LOOK,
+        needs=["kv-device"],
     )
     @pytest.mark.parametrize("attention", ["exact", "blockwise"])
     @pytest.mark.parametrize("resident", [True, False])
@@ -65,7 +67,7 @@ class Memory(AdapterSuite):
         def work(model: StreamedModel) -> None:
             model(input_ids=prompt[None], logits_to_keep=1)
 
-        options = {"attention": attention, "kv": "device", "chunk_size": 400}
+        options = {"attention": attention, "kv": "device"}
         budget = 1 << 30
         if not resident:
             budget = subject.least_memory(work, directory, **options)
@@ -88,7 +90,7 @@ class Memory(AdapterSuite):
         "memory.flat",
         "Twice the prompt adds its hidden states to the device peak, and no more.",
         look=_LOOK,
-        needs=["blockwise-attention", "kv-disk"],
+        needs=["blockwise-attention", "chunked-prefill", "kv-disk"],
     )
     def test_flat(self, subject: Subject) -> None:
         directory = subject.tiny("bfloat16")
