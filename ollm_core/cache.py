@@ -66,7 +66,7 @@ class SequenceCache(Cache):
 
     @property
     def is_sliding(self) -> list[bool]:
-        return [False] * self._num_layers
+        return [kind.kind == "sliding" for kind in self.store.geometry.kinds]
 
     def __len__(self) -> int:
         return self._num_layers
@@ -89,8 +89,8 @@ class SequenceCache(Cache):
         length = self.get_seq_length()
         wanted = tokens_to_remove if tokens_to_remove > 0 else length + tokens_to_remove
         for row, kept in enumerate(self.kept):
+            self.store.truncate(self.rows[row], int(kept[:wanted].sum()))
             self.kept[row] = kept[:wanted]
-            self.store.truncate(self.rows[row], int(self.kept[row].sum()))
 
     def reset(self) -> None:
         """Forget all rows."""
@@ -111,7 +111,7 @@ class SequenceCache(Cache):
         self._pick(picked.tolist())
 
     def activate_past_recording(self) -> None:
-        """Nothing to do: the store can always be truncated."""
+        """Nothing to do: the store can be truncated, in sliding layers by about a block."""
 
     def _pick(self, sources: list[int]) -> None:
         forks = [self.store.fork(self.rows[source]) for source in sources]

@@ -71,7 +71,7 @@ class LayerFile(Closing):
         system allows it. Raises OSError.
         """
         self.path = directory / f"layer-{layer_idx:05}.kv"
-        self.slot_bytes = round_up(geometry.block_bytes)
+        self.slot_bytes = round_up(geometry.block_bytes(layer_idx))
         self.num_slots = 0
         self._free: set[int] = set()
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
@@ -87,9 +87,9 @@ class LayerFile(Closing):
                     "layer": layer_idx,
                     "dtype": str(geometry.dtype).removeprefix("torch."),
                     "block_size": geometry.block_size,
-                    "heads": geometry.num_kv_heads,
-                    "dim": geometry.head_dim,
-                    "block_bytes": geometry.block_bytes,
+                    "heads": geometry.kinds[layer_idx].num_kv_heads,
+                    "dim": geometry.kinds[layer_idx].head_dim,
+                    "block_bytes": geometry.block_bytes(layer_idx),
                 }
             )
             if self._transfer(os.pwritev, buffer, 0) < PAGE:
