@@ -108,7 +108,7 @@ def load(
     tensors = LogicalTensors(checkpoint, config, registry.offers("ollm_weight_codecs"))
     compute_dtype = _compute_dtype(dtype, {**config, **whole_config}, directory, tensors.dtypes())
     layout = adapter.layout(config)
-    cache = _cache_kind(adapter, config)
+    kinds = _cache_kinds(adapter, config, layout.num_layers)
     skeleton = Skeleton(config, layout, compute_dtype, target)
     plan = adapter.weights(config, tensors.names)
     units = cut_units(
@@ -129,9 +129,7 @@ def load(
         buffer_bytes=skeleton.buffer_bytes,
     )
     skeleton.bind_norm(weights.norm)
-    geometry = KVGeometry(
-        layout.num_layers, cache.num_kv_heads, cache.head_dim, compute_dtype, target
-    )
+    geometry = KVGeometry(kinds, compute_dtype, target)
     admission = Admission(
         Policy(
             attention,
@@ -187,6 +185,7 @@ def load(
         Engine(skeleton, weights, admission, on_progress),
         accounts,
         open_store,
+        kinds,
         weight_bytes=checkpoint.total_bytes,
         generation_config=_generation_config(directory),
         tokenizer=tokenizer,
@@ -230,13 +229,25 @@ def _compute_dtype(
     )
 
 
-def _cache_kind(adapter: ModelAdapter, config: Config) -> CacheKind:
-    kinds = set(adapter.caches(config))
-    if len(kinds) != 1 or next(iter(kinds)).kind != "full":
-        raise UnsupportedError(
-            f"adapter {adapter.name} has layers of several cache kinds, which are not supported yet"
+def _cache_kinds(adapter: ModelAdapter, config: Config, num_layers: int) -> tuple[CacheKind, ...]:
+    kinds = tuple(adapter.caches(config))
+    if len(kinds) != num_layers:
+        raise ConfigError(
+            f"adapter {adapter.name} gives {len(kinds)} caches, expected {num_layers}"
         )
-    return kinds.pop()
+    for layer_idx, kind in enumerate(kinds):
+        if kind.kind == "recurrent":
+            raise UnsupportedError(
+                f"layer {layer_idx} keeps a recurrent state, which is not supported yet"
+            )
+        if kind.kind == "sliding" and (kind.window is None or kind.window < 2):
+            raise ConfigError(
+                f"layer {layer_idx} has a sliding window of {kind.window} tokens, "
+                "expected at least 2"
+            )
+        if kind.kind == "full" and kind.window is not None:
+            raise ConfigError(f"layer {layer_idx} keeps all tokens, and yet has a window")
+    return kinds
 
 
 def _open(checkpoint: Checkpoint, reader: str, engine: Offer | None) -> ByteSource:
@@ -273,7 +284,9 @@ def _choose_tier(able: Sequence[str], request: KVRequest, num_tokens: int) -> st
     """
     geometry = request.geometry
     num_expected = num_tokens + geometry.block_size
-    expected = geometry.num_layers * geometry.block_bytes * num_expected // geometry.block_size
+    # Windows are not counted: how many rows share the tokens is not known here.
+    layer_bytes = sum(map(geometry.block_bytes, range(geometry.num_layers)))
+    expected = layer_bytes * num_expected // geometry.block_size
     room = {"device": request.device_account.limit // 4, "host": request.host_account.limit // 2}
     if request.directory is not None and "disk" in able:
         return "disk"

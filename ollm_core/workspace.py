@@ -4,13 +4,14 @@ and quick.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from typing import cast
 
 import torch
 from torch import Tensor
 
 from ollm_core.attention import ATTENTIONS
+from ollm_core.buffers import round_up
 from ollm_core.interfaces import KVStore, KVView
 from ollm_core.kv import KVGeometry
 from ollm_core.skeleton import Skeleton
@@ -25,33 +26,57 @@ class Workspace:
     def __init__(self, skeleton: Skeleton, geometry: KVGeometry) -> None:
         self._skeleton = skeleton
         self._geometry = geometry
-        self._known: dict[tuple[int, int, int, str], int] = {}
+        self._known: dict[tuple[int, int, int, int, str], int] = {}
+        # One layer of each kind: what it remembers, and what it is made of.
+        kinds: dict[Hashable, int] = {}
+        for layer_idx, (layer, cache) in enumerate(
+            zip(skeleton.layers, geometry.kinds, strict=True)
+        ):
+            made_of = tuple((name, value.shape) for name, value in layer.named_parameters())
+            kinds.setdefault((cache, type(layer), made_of), layer_idx)
+        self._distinct = tuple(kinds.values())
 
     def layer_bytes(self, num_rows: int, num_new: int, num_past: int, attention: str) -> int:
         """Peak bytes of a layer for `num_new` tokens in each of `num_rows`, after `num_past`
-        tokens.
+        tokens: of the layer that takes most.
 
         The layer's output is counted, its input and its weights are not.
         """
-        num_blocks = -(-num_past // self._geometry.block_size)
-        if attention == "blockwise":
-            num_blocks = min(num_blocks, _BLOCKWISE_BLOCKS)
-        key = num_rows, num_new, num_blocks, attention
+        return max(
+            self._one_layer(layer_idx, num_rows, num_new, num_past, attention)
+            for layer_idx in self._distinct
+        )
+
+    def _one_layer(
+        self, layer_idx: int, num_rows: int, num_new: int, num_past: int, attention: str
+    ) -> int:
+        block_size, window = self._geometry.block_size, self._geometry.kinds[layer_idx].window
+        num_past = round_up(num_past, block_size)
+        if window is not None:
+            # As many as are ever seen: their first block is then as long as any that is cut.
+            num_past = min(num_past, window - 1)
+        elif attention == "blockwise":
+            num_past = min(num_past, _BLOCKWISE_BLOCKS * block_size)
+        key = layer_idx, num_rows, num_new, num_past, attention
         if key not in self._known:
-            self._known[key] = self._trace(num_rows, num_new, num_blocks, attention)
+            self._known[key] = self._trace(*key)
         return self._known[key]
 
-    def _trace(self, num_rows: int, num_new: int, num_blocks: int, attention: str) -> int:
+    def _trace(
+        self, layer_idx: int, num_rows: int, num_new: int, num_past: int, attention: str
+    ) -> int:
         hidden_size: int = self._skeleton.config.hidden_size
         hidden = torch.empty(
             num_rows, num_new, hidden_size, dtype=self._geometry.dtype, device="meta"
         )
-        cache = _TracedCache(self._geometry, num_blocks, attention)
+        cache = _TracedCache(self._geometry, num_past, attention)
 
         def run() -> Tensor:
             positions = torch.arange(num_new, device="meta").expand(num_rows, num_new)
-            embeddings = self._skeleton.meta_rotary(hidden, positions)
-            output: Tensor = self._skeleton.layers[0](
+            embeddings = self._skeleton.embeddings(
+                self._skeleton.meta_rotary, layer_idx, hidden, positions
+            )
+            output: Tensor = self._skeleton.layers[layer_idx](
                 hidden,
                 attention_mask=None,
                 position_ids=positions,
@@ -67,11 +92,10 @@ class Workspace:
 class _TracedCache:
     """Stands for the cache of a layer: hands out blocks without data."""
 
-    def __init__(self, geometry: KVGeometry, num_blocks: int, attention: str) -> None:
-        self._num_blocks = num_blocks
-        self._num_tokens = num_blocks * geometry.block_size
+    def __init__(self, geometry: KVGeometry, num_tokens: int, attention: str) -> None:
+        self._geometry = geometry
+        self._num_tokens = num_tokens
         self._attention = attention
-        self._block = torch.empty(geometry.block_shape, dtype=geometry.dtype, device="meta")
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int) -> tuple[KVView, KVView]:
         num_rows = keys.shape[0]
@@ -87,7 +111,10 @@ class _TracedCache:
         return view, view
 
     def blocks(
-        self, layer_idx: int, sequence: int, num_tokens: int | None = None
+        self, layer_idx: int, sequence: int, num_tokens: int | None = None, first: int = 0
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        for _ in range(self._num_blocks):
-            yield self._block[0], self._block[1]
+        shape = self._geometry.block_shape(layer_idx)
+        block = torch.empty(shape, dtype=self._geometry.dtype, device="meta")
+        for begin in range(first, self._num_tokens, self._geometry.block_size):
+            count = min(self._geometry.block_size, self._num_tokens - begin)
+            yield block[0, :, :count], block[1, :, :count]
