@@ -28,8 +28,8 @@ class SequenceCache(Cache):
         kinds: Sequence[CacheKind],
         demand: Callable[[str], None] | None = None,
     ) -> None:
-        """`kinds` are those of the layers. `demand` raises UnsupportedError for a capability that the
-        model does not have.
+        """`kinds` are those of the layers. `demand` raises UnsupportedError for a capability that
+        the model does not have.
         """
         super().__init__(layers=[])
         self.store = store

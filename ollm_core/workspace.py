@@ -19,6 +19,9 @@ from ollm_core.tracing import traced_peak
 
 _BLOCKWISE_BLOCKS = 2  # block-wise attention takes as much for two earlier blocks as for any number
 
+_Shape = tuple[int, int, int, int, str]
+"""layer_idx, num_rows, num_new, num_past, attention"""
+
 
 class Workspace:
     """Answers "how many bytes" for the layers of one model. Results are remembered by shape."""
@@ -26,7 +29,7 @@ class Workspace:
     def __init__(self, skeleton: Skeleton, geometry: KVGeometry) -> None:
         self._skeleton = skeleton
         self._geometry = geometry
-        self._known: dict[tuple[int, int, int, int, str], int] = {}
+        self._known: dict[_Shape, int] = {}
         # One layer of each kind: what it remembers, and what it is made of.
         kinds: dict[Hashable, int] = {}
         for layer_idx, (layer, cache) in enumerate(
@@ -51,13 +54,20 @@ class Workspace:
         self, layer_idx: int, num_rows: int, num_new: int, num_past: int, attention: str
     ) -> int:
         block_size, window = self._geometry.block_size, self._geometry.kinds[layer_idx].window
-        num_past = round_up(num_past, block_size)
+        shape = layer_idx, num_rows, num_new
+        below, above = num_past // block_size * block_size, round_up(num_past, block_size)
         if window is not None:
             # As many as are ever seen: their first block is then as long as any that is cut.
-            num_past = min(num_past, window - 1)
-        elif attention == "blockwise":
-            num_past = min(num_past, _BLOCKWISE_BLOCKS * block_size)
-        key = layer_idx, num_rows, num_new, num_past, attention
+            return self._remembered(*shape, min(above, window - 1), attention)
+        if attention == "blockwise":
+            return self._remembered(*shape, min(above, _BLOCKWISE_BLOCKS * block_size), attention)
+        # What an operation takes is a line in num_past. The peak is the highest of such lines, so
+        # between two lengths it lies on or below the straight line from one peak to the other.
+        least = self._remembered(*shape, below, attention)
+        most = self._remembered(*shape, above, attention)
+        return least + -(-(most - least) * (num_past - below) // block_size)
+
+    def _remembered(self, *key: *_Shape) -> int:
         if key not in self._known:
             self._known[key] = self._trace(*key)
         return self._known[key]
