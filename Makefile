@@ -18,12 +18,12 @@ help: ## show this list
 install: $(INSTALLED) ## make .venv with everything, at the versions of constraints.txt
 
 # Redone when a file that says what to install changes; torch goes first, alone, because it is big.
-$(INSTALLED): pyproject.toml constraints.txt $(ADAPTERS:%=%/pyproject.toml)
+$(INSTALLED): pyproject.toml constraints.txt conformance/pyproject.toml $(ADAPTERS:%=%/pyproject.toml)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "error: $(PYTHON) is older than 3.11"; echo "hint: make PYTHON=python3.12"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet -c constraints.txt torch
-	$(PIP) install --quiet -c constraints.txt -e '.[dev,gguf]' $(ADAPTERS:%=-e ./%)
+	$(PIP) install --quiet -c constraints.txt -e '.[dev,gguf]' -e ./conformance $(ADAPTERS:%=-e ./%)
 	@touch $@
 
 lint: install ## ruff, rules and format
