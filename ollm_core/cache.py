@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from transformers import Cache
 
 from ollm_core.errors import InputError, UnsupportedError
-from ollm_core.interfaces import KVStore
+from ollm_core.interfaces import KeepsPrefixes, KVStore
 
 
 class SequenceCache(Cache):
@@ -44,9 +45,29 @@ class SequenceCache(Cache):
         if len(self.rows) != num_rows:
             raise InputError(f"the cache has {len(self.rows)} rows, the batch has {num_rows}")
 
-    def extend(self, row: int, kept: Tensor) -> None:
-        """Note positions, bool [T], that were added to a row."""
-        self.kept[row] = torch.cat([self.kept[row], kept])
+    def restore(self, prompts: Sequence[Tensor]) -> None:
+        """Let each row, which is empty, begin with what the store has kept of its prompt [T]."""
+        if isinstance(self.store, KeepsPrefixes):
+            for row, prompt in enumerate(prompts):
+                sequence, _ = self.store.find(prompt)
+                self.store.release(self.rows[row])
+                self.rows[row] = sequence
+
+    def clear(self) -> None:
+        """Make the rows empty again. Positions must not have been noted."""
+        for row, sequence in enumerate(self.rows):
+            self.store.release(sequence)
+            self.rows[row] = self.store.new_sequence()
+
+    def extend(self, kept: Tensor, token_ids: Sequence[Tensor]) -> None:
+        """Note positions, bool [B, T], that were added to the rows, and each row's real tokens
+        among them, [n].
+        """
+        starts = [int(row.sum()) for row in self.kept]
+        self.kept = [torch.cat(pair) for pair in zip(self.kept, kept, strict=True)]
+        if isinstance(self.store, KeepsPrefixes):
+            for sequence, start, ids in zip(self.rows, starts, token_ids, strict=True):
+                self.store.keep(sequence, start, ids)
 
     def num_tokens(self, row: int) -> int:
         """Real tokens of a row."""

@@ -29,6 +29,7 @@ class Counters:
     """What an engine has done so far."""
 
     weight_passes: int = 0
+    cached_tokens: int = 0
     prefill_tokens: int = 0
     prefill_seconds: float = 0.0
     decode_tokens: int = 0

@@ -11,6 +11,7 @@
     ├── UnknownModelError     4   no installed adapter knows the model
     ├── PluginError           4   a plugin that is broken or missing
     └── ReadError             1   the storage failed, or a file changed under a running model
+        └── DamagedKVError        a block of KV on disk is not what was written
 
 A message is one line: what was wrong and what was expected. `hint` says what to do about it.
 """
@@ -78,3 +79,7 @@ class PluginError(OllmError):
 
 class ReadError(OllmError):
     """The storage failed, or a file changed while a model was open on it."""
+
+
+class DamagedKVError(ReadError):
+    """A block of KV on disk is not what was written. The message names file and block."""

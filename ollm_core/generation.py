@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from ollm_core.cache import SequenceCache
 from ollm_core.chunks import NewTokens
 from ollm_core.drafts import DraftCandidates
 from ollm_core.engine import Engine
-from ollm_core.errors import InputError, UnsupportedError
+from ollm_core.errors import DamagedKVError, InputError, UnsupportedError
 from ollm_core.interfaces import Closing, Drafter, KVStore
 from ollm_core.machine import peak_process_bytes
 from ollm_core.skeleton import Skeleton
@@ -140,18 +140,11 @@ class StreamedModel(PreTrainedModel, GenerationMixin, Closing):
             num_last = min(logits_to_keep, num_new)
         self._check(ids, kept, cache)
         cache.begin(num_rows)
-        work = [
-            NewTokens(
-                cache.rows[row],
-                ids[row][kept[row]],
-                cache.num_tokens(row),
-                max(int(kept[row, -num_last:].sum()), 1),
-            )
-            for row in range(num_rows)
-        ]
-        found = self.engine.run(cache.store, work)
-        for row in range(num_rows):
-            cache.extend(row, kept[row])
+        tokens = [ids[row][kept[row]] for row in range(num_rows)]
+        num_logits = [max(int(kept[row, -num_last:].sum()), 1) for row in range(num_rows)]
+        run = self._continue if cache.get_seq_length() else self._start
+        found = run(cache, tokens, num_logits)
+        cache.extend(kept, tokens)
         if bool(kept[:, -num_last:].all()):
             logits = found[0][None] if num_rows == 1 else torch.stack(found)
         else:
@@ -160,6 +153,39 @@ class StreamedModel(PreTrainedModel, GenerationMixin, Closing):
                 where = kept[row, -num_last:].to(values.device)
                 logits[row, where] = values[: int(where.sum())]
         return logits if isinstance(logits_to_keep, int) else logits[:, logits_to_keep]
+
+    def _start(
+        self, cache: SequenceCache, tokens: Sequence[Tensor], num_logits: Sequence[int]
+    ) -> list[Tensor]:
+        """Run rows that are empty: of each, what the store has not kept of an earlier run."""
+        num_cached: int | None = None
+        while True:
+            try:
+                cache.restore([ids[:-n] for ids, n in zip(tokens, num_logits, strict=True)])
+                starts = [cache.num_tokens(row) for row in range(len(tokens))]
+                rest = [ids[start:] for ids, start in zip(tokens, starts, strict=True)]
+                found = self._continue(cache, rest, num_logits)
+            except DamagedKVError:
+                cache.clear()
+                if sum(starts) == 0 or (num_cached is not None and sum(starts) >= num_cached):
+                    raise
+                num_cached = sum(starts)  # what is damaged is not found again
+            except BaseException:
+                cache.clear()
+                raise
+            else:
+                self.engine.counters.cached_tokens += sum(starts)
+                return found
+
+    def _continue(
+        self, cache: SequenceCache, tokens: Sequence[Tensor], num_logits: Sequence[int]
+    ) -> list[Tensor]:
+        """Run each row's tokens after those that it has."""
+        work = [
+            NewTokens(cache.rows[row], ids, cache.num_tokens(row), n)
+            for row, (ids, n) in enumerate(zip(tokens, num_logits, strict=True))
+        ]
+        return self.engine.run(cache.store, work)
 
     def _check(self, ids: Tensor, kept: Tensor, cache: SequenceCache) -> None:
         if ids.numel() == 0 or not bool(kept.any(dim=1).all()):
@@ -213,6 +239,7 @@ class StreamedModel(PreTrainedModel, GenerationMixin, Closing):
             kv_tier=self._kv_tier,
             kv_bytes_read=counters.kv_bytes_read,
             kv_disk_bytes=counters.kv_disk_bytes,
+            cached_tokens=counters.cached_tokens,
             prefill_tokens=counters.prefill_tokens,
             prefill_seconds=counters.prefill_seconds,
             decode_tokens=counters.decode_tokens,
@@ -227,8 +254,8 @@ class StreamedModel(PreTrainedModel, GenerationMixin, Closing):
         self.engine.on_progress = report
 
     def close(self) -> None:
-        """Stop reading, close all files, remove KV files and free all memory. May be called
-        twice.
+        """Stop reading, close all files, remove KV files that are not to be kept, and free all
+        memory. May be called twice.
         """
         self._closed = True
         for finalizer in self._caches:

@@ -43,7 +43,7 @@ class Inference:
         self.model: StreamedModel
         self.tokenizer: Any = None
         self._logging = logging
-        self._load_options = load_options
+        self._load_options = {"keep_kv": False, **load_options}  # as the predecessor: removed
 
     def ini_model(self, models_dir: str | Path = "./models/", force_download: bool = False) -> None:
         """Open the model from `models_dir`, fetching it from the hub if it is not there."""
@@ -66,8 +66,8 @@ class Inference:
         self._log("layers stay in memory as the budgets allow; %d were asked for", layers_num)
 
     def DiskCache(self, cache_dir: str | Path = "./kv_cache") -> SequenceCache:
-        """An empty cache on disk, in a directory of its own inside `cache_dir`. Nothing else there
-        is touched.
+        """An empty cache on disk, in a directory of its own inside `cache_dir`, removed with it.
+        Nothing else there is touched.
         """
         return self.model.new_cache(kv="disk", kv_dir=cache_dir)
 

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 
 from ollm_core.types import (
     CacheKind,
@@ -235,6 +235,24 @@ class KVStore(Closing):
     @abstractmethod
     def bytes_read(self) -> int:
         """KV bytes read from disk since opening."""
+
+
+@runtime_checkable
+class KeepsPrefixes(Protocol):
+    """What a KVStore may be able to do beside: keep what its sequences hold when it is closed, and
+    find it again in another store, by token ids.
+    """
+
+    def find(self, token_ids: Tensor) -> tuple[int, int]:
+        """A new sequence that begins with the longest kept prefix of `token_ids` [T], and how many
+        tokens it has; 0 if nothing is found. Damage of what is kept is not found, or raises
+        DamagedKVError when it is read; it is then not found again.
+        """
+
+    def keep(self, sequence: int, start: int, token_ids: Tensor) -> None:
+        """Say which tokens `sequence` holds from `start` on. Without it they are not kept. What
+        fails is logged, never raised.
+        """
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from ollm_core.errors import ConfigError, InputError, PluginError, UnsupportedEr
 from ollm_core.generation import StreamedModel
 from ollm_core.hub import resolve
 from ollm_core.interfaces import ByteSource, Drafter, KVStore, ModelAdapter
-from ollm_core.kv import DeviceKVStore, DiskKVStore, HostKVStore, KVGeometry
+from ollm_core.kv import DeviceKVStore, DiskKVStore, HostKVStore, KeepingKVStore, KVGeometry
 from ollm_core.machine import free_memory, pick_device
 from ollm_core.memory import MemoryAccount, parse_size
 from ollm_core.plugins import Offer, one_line
@@ -46,6 +46,7 @@ def load(
     host_memory: str | int | None = None,
     kv: str = "auto",
     kv_dir: str | Path | None = None,
+    keep_kv: bool = True,
     models_dir: str | Path | None = None,
     chunk_size: int | None = None,
     attention: str = "auto",
@@ -65,7 +66,9 @@ def load(
     - `kv`: where keys and values are kept; "auto" takes the first of device, host and disk that has
       room.
     - `kv_dir`: the directory for KV on disk. Only files made by this model are ever removed from
-      it.
+      it. What it holds is kept there when a cache is closed, and a later prompt on the same model
+      that begins alike continues from there. Nothing is kept in the default directory.
+    - `keep_kv`: False neither keeps KV in `kv_dir` nor looks for any.
     - `attention`: "exact" (bit for bit transformers' eager attention; memory grows with the
       context), "blockwise" (it does not), or "auto": exact up to 8,192 tokens where it fits.
     - `chunk_size`: tokens of a prompt that go through a layer together. Default: the largest that
@@ -136,7 +139,12 @@ def load(
 
     def open_store(tier: str, store_dir: Path | None, num_tokens: int) -> tuple[str, KVStore]:
         request = KVRequest(
-            geometry, accounts.device, accounts.host, store_dir or default_dir, fingerprint
+            geometry,
+            accounts.device,
+            accounts.host,
+            store_dir or default_dir,
+            fingerprint,
+            keep_kv,
         )
         if offer := registry.check_name("ollm_kv_stores", tier or kv):
             return offer.name, offer.make(KVStore, request)
@@ -238,6 +246,10 @@ def _open_store(tier: str, num_tokens: int, request: KVRequest) -> tuple[str, KV
         return tier, DeviceKVStore(geometry, device)
     if tier == "host":
         return tier, HostKVStore(geometry, host, device)
+    if request.directory and request.keep:
+        return tier, KeepingKVStore(
+            geometry, host, request.directory, request.fingerprint(), device
+        )
     home = request.directory or Path.home() / ".cache" / "ollm" / "kv"
     return tier, DiskKVStore(geometry, host, home, request.fingerprint(), device)
 

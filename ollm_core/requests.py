@@ -34,6 +34,8 @@ class KVRequest:
     """The user's `kv_dir`; None if none was given."""
     fingerprint: Callable[[], str]
     """Names the model's weights. Reads a little of every tensor when it is first called."""
+    keep: bool = True
+    """Whether what is in `directory` may stay for the next run; see KeepsPrefixes."""
 
 
 @dataclass(frozen=True, slots=True)

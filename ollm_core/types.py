@@ -189,6 +189,8 @@ class Stats:
     kv_bytes_read: int
     kv_disk_bytes: int
     """Largest so far."""
+    cached_tokens: int
+    """Of prompts, found in a kept prefix and not computed again."""
     prefill_tokens: int
     prefill_seconds: float
     decode_tokens: int

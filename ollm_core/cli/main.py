@@ -10,6 +10,7 @@ from typing import NoReturn
 import click
 
 from ollm_core import __version__
+from ollm_core.cli.cache import cache
 from ollm_core.cli.models import import_, list_models, plugins, pull
 from ollm_core.cli.offered import Verbs
 from ollm_core.cli.output import debug_option, print_error, quiet
@@ -34,7 +35,7 @@ def cli() -> None:
     """
 
 
-for _command in (run, pull, import_, list_models, plugins):
+for _command in (run, pull, import_, list_models, plugins, cache):
     cli.add_command(_command)
 
 

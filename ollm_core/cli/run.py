@@ -31,6 +31,7 @@ _LOADING = [
     "host_memory",
     "kv",
     "kv_dir",
+    "keep_kv",
     "models_dir",
     "chunk_size",
     "attention",
@@ -60,7 +61,12 @@ _SAMPLING = ("top_p", "top_k", "seed")
 @click.option("--device-memory", metavar="SIZE", help="Never use more of the device's memory.")
 @click.option("--host-memory", metavar="SIZE", help="Never use more of the host's memory.")
 @offered_name("--kv", "ollm_kv_stores", "Where keys and values of earlier tokens are kept.")
-@click.option("--kv-dir", metavar="DIR", help="Where --kv disk keeps them.")
+@click.option(
+    "--kv-dir", metavar="DIR", help="Where --kv disk has them; the next run finds them there."
+)
+@click.option(
+    "--keep-kv/--no-keep-kv", default=True, help="Leave nothing in --kv-dir, and look for nothing."
+)
 @click.option("--chunk-size", type=click.IntRange(1), help="Prompt tokens computed at a time.")
 @click.option(
     "--attention",
@@ -198,7 +204,7 @@ def _report(
         "text": text,
         "token_ids": token_ids,
         "num_prompt_tokens": num_prompt_tokens,
-        "num_cached_tokens": 0,
+        "num_cached_tokens": stats.cached_tokens,
         "num_new_tokens": len(token_ids),
         "prefill_seconds": stats.prefill_seconds,
         "decode_tokens_per_second": _rate(stats.decode_tokens, stats.decode_seconds),
@@ -226,6 +232,7 @@ def _summary(stats: Stats) -> str:
         f"whole process {format_size(stats.process_peak_bytes)}",
         "weights read": f"{format_size(stats.weight_bytes_read / passes)} per pass, "
         f"{stats.weight_passes} passes, {format_size(read_rate)}/s ({stats.reader})",
+        "cached": f"{stats.cached_tokens} tokens of the prompt, not computed again",
         "prefill": f"{stats.prefill_tokens} tokens in {stats.prefill_seconds:.1f} s, "
         f"{prefill_rate:.1f} tokens/s",
         "decode": f"{stats.decode_tokens} tokens in {stats.decode_seconds:.1f} s, "

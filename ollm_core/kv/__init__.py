@@ -3,6 +3,7 @@
 from ollm_core.kv.blocks import BlockKVStore
 from ollm_core.kv.disk import DiskKVStore
 from ollm_core.kv.memory import DeviceKVStore, HostKVStore
+from ollm_core.kv.prefixes import KeepingKVStore
 from ollm_core.kv.storage import BlockStorage, KVGeometry
 
 __all__ = [
@@ -12,4 +13,5 @@ __all__ = [
     "DiskKVStore",
     "HostKVStore",
     "KVGeometry",
+    "KeepingKVStore",
 ]

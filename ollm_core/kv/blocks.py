@@ -175,6 +175,35 @@ class BlockKVStore(KVStore):
             self._upload_charges.close()
         self._storage.close()
 
+    def _blocks_of(self, sequence: int) -> list[tuple[int, list[int]]]:
+        """Per layer: the index of the first block that it has of a sequence, and its blocks from
+        there on, reserved ones left out.
+        """
+        tables = self._tables_of(sequence)
+        return [(0, table.blocks[: -(-table.num_tokens // self.block_size)]) for table in tables]
+
+    def _adopt(self, sequences: Sequence[tuple[int, Sequence[Sequence[int]]]]) -> list[int]:
+        """New sequences of an empty store, given as number of tokens and blocks per layer, all of
+        them in the storage already. They may share blocks.
+        """
+        found = []
+        owned: set[tuple[int, int]] = set()
+        for num_tokens, layers in sequences:
+            found.append(self.new_sequence())
+            for layer_idx, blocks in enumerate(layers):
+                table = self._tables[found[-1]][layer_idx]
+                table.blocks, table.num_tokens = list(blocks), num_tokens
+                keys = {(layer_idx, block) for block in blocks}
+                self._num_sharers.update(keys & owned)
+                owned |= keys
+        return found
+
+    def _leave(self, sequences: Iterable[int]) -> None:
+        """Forget the only sequences that have blocks, which stay in the storage."""
+        for sequence in sequences:
+            del self._tables[sequence]
+        self._num_sharers.clear()
+
     def _views(
         self, sealed: Iterator[Tensor], tail: Tensor | None, num_tokens: int
     ) -> Iterator[tuple[Tensor, Tensor]]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,10 +15,12 @@ import torch
 from torch import Tensor
 
 from ollm_core.buffers import aligned_buffer, as_memoryview, round_up
-from ollm_core.errors import DoesNotFitError, KVStoreError, OllmError, ReadError
+from ollm_core.errors import DamagedKVError, DoesNotFitError, OllmError, ReadError
 from ollm_core.interfaces import TierBytes
 from ollm_core.kv.blocks import BlockKVStore
 from ollm_core.kv.files import LayerFile, storage_error
+from ollm_core.kv.home import Home, make_home
+from ollm_core.kv.journal import checksum
 from ollm_core.kv.lanes import Charges, Lanes
 from ollm_core.kv.storage import BlockStorage, KVGeometry
 from ollm_core.memory import MemoryAccount, format_size
@@ -51,10 +52,12 @@ class DiskStorage(BlockStorage):
         self,
         geometry: KVGeometry,
         account: MemoryAccount,
-        directory: Path,
-        fingerprint: str,
+        home: Home,
         staging_bytes: int,
     ) -> None:
+        """Owns `home`. If that has a journal, blocks get a checksum when they are written, and are
+        compared with it whenever they are read.
+        """
         self._geometry = geometry
         self._slot_bytes = round_up(geometry.block_bytes)
         self._run_slots = max(staging_bytes // self._slot_bytes, 1)
@@ -64,15 +67,18 @@ class DiskStorage(BlockStorage):
         self._pending: dict[tuple[int, int], Tensor] = {}
         self._failed: dict[tuple[int, int], tuple[Tensor, BaseException]] = {}
         self._bytes_read = 0
+        self.checksums: dict[tuple[int, int], int] = {}
+        """Of the blocks that are on disk, if there is a journal."""
+        self.damaged: set[tuple[int, int]] = set()
+        """Blocks with a checksum that could not be read as they were written."""
+        self._homes = [home]  # always one; the finalizer closes that of the time
         with ExitStack() as stack:
+            stack.callback(_close_home, self._homes)
             stack.callback(self._charges.close)
             self._charges.take("kv write buffers", NUM_WRITE_BUFFERS * self._slot_bytes)
             self._spares += [self._new_tail() for _ in range(NUM_WRITE_BUFFERS)]
             lane_bytes = 2 * self._run_slots * self._slot_bytes
             self._stagings = Lanes(self._new_staging, lane_bytes, "kv staging", self._charges)
-            self.directory = _own_directory(directory)
-            stack.callback(_remove_directory, self.directory)
-            self._files = self._open_files(fingerprint, stack)
             self._writer, self._reader = (
                 ThreadPoolExecutor(1, thread_name_prefix=_THREAD_NAME) for _ in range(2)
             )
@@ -80,6 +86,24 @@ class DiskStorage(BlockStorage):
             stack.callback(self._reader.shutdown, cancel_futures=True)
             # Also runs when nobody closed the store, and at exit: the files are the user's text.
             self._close = weakref.finalize(self, _close, stack.pop_all())
+
+    @property
+    def home(self) -> Home:
+        """The directory that the blocks are in."""
+        return self._homes[0]
+
+    @property
+    def _files(self) -> Sequence[LayerFile]:
+        return self._homes[0].files
+
+    def move(self, home: Home) -> None:
+        """Go on in another directory, which it then owns. What is in this one stays and is
+        forgotten.
+        """
+        self.checksums.clear()
+        self.damaged.clear()
+        self._homes[0], old = home, self._homes[0]
+        old.close()
 
     def growth(self, num_blocks: Mapping[int, int], num_tails: int) -> TierBytes:
         new = sum(
@@ -131,7 +155,7 @@ class DiskStorage(BlockStorage):
     def load(self, layer_idx: int, block: int, tail: Tensor) -> None:
         self._settle()
         if not self._copy_unwritten(layer_idx, block, tail):
-            self._read_slots(layer_idx, block, self._slot_view(tail))
+            self._read_slots(layer_idx, [block], self._slot_view(tail))
 
     def unseal(self, layer_idx: int, block: int, tail: Tensor) -> None:
         self.load(layer_idx, block, tail)
@@ -159,6 +183,19 @@ class DiskStorage(BlockStorage):
             finally:
                 _finish(coming)  # before others get the staging
 
+    def flush(self) -> None:
+        """Return when the disk has every sealed block, or has refused one: raises as `check`."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._pending)
+            self.check()
+
+    def write_part(self, layer_idx: int, block: int, tail: Tensor, num_tokens: int) -> None:
+        """Write the first `num_tokens` of a tail, and zeros after them, as `block`. The tail is not
+        sealed by it. Raises DoesNotFitError or ReadError.
+        """
+        tail[:, :, num_tokens:] = 0
+        self._write_slot(layer_idx, block, tail)
+
     def check(self) -> None:
         with self._changed:
             for _, error in self._failed.values():
@@ -178,23 +215,14 @@ class DiskStorage(BlockStorage):
         self._pending.clear()
         self._failed.clear()
 
-    def _open_files(self, fingerprint: str, stack: ExitStack) -> list[LayerFile]:
-        files: list[LayerFile] = []
-        for layer_idx in range(self._geometry.num_layers):
-            try:
-                file = LayerFile(self.directory, layer_idx, self._geometry, fingerprint)
-            except OSError as error:
-                raise storage_error(error, self.directory, "making a KV file") from error
-            files.append(stack.enter_context(file))
-        return files
-
     def _no_space(self, error: OSError, num_bytes: int) -> OllmError:
-        found = storage_error(error, self.directory, "reserving space")
+        found = storage_error(error, self.home.directory, "reserving space")
         if not isinstance(found, DoesNotFitError):
             return found
-        disk = os.statvfs(self.directory)
+        parent = self.home.directory.parent
+        disk = os.statvfs(parent)
         return DoesNotFitError(
-            f"KV needs {format_size(num_bytes)} more in {self.directory.parent}, "
+            f"KV needs {format_size(num_bytes)} more in {parent}, "
             f"{format_size(disk.f_bavail * disk.f_frsize)} is free there",
             hint=f"make {num_bytes} bytes free, or name another directory for KV",
         )
@@ -202,7 +230,7 @@ class DiskStorage(BlockStorage):
     def _write(self, layer_idx: int, block: int, tail: Tensor) -> None:
         failure: BaseException | None = None
         try:
-            self._files[layer_idx].write(block, self._slot_view(tail))
+            self._write_slot(layer_idx, block, tail)
         except BaseException as error:  # noqa: BLE001 - handed to the pass by `check`
             failure = error
         with self._changed:
@@ -213,11 +241,19 @@ class DiskStorage(BlockStorage):
                 self._spares.append(tail)
             self._changed.notify_all()
 
+    def _write_slot(self, layer_idx: int, block: int, tail: Tensor) -> None:
+        slot = self._slot_view(tail)
+        if self.home.journal:  # first: a block that is read too early is then one that was damaged
+            self.checksums[layer_idx, block] = checksum(slot[: self._geometry.block_bytes])
+        self._files[layer_idx].write(block, slot)
+
     def _forget(self, layer_idx: int, block: int) -> None:
         """Return when nothing will write or remember `block` any more."""
         key = layer_idx, block
         with self._changed:
             self._changed.wait_for(lambda: key not in self._pending)
+            self.checksums.pop(key, None)
+            self.damaged.discard(key)
             if key in self._failed:
                 self._spares.append(self._failed.pop(key)[0])
 
@@ -239,12 +275,31 @@ class DiskStorage(BlockStorage):
         ]
         for places in _consecutive(on_disk):
             begin, end = places[0] * self._slot_bytes, (places[-1] + 1) * self._slot_bytes
-            self._read_slots(layer_idx, run[places[0]], staging.buffer[begin:end])
+            slots = run[places[0] : places[-1] + 1]
+            self._read_slots(layer_idx, slots, staging.buffer[begin:end])
 
-    def _read_slots(self, layer_idx: int, slot: int, buffer: memoryview) -> None:
-        self._files[layer_idx].read(slot, buffer)
+    def _read_slots(self, layer_idx: int, slots: Sequence[int], buffer: memoryview) -> None:
+        """Read consecutive slots. Raises ReadError, of those with a checksum DamagedKVError."""
+        known = {slot: self.checksums.get((layer_idx, slot)) for slot in slots}
+        try:
+            self._files[layer_idx].read(slots[0], buffer)
+        except ReadError as error:
+            damaged = {(layer_idx, slot) for slot in slots if known[slot] is not None}
+            self.damaged.update(damaged)
+            if not damaged:
+                raise
+            raise DamagedKVError(error.message, hint=error.hint) from error
         with self._changed:
             self._bytes_read += len(buffer)
+        for place, slot in enumerate(slots):
+            begin = place * self._slot_bytes
+            block = buffer[begin : begin + self._geometry.block_bytes]
+            if known[slot] is not None and checksum(block) != known[slot]:
+                self.damaged.add((layer_idx, slot))
+                raise DamagedKVError(
+                    f"{self._files[layer_idx].path}: block {slot} is not what was written",
+                    hint="`ollm cache verify` shows which prefixes are damaged",
+                )
 
     def _settle(self) -> None:
         """Return when the device has copied what was uploaded, so that its source may change."""
@@ -283,42 +338,32 @@ class DiskKVStore(BlockKVStore):
         device_account: MemoryAccount | None = None,
         *,
         staging_bytes: int = STAGING_BYTES,
+        home: Home | None = None,
     ) -> None:
-        """Files go to a new directory inside `directory`, and away with `close`.
+        """Files go to `home`, or by default to a new directory inside `directory`, and away with
+        `close`.
 
         `account` is that of the host; `device_account` holds the block being uploaded.
         `fingerprint` names the model. Raises KVStoreError if `directory` cannot be written,
         DoesNotFitError if the buffers do not fit.
         """
-        storage = DiskStorage(geometry, account, directory, fingerprint, staging_bytes)
-        self.directory = storage.directory
-        """Made by this store and removed by it."""
+        home = home or make_home(directory, geometry, fingerprint, keeping=False)
+        storage = self._disk = DiskStorage(geometry, account, home, staging_bytes)
         super().__init__(geometry, storage, device_account, upload=geometry.device.type != "cpu")
 
 
-def _own_directory(parent: Path) -> Path:
-    """A new directory in `parent`, for this user only."""
-    try:
-        parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return Path(tempfile.mkdtemp(prefix="ollm-kv-", dir=parent))
-    except OSError as error:
-        raise KVStoreError(
-            f"{parent}: cannot keep KV there: {error.strerror}",
-            hint="name a directory that can be written",
-        ) from error
+def _close_home(homes: list[Home]) -> None:
+    homes[0].close()
 
 
-def _remove_directory(directory: Path) -> None:
-    """Remove the layer files and then the directory, unless somebody put something into it."""
-    with suppress(OSError):
-        for path in directory.glob("layer-*.kv"):
-            path.unlink(missing_ok=True)
-        directory.rmdir()
+def in_kv_thread() -> bool:
+    """Whether this is a thread of a store, in which nothing may wait for the store."""
+    return threading.current_thread().name.startswith(_THREAD_NAME)
 
 
 def _close(stack: ExitStack) -> None:
     """Closing waits for the threads; the garbage collector may ask for it in one of them."""
-    if threading.current_thread().name.startswith(_THREAD_NAME):
+    if in_kv_thread():
         threading.Thread(target=stack.close).start()
     else:
         stack.close()

@@ -11,7 +11,8 @@ import fcntl
 import heapq
 import json
 import os
-from collections.abc import Callable, Sequence
+import stat
+from collections.abc import Callable, Sequence, Set
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ VERSION = 1
 
 _DIRECT = getattr(os, "O_DIRECT", 0)
 _MAX_IO = 1 << 30  # the kernel caps one call just below 2 GiB
+_MAX_KEPT_SLOTS = 1 << 20  # a file may claim to be of any length
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -49,6 +51,31 @@ def read_header(page: bytes, path: Path) -> dict[str, Any]:
     return dict(fields)
 
 
+def open_own(path: Path, flags: int) -> int:
+    """Open a regular file of this user, mode 0600 if it is created; never through a link.
+
+    Raises OSError; KVStoreError if it is something else.
+    """
+    file = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+    found = os.fstat(file)
+    if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid():
+        os.close(file)
+        raise KVStoreError(f"{path}: not a KV file of this user")
+    return file
+
+
+def header_fields(geometry: KVGeometry, fingerprint: str) -> dict[str, Any]:
+    """What must be equal for blocks to be of use to another store."""
+    return {
+        "fingerprint": fingerprint,
+        "dtype": str(geometry.dtype).removeprefix("torch."),
+        "block_size": geometry.block_size,
+        "heads": geometry.num_kv_heads,
+        "dim": geometry.head_dim,
+        "block_bytes": geometry.block_bytes,
+    }
+
+
 def storage_error(error: OSError, path: Path, doing: str) -> OllmError:
     """What to raise for a failed call: DoesNotFitError for a full disk, otherwise ReadError."""
     if error.errno in _FULL:
@@ -65,35 +92,39 @@ class LayerFile(Closing):
     """
 
     def __init__(
-        self, directory: Path, layer_idx: int, geometry: KVGeometry, fingerprint: str
+        self,
+        directory: Path,
+        layer_idx: int,
+        geometry: KVGeometry,
+        fingerprint: str,
+        *,
+        create: bool = True,
     ) -> None:
         """Create the file, mode 0600, and write its header, past the page cache where the file
-        system allows it. Raises OSError.
+        system allows it. Without `create`, open one that is there: `keep` must then be called.
+
+        Raises OSError; KVStoreError if the file that is there is not one for these arguments.
         """
         self.path = directory / f"layer-{layer_idx:05}.kv"
         self.slot_bytes = round_up(geometry.block_bytes)
         self.num_slots = 0
         self._free: set[int] = set()
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        self._file = os.open(self.path, flags, 0o600)
+        self._file = open_own(self.path, os.O_RDWR | (os.O_CREAT | os.O_EXCL if create else 0))
         try:
             with suppress(OSError):  # some file systems know no O_DIRECT
                 self._set_direct(True)
+            header = write_header({"layer": layer_idx, **header_fields(geometry, fingerprint)})
             page = aligned_buffer(PAGE)
             buffer = as_memoryview(page)
-            buffer[:] = write_header(
-                {
-                    "fingerprint": fingerprint,
-                    "layer": layer_idx,
-                    "dtype": str(geometry.dtype).removeprefix("torch."),
-                    "block_size": geometry.block_size,
-                    "heads": geometry.num_kv_heads,
-                    "dim": geometry.head_dim,
-                    "block_bytes": geometry.block_bytes,
-                }
-            )
-            if self._transfer(os.pwritev, buffer, 0) < PAGE:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            if create:
+                buffer[:] = header
+                if self._transfer(os.pwritev, buffer, 0) < PAGE:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                return
+            if self._transfer(os.preadv, buffer, 0) < PAGE or buffer != header:
+                raise KVStoreError(f"{self.path}: not the KV file that was expected")
+            whole_slots = (os.fstat(self._file).st_size - PAGE) // self.slot_bytes
+            self.num_slots = min(whole_slots, _MAX_KEPT_SLOTS)
         except BaseException:
             self.close()
             raise
@@ -133,6 +164,14 @@ class LayerFile(Closing):
         taken = heapq.nsmallest(num_slots, self._free)
         self._free.difference_update(taken)
         return taken
+
+    def keep(self, slots: Set[int]) -> None:
+        """Of a file that was there, take these slots, all below `num_slots`; others are free.
+        Raises OSError.
+        """
+        self.num_slots = max(slots, default=-1) + 1
+        self._free = set(range(self.num_slots)) - slots
+        os.ftruncate(self._file, self.num_bytes)
 
     def give_back(self, slots: Sequence[int]) -> None:
         """Make slots free, and the file shorter if it ends in free ones."""

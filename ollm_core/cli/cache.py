@@ -1,0 +1,132 @@
+"""The verb `cache`: what earlier runs have kept in a KV directory."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from ollm_core.cli.output import debug_option, json_option, print_json, print_table
+from ollm_core.errors import InputError, KVStoreError
+from ollm_core.memory import format_size
+
+if TYPE_CHECKING:
+    from ollm_core.kv.inventory import Kept
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+_SHOWN = 12  # digits of an id or fingerprint
+
+
+def _kv_dir_option(command: Command) -> Command:
+    text = "What was given to `ollm run --kv-dir`."
+    path = click.Path(path_type=Path)
+    return click.option("--kv-dir", metavar="DIR", type=path, required=True, help=text)(command)
+
+
+@click.group()
+def cache() -> None:
+    """Show, verify and remove what earlier runs have kept with --kv-dir."""
+
+
+@cache.command("list")
+@_kv_dir_option
+@json_option
+@debug_option
+def list_(kv_dir: Path, as_json: bool) -> None:
+    """Show every kept prefix: its model, tokens, bytes and date."""
+    kept, empty = _kept(kv_dir)
+    if as_json:
+        print_json(
+            {"prefixes": [_fields(one) for one in kept], "empty": [str(path) for path in empty]}
+        )
+        return
+    rows = [("ID", "MODEL", "DTYPE", "TOKENS", "SIZE", "KEPT")]
+    rows += [
+        (one.id[:_SHOWN], one.fingerprint[:_SHOWN], one.dtype, str(len(one.prefix.token_ids)),
+         format_size(one.num_bytes), _date(one))
+        for one in kept
+    ]  # fmt: skip
+    print_table(rows)
+    if empty:
+        click.echo(f"{len(empty)} directories hold none; `ollm cache remove --all` removes them")
+
+
+@cache.command()
+@_kv_dir_option
+@json_option
+@debug_option
+def verify(kv_dir: Path, as_json: bool) -> None:
+    """Read every kept block and compare it with its checksum. Exit code 1 if one is damaged."""
+    from ollm_core.kv.inventory import verify as verify_one
+
+    kept, _ = _kept(kv_dir)
+    wrong = {id(one): verify_one(one) for one in kept}
+    if as_json:
+        print_json({"prefixes": [{**_fields(one), "wrong": wrong[id(one)]} for one in kept]})
+    else:
+        rows = [(one.id[:_SHOWN], wrong[id(one)] or "sound") for one in kept]
+        print_table([("ID", "BLOCKS"), *rows])
+    if any(wrong.values()):
+        raise click.exceptions.Exit(1)
+
+
+@cache.command()
+@click.argument("prefix_id", metavar="[ID]", required=False)
+@click.option("--all", "everything", is_flag=True, help="Remove all that is kept there.")
+@_kv_dir_option
+@json_option
+@debug_option
+def remove(prefix_id: str | None, everything: bool, kv_dir: Path, as_json: bool) -> None:
+    """Remove the kept prefix whose id begins with ID, or all. Other files are left alone."""
+    from ollm_core.kv.inventory import pick, remove_empty
+    from ollm_core.kv.inventory import remove as remove_kept
+
+    if (prefix_id is None) != everything:
+        raise click.UsageError("give either an ID or --all")
+    kept, empty = _kept(kv_dir)
+    wanted = kept if prefix_id is None else pick(kept, prefix_id)
+    in_use = remove_kept(wanted)
+    if everything:
+        remove_empty(empty)
+    removed = [one for one in wanted if one not in in_use]
+    if as_json:
+        print_json({"removed": [_fields(one) for one in removed], "in_use": len(in_use)})
+    else:
+        click.echo(f"removed {len(removed)} of {len(kept)} kept prefixes")
+    if in_use:
+        raise KVStoreError(
+            f"{len(in_use)} kept prefixes are in use by another process", hint="try again later"
+        )
+
+
+def _kept(kv_dir: Path) -> tuple[list[Kept], list[Path]]:
+    from ollm_core.kv.inventory import list_kept
+
+    if not kv_dir.is_dir():
+        raise InputError(f"{kv_dir} is no directory")
+    return list_kept(kv_dir)
+
+
+def _date(one: Kept) -> str:
+    try:
+        when = datetime.datetime.fromtimestamp(one.prefix.seconds, datetime.UTC)
+    except (ValueError, OverflowError, OSError):
+        return "?"
+    return when.strftime("%Y-%m-%d %H:%M UTC")
+
+
+def _fields(one: Kept) -> dict[str, object]:
+    """One prefix as JSON shows it."""
+    return {
+        "id": one.id,
+        "model": one.fingerprint,
+        "dtype": one.dtype,
+        "num_tokens": len(one.prefix.token_ids),
+        "num_bytes": one.num_bytes,
+        "kept": _date(one),
+        "directory": str(one.directory),
+    }

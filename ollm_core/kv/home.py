@@ -1,0 +1,270 @@
+"""A store's directory: its lock, its layer files and, where prefixes are kept, their journal.
+
+One process owns a directory, by flock on it, for as long as it is open. Anybody may read a journal.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import stat
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
+
+from ollm_core.errors import KVStoreError
+from ollm_core.interfaces import Closing
+from ollm_core.kv.files import MAGIC, LayerFile, header_fields, open_own, storage_error
+from ollm_core.kv.journal import NAME, Journal, Prefix, read_journal
+from ollm_core.kv.storage import KVGeometry
+
+PREFIX = "ollm-kv-"
+
+logger = logging.getLogger("ollm")
+
+
+class Home(Closing):
+    """A directory that this process owns. Closing it removes it, unless it has `prefixes`."""
+
+    def __init__(self, directory: Path, lock: int, files: Sequence[LayerFile]) -> None:
+        """Made by `make_home` and `open_home`."""
+        self.directory = directory
+        self.files = files
+        """One per layer."""
+        self.journal: Journal | None = None
+        """None if nothing is to be kept."""
+        self.prefixes: list[Prefix] = []
+        """What is kept, oldest first."""
+        self._lock = lock
+
+    def keep(self, prefix: Prefix) -> None:
+        """Keep a prefix whose blocks are written. Raises OSError with nothing changed."""
+        assert self.journal is not None
+        self.journal.append(prefix)
+        self.prefixes.append(prefix)
+
+    def drop(self, prefix: Prefix) -> None:
+        """Forget a prefix; after that its blocks may be written again. Raises OSError."""
+        assert self.journal is not None
+        self.journal.drop(prefix.key)
+        self.prefixes.remove(prefix)
+
+    def close(self) -> None:
+        if self._lock < 0:
+            return
+        for file in self.files:
+            file.close()
+        if self.journal:
+            self.journal.close()
+        if not self.prefixes:
+            remove_files(self.directory)
+        os.close(self._lock)
+        self._lock = -1
+
+
+def make_home(parent: Path, geometry: KVGeometry, fingerprint: str, *, keeping: bool) -> Home:
+    """A new directory in `parent`, for this user only. With `keeping`, it has a journal.
+
+    Raises KVStoreError if `parent` cannot be written, DoesNotFitError if it is full.
+    """
+    try:
+        parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        directory = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
+    except OSError as error:
+        raise KVStoreError(
+            f"{parent}: cannot keep KV there: {error.strerror}",
+            hint="name a directory that can be written",
+        ) from error
+    with ExitStack() as stack:
+        stack.callback(remove_files, directory)
+        lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+        stack.callback(os.close, lock)
+        locked = _lock(lock)
+        home = Home(directory, lock, _layer_files(directory, geometry, fingerprint, stack))
+        if keeping and locked:
+            try:
+                home.journal = Journal(directory, _fields(geometry, fingerprint), create=True)
+            except OSError as error:
+                raise storage_error(error, directory, "making a KV file") from error
+        elif keeping:
+            logger.warning("%s cannot be locked: KV there will not be kept", directory)
+        stack.pop_all()
+        return home
+
+
+def open_home(directory: Path, geometry: KVGeometry, fingerprint: str) -> Home | None:
+    """The directory that another store left, if it is free and of the same model; then only its
+    sound prefixes are left in it.
+    """
+    with ExitStack() as stack:
+        try:
+            lock = lock_home(directory)
+            if lock is None:
+                return None
+            stack.callback(os.close, lock)
+            fields = _fields(geometry, fingerprint)
+            journal = stack.enter_context(Journal(directory, fields, create=False))
+            files = [
+                stack.enter_context(LayerFile(directory, i, geometry, fingerprint, create=False))
+                for i in range(geometry.num_layers)
+            ]
+            _, found, useless = read_journal(directory)
+            sound = _sound(found, files, geometry)
+            if len(sound) < len(found):
+                logger.warning(
+                    "%s: %d kept prefixes are damaged", directory, len(found) - len(sound)
+                )
+            if useless or len(sound) < len(found):
+                journal.replace(sound)
+            for layer_idx, file in enumerate(files):
+                file.keep({slot for prefix in sound for slot in prefix.layers[layer_idx].blocks})
+        except (OSError, KVStoreError) as error:
+            logger.info("%s: KV there is of no use: %s", directory, error)
+            return None
+        home = Home(directory, lock, files)
+        home.journal, home.prefixes = journal, sound
+        stack.pop_all()
+        return home
+
+
+def find_homes(parent: Path) -> Iterator[Path]:
+    """Directories in `parent` that look like homes of this user, last written first."""
+    found = []
+    with suppress(OSError):
+        for path in parent.glob(f"{PREFIX}*"):
+            with suppress(OSError):
+                if _is_private(path.lstat()):
+                    found.append((_last_written(path), path))
+    yield from (path for _, path in sorted(found, reverse=True))
+
+
+def is_home(directory: Path) -> bool:
+    """Whether files of ours are in a directory."""
+    with suppress(OSError):
+        return any(_is_kv_file(path) for path in _files_in(directory))
+    return False
+
+
+def lock_home(directory: Path) -> int | None:
+    """A file descriptor that owns a directory for as long as it is open, or None if another has it.
+    Raises OSError; KVStoreError if it is not a private directory of this user.
+    """
+    lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    found = os.fstat(lock)
+    if not _is_private(found):
+        os.close(lock)
+        raise KVStoreError(f"{directory}: not a private directory of this user")
+    if not _lock(lock):
+        os.close(lock)
+        return None
+    try:
+        there = os.path.samestat(found, directory.lstat())
+    except OSError:
+        there = False
+    if not there:  # its last owner has just removed it
+        os.close(lock)
+        return None
+    return lock
+
+
+def remove_files(directory: Path) -> None:
+    """Remove the files of a home and then the directory, unless somebody put something into it."""
+    with suppress(OSError):
+        for path in _files_in(directory):
+            if _is_kv_file(path):
+                path.unlink(missing_ok=True)
+        directory.rmdir()
+
+
+def _files_in(directory: Path) -> list[Path]:
+    return [*directory.glob("layer-*.kv"), *directory.glob("prefixes.*")]
+
+
+def _is_kv_file(path: Path) -> bool:
+    """Whether a file is ours: empty, as a process leaves it that is killed early, or with our
+    magic.
+    """
+    try:
+        file = open_own(path, os.O_RDONLY)
+    except (OSError, KVStoreError):
+        return False
+    try:
+        return MAGIC.startswith(os.pread(file, len(MAGIC), 0)[: len(MAGIC)])
+    finally:
+        os.close(file)
+
+
+def _sound(
+    found: Sequence[Prefix], files: Sequence[LayerFile], geometry: KVGeometry
+) -> list[Prefix]:
+    """Those that can be used, oldest first. One that knows another content of a block than a later
+    one does is out of date.
+    """
+    sound: list[Prefix] = []
+    contents: dict[tuple[int, int], int] = {}
+    for prefix in reversed(found):
+        if _is_sound(prefix, files, geometry):
+            mine = {
+                (layer_idx, block): content
+                for layer_idx, layer in enumerate(prefix.layers)
+                for block, content in zip(layer.blocks, layer.checksums, strict=True)
+            }
+            if all(contents.get(key, content) == content for key, content in mine.items()):
+                contents |= mine
+                sound.append(prefix)
+    return sound[::-1]
+
+
+def _is_sound(prefix: Prefix, files: Sequence[LayerFile], geometry: KVGeometry) -> bool:
+    """Whether every layer has the blocks that the tokens need, in its file."""
+    total = -(-len(prefix.token_ids) // geometry.block_size)
+    return (
+        total > 0
+        and min(prefix.token_ids) >= 0
+        and len(prefix.layers) == geometry.num_layers
+        and all(
+            layer.first + len(layer.blocks) == total
+            and len(set(layer.blocks)) == len(layer.blocks)
+            and max(layer.blocks, default=-1) < file.num_slots
+            for layer, file in zip(prefix.layers, files, strict=True)
+        )
+    )
+
+
+def _fields(geometry: KVGeometry, fingerprint: str) -> dict[str, Any]:
+    return {"layers": geometry.num_layers, **header_fields(geometry, fingerprint)}
+
+
+def _layer_files(
+    directory: Path, geometry: KVGeometry, fingerprint: str, stack: ExitStack
+) -> list[LayerFile]:
+    files: list[LayerFile] = []
+    for layer_idx in range(geometry.num_layers):
+        try:
+            file = LayerFile(directory, layer_idx, geometry, fingerprint)
+        except OSError as error:
+            raise storage_error(error, directory, "making a KV file") from error
+        files.append(stack.enter_context(file))
+    return files
+
+
+def _lock(directory: int) -> bool:
+    try:
+        fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _is_private(found: os.stat_result) -> bool:
+    mine = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
+    return mine and not found.st_mode & 0o077
+
+
+def _last_written(directory: Path) -> float:
+    with suppress(OSError):
+        return (directory / NAME).lstat().st_mtime
+    return 0.0
