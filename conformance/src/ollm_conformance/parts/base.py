@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar
@@ -68,3 +68,19 @@ def nothing_left(directory: Path) -> Iterator[None]:
     assert not mapped, f"expected no mapped file afterwards, got {', '.join(mapped)}"
     running = [thread.name for thread in threading.enumerate() if thread not in threads]
     assert not running, f"expected no thread afterwards, got {', '.join(running)}"
+
+
+@contextmanager
+def unreadable(numbers: Iterable[int]) -> Iterator[None]:
+    """Put a file that can only be written in the place of each descriptor."""
+    saved = {number: os.dup(number) for number in numbers}
+    writable = os.open(os.devnull, os.O_WRONLY)
+    try:
+        for number in numbers:
+            os.dup2(writable, number)
+        yield
+    finally:
+        for number, copy in saved.items():
+            os.dup2(copy, number, inheritable=False)
+            os.close(copy)
+        os.close(writable)

@@ -1,0 +1,412 @@
+"""The contract of a weight streamer."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ollm_conformance.checks import check
+from ollm_conformance.compare import same_bits
+from ollm_conformance.parts.base import PartSuite, nothing_left, open_files, unreadable
+from ollm_core import DoesNotFitError, ParameterSource, ReadError, WeightStreamer
+from ollm_core.checkpoint import Checkpoint, open_checkpoint
+from ollm_core.memory import MemoryAccount
+from ollm_core.weights.units import Parameter, Units, WeightUnit
+
+NUM_LAYERS = 5
+NUM_UNITS = NUM_LAYERS + 2
+"""The layers, and the head in two parts."""
+PAGE_SLACK = 2 * 4096
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _turned(tensor: Tensor) -> Tensor:
+    return tensor.T.contiguous()
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A checkpoint of two files, how it is cut into units, and what they hold."""
+
+    checkpoint: Checkpoint
+    units: Units
+    expected: list[list[Tensor]]
+    """Parameters of each unit in pass order, as stored."""
+    embedding: Tensor
+
+    @classmethod
+    def write(cls, directory: Path) -> Model:
+        """Write random tensors of odd sizes, in three dtypes, some stored the other way round."""
+        generator = torch.Generator().manual_seed(11)
+
+        def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.randn(shape, generator=generator).to(dtype)
+
+        saved = {"head": random(301, 129), "norm": random(65), "embedding": random(57, 33)}
+        plan: list[list[str]] = []
+        for i in range(NUM_LAYERS):
+            layer = {
+                f"{i}.weight": random(201 + i, 257),
+                f"{i}.norm": random(64, dtype=torch.bfloat16),
+                f"{i}.half": random(31, 49, dtype=torch.float16),
+                f"{i}.turned": random(20, 30),
+            }
+            plan.append(list(layer)[i % 2 :] + list(layer)[: i % 2])
+            saved |= layer
+        _save(saved, directory)
+        checkpoint = open_checkpoint(directory)
+        layers = [_unit(checkpoint, names) for names in plan]
+        rows = checkpoint.tensors["head"]
+        cuts = [(0, 150), (150, 301)]
+        head = [
+            WeightUnit(
+                f"head {a}:{b}",
+                (Parameter("head", (b - a, 129), ParameterSource(("head",)), (rows.rows(a, b),)),),
+            )
+            for a, b in cuts
+        ]
+        expected = [[_value(saved[name], name) for name in names] for names in plan]
+        expected += [[saved["head"][a:b]] for a, b in cuts]
+        units = Units(
+            tuple(layers), tuple(head), _unit(checkpoint, ["norm"]), checkpoint.tensors["embedding"]
+        )
+        return cls(checkpoint, units, expected, saved["embedding"])
+
+    @property
+    def streamed_bytes(self) -> int:
+        """Bytes of all units as stored."""
+        return sum(unit.file_bytes for unit in self.units.in_pass_order)
+
+    def check(
+        self, unit_idx: int, found: Sequence[Tensor], what: str, dtype: torch.dtype = torch.float32
+    ) -> None:
+        """Raises AssertionError unless `found` are the parameters of a unit."""
+        told = f"{what}, unit {unit_idx}"
+        expected = self.expected[unit_idx]
+        assert len(found) == len(expected), (
+            f"{told}: expected {len(expected)} parameters, got {len(found)}"
+        )
+        for i, (one, other) in enumerate(zip(found, expected, strict=True)):
+            same_bits(one, other.to(dtype), f"{told}, parameter {i}")
+
+    def walk(
+        self,
+        streamer: WeightStreamer,
+        what: str,
+        dtype: torch.dtype = torch.float32,
+        order: Iterable[int] = range(NUM_UNITS),
+    ) -> None:
+        """Acquire units, by default those of a pass, and check each."""
+        for unit_idx in order:
+            with streamer.acquire(unit_idx) as parameters:
+                self.check(unit_idx, parameters, what, dtype)
+
+
+class WeightStreamerConformance(PartSuite):
+    """Every check of a weight streamer. Subclass it as `TestX` and write `open_streamer`."""
+
+    least_share: ClassVar[float] = 0.7
+    """The smallest part of a model of seven units, as stored, that it can run in."""
+
+    @classmethod
+    def open_streamer(
+        cls, units: Units, files: Sequence[Path], dtype: torch.dtype, account: MemoryAccount
+    ) -> WeightStreamer:
+        """A streamer of `units`, which lie in `files`, that computes in `dtype` on the CPU.
+
+        It holds as much as the limit of `account` allows, all of it reserved there. Raises
+        DoesNotFitError, with nothing left open, if the limit is too small.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    @contextmanager
+    def opened(
+        cls, share: float | None = None, dtype: torch.dtype = torch.float32
+    ) -> Iterator[tuple[WeightStreamer, Model, MemoryAccount]]:
+        """A streamer in a `share` (default: the least) of the model's bytes, closed afterwards."""
+        with tempfile.TemporaryDirectory() as name:
+            model = Model.write(Path(name))
+            share = cls.least_share if share is None else share
+            account = MemoryAccount("memory", int(share * model.streamed_bytes))
+            files = list(model.checkpoint.files)
+            with cls.open_streamer(model.units, files, dtype, account) as streamer:
+                yield streamer, model, account
+
+    @check(
+        "weight-streamer.parameters",
+        "In every pass each unit's parameters are, in its order, bit for bit those of the file, "
+        "whatever the budget.",
+        look="acquire(): which buffer holds which unit",
+    )
+    @pytest.mark.parametrize("share", [None, 0.8, 1.1, 1.6, 4.0])
+    def test_parameters(self, share: float | None) -> None:
+        if share is not None and share < self.least_share:
+            share = self.least_share
+        with self.opened(share) as (streamer, model, _):
+            for number in range(3):
+                model.walk(streamer, f"pass {number + 1}")
+
+    @check(
+        "weight-streamer.dtype",
+        "Parameters and embeddings come in the compute dtype, rounded as torch rounds.",
+        look="acquire() and embed(): the conversion from the checkpoint's dtype",
+    )
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_dtype(self, dtype: torch.dtype) -> None:
+        with self.opened(1.5, dtype) as (streamer, model, _):
+            for number in range(2):
+                model.walk(streamer, f"pass {number + 1} in {dtype}", dtype)
+            rows = streamer.embed(torch.tensor([3]))
+            same_bits(rows, model.embedding[[3]].to(dtype), f"embedding in {dtype}")
+
+    @check(
+        "weight-streamer.alignment",
+        "float32 parameters lie at multiples of 64 bytes, as those of a fresh model do.",
+        look="acquire(): matrix libraries give other last bits for data that is not aligned",
+    )
+    def test_alignment(self) -> None:
+        for share in (self.least_share, 4.0):
+            with self.opened(share) as (streamer, _, _):
+                for unit_idx in range(NUM_UNITS):
+                    with streamer.acquire(unit_idx) as parameters:
+                        for i, parameter in enumerate(parameters):
+                            assert parameter.data_ptr() % 64 == 0, (
+                                f"expected parameter {i} of unit {unit_idx} at a multiple of 64, "
+                                f"got {parameter.data_ptr() % 64} behind one"
+                            )
+
+    @check(
+        "weight-streamer.in-use",
+        "What was acquired stays as it is until it is given back, however far is read ahead.",
+        look="acquire(): no buffer is filled while its parameters are in use",
+    )
+    def test_in_use(self) -> None:
+        with self.opened() as (streamer, model, _):
+            for unit_idx in [*range(NUM_UNITS), 0, 1]:
+                with streamer.acquire(unit_idx) as parameters:
+                    _wait_for_readers(streamer)
+                    model.check(unit_idx, parameters, "after reading ahead")
+
+    @check(
+        "weight-streamer.two-at-once",
+        "A unit stays valid while the next one is acquired too.",
+        look="acquire(): each unit in use has a buffer of its own",
+    )
+    def test_two_at_once(self) -> None:
+        with self.opened() as (streamer, model, _):
+            for unit_idx in [*range(NUM_UNITS - 1), 0]:
+                with streamer.acquire(unit_idx) as first, streamer.acquire(unit_idx + 1) as second:
+                    _wait_for_readers(streamer)
+                    model.check(unit_idx, first, "the first of two")
+                    model.check(unit_idx + 1, second, "the second of two")
+
+    @check(
+        "weight-streamer.any-order",
+        "Units that are skipped, repeated or asked for backwards are right too.",
+        look="acquire(): what was read ahead need not be what is wanted",
+    )
+    def test_any_order(self) -> None:
+        for share in (self.least_share, 1.2):
+            with self.opened(share) as (streamer, model, _):
+                model.walk(streamer, "out of order", order=[3, 1, 1, 0, 6, 5, 2, 4, 0, 6, 3])
+                model.walk(streamer, "then a pass")
+
+    @check(
+        "weight-streamer.broken-off",
+        "After a pass that stopped in the middle the next one starts with its first unit.",
+        look="acquire(): leaving the context by an exception gives the buffer back",
+    )
+    def test_broken_off(self) -> None:
+        with self.opened() as (streamer, model, _):
+            for stop in (0, 1, 3, 6):
+                model.walk(streamer, f"before stopping at {stop}", order=range(stop))
+                with pytest.raises(KeyboardInterrupt), streamer.acquire(stop):
+                    raise KeyboardInterrupt
+                model.walk(streamer, f"after a pass that stopped at {stop}")
+
+    @check(
+        "weight-streamer.embed",
+        "Embedding rows come in the order of the token ids, repeated ones and the last one too.",
+        look="embed()",
+    )
+    def test_embed(self) -> None:
+        with self.opened() as (streamer, model, _):
+            for ids in ([0], [56], [5, 0, 5, 56, 1, 1], list(range(57)), [56, 3, 2, 1] * 30):
+                rows = streamer.embed(torch.tensor(ids))
+                same_bits(rows, model.embedding[ids], f"rows {ids[:6]}")
+                model.walk(streamer, "a pass after embed()", order=[0, 1])
+
+    @check(
+        "weight-streamer.read-error",
+        "A read that fails is a ReadError, what came before it is right, and the next pass works.",
+        look="acquire() and embed(): errors of the reading thread and of the operating system",
+    )
+    def test_read_error(self) -> None:
+        with tempfile.TemporaryDirectory() as name:
+            model = Model.write(Path(name))
+            account = MemoryAccount("memory", int(self.least_share * model.streamed_bytes))
+            before = open_files()
+            with self.open_streamer(
+                model.units, list(model.checkpoint.files), torch.float32, account
+            ) as streamer:
+                mine = [
+                    n
+                    for n, path in open_files().items()
+                    if before.get(n) != path and path.startswith(str(Path(name).resolve()))
+                ]
+                model.walk(streamer, "before the error")
+                for number in range(2):
+                    with unreadable(mine):
+                        refused = 0
+                        for _ in range(3):
+                            try:
+                                model.walk(streamer, "while storage fails")
+                            except ReadError:
+                                refused += 1
+                        assert refused, "expected ReadError in three passes, got no error"
+                        _raises_read_error(streamer)
+                        _wait_for_readers(streamer)
+                    model.walk(streamer, f"after {number + 1} failures")
+                    same_bits(streamer.embed(torch.tensor([9])), model.embedding[[9]], "embed()")
+
+    @check(
+        "weight-streamer.bytes-read",
+        "A pass reads what is not kept, counts it, and reads nothing more.",
+        look="bytes_read; units that are read twice; what is kept beyond the budget",
+    )
+    def test_bytes_read(self) -> None:
+        for share in (self.least_share, 0.9):
+            with self.opened(share) as (streamer, model, account):
+                model.walk(streamer, "the first pass")
+                before = streamer.bytes_read
+                num_passes = 6
+                for number in range(num_passes):
+                    model.walk(streamer, f"pass {number + 2}")
+                streamer.close()  # nothing is read any more
+                count = streamer.bytes_read - before
+                whole = model.streamed_bytes
+                pages = PAGE_SLACK * sum(len(u.tensors) for u in model.units.in_pass_order)
+                # Before and after these passes some of the next may have been read ahead.
+                least = num_passes * (whole - account.limit) - account.limit
+                most = num_passes * (whole + pages) + account.limit
+                assert max(least, 1) <= count <= most, (
+                    f"expected {max(least, 1)} to {most} bytes in {num_passes} passes over a model "
+                    f"of {whole} bytes in {account.limit}, got {count}"
+                )
+
+    @check(
+        "weight-streamer.budget",
+        "It keeps no weights for which it holds no memory: what is not reserved is read again in "
+        "each pass.",
+        look="what is kept between passes, and what of it is reserved in the account",
+    )
+    def test_budget(self) -> None:
+        for share in (self.least_share, 0.9, 1.2):
+            with self.opened(share) as (streamer, model, account):
+                model.walk(streamer, "the first pass")
+                before = streamer.bytes_read
+                num_passes = 6
+                for number in range(num_passes):
+                    model.walk(streamer, f"pass {number + 2}")
+                held = account.used
+                streamer.close()
+                # A reader may be ahead by what its buffers hold.
+                count = streamer.bytes_read - before + held
+                kept = model.streamed_bytes - count / num_passes
+                assert kept <= held <= account.limit, (
+                    f"expected no more kept than is reserved, got {kept:.0f} bytes kept, "
+                    f"{held} reserved, limit {account.limit}"
+                )
+
+    @check(
+        "weight-streamer.does-not-fit",
+        "A budget that is too small is refused, and nothing is left of the attempt.",
+        look="opening: close what is open before the error goes on",
+    )
+    def test_does_not_fit(self) -> None:
+        with tempfile.TemporaryDirectory() as name, nothing_left(Path(name)):
+            model = Model.write(Path(name))
+            for limit in (1, 1000, 100_000):
+                account = MemoryAccount("memory", limit)
+                with pytest.raises(DoesNotFitError):
+                    self.open_streamer(
+                        model.units, list(model.checkpoint.files), torch.float32, account
+                    )
+                assert account.used == 0, f"expected an empty account, got {account.used} bytes"
+
+    @check(
+        "weight-streamer.closed",
+        "A streamer can be closed twice, in the middle of a pass too, and leaves no memory, file "
+        "or thread.",
+        look="close()",
+    )
+    def test_closed(self) -> None:
+        for num_units in (0, 2, NUM_UNITS):
+            with tempfile.TemporaryDirectory() as name, nothing_left(Path(name)):
+                model = Model.write(Path(name))
+                account = MemoryAccount("memory", int(self.least_share * model.streamed_bytes))
+                files = list(model.checkpoint.files)
+                streamer = self.open_streamer(model.units, files, torch.float32, account)
+                model.walk(streamer, "before closing", order=range(num_units))
+                streamer.close()
+                streamer.close()
+                assert account.used == 0, f"expected an empty account, got {account.used} bytes"
+
+
+def _save(saved: dict[str, Tensor], directory: Path) -> None:
+    """Write `saved` as two shards."""
+    shards = {"a.safetensors": {}, "b.safetensors": {}}  # type: dict[str, dict[str, Tensor]]
+    for i, (name, tensor) in enumerate(saved.items()):
+        shards["ab"[i * 2 // len(saved)] + ".safetensors"][name] = tensor
+    index = {name: shard for shard, tensors in shards.items() for name in tensors}
+    for shard, tensors in shards.items():
+        save_file(tensors, directory / shard)
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    (directory / "config.json").write_text('{"model_type": "llama"}')
+
+
+def _unit(checkpoint: Checkpoint, names: Sequence[str]) -> WeightUnit:
+    """A unit of whole tensors; those called `turned` are transposed."""
+    parameters = []
+    for name in names:
+        info = checkpoint.tensors[name]
+        turned = name.endswith("turned")
+        source = ParameterSource((name,), _turned if turned else None)
+        shape = info.shape[::-1] if turned else info.shape
+        parameters.append(Parameter(name, shape, source, (info,)))
+    return WeightUnit("+".join(names), tuple(parameters))
+
+
+def _value(stored: Tensor, name: str) -> Tensor:
+    return _turned(stored) if name.endswith("turned") else stored
+
+
+def _wait_for_readers(streamer: WeightStreamer) -> None:
+    """Let whatever reads ahead get as far as it may. How far that is decides nothing."""
+    quiet, last = 0, -1
+    while quiet < 3:
+        time.sleep(0.01)
+        quiet, last = (quiet + 1 if streamer.bytes_read == last else 0), streamer.bytes_read
+
+
+def _raises_read_error(streamer: WeightStreamer) -> None:
+    """Raises AssertionError unless `embed` says that storage fails."""
+    try:
+        streamer.embed(torch.tensor([17]))
+    except ReadError:
+        return
+    except Exception as error:
+        raise AssertionError(f"embed(): expected ReadError, got {error!r}") from error
+    raise AssertionError("embed(): expected ReadError, got no error")
