@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ollm_core.attention.options import CARRIED
 from ollm_core.errors import UnsupportedError
 from ollm_core.interfaces import KVView
-
-_CARRIED = frozenset({"dropout", "position_ids", "use_cache", "is_causal", "output_attentions"})
 
 
 def blockwise_attention(
@@ -23,7 +22,7 @@ def blockwise_attention(
 ) -> Tensor:
     """See Attention. Accumulates in float32; refuses windows, sinks and soft caps."""
     for name, value in options.items():
-        if value is not None and name not in _CARRIED:
+        if value is not None and name not in CARRIED:
             raise UnsupportedError(f"block-wise attention does not know the option {name!r}")
     rows = [_one_row(query[row], view, row, scaling) for row in range(query.shape[0])]
     return torch.stack(rows)
