@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from power import outcomes, results
-
 from ollm_conformance.checks import check, does_not_apply
+from power import outcomes, results
 
 
 class Toy:

@@ -55,13 +55,13 @@ def _refuse_unknown(
     are, it finds there itself.
     """
     known = inspect.signature(eager).parameters.keys() | CARRIED
+    own = list(module.parameters(recurse=False))
     for name, value in options.items():
-        if value is not None and name not in known:
-            if not any(value is own for own in module.parameters(recurse=False)):
-                raise UnsupportedError(
-                    f"the eager attention of {type(module).__module__} does not know the option "
-                    f"{name!r}"
-                )
+        if value is None or name in known or any(value is parameter for parameter in own):
+            continue
+        raise UnsupportedError(
+            f"the eager attention of {type(module).__module__} does not know the option {name!r}"
+        )
 
 
 def _gather(view: KVView, row: int) -> tuple[Tensor, Tensor]:

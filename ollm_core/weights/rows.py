@@ -35,9 +35,7 @@ class EmbeddingRows(Closing):
             try:
                 count = os.preadv(self._file, [part], self._table.offset + row * self._row_bytes)
             except OSError as error:
-                raise ReadError(
-                    f"{self._table.path}: reading failed: {error.strerror}"
-                ) from error
+                raise ReadError(f"{self._table.path}: reading failed: {error.strerror}") from error
             if count != len(part):
                 raise ReadError(
                     f"{self._table.path}: row {row} of {self._table.name} could not be read",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar
@@ -39,6 +39,22 @@ def examples(number: int, num_steps: int = 20) -> settings:
         phases=(Phase.explicit, Phase.generate, Phase.shrink),
         suppress_health_check=list(HealthCheck),
     )
+
+
+def refusal(kind: type[Exception], request: Callable[[], object], what: str) -> str:
+    """The one line with which `request` is refused. Raises AssertionError unless it is one of
+    `kind`.
+    """
+    try:
+        request()
+    except kind as error:
+        line = str(error)
+    except Exception as error:
+        raise AssertionError(f"{what}: expected {kind.__name__}, got {error!r}") from error
+    else:
+        raise AssertionError(f"{what}: expected {kind.__name__}, got no error")
+    assert "\n" not in line, f"{what}: expected one line, got {line}"
+    return line
 
 
 def open_files() -> dict[int, str]:

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,7 +16,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ollm_conformance.checks import check, does_not_apply
-from ollm_conformance.parts.base import PartSuite, examples, nothing_left, open_files, unreadable
+from ollm_conformance.parts.base import (
+    PartSuite,
+    examples,
+    nothing_left,
+    open_files,
+    refusal,
+    unreadable,
+)
 from ollm_core import ByteSource, OllmError, ReadError, TensorInfo
 from ollm_core.buffers import PAGE, aligned_buffer, as_memoryview
 
@@ -217,17 +225,10 @@ class ByteSourceConformance(PartSuite):
                 for place in ((1, 100, 699_901), (1, 650_000, 50_001), (1, size, 1)):
                     (tensor,) = files.tensors([place])
                     what = f"{place[2]} bytes at {place[1]} of a file cut to {size}"
-                    try:
-                        read(source, [tensor], what)
-                    except ReadError as error:
-                        assert "\n" not in str(error), f"{what}: expected one line, got {error}"
-                        assert files.paths[1].name in str(error), (
-                            f"{what}: expected the file's name, got {error}"
-                        )
-                    except Exception as error:
-                        raise AssertionError(f"{what}: expected ReadError, got {error!r}") from error
-                    else:
-                        raise AssertionError(f"{what}: expected ReadError, got no error")
+                    line = refusal(ReadError, partial(read, source, [tensor], what), what)
+                    assert files.paths[1].name in line, (
+                        f"{what}: expected the file's name, got {line}"
+                    )
                 files.check(source, [(0, 10, 5000)], "another file after the error")
 
     @check(
@@ -247,8 +248,8 @@ class ByteSourceConformance(PartSuite):
                         files.check(source, [(1, 300_000, 5000)], "files that cannot be read")
                     except AssertionError:
                         raise
-                    except ReadError as error:
-                        assert "\n" not in str(error), f"expected one line, got {error}"
+                    except ReadError:
+                        pass
                     except Exception as error:
                         raise AssertionError(f"expected ReadError, got {error!r}") from error
                 files.check(source, [(1, 300_000, 5000)], "files that can be read again")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from ollm_conformance.checks import check, does_not_apply
 from ollm_conformance.compare import same_bits
-from ollm_conformance.parts.base import PartSuite, examples, nothing_left
+from ollm_conformance.parts.base import PartSuite, examples, nothing_left, refusal
 from ollm_conformance.parts.kv_machine import KVStoreMachine, OpenStore, TellsGrowth
 from ollm_conformance.parts.lists import KVShape
 from ollm_core import DoesNotFitError, KVStore, KVStoreError
@@ -72,8 +73,8 @@ class KVStoreConformance(PartSuite):
             for keys, values in opened.store.blocks(0, sequence):
                 for part in (keys, values):
                     heads, length, dim = part.shape
-                    good = 1 <= length <= shape.block_size
-                    assert good and (heads, dim) == (shape.num_kv_heads, shape.head_dim), (
+                    expected_form = (shape.num_kv_heads, True, shape.head_dim)
+                    assert (heads, 1 <= length <= shape.block_size, dim) == expected_form, (
                         f"expected blocks [{shape.num_kv_heads}, 1 to {shape.block_size}, "
                         f"{shape.head_dim}], got {list(part.shape)}"
                     )
@@ -191,7 +192,8 @@ class KVStoreConformance(PartSuite):
             sequence = opened.store.new_sequence()
             expected = opened.fill(sequence, 9)
             for length in (10, 12, 100, -1):
-                _refused(lambda n=length: opened.store.truncate(sequence, n), f"truncate to {length}")
+                what = f"truncating 9 tokens to {length}"
+                _refused(partial(opened.store.truncate, sequence, length), what)
                 opened.expect(sequence, expected, f"after a refused truncate to {length}")
 
     @check(
@@ -206,12 +208,11 @@ class KVStoreConformance(PartSuite):
                 old = opened.fill(sequence, 13)
                 opened.expect(sequence, old, "before")
                 opened.store.truncate(sequence, length)
-                new = opened.fill(sequence, 10, seed=1)
-                expected = [
-                    torch.cat([one[:, :, :length], other], dim=2)
-                    for one, other in zip(old, new, strict=True)
-                ]
-                opened.expect(sequence, expected, f"truncated to {length}, then 10 more")
+                kept = [layer[:, :, :length] for layer in old]
+                for seed, more in enumerate((13 - length, 10)):  # first as many as there were
+                    new = opened.fill(sequence, more, seed + 1)
+                    kept = [torch.cat(pair, dim=2) for pair in zip(kept, new, strict=True)]
+                    opened.expect(sequence, kept, f"truncated to {length}, then {more} more")
 
     @check(
         "kv-store.fork",
@@ -440,10 +441,8 @@ class KVStoreConformance(PartSuite):
                 left = [path.name for path in Path(name).iterdir()]
                 assert not left, f"expected no files, got {', '.join(left)}"
                 _refused(store.new_sequence, "a sequence of a closed store")
-                _refused(lambda s=store, i=sequence: s.num_tokens(i), "a length of a closed store")
-                _refused(
-                    lambda o=opened, i=sequence: o.append(0, i, 1, 0), "keys for a closed store"
-                )
+                _refused(partial(store.num_tokens, sequence), "a length of a closed store")
+                _refused(partial(opened.append, 0, sequence, 1, 0), "keys for a closed store")
 
     @check(
         "kv-store.bytes-read",
@@ -465,7 +464,7 @@ class KVStoreConformance(PartSuite):
                 kept = told.device + told.host
                 least = max(stored - kept, 0) if told.disk else 0
                 assert least <= count <= told.disk, (
-                    f"reading {time + 1}: expected {least} to {told.disk} bytes counted, got {count}"
+                    f"reading {time + 1}: expected {least} to {told.disk} bytes, got {count}"
                 )
 
     @check(
@@ -474,10 +473,13 @@ class KVStoreConformance(PartSuite):
         look="the calls that the message lists: they are the fewest that show it",
     )
     def test_state_machine(self) -> None:
-        def machine() -> KVStoreMachine:
-            return KVStoreMachine(lambda stack: stack.enter_context(self.opened()))
+        opened = self.opened
 
-        run_state_machine_as_test(machine, settings=examples(self.num_examples))
+        class Machine(KVStoreMachine):
+            def __init__(self) -> None:
+                super().__init__(lambda stack: stack.enter_context(opened()))
+
+        run_state_machine_as_test(Machine, settings=examples(self.num_examples))
 
 
 def _of(store: KVStore) -> tuple[int, int, int]:
@@ -501,11 +503,4 @@ def _growth(store: KVStore, sequence: int, num_tokens: int) -> int:
 
 def _refused(request: Callable[[], object], what: str) -> None:
     """Raises AssertionError unless `request` is refused with one line."""
-    try:
-        request()
-    except KVStoreError as error:
-        assert "\n" not in str(error), f"{what}: expected one line, got {error}"
-    except Exception as error:
-        raise AssertionError(f"{what}: expected KVStoreError, got {error!r}") from error
-    else:
-        raise AssertionError(f"{what}: expected KVStoreError, got no error")
+    refusal(KVStoreError, request, what)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from ollm_conformance.checks import check
 from ollm_conformance.compare import same_bits
-from ollm_conformance.parts.base import PartSuite, nothing_left, open_files, unreadable
+from ollm_conformance.parts.base import PartSuite, nothing_left, open_files, refusal, unreadable
 from ollm_core import DoesNotFitError, ParameterSource, ReadError, WeightStreamer
 from ollm_core.checkpoint import Checkpoint, open_checkpoint
 from ollm_core.memory import MemoryAccount
@@ -276,7 +277,7 @@ class WeightStreamerConformance(PartSuite):
                             except ReadError:
                                 refused += 1
                         assert refused, "expected ReadError in three passes, got no error"
-                        _raises_read_error(streamer)
+                        refusal(ReadError, partial(streamer.embed, torch.tensor([17])), "embed()")
                         _wait_for_readers(streamer)
                     model.walk(streamer, f"after {number + 1} failures")
                     same_bits(streamer.embed(torch.tensor([9])), model.embedding[[9]], "embed()")
@@ -399,14 +400,3 @@ def _wait_for_readers(streamer: WeightStreamer) -> None:
     while quiet < 3:
         time.sleep(0.01)
         quiet, last = (quiet + 1 if streamer.bytes_read == last else 0), streamer.bytes_read
-
-
-def _raises_read_error(streamer: WeightStreamer) -> None:
-    """Raises AssertionError unless `embed` says that storage fails."""
-    try:
-        streamer.embed(torch.tensor([17]))
-    except ReadError:
-        return
-    except Exception as error:
-        raise AssertionError(f"embed(): expected ReadError, got {error!r}") from error
-    raise AssertionError("embed(): expected ReadError, got no error")
