@@ -106,7 +106,8 @@ class ByteSource(Closing):
 
     @abstractmethod
     def read(self, tensors: Sequence[TensorInfo], buffer: memoryview) -> Sequence[int]:
-        """Read all `tensors` into `buffer` and return each one's byte offset in it.
+        """Read all `tensors` into `buffer` and return each one's byte offset in it. What lies at a
+        multiple of 64 bytes in its file does so in the buffer.
 
         `buffer` is writable, page-aligned and at least `buffer_bytes(tensors)` long. May be called
         from several threads. Raises ReadError if the storage fails or a file is shorter than it was

@@ -31,7 +31,8 @@ def results(suite: type, checks: Sequence[str] = (), options: Sequence[str] = ()
             str(directory / "test_suite.py"), f"--rootdir={directory}", "--import-mode=importlib",
             "-c", str(directory / "pytest.ini"), f"--basetemp={directory / 'temp'}",
             f"--ollm-results={found}", "-q", "--tb=short", "-p", "no:cacheprovider",
-            "-p", "no:faulthandler", *options,
+            "-p", "no:faulthandler",
+            "-p", "no:unraisableexception",  # it collects garbage for most of the time *options,
         ]  # fmt: skip
         if checks:
             arguments.append(f"--ollm-checks={','.join(checks)}")
@@ -39,7 +40,8 @@ def results(suite: type, checks: Sequence[str] = (), options: Sequence[str] = ()
         try:
             status = pytest.main(arguments)
         finally:
-            del sys.modules[_MODULE]
+            for name in (_MODULE, "test_suite"):  # the next run's are others
+                sys.modules.pop(name, None)
         if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
             raise AssertionError(f"{suite.__name__}: expected a run of pytest, got {status!r}")
         return read_json(found)

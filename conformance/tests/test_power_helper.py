@@ -35,6 +35,15 @@ def test_outcomes_are_told_by_check():
     assert outcomes(Toy, ["toy.bad"]) == {"toy.bad": "failed"}
 
 
+def test_runs_do_not_mix():
+    """A run is one of the class that was given, not of that of the run before."""
+
+    class Other(Toy):
+        test_bad = None
+
+    assert outcomes(Toy).keys() - outcomes(Other).keys() == {"toy.bad"}
+
+
 def test_results_say_why():
     """A result carries the name of the subject and the message of the check."""
     (result,) = results(Toy, ["toy.bad"])

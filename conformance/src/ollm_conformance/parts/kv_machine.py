@@ -10,13 +10,22 @@ from typing import Protocol, runtime_checkable
 
 import torch
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
 from torch import Tensor
 
 from ollm_conformance.compare import same_bits
 from ollm_conformance.parts.lists import KVShape, ListKVStore
 from ollm_core import KVStore, TierBytes
 from ollm_core.memory import MemoryAccount
+
+SHARES = st.one_of(st.just(1.0), st.floats(0, 1))
+"""How much of a sequence is kept: often all of it."""
 
 
 @runtime_checkable
@@ -84,6 +93,15 @@ class KVStoreMachine(RuleBasedStateMachine):
         """One sequence, as the store and the model name it."""
         return self.pairs[index % len(self.pairs)]
 
+    @initialize(length=st.integers(1, 9))
+    def begin(self, length: int) -> None:
+        """A sequence and its fork, which both have grown."""
+        self.new()
+        self.append(0, [length])
+        self.fork(0, 1.0)
+        self.append(0, [3])
+        self.append(1, [4])
+
     @rule()
     def new(self) -> None:
         self.pairs.append((self.store.new_sequence(), self.model.new_sequence()))
@@ -117,7 +135,7 @@ class KVStoreMachine(RuleBasedStateMachine):
         assert left == TierBytes(), f"expected no growth after the reservation, got {left}"
 
     @precondition(lambda self: self.pairs)
-    @rule(index=st.integers(0, 9), share=st.floats(0, 1))
+    @rule(index=st.integers(0, 9), share=SHARES)
     def truncate(self, index: int, share: float) -> None:
         sequence, expected = self.pick(index)
         length = int(share * self.model.num_tokens(expected))
@@ -125,7 +143,7 @@ class KVStoreMachine(RuleBasedStateMachine):
         self.model.truncate(expected, length)
 
     @precondition(lambda self: self.pairs and len(self.pairs) < 6)
-    @rule(index=st.integers(0, 9), share=st.floats(0, 1))
+    @rule(index=st.integers(0, 9), share=SHARES)
     def fork(self, index: int, share: float) -> None:
         sequence, expected = self.pick(index)
         length = int(share * self.model.num_tokens(expected))

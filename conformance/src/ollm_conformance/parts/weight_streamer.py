@@ -2,116 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
 import torch
-from safetensors.torch import save_file
-from torch import Tensor
 
 from ollm_conformance.checks import check
 from ollm_conformance.compare import same_bits
 from ollm_conformance.parts.base import PartSuite, nothing_left, open_files, refusal, unreadable
-from ollm_core import DoesNotFitError, ParameterSource, ReadError, WeightStreamer
-from ollm_core.checkpoint import Checkpoint, open_checkpoint
+from ollm_conformance.parts.tiny_weights import NUM_UNITS, Model
+from ollm_core import DoesNotFitError, ReadError, WeightStreamer
 from ollm_core.memory import MemoryAccount
-from ollm_core.weights.units import Parameter, Units, WeightUnit
+from ollm_core.weights.units import Units
 
-NUM_LAYERS = 5
-NUM_UNITS = NUM_LAYERS + 2
-"""The layers, and the head in two parts."""
 PAGE_SLACK = 2 * 4096
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def _turned(tensor: Tensor) -> Tensor:
-    return tensor.T.contiguous()
-
-
-@dataclass(frozen=True, slots=True)
-class Model:
-    """A checkpoint of two files, how it is cut into units, and what they hold."""
-
-    checkpoint: Checkpoint
-    units: Units
-    expected: list[list[Tensor]]
-    """Parameters of each unit in pass order, as stored."""
-    embedding: Tensor
-
-    @classmethod
-    def write(cls, directory: Path) -> Model:
-        """Write random tensors of odd sizes, in three dtypes, some stored the other way round."""
-        generator = torch.Generator().manual_seed(11)
-
-        def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-            return torch.randn(shape, generator=generator).to(dtype)
-
-        saved = {"head": random(301, 129), "norm": random(65), "embedding": random(57, 33)}
-        plan: list[list[str]] = []
-        for i in range(NUM_LAYERS):
-            layer = {
-                f"{i}.weight": random(201 + i, 257),
-                f"{i}.norm": random(64, dtype=torch.bfloat16),
-                f"{i}.half": random(31, 49, dtype=torch.float16),
-                f"{i}.turned": random(20, 30),
-            }
-            plan.append(list(layer)[i % 2 :] + list(layer)[: i % 2])
-            saved |= layer
-        _save(saved, directory)
-        checkpoint = open_checkpoint(directory)
-        layers = [_unit(checkpoint, names) for names in plan]
-        rows = checkpoint.tensors["head"]
-        cuts = [(0, 150), (150, 301)]
-        head = [
-            WeightUnit(
-                f"head {a}:{b}",
-                (Parameter("head", (b - a, 129), ParameterSource(("head",)), (rows.rows(a, b),)),),
-            )
-            for a, b in cuts
-        ]
-        expected = [[_value(saved[name], name) for name in names] for names in plan]
-        expected += [[saved["head"][a:b]] for a, b in cuts]
-        units = Units(
-            tuple(layers), tuple(head), _unit(checkpoint, ["norm"]), checkpoint.tensors["embedding"]
-        )
-        return cls(checkpoint, units, expected, saved["embedding"])
-
-    @property
-    def streamed_bytes(self) -> int:
-        """Bytes of all units as stored."""
-        return sum(unit.file_bytes for unit in self.units.in_pass_order)
-
-    def check(
-        self, unit_idx: int, found: Sequence[Tensor], what: str, dtype: torch.dtype = torch.float32
-    ) -> None:
-        """Raises AssertionError unless `found` are the parameters of a unit."""
-        told = f"{what}, unit {unit_idx}"
-        expected = self.expected[unit_idx]
-        assert len(found) == len(expected), (
-            f"{told}: expected {len(expected)} parameters, got {len(found)}"
-        )
-        for i, (one, other) in enumerate(zip(found, expected, strict=True)):
-            same_bits(one, other.to(dtype), f"{told}, parameter {i}")
-
-    def walk(
-        self,
-        streamer: WeightStreamer,
-        what: str,
-        dtype: torch.dtype = torch.float32,
-        order: Iterable[int] = range(NUM_UNITS),
-    ) -> None:
-        """Acquire units, by default those of a pass, and check each."""
-        for unit_idx in order:
-            with streamer.acquire(unit_idx) as parameters:
-                self.check(unit_idx, parameters, what, dtype)
 
 
 class WeightStreamerConformance(PartSuite):
@@ -134,11 +45,17 @@ class WeightStreamerConformance(PartSuite):
     @classmethod
     @contextmanager
     def opened(
-        cls, share: float | None = None, dtype: torch.dtype = torch.float32
+        cls,
+        share: float | None = None,
+        dtype: torch.dtype = torch.float32,
+        stored: torch.dtype = torch.float32,
     ) -> Iterator[tuple[WeightStreamer, Model, MemoryAccount]]:
-        """A streamer in a `share` (default: the least) of the model's bytes, closed afterwards."""
+        """A streamer in a `share` (default: the least) of the model's bytes, closed afterwards.
+
+        It computes in `dtype`, from weights that are `stored` in another or the same.
+        """
         with tempfile.TemporaryDirectory() as name:
-            model = Model.write(Path(name))
+            model = Model.write(Path(name), stored)
             share = cls.least_share if share is None else share
             account = MemoryAccount("memory", int(share * model.streamed_bytes))
             files = list(model.checkpoint.files)
@@ -155,9 +72,10 @@ class WeightStreamerConformance(PartSuite):
     def test_parameters(self, share: float | None) -> None:
         if share is not None and share < self.least_share:
             share = self.least_share
-        with self.opened(share) as (streamer, model, _):
-            for number in range(3):
-                model.walk(streamer, f"pass {number + 1}")
+        for dtype in (torch.float32, torch.bfloat16):
+            with self.opened(share, dtype, dtype) as (streamer, model, _):
+                for number in range(3):
+                    model.walk(streamer, f"pass {number + 1} in {dtype}", dtype)
 
     @check(
         "weight-streamer.dtype",
@@ -194,11 +112,12 @@ class WeightStreamerConformance(PartSuite):
         look="acquire(): no buffer is filled while its parameters are in use",
     )
     def test_in_use(self) -> None:
-        with self.opened() as (streamer, model, _):
-            for unit_idx in [*range(NUM_UNITS), 0, 1]:
-                with streamer.acquire(unit_idx) as parameters:
-                    _wait_for_readers(streamer)
-                    model.check(unit_idx, parameters, "after reading ahead")
+        for dtype in (torch.bfloat16, torch.float32):
+            with self.opened(None, dtype, dtype) as (streamer, model, _):
+                for unit_idx in [*range(NUM_UNITS), 0, 1]:
+                    with streamer.acquire(unit_idx) as parameters:
+                        _wait_for_readers(streamer)
+                        model.check(unit_idx, parameters, "after reading ahead", dtype)
 
     @check(
         "weight-streamer.two-at-once",
@@ -206,12 +125,13 @@ class WeightStreamerConformance(PartSuite):
         look="acquire(): each unit in use has a buffer of its own",
     )
     def test_two_at_once(self) -> None:
-        with self.opened() as (streamer, model, _):
+        dtype = torch.bfloat16
+        with self.opened(None, dtype, dtype) as (streamer, model, _):
             for unit_idx in [*range(NUM_UNITS - 1), 0]:
                 with streamer.acquire(unit_idx) as first, streamer.acquire(unit_idx + 1) as second:
                     _wait_for_readers(streamer)
-                    model.check(unit_idx, first, "the first of two")
-                    model.check(unit_idx + 1, second, "the second of two")
+                    model.check(unit_idx, first, "the first of two", dtype)
+                    model.check(unit_idx + 1, second, "the second of two", dtype)
 
     @check(
         "weight-streamer.any-order",
@@ -279,7 +199,12 @@ class WeightStreamerConformance(PartSuite):
                         assert refused, "expected ReadError in three passes, got no error"
                         refusal(ReadError, partial(streamer.embed, torch.tensor([17])), "embed()")
                         _wait_for_readers(streamer)
-                    model.walk(streamer, f"after {number + 1} failures")
+                    try:
+                        model.walk(streamer, f"after {number + 1} failures")
+                    except ReadError as error:
+                        raise AssertionError(
+                            f"expected a pass that works when storage does, got {error!r}"
+                        ) from error
                     same_bits(streamer.embed(torch.tensor([9])), model.embedding[[9]], "embed()")
 
     @check(
@@ -364,34 +289,6 @@ class WeightStreamerConformance(PartSuite):
                 streamer.close()
                 streamer.close()
                 assert account.used == 0, f"expected an empty account, got {account.used} bytes"
-
-
-def _save(saved: dict[str, Tensor], directory: Path) -> None:
-    """Write `saved` as two shards."""
-    shards = {"a.safetensors": {}, "b.safetensors": {}}  # type: dict[str, dict[str, Tensor]]
-    for i, (name, tensor) in enumerate(saved.items()):
-        shards["ab"[i * 2 // len(saved)] + ".safetensors"][name] = tensor
-    index = {name: shard for shard, tensors in shards.items() for name in tensors}
-    for shard, tensors in shards.items():
-        save_file(tensors, directory / shard)
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
-    (directory / "config.json").write_text('{"model_type": "llama"}')
-
-
-def _unit(checkpoint: Checkpoint, names: Sequence[str]) -> WeightUnit:
-    """A unit of whole tensors; those called `turned` are transposed."""
-    parameters = []
-    for name in names:
-        info = checkpoint.tensors[name]
-        turned = name.endswith("turned")
-        source = ParameterSource((name,), _turned if turned else None)
-        shape = info.shape[::-1] if turned else info.shape
-        parameters.append(Parameter(name, shape, source, (info,)))
-    return WeightUnit("+".join(names), tuple(parameters))
-
-
-def _value(stored: Tensor, name: str) -> Tensor:
-    return _turned(stored) if name.endswith("turned") else stored
 
 
 def _wait_for_readers(streamer: WeightStreamer) -> None:
