@@ -112,7 +112,8 @@ class ByteSource(Closing):
 
     @abstractmethod
     def read(self, tensors: Sequence[TensorInfo], buffer: memoryview) -> Sequence[int]:
-        """Read all `tensors` into `buffer` and return each one's byte offset in it.
+        """Read all `tensors` into `buffer` and return each one's byte offset in it. What lies at a
+        multiple of 64 bytes in its file does so in the buffer.
 
         An offset equals the tensor's own in its file modulo 64 bytes.
         `buffer` is writable, page-aligned and at least `buffer_bytes(tensors)` long. May be called

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ollm_core.attention.options import CARRIED
 from ollm_core.errors import UnsupportedError
 from ollm_core.interfaces import KVView
 
-_CARRIED = frozenset({"dropout", "position_ids", "use_cache", "is_causal", "output_attentions"})
 _TILE = 256  # new tokens that are attended to together where a window cuts them
 
 
@@ -33,7 +33,7 @@ def blockwise_attention(
     caps.
     """
     for name, value in options.items():
-        if value is not None and name not in _CARRIED:
+        if value is not None and name not in CARRIED:
             raise UnsupportedError(f"block-wise attention does not know the option {name!r}")
     rows = []
     for row in range(query.shape[0]):

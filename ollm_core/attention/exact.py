@@ -7,13 +7,15 @@ context.
 
 from __future__ import annotations
 
+import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from ollm_core.attention.options import CARRIED
 from ollm_core.errors import UnsupportedError
 from ollm_core.interfaces import KVView
 
@@ -31,6 +33,7 @@ def exact_attention(
     from, which also knows what to do with sinks and soft caps.
     """
     eager = _family_eager(module)
+    _refuse_unknown(module, eager, options)
     outputs = []
     for row in range(query.shape[0]):
         keys, values = _gather(view, row, sliding_window)  # [1, G, S, D]
@@ -48,6 +51,22 @@ def _family_eager(module: torch.nn.Module) -> Callable[..., tuple[Tensor, Tensor
     if eager is None:
         raise UnsupportedError(f"{modeling.__name__} has no eager attention to be exact with")
     return cast("Callable[..., tuple[Tensor, Tensor]]", eager)
+
+
+def _refuse_unknown(
+    module: torch.nn.Module, eager: Callable[..., object], options: Mapping[str, object]
+) -> None:
+    """Raise UnsupportedError for what `eager` would ignore. A parameter of the module, as sinks
+    are, it finds there itself.
+    """
+    known = inspect.signature(eager).parameters.keys() | CARRIED
+    own = list(module.parameters(recurse=False))
+    for name, value in options.items():
+        if value is None or name in known or any(value is parameter for parameter in own):
+            continue
+        raise UnsupportedError(
+            f"the eager attention of {type(module).__module__} does not know the option {name!r}"
+        )
 
 
 def _gather(view: KVView, row: int, window: int | None) -> tuple[Tensor, Tensor]:
