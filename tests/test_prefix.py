@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -285,6 +286,18 @@ def run(directory, prompt, kv_dir, **options):
         step = torch.tensor([[7]])
         logits += [model(step, past_key_values=cache).logits for _ in range(3)]
         return torch.cat(logits), model.stats
+
+
+def test_another_config_finds_nothing(tiny, ids, tmp_path):
+    """Keys depend on more than the weights: after a change of config.json nothing is found."""
+    prompt = ids(300)
+    run(tiny, prompt, tmp_path / "kv")
+    assert run(tiny, prompt, tmp_path / "kv")[1].cached_tokens > 256
+    path = tiny / "config.json"
+    config = json.loads(path.read_text())
+    config["rope_parameters"]["rope_theta"] *= 2
+    path.write_text(json.dumps(config))
+    assert run(tiny, prompt, tmp_path / "kv")[1].cached_tokens == 0
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
