@@ -5,7 +5,7 @@ before use.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from ollm_core.attention import ATTENTION_NAME, register_attention
 from ollm_core.errors import ConfigError
+from ollm_core.mlp import Mixture
 from ollm_core.types import Config, Layout
 
 
@@ -33,7 +34,10 @@ class Skeleton:
             self.config = AutoConfig.for_model(**copy.deepcopy(dict(config)))
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(
-                    self.config, dtype=dtype, attn_implementation=ATTENTION_NAME
+                    self.config,
+                    dtype=dtype,
+                    attn_implementation=ATTENTION_NAME,
+                    experts_implementation="eager",  # the others give other last bits
                 )
         except Exception as error:
             raise ConfigError(
@@ -51,6 +55,8 @@ class Skeleton:
         # Rotary frequencies are in no checkpoint: a fresh module computes them.
         with torch.device(device):
             self.rotary: nn.Module = type(self.meta_rotary)(self.config)
+        self.mixtures: Mapping[int, Mixture] = dict(_mixtures(self.layers, layout))
+        """Layers with routed experts, which are run in two halves."""
         self._slots = [_parameter_slots(layer) for layer in self.layers]
         if getattr(model.get_submodule(layout.head), "bias", None) is not None:
             raise ConfigError("a head with a bias is not supported")
@@ -66,6 +72,11 @@ class Skeleton:
         finally:
             for (holder, leaf), value in zip(slots, previous, strict=True):
                 holder[leaf] = value
+
+    def step(self, layer_idx: int) -> Callable[..., Tensor]:
+        """What is run chunk by chunk: the layer, or its mixer if it has routed experts."""
+        mixture = self.mixtures.get(layer_idx)
+        return mixture.mixer if mixture else self.layers[layer_idx]
 
     def bind_norm(self, parameters: Sequence[Tensor]) -> None:
         """Give the final norm its parameters until `close`."""
@@ -85,6 +96,12 @@ class Skeleton:
 def _bind(slots: Sequence[tuple[dict[str, Any], str]], parameters: Sequence[Tensor]) -> None:
     for (holder, leaf), value in zip(slots, parameters, strict=True):
         holder[leaf] = nn.Parameter(value, requires_grad=False)
+
+
+def _mixtures(layers: Sequence[nn.Module], layout: Layout) -> Iterator[tuple[int, Mixture]]:
+    for layer_idx, layer in enumerate(layers):
+        if layout.experts and layout.experts in dict(layer.named_modules()):
+            yield layer_idx, Mixture(layer, layout)
 
 
 def _parameter_slots(module: nn.Module) -> list[tuple[dict[str, Any], str]]:

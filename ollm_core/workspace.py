@@ -4,17 +4,19 @@ and quick.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from typing import cast
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ollm_core.attention import ATTENTIONS
 from ollm_core.interfaces import KVStore, KVView
 from ollm_core.kv import KVGeometry
+from ollm_core.mlp import Mixture
 from ollm_core.skeleton import Skeleton
-from ollm_core.tracing import traced_peak
+from ollm_core.tracing import OneExpertTaken, traced_peak
 
 _BLOCKWISE_BLOCKS = 2  # block-wise attention takes as much for two earlier blocks as for any number
 
@@ -26,6 +28,13 @@ class Workspace:
         self._skeleton = skeleton
         self._geometry = geometry
         self._known: dict[tuple[int, int, int, str], int] = {}
+        self._known_mixtures: dict[tuple[int, int], tuple[int, int, int]] = {}
+        kinds: dict[Hashable, int] = {}
+        for layer_idx, layer in enumerate(skeleton.layers):
+            made_of = tuple((name, value.shape) for name, value in layer.named_parameters())
+            mixture = skeleton.mixtures.get(layer_idx)
+            kinds.setdefault((type(layer), made_of, mixture and mixture.slice_shapes), layer_idx)
+        self._distinct = tuple(kinds.values())
 
     def layer_bytes(self, num_rows: int, num_new: int, num_past: int, attention: str) -> int:
         """Peak bytes of a layer for `num_new` tokens in each of `num_rows`, after `num_past`
@@ -41,7 +50,54 @@ class Workspace:
             self._known[key] = self._trace(num_rows, num_new, num_blocks, attention)
         return self._known[key]
 
+    def mixture_bytes(self, num_tokens: int, num_chunks: int, largest: int) -> tuple[int, int]:
+        """What the MLP of a layer with routed experts takes for `num_tokens` in `num_chunks` of at
+        most `largest`: peak bytes while it works on one, and bytes parked for all of them.
+
+        Hidden states and weights are not counted; any expert may get all tokens of a chunk.
+        """
+        found = [(0, 0)]
+        for layer_idx in self._distinct:
+            if mixture := self._skeleton.mixtures.get(layer_idx):
+                key = layer_idx, largest
+                if key not in self._known_mixtures:
+                    self._known_mixtures[key] = self._trace_mixture(mixture, largest)
+                work, per_token, per_chunk = self._known_mixtures[key]
+                found.append((work, per_token * num_tokens + per_chunk * num_chunks))
+        return max(work for work, _ in found), max(parked for _, parked in found)
+
+    def _trace_mixture(self, mixture: Mixture, num_tokens: int) -> tuple[int, int, int]:
+        """Peak bytes for one chunk, bytes parked per token, and per chunk beside those."""
+        meta, dtype = torch.device("meta"), self._geometry.dtype
+        hidden_size: int = self._skeleton.config.hidden_size
+        hidden = torch.empty(1, num_tokens, hidden_size, dtype=dtype, device=meta)
+        chunk = mixture.route(hidden, meta)
+        parameters = [
+            torch.empty(shape, dtype=dtype, device=meta) for shape in mixture.slice_shapes
+        ]
+
+        def add() -> None:
+            taken: TorchDispatchMode = OneExpertTaken()  # type: ignore[no-untyped-call]
+            with taken, mixture.bound(parameters):
+                mixture.add(chunk, 0, num_tokens, meta)
+
+        work = max(
+            traced_peak(lambda: mixture.route(hidden, meta)),
+            traced_peak(add),
+            traced_peak(lambda: mixture.finish(hidden, chunk.total)),
+        )
+        per_chunk = chunk.starts.nbytes
+        return work, (chunk.num_bytes - per_chunk) // num_tokens, per_chunk
+
     def _trace(self, num_rows: int, num_new: int, num_blocks: int, attention: str) -> int:
+        return max(
+            self._trace_layer(layer_idx, num_rows, num_new, num_blocks, attention)
+            for layer_idx in self._distinct
+        )
+
+    def _trace_layer(
+        self, layer_idx: int, num_rows: int, num_new: int, num_blocks: int, attention: str
+    ) -> int:
         hidden_size: int = self._skeleton.config.hidden_size
         hidden = torch.empty(
             num_rows, num_new, hidden_size, dtype=self._geometry.dtype, device="meta"
@@ -51,7 +107,7 @@ class Workspace:
         def run() -> Tensor:
             positions = torch.arange(num_new, device="meta").expand(num_rows, num_new)
             embeddings = self._skeleton.meta_rotary(hidden, positions)
-            output: Tensor = self._skeleton.layers[0](
+            output: Tensor = self._skeleton.step(layer_idx)(
                 hidden,
                 attention_mask=None,
                 position_ids=positions,
