@@ -24,8 +24,8 @@ ExpertId = tuple[int, int]
 """Layer and number of an expert."""
 
 ExpertPriority = Callable[[Mapping[int, int]], Sequence[ExpertId]]
-"""Which experts to keep: all of them, those first that are kept while there is room. Gets the
-number of experts of each layer that has some.
+"""Which experts to keep while there is room, those first that matter most; what it leaves out is
+never kept. Gets the number of experts of each layer that has some.
 """
 
 _GROUP_BYTES = 32 << 20  # a read that large runs at the speed of the disk
@@ -90,6 +90,7 @@ class ExpertStore(Closing):
         self._group_bytes = max(self._one_bytes, min(_GROUP_BYTES, most * self._one_bytes))
         order = priority({layer_idx: len(layer) for layer_idx, layer in units.items()})
         self._rank = {expert: rank for rank, expert in enumerate(order)}
+        self._last_rank = len(order)
         kept = [units[layer_idx][e] for layer_idx, e in order]
         # What the first of them take, by how many they are.
         self._device_sums = [0, *accumulate(_finished_bytes(unit, dtype) for unit in kept)]
@@ -122,7 +123,7 @@ class ExpertStore(Closing):
 
     def place(self, device_bytes: int, host_bytes: int) -> ExpertPlacement:
         """What is best held in that much memory, `least_bytes` being there."""
-        if not self._rank:
+        if not self._units:
             return ExpertPlacement()
         room = device_bytes if self._on_cpu else host_bytes
         slot_bytes = self._one_bytes
@@ -213,7 +214,7 @@ class ExpertStore(Closing):
                 if expert not in waiting:
                     waiting = dict(self._received(next(filled), layer_idx))
                 buffer, offsets = waiting.pop(expert)
-                if self._rank[key] < self._placement.num_device:
+                if self._rank.get(key, self._last_rank) < self._placement.num_device:
                     self._on_device[key] = _copied(unit.build(buffer, offsets, self._dtype), buffer)
                     yield expert, self._on_device[key]
                 else:
@@ -229,7 +230,7 @@ class ExpertStore(Closing):
         self.counters.read_seconds += filled.seconds
         placement = self._placement
         for expert, unit, offsets in zip(group.members, group.units, filled.offsets, strict=True):
-            rank = self._rank[layer_idx, expert] - placement.num_device
+            rank = self._rank.get((layer_idx, expert), self._last_rank) - placement.num_device
             if 0 <= rank < placement.num_host:
                 self._on_host[layer_idx, expert] = _packed(unit, buffer, offsets)
         if self._uploads is not None:
