@@ -14,7 +14,7 @@ from ollm_core.chunks import Chunk, NewTokens, cut_chunks
 from ollm_core.errors import DoesNotFitError
 from ollm_core.interfaces import KVStore, TierBytes
 from ollm_core.memory import MemoryAccount, format_size
-from ollm_core.weights.tiered import TieredWeights
+from ollm_core.weights.tiered import HELD_KINDS, TieredWeights
 from ollm_core.workspace import Workspace
 
 EXACT_CONTEXT = 8192
@@ -146,17 +146,21 @@ class Admission:
         layer = max(
             self._workspace.layer_bytes(*shape, past, attention) for shape, past in shapes.items()
         )
+        largest = max(len(chunk.rows) * chunk.num_tokens for chunk in chunks)
+        experts, parked = self._workspace.mixture_bytes(num_tokens, len(chunks), largest)
         num_logits = sum(item.num_logits for item in work)
         # Logits in parts and whole, the normalised rows, float32 copies to choose tokens from.
         head = num_logits * (2 * self._vocab_size + self._hidden_size) * self._itemsize
         head += len(work) * self._vocab_size * 2 * torch.float32.itemsize
-        largest = max(len(chunk.rows) * chunk.num_tokens for chunk in chunks)
         head += 4 * largest * self._hidden_size * torch.float32.itemsize  # the norm's own
         tokens = num_tokens * (_POSITION_BYTES + (_TOKEN_BYTES if self._on_cpu else 0))
         if on_host:
             chunk_bytes = largest * self._hidden_size * self._itemsize
-            return TierBytes(device=max(layer, head) + chunk_bytes + tokens, host=hidden)
-        return TierBytes(device=max(layer, head) + hidden + tokens)
+            if parked:  # parts of a chunk on their way from and to the host
+                experts, parked = experts + 2 * chunk_bytes, parked + 2 * chunk_bytes
+            device = max(layer, experts, head) + chunk_bytes + tokens
+            return TierBytes(device=device, host=hidden + parked)
+        return TierBytes(device=max(layer, experts + parked, head) + hidden + tokens)
 
     def _growth(self, store: KVStore, work: Sequence[NewTokens], plan: PassPlan) -> TierBytes:
         parts = [
@@ -172,7 +176,7 @@ class Admission:
             (self._accounts.device, plan.needed.device + growth.device),
             (self._accounts.host, plan.needed.host + growth.host),
         ):
-            held = sum(account.kinds.get(kind, 0) for kind in ("resident weights", "weight ring"))
+            held = sum(account.kinds.get(kind, 0) for kind in HELD_KINDS)
             budgets.append(account.free + held - taken)
         return budgets[0], budgets[1]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -60,6 +61,12 @@ class DecoderAdapter(ModelAdapter):
         """
         return ParameterSource((parameter,))
 
+    def experts(self, config: Config, parameter: str) -> Sequence[ParameterSource]:
+        """Which tensors make each routed expert's slice of `parameter` (its full name): a tensor
+        for each, or a row of one. Default: none, it is a parameter like others.
+        """
+        return ()
+
     def ignores(self, config: Config, tensor: str) -> bool:
         """Whether a tensor that no parameter uses is known to be superfluous. Frequencies of rotary
         embeddings and the head of a tied model always are.
@@ -110,14 +117,16 @@ class DecoderAdapter(ModelAdapter):
         config = self._complete(config)
         layout = self.layout(config)
         embedding, head = f"{layout.embedding}.weight", f"{layout.head}.weight"
-        parameters = {
-            name: self.source(config, name) for name in self._parameter_names(config, layout)
-        }
+        names = list(self._parameter_names(config, layout))
+        experts = {name: tuple(self.experts(config, name)) for name in names}
+        experts = {name: slices for name, slices in experts.items() if slices}
+        parameters = {name: self.source(config, name) for name in names if name not in experts}
         unused_head: tuple[str, ...] = ()
         if config.get("tie_word_embeddings"):
             unused_head = parameters[head].tensors
             parameters[head] = parameters[embedding]
-        used = {tensor for source in parameters.values() for tensor in source.tensors}
+        plan = WeightPlan(parameters, experts=experts)
+        used = {tensor for source in plan.sources() for tensor in source.tensors}
         present = frozenset(tensor_names)
         ignored = frozenset(
             tensor
@@ -127,7 +136,7 @@ class DecoderAdapter(ModelAdapter):
             or self.ignores(config, tensor)
         )
         self._check_tensors(missing=used - present, foreign=present - used - ignored)
-        return WeightPlan(parameters, ignored)
+        return replace(plan, ignored=ignored)
 
     def caches(self, config: Config) -> Sequence[CacheKind]:
         """Every layer remembers all tokens, or those of its window."""

@@ -5,6 +5,7 @@ The engine knows layers, chunks and memory. It knows nothing about text, samplin
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -92,11 +93,12 @@ class Engine:
         for layer_idx in range(len(self._skeleton.layers)):
             with (
                 self._weights.acquire(layer_idx) as parameters,
-                self._skeleton.bound(layer_idx, parameters) as layer,
+                self._skeleton.bound(layer_idx, parameters),
             ):
+                step = self._skeleton.step(layer_idx)
                 for i, call in enumerate(calls):
                     chunk_hidden = hidden[i].to(device)
-                    hidden[i] = layer(
+                    hidden[i] = step(
                         chunk_hidden,
                         attention_mask=None,
                         position_ids=call.positions,
@@ -107,6 +109,10 @@ class Engine:
                         ),
                     ).to(parked)
                     report()
+                del chunk_hidden
+                if mixture := self._skeleton.mixtures.get(layer_idx):
+                    fetch = functools.partial(self._weights.experts, layer_idx)
+                    mixture.run(hidden, device, fetch, report)
         return self._head(work, plan, hidden, report)
 
     def _embed(self, work: Sequence[NewTokens], chunk: Chunk) -> Tensor:
@@ -158,7 +164,8 @@ class Engine:
 
     def _reporter(self, work: Sequence[NewTokens], plan: PassPlan) -> Callable[[], None]:
         num_head = len(self._weights.units) - len(self._skeleton.layers)
-        total = len(self._skeleton.layers) * len(plan.chunks) + num_head
+        num_steps = len(self._skeleton.layers) + len(self._skeleton.mixtures)
+        total = num_steps * len(plan.chunks) + num_head
         stage: Literal["prefill", "decode"] = "prefill" if _is_prefill(work) else "decode"
         num_new = sum(len(item.token_ids) for item in work)
         done = -1

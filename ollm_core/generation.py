@@ -233,6 +233,7 @@ class StreamedModel(PreTrainedModel, GenerationMixin, Closing):
     def stats(self) -> Stats:
         """What the model has done since it was opened."""
         counters, plan = self.engine.counters, self.engine.counters.last_plan
+        experts = self.weights.expert_counters
         return Stats(
             weight_bytes=self._weight_bytes,
             resident_bytes=self.weights.resident_bytes,
@@ -255,6 +256,10 @@ class StreamedModel(PreTrainedModel, GenerationMixin, Closing):
             reader=self.weights.reader,
             attention=plan.attention if plan else "",
             chunk_size=plan.chunk_size if plan else 0,
+            experts_routed=experts.routed,
+            experts_hit=experts.hit,
+            experts_read=experts.read,
+            expert_bytes_read=experts.bytes_read,
         )
 
     def on_progress(self, report: Callable[[Progress], None] | None) -> None:

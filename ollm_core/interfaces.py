@@ -146,6 +146,16 @@ class WeightStreamer(Closing):
         """
 
     @abstractmethod
+    def experts(
+        self, layer_idx: int, expert_ids: Iterable[int]
+    ) -> AbstractContextManager[Iterator[tuple[int, Sequence[Tensor]]]]:
+        """Routed experts of one layer, each once and in ascending order, with their slices of the
+        parameters of the layer's experts module, on the device.
+
+        They are valid until the next step of the iterator. Raises ReadError at a step.
+        """
+
+    @abstractmethod
     def embed(self, token_ids: Tensor) -> Tensor:
         """Rows of the input embedding, [N] -> [N, C], in the compute dtype on the device."""
 

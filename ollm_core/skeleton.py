@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from ollm_core.attention import ATTENTION_NAME, register_attention
 from ollm_core.errors import ConfigError, UnsupportedError
+from ollm_core.mlp import Mixture
 from ollm_core.types import Config, Layout
 
 
@@ -56,6 +57,8 @@ class Skeleton:
         with torch.device(device):
             self.rotary: nn.Module = type(self.meta_rotary)(self.config)
         self.rotary_types = _rotary_types(self.rotary, self.config, len(self.layers))
+        self.mixtures: Mapping[int, Mixture] = dict(_mixtures(self.layers, layout))
+        """Layers with routed experts, which are run in two halves."""
         self._slots = [_parameter_slots(layer) for layer in self.layers]
         if getattr(model.get_submodule(layout.head), "bias", None) is not None:
             raise ConfigError("a head with a bias is not supported")
@@ -83,6 +86,11 @@ class Skeleton:
         finally:
             for (holder, leaf), value in zip(slots, previous, strict=True):
                 holder[leaf] = value
+
+    def step(self, layer_idx: int) -> Callable[..., Tensor]:
+        """What is run chunk by chunk: the layer, or its mixer if it has routed experts."""
+        mixture = self.mixtures.get(layer_idx)
+        return mixture.mixer if mixture else self.layers[layer_idx]
 
     def bind_norm(self, parameters: Sequence[Tensor]) -> None:
         """Give the final norm its parameters until `close`."""
@@ -120,6 +128,12 @@ def _rotary_types(rotary: nn.Module, config: PreTrainedConfig, num_layers: int) 
             hint="rotary embeddings may depend on layer_types, and on nothing else",
         )
     return types
+
+
+def _mixtures(layers: Sequence[nn.Module], layout: Layout) -> Iterator[tuple[int, Mixture]]:
+    for layer_idx, layer in enumerate(layers):
+        if layout.experts and layout.experts in dict(layer.named_modules()):
+            yield layer_idx, Mixture(layer, layout)
 
 
 def _parameter_slots(module: nn.Module) -> list[tuple[dict[str, Any], str]]:

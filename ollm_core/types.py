@@ -4,13 +4,13 @@ stays quick.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 Config = Mapping[str, Any]
 """A model's config.json as parsed: the one form that every declaration reads."""
@@ -47,6 +47,11 @@ class TensorInfo:
             self.offset + start * row_bytes, (stop - start) * row_bytes,
         )  # fmt: skip
 
+    def row(self, index: int) -> TensorInfo:
+        """Row `index` of the first dimension, without that dimension."""
+        row = self.rows(index, index + 1)
+        return replace(row, name=f"{self.name}[{index}]", shape=self.shape[1:])
+
 
 @dataclass(frozen=True, slots=True)
 class EncodedTensor:
@@ -77,12 +82,14 @@ class ParameterSource:
     transform: Callable[..., Tensor] | None = None
     scratch_bytes: int = 0
     """The most that `transform` holds beside its arguments and the finished parameter."""
+    row: int | None = None
+    """Only this row of each tensor's first dimension; the other rows are not read."""
 
 
 @dataclass(frozen=True, slots=True)
 class WeightPlan:
-    """How a checkpoint's tensors become parameters: each tensor is used by one parameter or listed
-    in `ignored`.
+    """How a checkpoint's tensors become parameters: each tensor, or each row of one, is used by one
+    parameter, or the tensor is listed in `ignored`.
 
     `parameters` is keyed by the name in the transformers module tree. A tied head names the
     embedding's tensor again.
@@ -90,6 +97,16 @@ class WeightPlan:
 
     parameters: Mapping[str, ParameterSource]
     ignored: frozenset[str] = frozenset()
+    experts: Mapping[str, tuple[ParameterSource, ...]] = field(default_factory=dict)
+    """The parameters of routed experts, which stack one slice per expert: what makes each slice, in
+    the order of the experts. Such a name is not in `parameters`.
+    """
+
+    def sources(self) -> Iterator[ParameterSource]:
+        """What makes each parameter, and each expert's slice of one."""
+        yield from self.parameters.values()
+        for slices in self.experts.values():
+            yield from slices
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +123,20 @@ class Layout:
     rotary: str = "model.rotary_emb"
     mixers: tuple[str, ...] = ()
     """One of "full", "sliding", "recurrent" per layer; empty means all "full"."""
+    experts: str = ""
+    """Path inside a layer of the module that holds the routed experts, for instance `mlp.experts`;
+    empty for a dense model. A layer without that module is dense. The module is called with the
+    tokens' states, chosen experts and their weights, and adds up the experts in their order.
+    """
+    mixer: Callable[..., Tensor] | None = None
+    """A layer with routed experts is run in two halves. `mixer(layer, hidden, **options)`, with the
+    options of the layer itself, returns the hidden states as `mlp` takes them. None:
+    `input_layernorm`, `self_attn` and the residual.
+    """
+    mlp: Callable[[nn.Module, Tensor], Tensor] | None = None
+    """`mlp(layer, hidden)` does the rest of the layer, and may do it twice up to the experts. None:
+    `post_attention_layernorm`, `mlp` and the residual.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +184,9 @@ class Progress:
     """"prefill" while a pass brings more than one new token per sequence."""
     steps_done: int
     steps_total: int
-    """A step is one chunk of tokens through one layer, or one part of the head."""
+    """A step is one chunk of tokens through one layer, or one part of the head. A layer with routed
+    experts is two: its mixer and its MLP.
+    """
     num_new_tokens: int
     """New tokens in this pass, over all sequences."""
     weight_passes: int
@@ -181,7 +214,9 @@ class Stats:
     tell.
     """
     weight_bytes_read: int
-    """Read from storage by the weight streamer, loading of resident weights not counted."""
+    """Read from storage by the weight streamer, loading of resident weights not counted. Experts
+    are loaded when they are first routed to: counted.
+    """
     read_seconds: float
     """Time the reading engine spent reading those."""
     weight_passes: int
@@ -199,3 +234,10 @@ class Stats:
     """The reading engine in use: "direct" or "mmap"."""
     attention: str
     chunk_size: int
+    experts_routed: int = 0
+    """Experts that a layer asked for in a pass, each counted once for each layer and pass."""
+    experts_hit: int = 0
+    """Of those, found in memory."""
+    experts_read: int = 0
+    """Of those, read from storage."""
+    expert_bytes_read: int = 0

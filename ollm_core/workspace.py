@@ -9,13 +9,15 @@ from typing import cast
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ollm_core.attention import ATTENTIONS
 from ollm_core.buffers import round_up
 from ollm_core.interfaces import KVStore, KVView
 from ollm_core.kv import KVGeometry
+from ollm_core.mlp import Mixture
 from ollm_core.skeleton import Skeleton
-from ollm_core.tracing import traced_peak
+from ollm_core.tracing import OneExpertTaken, traced_peak
 
 _BLOCKWISE_BLOCKS = 2  # block-wise attention takes as much for two earlier blocks as for any number
 
@@ -30,13 +32,16 @@ class Workspace:
         self._skeleton = skeleton
         self._geometry = geometry
         self._known: dict[_Shape, int] = {}
+        self._known_mixtures: dict[tuple[int, int], tuple[int, int, int]] = {}
         # One layer of each kind: what it remembers, and what it is made of.
         kinds: dict[Hashable, int] = {}
         for layer_idx, (layer, cache) in enumerate(
             zip(skeleton.layers, geometry.kinds, strict=True)
         ):
             made_of = tuple((name, value.shape) for name, value in layer.named_parameters())
-            kinds.setdefault((cache, type(layer), made_of), layer_idx)
+            mixture = skeleton.mixtures.get(layer_idx)
+            experts = mixture and mixture.slice_shapes
+            kinds.setdefault((cache, type(layer), made_of, experts), layer_idx)
         self._distinct = tuple(kinds.values())
 
     def layer_bytes(self, num_rows: int, num_new: int, num_past: int, attention: str) -> int:
@@ -72,6 +77,45 @@ class Workspace:
             self._known[key] = self._trace(*key)
         return self._known[key]
 
+    def mixture_bytes(self, num_tokens: int, num_chunks: int, largest: int) -> tuple[int, int]:
+        """What the MLP of a layer with routed experts takes for `num_tokens` in `num_chunks` of at
+        most `largest`: peak bytes while it works on one, and bytes parked for all of them.
+
+        Hidden states and weights are not counted; any expert may get all tokens of a chunk.
+        """
+        found = [(0, 0)]
+        for layer_idx in self._distinct:
+            if mixture := self._skeleton.mixtures.get(layer_idx):
+                key = layer_idx, largest
+                if key not in self._known_mixtures:
+                    self._known_mixtures[key] = self._trace_mixture(mixture, largest)
+                work, per_token, per_chunk = self._known_mixtures[key]
+                found.append((work, per_token * num_tokens + per_chunk * num_chunks))
+        return max(work for work, _ in found), max(parked for _, parked in found)
+
+    def _trace_mixture(self, mixture: Mixture, num_tokens: int) -> tuple[int, int, int]:
+        """Peak bytes for one chunk, bytes parked per token, and per chunk beside those."""
+        meta, dtype = torch.device("meta"), self._geometry.dtype
+        hidden_size: int = self._skeleton.config.hidden_size
+        hidden = torch.empty(1, num_tokens, hidden_size, dtype=dtype, device=meta)
+        chunk = mixture.route(hidden, meta)
+        parameters = [
+            torch.empty(shape, dtype=dtype, device=meta) for shape in mixture.slice_shapes
+        ]
+
+        def add() -> None:
+            taken: TorchDispatchMode = OneExpertTaken()  # type: ignore[no-untyped-call]
+            with taken, mixture.bound(parameters):
+                mixture.add(chunk, 0, num_tokens, meta)
+
+        work = max(
+            traced_peak(lambda: mixture.route(hidden, meta)),
+            traced_peak(add),
+            traced_peak(lambda: mixture.finish(hidden, chunk.total)),
+        )
+        per_chunk = chunk.starts.nbytes
+        return work, (chunk.num_bytes - per_chunk) // num_tokens, per_chunk
+
     def _trace(
         self, layer_idx: int, num_rows: int, num_new: int, num_past: int, attention: str
     ) -> int:
@@ -86,7 +130,7 @@ class Workspace:
             embeddings = self._skeleton.embeddings(
                 self._skeleton.meta_rotary, layer_idx, hidden, positions
             )
-            output: Tensor = self._skeleton.layers[layer_idx](
+            output: Tensor = self._skeleton.step(layer_idx)(
                 hidden,
                 attention_mask=None,
                 position_ids=positions,

@@ -23,6 +23,7 @@ ORDER = [
         "registry",
         "kv",
         "attention",
+        "mlp",
         "tracing",
         "chunks",
     },

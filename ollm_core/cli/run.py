@@ -213,6 +213,10 @@ def _report(
         "weight_bytes_read": stats.weight_bytes_read,
         "kv_bytes_read": stats.kv_bytes_read,
         "weight_passes": stats.weight_passes,
+        "experts_routed": stats.experts_routed,
+        "experts_hit": stats.experts_hit,
+        "experts_read": stats.experts_read,
+        "expert_bytes_read": stats.expert_bytes_read,
     }
 
 
@@ -240,6 +244,11 @@ def _summary(stats: Stats) -> str:
         "KV cache": f"on {stats.kv_tier}, {format_size(stats.kv_disk_bytes)} on disk, "
         f"{format_size(stats.kv_bytes_read)} read",
     }
+    if stats.experts_routed:
+        lines["experts"] = (
+            f"{stats.experts_routed} routed to, {stats.experts_hit} of them in memory, "
+            f"{format_size(stats.expert_bytes_read)} read"
+        )
     return "\n".join(f"{name:<14}{value}" for name, value in lines.items())
 
 

@@ -72,7 +72,15 @@ class LogicalTensors:
             name: self._composed(name, source, shapes.get(name), dtype)
             for name, source in plan.parameters.items()
         }
-        return replace(plan, parameters=parameters)
+        experts = {
+            name: tuple(
+                self._composed(f"{name}[{i}]", source, shapes[name][1:], dtype)
+                for i, source in enumerate(slices)
+            )
+            for name, slices in plan.experts.items()
+            if name in shapes
+        }
+        return replace(plan, parameters=parameters, experts={**plan.experts, **experts})
 
     def _composed(
         self,
@@ -85,6 +93,12 @@ class LogicalTensors:
         parts = [encoded for _, encoded in found if encoded]
         if not parts:
             return source
+        if source.row is not None:
+            raise CheckpointError(
+                f"{self._checkpoint.directory}: {name} is row {source.row} of "
+                f"{source.tensors[0]}, which is encoded as a whole",
+                hint="encode each expert's tensors alone, or leave them as they are",
+            )
         if source.transform is None and shape is not None and parts[0].shape != shape:
             raise CheckpointError(
                 f"{self._checkpoint.directory}: {source.tensors[0]} decodes to shape "

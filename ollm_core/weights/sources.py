@@ -22,6 +22,7 @@ from ollm_core.types import TensorInfo
 
 _GAP_BYTES = 64 << 10  # reading this much between two tensors costs less than a second call
 _ALIGNMENT = 64  # what ByteSource.read promises, so that a parameter can be a view
+_MAX_PLANS = 1024
 _MAX_READ = 1 << 30  # the kernel caps one call just below 2 GiB
 
 
@@ -84,7 +85,8 @@ class _PagedSource(ByteSource):
 
     def _plan(self, tensors: Sequence[TensorInfo]) -> tuple[list[_Run], list[int]]:
         key = tuple(tensors)
-        if key not in self._plans:
+        plan = self._plans.get(key)
+        if plan is None:
             runs: list[_Run] = []
             offset_of: dict[str, int] = {}
             place = 0
@@ -92,8 +94,11 @@ class _PagedSource(ByteSource):
                 runs.append(run)
                 offset_of |= {t.name: place + t.offset - run.offset for t in group}
                 place += run.num_bytes
-            self._plans[key] = runs, [offset_of[tensor.name] for tensor in key]
-        return self._plans[key]
+            plan = runs, [offset_of[tensor.name] for tensor in key]
+            if len(self._plans) >= _MAX_PLANS:  # groups of experts are ever new
+                self._plans.clear()
+            self._plans[key] = plan
+        return plan
 
     def _read_run(self, run: _Run, buffer: memoryview) -> None:
         raise NotImplementedError

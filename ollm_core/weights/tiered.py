@@ -8,8 +8,8 @@ reader always has something to do while resident layers compute.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -19,10 +19,14 @@ from torch import Tensor
 from ollm_core.buffers import aligned_buffer, as_memoryview
 from ollm_core.interfaces import ByteSource, WeightStreamer
 from ollm_core.memory import MemoryAccount
+from ollm_core.weights.experts import ExpertCounters, ExpertStore
 from ollm_core.weights.ring import Ring
 from ollm_core.weights.rows import EmbeddingRows
 from ollm_core.weights.units import Units, WeightUnit
 from ollm_core.weights.upload import Upload
+
+HELD_KINDS = ("resident weights", "weight ring", "resident experts", "expert buffers")
+"""What `fit` decides on, as the accounts name it."""
 
 _SLOTS = 3  # two suffice when disk and compute are even; the third takes up jitter
 
@@ -87,10 +91,12 @@ class TieredWeights(WeightStreamer):
         copied += max(unit.scratch_bytes for unit in (*self.units, units.norm))
         norm_bytes = sum(p.num_bytes(dtype) for p in units.norm.parameters)
         self._upload = None if device.type == "cpu" else Upload(device, max(self._buffer_bytes))
+        self._experts = ExpertStore(units.experts, source, dtype, device, accounts)
         self.fixed_device_bytes = (
             norm_bytes
             + buffer_bytes
             + copied
+            + self._experts.fixed_device_bytes
             + (0 if self._upload is None else self._upload.num_bytes)
         )
         """Held on the device whatever the placement: norm, rotary frequencies, parameters in
@@ -114,23 +120,37 @@ class TieredWeights(WeightStreamer):
 
     def least_bytes(self, device_bytes: int) -> int:
         """The least that `fit` needs of the ring's memory, given `device_bytes` of the device."""
-        return 0 if sum(self._kept_bytes) <= device_bytes else 2 * self.slot_bytes
+        experts = self._experts.least_bytes
+        if self.device.type == "cpu":
+            device_bytes -= experts
+        dense = 0 if sum(self._kept_bytes) <= device_bytes else 2 * self.slot_bytes
+        return dense + experts
 
     @property
     def resident_bytes(self) -> int:
         """Bytes of parameters that are kept between passes, in the compute dtype."""
         kept = self._device_units.keys() | self._host_units.keys()
-        return sum(p.num_bytes(self.dtype) for i in kept for p in self.units[i].parameters)
+        dense = sum(p.num_bytes(self.dtype) for i in kept for p in self.units[i].parameters)
+        return dense + self._experts.resident_bytes
+
+    @property
+    def expert_counters(self) -> ExpertCounters:
+        """What was done for routed experts so far."""
+        return self._experts.counters
 
     @property
     def bytes_read(self) -> int:
-        """Streamed from storage so far; loading what stays resident is not counted."""
-        return self._streamed_bytes + (self._ring.bytes_read if self._ring else 0)
+        """Streamed from storage so far, experts included; loading what stays resident from the
+        start is not counted.
+        """
+        streamed = self._streamed_bytes + (self._ring.bytes_read if self._ring else 0)
+        return streamed + self._experts.counters.bytes_read
 
     @property
     def read_seconds(self) -> float:
         """Time the reading engine spent on `bytes_read`."""
-        return self._read_seconds + (self._ring.read_seconds if self._ring else 0.0)
+        streaming = self._read_seconds + (self._ring.read_seconds if self._ring else 0.0)
+        return streaming + self._experts.counters.read_seconds
 
     @property
     def reader(self) -> str:
@@ -142,9 +162,15 @@ class TieredWeights(WeightStreamer):
         useful of it.
 
         Drops resident units or plans more of them; those are read when they are first acquired.
-        Raises DoesNotFitError if not even the ring fits.
+        Experts get what the rest leaves. Raises DoesNotFitError if not even the ring fits.
         """
-        wanted = self._place(device_bytes, host_bytes)
+        on_cpu, least = self.device.type == "cpu", self._experts.least_bytes
+        wanted = self._place(device_bytes - least * on_cpu, host_bytes - least * (not on_cpu))
+        ring_bytes = wanted.num_slots * self.slot_bytes
+        on_device = sum(self._kept_bytes[i] for i in wanted.device) + ring_bytes * on_cpu
+        on_host = sum(self._buffer_bytes[i] for i in wanted.host) + ring_bytes * (not on_cpu)
+        experts = self._experts.place(device_bytes - on_device, host_bytes - on_host)
+        self._experts.shrink(experts)
         for i in self._device_units.keys() - wanted.device:
             del self._device_units[i]
             self._device_account.release("resident weights", self._kept_bytes[i])
@@ -161,6 +187,7 @@ class TieredWeights(WeightStreamer):
         if self._ring:
             kept = self._device_units.keys() | self._host_units.keys()
             self._ring.set_order([i for i in range(len(self.units)) if i not in kept])
+        self._experts.grow(experts)
 
     @contextmanager
     def acquire(self, unit_idx: int) -> Iterator[Sequence[Tensor]]:
@@ -195,6 +222,12 @@ class TieredWeights(WeightStreamer):
                     self._upload.wait()
                 self._ring.give_back(slot)
 
+    def experts(
+        self, layer_idx: int, expert_ids: Iterable[int]
+    ) -> AbstractContextManager[Iterator[tuple[int, Sequence[Tensor]]]]:
+        """See WeightStreamer."""
+        return self._experts.experts(layer_idx, expert_ids)
+
     def embed(self, token_ids: Tensor) -> Tensor:
         """Rows of the input embedding, [N] -> [N, C], in the compute dtype on the device."""
         return self._rows.lookup(token_ids.cpu(), self.dtype).to(self.device)
@@ -202,6 +235,7 @@ class TieredWeights(WeightStreamer):
     def close(self) -> None:
         """Stop the reader, close the files, free all weights and what was reserved for them."""
         self._resize_ring(0)
+        self._experts.close()
         self._rows.close()
         self._source.close()
         for i in self._device_units:

@@ -114,6 +114,8 @@ class Units:
     head: tuple[WeightUnit, ...]
     norm: WeightUnit
     embedding: TensorInfo
+    experts: Mapping[int, tuple[WeightUnit, ...]] = field(default_factory=dict)
+    """By layer, where there are routed experts: a unit for each. They are not in pass order."""
 
     @property
     def in_pass_order(self) -> tuple[WeightUnit, ...]:
@@ -157,6 +159,7 @@ def cut_units(
         tuple(_head_slices(head, limit)),
         WeightUnit("norm", below(layout.norm)),
         embedding.tensors[0],
+        dict(_expert_units(layout, plan, tensors, shapes)),
     )
 
 
@@ -164,27 +167,98 @@ def _checked(
     plan: WeightPlan, tensors: Mapping[str, TensorInfo], shapes: Mapping[str, tuple[int, ...]]
 ) -> Iterator[tuple[str, Parameter]]:
     for name, shape in shapes.items():
+        if name in plan.experts:
+            continue
         source = plan.parameters.get(name)
         if source is None:
             raise CheckpointError(f"no checkpoint tensor is planned for parameter {name}")
-        found = tuple(tensors[tensor] for tensor in source.tensors)
-        for tensor in found:
-            if tensor.dtype not in TORCH_DTYPES:
-                raise CheckpointError(
-                    f"{tensor.path}: {tensor.name} has dtype {tensor.dtype}, which is not supported"
-                )
-            if source.transform is None and tensor.shape != shape:
-                raise CheckpointError(
-                    f"{tensor.path}: {tensor.name} has shape {list(tensor.shape)}, "
-                    f"config.json asks for {list(shape)}",
-                    hint="config.json and the weights are of different models",
-                )
-            if source.transform is None and not TORCH_DTYPES[tensor.dtype].is_floating_point:
-                raise CheckpointError(
-                    f"{tensor.path}: {tensor.name} has dtype {tensor.dtype}, expected floats",
-                    hint="quantised checkpoints need an adapter that knows them",
-                )
-        yield name, Parameter(name, shape, source, found)
+        yield name, _parameter(name, shape, source, tensors)
+
+
+def _parameter(
+    name: str,
+    shape: tuple[int, ...],
+    source: ParameterSource,
+    tensors: Mapping[str, TensorInfo],
+) -> Parameter:
+    found = tuple(_part(tensors[tensor], source.row, name) for tensor in source.tensors)
+    for tensor in found:
+        if tensor.dtype not in TORCH_DTYPES:
+            raise CheckpointError(
+                f"{tensor.path}: {tensor.name} has dtype {tensor.dtype}, which is not supported"
+            )
+        if source.transform is None and tensor.shape != shape:
+            raise CheckpointError(
+                f"{tensor.path}: {tensor.name} has shape {list(tensor.shape)}, "
+                f"config.json asks for {list(shape)}",
+                hint="config.json and the weights are of different models",
+            )
+        if source.transform is None and not TORCH_DTYPES[tensor.dtype].is_floating_point:
+            raise CheckpointError(
+                f"{tensor.path}: {tensor.name} has dtype {tensor.dtype}, expected floats",
+                hint="quantised checkpoints need an adapter that knows them",
+            )
+    return Parameter(name, shape, source, found)
+
+
+def _part(tensor: TensorInfo, row: int | None, name: str) -> TensorInfo:
+    """The tensor, or the one row of it that is wanted for parameter `name`."""
+    if row is None:
+        return tensor
+    if not tensor.shape or not 0 <= row < tensor.shape[0]:
+        raise CheckpointError(
+            f"{tensor.path}: {tensor.name} has shape {list(tensor.shape)}, {name} needs row {row}",
+            hint="config.json and the weights are of different models",
+        )
+    return tensor.row(row)
+
+
+def _expert_units(
+    layout: Layout,
+    plan: WeightPlan,
+    tensors: Mapping[str, TensorInfo],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> Iterator[tuple[int, tuple[WeightUnit, ...]]]:
+    """Each layer with routed experts, and a unit for each of these."""
+    planned = set(plan.experts)
+    for layer_idx in range(layout.num_layers if layout.experts else 0):
+        prefix = f"{layout.layers}.{layer_idx}.{layout.experts}."
+        stacks = [
+            _stack(name, shape, plan, tensors)
+            for name, shape in shapes.items()
+            if name.startswith(prefix)
+        ]
+        planned = {name for name in planned if not name.startswith(prefix)}
+        if len({len(stack) for stack in stacks}) > 1:
+            raise CheckpointError(f"the parameters of {prefix[:-1]} are for unequal many experts")
+        if stacks:
+            yield (
+                layer_idx,
+                tuple(
+                    WeightUnit(f"expert {i} of layer {layer_idx}", parameters)
+                    for i, parameters in enumerate(zip(*stacks, strict=True))
+                ),
+            )
+    if planned:
+        raise CheckpointError(
+            f"experts are planned for {min(planned)}, which is no parameter of an experts module",
+            hint="the adapter's layout says where that is",
+        )
+
+
+def _stack(
+    name: str, shape: tuple[int, ...], plan: WeightPlan, tensors: Mapping[str, TensorInfo]
+) -> list[Parameter]:
+    """One parameter of an experts module, slice by slice."""
+    slices = plan.experts.get(name)
+    if slices is None or len(slices) != shape[0]:
+        raise CheckpointError(
+            f"{0 if slices is None else len(slices)} experts are planned for parameter {name}, "
+            f"config.json asks for {shape[0]}",
+        )
+    return [
+        _parameter(f"{name}[{i}]", shape[1:], source, tensors) for i, source in enumerate(slices)
+    ]
 
 
 def _head_slices(head: Parameter, limit: int) -> Iterator[WeightUnit]:

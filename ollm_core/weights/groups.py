@@ -1,0 +1,118 @@
+"""Reads groups of units into two buffers in turn: one group is read while the one before is used.
+
+Unlike the ring, it is told what to read only when a layer knows which experts it wants.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ollm_core.buffers import aligned_buffer, as_memoryview
+from ollm_core.errors import ReadError
+from ollm_core.interfaces import ByteSource, Closing
+from ollm_core.weights.units import WeightUnit
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Group:
+    """Some units by number, whose bytes are read together."""
+
+    members: tuple[int, ...]
+    units: tuple[WeightUnit, ...]
+    num_bytes: int
+    """Bytes of buffer."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Filled:
+    """A group that was read."""
+
+    group: Group
+    buffer: Tensor
+    offsets: tuple[Sequence[int], ...]
+    """Of each unit's tensors."""
+    seconds: float
+
+
+class GroupReader(Closing):
+    """Two buffers and the thread that fills them."""
+
+    def __init__(self, source: ByteSource, slot_bytes: int) -> None:
+        """`slot_bytes` must hold the largest group. The thread starts with the first read."""
+        self.slot_bytes = slot_bytes
+        self._source = source
+        self._buffers = [aligned_buffer(slot_bytes) for _ in range(2)]
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="ollm-experts")
+        self._closed = False
+
+    @contextmanager
+    def reading(self, groups: Sequence[Group]) -> Iterator[Iterator[Filled]]:
+        """Each group in order, valid until the next step; the one after it is being read meanwhile,
+        the first one from now on. Raises ReadError at a step.
+        """
+        waiting: deque[Future[Filled]] = deque()
+
+        def submit(i: int) -> None:
+            if self._closed:
+                raise ReadError("the model was closed while a weight pass was running")
+            if i < len(groups):
+                waiting.append(self._thread.submit(self._fill, groups[i], self._buffers[i % 2]))
+
+        def steps() -> Iterator[Filled]:
+            for i in range(len(groups)):
+                submit(i + 1)  # its buffer is that of the group before this one
+                yield waiting.popleft().result()
+
+        submit(0)
+        try:
+            yield steps()
+        finally:
+            for future in waiting:
+                future.exception()  # waits; nobody wants it any more
+
+    def close(self) -> None:
+        self._closed = True
+        self._thread.shutdown(wait=True)
+        self._buffers.clear()
+
+    def _fill(self, group: Group, buffer: Tensor) -> Filled:
+        start = time.perf_counter()
+        tensors = [tensor for unit in group.units for tensor in unit.tensors]
+        offsets = iter(self._source.read(tensors, as_memoryview(buffer)))
+        parts = tuple([next(offsets) for _ in unit.tensors] for unit in group.units)
+        return Filled(group, buffer, parts, time.perf_counter() - start)
+
+
+def cut_groups(
+    members: Sequence[int], units: Sequence[WeightUnit], source: ByteSource, slot_bytes: int
+) -> Iterator[Group]:
+    """Cut `members`, numbers in `units`, into groups that fit into `slot_bytes`, in their order.
+
+    Bytes of neighbours are read at once, so a group may take less than its members, or a little
+    more.
+    """
+    sizes = {i: source.buffer_bytes(units[i].tensors) for i in members}
+    left = list(members)
+    while left:
+        count, total = 0, 0
+        while count < len(left) and total + sizes[left[count]] <= slot_bytes:
+            total += sizes[left[count]]
+            count += 1
+        group = _group(left[:count], units, source)
+        while group.num_bytes > slot_bytes:
+            group = _group(group.members[:-1], units, source)
+        yield group
+        del left[: len(group.members)]
+
+
+def _group(members: Sequence[int], units: Sequence[WeightUnit], source: ByteSource) -> Group:
+    found = tuple(units[i] for i in members)
+    num_bytes = source.buffer_bytes([tensor for unit in found for tensor in unit.tensors])
+    return Group(tuple(members), found, num_bytes)

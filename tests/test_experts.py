@@ -1,0 +1,625 @@
+"""Mixtures of experts: only what was routed to is read, once per layer and pass, and every bit is
+that of the un-offloaded model.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import threading
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    DynamicCache,
+    MixtralConfig,
+    Qwen2MoeConfig,
+    Qwen3MoeConfig,
+)
+
+import ollm
+from ollm_core import (
+    CheckpointError,
+    DecoderAdapter,
+    DoesNotFitError,
+    ParameterSource,
+    ReadError,
+    WeightPlan,
+)
+from ollm_core.checkpoint import open_checkpoint
+from ollm_core.chunks import NewTokens
+from ollm_core.loading import DTYPES
+from ollm_core.registry import Registry
+from ollm_core.tracing import AllocationTracker
+from ollm_core.weights.experts import ExpertStore
+
+
+def fused(gate, up):
+    """The rows of the gate, then those of the other half."""
+    return torch.cat([gate, up])
+
+
+ATTENTION = [f"self_attn.{name}_proj.weight" for name in "qkvo"]
+NORMS = ["input_layernorm.weight", "post_attention_layernorm.weight"]
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+DENSE = [f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")]
+QUERY_NORMS = ["self_attn.q_norm.weight", "self_attn.k_norm.weight"]
+SHARED = ["mlp.shared_expert_gate.weight", *(f.replace("mlp", "mlp.shared_expert") for f in DENSE)]
+
+
+class MoeAdapter(DecoderAdapter):
+    """What the families below share: a tensor for each expert and projection."""
+
+    projections = ("gate_proj", "up_proj", "down_proj")
+    stored_mlp = "mlp"
+    stacked = False
+    layer_extra: tuple[str, ...] = ()
+    moe_extra: tuple[str, ...] = ()
+
+    def layout(self, config):
+        return replace(super().layout(config), experts="mlp.experts")
+
+    def layer_parameters(self, config, layer_idx):
+        dense = layer_idx in config.get("mlp_only_layers", ())
+        mlp = DENSE if dense else ["mlp.gate.weight", *EXPERTS, *self.moe_extra]
+        return [*ATTENTION, *NORMS, *self.layer_extra, *mlp]
+
+    def source(self, config, parameter):
+        return ParameterSource((parameter.replace(".mlp.", f".{self.stored_mlp}."),))
+
+    def experts(self, config, parameter):
+        path, _, leaf = parameter.rpartition(".")
+        if not path.endswith("mlp.experts"):
+            return ()
+        count = config.get("num_local_experts") or config["num_experts"]
+        if self.stacked:
+            return [ParameterSource((parameter,), row=i) for i in range(count)]
+        gate, up, down = self.projections
+        path = path.replace(".mlp.", f".{self.stored_mlp}.")
+        if leaf == "down_proj":
+            return [ParameterSource((f"{path}.{i}.{down}.weight",)) for i in range(count)]
+        return [
+            ParameterSource((f"{path}.{i}.{gate}.weight", f"{path}.{i}.{up}.weight"), fused)
+            for i in range(count)
+        ]
+
+    def tiny_config(self):
+        return FAMILIES[self.name][1].to_dict()
+
+
+class Mixtral(MoeAdapter):
+    """Mixtral: its files have other names than its module tree."""
+
+    name = "mixtral"
+    model_types = ("mixtral",)
+    projections = ("w1", "w3", "w2")
+    stored_mlp = "block_sparse_moe"
+
+
+class Qwen3Moe(MoeAdapter):
+    """Qwen3-MoE: many small experts, some layers dense."""
+
+    name = "qwen3_moe"
+    model_types = ("qwen3_moe",)
+    layer_extra = tuple(QUERY_NORMS)
+
+
+class StackedQwen3Moe(Qwen3Moe):
+    """The same, stored as the module tree has it: all experts of a layer in one tensor."""
+
+    stacked = True
+
+
+class Qwen2Moe(MoeAdapter):
+    """Qwen2-MoE: a shared expert beside the routed ones, and biases in attention."""
+
+    name = "qwen2_moe"
+    model_types = ("qwen2_moe",)
+    layer_extra = tuple(f"self_attn.{name}_proj.bias" for name in "qkv")
+    moe_extra = tuple(SHARED)
+
+
+COMMON = {
+    "vocab_size": 199,
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 4096,
+    "num_experts_per_tok": 2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "tie_word_embeddings": False,
+}
+FAMILIES = {
+    "mixtral": (
+        Mixtral,
+        MixtralConfig(**COMMON, intermediate_size=96, num_local_experts=6, sliding_window=None),
+    ),
+    "qwen3_moe": (
+        Qwen3Moe,
+        Qwen3MoeConfig(
+            **COMMON | {"num_experts_per_tok": 3},
+            intermediate_size=96,
+            moe_intermediate_size=32,
+            num_experts=16,
+            mlp_only_layers=[1],
+            norm_topk_prob=True,
+        ),
+    ),
+    "qwen2_moe": (
+        Qwen2Moe,
+        Qwen2MoeConfig(
+            **COMMON,
+            intermediate_size=96,
+            moe_intermediate_size=32,
+            shared_expert_intermediate_size=48,
+            num_experts=8,
+        ),
+    ),
+}
+BOTH = ["mixtral", "qwen3_moe"]
+
+
+@pytest.fixture
+def make_moe(tmp_path):
+    """Writes a random checkpoint of a family and returns its directory."""
+
+    def make(family, dtype=torch.float32, *, name="", shard="1GB", **changes):
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(**FAMILIES[family][1].to_dict() | changes)
+        model = AutoModelForCausalLM.from_config(config).to(dtype)
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                torch.nn.init.normal_(parameter, std=0.2)
+        model.config.dtype = dtype
+        directory = tmp_path / (name or family)
+        model.save_pretrained(directory, max_shard_size=shard)
+        return directory
+
+    return make
+
+
+def open_moe(directory, adapter=None, **options):
+    """Open a checkpoint with the adapter for it."""
+    family = json.loads((directory / "config.json").read_text())["model_type"]
+    adapter = adapter or FAMILIES[family][0]()
+    options = {"device": "cpu", "attention": "exact", "registry": Registry.of(adapter)} | options
+    return ollm.load(directory, **options)
+
+
+def smallest_budget(run, first=100_000):
+    """The least bytes with which `run` passes, as its refusals say, and what it then returns."""
+    for _ in range(4):
+        try:
+            return first, run(first)
+        except DoesNotFitError as refused:
+            first = int(refused.hint.split("at least ")[1].split(" bytes")[0])
+    raise AssertionError("the refusals do not settle")
+
+
+class Plain:
+    """An un-offloaded model that goes on from call to call, and what its routers choose."""
+
+    def __init__(self, reference):
+        self.model = reference.model
+        self.cache = DynamicCache(config=self.model.config)
+        self.chosen = set()
+        for layer_idx, layer in enumerate(self.model.model.layers):
+            if router := dict(layer.named_modules()).get("mlp.gate"):
+                router.register_forward_hook(
+                    lambda _, __, output, i=layer_idx: self.chosen.update(
+                        (i, expert) for expert in output[2].flatten().tolist()
+                    )
+                )
+
+    @torch.no_grad()
+    def __call__(self, ids, chunk_size):
+        """Logits [R, T, V] of the next tokens [R, T], and the (layer, expert) pairs chosen."""
+        self.chosen = set()
+        found = [
+            self.model(input_ids=chunk, past_key_values=self.cache, use_cache=True).logits
+            for chunk in ids.split(chunk_size, dim=1)
+        ]
+        return torch.cat(found, dim=1), self.chosen
+
+
+@pytest.fixture
+def reference_of(reference):
+    """The un-offloaded model, its experts computed eagerly."""
+
+    def make(directory, dtype):
+        found = reference(directory, dtype)
+        found.model.set_experts_implementation("eager")
+        return found
+
+    return make
+
+
+CASES = [
+    # dtype, chunk size, KV tier, reading engine
+    ("float32", 64, "disk", "direct"),
+    ("float16", 100, "host", "mmap"),
+    ("bfloat16", 333, "device", "direct"),
+]
+
+
+@pytest.mark.parametrize(("dtype", "chunk_size", "kv", "reader"), CASES)
+@pytest.mark.parametrize("family", BOTH)
+def test_logits_are_bitwise(
+    make_moe, reference_of, ids, tmp_path, family, dtype, chunk_size, kv, reader
+):
+    """Every logit of 1,100 tokens is transformers', whether all experts are kept, some or none."""
+    directory = make_moe(family, DTYPES[dtype])
+    prompt = ids(1100)
+    expected = reference_of(directory, DTYPES[dtype]).logits(prompt, chunk_size)
+
+    def run(num_bytes, num_passes=1):
+        options = {"chunk_size": chunk_size, "kv": kv, "kv_dir": tmp_path, "reader": reader}
+        with open_moe(directory, device_memory=num_bytes, keep_kv=False, **options) as model:
+            for _ in range(num_passes):
+                assert torch.equal(model(input_ids=prompt[None]).logits[0], expected)
+            stats = model.stats
+            assert stats.experts_routed == stats.experts_hit + stats.experts_read
+            assert stats.device_peak_bytes <= num_bytes
+            return stats
+
+    stats = run(60_000_000, num_passes=2)
+    assert stats.experts_hit == stats.experts_read > 0  # the second pass has what the first read
+    least, stats = smallest_budget(run)
+    assert stats.experts_hit == 0
+    stored = open_checkpoint(directory).total_bytes
+    stats = run(least + stored // 2, num_passes=2)
+    assert 0 < stats.experts_hit < stats.experts_read
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_shared_expert_is_bitwise(make_moe, reference_of, ids, dtype):
+    """A family with a shared expert, which every token goes through, gives transformers' bits."""
+    directory = make_moe("qwen2_moe", DTYPES[dtype])
+    prompt = ids(300)
+    tokens, logits = reference_of(directory, DTYPES[dtype]).greedy(prompt, 12, 64)
+    with open_moe(directory, chunk_size=64, device_memory="2MB") as model:
+        found = model.generate(
+            prompt[None],
+            max_new_tokens=12,
+            do_sample=False,
+            eos_token_id=None,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+    assert found.sequences[0, 300:].tolist() == tokens
+    assert torch.equal(torch.cat(found.logits), logits.float())
+
+
+class Reads:
+    """Counts how often each tensor, or row of one, is asked of a model's byte source."""
+
+    def __init__(self, model):
+        self.seen = Counter()
+        source = model.weights._source
+        real = source.read
+
+        def read(tensors, buffer):
+            self.seen.update(tensor.name for tensor in tensors)
+            return real(tensors, buffer)
+
+        source.read = read
+
+    def take(self, wanted="mlp.experts."):
+        """Reads since the last call of tensors with `wanted` in their name."""
+        found = {name: count for name, count in self.seen.items() if wanted in name}
+        self.seen.clear()
+        return found
+
+
+def expert_of(name):
+    """Layer and expert of a tensor, or of a row of one."""
+    found = re.search(r"layers\.(\d+)\.mlp\.experts\.(?:(\d+)\.|\w+\[(\d+)\])", name)
+    return int(found[1]), int(found[2] or found[3])
+
+
+@pytest.fixture
+def keep_none(monkeypatch):
+    """No expert is kept, however much room there is."""
+    store = functools.partial(ExpertStore, priority=lambda _: [])
+    monkeypatch.setattr("ollm_core.weights.tiered.ExpertStore", store)
+
+
+@pytest.mark.parametrize("stored", ["one file", "shards", "stacked"])
+def test_only_routed_experts_are_read_each_once(make_moe, reference_of, ids, keep_none, stored):
+    """A pass reads exactly the experts that the un-offloaded model's routers choose, each once per
+    layer, whatever the chunks and rows, and from however many files.
+    """
+    directory = make_moe("qwen3_moe", shard="120KB" if stored == "shards" else "1GB")
+    assert (len(list(directory.glob("*.safetensors"))) > 3) == (stored == "shards")
+    plain = Plain(reference_of(directory, torch.float32))
+    if stored == "stacked":
+        save_file(plain.model.state_dict(), directory / "model.safetensors")
+    adapter = StackedQwen3Moe() if stored == "stacked" else Qwen3Moe()
+    prompt = ids(180).reshape(2, 90)
+    with open_moe(directory, adapter, chunk_size=32) as model:
+        reads, cache = Reads(model), model.new_cache("host")
+        # A prompt in chunks, a row each; decode steps and a draft, the rows together; more prompt.
+        for begin, end in ((0, 50), (50, 51), (51, 52), (52, 56), (56, 90)):
+            before, tokens = model.stats, prompt[:, begin:end]
+            found = model(input_ids=tokens, past_key_values=cache).logits
+            after = model.stats
+            expected, chosen = plain(tokens, 32)
+            assert torch.allclose(found, expected, atol=1e-3)
+            seen = reads.take("mlp.experts.")
+            assert {expert_of(name) for name in seen} == chosen
+            assert set(seen.values()) == {1}
+            assert len(seen) == len(chosen) * (2 if stored == "stacked" else 3)
+            assert after.experts_routed - before.experts_routed == len(chosen)
+            assert after.experts_read - before.experts_read == len(chosen)
+            assert after.experts_hit == 0
+            num_bytes = after.expert_bytes_read - before.expert_bytes_read
+            one, gap = 3 * 32 * 64 * 4, 64 << 10  # neighbours this near are read at once
+            assert len(chosen) * one <= num_bytes <= len(chosen) * (one + gap)
+
+
+@pytest.mark.parametrize("family", BOTH)
+def test_kept_experts_are_not_read_again(make_moe, reference_of, ids, family):
+    """What a pass does not find in memory it reads, and only that; what is kept was read once."""
+    directory = make_moe(family, torch.bfloat16)
+    plain = Plain(reference_of(directory, torch.bfloat16))
+    with open_moe(directory, chunk_size=64, device_memory="0.8MB") as model:
+        reads, cache = Reads(model), model.new_cache("host")
+        total, begin = Counter(), 0
+        for end in (64, *range(65, 90)):
+            before = model.stats
+            tokens = ids(90)[None, begin:end]
+            found = model(input_ids=tokens, past_key_values=cache).logits
+            expected, chosen = plain(tokens, 64)
+            assert torch.equal(found, expected)
+            after = model.stats
+            seen = reads.take("experts.")
+            assert after.experts_routed - before.experts_routed == len(chosen)
+            assert after.experts_read - before.experts_read == len(seen) // 3
+            total.update(seen)
+            begin = end
+        assert 0 < after.experts_hit < after.experts_routed
+        assert min(total.values()) == 1 < max(total.values())
+
+
+def test_neighbours_are_read_together(make_moe, ids):
+    """Experts that lie side by side in a file are brought by one read call."""
+    directory = make_moe("qwen3_moe")
+    with open_moe(directory, chunk_size=64) as model:
+        source, runs = model.weights._source, []
+        real = source._read_run
+        source._read_run = lambda run, buffer: (runs.append(run), real(run, buffer))
+        model(input_ids=ids(64)[None])
+        assert model.stats.experts_read > 20
+        assert len(runs) < model.stats.experts_read // 2
+
+
+@pytest.mark.parametrize("kv", ["host", "disk"])
+def test_a_failed_expert_read_leaves_a_usable_model(
+    make_moe, reference_of, ids, tmp_path, keep_none, kv
+):
+    """A read of experts that fails in the middle of a pass is reported; the cache and the model go
+    on, and what they give then is right.
+    """
+    directory = make_moe("qwen3_moe", torch.bfloat16)
+    prompt = ids(200)
+    plain = Plain(reference_of(directory, torch.bfloat16))
+    with open_moe(directory, chunk_size=64, kv=kv, kv_dir=tmp_path) as model:
+        cache = model.new_cache()
+        model(input_ids=prompt[None, :128], past_key_values=cache)
+        plain(prompt[None, :128], 64)
+        source = model.weights._source
+        real, countdown = source.read, [2]
+
+        def failing(tensors, buffer):
+            countdown[0] -= any("experts" in tensor.name for tensor in tensors)
+            if countdown[0] == 0:
+                raise ReadError("the disk is gone")
+            return real(tensors, buffer)
+
+        source.read = failing
+        with pytest.raises(ReadError, match="the disk is gone"):
+            model(input_ids=prompt[None, 128:], past_key_values=cache)
+        assert cache.get_seq_length() == 128
+        assert cache.store.num_tokens(cache.rows[0], 0) == 128
+        found = model(input_ids=prompt[None, 128:], past_key_values=cache).logits
+        assert countdown[0] < 0
+        assert torch.equal(found, plain(prompt[None, 128:], 64)[0])
+
+
+def test_an_interrupted_pass_leaves_a_usable_model(make_moe, ids):
+    """Ctrl-C while experts are computed is passed on; the next pass is right."""
+    directory = make_moe("mixtral")
+    prompt = ids(100)[None]
+    with open_moe(directory, chunk_size=32, device_memory="1.5MB") as model:
+        expected = model(input_ids=prompt).logits
+        mixture = model.engine._skeleton.mixtures[1]
+        real = mixture.add
+
+        def interrupt(*arguments):
+            raise KeyboardInterrupt
+
+        mixture.add = interrupt
+        with pytest.raises(KeyboardInterrupt):
+            model(input_ids=prompt)
+        mixture.add = real
+        assert torch.equal(model(input_ids=prompt).logits, expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", BOTH)
+def test_budget_is_enforced_to_the_byte(make_moe, ids, family, dtype):
+    """A run passes at the budget that the refusal names and fails one byte below; that budget is
+    less than one layer with all its experts.
+    """
+    num_experts = {"mixtral": 64, "qwen3_moe": 256}[family]
+    directory = make_moe(family, DTYPES[dtype], num_local_experts=num_experts)
+    prompt = ids(300)[None]
+
+    def run(num_bytes):
+        with open_moe(directory, device_memory=num_bytes, kv="host", chunk_size=64) as model:
+            model(input_ids=prompt, logits_to_keep=1)
+            return model.stats.device_peak_bytes
+
+    least, peak = smallest_budget(run)
+    assert peak <= least
+    with pytest.raises(DoesNotFitError, match="is allowed"):
+        run(least - 1)
+    tensors = open_checkpoint(directory).tensors.values()
+    assert least < sum(t.num_bytes for t in tensors if "layers.0." in t.name)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", [*BOTH, "qwen2_moe"])
+def test_planned_activations_cover_the_real_ones(make_moe, ids, family, dtype):
+    """What torch really allocates in a pass is at most what was planned, and at least half of
+    it: the plan allows for all tokens of a chunk going to one expert.
+    """
+    directory = make_moe(family, DTYPES[dtype], hidden_size=128)
+    with open_moe(directory, chunk_size=128, device_memory="20MB") as model:
+        cache = model.new_cache("device")
+        prompt = ids(1000)
+        for _ in range(2):  # until all that is kept is there
+            model(input_ids=prompt[None], logits_to_keep=1)
+        model(input_ids=prompt[None, :500], past_key_values=cache, logits_to_keep=1)
+        work = [NewTokens(cache.rows[0], prompt[500:], 500)]
+        with model.engine._admission.admit(cache.store, work) as plan:
+            pass
+        assert model.stats.experts_routed > model.stats.experts_hit > 0
+        with AllocationTracker("cpu") as tracker:
+            model.engine.run(cache.store, work)
+        growth = cache.store.tier_bytes().device
+    assert tracker.peak <= plan.needed.device + growth
+    assert tracker.peak >= 0.5 * plan.needed.device
+
+
+def test_ragged_pass_equals_each_alone(make_moe, ids):
+    """A prompt, a decode step and a draft in one pass give the logits of three passes."""
+    directory = make_moe("qwen3_moe")
+    prompts = [ids(90, seed=1), ids(40, seed=2), ids(33, seed=3)]
+    with open_moe(directory, chunk_size=32, device_memory="2MB") as model:
+        cache = model.new_cache("host")
+        store, expected, work = cache.store, [], []
+        for prompt, num_new in zip(prompts, (90, 1, 4), strict=True):
+            split = len(prompt) - num_new
+            for keep in (True, False):
+                sequence = store.new_sequence()
+                if split:
+                    model.engine.run(store, [NewTokens(sequence, prompt[:split], 0)])
+                item = NewTokens(sequence, prompt[split:], split, num_new)
+                if keep:
+                    work.append(item)
+                else:
+                    expected += model.engine.run(store, [item])
+        found = model.engine.run(store, work)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("options", [{}, {"draft": "lookup"}])
+def test_generate_gives_the_tokens_of_transformers(make_moe, reference_of, ids, options):
+    """Greedy tokens, plain and with drafts that are checked several at once, are transformers'."""
+    directory = make_moe("mixtral")
+    prompt = ids(20).repeat(3)
+    tokens, _ = reference_of(directory, torch.float32).greedy(prompt, 16, 64)
+    with open_moe(directory, device_memory="2MB", chunk_size=64, **options) as model:
+        found = model.generate(prompt[None], max_new_tokens=16, do_sample=False, eos_token_id=None)
+    assert found[0, 60:].tolist() == tokens
+
+
+def test_two_models_on_two_threads(make_moe, reference_of, ids):
+    """Two models interleaved on two threads do not meet."""
+    prompt = ids(100)
+    directories = [make_moe("mixtral"), make_moe("qwen3_moe")]
+    expected = [reference_of(d, torch.float32).logits(prompt, 32) for d in directories]
+    right = {0: [], 1: []}
+
+    def work(i):
+        with open_moe(directories[i], device_memory="1.5MB", chunk_size=32) as model:
+            for _ in range(4):
+                logits = model(input_ids=prompt[None]).logits[0]
+                right[i].append(torch.equal(logits, expected[i]))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert right == {0: [True] * 4, 1: [True] * 4}
+
+
+def test_close_frees_everything(make_moe, ids):
+    """After close no thread is left and nothing is reserved; closing again does nothing."""
+    model = open_moe(make_moe("mixtral"), device_memory="1.5MB", kv="host")
+    model(input_ids=ids(20)[None])
+    model.close()
+    model.close()
+    assert model.accounts.device.used == model.accounts.host.used == 0
+    assert not [t for t in threading.enumerate() if t.name.startswith("ollm")]
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_the_plan_uses_every_tensor_once(make_moe, stacked):
+    """As pure data, the plan names each tensor once, or each row of it once, or ignores it."""
+    config = FAMILIES["qwen3_moe"][1]
+    adapter = StackedQwen3Moe() if stacked else Qwen3Moe()
+    tensors = open_checkpoint(make_moe("qwen3_moe")).tensors
+    names = set(tensors)
+    if stacked:
+        names = {n for n in names if ".experts." not in n}
+        names |= {f"model.layers.{i}.{leaf}" for i in (0, 2) for leaf in EXPERTS}
+    plan = adapter.weights(config.to_dict(), names)
+    used = Counter((name, s.row) for s in plan.sources() for name in s.tensors)
+    assert set(used.values()) == {1}
+    assert {name for name, _ in used} | plan.ignored == names
+    rows = {row for name, row in used if "experts." in name}
+    assert rows == (set(range(16)) if stacked else {None})
+    assert not plan.parameters.keys() & plan.experts.keys()
+
+
+class Wrong(Qwen3Moe):
+    """Declares what the checkpoint and the model do not bear out."""
+
+    def __init__(self, change):
+        self.change = change
+
+    def weights(self, config, tensor_names):
+        plan = super().weights(config, tensor_names)
+        return WeightPlan(plan.parameters, plan.ignored, self.change(dict(plan.experts)))
+
+
+UP = "model.layers.0.mlp.experts.gate_up_proj"
+DOWN = "model.layers.0.mlp.experts.down_proj"
+NORM = ParameterSource(("model.norm.weight",), row=64)
+WRONG_PLANS = {
+    "an expert less": (lambda e: e | {UP: e[UP][1:]}, "15 experts are planned"),
+    "none": (lambda e: {k: v for k, v in e.items() if k != UP}, "no checkpoint tensor|0 experts"),
+    "another shape": (lambda e: e | {DOWN: e[UP]}, "has shape"),
+    "a row too far": (lambda e: e | {DOWN: (NORM, *e[DOWN][1:])}, "needs row 64"),
+    "no experts": (lambda e: e | {"model.norm.x": e[UP]}, "model.norm.x, which is no parameter"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_PLANS)
+def test_a_wrong_plan_is_refused(make_moe, ids, case):
+    """Experts that are missing, too many or of another shape are named before a pass gives wrong
+    logits.
+    """
+    change, message = WRONG_PLANS[case]
+    directory = make_moe("qwen3_moe")
+
+    def run():
+        with open_moe(directory, Wrong(change)) as model:
+            model(input_ids=ids(64)[None])
+
+    with pytest.raises(CheckpointError, match=message):
+        run()
