@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ollm_adapter_llama import LlamaAdapter
 
-from ollm_core import Capability, DecoderAdapter
+from ollm_core import Capability, DecoderAdapter, ParameterSource, read_size
 from ollm_core.registry import CAPABILITIES
 
 _NOT_HERE = sorted(CAPABILITIES.keys() - {"kv-device"})
@@ -33,6 +35,61 @@ class Qwen3(DecoderAdapter):
             "sliding_window": 100,
             "use_sliding_window": True,
             "rope_scaling": None,
+        }
+
+
+class Qwen3Moe(Qwen3):
+    """Experts that are read one by one; the middle layer has none."""
+
+    name = "qwen3-moe"
+    model_types = ("qwen3_moe",)
+
+    def layout(self, config):
+        return replace(super().layout(config), experts="mlp.experts")
+
+    def layer_types(self, config):
+        return super().layer_types({**config, "layer_types": None, "sliding_window": None})
+
+    def layer_parameters(self, config, layer_idx):
+        names = super().layer_parameters(config, layer_idx)
+        if layer_idx in (config.get("mlp_only_layers") or ()):
+            return list(names)
+        attention = [name for name in names if not name.startswith("mlp")]
+        experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+        return [*attention, "mlp.gate.weight", *experts]
+
+    def experts(self, config, parameter):
+        path, _, leaf = parameter.rpartition(".")
+        if not path.endswith("experts"):
+            return ()
+        key = "num_local_experts" if "num_local_experts" in config else "num_experts"
+        paths = [f"{path}.{number}" for number in range(read_size(config, key, 1024))]
+        if leaf == "down_proj":
+            return [ParameterSource((f"{one}.down_proj.weight",)) for one in paths]
+        return [
+            ParameterSource((f"{one}.gate_proj.weight", f"{one}.up_proj.weight"), self.fused)
+            for one in paths
+        ]
+
+    @staticmethod
+    def fused(gate, up):
+        """One after the other."""
+        import torch
+
+        return torch.cat([gate, up])
+
+    def tiny_config(self):
+        dropped = ("layer_types", "sliding_window", "use_sliding_window", "mlp_bias")
+        config = {key: value for key, value in super().tiny_config().items() if key not in dropped}
+        return {
+            **config,
+            "model_type": "qwen3_moe",
+            "architectures": ["Qwen3MoeForCausalLM"],
+            "mlp_only_layers": [1],
+            "moe_intermediate_size": 32,
+            "norm_topk_prob": True,
+            "num_experts": 12,
+            "num_experts_per_tok": 2,
         }
 
 
