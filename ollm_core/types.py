@@ -214,9 +214,7 @@ class Stats:
     tell.
     """
     weight_bytes_read: int
-    """Read from storage by the weight streamer, loading of resident weights not counted. Experts
-    are loaded when they are first routed to: counted.
-    """
+    """Read from storage by the weight streamer, loading of resident weights not counted."""
     read_seconds: float
     """Time the reading engine spent reading those."""
     weight_passes: int
@@ -241,3 +239,4 @@ class Stats:
     experts_read: int = 0
     """Of those, read from storage."""
     expert_bytes_read: int = 0
+    """For those. What is then kept counts here, and not in `weight_bytes_read`."""

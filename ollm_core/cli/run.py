@@ -199,7 +199,13 @@ def _generation(
 def _report(
     text: str, token_ids: list[int], num_prompt_tokens: int, stats: Stats
 ) -> dict[str, object]:
-    """The fields of `--json`. Sizes are bytes."""
+    """The fields of `--json`. Sizes are bytes; a dense model has no experts to tell of."""
+    experts = {
+        "experts_routed": stats.experts_routed,
+        "experts_hit": stats.experts_hit,
+        "experts_read": stats.experts_read,
+        "expert_bytes_read": stats.expert_bytes_read,
+    }
     return {
         "text": text,
         "token_ids": token_ids,
@@ -213,10 +219,7 @@ def _report(
         "weight_bytes_read": stats.weight_bytes_read,
         "kv_bytes_read": stats.kv_bytes_read,
         "weight_passes": stats.weight_passes,
-        "experts_routed": stats.experts_routed,
-        "experts_hit": stats.experts_hit,
-        "experts_read": stats.experts_read,
-        "expert_bytes_read": stats.expert_bytes_read,
+        **(experts if stats.experts_routed else {}),
     }
 
 

@@ -45,6 +45,8 @@ class ExpertCounters:
     hit: int = 0
     read: int = 0
     bytes_read: int = 0
+    kept_bytes: int = 0
+    """Of those, read to be kept."""
     read_seconds: float = 0.0
 
 
@@ -228,11 +230,18 @@ class ExpertStore(Closing):
         self.counters.read += len(group.members)
         self.counters.bytes_read += group.num_bytes
         self.counters.read_seconds += filled.seconds
-        placement = self._placement
+        first_host = self._placement.num_device
+        kept = []
         for expert, unit, offsets in zip(group.members, group.units, filled.offsets, strict=True):
-            rank = self._rank.get((layer_idx, expert), self._last_rank) - placement.num_device
-            if 0 <= rank < placement.num_host:
-                self._on_host[layer_idx, expert] = _packed(unit, buffer, offsets)
+            rank = self._rank.get((layer_idx, expert), self._last_rank)
+            if rank < first_host + self._placement.num_host:
+                kept.append(unit)
+                if rank >= first_host:
+                    self._on_host[layer_idx, expert] = _packed(unit, buffer, offsets)
+        whole = len(kept) == len(group.units)
+        self.counters.kept_bytes += (
+            group.num_bytes if whole else sum(unit.file_bytes for unit in kept)
+        )
         if self._uploads is not None:
             buffer = self._uploads[0].copy(buffer[: group.num_bytes])
             self._uploads[0].wait()

@@ -71,6 +71,7 @@ class TieredWeights(WeightStreamer):
         `source` is closed with the weights, and when they cannot be opened.
         """
         self.units = units.in_pass_order
+        self.expert_units = units.experts
         self.dtype = dtype
         self.device = device
         self._device_account, self._host_account = accounts
@@ -140,11 +141,10 @@ class TieredWeights(WeightStreamer):
 
     @property
     def bytes_read(self) -> int:
-        """Streamed from storage so far, experts included; loading what stays resident from the
-        start is not counted.
-        """
+        """Streamed from storage so far; loading what stays resident is not counted."""
         streamed = self._streamed_bytes + (self._ring.bytes_read if self._ring else 0)
-        return streamed + self._experts.counters.bytes_read
+        experts = self._experts.counters
+        return streamed + experts.bytes_read - experts.kept_bytes
 
     @property
     def read_seconds(self) -> float:

@@ -219,4 +219,5 @@ class Declaration(AdapterSuite):
 
 def _told(adapter: ModelAdapter, config: dict[str, Any], names: list[str]) -> Any:
     plan = adapter.weights(config, names)
-    return {name: plan.parameters[name] for name in parameter_names(config)}, plan.ignored
+    sources = {**plan.parameters, **plan.experts}
+    return {name: sources[name] for name in parameter_names(config)}, plan.ignored

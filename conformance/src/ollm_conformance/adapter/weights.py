@@ -155,7 +155,9 @@ class Weights(AdapterSuite):
             for _ in range(4):
                 work(model)
             after = model.stats
-            units = model.weights.units
+            units = list(model.weights.units)
+            for experts in model.weights.expert_units.values():
+                units.extend(experts)
         pages = 2 * 4096 * sum(len(unit.tensors) for unit in units)
         most = stored - after.resident_bytes + pages
         passes = after.weight_passes - before.weight_passes
@@ -168,14 +170,17 @@ def _used_once(adapter: ModelAdapter, config: Config, stored: set[str]) -> None:
     layout, plan = adapter.layout(config), adapter.weights(config, sorted(stored))
     head, embedding = f"{layout.head}.weight", f"{layout.embedding}.weight"
     tied = plan.parameters.get(head) == plan.parameters.get(embedding)
-    uses = Counter(
-        tensor
-        for name, source in plan.parameters.items()
-        if not (tied and name == head)
+    parts = Counter(
+        (tensor, source.row)
+        for source in plan.sources()
+        if not (tied and source is plan.parameters[head])
         for tensor in source.tensors
     )
+    uses: Counter[str] = Counter()  # a tensor used row by row is used once
+    for (tensor, row), count in parts.items():
+        uses[tensor] = max(uses[tensor], count) if row is not None else uses[tensor] + count
     expected = set(parameter_names(config))
-    if wrong := sorted(expected ^ plan.parameters.keys()):
+    if wrong := sorted(expected ^ (plan.parameters.keys() | plan.experts.keys())):
         state = "got none" if wrong[0] in expected else "which transformers does not have, got one"
         raise AssertionError(f"expected a source for each parameter; {wrong[0]}: {state}")
     for tensor in sorted(stored | uses.keys() | plan.ignored):
@@ -200,6 +205,15 @@ def _bound(model: StreamedModel, layout: Layout) -> Iterator[tuple[str, Tensor]]
                 else:
                     head.append(value.clone())
     yield f"{layout.head}.weight", torch.cat(head)
+    for layer_idx, experts in model.weights.expert_units.items():
+        slices: dict[str, list[Tensor]] = {}
+        with model.weights.experts(layer_idx, range(len(experts))) as found:
+            for i, parameters in found:
+                for parameter, value in zip(experts[i].parameters, parameters, strict=True):
+                    name = parameter.name.removesuffix(f"[{i}]")
+                    slices.setdefault(name, []).append(value.clone())
+        for name, values in slices.items():
+            yield name, torch.stack(values)
 
 
 def _one_of_each(names: set[str]) -> list[str]:
