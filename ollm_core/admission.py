@@ -86,9 +86,9 @@ class Admission:
         """Hold the memory of a pass over `work`. Raises DoesNotFitError, naming what would do,
         before anything runs.
         """
-        growth = self._growth(store, work)
         smallest: tuple[int, int] | None = None
         for plan in self._candidates(work):
+            growth = self._growth(store, work, plan)
             missing = self._missing(plan, growth)
             if not any(missing):
                 break
@@ -98,7 +98,7 @@ class Admission:
             self._refuse(work, *smallest)
         self._weights.fit(*self._weight_budgets(plan, growth))
         for item in work:
-            store.reserve(item.sequence, item.start + len(item.token_ids))
+            store.reserve(item.sequence, item.start + len(item.token_ids), plan.chunk_size)
         device, host = self._accounts.device, self._accounts.host
         with (
             device.holding("activations", plan.needed.device),
@@ -162,9 +162,10 @@ class Admission:
             return TierBytes(device=device, host=hidden + parked)
         return TierBytes(device=max(layer, experts + parked, head) + hidden + tokens)
 
-    def _growth(self, store: KVStore, work: Sequence[NewTokens]) -> TierBytes:
+    def _growth(self, store: KVStore, work: Sequence[NewTokens], plan: PassPlan) -> TierBytes:
         parts = [
-            store.growth_bytes(item.sequence, item.start + len(item.token_ids)) for item in work
+            store.growth_bytes(item.sequence, item.start + len(item.token_ids), plan.chunk_size)
+            for item in work
         ]
         return TierBytes(sum(part.device for part in parts), sum(part.host for part in parts))
 

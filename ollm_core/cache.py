@@ -12,6 +12,7 @@ from transformers import Cache
 
 from ollm_core.errors import InputError, UnsupportedError
 from ollm_core.interfaces import KeepsPrefixes, KVStore
+from ollm_core.types import CacheKind
 
 
 class SequenceCache(Cache):
@@ -22,9 +23,14 @@ class SequenceCache(Cache):
     """
 
     def __init__(
-        self, store: KVStore, num_layers: int, demand: Callable[[str], None] | None = None
+        self,
+        store: KVStore,
+        kinds: Sequence[CacheKind],
+        demand: Callable[[str], None] | None = None,
     ) -> None:
-        """`demand` raises UnsupportedError for a capability that the model does not have."""
+        """`kinds` are those of the layers. `demand` raises UnsupportedError for a capability that
+        the model does not have.
+        """
         super().__init__(layers=[])
         self.store = store
         self._demand = demand
@@ -32,7 +38,7 @@ class SequenceCache(Cache):
         """Sequence of each batch row."""
         self.kept: list[Tensor] = []
         """Per row, bool [S]: which positions of the padded batch are real tokens."""
-        self._num_layers = num_layers
+        self._kinds = tuple(kinds)
         self.finalizer = weakref.finalize(self, store.close)
 
     def close(self) -> None:
@@ -91,10 +97,10 @@ class SequenceCache(Cache):
 
     @property
     def is_sliding(self) -> list[bool]:
-        return [False] * self._num_layers
+        return [kind.kind == "sliding" for kind in self._kinds]
 
     def __len__(self) -> int:
-        return self._num_layers
+        return len(self._kinds)
 
     def __repr__(self) -> str:
         return f"SequenceCache(rows={len(self.rows)}, tokens={self.get_seq_length()})"
@@ -119,8 +125,8 @@ class SequenceCache(Cache):
         length = self.get_seq_length()
         wanted = tokens_to_remove if tokens_to_remove > 0 else length + tokens_to_remove
         for row, kept in enumerate(self.kept):
+            self.store.truncate(self.rows[row], int(kept[:wanted].sum()))
             self.kept[row] = kept[:wanted]
-            self.store.truncate(self.rows[row], int(self.kept[row].sum()))
 
     def reset(self) -> None:
         """Forget all rows."""
@@ -141,7 +147,7 @@ class SequenceCache(Cache):
         self._pick(picked.tolist())
 
     def activate_past_recording(self) -> None:
-        """Nothing to do: the store can always be truncated."""
+        """Nothing to do: the store can be truncated, in sliding layers by about a block."""
 
     def _pick(self, sources: list[int]) -> None:
         forks = [self.store.fork(self.rows[source]) for source in sources]

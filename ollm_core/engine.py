@@ -71,12 +71,16 @@ class Engine:
             start = time.perf_counter()
             read_before = store.bytes_read
             with self._admission.admit(store, work) as plan:
+                on_disk = store.tier_bytes().disk  # all that the pass may take is reserved
+                self.counters.kv_disk_bytes = max(self.counters.kv_disk_bytes, on_disk)
                 try:
                     logits = self._run(store, work, plan)
                 except BaseException:
                     for item in work:
                         store.truncate(item.sequence, item.start)
                     raise
+                for item in work:
+                    store.commit(item.sequence)
             self._count(store, work, plan, time.perf_counter() - start, read_before)
             return logits
 
@@ -100,7 +104,9 @@ class Engine:
                         position_ids=call.positions,
                         past_key_values=call,
                         use_cache=True,
-                        position_embeddings=self._rotary(chunk_hidden, call, keep=len(calls) == 1),
+                        position_embeddings=self._rotary(
+                            layer_idx, chunk_hidden, call, keep=len(calls) == 1
+                        ),
                     ).to(parked)
                     report()
                 del chunk_hidden
@@ -113,15 +119,19 @@ class Engine:
         ids = torch.cat([work[row].token_ids[chunk.begin : chunk.end] for row in chunk.rows])
         return self._weights.embed(ids).view(len(chunk.rows), chunk.num_tokens, -1)
 
-    def _rotary(self, hidden: Tensor, call: LayerCall, *, keep: bool) -> tuple[Tensor, Tensor]:
+    def _rotary(
+        self, layer_idx: int, hidden: Tensor, call: LayerCall, *, keep: bool
+    ) -> tuple[Tensor, Tensor]:
         """Cosines and sines [R, T, D]. Made anew for each layer of a long prompt, to hold
         little.
         """
-        if call.embeddings is not None:
-            return call.embeddings
-        embeddings: tuple[Tensor, Tensor] = self._skeleton.rotary(hidden, call.positions)
+        kind = self._skeleton.rotary_types[layer_idx]
+        if kind in call.embeddings:
+            return call.embeddings[kind]
+        rotary = self._skeleton.rotary
+        embeddings = self._skeleton.embeddings(rotary, layer_idx, hidden, call.positions)
         if keep:
-            call.embeddings = embeddings
+            call.embeddings[kind] = embeddings
         return embeddings
 
     def _head(
@@ -187,7 +197,6 @@ class Engine:
             counters.decode_tokens += len(work)
             counters.decode_seconds += seconds
         counters.kv_bytes_read += store.bytes_read - read_before
-        counters.kv_disk_bytes = max(counters.kv_disk_bytes, store.tier_bytes().disk)
         counters.last_plan = plan
 
 
@@ -202,7 +211,7 @@ class LayerCall:
         attention: str,
         device: torch.device,
     ) -> None:
-        self.embeddings: tuple[Tensor, Tensor] | None = None
+        self.embeddings: dict[str | None, tuple[Tensor, Tensor]] = {}
         self._store = store
         self._attention = ATTENTIONS[attention]
         self._sequences = tuple(work[row].sequence for row in chunk.rows)

@@ -34,7 +34,7 @@ from ollm_core.errors import DamagedKVError, InputError, UnsupportedError
 from ollm_core.interfaces import Closing, Drafter, KVStore
 from ollm_core.machine import peak_process_bytes
 from ollm_core.skeleton import Skeleton
-from ollm_core.types import Progress, Stats
+from ollm_core.types import CacheKind, Progress, Stats
 from ollm_core.weights.tiered import TieredWeights
 
 OpenStore = Callable[[str, "Path | None", int], tuple[str, KVStore]]
@@ -59,6 +59,7 @@ class StreamedModel(PreTrainedModel, GenerationMixin, Closing):
         engine: Engine,
         accounts: Accounts,
         open_store: OpenStore,
+        kinds: Sequence[CacheKind],
         *,
         weight_bytes: int,
         generation_config: GenerationConfig | None = None,
@@ -79,6 +80,7 @@ class StreamedModel(PreTrainedModel, GenerationMixin, Closing):
         self.weights = weights
         self.accounts = accounts
         self._open_store = open_store
+        self._kinds = kinds
         self._demand = demand
         self._drafter = drafter
         self._weight_bytes = weight_bytes
@@ -222,7 +224,7 @@ class StreamedModel(PreTrainedModel, GenerationMixin, Closing):
         """
         directory = Path(kv_dir) if kv_dir is not None else None
         self._kv_tier, store = self._open_store(kv or "", directory, num_tokens)
-        cache = SequenceCache(store, self.config.num_hidden_layers, self._demand)
+        cache = SequenceCache(store, self._kinds, self._demand)
         self._caches = [finalizer for finalizer in self._caches if finalizer.alive]
         self._caches.append(cache.finalizer)
         return cache

@@ -112,7 +112,8 @@ class ByteSource(Closing):
 
     @abstractmethod
     def read(self, tensors: Sequence[TensorInfo], buffer: memoryview) -> Sequence[int]:
-        """Read all `tensors` into `buffer` and return each one's byte offset in it.
+        """Read all `tensors` into `buffer` and return each one's byte offset in it. What lies at a
+        multiple of 64 bytes in its file does so in the buffer.
 
         An offset equals the tensor's own in its file modulo 64 bytes.
         `buffer` is writable, page-aligned and at least `buffer_bytes(tensors)` long. May be called
@@ -189,17 +190,22 @@ class KVStore(Closing):
         """A fresh, empty sequence."""
 
     @abstractmethod
-    def growth_bytes(self, sequence: int, num_tokens: int) -> TierBytes:
+    def growth_bytes(self, sequence: int, num_tokens: int, longest: int | None = None) -> TierBytes:
         """What `reserve` would take of each memory beyond what is held or reserved already. A pass
         is refused by it before anything runs.
         """
 
     @abstractmethod
-    def reserve(self, sequence: int, num_tokens: int) -> None:
-        """Make sure that `sequence` can grow to `num_tokens` in every layer.
+    def reserve(self, sequence: int, num_tokens: int, longest: int | None = None) -> None:
+        """Make sure that `sequence` can grow to `num_tokens` in every layer, by at most `longest`
+        (default: all) in one `append`. Until `commit`, it can be truncated to its length now.
 
         Raises DoesNotFitError, with nothing changed, if memory or disk does not allow it.
         """
+
+    def commit(self, sequence: int) -> None:
+        """A pass has succeeded: what was kept only to undo it may go. By default nothing does."""
+        return
 
     @abstractmethod
     def append(self, layer_idx: int, sequence: int, keys: Tensor, values: Tensor) -> None:
@@ -209,12 +215,13 @@ class KVStore(Closing):
 
     @abstractmethod
     def blocks(
-        self, layer_idx: int, sequence: int, num_tokens: int | None = None
+        self, layer_idx: int, sequence: int, num_tokens: int | None = None, first: int = 0
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Keys and values of the first `num_tokens` (default: all) in position order, as pairs of
+        """Keys and values of positions `first` to `num_tokens` (default: all) in order, as pairs of
         [G, n, D].
 
-        They are on the compute device and valid until the next step of the iterator.
+        They are on the compute device and valid until the next step of the iterator. Raises
+        KVStoreError for positions that a sliding layer no longer has.
         """
 
     @abstractmethod
@@ -223,8 +230,8 @@ class KVStore(Closing):
 
     @abstractmethod
     def truncate(self, sequence: int, num_tokens: int) -> None:
-        """Drop positions >= `num_tokens` from every layer. Idempotent. Raises KVStoreError if a
-        layer has fewer.
+        """Drop positions >= `num_tokens` from every layer. Idempotent. Raises KVStoreError, with
+        nothing changed, if a layer has fewer, or slides and has let go of what it would need.
         """
 
     @abstractmethod
@@ -286,9 +293,18 @@ class KVView:
     store: KVStore
     attention: Attention
 
-    def past(self, row: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Stored keys and values before the new tokens of `row`, as pairs of [G, n, D]."""
-        return self.store.blocks(self.layer_idx, self.sequences[row], self.starts[row])
+    def past(self, row: int, window: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Stored keys and values before the new tokens of `row`, as pairs of [G, n, D]: from
+        `first(row, window)` on.
+        """
+        first = self.first(row, window)
+        return self.store.blocks(self.layer_idx, self.sequences[row], self.starts[row], first)
+
+    def first(self, row: int, window: int | None = None) -> int:
+        """The first position that a new token of `row` may see. `window` counts tokens, the one
+        that looks included; None is without end.
+        """
+        return 0 if window is None else max(self.starts[row] - window + 1, 0)
 
 
 class Drafter(Protocol):

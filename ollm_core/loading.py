@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections.abc
 import functools
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,15 @@ from ollm_core.engine import Engine
 from ollm_core.errors import ConfigError, InputError, PluginError, UnsupportedError
 from ollm_core.generation import StreamedModel
 from ollm_core.hub import resolve
-from ollm_core.interfaces import ByteSource, Drafter, KVStore, ModelAdapter
-from ollm_core.kv import DeviceKVStore, DiskKVStore, HostKVStore, KeepingKVStore, KVGeometry
+from ollm_core.interfaces import ByteSource, Drafter, ModelAdapter
+from ollm_core.kv import KVGeometry
 from ollm_core.machine import free_memory, pick_device
 from ollm_core.memory import MemoryAccount, parse_size
 from ollm_core.plugins import Offer, one_line
 from ollm_core.registry import Registry, require, supports
 from ollm_core.requests import DraftRequest, KVRequest
 from ollm_core.skeleton import Skeleton
+from ollm_core.stores import StoreOpener, fingerprinter
 from ollm_core.types import CacheKind, Config, Progress
 from ollm_core.weights.codecs import LogicalTensors
 from ollm_core.weights.sources import check_source, open_source
@@ -35,7 +37,6 @@ from ollm_core.weights.units import cut_units
 from ollm_core.workspace import Workspace
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-KV_TIERS = ("device", "host", "disk")
 
 
 def load(
@@ -108,7 +109,7 @@ def load(
     tensors = LogicalTensors(checkpoint, config, registry.offers("ollm_weight_codecs"))
     compute_dtype = _compute_dtype(dtype, {**config, **whole_config}, directory, tensors.dtypes())
     layout = adapter.layout(config)
-    cache = _cache_kind(adapter, config)
+    kinds = _cache_kinds(adapter, config, layout.num_layers)
     skeleton = Skeleton(config, layout, compute_dtype, target)
     plan = adapter.weights(config, tensors.names)
     units = cut_units(
@@ -119,80 +120,74 @@ def load(
         # In float32, matrix libraries give other last bits for a part of the rows.
         slice_head=compute_dtype != torch.float32,
     )
-    source = _open(checkpoint, reader, engine)
-    weights = TieredWeights(
-        units,
-        source,
-        compute_dtype,
-        target,
-        (accounts.device, accounts.host),
-        buffer_bytes=skeleton.buffer_bytes,
-    )
-    skeleton.bind_norm(weights.norm)
-    geometry = KVGeometry(
-        layout.num_layers, cache.num_kv_heads, cache.head_dim, compute_dtype, target
-    )
-    admission = Admission(
-        Policy(
+    with ExitStack() as opened:  # what fails from here on leaves nothing open
+        weights = opened.enter_context(
+            TieredWeights(
+                units,
+                _open(checkpoint, reader, engine),
+                compute_dtype,
+                target,
+                (accounts.device, accounts.host),
+                buffer_bytes=skeleton.buffer_bytes,
+            )
+        )
+        skeleton.bind_norm(weights.norm)
+        geometry = KVGeometry(kinds, compute_dtype, target)
+        policy = Policy(
             attention,
             chunk_size,
             may_chunk=supports(adapter, "chunked-prefill"),
             may_use_blocks=supports(adapter, "blockwise-attention"),
-        ),
-        accounts,
-        weights,
-        Workspace(skeleton, geometry),
-        hidden_size=skeleton.config.hidden_size,
-        vocab_size=skeleton.config.vocab_size,
-    )
-    default_dir = Path(kv_dir) if kv_dir is not None else None
-    fingerprint = functools.cache(checkpoint.content_fingerprint)  # reads a little of every tensor
-
-    def open_store(tier: str, store_dir: Path | None, num_tokens: int) -> tuple[str, KVStore]:
-        request = KVRequest(
+        )
+        admission = Admission(
+            policy,
+            accounts,
+            weights,
+            Workspace(skeleton, geometry),
+            hidden_size=skeleton.config.hidden_size,
+            vocab_size=skeleton.config.vocab_size,
+        )
+        kv_request = KVRequest(
             geometry,
             accounts.device,
             accounts.host,
-            store_dir or default_dir,
-            fingerprint,
+            Path(kv_dir) if kv_dir is not None else None,
+            fingerprinter(checkpoint, config),
             keep_kv,
         )
-        if offer := registry.check_name("ollm_kv_stores", tier or kv):
-            return offer.name, offer.make(KVStore, request)
-        if (tier or kv) == "auto":
-            able = [name for name in KV_TIERS if supports(adapter, f"kv-{name}")]
-            tier = _choose_tier(able, request, num_tokens)
-        tier = tier or kv
-        demand(f"kv-{tier}")
-        return tier, _open_store(tier, request)
+        tokenizer = _tokenizer(directory)
+        draft_request = DraftRequest(
+            config,
+            directory,
+            skeleton.config.vocab_size,
+            tokenizer,
+            str(target),
+            accounts.device,
+            accounts.host,
+        )
+        model = StreamedModel(
+            skeleton,
+            weights,
+            Engine(skeleton, weights, admission, on_progress),
+            accounts,
+            StoreOpener(kv, kv_request, adapter, registry),
+            kinds,
+            weight_bytes=checkpoint.total_bytes,
+            generation_config=_generation_config(directory),
+            tokenizer=tokenizer,
+            drafter=_drafter(draft, draft_source, draft_request),
+            demand=demand,
+        )
+        opened.pop_all()
+    return model
 
-    tokenizer = _tokenizer(directory)
-    drafter: Drafter | None = LookupDrafter() if draft == "lookup" else None
-    if draft_source is not None:
-        vocab_size = skeleton.config.vocab_size
-        try:
-            drafter = draft_source.make(
-                collections.abc.Callable,  # type: ignore[arg-type] # a class, seen as a form
-                DraftRequest(
-                    config, directory, vocab_size, tokenizer, str(target),
-                    accounts.device, accounts.host,
-                ),
-            )  # fmt: skip
-        except BaseException:
-            weights.close()
-            raise
-    return StreamedModel(
-        skeleton,
-        weights,
-        Engine(skeleton, weights, admission, on_progress),
-        accounts,
-        open_store,
-        weight_bytes=checkpoint.total_bytes,
-        generation_config=_generation_config(directory),
-        tokenizer=tokenizer,
-        drafter=drafter,
-        demand=demand,
-    )
+
+def _drafter(draft: str, source: Offer | None, request: DraftRequest) -> Drafter | None:
+    if source is None:
+        return LookupDrafter() if draft == "lookup" else None
+    # A Drafter is anything that can be called, which is what the plugin's answer is held against.
+    found: Drafter = source.make(collections.abc.Callable, request)  # type: ignore[arg-type]
+    return found
 
 
 def _one_of(what: str, value: str, allowed: Sequence[str]) -> None:
@@ -230,13 +225,25 @@ def _compute_dtype(
     )
 
 
-def _cache_kind(adapter: ModelAdapter, config: Config) -> CacheKind:
-    kinds = set(adapter.caches(config))
-    if len(kinds) != 1 or next(iter(kinds)).kind != "full":
-        raise UnsupportedError(
-            f"adapter {adapter.name} has layers of several cache kinds, which are not supported yet"
+def _cache_kinds(adapter: ModelAdapter, config: Config, num_layers: int) -> tuple[CacheKind, ...]:
+    kinds = tuple(adapter.caches(config))
+    if len(kinds) != num_layers:
+        raise ConfigError(
+            f"adapter {adapter.name} gives {len(kinds)} caches, expected {num_layers}"
         )
-    return kinds.pop()
+    for layer_idx, kind in enumerate(kinds):
+        if kind.kind == "recurrent":
+            raise UnsupportedError(
+                f"layer {layer_idx} keeps a recurrent state, which is not supported yet"
+            )
+        if kind.kind == "sliding" and (kind.window is None or kind.window < 2):
+            raise ConfigError(
+                f"layer {layer_idx} has a sliding window of {kind.window} tokens, "
+                "expected at least 2"
+            )
+        if kind.kind == "full" and kind.window is not None:
+            raise ConfigError(f"layer {layer_idx} keeps all tokens, and yet has a window")
+    return kinds
 
 
 def _open(checkpoint: Checkpoint, reader: str, engine: Offer | None) -> ByteSource:
@@ -253,32 +260,6 @@ def _open(checkpoint: Checkpoint, reader: str, engine: Offer | None) -> ByteSour
             f"{engine} failed its test read: {one_line(error)}", hint="use reader='auto'"
         ) from error
     return source
-
-
-def _open_store(tier: str, request: KVRequest) -> KVStore:
-    geometry, device, host = request.geometry, request.device_account, request.host_account
-    if tier == "device":
-        return DeviceKVStore(geometry, device)
-    if tier == "host":
-        return HostKVStore(geometry, host, device)
-    if request.directory and request.keep:
-        return KeepingKVStore(geometry, host, request.directory, request.fingerprint(), device)
-    home = request.directory or Path.home() / ".cache" / "ollm" / "kv"
-    return DiskKVStore(geometry, host, home, request.fingerprint(), device)
-
-
-def _choose_tier(able: Sequence[str], request: KVRequest, num_tokens: int) -> str:
-    """Of the tiers that the family is `able` to use, the first of which the expected tokens take at
-    most a quarter (device) or half (host); disk where a directory was named.
-    """
-    geometry = request.geometry
-    num_expected = num_tokens + geometry.block_size
-    expected = geometry.num_layers * geometry.block_bytes * num_expected // geometry.block_size
-    room = {"device": request.device_account.limit // 4, "host": request.host_account.limit // 2}
-    if request.directory is not None and "disk" in able:
-        return "disk"
-    fitting = [tier for tier in able if expected <= room.get(tier, expected)]
-    return (*fitting, *reversed(able), *KV_TIERS)[0]
 
 
 def _generation_config(directory: Path) -> GenerationConfig | None:

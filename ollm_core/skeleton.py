@@ -5,6 +5,7 @@ before use.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from ollm_core.attention import ATTENTION_NAME, register_attention
-from ollm_core.errors import ConfigError
+from ollm_core.errors import ConfigError, UnsupportedError
 from ollm_core.mlp import Mixture
 from ollm_core.types import Config, Layout
 
@@ -55,11 +56,24 @@ class Skeleton:
         # Rotary frequencies are in no checkpoint: a fresh module computes them.
         with torch.device(device):
             self.rotary: nn.Module = type(self.meta_rotary)(self.config)
+        self.rotary_types = _rotary_types(self.rotary, self.config, len(self.layers))
         self.mixtures: Mapping[int, Mixture] = dict(_mixtures(self.layers, layout))
         """Layers with routed experts, which are run in two halves."""
         self._slots = [_parameter_slots(layer) for layer in self.layers]
         if getattr(model.get_submodule(layout.head), "bias", None) is not None:
             raise ConfigError("a head with a bias is not supported")
+
+    def embeddings(
+        self, rotary: nn.Module, layer_idx: int, hidden: Tensor, positions: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [R, T, D] for a layer. `rotary` is `self.rotary` or
+        `self.meta_rotary`.
+        """
+        kind = self.rotary_types[layer_idx]
+        found: tuple[Tensor, Tensor] = (
+            rotary(hidden, positions) if kind is None else rotary(hidden, positions, kind)
+        )
+        return found
 
     @contextmanager
     def bound(self, layer_idx: int, parameters: Sequence[Tensor]) -> Iterator[nn.Module]:
@@ -96,6 +110,24 @@ class Skeleton:
 def _bind(slots: Sequence[tuple[dict[str, Any], str]], parameters: Sequence[Tensor]) -> None:
     for (holder, leaf), value in zip(slots, parameters, strict=True):
         holder[leaf] = nn.Parameter(value, requires_grad=False)
+
+
+def _rotary_types(rotary: nn.Module, config: PreTrainedConfig, num_layers: int) -> list[str | None]:
+    """What each layer passes to `rotary` beside states and positions: its type, where the module
+    wants one. Raises UnsupportedError if it wants anything else.
+    """
+    _, _, *others = inspect.signature(rotary.forward).parameters.values()
+    wanted = [other.name for other in others if other.default is inspect.Parameter.empty]
+    if not wanted:
+        return [None] * num_layers
+    types: list[str | None] = list(getattr(config, "layer_types", None) or ())
+    if wanted != ["layer_type"] or len(types) != num_layers:
+        raise UnsupportedError(
+            f"{type(rotary).__name__} wants {', '.join(wanted)} for each layer, "
+            f"which config.json does not give",
+            hint="rotary embeddings may depend on layer_types, and on nothing else",
+        )
+    return types
 
 
 def _mixtures(layers: Sequence[nn.Module], layout: Layout) -> Iterator[tuple[int, Mixture]]:

@@ -61,9 +61,34 @@ class AllocationTracker(TorchDispatchMode):
         self.used -= num_bytes
 
 
+class _DataDependent(TorchDispatchMode):
+    """Answers on the meta device what depends on data, as a router's choice does: every token goes
+    to every expert, which is the most that one expert can get.
+    """
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if args and isinstance(args[0], Tensor) and args[0].device.type == "meta":
+            if func is torch.ops.aten.nonzero.default:  # a token chooses an expert once
+                shape = args[0].shape
+                return torch.empty(max(shape), len(shape), dtype=torch.int64, device="meta")
+            if func is torch.ops.aten._local_scalar_dense.default:
+                return 0
+        return func(*args, **(kwargs or {}))
+
+
 def traced_peak(work: Callable[[], object]) -> int:
     """Peak bytes that `work` allocates on the meta device, its result included."""
-    with torch.no_grad(), AllocationTracker("meta") as tracker:
+    with (
+        torch.no_grad(),
+        _DataDependent(),  # type: ignore[no-untyped-call]
+        AllocationTracker("meta") as tracker,
+    ):
         result = work()
         del result
     peak: int = tracker.peak

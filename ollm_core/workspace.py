@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ollm_core.attention import ATTENTIONS
+from ollm_core.buffers import round_up
 from ollm_core.interfaces import KVStore, KVView
 from ollm_core.kv import KVGeometry
 from ollm_core.mlp import Mixture
@@ -20,6 +21,9 @@ from ollm_core.tracing import OneExpertTaken, traced_peak
 
 _BLOCKWISE_BLOCKS = 2  # block-wise attention takes as much for two earlier blocks as for any number
 
+_Shape = tuple[int, int, int, int, str]
+"""layer_idx, num_rows, num_new, num_past, attention"""
+
 
 class Workspace:
     """Answers "how many bytes" for the layers of one model. Results are remembered by shape."""
@@ -27,27 +31,50 @@ class Workspace:
     def __init__(self, skeleton: Skeleton, geometry: KVGeometry) -> None:
         self._skeleton = skeleton
         self._geometry = geometry
-        self._known: dict[tuple[int, int, int, str], int] = {}
+        self._known: dict[_Shape, int] = {}
         self._known_mixtures: dict[tuple[int, int], tuple[int, int, int]] = {}
+        # One layer of each kind: what it remembers, and what it is made of.
         kinds: dict[Hashable, int] = {}
-        for layer_idx, layer in enumerate(skeleton.layers):
+        for layer_idx, (layer, cache) in enumerate(
+            zip(skeleton.layers, geometry.kinds, strict=True)
+        ):
             made_of = tuple((name, value.shape) for name, value in layer.named_parameters())
             mixture = skeleton.mixtures.get(layer_idx)
-            kinds.setdefault((type(layer), made_of, mixture and mixture.slice_shapes), layer_idx)
+            experts = mixture and mixture.slice_shapes
+            kinds.setdefault((cache, type(layer), made_of, experts), layer_idx)
         self._distinct = tuple(kinds.values())
 
     def layer_bytes(self, num_rows: int, num_new: int, num_past: int, attention: str) -> int:
         """Peak bytes of a layer for `num_new` tokens in each of `num_rows`, after `num_past`
-        tokens.
+        tokens: of the layer that takes most.
 
         The layer's output is counted, its input and its weights are not.
         """
-        num_blocks = -(-num_past // self._geometry.block_size)
+        return max(
+            self._one_layer(layer_idx, num_rows, num_new, num_past, attention)
+            for layer_idx in self._distinct
+        )
+
+    def _one_layer(
+        self, layer_idx: int, num_rows: int, num_new: int, num_past: int, attention: str
+    ) -> int:
+        block_size, window = self._geometry.block_size, self._geometry.kinds[layer_idx].window
+        shape = layer_idx, num_rows, num_new
+        below, above = num_past // block_size * block_size, round_up(num_past, block_size)
+        if window is not None:
+            # As many as are ever seen: their first block is then as long as any that is cut.
+            return self._remembered(*shape, min(above, window - 1), attention)
         if attention == "blockwise":
-            num_blocks = min(num_blocks, _BLOCKWISE_BLOCKS)
-        key = num_rows, num_new, num_blocks, attention
+            return self._remembered(*shape, min(above, _BLOCKWISE_BLOCKS * block_size), attention)
+        # What an operation takes is a line in num_past. The peak is the highest of such lines, so
+        # between two lengths it lies on or below the straight line from one peak to the other.
+        least = self._remembered(*shape, below, attention)
+        most = self._remembered(*shape, above, attention)
+        return least + -(-(most - least) * (num_past - below) // block_size)
+
+    def _remembered(self, *key: *_Shape) -> int:
         if key not in self._known:
-            self._known[key] = self._trace(num_rows, num_new, num_blocks, attention)
+            self._known[key] = self._trace(*key)
         return self._known[key]
 
     def mixture_bytes(self, num_tokens: int, num_chunks: int, largest: int) -> tuple[int, int]:
@@ -89,24 +116,20 @@ class Workspace:
         per_chunk = chunk.starts.nbytes
         return work, (chunk.num_bytes - per_chunk) // num_tokens, per_chunk
 
-    def _trace(self, num_rows: int, num_new: int, num_blocks: int, attention: str) -> int:
-        return max(
-            self._trace_layer(layer_idx, num_rows, num_new, num_blocks, attention)
-            for layer_idx in self._distinct
-        )
-
-    def _trace_layer(
-        self, layer_idx: int, num_rows: int, num_new: int, num_blocks: int, attention: str
+    def _trace(
+        self, layer_idx: int, num_rows: int, num_new: int, num_past: int, attention: str
     ) -> int:
         hidden_size: int = self._skeleton.config.hidden_size
         hidden = torch.empty(
             num_rows, num_new, hidden_size, dtype=self._geometry.dtype, device="meta"
         )
-        cache = _TracedCache(self._geometry, num_blocks, attention)
+        cache = _TracedCache(self._geometry, num_past, attention)
 
         def run() -> Tensor:
             positions = torch.arange(num_new, device="meta").expand(num_rows, num_new)
-            embeddings = self._skeleton.meta_rotary(hidden, positions)
+            embeddings = self._skeleton.embeddings(
+                self._skeleton.meta_rotary, layer_idx, hidden, positions
+            )
             output: Tensor = self._skeleton.step(layer_idx)(
                 hidden,
                 attention_mask=None,
@@ -123,11 +146,10 @@ class Workspace:
 class _TracedCache:
     """Stands for the cache of a layer: hands out blocks without data."""
 
-    def __init__(self, geometry: KVGeometry, num_blocks: int, attention: str) -> None:
-        self._num_blocks = num_blocks
-        self._num_tokens = num_blocks * geometry.block_size
+    def __init__(self, geometry: KVGeometry, num_tokens: int, attention: str) -> None:
+        self._geometry = geometry
+        self._num_tokens = num_tokens
         self._attention = attention
-        self._block = torch.empty(geometry.block_shape, dtype=geometry.dtype, device="meta")
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int) -> tuple[KVView, KVView]:
         num_rows = keys.shape[0]
@@ -143,7 +165,10 @@ class _TracedCache:
         return view, view
 
     def blocks(
-        self, layer_idx: int, sequence: int, num_tokens: int | None = None
+        self, layer_idx: int, sequence: int, num_tokens: int | None = None, first: int = 0
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        for _ in range(self._num_blocks):
-            yield self._block[0], self._block[1]
+        shape = self._geometry.block_shape(layer_idx)
+        block = torch.empty(shape, dtype=self._geometry.dtype, device="meta")
+        for begin in range(first, self._num_tokens, self._geometry.block_size):
+            count = min(self._geometry.block_size, self._num_tokens - begin)
+            yield block[0, :, :count], block[1, :, :count]

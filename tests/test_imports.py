@@ -29,7 +29,7 @@ ORDER = [
     },
     {"hub", "gguf_import", "weights", "skeleton", "drafts"},
     {"workspace", "cache"},
-    {"admission"},
+    {"admission", "stores"},
     {"engine"},
     {"generation"},
     {"loading"},

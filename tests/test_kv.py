@@ -1,4 +1,4 @@
-"""KV stores against a plain model: lists of tokens."""
+"""The KV stores of core keep the contract; what is special about the one on disk."""
 
 from __future__ import annotations
 
@@ -14,39 +14,69 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from ollm_conformance import KVStoreConformance
 
 from ollm_core import DoesNotFitError, KVStoreError, ReadError
 from ollm_core.kv import DeviceKVStore, DiskKVStore, HostKVStore, KVGeometry
 from ollm_core.kv.files import MAGIC
 from ollm_core.memory import MemoryAccount
 
-GEOMETRY = KVGeometry(2, 3, 5, torch.float32, torch.device("cpu"), block_size=4)
-STORES = ["device", "host", "disk"]
+GEOMETRY = KVGeometry.uniform(2, 3, 5, torch.float32, torch.device("cpu"), block_size=4)
 
 
-def open_store(kind, directory, limit=10**8, geometry=GEOMETRY):
-    """A store of one tier and the account it charges."""
+def open_store(directory, limit=10**8):
+    """A store on disk and the account it charges."""
     account = MemoryAccount("memory", limit)
-    if kind == "disk":
-        return DiskKVStore(geometry, account, Path(directory), "f00d"), account
-    return (DeviceKVStore if kind == "device" else HostKVStore)(geometry, account), account
+    return DiskKVStore(GEOMETRY, account, Path(directory), "f00d"), account
 
 
-def tokens(num_tokens, seed, geometry=GEOMETRY):
+def geometry_of(shape):
+    """A shape of the conformance suite as a geometry of core."""
+    heads, dim = shape.num_kv_heads, shape.head_dim
+    return KVGeometry.uniform(
+        shape.num_layers, heads, dim, shape.dtype, GEOMETRY.device, shape.block_size
+    )
+
+
+class TestDeviceStore(KVStoreConformance):
+    """Keys and values on the compute device."""
+
+    @classmethod
+    def open_store(cls, shape, account, directory):
+        return DeviceKVStore(geometry_of(shape), account)
+
+
+class TestHostStore(KVStoreConformance):
+    """Keys and values in host memory."""
+
+    num_examples = 10
+
+    @classmethod
+    def open_store(cls, shape, account, directory):
+        return HostKVStore(geometry_of(shape), account)
+
+
+class TestDiskStore(KVStoreConformance):
+    """Keys and values on disk."""
+
+    @classmethod
+    def open_store(cls, shape, account, directory):
+        return DiskKVStore(geometry_of(shape), account, directory, "f00d")
+
+
+def tokens(num_tokens, seed, geometry=GEOMETRY, layer_idx=0):
     """Random keys or values [G, T, D]."""
     generator = torch.Generator().manual_seed(seed)
-    shape = geometry.num_kv_heads, num_tokens, geometry.head_dim
+    kind = geometry.kinds[layer_idx]
+    shape = kind.num_kv_heads, num_tokens, kind.head_dim
     return torch.randn(shape, generator=generator).to(geometry.dtype)
 
 
-def content(store, layer_idx, sequence, num_tokens=None):
+def content(store, layer_idx, sequence, num_tokens=None, first=0):
     """Everything `blocks` gives, as [2, G, S, D]."""
-    pairs = [torch.stack(pair) for pair in store.blocks(layer_idx, sequence, num_tokens)]
-    geometry = store.geometry
-    empty = torch.empty(2, geometry.num_kv_heads, 0, geometry.head_dim, dtype=geometry.dtype)
+    pairs = [torch.stack(pair) for pair in store.blocks(layer_idx, sequence, num_tokens, first)]
+    kind = store.geometry.kinds[layer_idx]
+    empty = torch.empty(2, kind.num_kv_heads, 0, kind.head_dim, dtype=store.geometry.dtype)
     return torch.cat([empty, *pairs], dim=2)
 
 
@@ -58,159 +88,11 @@ def fill(store, sequence, num_tokens, seed=0):
     return torch.stack([keys, values])
 
 
-class KVStoreMachine(RuleBasedStateMachine):
-    """Any order of calls leaves what a dict of tensors would have."""
-
-    kind = "device"
-
-    def __init__(self):
-        super().__init__()
-        self.directory = tempfile.TemporaryDirectory()
-        self.store, self.account = open_store(self.kind, self.directory.name)
-        self.fixed = self.account.used
-        self.model: dict[int, list[torch.Tensor]] = {}
-        self.seed = 0
-
-    def pick(self, index):
-        return sorted(self.model)[index % len(self.model)]
-
-    @rule()
-    def new(self):
-        self.model[self.store.new_sequence()] = [torch.empty(2, 3, 0, 5)] * 2
-
-    @precondition(lambda self: self.model)
-    @rule(index=st.integers(0, 9), lengths=st.lists(st.integers(1, 11), min_size=1, max_size=3))
-    def append(self, index, lengths):
-        sequence = self.pick(index)
-        for layer_idx in range(2):
-            for length in lengths:
-                self.seed += 2
-                new = torch.stack([tokens(length, self.seed), tokens(length, self.seed + 1)])
-                self.store.append(layer_idx, sequence, new[0], new[1])
-                old = self.model[sequence]
-                old[layer_idx] = torch.cat([old[layer_idx], new], dim=2)
-
-    @precondition(lambda self: self.model)
-    @rule(index=st.integers(0, 9), extra=st.integers(0, 20))
-    def reserve(self, index, extra):
-        sequence = self.pick(index)
-        length = self.store.num_tokens(sequence) + extra
-        growth = self.store.growth_bytes(sequence, length)
-        used = self.account.used
-        self.store.reserve(sequence, length)
-        assert self.account.used - used == growth.device + growth.host
-        assert self.store.growth_bytes(sequence, length).host == 0
-
-    @precondition(lambda self: self.model)
-    @rule(index=st.integers(0, 9), share=st.floats(0, 1))
-    def truncate(self, index, share):
-        sequence = self.pick(index)
-        length = int(share * self.store.num_tokens(sequence))
-        self.store.truncate(sequence, length)
-        self.model[sequence] = [t[:, :, :length] for t in self.model[sequence]]
-
-    @precondition(lambda self: self.model and len(self.model) < 6)
-    @rule(index=st.integers(0, 9), share=st.floats(0, 1))
-    def fork(self, index, share):
-        sequence = self.pick(index)
-        length = int(share * self.store.num_tokens(sequence))
-        self.model[self.store.fork(sequence, length)] = [
-            t[:, :, :length] for t in self.model[sequence]
-        ]
-
-    @precondition(lambda self: self.model)
-    @rule(index=st.integers(0, 9))
-    def release(self, index):
-        sequence = self.pick(index)
-        self.store.release(sequence)
-        del self.model[sequence]
-
-    @invariant()
-    def same_content(self):
-        for sequence, layers in self.model.items():
-            assert self.store.num_tokens(sequence) == layers[0].shape[2]
-            for layer_idx, expected in enumerate(layers):
-                assert torch.equal(content(self.store, layer_idx, sequence), expected)
-                half = expected.shape[2] // 2
-                found = content(self.store, layer_idx, sequence, half)
-                assert torch.equal(found, expected[:, :, :half])
-
-    @invariant()
-    def nothing_is_lost(self):
-        if not self.model:
-            assert self.account.used == self.fixed
-
-    def teardown(self):
-        self.store.close()
-        self.store.close()
-        assert self.account.used == 0
-        assert os.listdir(self.directory.name) == []
-        self.directory.cleanup()
-
-
-class HostMachine(KVStoreMachine):
-    """The same for the host tier."""
-
-    kind = "host"
-
-
-class DiskMachine(KVStoreMachine):
-    """The same for the disk tier."""
-
-    kind = "disk"
-
-
-KVStoreMachine.TestCase.settings = settings(max_examples=25, stateful_step_count=20, deadline=None)
-HostMachine.TestCase.settings = settings(max_examples=10, stateful_step_count=20, deadline=None)
-DiskMachine.TestCase.settings = settings(max_examples=25, stateful_step_count=20, deadline=None)
-TestDeviceStore = KVStoreMachine.TestCase
-TestHostStore = HostMachine.TestCase
-TestDiskStore = DiskMachine.TestCase
-
-
-@pytest.mark.parametrize("kind", STORES)
-def test_what_does_not_fit_changes_nothing(kind, tmp_path):
-    """A reservation past the limit is refused, and what was there is still there."""
-    store, account = open_store(kind, tmp_path)
-    with store:
-        sequence = store.new_sequence()
-        expected = fill(store, sequence, 6)
-        used = account.used
-        account.limit = used + 1
-        other = store.new_sequence()
-        with pytest.raises(DoesNotFitError):
-            store.reserve(other, 9)
-        assert account.used == used
-        assert torch.equal(content(store, 0, sequence), expected)
-
-
-@pytest.mark.parametrize("kind", STORES)
-def test_wrong_requests(kind, tmp_path):
-    """A foreign shape or dtype, an unknown sequence, too many tokens: one line each."""
-    store, _ = open_store(kind, tmp_path)
-    sequence = store.new_sequence()
-    fill(store, sequence, 6)
-    with pytest.raises(KVStoreError, match="has 6 tokens; cannot truncate to 7"):
-        store.truncate(sequence, 7)
-    with pytest.raises(KVStoreError, match="cannot read 7"):
-        list(store.blocks(0, sequence, 7))
-    with pytest.raises(KVStoreError, match="cannot fork at 7"):
-        store.fork(sequence, 7)
-    with pytest.raises(KVStoreError, match=r"expected torch\.float32"):
-        store.append(0, sequence, tokens(1, 0).half(), tokens(1, 0))
-    with pytest.raises(KVStoreError, match="no sequence 99"):
-        store.num_tokens(99)
-    store.release(99)
-    store.close()
-    with pytest.raises(KVStoreError, match="closed"):
-        store.new_sequence()
-
-
 def test_disk_store_is_private_and_removes_only_its_own(tmp_path):
     """Directory 0700, files 0600 with a readable header; a stranger's file in the way survives."""
     (tmp_path / "kv").mkdir()
     (tmp_path / "kv" / "mine.txt").write_text("keep")
-    store, _ = open_store("disk", tmp_path / "kv")
+    store, _ = open_store(tmp_path / "kv")
     fill(store, store.new_sequence(), 9)
     (made,) = [path for path in (tmp_path / "kv").iterdir() if path.is_dir()]
     assert stat.S_IMODE(made.stat().st_mode) == 0o700
@@ -230,12 +112,12 @@ def test_unwritable_directory(tmp_path):
     """A KV directory that cannot be made is one line that names it."""
     (tmp_path / "file").write_text("")
     with pytest.raises(KVStoreError, match=r"file/kv: cannot keep KV there"):
-        open_store("disk", tmp_path / "file" / "kv")
+        open_store(tmp_path / "file" / "kv")
 
 
 def test_full_disk_is_refused_before_writing(tmp_path, monkeypatch):
     """No room for the reservation: refused with the bytes, files as long as before."""
-    store, account = open_store("disk", tmp_path)
+    store, account = open_store(tmp_path)
     with store:
         sequence = store.new_sequence()
         expected = fill(store, sequence, 6)
@@ -260,7 +142,7 @@ def test_full_disk_is_refused_before_writing(tmp_path, monkeypatch):
 
 def test_failed_write_surfaces(tmp_path, monkeypatch):
     """A write that fails behind the scenes is reported by the next sealed block."""
-    store, _ = open_store("disk", tmp_path)
+    store, _ = open_store(tmp_path)
     sequence = store.new_sequence()
 
     def broken(*_):
@@ -276,7 +158,7 @@ def test_failed_write_surfaces(tmp_path, monkeypatch):
 
 def test_file_cut_short(tmp_path):
     """A KV file that lost its end gives a ReadError."""
-    store, _ = open_store("disk", tmp_path)
+    store, _ = open_store(tmp_path)
     with store:
         sequence = store.new_sequence()
         fill(store, sequence, 200)
@@ -287,28 +169,13 @@ def test_file_cut_short(tmp_path):
             content(store, 0, sequence)
 
 
-def test_iterators_may_interleave_and_be_left(tmp_path):
-    """Two readers at once, and one given up half-way, do not disturb each other."""
-    store, _ = open_store("disk", tmp_path)
-    with store:
-        sequence = store.new_sequence()
-        expected = fill(store, sequence, 100)
-        abandoned = store.blocks(0, sequence)
-        next(abandoned)
-        del abandoned
-        pairs = zip(store.blocks(0, sequence), store.blocks(1, sequence), strict=True)
-        found = [(torch.stack(one), torch.stack(other)) for one, other in pairs]
-        for i in range(2):
-            assert torch.equal(torch.cat([pair[i] for pair in found], dim=2), expected)
-
-
 def test_where_direct_io_is_refused():
     """In a directory without O_DIRECT the store works through the page cache."""
     memory = Path("/dev/shm")
     if not memory.is_dir():
         pytest.skip("no memory file system here")
     with tempfile.TemporaryDirectory(dir=memory) as directory:
-        store, _ = open_store("disk", directory)
+        store, _ = open_store(directory)
         with store:
             sequence = store.new_sequence()
             expected = fill(store, sequence, 50)
@@ -317,7 +184,7 @@ def test_where_direct_io_is_refused():
 
 def test_a_block_that_was_not_written_is_never_read_as_zeros(tmp_path, monkeypatch):
     """After one failed write every call says so, until the block is dropped; then all works."""
-    store, _ = open_store("disk", tmp_path)
+    store, _ = open_store(tmp_path)
     with store:
         sequence = store.new_sequence()
         keys = tokens(6, 1)
@@ -345,32 +212,9 @@ def test_a_block_that_was_not_written_is_never_read_as_zeros(tmp_path, monkeypat
         assert torch.equal(store_again(store, sequence, keys), torch.cat([keys[:, :3], keys], 1))
 
 
-@pytest.mark.parametrize("kind", STORES)
-def test_cut_of_a_shared_block_that_does_not_fit(kind, tmp_path):
-    """Without memory for a copy nothing is lost, and it can be tried again."""
-    store, account = open_store(kind, tmp_path)
-    fixed = account.used
-    with store:
-        sequence = store.new_sequence()
-        expected = fill(store, sequence, 8)
-        fork = store.fork(sequence)
-        account.limit = account.used
-        with pytest.raises(DoesNotFitError):
-            store.truncate(fork, 6)
-        assert [store.num_tokens(fork, layer_idx) for layer_idx in range(2)] == [8, 8]
-        assert torch.equal(content(store, 0, fork), expected)
-        account.limit = 10**8
-        store.truncate(fork, 6)
-        assert torch.equal(content(store, 0, fork), expected[:, :, :6])
-        assert torch.equal(content(store, 0, sequence), expected)
-        store.release(sequence)
-        store.release(fork)
-        assert account.used == fixed
-
-
 def test_fork_that_cannot_be_read_leaves_nothing(tmp_path):
     """A ReadError in a fork leaves the account as it was."""
-    store, account = open_store("disk", tmp_path)
+    store, account = open_store(tmp_path)
     with store:
         sequence = store.new_sequence()
         fill(store, sequence, 8)
@@ -408,7 +252,7 @@ def test_every_live_iterator_is_accounted(tmp_path):
 
 def test_disk_space_is_given_back(tmp_path):
     """Files shrink when their last blocks are freed, and freed slots are used again."""
-    store, _ = open_store("disk", tmp_path)
+    store, _ = open_store(tmp_path)
     with store:
         first, second = store.new_sequence(), store.new_sequence()
         fill(store, first, 40)
@@ -426,7 +270,7 @@ def test_disk_space_is_given_back(tmp_path):
 
 def test_closing_under_an_iterator(tmp_path):
     """An iterator that outlives its store says so, and the account stays even."""
-    store, account = open_store("disk", tmp_path)
+    store, account = open_store(tmp_path)
     sequence = store.new_sequence()
     fill(store, sequence, 43)
     iterator = store.blocks(0, sequence)
@@ -436,25 +280,6 @@ def test_closing_under_an_iterator(tmp_path):
         next(iterator)
     del iterator
     assert account.used == 0
-
-
-@pytest.mark.parametrize(
-    "request_",
-    [
-        lambda store, sequence: store.fork(sequence, -1),
-        lambda store, sequence: store.blocks(0, sequence, -1),
-        lambda store, sequence: store.num_tokens(sequence, 2),
-        lambda store, sequence: store.append(2, sequence, tokens(1, 0), tokens(1, 0)),
-        lambda store, sequence: store.append(0, sequence, torch.zeros(3), torch.zeros(3)),
-    ],
-)
-def test_requests_out_of_range(request_):
-    """Negative counts, layers that are not there and vectors are refused as they are made."""
-    store, _ = open_store("host", None)
-    sequence = store.new_sequence()
-    fill(store, sequence, 6)
-    with pytest.raises(KVStoreError):
-        request_(store, sequence)
 
 
 @pytest.mark.parametrize("refused", ["posix_fallocate", "pwritev"])
@@ -470,7 +295,7 @@ def test_file_systems_that_can_do_less(refused, tmp_path, monkeypatch):
         return real(file, *arguments)
 
     monkeypatch.setattr(os, refused, refuse)
-    store, _ = open_store("disk", tmp_path)
+    store, _ = open_store(tmp_path)
     with store:
         sequence = store.new_sequence()
         expected = fill(store, sequence, 50)
@@ -485,7 +310,7 @@ import torch
 from pathlib import Path
 from ollm_core.kv import DiskKVStore, KVGeometry
 from ollm_core.memory import MemoryAccount
-geometry = KVGeometry(1, 1, 4, torch.float32, torch.device("cpu"), 4)
+geometry = KVGeometry.uniform(1, 1, 4, torch.float32, torch.device("cpu"), 4)
 store = DiskKVStore(geometry, MemoryAccount("memory", 10**8), Path({str(tmp_path)!r}), "f00d")
 store.append(0, store.new_sequence(), torch.ones(1, 9, 4), torch.ones(1, 9, 4))
 """

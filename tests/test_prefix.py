@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -20,12 +21,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ollm
-from ollm_core import DamagedKVError, KeepsPrefixes
+from ollm_core import CacheKind, DamagedKVError, KeepsPrefixes
 from ollm_core.chunks import NewTokens
 from ollm_core.kv import KeepingKVStore, KVGeometry
 from ollm_core.memory import MemoryAccount
 
-GEOMETRY = KVGeometry(2, 3, 5, torch.float32, torch.device("cpu"), block_size=4)
+GEOMETRY = KVGeometry.uniform(2, 3, 5, torch.float32, torch.device("cpu"), block_size=4)
 GREEDY = {"do_sample": False, "eos_token_id": None}
 
 
@@ -36,12 +37,12 @@ def open_store(directory, geometry=GEOMETRY, fingerprint="f00d"):
 
 def expected_kv(token_ids, layer_idx, geometry=GEOMETRY):
     """Keys and values [2, G, T, D] that depend on every token before, as a model's do."""
-    made = []
+    kind, made = geometry.kinds[layer_idx], []
     state = 17 + layer_idx
     for token in token_ids.tolist():
         state = (state * 31 + token) % 100_003
         generator = torch.Generator().manual_seed(state)
-        made.append(torch.randn(2, geometry.num_kv_heads, geometry.head_dim, generator=generator))
+        made.append(torch.randn(2, kind.num_kv_heads, kind.head_dim, generator=generator))
     return torch.stack(made, dim=2).to(geometry.dtype)
 
 
@@ -153,9 +154,10 @@ def test_tokens_that_were_not_named_are_not_kept(tmp_path):
         ({}, "beef"),
         ({"block_size": 8}, "f00d"),
         ({"dtype": torch.float16}, "f00d"),
-        ({"num_layers": 3}, "f00d"),
-        ({"num_layers": 1}, "f00d"),
-        ({"num_kv_heads": 5, "head_dim": 3}, "f00d"),
+        ({"kinds": GEOMETRY.kinds[:1] * 3}, "f00d"),
+        ({"kinds": GEOMETRY.kinds[:1]}, "f00d"),
+        ({"kinds": (CacheKind("full", 5, 3),) * 2}, "f00d"),
+        ({"kinds": (CacheKind("sliding", 3, 5, 6),) * 2}, "f00d"),
     ],
 )
 def test_of_another_model_nothing_is_found(tmp_path, change, fingerprint):
@@ -284,6 +286,18 @@ def run(directory, prompt, kv_dir, **options):
         step = torch.tensor([[7]])
         logits += [model(step, past_key_values=cache).logits for _ in range(3)]
         return torch.cat(logits), model.stats
+
+
+def test_another_config_finds_nothing(tiny, ids, tmp_path):
+    """Keys depend on more than the weights: after a change of config.json nothing is found."""
+    prompt = ids(300)
+    run(tiny, prompt, tmp_path / "kv")
+    assert run(tiny, prompt, tmp_path / "kv")[1].cached_tokens > 256
+    path = tiny / "config.json"
+    config = json.loads(path.read_text())
+    config["rope_parameters"]["rope_theta"] *= 2
+    path.write_text(json.dumps(config))
+    assert run(tiny, prompt, tmp_path / "kv")[1].cached_tokens == 0
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

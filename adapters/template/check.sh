@@ -17,7 +17,7 @@ project=$work/ollm-adapter-mistral
 bin=$work/venv/bin
 cd "$root"
 "$bin/python" -m pip install --quiet -c constraints.txt torch
-"$bin/python" -m pip install --quiet -c constraints.txt . ./conformance "$project[dev]" copier hatchling
+"$bin/python" -m pip install --quiet -c constraints.txt . ./conformance "$project[dev]" copier
 
 cd "$project"
 export OLLM_LOAD_PLUGINS=ollm-adapter-mistral

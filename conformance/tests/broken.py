@@ -17,6 +17,19 @@ class Broken:
     check: str
 
 
+@dataclass(frozen=True, slots=True)
+class BrokenPart:
+    """A part with one fault."""
+
+    name: str
+    fault: str
+    """One sentence: what it does wrong."""
+    suite: type
+    """The test class that runs it."""
+    check: str
+    """The check that is meant to find the fault."""
+
+
 def broken_adapter(check, sentence, adapter, **attributes):
     """An entry for an adapter class; `attributes` go to its test class."""
     name = adapter.__name__ if "load" not in attributes else attributes["load"].__name__

@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from broken import broken_adapter
-from families import Qwen3
+from families import GptOss, Qwen3
 from ollm_adapter_llama import LlamaAdapter
 
 from ollm_core import CacheKind, Capability, ParameterSource, WeightPlan
@@ -171,6 +171,59 @@ class QueryAndKeyNormsSwapped(Qwen3):
         return super().source(config, parameter)
 
 
+class WindowOffByOne(Qwen3):
+    def text_config(self, config):
+        return {**config, "sliding_window": config["sliding_window"] + 1}
+
+
+class CacheWindowOffByOne(Qwen3):
+    def caches(self, config):
+        return super().caches({**config, "sliding_window": config["sliding_window"] - 1})
+
+
+class WindowIgnored(Qwen3):
+    def layer_types(self, config):
+        return ["full_attention"] * config["num_hidden_layers"]
+
+
+class WindowsInOtherLayers(Qwen3):
+    def text_config(self, config):
+        return {**config, "layer_types": config["layer_types"][1:] + config["layer_types"][:1]}
+
+
+class SinksDropped(GptOss):
+    def source(self, config, parameter):
+        if parameter.endswith("sinks"):
+            return ParameterSource((parameter,), lambda tensor: tensor * 0 - 100)
+        return super().source(config, parameter)
+
+
+class ExpertsOutOfOrder(GptOss):
+    def source(self, config, parameter):
+        if parameter.endswith("experts.down_proj"):
+            return ParameterSource((parameter,), lambda tensor: tensor.flip(0))
+        return super().source(config, parameter)
+
+
+class FewerExperts(GptOss):
+    def text_config(self, config):
+        return {**config, "num_experts_per_tok": 1, "experts_per_token": 1}
+
+
+class GateAndUpNotInterleaved(GptOss):
+    def source(self, config, parameter):
+        if parameter.endswith("experts.gate_up_proj"):
+            return ParameterSource((parameter,), _halves)
+        return super().source(config, parameter)
+
+
+class RouterBiasDropped(GptOss):
+    def source(self, config, parameter):
+        if parameter.endswith("router.bias"):
+            return ParameterSource((parameter,), lambda tensor: tensor * 0)
+        return super().source(config, parameter)
+
+
 class PrintsWhenAsked(LlamaAdapter):
     def layout(self, config):
         print("looking at the layout")  # noqa: T201
@@ -274,6 +327,11 @@ def _with_rope(config, **changes):
     return {**config, "rope_parameters": {**config.get("rope_parameters", {}), **changes}}
 
 
+def _halves(tensor):
+    """Even columns first, then odd ones, as most other families have them."""
+    return tensor.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2).contiguous()
+
+
 def _keep(tensor):
     _KEPT.append(tensor.clone())
     return tensor
@@ -316,6 +374,17 @@ BROKEN_ADAPTERS = [
     broken_adapter("weights.values", "The queries are scaled twice.", ScaledQueries),
     broken_adapter("weights.values", "The query norm is missing.", NoQueryNorm),
     broken_adapter("weights.values", "Query and key norms are swapped.", QueryAndKeyNormsSwapped),
+    broken_adapter("exact.resident", "Windows are one token too long.", WindowOffByOne),
+    broken_adapter("caches.kinds", "The cache's window is one token short.", CacheWindowOffByOne),
+    broken_adapter("caches.kinds", "Windows are ignored.", WindowIgnored),
+    broken_adapter("exact.blockwise", "Other layers than those slide.", WindowsInOtherLayers),
+    broken_adapter("weights.values", "Attention sinks are dropped.", SinksDropped),
+    broken_adapter("weights.values", "Experts are out of order.", ExpertsOutOfOrder),
+    broken_adapter("exact.resident", "Fewer experts are asked than there should be.", FewerExperts),
+    broken_adapter(
+        "weights.values", "Gate and up columns are not interleaved.", GateAndUpNotInterleaved
+    ),
+    broken_adapter("weights.values", "The router loses its bias.", RouterBiasDropped),
     broken_adapter("declaration.imports-clean", "It prints when asked.", PrintsWhenAsked),
     broken_adapter("declaration.imports-clean", "Its declarations need torch.", NeedsTorch),
     broken_adapter(

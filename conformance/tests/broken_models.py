@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
+import time
 from pathlib import Path
 
 import torch
@@ -291,6 +292,42 @@ def file_left(*args, **options):
     return model
 
 
+def keeps_nothing(*args, **options):
+    return ollm.load(*args, **{**options, "keep_kv": False})
+
+
+def first_shard_only(*args, **options):
+    """What the other files hold is zeros."""
+    model = ollm.load(*args, **options)
+    source = model.weights._source
+    real = source.read
+    first = min(tensor.path for unit in model.weights.units for tensor in unit.tensors)
+
+    def read(tensors, buffer):
+        offsets = real(tensors, buffer)
+        for tensor, offset in zip(tensors, offsets, strict=True):
+            if tensor.path != first:
+                buffer[offset : offset + tensor.num_bytes] = bytes(tensor.num_bytes)
+        return offsets
+
+    source.read = read
+    return model
+
+
+def current_engine(*args, **options):
+    """A module-level variable says which engine runs."""
+    model = ollm.load(*args, **options)
+    real = model.engine.run
+
+    def run(store, work):
+        _ONLY["engine"] = real
+        time.sleep(0.002)
+        return _ONLY["engine"](store, work)
+
+    model.engine.run = run
+    return model
+
+
 def never_stops(*args, **options):
     model = ollm.load(*args, **options)
     real = model.generate
@@ -354,7 +391,12 @@ BROKEN_MODELS = [
     _broken("exact.chunks", "The chunk size is not the one asked for.", chunk_size_ignored),
     _broken("exact.decode", "Exact attention is block-wise.", exact_is_blockwise),
     _broken("exact.resident", "The last chunk is dropped.", last_chunk_dropped),
-    _broken("exact.decode", "Positions of steps are off by one.", shifted_positions),
+    _broken(
+        "caches.decode-equals-prefill", "Positions of steps are off by one.", shifted_positions
+    ),
+    _broken("caches.reopen", "KV on disk is not found again.", keeps_nothing),
+    _broken("weights.sharded", "Only the first shard is read.", first_shard_only),
+    _broken("isolation.threads", "Threads share which engine runs.", current_engine),
     _broken("exact.streamed", "The reading engine is not the one asked for.", always_direct),
     _broken("caches.tiers", "KV never goes to disk.", kv_never_on_disk),
     _broken("caches.tiers", "KV blocks come in the wrong order.", blocks_reversed),

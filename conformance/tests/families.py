@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ollm_adapter_llama import LlamaAdapter
 
-from ollm_core import Capability, DecoderAdapter
+from ollm_core import Capability, DecoderAdapter, ParameterSource, read_size
 from ollm_core.registry import CAPABILITIES
 
 _NOT_HERE = sorted(CAPABILITIES.keys() - {"kv-device"})
@@ -29,8 +31,95 @@ class Qwen3(DecoderAdapter):
             "attention_bias": False,
             "model_type": "qwen3",
             "architectures": ["Qwen3ForCausalLM"],
-            "sliding_window": None,
-            "use_sliding_window": False,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "sliding_window": 100,
+            "use_sliding_window": True,
+            "rope_scaling": None,
+        }
+
+
+class Qwen3Moe(Qwen3):
+    """Experts that are read one by one; the middle layer has none."""
+
+    name = "qwen3-moe"
+    model_types = ("qwen3_moe",)
+
+    def layout(self, config):
+        return replace(super().layout(config), experts="mlp.experts")
+
+    def layer_types(self, config):
+        return super().layer_types({**config, "layer_types": None, "sliding_window": None})
+
+    def layer_parameters(self, config, layer_idx):
+        names = super().layer_parameters(config, layer_idx)
+        if layer_idx in (config.get("mlp_only_layers") or ()):
+            return list(names)
+        attention = [name for name in names if not name.startswith("mlp")]
+        experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+        return [*attention, "mlp.gate.weight", *experts]
+
+    def experts(self, config, parameter):
+        path, _, leaf = parameter.rpartition(".")
+        if not path.endswith("experts"):
+            return ()
+        key = "num_local_experts" if "num_local_experts" in config else "num_experts"
+        paths = [f"{path}.{number}" for number in range(read_size(config, key, 1024))]
+        if leaf == "down_proj":
+            return [ParameterSource((f"{one}.down_proj.weight",)) for one in paths]
+        return [
+            ParameterSource((f"{one}.gate_proj.weight", f"{one}.up_proj.weight"), self.fused)
+            for one in paths
+        ]
+
+    @staticmethod
+    def fused(gate, up):
+        """One after the other."""
+        import torch
+
+        return torch.cat([gate, up])
+
+    def tiny_config(self):
+        dropped = ("layer_types", "sliding_window", "use_sliding_window", "mlp_bias")
+        config = {key: value for key, value in super().tiny_config().items() if key not in dropped}
+        return {
+            **config,
+            "model_type": "qwen3_moe",
+            "architectures": ["Qwen3MoeForCausalLM"],
+            "mlp_only_layers": [1],
+            "moe_intermediate_size": 32,
+            "norm_topk_prob": True,
+            "num_experts": 12,
+            "num_experts_per_tok": 2,
+        }
+
+
+class GptOss(DecoderAdapter):
+    """Attention sinks, alternating windows, and experts that are whole parameters."""
+
+    name = "gpt-oss"
+    model_types = ("gpt_oss",)
+
+    def layer_parameters(self, config, layer_idx):
+        yield from ("input_layernorm.weight", "post_attention_layernorm.weight")
+        yield "self_attn.sinks"
+        for leaf in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            yield from (f"self_attn.{leaf}.weight", f"self_attn.{leaf}.bias")
+        yield from ("mlp.router.weight", "mlp.router.bias")
+        for leaf in ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias"):
+            yield f"mlp.experts.{leaf}"
+
+    def tiny_config(self):
+        config = LlamaAdapter().tiny_config()
+        return {
+            **{key: value for key, value in config.items() if key != "mlp_bias"},
+            "attention_bias": True,
+            "model_type": "gpt_oss",
+            "architectures": ["GptOssForCausalLM"],
+            "intermediate_size": 48,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "num_experts_per_tok": 2,
+            "num_local_experts": 4,
+            "sliding_window": 130,
             "rope_scaling": None,
         }
 

@@ -32,7 +32,9 @@ def results(suite: type, checks: Sequence[str] = (), options: Sequence[str] = ()
             str(file), f"--rootdir={directory}", "--import-mode=importlib",
             "-c", str(directory / "pytest.ini"), f"--basetemp={directory / 'temp'}",
             f"--ollm-results={found}", "-q", "--tb=short", "-p", "no:cacheprovider",
-            "-p", "no:faulthandler", *options,
+            "-p", "no:faulthandler",
+            "-p", "no:unraisableexception",  # it collects garbage for most of the time
+            *options,
         ]  # fmt: skip
         if checks:
             arguments.append(f"--ollm-checks={','.join(checks)}")

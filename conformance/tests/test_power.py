@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from broken_adapters import BROKEN_ADAPTERS
 from broken_models import BROKEN_MODELS
+from ollm_conformance.adapter import adapter_checks
 from power import outcomes
+from power_table import power_table
 
 BROKEN = [*BROKEN_ADAPTERS, *BROKEN_MODELS]
 
@@ -14,3 +18,16 @@ BROKEN = [*BROKEN_ADAPTERS, *BROKEN_MODELS]
 def test_broken_is_caught(broken):
     """The check meant for it fails."""
     assert outcomes(broken.suite, [broken.check]) == {broken.check: "failed"}
+
+
+def test_every_check_of_an_adapter_catches_something():
+    """No check is idle, but those that need a GPU or a real model."""
+    idle = {check.id for check in adapter_checks() if check.level == "core"}
+    idle -= {broken.check for broken in BROKEN}
+    assert idle == {"language.chat-template"}
+
+
+def test_the_page_is_current():
+    """docs/conformance-power.md tells what is run here."""
+    page = Path(__file__).parents[2] / "docs/conformance-power.md"
+    assert page.read_text() == power_table()

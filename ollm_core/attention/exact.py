@@ -7,30 +7,38 @@ context.
 
 from __future__ import annotations
 
+import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from ollm_core.attention.options import CARRIED
 from ollm_core.errors import UnsupportedError
 from ollm_core.interfaces import KVView
 
 
 def exact_attention(
-    module: torch.nn.Module, query: Tensor, view: KVView, *, scaling: float, **options: Any
+    module: torch.nn.Module,
+    query: Tensor,
+    view: KVView,
+    *,
+    scaling: float,
+    sliding_window: int | None = None,
+    **options: Any,
 ) -> Tensor:
     """See Attention. Follows `eager_attention_forward` of the modeling module that `module` comes
-    from.
+    from, which also knows what to do with sinks and soft caps.
     """
-    if options.pop("sliding_window", None) is not None:
-        raise UnsupportedError("sliding-window attention is not supported yet")
     eager = _family_eager(module)
+    _refuse_unknown(module, eager, options)
     outputs = []
     for row in range(query.shape[0]):
-        keys, values = _gather(view, row)  # [1, G, S, D]
-        mask = _causal_mask(query, view.starts[row], keys.shape[2])
+        keys, values = _gather(view, row, sliding_window)  # [1, G, S, D]
+        num_past = view.starts[row] - view.first(row, sliding_window)
+        mask = _causal_mask(query, num_past, keys.shape[2], sliding_window)
         outputs.append(
             eager(module, query[row : row + 1], keys, values, mask, scaling=scaling, **options)[0]
         )
@@ -45,15 +53,31 @@ def _family_eager(module: torch.nn.Module) -> Callable[..., tuple[Tensor, Tensor
     return cast("Callable[..., tuple[Tensor, Tensor]]", eager)
 
 
-def _gather(view: KVView, row: int) -> tuple[Tensor, Tensor]:
-    """All keys and values of a row, stored and new, each contiguous [1, G, S, D]."""
+def _refuse_unknown(
+    module: torch.nn.Module, eager: Callable[..., object], options: Mapping[str, object]
+) -> None:
+    """Raise UnsupportedError for what `eager` would ignore. A parameter of the module, as sinks
+    are, it finds there itself.
+    """
+    known = inspect.signature(eager).parameters.keys() | CARRIED
+    own = list(module.parameters(recurse=False))
+    for name, value in options.items():
+        if value is None or name in known or any(value is parameter for parameter in own):
+            continue
+        raise UnsupportedError(
+            f"the eager attention of {type(module).__module__} does not know the option {name!r}"
+        )
+
+
+def _gather(view: KVView, row: int, window: int | None) -> tuple[Tensor, Tensor]:
+    """The keys and values that a row may see, stored and new, each contiguous [1, G, S, D]."""
     new_keys, new_values = view.keys[row], view.values[row]  # [G, T, D]
-    start = view.starts[row]
+    start = view.starts[row] - view.first(row, window)
     num_heads, num_new, head_dim = new_keys.shape
     keys = new_keys.new_empty(1, num_heads, start + num_new, head_dim)
     values = torch.empty_like(keys)
     position = 0
-    for past_keys, past_values in view.past(row):
+    for past_keys, past_values in view.past(row, window):
         end = position + past_keys.shape[1]
         keys[0, :, position:end] = past_keys
         values[0, :, position:end] = past_values
@@ -63,10 +87,15 @@ def _gather(view: KVView, row: int) -> tuple[Tensor, Tensor]:
     return keys, values
 
 
-def _causal_mask(query: Tensor, start: int, num_keys: int) -> Tensor:
-    """Additive mask [1, 1, T, S]: zero where key position <= query position, else the dtype's
-    minimum.
+def _causal_mask(query: Tensor, start: int, num_keys: int, window: int | None) -> Tensor:
+    """Additive mask [1, 1, T, S]: zero where a query may see a key, else the dtype's minimum.
+
+    The first query comes after `start` keys; each sees itself and what is before it, `window`
+    tokens at most.
     """
     lowest = torch.finfo(query.dtype).min
     mask = query.new_full((query.shape[2], num_keys), lowest)
-    return mask.triu_(start + 1)[None, None]
+    mask.triu_(start + 1)
+    if window is not None and num_keys > window:
+        mask += torch.full_like(mask, lowest).tril_(start - window)
+    return mask[None, None]

@@ -6,6 +6,7 @@ BlockStorage.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,18 +23,31 @@ from ollm_core.memory import MemoryAccount
 
 @dataclass(eq=False, slots=True)
 class _Table:
-    """One layer of one sequence. Token at position p is in `blocks[p // block_size]`."""
+    """One layer of one sequence. Token at position p is in `blocks[p // block_size]`, if it is
+    kept.
+    """
 
-    blocks: list[int] = field(default_factory=list)
-    """Sealed ones, then the one that `tail` fills, then those reserved."""
+    blocks: dict[int, int] = field(default_factory=dict)
+    """Ascending: sealed ones, then the one that `tail` fills."""
+    spares: list[int] = field(default_factory=list)
+    """Reserved, to become the next blocks."""
     num_tokens: int = 0
+    num_reserved: int = 0
+    """Tokens that `spares` are for, if more than there are."""
+    pinned: int = 0
+    """Truncating to this length stays possible."""
     tail: Tensor | None = None
     """Holds the tokens after the last full block, or is there for those to come."""
+
+    @property
+    def end(self) -> int:
+        """Index of the block after the last."""
+        return next(reversed(self.blocks), -1) + 1
 
 
 class BlockKVStore(KVStore):
     """A KV store of reference-counted blocks. Full blocks are shared by forks and never written
-    again while they are.
+    again while they are. A sliding layer lets go of blocks as its window moves on.
     """
 
     def __init__(
@@ -57,10 +71,11 @@ class BlockKVStore(KVStore):
         self._closed = False
         self._upload_charges = Charges(upload_account) if upload and upload_account else None
         self._uploads: Lanes[Tensor] | None = None
+        self._largest_block = max(map(geometry.block_bytes, range(geometry.num_layers)))
         if upload:
             try:
                 self._uploads = Lanes(
-                    self._device_block, geometry.block_bytes, "kv upload", self._upload_charges
+                    self._device_buffer, self._largest_block, "kv upload", self._upload_charges
                 )
             except BaseException:
                 storage.close()
@@ -72,29 +87,37 @@ class BlockKVStore(KVStore):
         self._tables[sequence] = [_Table() for _ in range(self.geometry.num_layers)]
         return sequence
 
-    def growth_bytes(self, sequence: int, num_tokens: int) -> TierBytes:
+    def growth_bytes(self, sequence: int, num_tokens: int, longest: int | None = None) -> TierBytes:
         tables = dict(enumerate(self._tables_of(sequence)))
-        return self._storage.growth(*self._missing(tables, num_tokens))
+        return self._storage.growth(*self._missing(tables, num_tokens, longest))
 
-    def reserve(self, sequence: int, num_tokens: int) -> None:
+    def reserve(self, sequence: int, num_tokens: int, longest: int | None = None) -> None:
         tables = dict(enumerate(self._tables_of(sequence)))
         self._storage.check()
-        self._grow(tables, num_tokens)
+        self._grow(tables, num_tokens, longest)
+        for table in tables.values():
+            table.pinned = table.num_tokens
+
+    def commit(self, sequence: int) -> None:
+        for layer_idx, table in enumerate(self._tables_of(sequence)):
+            table.pinned = 0
+            self._slide(layer_idx, table)
 
     def append(self, layer_idx: int, sequence: int, keys: Tensor, values: Tensor) -> None:
         """See KVStore. Raises KVStoreError for another shape or dtype; DoesNotFitError or ReadError
         also for a block that could not be written earlier.
         """
         table = self._table(layer_idx, sequence)
-        num_new = self._check_new(keys, values)
+        num_new = self._check_new(layer_idx, keys, values)
         self._storage.check()
+        self._slide(layer_idx, table)
         self._grow({layer_idx: table}, table.num_tokens + num_new)
         done = 0
         while done < num_new:
-            block_idx, inside = divmod(table.num_tokens, self.block_size)
-            block = table.blocks[block_idx]
+            inside = table.num_tokens % self.block_size
+            block = self._next_block(table)
             if table.tail is None:
-                table.tail = self._storage.open(block)
+                table.tail = self._storage.open(layer_idx, block)
             count = min(self.block_size - inside, num_new - done)
             table.tail[0, :, inside : inside + count] = keys[:, done : done + count]
             table.tail[1, :, inside : inside + count] = values[:, done : done + count]
@@ -104,21 +127,25 @@ class BlockKVStore(KVStore):
             done += count
 
     def blocks(
-        self, layer_idx: int, sequence: int, num_tokens: int | None = None
+        self, layer_idx: int, sequence: int, num_tokens: int | None = None, first: int = 0
     ) -> Iterator[tuple[Tensor, Tensor]]:
         table = self._table(layer_idx, sequence)
         wanted = table.num_tokens if num_tokens is None else num_tokens
-        if not 0 <= wanted <= table.num_tokens:
+        if not 0 <= first <= wanted <= table.num_tokens:
             raise KVStoreError(
                 f"sequence {sequence} has {table.num_tokens} tokens in layer {layer_idx}; "
-                f"cannot read {wanted}",
-                hint=f"num_tokens must be between 0 and {table.num_tokens}",
+                f"cannot read {wanted} from {first} on",
+                hint=f"num_tokens must be between 0 and {table.num_tokens}, first at most that",
             )
+        indices = self._indices(first, wanted)
+        if not table.blocks.keys() >= set(indices):
+            raise self._gone(layer_idx, sequence, f"read {wanted} from {first} on")
         self._storage.check()
-        num_sealed = min(-(-wanted // self.block_size), table.num_tokens // self.block_size)
-        sealed = self._storage.read(layer_idx, table.blocks[:num_sealed])
-        tail = table.tail if wanted > num_sealed * self.block_size else None
-        return self._views(sealed, tail, wanted)
+        num_sealed = table.num_tokens // self.block_size
+        sealed = [table.blocks[index] for index in indices if index < num_sealed]
+        tail = table.tail if num_sealed in indices else None
+        blocks = self._on_device(layer_idx, self._storage.read(layer_idx, sealed), tail)
+        return self._views(blocks, first, wanted)
 
     def num_tokens(self, sequence: int, layer_idx: int | None = None) -> int:
         if layer_idx is not None:
@@ -156,8 +183,8 @@ class BlockKVStore(KVStore):
 
     def release(self, sequence: int) -> None:
         for layer_idx, table in enumerate(self._tables.pop(sequence, ())):
-            self._drop_tail(table)
-            self._disown(layer_idx, table.blocks)
+            self._drop_tail(layer_idx, table)
+            self._disown(layer_idx, [*table.blocks.values(), *table.spares])
 
     def tier_bytes(self) -> TierBytes:
         return self._storage.tier_bytes()
@@ -179,20 +206,26 @@ class BlockKVStore(KVStore):
         """Per layer: the index of the first block that it has of a sequence, and its blocks from
         there on, reserved ones left out.
         """
-        tables = self._tables_of(sequence)
-        return [(0, table.blocks[: -(-table.num_tokens // self.block_size)]) for table in tables]
+        found = []
+        for table in self._tables_of(sequence):
+            end = self._num_blocks(table.num_tokens)
+            indices = sorted(index for index in table.blocks if index < end)
+            found.append((min(indices, default=0), [table.blocks[index] for index in indices]))
+        return found
 
-    def _adopt(self, sequences: Sequence[tuple[int, Sequence[Sequence[int]]]]) -> list[int]:
-        """New sequences of an empty store, given as number of tokens and blocks per layer, all of
-        them in the storage already. They may share blocks.
+    def _adopt(
+        self, sequences: Sequence[tuple[int, Sequence[tuple[int, Sequence[int]]]]]
+    ) -> list[int]:
+        """New sequences of an empty store, given as number of tokens and, per layer, what
+        `_blocks_of` tells; all blocks are in the storage already. They may share some.
         """
         found = []
         owned: set[tuple[int, int]] = set()
         for num_tokens, layers in sequences:
             found.append(self.new_sequence())
-            for layer_idx, blocks in enumerate(layers):
+            for layer_idx, (first, blocks) in enumerate(layers):
                 table = self._tables[found[-1]][layer_idx]
-                table.blocks, table.num_tokens = list(blocks), num_tokens
+                table.blocks, table.num_tokens = dict(enumerate(blocks, first)), num_tokens
                 keys = {(layer_idx, block) for block in blocks}
                 self._num_sharers.update(keys & owned)
                 owned |= keys
@@ -205,57 +238,114 @@ class BlockKVStore(KVStore):
         self._num_sharers.clear()
 
     def _views(
-        self, sealed: Iterator[Tensor], tail: Tensor | None, num_tokens: int
+        self, blocks: Iterator[Tensor], first: int, num_tokens: int
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        tails = () if tail is None else (tail,)
-        for block in self._on_device(sealed, tails):
-            count = min(num_tokens, self.block_size)
-            yield block[0, :, :count], block[1, :, :count]
-            num_tokens -= count
+        begin = first - first % self.block_size
+        for block in blocks:
+            part = slice(max(first - begin, 0), min(num_tokens - begin, self.block_size))
+            yield block[0, :, part], block[1, :, part]
+            begin += self.block_size
             self._check_open()
 
-    def _on_device(self, *parts: Iterable[Tensor]) -> Iterator[Tensor]:
+    def _on_device(
+        self, layer_idx: int, sealed: Iterable[Tensor], tail: Tensor | None
+    ) -> Iterator[Tensor]:
+        blocks = itertools.chain(sealed, () if tail is None else (tail,))
         if self._uploads is None:
-            for part in parts:
-                yield from part
+            yield from blocks
             return
         with self._uploads.lane() as buffer:
-            for part in parts:
-                for block in part:
-                    # Stream order keeps this from overtaking the kernels that read the last block.
-                    yield buffer.copy_(block, non_blocking=True)
+            uploaded = self.geometry.as_block(layer_idx, buffer)
+            for block in blocks:
+                # Stream order keeps this from overtaking the kernels that read the last block.
+                yield uploaded.copy_(block, non_blocking=True)
 
-    def _device_block(self) -> Tensor:
-        geometry = self.geometry
-        return torch.empty(geometry.block_shape, dtype=geometry.dtype, device=geometry.device)
+    def _device_buffer(self) -> Tensor:
+        return torch.empty(self._largest_block, dtype=torch.uint8, device=self.geometry.device)
 
-    def _missing(self, tables: Mapping[int, _Table], num_tokens: int) -> tuple[dict[int, int], int]:
-        """New blocks by layer, and new tails, that bring `tables` to `num_tokens`."""
-        total = -(-num_tokens // self.block_size)
-        blocks = {layer_idx: total - len(table.blocks) for layer_idx, table in tables.items()}
-        growing = [table for table in tables.values() if num_tokens > table.num_tokens]
+    def _num_blocks(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)
+
+    def _indices(self, first: int, num_tokens: int) -> range:
+        """Of the blocks that hold positions `first` to `num_tokens`."""
+        begin = first // self.block_size
+        return range(begin, self._num_blocks(num_tokens) if num_tokens > first else begin)
+
+    def _missing(
+        self, tables: Mapping[int, _Table], num_tokens: int, longest: int | None
+    ) -> tuple[dict[int, int], list[int]]:
+        """New blocks by layer, and layers that want a tail, to bring `tables` to `num_tokens`."""
+        blocks = {}
+        for layer_idx, table in tables.items():
+            needed = self._num_blocks(num_tokens) - table.end
+            window = self.geometry.kinds[layer_idx].window
+            if window is not None:
+                num_new = num_tokens - table.num_tokens
+                span = window + self.geometry.slack + min(longest or num_new, num_new)
+                needed = min(needed, self._num_blocks(span) + 1)  # it starts inside a block
+            blocks[layer_idx] = needed - len(table.spares)
         return (
             {layer_idx: count for layer_idx, count in blocks.items() if count > 0},
-            sum(table.tail is None for table in growing),
+            [
+                layer_idx
+                for layer_idx, table in tables.items()
+                if table.tail is None and num_tokens > table.num_tokens
+            ],
         )
 
-    def _grow(self, tables: Mapping[int, _Table], num_tokens: int) -> None:
-        num_blocks, num_tails = self._missing(tables, num_tokens)
-        if not num_blocks and not num_tails:
-            return
-        for layer_idx, blocks in self._storage.allocate(num_blocks, num_tails).items():
-            tables[layer_idx].blocks += blocks
+    def _grow(
+        self, tables: Mapping[int, _Table], num_tokens: int, longest: int | None = None
+    ) -> None:
+        num_blocks, tails = self._missing(tables, num_tokens, longest)
+        if num_blocks or tails:
+            for layer_idx, blocks in self._storage.allocate(num_blocks, tails).items():
+                tables[layer_idx].spares += blocks
         for table in tables.values():
-            if table.tail is None and num_tokens > table.num_tokens:
-                table.tail = self._storage.open(table.blocks[table.num_tokens // self.block_size])
+            table.num_reserved = max(table.num_reserved, num_tokens)
+        for layer_idx in tails:
+            table = tables[layer_idx]
+            table.tail = self._storage.open(layer_idx, self._next_block(table))
+
+    def _next_block(self, table: _Table) -> int:
+        """The block of the next token, which `_grow` has made sure of."""
+        index = table.num_tokens // self.block_size
+        if index not in table.blocks:
+            table.blocks[index] = table.spares.pop(0)
+        return table.blocks[index]
+
+    def _slide(self, layer_idx: int, table: _Table) -> None:
+        """Let go of the blocks that neither the next token nor a truncation needs. They become
+        spares while a reservation wants some.
+        """
+        if self.geometry.kinds[layer_idx].window is None:
+            return
+        begin, pinned = (
+            (self.geometry.first_needed(layer_idx, length) - self.geometry.slack) // self.block_size
+            for length in (table.num_tokens, table.pinned)
+        )
+        pinned_end = self._num_blocks(table.pinned)
+        past = [i for i in table.blocks if i < begin and not pinned <= i < pinned_end]
+        num_wanted = max(self._num_blocks(table.num_reserved) - table.end, 0)
+        for index in past:
+            block = table.blocks.pop(index)
+            if len(table.spares) < num_wanted and not self._num_sharers[layer_idx, block]:
+                self._storage.clear(layer_idx, [block])
+                table.spares.append(block)
+            else:
+                self._disown(layer_idx, [block])
+        surplus, table.spares[num_wanted:] = table.spares[num_wanted:], []
+        self._disown(layer_idx, surplus)
 
     def _cut(self, layer_idx: int, table: _Table, num_tokens: int) -> None:
         num_full, inside = divmod(num_tokens, self.block_size)
         in_tail = table.num_tokens // self.block_size == num_full
         num_kept = num_full + (inside > 0)
-        dropped, table.blocks[num_kept:] = table.blocks[num_kept:], []
+        dropped = [table.blocks.pop(i) for i in range(num_kept, table.end) if i in table.blocks]
+        dropped += table.spares
+        table.spares = []
+        table.num_reserved = table.pinned = 0
         if not (inside and in_tail):
-            self._drop_tail(table)
+            self._drop_tail(layer_idx, table)
         table.num_tokens = min(table.num_tokens, num_kept * self.block_size)
         self._disown(layer_idx, dropped)
         if inside and not in_tail:
@@ -266,44 +356,45 @@ class BlockKVStore(KVStore):
         """Bring the last block, which is sealed, back into a tail; into one of its own if it is
         shared.
         """
-        block = table.blocks[-1]
+        index = table.end - 1
+        block = table.blocks[index]
         if self._num_sharers[layer_idx, block]:
-            table.blocks[-1], table.tail = self._copy_block(layer_idx, block)
+            table.blocks[index], table.tail = self._copy_block(layer_idx, block)
             self._disown(layer_idx, [block])
             return
-        self._storage.allocate({}, 1)
-        tail = self._storage.open(block)
+        self._storage.allocate({}, [layer_idx])
+        tail = self._storage.open(layer_idx, block)
         try:
             self._storage.unseal(layer_idx, block, tail)
         except BaseException:
-            self._storage.drop(tail)
+            self._storage.drop(layer_idx, tail)
             raise
         table.tail = tail
 
     def _share(self, layer_idx: int, source: _Table, table: _Table, num_tokens: int) -> None:
         num_full, inside = divmod(num_tokens, self.block_size)
-        table.blocks = source.blocks[:num_full]
-        self._num_sharers.update((layer_idx, block) for block in table.blocks)
+        table.blocks = {i: block for i, block in source.blocks.items() if i < num_full}
+        self._num_sharers.update((layer_idx, block) for block in table.blocks.values())
         if inside:
             in_tail = source.num_tokens // self.block_size == num_full
             held = source.tail if in_tail else None
             block, table.tail = self._copy_block(layer_idx, source.blocks[num_full], held)
-            table.blocks.append(block)
+            table.blocks[num_full] = block
         table.num_tokens = num_tokens
 
     def _copy_block(
         self, layer_idx: int, block: int, held: Tensor | None = None
     ) -> tuple[int, Tensor]:
         """A new block and its tail, which holds what `held` does, or else the sealed `block`."""
-        new = self._storage.allocate({layer_idx: 1}, 1)[layer_idx][0]
-        tail = self._storage.open(new)
+        new = self._storage.allocate({layer_idx: 1}, [layer_idx])[layer_idx][0]
+        tail = self._storage.open(layer_idx, new)
         try:
             if held is None:
                 self._storage.load(layer_idx, block, tail)
             else:
                 tail.copy_(held)
         except BaseException:
-            self._storage.drop(tail)
+            self._storage.drop(layer_idx, tail)
             self._storage.free(layer_idx, [new])
             raise
         return new, tail
@@ -320,9 +411,9 @@ class BlockKVStore(KVStore):
                 self._num_sharers.pop(key, None)
         self._storage.free(layer_idx, unowned)
 
-    def _drop_tail(self, table: _Table) -> None:
+    def _drop_tail(self, layer_idx: int, table: _Table) -> None:
         if table.tail is not None:
-            self._storage.drop(table.tail)
+            self._storage.drop(layer_idx, table.tail)
             table.tail = None
 
     def _check_open(self) -> None:
@@ -348,12 +439,25 @@ class BlockKVStore(KVStore):
                 f"sequence {sequence} has {found} tokens; cannot {what} {num_tokens}",
                 hint=f"num_tokens must be between 0 and {found}",
             )
+        for layer_idx, table in enumerate(self._tables_of(sequence)):
+            first = self.geometry.first_needed(layer_idx, num_tokens)
+            if not table.blocks.keys() >= set(self._indices(first, num_tokens)):
+                raise self._gone(layer_idx, sequence, f"{what} {num_tokens}")
 
-    def _check_new(self, keys: Tensor, values: Tensor) -> int:
+    def _gone(self, layer_idx: int, sequence: int, what: str) -> KVStoreError:
+        window, slack = self.geometry.kinds[layer_idx].window, self.geometry.slack
+        return KVStoreError(
+            f"layer {layer_idx} of sequence {sequence} slides and has let go of tokens before its "
+            f"last {window}; cannot {what}",
+            hint=f"go back by at most {slack} tokens, or start a new sequence",
+        )
+
+    def _check_new(self, layer_idx: int, keys: Tensor, values: Tensor) -> int:
         """The number of tokens in `keys` and `values`, [G, T, D] each."""
         geometry = self.geometry
         num_new = keys.shape[1] if keys.ndim == 3 else 0
-        expected = geometry.num_kv_heads, num_new, geometry.head_dim
+        kind = geometry.kinds[layer_idx]
+        expected = kind.num_kv_heads, num_new, kind.head_dim
         for name, given in (("keys", keys), ("values", values)):
             if tuple(given.shape) != expected or given.dtype != geometry.dtype:
                 raise KVStoreError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ _THREAD_NAME = "ollm-kv"
 
 @dataclass(frozen=True, slots=True)
 class _Staging:
-    """A buffer for a run of slots, and its blocks [2, G, block_size, D]."""
+    """A buffer for a run of slots of a layer, and its blocks [2, G, block_size, D]."""
 
     buffer: memoryview
     blocks: list[Tensor]
@@ -59,11 +59,12 @@ class DiskStorage(BlockStorage):
         compared with it whenever they are read.
         """
         self._geometry = geometry
-        self._slot_bytes = round_up(geometry.block_bytes)
-        self._run_slots = max(staging_bytes // self._slot_bytes, 1)
+        layers = range(geometry.num_layers)
+        self._slot_bytes = [round_up(geometry.block_bytes(layer_idx)) for layer_idx in layers]
+        self._staging_bytes = staging_bytes
         self._charges = Charges(account)
         self._changed = threading.Condition()  # guards the four below
-        self._spares: list[Tensor] = []
+        self._spares: dict[int, list[Tensor]] = {}  # byte buffers, by their size
         self._pending: dict[tuple[int, int], Tensor] = {}
         self._failed: dict[tuple[int, int], tuple[Tensor, BaseException]] = {}
         self._bytes_read = 0
@@ -75,10 +76,16 @@ class DiskStorage(BlockStorage):
         with ExitStack() as stack:
             stack.callback(_close_home, self._homes)
             stack.callback(self._charges.close)
-            self._charges.take("kv write buffers", NUM_WRITE_BUFFERS * self._slot_bytes)
-            self._spares += [self._new_tail() for _ in range(NUM_WRITE_BUFFERS)]
-            lane_bytes = 2 * self._run_slots * self._slot_bytes
-            self._stagings = Lanes(self._new_staging, lane_bytes, "kv staging", self._charges)
+            sizes = sorted(set(self._slot_bytes))
+            self._charges.take("kv write buffers", NUM_WRITE_BUFFERS * sum(sizes))
+            for size in sizes:
+                self._spares[size] = [aligned_buffer(size) for _ in range(NUM_WRITE_BUFFERS)]
+            self._lane_bytes = max(
+                self._run_slots(layer_idx) * size for layer_idx, size in enumerate(self._slot_bytes)
+            )
+            self._stagings = Lanes(
+                self._new_staging, 2 * self._lane_bytes, "kv staging", self._charges
+            )
             self._writer, self._reader = (
                 ThreadPoolExecutor(1, thread_name_prefix=_THREAD_NAME) for _ in range(2)
             )
@@ -105,15 +112,20 @@ class DiskStorage(BlockStorage):
         self._homes[0], old = home, self._homes[0]
         old.close()
 
-    def growth(self, num_blocks: Mapping[int, int], num_tails: int) -> TierBytes:
-        new = sum(
-            max(number - self._files[layer_idx].num_free, 0)
+    def growth(self, num_blocks: Mapping[int, int], tails: Collection[int]) -> TierBytes:
+        new = {
+            layer_idx: max(number - self._files[layer_idx].num_free, 0)
             for layer_idx, number in num_blocks.items()
+        }
+        return TierBytes(
+            host=sum(self._slot_bytes[layer_idx] for layer_idx in tails),
+            disk=sum(number * self._slot_bytes[layer_idx] for layer_idx, number in new.items()),
         )
-        return TierBytes(host=num_tails * self._slot_bytes, disk=new * self._slot_bytes)
 
-    def allocate(self, num_blocks: Mapping[int, int], num_tails: int) -> dict[int, list[int]]:
-        needed = self.growth(num_blocks, num_tails)
+    def allocate(
+        self, num_blocks: Mapping[int, int], tails: Collection[int]
+    ) -> dict[int, list[int]]:
+        needed = self.growth(num_blocks, tails)
         self._charges.take("kv tails", needed.host)
         try:
             for layer_idx, number in num_blocks.items():
@@ -136,40 +148,49 @@ class DiskStorage(BlockStorage):
             self._forget(layer_idx, block)
         self._files[layer_idx].give_back(blocks)
 
-    def open(self, block: int) -> Tensor:
-        return self._new_tail()
+    def clear(self, layer_idx: int, blocks: Sequence[int]) -> None:
+        for block in blocks:
+            self._forget(layer_idx, block)
 
-    def drop(self, tail: Tensor) -> None:
-        self._charges.give("kv tails", self._slot_bytes)
+    def open(self, layer_idx: int, block: int) -> Tensor:
+        return self._geometry.as_block(layer_idx, aligned_buffer(self._slot_bytes[layer_idx]))
+
+    def drop(self, layer_idx: int, tail: Tensor) -> None:
+        self._charges.give("kv tails", self._slot_bytes[layer_idx])
 
     def seal(self, layer_idx: int, block: int, tail: Tensor) -> Tensor:
         """See BlockStorage. Waits while all write buffers are in use. Raises as `check`."""
+        spares = self._spares[self._slot_bytes[layer_idx]]
         with self._changed:
-            self._changed.wait_for(lambda: self._spares or self._failed)
+            self._changed.wait_for(lambda: spares or self._failed)
             self.check()
-            spare = self._spares.pop()
+            spare = spares.pop()
             self._pending[layer_idx, block] = tail
         self._writer.submit(self._write, layer_idx, block, tail)
-        return spare
+        return self._geometry.as_block(layer_idx, spare)
 
     def load(self, layer_idx: int, block: int, tail: Tensor) -> None:
         self._settle()
         if not self._copy_unwritten(layer_idx, block, tail):
-            self._read_slots(layer_idx, [block], self._slot_view(tail))
+            buffer = as_memoryview(self._buffer_of(layer_idx, tail))
+            self._read_slots(layer_idx, [block], buffer)
 
     def unseal(self, layer_idx: int, block: int, tail: Tensor) -> None:
         self.load(layer_idx, block, tail)
         self._forget(layer_idx, block)
 
     def read(self, layer_idx: int, blocks: Sequence[int]) -> Iterator[Tensor]:
+        run_slots = self._run_slots(layer_idx)
         runs = [
-            run[start : start + self._run_slots]
+            run[start : start + run_slots]
             for run in _consecutive(blocks)
-            for start in range(0, len(run), self._run_slots)
+            for start in range(0, len(run), run_slots)
         ]
         if not runs:
             return
-        with self._stagings.lane() as stagings:
+        with self._stagings.lane() as buffers:
+            longest = max(map(len, runs))
+            stagings = [self._staging(layer_idx, buffer, longest) for buffer in buffers]
             coming = self._reader.submit(self._fill, layer_idx, runs[0], stagings[0])
             try:
                 for i, run in enumerate(runs):
@@ -238,13 +259,14 @@ class DiskStorage(BlockStorage):
             if failure:
                 self._failed[layer_idx, block] = tail, failure
             else:
-                self._spares.append(tail)
+                self._give_spare(layer_idx, tail)
             self._changed.notify_all()
 
     def _write_slot(self, layer_idx: int, block: int, tail: Tensor) -> None:
-        slot = self._slot_view(tail)
+        slot = as_memoryview(self._buffer_of(layer_idx, tail))
         if self.home.journal:  # first: a block that is read too early is then one that was damaged
-            self.checksums[layer_idx, block] = checksum(slot[: self._geometry.block_bytes])
+            block_bytes = self._geometry.block_bytes(layer_idx)
+            self.checksums[layer_idx, block] = checksum(slot[:block_bytes])
         self._files[layer_idx].write(block, slot)
 
     def _forget(self, layer_idx: int, block: int) -> None:
@@ -255,7 +277,7 @@ class DiskStorage(BlockStorage):
             self.checksums.pop(key, None)
             self.damaged.discard(key)
             if key in self._failed:
-                self._spares.append(self._failed.pop(key)[0])
+                self._give_spare(layer_idx, self._failed.pop(key)[0])
 
     def _copy_unwritten(self, layer_idx: int, block: int, target: Tensor) -> bool:
         """Copy `block` if it is not on disk. The lock keeps its buffer from being used again."""
@@ -274,7 +296,8 @@ class DiskStorage(BlockStorage):
             if not self._copy_unwritten(layer_idx, block, staging.blocks[place])
         ]
         for places in _consecutive(on_disk):
-            begin, end = places[0] * self._slot_bytes, (places[-1] + 1) * self._slot_bytes
+            slot_bytes = self._slot_bytes[layer_idx]
+            begin, end = places[0] * slot_bytes, (places[-1] + 1) * slot_bytes
             slots = run[places[0] : places[-1] + 1]
             self._read_slots(layer_idx, slots, staging.buffer[begin:end])
 
@@ -292,8 +315,8 @@ class DiskStorage(BlockStorage):
         with self._changed:
             self._bytes_read += len(buffer)
         for place, slot in enumerate(slots):
-            begin = place * self._slot_bytes
-            block = buffer[begin : begin + self._geometry.block_bytes]
+            begin = place * self._slot_bytes[layer_idx]
+            block = buffer[begin : begin + self._geometry.block_bytes(layer_idx)]
             if known[slot] is not None and checksum(block) != known[slot]:
                 self.damaged.add((layer_idx, slot))
                 raise DamagedKVError(
@@ -306,24 +329,25 @@ class DiskStorage(BlockStorage):
         if self._geometry.device.type == "cuda":
             torch.cuda.current_stream(self._geometry.device).synchronize()
 
-    def _new_tail(self) -> Tensor:
-        return self._as_block(aligned_buffer(self._slot_bytes))
+    def _run_slots(self, layer_idx: int) -> int:
+        """Slots of a layer that are read together."""
+        return max(self._staging_bytes // self._slot_bytes[layer_idx], 1)
 
-    def _new_staging(self) -> tuple[_Staging, _Staging]:
-        return self._one_staging(), self._one_staging()
+    def _new_staging(self) -> tuple[Tensor, Tensor]:
+        return aligned_buffer(self._lane_bytes), aligned_buffer(self._lane_bytes)
 
-    def _one_staging(self) -> _Staging:
-        buffer = aligned_buffer(self._run_slots * self._slot_bytes)
-        slots = buffer.view(self._run_slots, self._slot_bytes)
-        return _Staging(as_memoryview(buffer), [self._as_block(slot) for slot in slots])
+    def _staging(self, layer_idx: int, buffer: Tensor, num_slots: int) -> _Staging:
+        slots = buffer.split(self._slot_bytes[layer_idx])[:num_slots]
+        blocks = [self._geometry.as_block(layer_idx, slot) for slot in slots]
+        return _Staging(as_memoryview(buffer), blocks)
 
-    def _as_block(self, slot: Tensor) -> Tensor:
-        geometry = self._geometry
-        return slot[: geometry.block_bytes].view(geometry.dtype).view(geometry.block_shape)
+    def _give_spare(self, layer_idx: int, tail: Tensor) -> None:
+        self._spares[self._slot_bytes[layer_idx]].append(self._buffer_of(layer_idx, tail))
 
-    def _slot_view(self, tail: Tensor) -> memoryview:
+    def _buffer_of(self, layer_idx: int, tail: Tensor) -> Tensor:
         """The whole pages of a tail, which the block need not fill."""
-        return as_memoryview(tail.view(-1).view(torch.uint8).as_strided((self._slot_bytes,), (1,)))
+        num_bytes = self._slot_bytes[layer_idx]
+        return tail.view(-1).view(torch.uint8).as_strided((num_bytes,), (1,))
 
 
 class DiskKVStore(BlockKVStore):

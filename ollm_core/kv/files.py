@@ -70,9 +70,18 @@ def header_fields(geometry: KVGeometry, fingerprint: str) -> dict[str, Any]:
         "fingerprint": fingerprint,
         "dtype": str(geometry.dtype).removeprefix("torch."),
         "block_size": geometry.block_size,
-        "heads": geometry.num_kv_heads,
-        "dim": geometry.head_dim,
-        "block_bytes": geometry.block_bytes,
+    }
+
+
+def layer_fields(geometry: KVGeometry, fingerprint: str, layer_idx: int) -> dict[str, Any]:
+    """The same for one layer."""
+    kind = geometry.kinds[layer_idx]
+    return header_fields(geometry, fingerprint) | {
+        "layer": layer_idx,
+        "heads": kind.num_kv_heads,
+        "dim": kind.head_dim,
+        "window": kind.window,
+        "block_bytes": geometry.block_bytes(layer_idx),
     }
 
 
@@ -106,14 +115,14 @@ class LayerFile(Closing):
         Raises OSError; KVStoreError if the file that is there is not one for these arguments.
         """
         self.path = directory / f"layer-{layer_idx:05}.kv"
-        self.slot_bytes = round_up(geometry.block_bytes)
+        self.slot_bytes = round_up(geometry.block_bytes(layer_idx))
         self.num_slots = 0
         self._free: set[int] = set()
         self._file = open_own(self.path, os.O_RDWR | (os.O_CREAT | os.O_EXCL if create else 0))
         try:
             with suppress(OSError):  # some file systems know no O_DIRECT
                 self._set_direct(True)
-            header = write_header({"layer": layer_idx, **header_fields(geometry, fingerprint)})
+            header = write_header(layer_fields(geometry, fingerprint, layer_idx))
             page = aligned_buffer(PAGE)
             buffer = as_memoryview(page)
             if create:

@@ -6,6 +6,8 @@ One process owns a directory, by flock on it, for as long as it is open. Anybody
 from __future__ import annotations
 
 import fcntl
+import hashlib
+import itertools
 import logging
 import os
 import stat
@@ -220,7 +222,8 @@ def _sound(
 
 def _is_sound(prefix: Prefix, files: Sequence[LayerFile], geometry: KVGeometry) -> bool:
     """Whether every layer has the blocks that the tokens need, in its file."""
-    total = -(-len(prefix.token_ids) // geometry.block_size)
+    num_tokens = len(prefix.token_ids)
+    total = -(-num_tokens // geometry.block_size)
     return (
         total > 0
         and min(prefix.token_ids) >= 0
@@ -229,13 +232,19 @@ def _is_sound(prefix: Prefix, files: Sequence[LayerFile], geometry: KVGeometry) 
             layer.first + len(layer.blocks) == total
             and len(set(layer.blocks)) == len(layer.blocks)
             and max(layer.blocks, default=-1) < file.num_slots
-            for layer, file in zip(prefix.layers, files, strict=True)
+            and layer.first * geometry.block_size <= geometry.first_needed(layer_idx, num_tokens)
+            for layer_idx, (layer, file) in enumerate(zip(prefix.layers, files, strict=True))
         )
     )
 
 
 def _fields(geometry: KVGeometry, fingerprint: str) -> dict[str, Any]:
-    return {"layers": geometry.num_layers, **header_fields(geometry, fingerprint)}
+    sizes = itertools.groupby(map(geometry.block_bytes, range(geometry.num_layers)))
+    return header_fields(geometry, fingerprint) | {
+        "layers": geometry.num_layers,
+        "kinds": hashlib.sha256(repr(geometry.kinds).encode()).hexdigest(),
+        "block_bytes": [[size, len(list(same))] for size, same in sizes],
+    }
 
 
 def _layer_files(

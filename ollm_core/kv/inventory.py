@@ -16,6 +16,7 @@ from ollm_core.kv.home import find_homes, is_home, lock_home, remove_files
 from ollm_core.kv.journal import Journal, LayerBlocks, Prefix, checksum, read_journal
 
 _MAX_BLOCK_BYTES = 1 << 30
+_MAX_LAYERS = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +26,8 @@ class Kept:
     directory: Path
     fingerprint: str
     dtype: str
-    block_bytes: int
+    block_bytes: tuple[int, ...]
+    """Of each layer."""
     prefix: Prefix
 
     @property
@@ -36,7 +38,8 @@ class Kept:
     @property
     def num_bytes(self) -> int:
         """On disk. Blocks that several prefixes share are counted in each."""
-        return self.prefix.num_blocks * round_up(self.block_bytes)
+        sizes = zip(self.prefix.layers, self.block_bytes, strict=True)
+        return sum(len(layer.blocks) * round_up(block_bytes) for layer, block_bytes in sizes)
 
 
 def list_kept(parent: Path) -> tuple[list[Kept], list[Path]]:
@@ -50,7 +53,11 @@ def list_kept(parent: Path) -> tuple[list[Kept], list[Path]]:
         with suppress(OSError, KVStoreError):
             fields, prefixes, _ = read_journal(directory)
             model = str(fields.get("fingerprint")), str(fields.get("dtype")), _block_bytes(fields)
-            here = [Kept(directory, *model, prefix) for prefix in prefixes]
+            here = [
+                Kept(directory, *model, prefix)
+                for prefix in prefixes
+                if len(prefix.layers) == len(model[2])
+            ]
         found += here
         if not here and is_home(directory):
             empty.append(directory)
@@ -67,7 +74,7 @@ def verify(kept: Kept) -> str:
             with ExitStack() as stack:
                 file = open_own(path, os.O_RDONLY)
                 stack.callback(os.close, file)
-                _verify_layer(file, layer, kept.block_bytes, path)
+                _verify_layer(file, layer, kept.block_bytes[layer_idx], path)
         except (OSError, KVStoreError) as error:
             return str(error)
     return "" if total else "it has no blocks"
@@ -90,7 +97,7 @@ def remove(kept: Sequence[Kept]) -> list[Kept]:
             if rest:
                 with Journal(directory, _without_version(fields), create=False) as journal:
                     journal.replace(rest)
-                _shorten(directory, rest, round_up(mine[0].block_bytes))
+                _shorten(directory, rest, mine[0].block_bytes)
             else:
                 remove_files(directory)
     return in_use
@@ -151,7 +158,7 @@ def _parts(file: int, offset: int, num_bytes: int) -> Iterator[bytes]:
         offset, num_bytes = offset + len(part), num_bytes - len(part)
 
 
-def _shorten(directory: Path, prefixes: Sequence[Prefix], slot_bytes: int) -> None:
+def _shorten(directory: Path, prefixes: Sequence[Prefix], block_bytes: Sequence[int]) -> None:
     """Cut the free slots at the end of each layer's file; others are used again by later runs."""
     last: dict[int, int] = {}
     for prefix in prefixes:
@@ -161,16 +168,22 @@ def _shorten(directory: Path, prefixes: Sequence[Prefix], slot_bytes: int) -> No
         with suppress(OSError, KVStoreError), ExitStack() as stack:
             file = open_own(directory / f"layer-{layer_idx:05}.kv", os.O_RDWR)
             stack.callback(os.close, file)
-            size = PAGE + (block + 1) * slot_bytes
+            size = PAGE + (block + 1) * round_up(block_bytes[layer_idx])
             if size < os.fstat(file).st_size:
                 os.ftruncate(file, size)
 
 
-def _block_bytes(fields: dict[str, Any]) -> int:
-    found = fields.get("block_bytes")
-    if not isinstance(found, int) or not 0 < found <= _MAX_BLOCK_BYTES:
-        raise KVStoreError("the header of the KV file is damaged")
-    return found
+def _block_bytes(fields: dict[str, Any]) -> tuple[int, ...]:
+    """Of each layer; the header has sizes, and for how many layers each holds."""
+    found: list[int] = []
+    runs = fields.get("block_bytes")
+    for run in runs if isinstance(runs, list) else [()]:
+        match run:
+            case [int(size), int(count)] if 0 < size <= _MAX_BLOCK_BYTES and count <= _MAX_LAYERS:
+                found += [size] * count
+            case _:
+                raise KVStoreError("the header of the KV file is damaged")
+    return tuple(found)
 
 
 def _without_version(fields: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import count
 
 import torch
@@ -40,15 +40,17 @@ class MemoryStorage(BlockStorage):
         self._blocks: dict[int, Tensor] = {}
         self._numbers = count()
 
-    def growth(self, num_blocks: Mapping[int, int], num_tails: int) -> TierBytes:
-        return TierBytes(**{self._tier: sum(num_blocks.values()) * self._geometry.block_bytes})
+    def growth(self, num_blocks: Mapping[int, int], tails: Collection[int]) -> TierBytes:
+        return TierBytes(**{self._tier: self._num_bytes(num_blocks)})
 
-    def allocate(self, num_blocks: Mapping[int, int], num_tails: int) -> dict[int, list[int]]:
-        num_bytes = sum(num_blocks.values()) * self._geometry.block_bytes
+    def allocate(
+        self, num_blocks: Mapping[int, int], tails: Collection[int]
+    ) -> dict[int, list[int]]:
+        num_bytes = self._num_bytes(num_blocks)
         self._charges.take(_KIND, num_bytes)
         try:
             made = {
-                layer_idx: [self._new_block() for _ in range(number)]
+                layer_idx: [self._new_block(layer_idx) for _ in range(number)]
                 for layer_idx, number in num_blocks.items()
             }
         except RuntimeError as error:  # torch's out of memory; it has no other cause here
@@ -66,12 +68,15 @@ class MemoryStorage(BlockStorage):
     def free(self, layer_idx: int, blocks: Sequence[int]) -> None:
         for block in blocks:
             del self._blocks[block]
-        self._charges.give(_KIND, len(blocks) * self._geometry.block_bytes)
+        self._charges.give(_KIND, len(blocks) * self._geometry.block_bytes(layer_idx))
 
-    def open(self, block: int) -> Tensor:
+    def clear(self, layer_idx: int, blocks: Sequence[int]) -> None:
+        """Nothing to do: a block may be written over."""
+
+    def open(self, layer_idx: int, block: int) -> Tensor:
         return self._blocks[block]
 
-    def drop(self, tail: Tensor) -> None:
+    def drop(self, layer_idx: int, tail: Tensor) -> None:
         """Nothing to do: the block stays."""
 
     def seal(self, layer_idx: int, block: int, tail: Tensor) -> Tensor | None:
@@ -94,9 +99,13 @@ class MemoryStorage(BlockStorage):
         self._blocks.clear()
         self._charges.close()
 
-    def _new_block(self) -> Tensor:
+    def _num_bytes(self, num_blocks: Mapping[int, int]) -> int:
+        block_bytes = self._geometry.block_bytes
+        return sum(number * block_bytes(layer_idx) for layer_idx, number in num_blocks.items())
+
+    def _new_block(self, layer_idx: int) -> Tensor:
         return torch.empty(
-            self._geometry.block_shape,
+            self._geometry.block_shape(layer_idx),
             dtype=self._geometry.dtype,
             device=self._device,
             pin_memory=self._pinned,

@@ -82,14 +82,15 @@ class KeepingKVStore(DiskKVStore):
         least = max(min(self.block_size, -(-len(wanted) // 2)), 1)
         self._drop_damaged()
         self._move_to_longer(wanted)
-        while True:
-            pin, num_tokens = self._longest(wanted)
-            if pin is None or num_tokens < least:
-                return self.new_sequence(), 0
+        for pin, num_tokens in self._matches(wanted):
+            if num_tokens < least:
+                break
             try:
                 sequence = self.fork(pin.sequence, num_tokens)
             except DamagedKVError:
                 self._drop_damaged()
+            except KVStoreError:  # windows that have moved on: a shorter one may do
+                continue
             except (DoesNotFitError, ReadError) as error:
                 logger.warning("a kept prefix cannot be used: %s", error)
                 return self.new_sequence(), 0
@@ -97,6 +98,7 @@ class KeepingKVStore(DiskKVStore):
                 self._num_kept[sequence] = num_tokens
                 self._token_ids[sequence] = wanted[:num_tokens].clone()
                 return sequence, num_tokens
+        return self.new_sequence(), 0
 
     def keep(self, sequence: int, start: int, token_ids: Tensor) -> None:
         """See KeepsPrefixes."""
@@ -197,11 +199,10 @@ class KeepingKVStore(DiskKVStore):
                 with suppress(OSError):
                     self._drop(pin)
 
-    def _longest(self, token_ids: Tensor) -> tuple[_Pin | None, int]:
-        """The prefix that has most of these tokens, and how many."""
-        found = [(_common(pin.token_ids, token_ids), pin) for pin in self._pins]
-        num_tokens, pin = max(found, key=lambda one: one[0], default=(0, None))
-        return pin, num_tokens
+    def _matches(self, token_ids: Tensor) -> list[tuple[_Pin, int]]:
+        """The prefixes, and how many of these tokens each has; the one with most first."""
+        found = [(pin, _common(pin.token_ids, token_ids)) for pin in self._pins]
+        return sorted(found, key=lambda one: one[1], reverse=True)
 
     def _move_to_longer(self, token_ids: Tensor) -> None:
         """Go on in another directory that has more of these tokens, as long as nothing is stored
@@ -216,7 +217,7 @@ class KeepingKVStore(DiskKVStore):
                 kept = read_journal(path)[1] if path != self._disk.home.directory else []
                 longest = max((_common(_tensor(one), token_ids) for one in kept), default=0)
                 found.append((longest, path))
-        _, here = self._longest(token_ids)
+        here = max((number for _, number in self._matches(token_ids)), default=0)
         for num_tokens, path in sorted(found, reverse=True):
             if num_tokens <= here:
                 return
@@ -229,14 +230,15 @@ class KeepingKVStore(DiskKVStore):
 
     def _pin_all(self, home: Home) -> None:
         """Hold the blocks of all that is kept in `home`."""
-        whole = [one for one in home.prefixes if not any(layer.first for layer in one.layers)]
-        layers = [(len(one.token_ids), [layer.blocks for layer in one.layers]) for one in whole]
-        sequences = self._adopt(layers)
+        kept = [
+            (len(one.token_ids), [(layer.first, list(layer.blocks)) for layer in one.layers])
+            for one in home.prefixes
+        ]
         self._pins = [
             _Pin(sequence, one, _tensor(one))
-            for sequence, one in zip(sequences, whole, strict=True)
+            for sequence, one in zip(self._adopt(kept), home.prefixes, strict=True)
         ]
-        for one in whole:
+        for one in home.prefixes:
             for layer_idx, layer in enumerate(one.layers):
                 for block, number in zip(layer.blocks, layer.checksums, strict=True):
                     self._disk.checksums[layer_idx, block] = number
@@ -245,7 +247,8 @@ class KeepingKVStore(DiskKVStore):
         for layer_idx, table in enumerate(self._tables[sequence]):
             if table.tail is not None:
                 num_tokens = table.num_tokens % self.block_size
-                self._disk.write_part(layer_idx, table.blocks[-1], table.tail, num_tokens)
+                block = table.blocks[table.num_tokens // self.block_size]
+                self._disk.write_part(layer_idx, block, table.tail, num_tokens)
 
 
 def _tensor(prefix: Prefix) -> Tensor:

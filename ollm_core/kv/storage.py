@@ -2,37 +2,72 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ollm_core.interfaces import Closing, TierBytes
+from ollm_core.types import CacheKind
 
 
 @dataclass(frozen=True, slots=True)
 class KVGeometry:
-    """The shape of what a store keeps. `device` is where attention computes."""
+    """The shape of what a store keeps, layer by layer. `device` is where attention computes."""
 
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
+    kinds: tuple[CacheKind, ...]
+    """One per layer: "full", or "sliding" with its window."""
     dtype: torch.dtype
     device: torch.device
     block_size: int = 256
     """Tokens per block."""
 
-    @property
-    def block_shape(self) -> tuple[int, int, int, int]:
-        """[2, G, block_size, D]: keys, then values, head-major."""
-        return 2, self.num_kv_heads, self.block_size, self.head_dim
+    @classmethod
+    def uniform(
+        cls,
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        block_size: int = 256,
+    ) -> KVGeometry:
+        """Layers that all remember every token, in one shape."""
+        kind = CacheKind("full", num_kv_heads, head_dim)
+        return cls((kind,) * num_layers, dtype, device, block_size)
 
     @property
-    def block_bytes(self) -> int:
-        """Bytes of one block of one layer."""
-        return 2 * self.num_kv_heads * self.block_size * self.head_dim * self.dtype.itemsize
+    def num_layers(self) -> int:
+        return len(self.kinds)
+
+    @property
+    def slack(self) -> int:
+        """Tokens before its window that a sliding layer keeps as well: so far it can go back."""
+        return self.block_size
+
+    def block_shape(self, layer_idx: int) -> tuple[int, int, int, int]:
+        """[2, G, block_size, D]: keys, then values, head-major."""
+        kind = self.kinds[layer_idx]
+        return 2, kind.num_kv_heads, self.block_size, kind.head_dim
+
+    def block_bytes(self, layer_idx: int) -> int:
+        """Bytes of one block of a layer."""
+        return math.prod(self.block_shape(layer_idx)) * self.dtype.itemsize
+
+    def as_block(self, layer_idx: int, buffer: Tensor) -> Tensor:
+        """The start of a byte `buffer` as a block of a layer."""
+        part = buffer[: self.block_bytes(layer_idx)]
+        return part.view(self.dtype).view(self.block_shape(layer_idx))
+
+    def first_needed(self, layer_idx: int, num_tokens: int) -> int:
+        """The first position that a layer must have kept to go on after `num_tokens`. It always
+        has the last one, which may be in a block that is not full.
+        """
+        window = self.kinds[layer_idx].window
+        return 0 if window is None else max(num_tokens - max(window - 1, 1), 0)
 
 
 class BlockStorage(Closing):
@@ -43,12 +78,14 @@ class BlockStorage(Closing):
     """
 
     @abstractmethod
-    def growth(self, num_blocks: Mapping[int, int], num_tails: int) -> TierBytes:
+    def growth(self, num_blocks: Mapping[int, int], tails: Collection[int]) -> TierBytes:
         """What `allocate` would take."""
 
     @abstractmethod
-    def allocate(self, num_blocks: Mapping[int, int], num_tails: int) -> dict[int, list[int]]:
-        """New blocks by layer, and room for `num_tails` calls of `open`.
+    def allocate(
+        self, num_blocks: Mapping[int, int], tails: Collection[int]
+    ) -> dict[int, list[int]]:
+        """New blocks by layer, and room for a call of `open` for each layer in `tails`.
 
         Raises DoesNotFitError with nothing changed.
         """
@@ -58,11 +95,15 @@ class BlockStorage(Closing):
         """Give back blocks, written or not."""
 
     @abstractmethod
-    def open(self, block: int) -> Tensor:
+    def clear(self, layer_idx: int, blocks: Sequence[int]) -> None:
+        """Forget what blocks hold, but keep them, to be filled again."""
+
+    @abstractmethod
+    def open(self, layer_idx: int, block: int) -> Tensor:
         """A tail for `block`, its content undefined. `allocate` has made the room."""
 
     @abstractmethod
-    def drop(self, tail: Tensor) -> None:
+    def drop(self, layer_idx: int, tail: Tensor) -> None:
         """Give back the room of a tail."""
 
     @abstractmethod

@@ -47,6 +47,7 @@ class Ring(Closing):
         self._free = deque(self.slots)
         self._ready: deque[tuple[int, Slot]] = deque()
         self._error: BaseException | None = None
+        self._paused = False  # after an error, until a pass is tried again
         self._closed = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._read_ahead, name="ollm-reader", daemon=True)
@@ -78,14 +79,17 @@ class Ring(Closing):
         ReadError.
 
         A pass that was broken off leaves the ring in the middle: units before the wanted one are
-        passed over.
+        passed over. After an error nothing is read until the next call.
         """
+        with self._changed:
+            self._paused = False
+            self._changed.notify_all()
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._ready or self._error or self._closed)
                 if self._error and not self._ready:  # what was read before it is still good
                     error, self._error = self._error, None
-                    self._changed.notify_all()
+                    self._paused = True
                     raise error
                 if self._closed:
                     raise ReadError("the model was closed while a weight pass was running")
@@ -114,7 +118,10 @@ class Ring(Closing):
         while True:
             with self._changed:
                 self._changed.wait_for(
-                    lambda: self._closed or (self._free and self._order and not self._error)
+                    lambda: (
+                        self._closed
+                        or (self._free and self._order and not self._error and not self._paused)
+                    )
                 )
                 if self._closed:
                     return

@@ -25,16 +25,18 @@ class EmbeddingRows(Closing):
 
     def lookup(self, token_ids: Tensor, dtype: torch.dtype) -> Tensor:
         """Rows of `token_ids` [N] as [N, C] in `dtype`, on the CPU. Each distinct row is read
-        once.
+        once. Raises ReadError.
         """
         distinct, where = token_ids.unique(return_inverse=True)
         rows = torch.empty(len(distinct) * self._row_bytes, dtype=torch.uint8)
         memory = as_memoryview(rows)
         for i, row in enumerate(distinct.tolist()):
             part = memory[i * self._row_bytes : (i + 1) * self._row_bytes]
-            if os.preadv(self._file, [part], self._table.offset + row * self._row_bytes) != len(
-                part
-            ):
+            try:
+                count = os.preadv(self._file, [part], self._table.offset + row * self._row_bytes)
+            except OSError as error:
+                raise ReadError(f"{self._table.path}: reading failed: {error.strerror}") from error
+            if count != len(part):
                 raise ReadError(
                     f"{self._table.path}: row {row} of {self._table.name} could not be read",
                     hint="the file changed while the model was open",

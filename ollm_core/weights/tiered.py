@@ -68,6 +68,7 @@ class TieredWeights(WeightStreamer):
     ) -> None:
         """`accounts` are those of the device and the host. On a CPU everything counts as device
         memory. `buffer_bytes` are those of the model that are no weights, and held for it.
+        `source` is closed with the weights, and when they cannot be opened.
         """
         self.units = units.in_pass_order
         self.expert_units = units.experts
@@ -102,9 +103,16 @@ class TieredWeights(WeightStreamer):
         """Held on the device whatever the placement: norm, rotary frequencies, parameters in
         conversion, the upload buffer.
         """
-        self._device_account.reserve("weights", self.fixed_device_bytes)
-        # Copies: a view would keep the whole page that was read.
-        self.norm = [parameter.clone() for parameter in self._load(units.norm)]
+        self._fixed_held = 0
+        self.norm: list[Tensor] = []
+        try:
+            self._device_account.reserve("weights", self.fixed_device_bytes)
+            self._fixed_held = self.fixed_device_bytes
+            # Copies: a view would keep the whole page that was read.
+            self.norm = [parameter.clone() for parameter in self._load(units.norm)]
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def slot_bytes(self) -> int:
@@ -225,7 +233,7 @@ class TieredWeights(WeightStreamer):
         return self._rows.lookup(token_ids.cpu(), self.dtype).to(self.device)
 
     def close(self) -> None:
-        """Stop the reader, close the files and free all weights."""
+        """Stop the reader, close the files, free all weights and what was reserved for them."""
         self._resize_ring(0)
         self._experts.close()
         self._rows.close()
@@ -234,12 +242,12 @@ class TieredWeights(WeightStreamer):
             self._device_account.release("resident weights", self._kept_bytes[i])
         for i in self._host_units:
             self._host_account.release("resident weights", self._buffer_bytes[i])
+        self._device_account.release("weights", self._fixed_held)
+        self._fixed_held = 0
         self._device_units.clear()
         self._host_units.clear()
         self.norm = []
         self._upload = None
-        self._device_account.release("weights", self.fixed_device_bytes)
-        self.fixed_device_bytes = 0
 
     def _place(self, device_bytes: int, host_bytes: int) -> Placement:
         everything = frozenset(range(len(self.units)))

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from ollm_adapter_llama import LlamaAdapter
-
 from ollm_conformance import AdapterConformance
 
 

@@ -16,14 +16,28 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ollm_conformance.adapter import AdapterConformance
+    from ollm_conformance.parts.attention import AttentionConformance
+    from ollm_conformance.parts.byte_source import ByteSourceConformance
+    from ollm_conformance.parts.kv_store import KVStoreConformance
+    from ollm_conformance.parts.weight_streamer import WeightStreamerConformance
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "AdapterConformance": "ollm_conformance.adapter",
+    "AttentionConformance": "ollm_conformance.parts.attention",
+    "ByteSourceConformance": "ollm_conformance.parts.byte_source",
+    "KVStoreConformance": "ollm_conformance.parts.kv_store",
+    "WeightStreamerConformance": "ollm_conformance.parts.weight_streamer",
 }
 
-__all__ = ["AdapterConformance"]
+__all__ = [
+    "AdapterConformance",
+    "AttentionConformance",
+    "ByteSourceConformance",
+    "KVStoreConformance",
+    "WeightStreamerConformance",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Literal, NoReturn, TypeVar
 
 import pytest
 
@@ -60,7 +60,7 @@ def check_of(item: pytest.Item) -> Check | None:
     return mark.args[0] if mark else None
 
 
-def does_not_apply(reason: str) -> None:
+def does_not_apply(reason: str) -> NoReturn:
     """End a check of something that the model does not have, as experts in a dense one.
 
     Only for what the adapter's own declarations show. A skip for any other reason is a failure.

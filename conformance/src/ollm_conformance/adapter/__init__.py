@@ -6,6 +6,7 @@ from ollm_conformance.adapter.batches import Batches, Drafts
 from ollm_conformance.adapter.caches import Caches
 from ollm_conformance.adapter.declaration import Declaration
 from ollm_conformance.adapter.exact import Exact
+from ollm_conformance.adapter.experts import Experts
 from ollm_conformance.adapter.hardware import Gpu, Speed
 from ollm_conformance.adapter.language import Language
 from ollm_conformance.adapter.memory import Memory
@@ -21,6 +22,7 @@ class AdapterConformance(
     Caches,
     Batches,
     Drafts,
+    Experts,
     Memory,
     Isolation,
     Failure,

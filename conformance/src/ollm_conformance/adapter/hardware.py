@@ -77,7 +77,6 @@ class Speed(AdapterSuite):
     def test_resident_decode(self, subject: Subject) -> None:
         if subject.real_checkpoint is None:
             does_not_apply("no real checkpoint was named")
-            return
         prompt = subject.prompt(64)
         reference = subject.reference("bfloat16", subject.real_checkpoint)
         with subject.open(subject.real_checkpoint, dtype="bfloat16", device_memory="8GB") as model:

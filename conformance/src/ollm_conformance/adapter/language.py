@@ -33,7 +33,6 @@ class Language(AdapterSuite):
     def test_chat_template(self, subject: Subject) -> None:
         if subject.real_checkpoint is None:
             does_not_apply("no real checkpoint was named")
-            return
         with subject.open(subject.real_checkpoint) as model:
             tokenizer, config = model.tokenizer, model.generation_config
         assert tokenizer is not None, "expected a tokenizer, got none"

@@ -1,0 +1,145 @@
+"""Checks of mixtures of experts: what is read for a pass, and how often."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from ollm_conformance.adapter.base import AdapterSuite
+from ollm_conformance.checks import check, does_not_apply
+from ollm_conformance.compare import same_bits
+from ollm_conformance.subject import CHUNK, Reference, Subject
+from ollm_core import ParameterSource, TensorInfo, WeightPlan
+from ollm_core.checkpoint import open_checkpoint
+from ollm_core.generation import StreamedModel
+
+_LOOK = "layout().experts, and weights(): the sources of each expert's slices"
+Expert = tuple[int, int]
+"""Layer and number."""
+
+
+class Experts(AdapterSuite):
+    """Only routed experts are read, each once for each layer in a pass."""
+
+    @check(
+        "experts.routed-only",
+        "A pass reads the experts that its tokens are routed to, each once, and no other.",
+        look=_LOOK,
+    )
+    def test_routed_only(self, subject: Subject) -> None:
+        plan = _experts_of(subject)
+        prompt = subject.prompt(3 * CHUNK)
+
+        def work(model: StreamedModel) -> None:
+            model(input_ids=prompt[None], logits_to_keep=1)
+
+        least = subject.least_memory(work, subject.tiny("bfloat16"))
+        reference = subject.reference("bfloat16")
+        cache = reference.new_cache()
+        with subject.open(subject.tiny("bfloat16"), device_memory=least) as model:
+            mine = model.new_cache()
+            for begin, end in ((0, 2 * CHUNK + 7), (2 * CHUNK + 7, 2 * CHUNK + 8)):
+                before = model.stats
+                with _routed(subject, reference) as wanted, _reads(model) as seen:
+                    expected = reference.run(prompt[begin:end], cache=cache)
+                    found = model(input_ids=prompt[None, begin:end], past_key_values=mine).logits[0]
+                after = model.stats
+                same_bits(found, expected, f"logits of tokens {begin} to {end}")
+                for expert, tensors in plan.items():
+                    for tensor in tensors:
+                        times, should = seen[tensor], int(expert in wanted)
+                        assert times == should, (
+                            f"{tensor} of expert {expert[1]} in layer {expert[0]}: expected to be "
+                            f"read {should} times in the pass, got {times}"
+                        )
+                told = after.experts_routed - before.experts_routed
+                assert told == len(wanted), f"expected {len(wanted)} experts counted, got {told}"
+
+    @check(
+        "experts.kept",
+        "With room for all experts, each is read once, however many passes need it.",
+        look=_LOOK,
+    )
+    def test_kept(self, subject: Subject) -> None:
+        _experts_of(subject)
+        prompt = subject.prompt(2 * CHUNK)
+        with subject.open(subject.tiny("bfloat16")) as model:
+            model(input_ids=prompt[None], logits_to_keep=1)
+            first = model.stats
+            model(input_ids=prompt[None], logits_to_keep=1)
+            second = model.stats
+        assert first.experts_read > 0, "expected experts to be read in the first pass"
+        again = second.experts_read - first.experts_read
+        assert again == 0, f"expected no expert to be read again, got {again}"
+        assert second.experts_hit > first.experts_hit, "expected experts to be found in memory"
+
+
+def _experts_of(subject: Subject) -> dict[Expert, list[str]]:
+    """Each expert's tensors, or rows of them, as reading engines are asked for them."""
+    layout = subject.adapter.layout(subject.config)
+    if not layout.experts:
+        does_not_apply("the model has no experts that are read one by one")
+    names = open_checkpoint(subject.tiny("bfloat16")).tensors
+    plan = subject.adapter.weights(subject.config, names)
+    found: dict[Expert, list[str]] = {}
+    for layer_idx in range(layout.num_layers):
+        for sources in _slices(plan, f"{layout.layers}.{layer_idx}.{layout.experts}."):
+            for number, source in enumerate(sources):
+                found.setdefault((layer_idx, number), []).extend(_asked(source, names))
+    assert found, "expected sources of experts in the plan, got none"
+    return found
+
+
+def _slices(plan: WeightPlan, path: str) -> Iterator[Sequence[ParameterSource]]:
+    return (sources for name, sources in plan.experts.items() if name.startswith(path))
+
+
+def _asked(source: ParameterSource, stored: Any) -> list[str]:
+    infos: list[TensorInfo] = [stored[name] for name in source.tensors]
+    return [info.name if source.row is None else info.row(source.row).name for info in infos]
+
+
+@contextmanager
+def _routed(subject: Subject, reference: Reference) -> Iterator[set[Expert]]:
+    """What the un-offloaded model's routers ask for, while it runs in the `with`."""
+    layout = subject.adapter.layout(subject.config)
+    wanted: set[Expert] = set()
+
+    def listen(layer_idx: int) -> Any:
+        def told(_: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+            wanted.update((layer_idx, number) for number in arguments[1].unique().tolist())
+
+        return told
+
+    hooks = []
+    for layer_idx, layer in enumerate(reference.model.get_submodule(layout.layers).children()):
+        if layout.experts in dict(layer.named_modules()):
+            experts = layer.get_submodule(layout.experts)
+            hooks.append(experts.register_forward_pre_hook(listen(layer_idx)))
+    try:
+        yield wanted
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def _reads(model: StreamedModel) -> Iterator[Counter[str]]:
+    """How often each tensor is asked of the model's reading engine in the `with`."""
+    seen: Counter[str] = Counter()
+    source = model.weights._source
+    real = source.read
+
+    def read(tensors: Sequence[TensorInfo], buffer: memoryview) -> Sequence[int]:
+        seen.update(tensor.name for tensor in tensors)
+        return real(tensors, buffer)
+
+    source.read = read  # type: ignore[method-assign]
+    try:
+        yield seen
+    finally:
+        source.read = real  # type: ignore[method-assign]

@@ -1,0 +1,102 @@
+"""What the suites of all parts have in common."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+
+
+class PartSuite:
+    """Base of the suites of parts."""
+
+    part: ClassVar[str] = ""
+    """The name that results carry; default: that of the test class, without `Test`."""
+    expected_failures: ClassVar[Mapping[str, str]] = {}
+    """Check id to the reason why it fails. One that passes after all is a failure."""
+
+    @classmethod
+    def subject_name(cls, config: pytest.Config) -> str:
+        """The name that results carry."""
+        return cls.part or cls.__name__.removeprefix("Test")
+
+
+def examples(number: int, num_steps: int = 20) -> settings:
+    """Hypothesis tries `number` examples, the same ones in each run, and writes no files."""
+    return settings(
+        max_examples=number,
+        stateful_step_count=num_steps,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        report_multiple_bugs=False,
+        phases=(Phase.explicit, Phase.generate, Phase.shrink),
+        suppress_health_check=list(HealthCheck),
+    )
+
+
+def refusal(kind: type[Exception], request: Callable[[], object], what: str) -> str:
+    """The one line with which `request` is refused. Raises AssertionError unless it is one of
+    `kind`.
+    """
+    try:
+        request()
+    except kind as error:
+        line = str(error)
+    except Exception as error:
+        raise AssertionError(f"{what}: expected {kind.__name__}, got {error!r}") from error
+    else:
+        raise AssertionError(f"{what}: expected {kind.__name__}, got no error")
+    assert "\n" not in line, f"{what}: expected one line, got {line}"
+    return line
+
+
+def open_files() -> dict[int, str]:
+    """What the process has open: descriptor to what it is, pipes and the like included."""
+    found = {}
+    for number in os.listdir("/proc/self/fd"):
+        path = Path("/proc/self/fd", number)
+        if path.is_symlink():  # the descriptor that lists the directory is gone by now
+            found[int(number)] = os.readlink(path)
+    return found
+
+
+def maps_of(directory: Path) -> list[str]:
+    """Files of `directory` that are mapped into memory."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    return sorted({line.split(maxsplit=5)[-1] for line in lines if str(directory) in line})
+
+
+@contextmanager
+def nothing_left(directory: Path) -> Iterator[None]:
+    """Raises AssertionError if after the block more is open, mapped or running than before it."""
+    files, threads = open_files(), set(threading.enumerate())
+    yield
+    opened = [path for number, path in open_files().items() if files.get(number) != path]
+    assert not opened, f"expected no open file afterwards, got {', '.join(opened)}"
+    mapped = maps_of(directory)
+    assert not mapped, f"expected no mapped file afterwards, got {', '.join(mapped)}"
+    running = [thread.name for thread in threading.enumerate() if thread not in threads]
+    assert not running, f"expected no thread afterwards, got {', '.join(running)}"
+
+
+@contextmanager
+def unreadable(numbers: Iterable[int]) -> Iterator[None]:
+    """Put a file that can only be written in the place of each descriptor."""
+    saved = {number: os.dup(number) for number in numbers}
+    writable = os.open(os.devnull, os.O_WRONLY)
+    try:
+        for number in numbers:
+            os.dup2(writable, number)
+        yield
+    finally:
+        for number, copy in saved.items():
+            os.dup2(copy, number, inheritable=False)
+            os.close(copy)
+        os.close(writable)

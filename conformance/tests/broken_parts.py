@@ -1,0 +1,11 @@
+"""Every part that is broken on purpose, and the good ones they are made from."""
+
+from __future__ import annotations
+
+from broken_attentions import BROKEN_ATTENTIONS, GOOD_ATTENTIONS
+from broken_kv_stores import BROKEN_KV_STORES, GOOD_KV_STORES
+from broken_sources import BROKEN_SOURCES, GOOD_SOURCES
+from broken_streamers import BROKEN_STREAMERS, GOOD_STREAMERS
+
+BROKEN_PARTS = [*BROKEN_KV_STORES, *BROKEN_SOURCES, *BROKEN_STREAMERS, *BROKEN_ATTENTIONS]
+GOOD_PARTS = [*GOOD_KV_STORES, *GOOD_SOURCES, *GOOD_STREAMERS, *GOOD_ATTENTIONS]

@@ -1,0 +1,94 @@
+"""Which KV store a cache gets: the tier or plugin that was named, or the first tier with room."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from ollm_core.checkpoint import Checkpoint
+from ollm_core.interfaces import KVStore, ModelAdapter
+from ollm_core.kv import DeviceKVStore, DiskKVStore, HostKVStore, KeepingKVStore
+from ollm_core.registry import Registry, require, supports
+from ollm_core.requests import KVRequest
+from ollm_core.types import Config
+
+TIERS = ("device", "host", "disk")
+
+
+class StoreOpener:
+    """Opens a KV store for each cache of one model."""
+
+    def __init__(
+        self, kv: str, request: KVRequest, adapter: ModelAdapter, registry: Registry
+    ) -> None:
+        """`kv` and `request` hold where a call does not say otherwise. Raises InputError for a name
+        that nobody offers, UnsupportedError for a tier that the family cannot use.
+        """
+        self._kv = kv
+        self._request = request
+        self._adapter = adapter
+        self._registry = registry
+        registry.check_name("ollm_kv_stores", kv)
+        if kv in TIERS:
+            require(adapter, f"kv-{kv}")
+
+    def __call__(self, kv: str, directory: Path | None, num_tokens: int) -> tuple[str, KVStore]:
+        """The name of the tier or plugin, and the store. `kv` may be "", `num_tokens` are those to
+        expect.
+        """
+        name = kv or self._kv
+        request = replace(self._request, directory=directory or self._request.directory)
+        if offer := self._registry.check_name("ollm_kv_stores", name):
+            return offer.name, offer.make(KVStore, request)
+        tier = self._tier_with_room(request, num_tokens) if name == "auto" else name
+        require(self._adapter, f"kv-{tier}")
+        return tier, _open(tier, request)
+
+    def _tier_with_room(self, request: KVRequest, num_tokens: int) -> str:
+        """The first tier of which the expected tokens take at most a quarter (device) or half
+        (host); disk where a directory was named.
+        """
+        able = [tier for tier in TIERS if supports(self._adapter, f"kv-{tier}")]
+        if request.directory is not None and "disk" in able:
+            return "disk"
+        geometry = request.geometry
+        # Windows are not counted: how many rows share the tokens is not known here.
+        layer_bytes = sum(map(geometry.block_bytes, range(geometry.num_layers)))
+        num_expected = num_tokens + geometry.block_size
+        expected = layer_bytes * num_expected // geometry.block_size
+        room = {
+            "device": request.device_account.limit // 4,
+            "host": request.host_account.limit // 2,
+        }
+        fitting = [tier for tier in able if expected <= room.get(tier, expected)]
+        return (*fitting, *reversed(able), *TIERS)[0]
+
+
+def fingerprinter(checkpoint: Checkpoint, config: Config) -> Callable[[], str]:
+    """Tells 16 hex digits of all that keys and values depend on: the weights, of which a little of
+    every tensor is read when it is first called, and the config.
+    """
+
+    @functools.cache
+    def fingerprint() -> str:
+        digest = hashlib.sha256(checkpoint.content_fingerprint().encode())
+        digest.update(json.dumps(dict(config), sort_keys=True, default=str).encode())
+        return digest.hexdigest()[:16]
+
+    return fingerprint
+
+
+def _open(tier: str, request: KVRequest) -> KVStore:
+    geometry, device, host = request.geometry, request.device_account, request.host_account
+    if tier == "device":
+        return DeviceKVStore(geometry, device)
+    if tier == "host":
+        return HostKVStore(geometry, host, device)
+    if request.directory and request.keep:
+        return KeepingKVStore(geometry, host, request.directory, request.fingerprint(), device)
+    home = request.directory or Path.home() / ".cache" / "ollm" / "kv"
+    return DiskKVStore(geometry, host, home, request.fingerprint(), device)
