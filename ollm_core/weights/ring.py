@@ -54,9 +54,12 @@ class Ring(Closing):
 
     def set_order(self, order: Sequence[int]) -> None:
         """Read these units from now on, in this cyclic order. What is ready and
-        comes first in it stays.
+        comes first in it stays. Called before each pass: an error that the last one did not come to
+        see is forgotten, and its unit read again.
         """
         with self._changed:
+            self._error = None
+            self._changed.notify_all()
             if list(order) == self._order:
                 return
             self._order = list(order)
