@@ -40,7 +40,8 @@ type: install ## mypy --strict
 	$(BIN)/mypy ollm.py ollm_core $(PACKAGES:%=%/src)
 
 test: install model lint type ## lint, types, tests, conformance of every adapter, the template
-	$(BIN)/pytest -m "not gpu" --ignore tests/test_tutorial.py --ollm-results $(RESULTS)
+	$(BIN)/pytest -m "not gpu" --ignore tests/test_tutorial.py tests conformance/tests
+	$(BIN)/pytest adapters --ollm-results $(RESULTS)
 	$(BIN)/ollm conformance table $(RESULTS) --check $(SUPPORT)
 	$(MAKE) template # and the tutorial
 
