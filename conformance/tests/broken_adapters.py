@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from broken import broken_adapter
-from families import GptOss, Qwen3
+from families import GptOss, Qwen3, Qwen3Moe
 from ollm_adapter_llama import LlamaAdapter
 
 from ollm_core import CacheKind, Capability, ParameterSource, WeightPlan
@@ -224,6 +224,40 @@ class RouterBiasDropped(GptOss):
         return super().source(config, parameter)
 
 
+class RouterNotNormalised(Qwen3Moe):
+    def text_config(self, config):
+        return {**config, "norm_topk_prob": False}
+
+
+class ExpertsShifted(Qwen3Moe):
+    def experts(self, config, parameter):
+        sources = super().experts(config, parameter)
+        return [*sources[1:], *sources[:1]]
+
+
+class ExpertHalvesSwapped(Qwen3Moe):
+    @staticmethod
+    def fused(gate, up):
+        return Qwen3Moe.fused(up, gate)
+
+
+class ExpertTransposed(Qwen3Moe):
+    """The tiny experts are not square: what does not fit is refused when it is read."""
+
+    def experts(self, config, parameter):
+        sources = super().experts(config, parameter)
+        if parameter.endswith("down_proj"):
+            return [replace(source, transform=lambda t: t.t().contiguous()) for source in sources]
+        return sources
+
+
+class ExpertsWhole(Qwen3Moe):
+    """All experts of a layer are declared as one parameter, with no slices."""
+
+    def experts(self, config, parameter):
+        return ()
+
+
 class PrintsWhenAsked(LlamaAdapter):
     def layout(self, config):
         print("looking at the layout")  # noqa: T201
@@ -385,6 +419,11 @@ BROKEN_ADAPTERS = [
         "weights.values", "Gate and up columns are not interleaved.", GateAndUpNotInterleaved
     ),
     broken_adapter("weights.values", "The router loses its bias.", RouterBiasDropped),
+    broken_adapter("exact.resident", "The router is not normalised.", RouterNotNormalised),
+    broken_adapter("weights.values", "Every expert is the next one.", ExpertsShifted),
+    broken_adapter("weights.values", "An expert's two halves are swapped.", ExpertHalvesSwapped),
+    broken_adapter("exact.resident", "Experts are transposed.", ExpertTransposed),
+    broken_adapter("weights.every-tensor-once", "Experts' slices are not declared.", ExpertsWhole),
     broken_adapter("declaration.imports-clean", "It prints when asked.", PrintsWhenAsked),
     broken_adapter("declaration.imports-clean", "Its declarations need torch.", NeedsTorch),
     broken_adapter(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from broken import broken_adapter
-from families import Limited
+from families import Limited, Qwen3Moe
 from ollm_adapter_llama import LlamaAdapter
 
 import ollm
@@ -328,6 +328,45 @@ def current_engine(*args, **options):
     return model
 
 
+def experts_read_twice(*args, **options):
+    model = ollm.load(*args, **options)
+    real = model.weights.experts
+
+    @contextlib.contextmanager
+    def experts(layer_idx, expert_ids):
+        wanted = sorted(expert_ids)
+        with real(layer_idx, wanted) as found:
+            for _ in found:
+                pass
+        with real(layer_idx, wanted) as found:
+            yield found
+
+    model.weights.experts = experts
+    return model
+
+
+def all_experts_read(*args, **options):
+    model = ollm.load(*args, **options)
+    real = model.weights.experts
+
+    @contextlib.contextmanager
+    def experts(layer_idx, expert_ids):
+        wanted = set(expert_ids)
+        with real(layer_idx, range(12)) as found:
+            yield (one for one in found if one[0] in wanted)
+
+    model.weights.experts = experts
+    return model
+
+
+def experts_never_kept(*args, **options):
+    model = ollm.load(*args, **options)
+    store = model.weights._experts
+    real = store.place
+    store.place = lambda device_bytes, host_bytes: real(store.least_bytes, store.least_bytes)
+    return model
+
+
 def never_stops(*args, **options):
     model = ollm.load(*args, **options)
     real = model.generate
@@ -383,7 +422,14 @@ def _broken(check, sentence, load):
     return broken_adapter(check, sentence, LlamaAdapter, load=load)
 
 
+def _broken_experts(check, sentence, load):
+    return broken_adapter(check, sentence, Qwen3Moe, load=load)
+
+
 BROKEN_MODELS = [
+    _broken_experts("experts.routed-only", "Experts are read twice.", experts_read_twice),
+    _broken_experts("experts.routed-only", "All experts are read.", all_experts_read),
+    _broken_experts("experts.kept", "Experts are read again in each pass.", experts_never_kept),
     broken_adapter(
         "declaration.unsupported", "What is unsupported is done.", Limited, load=limits_ignored
     ),

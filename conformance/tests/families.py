@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from ollm_adapter_llama import LlamaAdapter
 
-from ollm_core import Capability, DecoderAdapter, ParameterSource, read_size
+from ollm_core import Capability, DecoderAdapter, ParameterSource, bad_config, read_size
 from ollm_core.registry import CAPABILITIES
 
 _NOT_HERE = sorted(CAPABILITIES.keys() - {"kv-device"})
@@ -52,7 +52,10 @@ class Qwen3Moe(Qwen3):
 
     def layer_parameters(self, config, layer_idx):
         names = super().layer_parameters(config, layer_idx)
-        if layer_idx in (config.get("mlp_only_layers") or ()):
+        dense = config.get("mlp_only_layers") or []
+        if not isinstance(dense, list):
+            raise bad_config("mlp_only_layers", dense, "a list of layers")
+        if layer_idx in dense:
             return list(names)
         attention = [name for name in names if not name.startswith("mlp")]
         experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]

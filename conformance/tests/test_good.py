@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from families import GptOss, Limited, Qwen3
+from families import GptOss, Limited, Qwen3, Qwen3Moe
 from ollm_conformance import AdapterConformance
 from ollm_conformance.adapter import adapter_checks
 from ollm_conformance.adapter.asks import ASKS
@@ -12,7 +12,7 @@ from power import outcomes
 from ollm_core.registry import CAPABILITIES
 
 
-@pytest.mark.parametrize("family", [Qwen3, GptOss, Limited])
+@pytest.mark.parametrize("family", [Qwen3, Qwen3Moe, GptOss, Limited])
 def test_good_fails_nothing(family):
     """Every check passes, or concerns what the adapter declares not to have."""
     suite = type(f"Test{family.__name__}", (AdapterConformance,), {"adapter": family})
