@@ -204,6 +204,12 @@ def supports(adapter: ModelAdapter, capability: str) -> bool:
     return declared is None or declared.support == "full"
 
 
+def limits(adapter: ModelAdapter) -> dict[str, str]:
+    """Each capability that `adapter` does not have in full, with its reason."""
+    declared = sorted(adapter.capabilities.items())
+    return {name: limit.reason for name, limit in declared if not supports(adapter, name)}
+
+
 def require(adapter: ModelAdapter, capability: str) -> None:
     """Raises UnsupportedError, with the adapter's own reason, unless `capability` is full."""
     if capability not in CAPABILITIES:

@@ -9,7 +9,14 @@ import pytest
 
 from ollm_core import Capability, InputError, UnknownModelError, UnsupportedError
 from ollm_core.plugins import KINDS
-from ollm_core.registry import CAPABILITIES, ENTRY_POINT_GROUP, LOAD_PLUGINS, Registry, require
+from ollm_core.registry import (
+    CAPABILITIES,
+    ENTRY_POINT_GROUP,
+    LOAD_PLUGINS,
+    Registry,
+    limits,
+    require,
+)
 
 PLUGIN = """
     from ollm_core import (
@@ -354,6 +361,7 @@ def test_require(site):
     }
     require(adapter, "truncate")
     require(adapter, "kv-disk")
+    assert limits(adapter) == {"batch": "one at a time", "drafts": "state cannot go back"}
     with pytest.raises(UnsupportedError, match="alpha does not support drafts: state cannot"):
         require(adapter, "drafts")
     with pytest.raises(UnsupportedError, match="does not support batch yet: one at a time"):

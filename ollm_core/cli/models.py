@@ -30,17 +30,18 @@ if TYPE_CHECKING:
 def list_models(models_dir: str | None, as_json: bool) -> None:
     """Show every model that the installed adapters offer."""
     from ollm_core.hub import is_on_disk, local_path
-    from ollm_core.registry import Registry
+    from ollm_core.registry import Registry, limits
 
-    rows = [("ID", "ADAPTER", "DISTRIBUTION", "PARAMETERS", "SIZE", "ON DISK")]
+    rows = [("ID", "ADAPTER", "DISTRIBUTION", "PARAMETERS", "SIZE", "ON DISK", "WITHOUT")]
     models = []
     for adapter, entry, plugin in Registry.discover().catalog():
         on_disk = is_on_disk(entry.id, models_dir)
         size = format_size(entry.weight_bytes)
         parameters = f"{entry.num_parameters / 1e9:.3g}B"
-        rows.append(
-            (entry.id, adapter.name, plugin.distribution, parameters, size, "yes" * on_disk)
-        )
+        missing = limits(adapter)
+        without = ", ".join(missing) or "-"
+        told = "yes" if on_disk else "no"
+        rows.append((entry.id, adapter.name, plugin.distribution, parameters, size, told, without))
         models.append(
             {
                 "id": entry.id,
@@ -51,6 +52,7 @@ def list_models(models_dir: str | None, as_json: bool) -> None:
                 "num_parameters": entry.num_parameters,
                 "weight_bytes": entry.weight_bytes,
                 "on_disk": on_disk,
+                "unsupported": missing,
                 "path": str(local_path(entry.id, models_dir)),
             }
         )
