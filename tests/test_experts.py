@@ -19,6 +19,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     DynamicCache,
+    GptOssConfig,
     MixtralConfig,
     Qwen2MoeConfig,
     Qwen3MoeConfig,
@@ -129,6 +130,25 @@ class Qwen2Moe(MoeAdapter):
     moe_extra = tuple(SHARED)
 
 
+class GptOss(MoeAdapter):
+    """gpt-oss, not quantised: stacked experts with biases and a gate of its own, a router of
+    another name, sinks, and windows in every second layer.
+    """
+
+    name = "gpt_oss"
+    model_types = ("gpt_oss",)
+    stacked = True
+    layer_extra = (
+        "self_attn.sinks",
+        *(f"self_attn.{name}_proj.bias" for name in "qkvo"),
+    )
+
+    def layer_parameters(self, config, layer_idx):
+        stacks = [name + suffix for name in EXPERTS for suffix in ("", "_bias")]
+        router = ["mlp.router.weight", "mlp.router.bias"]
+        return [*ATTENTION, *NORMS, *self.layer_extra, *router, *stacks]
+
+
 COMMON = {
     "vocab_size": 199,
     "hidden_size": 64,
@@ -170,6 +190,17 @@ FAMILIES = {
         ),
     ),
 }
+FAMILIES["gpt_oss"] = (
+    GptOss,
+    GptOssConfig(
+        **COMMON,
+        intermediate_size=48,
+        num_local_experts=6,
+        sliding_window=40,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    ),
+)
 BOTH = ["mixtral", "qwen3_moe"]
 
 
@@ -285,13 +316,16 @@ def test_logits_are_bitwise(
     assert 0 < stats.experts_hit < stats.experts_read
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_shared_expert_is_bitwise(make_moe, reference_of, ids, dtype):
-    """A family with a shared expert, which every token goes through, gives transformers' bits."""
-    directory = make_moe("qwen2_moe", DTYPES[dtype])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("family", ["qwen2_moe", "gpt_oss"])
+def test_other_mixtures_are_bitwise(make_moe, reference_of, ids, family, dtype):
+    """A shared expert that every token goes through, or experts with biases and a gate of their
+    own: 12 greedy tokens and the logits behind them are transformers'.
+    """
+    directory = make_moe(family, DTYPES[dtype])
     prompt = ids(300)
     tokens, logits = reference_of(directory, DTYPES[dtype]).greedy(prompt, 12, 64)
-    with open_moe(directory, chunk_size=64, device_memory="2MB") as model:
+    with open_moe(directory, chunk_size=64, device_memory="3MB") as model:
         found = model.generate(
             prompt[None],
             max_new_tokens=12,
