@@ -8,16 +8,18 @@ import functools
 import json
 import re
 import threading
+import time
 from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     DynamicCache,
+    GptOssConfig,
     MixtralConfig,
     Qwen2MoeConfig,
     Qwen3MoeConfig,
@@ -28,13 +30,16 @@ from ollm_core import (
     CheckpointError,
     DecoderAdapter,
     DoesNotFitError,
+    EncodedTensor,
     ParameterSource,
     ReadError,
     WeightPlan,
 )
 from ollm_core.checkpoint import open_checkpoint
 from ollm_core.chunks import NewTokens
+from ollm_core.cli.run import _report, _summary
 from ollm_core.loading import DTYPES
+from ollm_core.plugins import Offer
 from ollm_core.registry import Registry
 from ollm_core.tracing import AllocationTracker
 from ollm_core.weights.experts import ExpertStore
@@ -125,6 +130,25 @@ class Qwen2Moe(MoeAdapter):
     moe_extra = tuple(SHARED)
 
 
+class GptOss(MoeAdapter):
+    """gpt-oss, not quantised: stacked experts with biases and a gate of its own, a router of
+    another name, sinks, and windows in every second layer.
+    """
+
+    name = "gpt_oss"
+    model_types = ("gpt_oss",)
+    stacked = True
+    layer_extra = (
+        "self_attn.sinks",
+        *(f"self_attn.{name}_proj.bias" for name in "qkvo"),
+    )
+
+    def layer_parameters(self, config, layer_idx):
+        stacks = [name + suffix for name in EXPERTS for suffix in ("", "_bias")]
+        router = ["mlp.router.weight", "mlp.router.bias"]
+        return [*ATTENTION, *NORMS, *self.layer_extra, *router, *stacks]
+
+
 COMMON = {
     "vocab_size": 199,
     "hidden_size": 64,
@@ -166,6 +190,17 @@ FAMILIES = {
         ),
     ),
 }
+FAMILIES["gpt_oss"] = (
+    GptOss,
+    GptOssConfig(
+        **COMMON,
+        intermediate_size=48,
+        num_local_experts=6,
+        sliding_window=40,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    ),
+)
 BOTH = ["mixtral", "qwen3_moe"]
 
 
@@ -281,13 +316,16 @@ def test_logits_are_bitwise(
     assert 0 < stats.experts_hit < stats.experts_read
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_shared_expert_is_bitwise(make_moe, reference_of, ids, dtype):
-    """A family with a shared expert, which every token goes through, gives transformers' bits."""
-    directory = make_moe("qwen2_moe", DTYPES[dtype])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("family", ["qwen2_moe", "gpt_oss"])
+def test_other_mixtures_are_bitwise(make_moe, reference_of, ids, family, dtype):
+    """A shared expert that every token goes through, or experts with biases and a gate of their
+    own: 12 greedy tokens and the logits behind them are transformers'.
+    """
+    directory = make_moe(family, DTYPES[dtype])
     prompt = ids(300)
     tokens, logits = reference_of(directory, DTYPES[dtype]).greedy(prompt, 12, 64)
-    with open_moe(directory, chunk_size=64, device_memory="2MB") as model:
+    with open_moe(directory, chunk_size=64, device_memory="3MB") as model:
         found = model.generate(
             prompt[None],
             max_new_tokens=12,
@@ -325,6 +363,82 @@ def expert_of(name):
     """Layer and expert of a tensor, or of a row of one."""
     found = re.search(r"layers\.(\d+)\.mlp\.experts\.(?:(\d+)\.|\w+\[(\d+)\])", name)
     return int(found[1]), int(found[2] or found[3])
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "stacked"])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_other_dtype_than_stored(make_moe, reference_of, ids, family, dtype):
+    """Experts stored in bf16 and computed in another dtype give transformers' bits."""
+    directory = make_moe("qwen3_moe", torch.bfloat16)
+    plain = reference_of(directory, DTYPES[dtype])
+    prompt = ids(150)
+    if family == "stacked":
+        state = {name: value.bfloat16() for name, value in plain.model.state_dict().items()}
+        save_file(state, directory / "model.safetensors")
+    adapter = StackedQwen3Moe() if family == "stacked" else Qwen3Moe()
+    with open_moe(directory, adapter, chunk_size=64, dtype=dtype, device_memory="1.6MB") as model:
+        for _ in range(2):
+            found = model(input_ids=prompt[None]).logits[0]
+            assert torch.equal(found, plain.logits(prompt, 64))
+        assert 0 < model.stats.experts_hit <= model.stats.experts_read
+
+
+def test_progress_reaches_its_end(make_moe, ids):
+    """Layers with experts count two steps a chunk, and the last step is the total."""
+    seen = []
+    with open_moe(make_moe("qwen3_moe"), chunk_size=32, on_progress=seen.append) as model:
+        model(input_ids=ids(80)[None])
+    assert [p.steps_done for p in seen] == list(range(seen[-1].steps_total + 1))
+    assert seen[-1].steps_total == 3 * (3 + 2) + 1
+
+
+def test_run_tells_of_experts(make_moe, ids):
+    """What `ollm run` says of experts, in JSON and in its summary; of a dense model it says
+    nothing.
+    """
+    with open_moe(make_moe("mixtral")) as model:
+        model(input_ids=ids(30)[None])
+        stats = model.stats
+    told = _report("", [], 30, stats)
+    assert told["experts_routed"] == told["experts_read"] + told["experts_hit"] > 0
+    assert told["expert_bytes_read"] == stats.expert_bytes_read > 0
+    assert f"{stats.experts_routed} routed to" in _summary(stats)
+    dense = replace(stats, experts_routed=0)
+    assert "experts_routed" not in _report("", [], 30, dense)
+    assert "experts" not in _summary(dense)
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_encoded_experts(make_moe, ids, stacked):
+    """A codec decodes each expert's tensors; a row of a tensor encoded as a whole is refused."""
+
+    def codec(request):
+        found = {}
+        for name, info in request.tensors.items():
+            if name.endswith(".neg"):
+                parts = (name,), info.dtype, info.shape, torch.neg
+                found[name.removesuffix(".neg")] = EncodedTensor(*parts)
+        return found
+
+    directory = make_moe("qwen3_moe")
+    with open_moe(directory, chunk_size=64) as model:
+        expected = model(input_ids=ids(90)[None]).logits
+    tensors = load_file(directory / "model.safetensors")
+    if stacked:
+        tensors = AutoModelForCausalLM.from_pretrained(directory).state_dict()
+    encoded = {f"{n}.neg": -t for n, t in tensors.items() if ".experts." in n}
+    plain = {n: t for n, t in tensors.items() if ".experts." not in n}
+    save_file(encoded | plain, directory / "model.safetensors")
+    adapter = StackedQwen3Moe() if stacked else Qwen3Moe()
+    registry = Registry.of(adapter)
+    registry._offers["ollm_weight_codecs", "n"] = Offer("ollm_weight_codecs", "n", codec, "test")
+    if stacked:
+        with pytest.raises(CheckpointError, match="encoded as a whole"):
+            open_moe(directory, adapter, registry=registry)
+        return
+    with open_moe(directory, adapter, registry=registry, chunk_size=64) as model:
+        for _ in range(2):
+            assert torch.equal(model(input_ids=ids(90)[None]).logits, expected)
 
 
 @pytest.fixture
@@ -434,6 +548,33 @@ def test_a_failed_expert_read_leaves_a_usable_model(
         found = model(input_ids=prompt[None, 128:], past_key_values=cache).logits
         assert countdown[0] < 0
         assert torch.equal(found, plain(prompt[None, 128:], 64)[0])
+
+
+def test_a_gone_disk_is_forgotten_when_it_is_back(make_moe, ids):
+    """Reads of experts and of the layers ahead fail together; the pass after it works."""
+    directory = make_moe("mixtral", torch.bfloat16)
+    prompt = ids(200)[None]
+
+    def run(num_bytes):
+        with open_moe(directory, chunk_size=64, device_memory=num_bytes, kv="host") as model:
+            expected = model(input_ids=prompt).logits
+            source = model.weights._source
+            real, gone = source.read, [False]
+
+            def failing(tensors, buffer):
+                gone[0] |= any("experts" in tensor.name for tensor in tensors)
+                if gone[0]:
+                    raise ReadError("the disk is gone")
+                return real(tensors, buffer)
+
+            source.read = failing
+            with pytest.raises(ReadError, match="the disk is gone"):
+                model(input_ids=prompt)
+            time.sleep(0.1)  # the ring reads ahead, and fails too
+            source.read = real
+            assert torch.equal(model(input_ids=prompt).logits, expected)
+
+    smallest_budget(run)
 
 
 def test_an_interrupted_pass_leaves_a_usable_model(make_moe, ids):

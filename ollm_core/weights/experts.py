@@ -207,7 +207,7 @@ class ExpertStore(Closing):
             if key in self._on_device:
                 self.counters.hit += 1
                 yield expert, self._on_device[key]
-            elif key in self._on_host:
+            elif key in self._on_host and expert not in waiting:  # one that came just now is there
                 assert self._uploads is not None, "on a CPU nothing is on the host"
                 self.counters.hit += 1
                 packed, offsets = self._on_host[key]

@@ -105,6 +105,7 @@ def cut_groups(
         while count < len(left) and total + sizes[left[count]] <= slot_bytes:
             total += sizes[left[count]]
             count += 1
+        assert count, "a buffer holds the largest unit"
         group = _group(left[:count], units, source)
         while group.num_bytes > slot_bytes:
             group = _group(group.members[:-1], units, source)
