@@ -170,12 +170,9 @@ def _used_once(adapter: ModelAdapter, config: Config, stored: set[str]) -> None:
     layout, plan = adapter.layout(config), adapter.weights(config, sorted(stored))
     head, embedding = f"{layout.head}.weight", f"{layout.embedding}.weight"
     tied = plan.parameters.get(head) == plan.parameters.get(embedding)
-    parts = Counter(
-        (tensor, source.row)
-        for source in plan.sources()
-        if not (tied and source is plan.parameters[head])
-        for tensor in source.tensors
-    )
+    sources = [s for name, s in plan.parameters.items() if not (tied and name == head)]
+    sources += [s for slices in plan.experts.values() for s in slices]
+    parts = Counter((tensor, source.row) for source in sources for tensor in source.tensors)
     uses: Counter[str] = Counter()  # a tensor used row by row is used once
     for (tensor, row), count in parts.items():
         uses[tensor] = max(uses[tensor], count) if row is not None else uses[tensor] + count
