@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from ollm_conformance import AttentionConformance
-
 from ollm_core.attention import blockwise_attention, exact_attention
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from ollm_conformance import KVStoreConformance
 
+from ollm_conformance import KVStoreConformance
 from ollm_core import DoesNotFitError, KVStoreError, ReadError
 from ollm_core.kv import DeviceKVStore, DiskKVStore, HostKVStore, KVGeometry
 from ollm_core.kv.files import MAGIC

@@ -10,9 +10,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ollm_conformance import ByteSourceConformance, WeightStreamerConformance
 from safetensors.torch import save_file
 
+from ollm_conformance import ByteSourceConformance, WeightStreamerConformance
 from ollm_core import InputError, ParameterSource, ReadError
 from ollm_core.buffers import aligned_buffer, as_memoryview
 from ollm_core.checkpoint import open_checkpoint

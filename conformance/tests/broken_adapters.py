@@ -8,8 +8,8 @@ from dataclasses import replace
 
 from broken import broken_adapter
 from families import GptOss, Qwen3, Qwen3Moe
-from ollm_adapter_llama import LlamaAdapter
 
+from ollm_adapter_llama import LlamaAdapter
 from ollm_core import CacheKind, Capability, ParameterSource, WeightPlan
 
 _SHARED_CONFIG = LlamaAdapter().tiny_config()

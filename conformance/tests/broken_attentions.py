@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 from broken import BrokenPart
-from ollm_conformance import AttentionConformance
 
+from ollm_conformance import AttentionConformance
 from ollm_core import UnsupportedError
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 from broken import BrokenPart
-from ollm_conformance import KVStoreConformance
 
+from ollm_conformance import KVStoreConformance
 from ollm_core import DoesNotFitError, TierBytes
 from ollm_core.kv import DeviceKVStore, DiskKVStore, KVGeometry
 

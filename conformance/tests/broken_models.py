@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from broken import broken_adapter
 from families import Limited, Qwen3Moe
-from ollm_adapter_llama import LlamaAdapter
 
 import ollm
+from ollm_adapter_llama import LlamaAdapter
 from ollm_core import ReadError
 from ollm_core.registry import Registry
 

@@ -8,8 +8,8 @@ import threading
 import time
 
 from broken import BrokenPart
-from ollm_conformance import ByteSourceConformance
 
+from ollm_conformance import ByteSourceConformance
 from ollm_core import ByteSource, ReadError
 from ollm_core.buffers import PAGE, round_up
 

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 
 import torch
 from broken import BrokenPart
-from ollm_conformance import WeightStreamerConformance
 
+from ollm_conformance import WeightStreamerConformance
 from ollm_core import ReadError, WeightStreamer
 from ollm_core.memory import MemoryAccount
 from ollm_core.weights.sources import open_source

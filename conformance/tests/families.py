@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ollm_adapter_llama import LlamaAdapter
-
 from ollm_core import Capability, DecoderAdapter, ParameterSource, bad_config, read_size
 from ollm_core.registry import CAPABILITIES
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+
 from ollm_conformance.results import Outcome, Result, read_json
 
 _MODULE = "ollm_suite_under_test"

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 from families import GptOss, Limited, Qwen3, Qwen3Moe
+from power import outcomes
+
 from ollm_conformance import AdapterConformance
 from ollm_conformance.adapter import adapter_checks
 from ollm_conformance.adapter.asks import ASKS
-from power import outcomes
-
 from ollm_core.registry import CAPABILITIES
 
 

@@ -7,9 +7,10 @@ import subprocess
 import sys
 
 import pytest
+from power import outcomes, results
+
 from ollm_adapter_llama import LlamaAdapter
 from ollm_conformance import AdapterConformance
-from power import outcomes, results
 
 NAMES = "declaration.names"
 

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 from broken_adapters import BROKEN_ADAPTERS
 from broken_models import BROKEN_MODELS
-from ollm_conformance.adapter import adapter_checks
 from power import outcomes
 from power_table import power_table
+
+from ollm_conformance.adapter import adapter_checks
 
 BROKEN = [*BROKEN_ADAPTERS, *BROKEN_MODELS]
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from ollm_conformance.checks import check, does_not_apply
 from power import outcomes, results
+
+from ollm_conformance.checks import check, does_not_apply
 
 
 class Toy:

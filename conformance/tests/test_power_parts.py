@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 from broken_parts import BROKEN_PARTS, GOOD_PARTS
-from ollm_conformance.checks import MARK
 from power import outcomes, results
+
+from ollm_conformance.checks import MARK
 
 
 def checks_of(suite):

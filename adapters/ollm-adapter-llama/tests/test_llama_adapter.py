@@ -5,9 +5,9 @@ from importlib.metadata import entry_points
 
 import pytest
 import torch
-from ollm_adapter_llama import LlamaAdapter
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from ollm_adapter_llama import LlamaAdapter
 from ollm_core import CheckpointError, ConfigError, UnsupportedError
 from ollm_core.registry import Registry
 

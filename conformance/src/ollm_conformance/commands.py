@@ -9,6 +9,7 @@ from ollm_core import hookimpl
 
 if TYPE_CHECKING:
     import click
+
     from ollm_core.requests import CommandFactory
 
 
