@@ -113,9 +113,11 @@ def test_types_of_the_default_answers(installed):
 @pytest.mark.parametrize("answers", [{}, LONGEST], ids=["default", "longest"])
 @pytest.mark.parametrize("config", [[], ["--config", str(ROOT / "pyproject.toml")]])
 def test_style(tmp_path, answers, config):
-    """What it makes passes ruff, with its own configuration and with this repository's."""
+    """What it makes passes ruff, with its own configuration and with this repository's; which
+    packages are its own, and so the order of imports, it knows best itself.
+    """
     project = render(tmp_path / "project", **answers)
-    run_tool(project, "ruff", "check", *config, ".")
+    run_tool(project, "ruff", "check", *config, *(["--ignore", "I001"] if config else []), ".")
     run_tool(project, "ruff", "format", "--check", *config, ".")
 
 
