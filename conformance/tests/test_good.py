@@ -28,7 +28,7 @@ def test_ids_are_distinct_and_say_what_holds():
     assert len({check.id for check in checks}) == len(checks) > 45
     for check in checks:
         assert check.reason.endswith("."), check.id
-        assert len(check.look) > 8, check.id
+        assert len(check.look) > 10, check.id
 
 
 def test_every_capability_can_be_asked_for():

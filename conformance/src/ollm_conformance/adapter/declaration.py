@@ -121,7 +121,7 @@ class Declaration(AdapterSuite):
     @check(
         "declaration.tiny-config",
         "The tiny model is small, long enough for the checks, and groups its KV heads.",
-        look="tiny_config()",
+        look="tiny_config() of the adapter",
     )
     def test_tiny_config(self, subject: Subject) -> None:
         json.dumps(subject.config)
@@ -142,7 +142,7 @@ class Declaration(AdapterSuite):
     @check(
         "declaration.layout",
         "Every path of the layout leads to the module it names in the transformers tree.",
-        look="layout()",
+        look="layout() of the adapter",
     )
     def test_layout(self, subject: Subject) -> None:
         layout, model = subject.adapter.layout(subject.config), meta_model(subject.config)
@@ -161,7 +161,7 @@ class Declaration(AdapterSuite):
     @check(
         "declaration.catalog",
         "Every model of the catalog opens by its id, with the sizes that its config gives.",
-        look="catalog()",
+        look="catalog() of the adapter",
     )
     def test_catalog(self, subject: Subject) -> None:
         entries = subject.adapter.catalog()
