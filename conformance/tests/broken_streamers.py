@@ -39,6 +39,9 @@ class Wrapped(WeightStreamer):
         """What is given out for the parameters of a unit."""
         return parameters
 
+    def experts(self, layer_idx, expert_ids):
+        return self.inner.experts(layer_idx, expert_ids)
+
     def embed(self, token_ids):
         return self.inner.embed(token_ids)
 
