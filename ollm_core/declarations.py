@@ -20,12 +20,15 @@ from ollm_core.types import (
     Config,
     Layout,
     ParameterSource,
+    StateShape,
     WeightPlan,
 )
 
 _MAX_SIZE = 1 << 31
 _MAX_LAYERS = 10_000
-_MIXERS = MappingProxyType({"full_attention": "full", "sliding_attention": "sliding"})
+_MIXERS = MappingProxyType(
+    {"full_attention": "full", "sliding_attention": "sliding", "linear_attention": "recurrent"}
+)
 _DTYPE_BYTES = MappingProxyType({"float32": 4, "float16": 2, "bfloat16": 2})
 
 
@@ -74,7 +77,8 @@ class DecoderAdapter(ModelAdapter):
         return False
 
     def layer_types(self, config: Config) -> Sequence[str]:
-        """`full_attention` or `sliding_attention` for each layer, as transformers derives them.
+        """`full_attention`, `sliding_attention` or `linear_attention` for each layer, as
+        transformers derives them.
 
         Default: the config's `layer_types`; without those, `sliding_window` holds from layer
         `max_window_layers` on, unless `use_sliding_window` is false. Raises ConfigError.
@@ -94,6 +98,12 @@ class DecoderAdapter(ModelAdapter):
             "sliding_attention" if i >= first else "full_attention" for i in range(num_layers)
         )
 
+    def recurrent_states(self, config: Config) -> Sequence[StateShape]:
+        """What a layer of linear attention remembers of one sequence, see `CacheKind.states`.
+        Default: nothing, the family has no such layers.
+        """
+        return ()
+
     def layout(self, config: Config) -> Layout:
         """transformers' usual tree; another one by `replace(super().layout(config), norm=...)`.
 
@@ -107,7 +117,7 @@ class DecoderAdapter(ModelAdapter):
             raise bad_config("num_attention_heads", heads, f"a multiple of {kv_heads} KV heads")
         self._check_rope(config)
         mixers = tuple(self._mixers(config))
-        return Layout(len(mixers), mixers=mixers if "sliding" in mixers else ())
+        return Layout(len(mixers), mixers=mixers if {*mixers} != {"full"} else ())
 
     def weights(self, config: Config, tensor_names: Iterable[str]) -> WeightPlan:
         """Every parameter from its `source`, a tied head from the embedding's.
@@ -139,15 +149,18 @@ class DecoderAdapter(ModelAdapter):
         return replace(plan, ignored=ignored)
 
     def caches(self, config: Config) -> Sequence[CacheKind]:
-        """Every layer remembers all tokens, or those of its window."""
+        """Every layer remembers all tokens, or those of its window, or a state."""
         config = self._complete(config)
         _, kv_heads, head_dim = head_sizes(config)
-        full = CacheKind("full", kv_heads, head_dim)
         mixers = list(self._mixers(config))
-        if "sliding" not in mixers:
-            return (full,) * len(mixers)
-        sliding = CacheKind("sliding", kv_heads, head_dim, read_size(config, "sliding_window"))
-        return tuple(sliding if mixer == "sliding" else full for mixer in mixers)
+        kinds = {"full": CacheKind("full", kv_heads, head_dim)}
+        if "sliding" in mixers:
+            window = read_size(config, "sliding_window")
+            kinds["sliding"] = CacheKind("sliding", kv_heads, head_dim, window)
+        if "recurrent" in mixers:
+            states = tuple(self.recurrent_states(config))
+            kinds["recurrent"] = CacheKind("recurrent", states=states)
+        return tuple(kinds[mixer] for mixer in mixers)
 
     def _complete(self, config: Config) -> Config:
         return {**self.defaults, **config}
@@ -162,12 +175,13 @@ class DecoderAdapter(ModelAdapter):
         yield f"{layout.head}.weight"
 
     def _mixers(self, config: Config) -> Iterator[str]:
+        known = [one for one in _MIXERS if one != "linear_attention" or self.recurrent_states(config)]
         for i, layer_type in enumerate(self.layer_types(config)):
-            if not isinstance(layer_type, str) or layer_type not in _MIXERS:
+            if layer_type not in known:
                 raise UnsupportedError(
                     f"adapter {self.name} does not support layer {i} of type "
                     f"{ascii(layer_type)[:80]}",
-                    hint=f"it knows {' and '.join(_MIXERS)}",
+                    hint=f"it knows {' and '.join(known)}",
                 )
             if layer_type == "sliding_attention":
                 read_size(config, "sliding_window")

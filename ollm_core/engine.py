@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from ollm_core.admission import Admission, PassPlan
-from ollm_core.attention import ATTENTIONS
+from ollm_core.calls import LayerCall
 from ollm_core.chunks import Chunk, NewTokens
-from ollm_core.interfaces import KVStore, KVView
+from ollm_core.interfaces import KeepsStates, KVStore
 from ollm_core.skeleton import Skeleton
 from ollm_core.types import Progress
 from ollm_core.weights.tiered import TieredWeights
@@ -70,6 +70,8 @@ class Engine:
         with self._lock, torch.no_grad():
             start = time.perf_counter()
             read_before = store.bytes_read
+            for item in work if isinstance(store, KeepsStates) else ():
+                store.expect(item.sequence, every_token=item.drafted)
             with self._admission.admit(store, work) as plan:
                 on_disk = store.tier_bytes().disk  # all that the pass may take is reserved
                 self.counters.kv_disk_bytes = max(self.counters.kv_disk_bytes, on_disk)
@@ -98,16 +100,9 @@ class Engine:
                 step = self._skeleton.step(layer_idx)
                 for i, call in enumerate(calls):
                     chunk_hidden = hidden[i].to(device)
-                    hidden[i] = step(
-                        chunk_hidden,
-                        attention_mask=None,
-                        position_ids=call.positions,
-                        past_key_values=call,
-                        use_cache=True,
-                        position_embeddings=self._rotary(
-                            layer_idx, chunk_hidden, call, keep=len(calls) == 1
-                        ),
-                    ).to(parked)
+                    embeddings = self._rotary(layer_idx, chunk_hidden, call, keep=len(calls) == 1)
+                    run = call.step if layer_idx in self._skeleton.recurrent else call.attend
+                    hidden[i] = run(step, layer_idx, chunk_hidden, embeddings).to(parked)
                     report()
                 del chunk_hidden
                 if mixture := self._skeleton.mixtures.get(layer_idx):
@@ -198,39 +193,6 @@ class Engine:
             counters.decode_seconds += seconds
         counters.kv_bytes_read += store.bytes_read - read_before
         counters.last_plan = plan
-
-
-class LayerCall:
-    """One chunk's call of every layer; stands where a layer expects its cache."""
-
-    def __init__(
-        self,
-        store: KVStore,
-        work: Sequence[NewTokens],
-        chunk: Chunk,
-        attention: str,
-        device: torch.device,
-    ) -> None:
-        self.embeddings: dict[str | None, tuple[Tensor, Tensor]] = {}
-        self._store = store
-        self._attention = ATTENTIONS[attention]
-        self._sequences = tuple(work[row].sequence for row in chunk.rows)
-        self._starts = tuple(work[row].start + chunk.begin for row in chunk.rows)
-        steps = torch.arange(chunk.num_tokens, device=device)
-        self.positions = torch.tensor(self._starts, device=device)[:, None] + steps  # [R, T]
-
-    def update(
-        self, keys: Tensor, values: Tensor, layer_idx: int, *_: object, **__: object
-    ) -> tuple[KVView, KVView]:
-        """Store new keys and values [R, G, T, D]; what the attention function gets is a view of
-        all.
-        """
-        for row, sequence in enumerate(self._sequences):
-            self._store.append(layer_idx, sequence, keys[row], values[row])
-        view = KVView(
-            keys, values, layer_idx, self._sequences, self._starts, self._store, self._attention
-        )
-        return view, view
 
 
 def _is_prefill(work: Sequence[NewTokens]) -> bool:

@@ -272,6 +272,34 @@ class KeepsPrefixes(Protocol):
         """
 
 
+@runtime_checkable
+class KeepsStates(Protocol):
+    """What a KVStore does beside for layers with a recurrent state, which is not one of keys and
+    values and cannot be cut: each sequence can go back to the start of its last pass, and to
+    positions within it if they were asked for.
+    """
+
+    def expect(self, sequence: int, *, every_token: bool) -> None:
+        """Said before `reserve`: whether the state after each new token of the next pass is to be
+        kept until the pass after it, so that a draft can be cut anywhere.
+        """
+
+    def keeps_every_token(self, sequence: int) -> bool:
+        """What `expect` was told last."""
+
+    def state(self, layer_idx: int, sequence: int) -> Sequence[Tensor] | None:
+        """The layer's state after all tokens that it has, each of its `CacheKind.states`, valid
+        until the next call for that layer. None before the first token.
+        """
+
+    def put_state(
+        self, layer_idx: int, sequence: int, num_new: int, state: Sequence[Tensor]
+    ) -> None:
+        """Store a copy of the state after `num_new` more tokens. Raises KVStoreError for another
+        shape or dtype.
+        """
+
+
 @dataclass(frozen=True, slots=True)
 class KVView:
     """What a layer's attention may see: the new keys and values of R rows, and the store for what

@@ -29,7 +29,7 @@ from ollm_core.registry import Registry, require, supports
 from ollm_core.requests import DraftRequest, KVRequest
 from ollm_core.skeleton import Skeleton
 from ollm_core.stores import StoreOpener, fingerprinter
-from ollm_core.types import CacheKind, Config, Progress
+from ollm_core.types import CacheKind, Config, Layout, Progress
 from ollm_core.weights.codecs import LogicalTensors
 from ollm_core.weights.sources import check_source, open_source
 from ollm_core.weights.tiered import TieredWeights
@@ -109,7 +109,7 @@ def load(
     tensors = LogicalTensors(checkpoint, config, registry.offers("ollm_weight_codecs"))
     compute_dtype = _compute_dtype(dtype, {**config, **whole_config}, directory, tensors.dtypes())
     layout = adapter.layout(config)
-    kinds = _cache_kinds(adapter, config, layout.num_layers)
+    kinds = _cache_kinds(adapter, config, layout)
     skeleton = Skeleton(config, layout, compute_dtype, target)
     plan = adapter.weights(config, tensors.names)
     units = cut_units(
@@ -225,16 +225,19 @@ def _compute_dtype(
     )
 
 
-def _cache_kinds(adapter: ModelAdapter, config: Config, num_layers: int) -> tuple[CacheKind, ...]:
+def _cache_kinds(adapter: ModelAdapter, config: Config, layout: Layout) -> tuple[CacheKind, ...]:
     kinds = tuple(adapter.caches(config))
-    if len(kinds) != num_layers:
+    if len(kinds) != layout.num_layers:
         raise ConfigError(
-            f"adapter {adapter.name} gives {len(kinds)} caches, expected {num_layers}"
+            f"adapter {adapter.name} gives {len(kinds)} caches, expected {layout.num_layers}"
         )
-    for layer_idx, kind in enumerate(kinds):
-        if kind.kind == "recurrent":
-            raise UnsupportedError(
-                f"layer {layer_idx} keeps a recurrent state, which is not supported yet"
+    mixers = layout.mixers or ("full",) * layout.num_layers
+    for layer_idx, (kind, mixer) in enumerate(zip(kinds, mixers, strict=True)):
+        if {kind.kind == "recurrent", mixer == "recurrent", bool(kind.states)} == {True, False}:
+            raise ConfigError(
+                f"adapter {adapter.name} says of layer {layer_idx} that it is recurrent, and yet "
+                "not",
+                hint="layout(), caches() and the states of a cache kind must agree",
             )
         if kind.kind == "sliding" and (kind.window is None or kind.window < 2):
             raise ConfigError(

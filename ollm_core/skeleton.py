@@ -59,6 +59,10 @@ class Skeleton:
         self.rotary_types = _rotary_types(self.rotary, self.config, len(self.layers))
         self.mixtures: Mapping[int, Mixture] = dict(_mixtures(self.layers, layout))
         """Layers with routed experts, which are run in two halves."""
+        self.recurrent = frozenset(
+            i for i, mixer in enumerate(layout.mixers) if mixer == "recurrent"
+        )
+        """Layers with a state in place of keys and values."""
         self._slots = [_parameter_slots(layer) for layer in self.layers]
         if getattr(model.get_submodule(layout.head), "bias", None) is not None:
             raise ConfigError("a head with a bias is not supported")

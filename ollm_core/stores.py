@@ -9,9 +9,18 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from ollm_core.checkpoint import Checkpoint
 from ollm_core.interfaces import KVStore, ModelAdapter
-from ollm_core.kv import DeviceKVStore, DiskKVStore, HostKVStore, KeepingKVStore
+from ollm_core.kv import (
+    DeviceKVStore,
+    DiskKVStore,
+    HostKVStore,
+    HybridKVStore,
+    KeepingKVStore,
+    StateStore,
+)
 from ollm_core.registry import Registry, require, supports
 from ollm_core.requests import KVRequest
 from ollm_core.types import Config
@@ -43,10 +52,14 @@ class StoreOpener:
         name = kv or self._kv
         request = replace(self._request, directory=directory or self._request.directory)
         if offer := self._registry.check_name("ollm_kv_stores", name):
-            return offer.name, offer.make(KVStore, request)
-        tier = self._tier_with_room(request, num_tokens) if name == "auto" else name
-        require(self._adapter, f"kv-{tier}")
-        return tier, _open(tier, request)
+            tier, open_store = offer.name, functools.partial(offer.make, KVStore)
+        else:
+            tier = self._tier_with_room(request, num_tokens) if name == "auto" else name
+            require(self._adapter, f"kv-{tier}")
+            open_store = functools.partial(_open, tier)
+        if any(kind.kind == "recurrent" for kind in request.geometry.kinds):
+            return tier, _hybrid(tier, request, open_store)
+        return tier, open_store(request)
 
     def _tier_with_room(self, request: KVRequest, num_tokens: int) -> str:
         """The first tier of which the expected tokens take at most a quarter (device) or half
@@ -80,6 +93,19 @@ def fingerprinter(checkpoint: Checkpoint, config: Config) -> Callable[[], str]:
         return digest.hexdigest()[:16]
 
     return fingerprint
+
+
+def _hybrid(
+    tier: str, request: KVRequest, open_store: Callable[[KVRequest], KVStore]
+) -> HybridKVStore:
+    """A store whose states are on the device if its keys and values are, else in host memory."""
+    geometry = request.geometry
+    if tier == "device":
+        states = StateStore(geometry, request.device_account, "device", geometry.device)
+    else:
+        states = StateStore(geometry, request.host_account, "host", torch.device("cpu"))
+    attention = open_store(replace(request, geometry=geometry.attention_layers()))
+    return HybridKVStore(geometry, attention, states)
 
 
 def _open(tier: str, request: KVRequest) -> KVStore:

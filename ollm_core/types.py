@@ -140,6 +140,15 @@ class Layout:
 
 
 @dataclass(frozen=True, slots=True)
+class StateShape:
+    """One tensor of a recurrent state, of one sequence."""
+
+    shape: tuple[int, ...]
+    float32: bool = False
+    """Whether it is that, whatever the model computes in."""
+
+
+@dataclass(frozen=True, slots=True)
 class CacheKind:
     """What one layer remembers. `window` counts tokens, for "sliding" only."""
 
@@ -147,6 +156,8 @@ class CacheKind:
     num_kv_heads: int = 0
     head_dim: int = 0
     window: int | None = None
+    states: tuple[StateShape, ...] = ()
+    """For "recurrent" only: the convolution's state [channels, width], then the recurrent one."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ollm_core.attention import ATTENTIONS
 from ollm_core.buffers import round_up
+from ollm_core.calls import StateCache, run_layer
 from ollm_core.interfaces import KVStore, KVView
 from ollm_core.kv import KVGeometry
 from ollm_core.mlp import Mixture
@@ -60,6 +61,8 @@ class Workspace:
     ) -> int:
         block_size, window = self._geometry.block_size, self._geometry.kinds[layer_idx].window
         shape = layer_idx, num_rows, num_new
+        if layer_idx in self._skeleton.recurrent:
+            return self._remembered(*shape, min(num_past, 1), attention)
         below, above = num_past // block_size * block_size, round_up(num_past, block_size)
         if window is not None:
             # As many as are ever seen: their first block is then as long as any that is cut.
@@ -123,22 +126,22 @@ class Workspace:
         hidden = torch.empty(
             num_rows, num_new, hidden_size, dtype=self._geometry.dtype, device="meta"
         )
-        cache = _TracedCache(self._geometry, num_past, attention)
+        states = [
+            torch.empty(shape, dtype=dtype, device="meta")
+            for shape, dtype in self._geometry.state_shapes(layer_idx)
+        ]
 
         def run() -> Tensor:
+            cache: object = _TracedCache(self._geometry, num_past, attention)
+            if states:
+                past = states if num_past else None
+                cache = StateCache(layer_idx, [past] * num_rows, hidden.device)
             positions = torch.arange(num_new, device="meta").expand(num_rows, num_new)
             embeddings = self._skeleton.embeddings(
                 self._skeleton.meta_rotary, layer_idx, hidden, positions
             )
-            output: Tensor = self._skeleton.step(layer_idx)(
-                hidden,
-                attention_mask=None,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-                position_embeddings=embeddings,
-            )
-            return output
+            step = self._skeleton.step(layer_idx)
+            return run_layer(step, hidden, positions, embeddings, cache)
 
         return traced_peak(run)
 

@@ -27,7 +27,7 @@ ORDER = [
         "tracing",
         "chunks",
     },
-    {"hub", "gguf_import", "weights", "skeleton", "drafts"},
+    {"hub", "gguf_import", "weights", "skeleton", "drafts", "calls"},
     {"workspace", "cache"},
     {"admission", "stores"},
     {"engine"},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ class KVGeometry:
     """The shape of what a store keeps, layer by layer. `device` is where attention computes."""
 
     kinds: tuple[CacheKind, ...]
-    """One per layer: "full", or "sliding" with its window."""
+    """One per layer."""
     dtype: torch.dtype
     device: torch.device
     block_size: int = 256
@@ -61,6 +61,23 @@ class KVGeometry:
         """The start of a byte `buffer` as a block of a layer."""
         part = buffer[: self.block_bytes(layer_idx)]
         return part.view(self.dtype).view(self.block_shape(layer_idx))
+
+    def state_shapes(self, layer_idx: int) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
+        """Shape and dtype of each tensor of a recurrent layer's state."""
+        return tuple(
+            (state.shape, torch.float32 if state.float32 else self.dtype)
+            for state in self.kinds[layer_idx].states
+        )
+
+    def state_bytes(self, layer_idx: int) -> int:
+        """Bytes of a recurrent layer's state, of one sequence."""
+        return sum(
+            math.prod(shape) * dtype.itemsize for shape, dtype in self.state_shapes(layer_idx)
+        )
+
+    def attention_layers(self) -> KVGeometry:
+        """The same for the layers alone that have keys and values."""
+        return replace(self, kinds=tuple(one for one in self.kinds if one.kind != "recurrent"))
 
     def first_needed(self, layer_idx: int, num_tokens: int) -> int:
         """The first position that a layer must have kept to go on after `num_tokens`. It always

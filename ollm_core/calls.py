@@ -1,0 +1,143 @@
+"""One chunk's calls of every layer, and what a layer is given there for its cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, LinearAttentionLayer
+
+from ollm_core.attention import ATTENTIONS
+from ollm_core.chunks import Chunk, NewTokens
+from ollm_core.interfaces import KeepsStates, KVStore, KVView
+
+Embeddings = tuple[Tensor, Tensor]
+"""Cosines and sines, [R, T, D] each."""
+
+
+class LayerCall:
+    """One chunk's call of every layer; stands where a layer expects its cache."""
+
+    def __init__(
+        self,
+        store: KVStore,
+        work: Sequence[NewTokens],
+        chunk: Chunk,
+        attention: str,
+        device: torch.device,
+    ) -> None:
+        self.embeddings: dict[str | None, Embeddings] = {}
+        self._store = store
+        self._attention = ATTENTIONS[attention]
+        self._sequences = tuple(work[row].sequence for row in chunk.rows)
+        self._starts = tuple(work[row].start + chunk.begin for row in chunk.rows)
+        steps = torch.arange(chunk.num_tokens, device=device)
+        self.positions = torch.tensor(self._starts, device=device)[:, None] + steps  # [R, T]
+
+    def attend(
+        self, step: Callable[..., Tensor], layer_idx: int, hidden: Tensor, embeddings: Embeddings
+    ) -> Tensor:
+        """Run a layer with keys and values, or its first half: [R, T, C] -> the same."""
+        return run_layer(step, hidden, self.positions, embeddings, self)
+
+    def update(
+        self, keys: Tensor, values: Tensor, layer_idx: int, *_: object, **__: object
+    ) -> tuple[KVView, KVView]:
+        """Store new keys and values [R, G, T, D]; what the attention function gets is a view of
+        all.
+        """
+        for row, sequence in enumerate(self._sequences):
+            self._store.append(layer_idx, sequence, keys[row], values[row])
+        view = KVView(
+            keys, values, layer_idx, self._sequences, self._starts, self._store, self._attention
+        )
+        return view, view
+
+    def step(
+        self, step: Callable[..., Tensor], layer_idx: int, hidden: Tensor, embeddings: Embeddings
+    ) -> Tensor:
+        """Run a recurrent layer, or its first half: [R, T, C] -> the same. Where the state after
+        each token is wanted, token by token, as decoding does.
+        """
+        store = self._store
+        assert isinstance(store, KeepsStates), "a model with recurrent layers has such a store"
+        if not store.keeps_every_token(self._sequences[0]):
+            return self._part(step, layer_idx, hidden, embeddings, slice(None), store)
+        parts = [
+            self._part(step, layer_idx, hidden, embeddings, slice(i, i + 1), store)
+            for i in range(hidden.shape[1])
+        ]
+        return torch.cat(parts, dim=1)
+
+    def _part(
+        self,
+        step: Callable[..., Tensor],
+        layer_idx: int,
+        hidden: Tensor,
+        embeddings: Embeddings,
+        part: slice,
+        store: KeepsStates,
+    ) -> Tensor:
+        cosines, sines = embeddings
+        states = [store.state(layer_idx, sequence) for sequence in self._sequences]
+        cache = StateCache(layer_idx, states, hidden.device)
+        output = run_layer(
+            step,
+            hidden[:, part],
+            self.positions[:, part],
+            (cosines[:, part], sines[:, part]),
+            cache,
+        )
+        for sequence, state in zip(self._sequences, cache.states(), strict=True):
+            store.put_state(layer_idx, sequence, output.shape[1], state)
+        return output
+
+
+class StateCache(Cache):
+    """The cache of one recurrent layer for one call: transformers' own layer inside."""
+
+    def __init__(
+        self,
+        layer_idx: int,
+        states: Sequence[Sequence[Tensor] | None],
+        device: torch.device,
+    ) -> None:
+        """`states` of each row, which are copied; all of them are None before the first token."""
+        super().__init__(layers=[])
+        self._layer = LinearAttentionLayer()
+        self.layers = {layer_idx: self._layer}
+        rows = [state for state in states if state is not None]
+        if rows:
+            assert len(rows) == len(states), "rows of one call have all begun, or none has"
+            convolution, recurrent = (
+                torch.stack(tensors).to(device) for tensors in zip(*rows, strict=True)
+            )
+            self._layer.lazy_initialization(conv_states=convolution)
+            self._layer.lazy_initialization(recurrent_states=recurrent)
+            self._layer.conv_states[0] = convolution
+            self._layer.recurrent_states[0] = recurrent
+            self._layer.has_previous_state[0] = True
+
+    def states(self) -> list[tuple[Tensor, Tensor]]:
+        """Of each row, after the call."""
+        convolution, recurrent = self._layer.conv_states[0], self._layer.recurrent_states[0]
+        return list(zip(convolution.unbind(), recurrent.unbind(), strict=True))
+
+
+def run_layer(
+    step: Callable[..., Tensor],
+    hidden: Tensor,
+    positions: Tensor,
+    embeddings: Embeddings,
+    cache: object,
+) -> Tensor:
+    """Call a layer, or its first half, as transformers does: [R, T, C] -> the same."""
+    return step(
+        hidden,
+        attention_mask=None,
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+        position_embeddings=embeddings,
+    )
