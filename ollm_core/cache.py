@@ -38,6 +38,8 @@ class SequenceCache(Cache):
         """Sequence of each batch row."""
         self.kept: list[Tensor] = []
         """Per row, bool [S]: which positions of the padded batch are real tokens."""
+        self.drafting = False
+        """Whether passes may bring drafts."""
         self._kinds = tuple(kinds)
         self.finalizer = weakref.finalize(self, store.close)
 
@@ -147,7 +149,10 @@ class SequenceCache(Cache):
         self._pick(picked.tolist())
 
     def activate_past_recording(self) -> None:
-        """Nothing to do: the store can be truncated, in sliding layers by about a block."""
+        """Assisted decoding begins: tokens after the first one whose logits are wanted are guesses,
+        and may be cut.
+        """
+        self.drafting = True
 
     def _pick(self, sources: list[int]) -> None:
         forks = [self.store.fork(self.rows[source]) for source in sources]

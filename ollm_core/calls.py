@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +33,11 @@ class LayerCall:
         self._attention = ATTENTIONS[attention]
         self._sequences = tuple(work[row].sequence for row in chunk.rows)
         self._starts = tuple(work[row].start + chunk.begin for row in chunk.rows)
+        first = work[chunk.rows[0]]
+        num_sure = min(len(first.token_ids) - first.num_drafted, chunk.end) - chunk.begin
+        self._parts = [slice(i, i + 1) for i in range(max(num_sure, 0), chunk.num_tokens)]
+        if num_sure > 0:
+            self._parts.insert(0, slice(0, num_sure))
         steps = torch.arange(chunk.num_tokens, device=device)
         self.positions = torch.tensor(self._starts, device=device)[:, None] + steps  # [R, T]
 
@@ -57,18 +63,15 @@ class LayerCall:
     def step(
         self, step: Callable[..., Tensor], layer_idx: int, hidden: Tensor, embeddings: Embeddings
     ) -> Tensor:
-        """Run a recurrent layer, or its first half: [R, T, C] -> the same. Where the state after
-        each token is wanted, token by token, as decoding does.
+        """Run a recurrent layer, or its first half: [R, T, C] -> the same. Drafted tokens go one by
+        one, as when decoding, because the state before each is wanted.
         """
         store = self._store
         assert isinstance(store, KeepsStates), "a model with recurrent layers has such a store"
-        if not store.keeps_every_token(self._sequences[0]):
-            return self._part(step, layer_idx, hidden, embeddings, slice(None), store)
         parts = [
-            self._part(step, layer_idx, hidden, embeddings, slice(i, i + 1), store)
-            for i in range(hidden.shape[1])
+            self._part(step, layer_idx, hidden, embeddings, part, store) for part in self._parts
         ]
-        return torch.cat(parts, dim=1)
+        return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
     def _part(
         self,
@@ -106,7 +109,8 @@ class StateCache(Cache):
         """`states` of each row, which are copied; all of them are None before the first token."""
         super().__init__(layers=[])
         self._layer = LinearAttentionLayer()
-        self.layers = {layer_idx: self._layer}
+        layers: Any = {layer_idx: self._layer}  # transformers only asks for this one
+        self.layers = layers
         rows = [state for state in states if state is not None]
         if rows:
             assert len(rows) == len(states), "rows of one call have all begun, or none has"
@@ -122,6 +126,8 @@ class StateCache(Cache):
     def states(self) -> list[tuple[Tensor, Tensor]]:
         """Of each row, after the call."""
         convolution, recurrent = self._layer.conv_states[0], self._layer.recurrent_states[0]
+        assert convolution is not None, "the layer was called"
+        assert recurrent is not None, "the layer was called"
         return list(zip(convolution.unbind(), recurrent.unbind(), strict=True))
 
 

@@ -19,8 +19,8 @@ class NewTokens:
     token_ids: Tensor
     start: int
     num_logits: int = 1
-    drafted: bool = False
-    """Whether the sequence may be cut after any of these tokens when they are known to be wrong."""
+    num_drafted: int = 0
+    """How many of the last ones are guesses: the sequence may be cut before any of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +42,12 @@ class Chunk:
 def cut_chunks(work: Sequence[NewTokens], chunk_size: int) -> Iterator[Chunk]:
     """Cut `work` into chunks of at most `chunk_size` tokens.
 
-    Sequences with equally many new tokens share a call while they fit in a chunk together, if all
-    of them go on or all begin, and all are drafted or none is; a longer one goes chunk by chunk,
-    alone.
+    Sequences with equally many new tokens and guesses share a call while they fit in a chunk
+    together, if all of them go on or all begin; a longer one goes chunk by chunk, alone.
     """
-    alike: dict[tuple[int, bool, bool], list[int]] = {}
+    alike: dict[tuple[int, int, bool], list[int]] = {}
     for row, item in enumerate(work):
-        key = len(item.token_ids), item.drafted, item.start > 0
+        key = len(item.token_ids), item.num_drafted, item.start > 0
         alike.setdefault(key, []).append(row)
     for (length, *_), rows in alike.items():
         together = max(chunk_size // length, 1)

@@ -175,7 +175,9 @@ class DecoderAdapter(ModelAdapter):
         yield f"{layout.head}.weight"
 
     def _mixers(self, config: Config) -> Iterator[str]:
-        known = [one for one in _MIXERS if one != "linear_attention" or self.recurrent_states(config)]
+        known = [
+            one for one in _MIXERS if one != "linear_attention" or self.recurrent_states(config)
+        ]
         for i, layer_type in enumerate(self.layer_types(config)):
             if layer_type not in known:
                 raise UnsupportedError(
@@ -263,16 +265,18 @@ def catalog_entry(
     num_parameters: int,
     license: str,
     chat: bool = True,
+    weight_bytes: int | None = None,
 ) -> CatalogEntry:
     """A known model: its id, hub repository, the content of its config.json, and its size.
 
-    `num_parameters` counts a tied head once, as the checkpoint does; all are stored in the config's
-    dtype. The config is copied, so that what transformers does to it stays with that caller.
+    `num_parameters` counts a tied head once, as the checkpoint does. `weight_bytes` of all tensors
+    in the checkpoint; default: that many, stored in the config's dtype. The config is copied, so
+    that what transformers does to it stays with that caller.
     """
     dtype = str(config.get("dtype") or config.get("torch_dtype"))
     if dtype not in _DTYPE_BYTES:
         raise bad_config("dtype", dtype, f"one of {', '.join(_DTYPE_BYTES)}")
     return CatalogEntry(
-        model_id, repo, num_parameters, num_parameters * _DTYPE_BYTES[dtype],
+        model_id, repo, num_parameters, weight_bytes or num_parameters * _DTYPE_BYTES[dtype],
         copy.deepcopy(dict(config)), chat, license,
     )  # fmt: skip

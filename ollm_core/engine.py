@@ -70,8 +70,9 @@ class Engine:
         with self._lock, torch.no_grad():
             start = time.perf_counter()
             read_before = store.bytes_read
-            for item in work if isinstance(store, KeepsStates) else ():
-                store.expect(item.sequence, every_token=item.drafted)
+            if isinstance(store, KeepsStates):
+                for item in work:
+                    store.expect(item.sequence, item.num_drafted)
             with self._admission.admit(store, work) as plan:
                 on_disk = store.tier_bytes().disk  # all that the pass may take is reserved
                 self.counters.kv_disk_bytes = max(self.counters.kv_disk_bytes, on_disk)

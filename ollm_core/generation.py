@@ -189,10 +189,10 @@ class StreamedModel(PreTrainedModel, GenerationMixin, Closing):
         self, cache: SequenceCache, tokens: Sequence[Tensor], num_logits: Sequence[int]
     ) -> list[Tensor]:
         """Run each row's tokens after those that it has."""
-        work = [
-            NewTokens(cache.rows[row], ids, cache.num_tokens(row), n)
-            for row, (ids, n) in enumerate(zip(tokens, num_logits, strict=True))
-        ]
+        work = []
+        for row, (ids, n) in enumerate(zip(tokens, num_logits, strict=True)):
+            num_drafted = n - 1 if cache.drafting else 0
+            work.append(NewTokens(cache.rows[row], ids, cache.num_tokens(row), n, num_drafted))
         return self.engine.run(cache.store, work)
 
     def _check(self, ids: Tensor, kept: Tensor, cache: SequenceCache) -> None:

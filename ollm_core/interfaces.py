@@ -275,17 +275,12 @@ class KeepsPrefixes(Protocol):
 @runtime_checkable
 class KeepsStates(Protocol):
     """What a KVStore does beside for layers with a recurrent state, which is not one of keys and
-    values and cannot be cut: each sequence can go back to the start of its last pass, and to
-    positions within it if they were asked for.
+    values and cannot be cut: each sequence can go back to the start of its last pass, and to before
+    each of the pass's drafted tokens.
     """
 
-    def expect(self, sequence: int, *, every_token: bool) -> None:
-        """Said before `reserve`: whether the state after each new token of the next pass is to be
-        kept until the pass after it, so that a draft can be cut anywhere.
-        """
-
-    def keeps_every_token(self, sequence: int) -> bool:
-        """What `expect` was told last."""
+    def expect(self, sequence: int, num_drafted: int) -> None:
+        """Said before `reserve`: how many of the next pass's last tokens are drafted."""
 
     def state(self, layer_idx: int, sequence: int) -> Sequence[Tensor] | None:
         """The layer's state after all tokens that it has, each of its `CacheKind.states`, valid

@@ -17,7 +17,7 @@ from ollm_core.attention import ATTENTIONS
 from ollm_core.checkpoint import Checkpoint, open_checkpoint, read_config
 from ollm_core.drafts import LookupDrafter
 from ollm_core.engine import Engine
-from ollm_core.errors import ConfigError, InputError, PluginError, UnsupportedError
+from ollm_core.errors import ConfigError, InputError, PluginError
 from ollm_core.generation import StreamedModel
 from ollm_core.hub import resolve
 from ollm_core.interfaces import ByteSource, Drafter, ModelAdapter

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,18 +13,23 @@ from pathlib import Path
 import torch
 
 from ollm_core.checkpoint import Checkpoint
+from ollm_core.errors import KVStoreError
 from ollm_core.interfaces import KVStore, ModelAdapter
 from ollm_core.kv import (
     DeviceKVStore,
     DiskKVStore,
     HostKVStore,
     HybridKVStore,
+    KeepingHybridKVStore,
     KeepingKVStore,
+    StateFiles,
     StateStore,
 )
 from ollm_core.registry import Registry, require, supports
 from ollm_core.requests import KVRequest
 from ollm_core.types import Config
+
+logger = logging.getLogger("ollm")
 
 TIERS = ("device", "host", "disk")
 
@@ -105,6 +111,13 @@ def _hybrid(
     else:
         states = StateStore(geometry, request.host_account, "host", torch.device("cpu"))
     attention = open_store(replace(request, geometry=geometry.attention_layers()))
+    if isinstance(attention, KeepingKVStore) and request.directory is not None:
+        try:
+            files = StateFiles(request.directory, geometry, request.fingerprint())
+        except (OSError, KVStoreError) as error:
+            logger.warning("recurrent states are not kept: %s", error)
+        else:
+            return KeepingHybridKVStore(geometry, attention, states, files)
     return HybridKVStore(geometry, attention, states)
 
 

@@ -138,7 +138,7 @@ def find_homes(parent: Path) -> Iterator[Path]:
     with suppress(OSError):
         for path in parent.glob(f"{PREFIX}*"):
             with suppress(OSError):
-                if _is_private(path.lstat()):
+                if is_private(path.lstat()):
                     found.append((_last_written(path), path))
     yield from (path for _, path in sorted(found, reverse=True))
 
@@ -156,7 +156,7 @@ def lock_home(directory: Path) -> int | None:
     """
     lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     found = os.fstat(lock)
-    if not _is_private(found):
+    if not is_private(found):
         os.close(lock)
         raise KVStoreError(f"{directory}: not a private directory of this user")
     if not _lock(lock):
@@ -268,7 +268,8 @@ def _lock(directory: int) -> bool:
     return True
 
 
-def _is_private(found: os.stat_result) -> bool:
+def is_private(found: os.stat_result) -> bool:
+    """Whether that is a directory which only this user may enter."""
     mine = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
     return mine and not found.st_mode & 0o077
 

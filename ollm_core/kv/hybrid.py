@@ -53,13 +53,9 @@ class HybridKVStore(KVStore):
     ) -> Iterator[tuple[Tensor, Tensor]]:
         return self._attention.blocks(self._place(layer_idx), sequence, num_tokens, first)
 
-    def expect(self, sequence: int, *, every_token: bool) -> None:
+    def expect(self, sequence: int, num_drafted: int) -> None:
         """See KeepsStates."""
-        self._states.expect(sequence, every_token=every_token)
-
-    def keeps_every_token(self, sequence: int) -> bool:
-        """See KeepsStates."""
-        return self._states.keeps_every_token(sequence)
+        self._states.expect(sequence, num_drafted)
 
     def state(self, layer_idx: int, sequence: int) -> Sequence[Tensor] | None:
         """See KeepsStates."""
@@ -80,8 +76,8 @@ class HybridKVStore(KVStore):
         return self._attention.num_tokens(sequence, self._place(layer_idx))
 
     def truncate(self, sequence: int, num_tokens: int) -> None:
-        """See KVStore. A recurrent layer goes back to where the last pass began, or to nothing; to
-        each token of a pass only if that was expected.
+        """See KVStore. A recurrent layer goes back to where the last pass began, to before each of
+        its drafted tokens, or to nothing.
         """
         self._check(sequence, num_tokens, "truncate to")
         self._attention.truncate(sequence, num_tokens)

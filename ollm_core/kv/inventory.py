@@ -9,11 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ollm_core.buffers import PAGE, round_up
 from ollm_core.errors import InputError, KVStoreError
 from ollm_core.kv.files import open_own
 from ollm_core.kv.home import find_homes, is_home, lock_home, remove_files
 from ollm_core.kv.journal import Journal, LayerBlocks, Prefix, checksum, read_journal
+from ollm_core.kv.state_files import remove_states
 
 _MAX_BLOCK_BYTES = 1 << 30
 _MAX_LAYERS = 10_000
@@ -100,7 +103,19 @@ def remove(kept: Sequence[Kept]) -> list[Kept]:
                 _shorten(directory, rest, mine[0].block_bytes)
             else:
                 remove_files(directory)
+    _remove_states([one for one in kept if one not in in_use])
     return in_use
+
+
+def _remove_states(gone: Sequence[Kept]) -> None:
+    """Remove the recurrent states of removed prefixes that no other prefix begins with."""
+    for parent, fingerprint in {(one.directory.parent, one.fingerprint) for one in gone}:
+        left = [one for one in list_kept(parent)[0] if one.fingerprint == fingerprint]
+        tokens = [
+            [torch.frombuffer(one.prefix.token_ids, dtype=torch.int32) for one in some]
+            for some in (gone, left)
+        ]
+        remove_states(parent, fingerprint, *tokens)
 
 
 def remove_empty(directories: Sequence[Path]) -> list[Path]:

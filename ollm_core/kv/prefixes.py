@@ -110,6 +110,10 @@ class KeepingKVStore(DiskKVStore):
         if self._keeps and num_full > self._num_kept.get(sequence, 0):
             self._guarded(sequence, num_full)
 
+    def token_ids(self, sequence: int) -> Tensor:
+        """What is known of a sequence's tokens, int32 [T], from its start on."""
+        return self._known(sequence)
+
     def truncate(self, sequence: int, num_tokens: int) -> None:
         super().truncate(sequence, num_tokens)
         self._token_ids[sequence] = self._known(sequence, num_tokens)

@@ -20,8 +20,8 @@ from ollm_core.types import Tier
 _KIND = "recurrent states"
 
 State = tuple[Tensor, ...]
-OnState = Callable[[int, int, int, Sequence[Tensor]], None]
-"""Told of each state that is put: layer, sequence, number of tokens, the state."""
+OnState = Callable[[int, int, int, int, Sequence[Tensor]], None]
+"""Told of each state that is put: layer, sequence, number of new tokens, of all, the state."""
 
 
 @dataclass(eq=False, slots=True)
@@ -40,7 +40,10 @@ class _Sequence:
     layers: dict[int, _Layer]
     start: int = 0
     """Where the last pass began."""
-    every_token: bool = False
+    num_drafted: int = 0
+    """Of the pass to come."""
+    keep_from: int = 0
+    """States after that many tokens and more are kept in this pass."""
     num_sets: int = 0
     """States of each layer that are paid for."""
 
@@ -48,8 +51,8 @@ class _Sequence:
 class StateStore(Closing):
     """States of the recurrent layers of one model.
 
-    A sequence holds the state where it is and where its last pass began: it can go back there, or
-    to nothing. A pass that was told to keep `every_token` can also go back to each of its tokens.
+    A sequence holds the state where it is, where its last pass began, and before each drafted token
+    of that: it can go back there, or to nothing.
     """
 
     def __init__(
@@ -74,13 +77,9 @@ class StateStore(Closing):
         """A fresh, empty sequence of that number."""
         self._sequences[sequence] = _Sequence({layer_idx: _Layer() for layer_idx in self.shapes})
 
-    def expect(self, sequence: int, *, every_token: bool) -> None:
+    def expect(self, sequence: int, num_drafted: int) -> None:
         """See KeepsStates."""
-        self._sequences[sequence].every_token = every_token
-
-    def keeps_every_token(self, sequence: int) -> bool:
-        """See KeepsStates."""
-        return self._sequences[sequence].every_token
+        self._sequences[sequence].num_drafted = num_drafted
 
     def growth_bytes(self, sequence: int, num_tokens: int) -> TierBytes:
         """What `reserve` would take."""
@@ -96,6 +95,7 @@ class StateStore(Closing):
             self._charges.take(_KIND, (wanted - found.num_sets) * self._set_bytes)
             found.num_sets = wanted
         found.start = self.num_tokens(sequence)
+        found.keep_from = num_tokens - found.num_drafted
         for layer in found.layers.values():
             layer.spares += [layer.at.pop(n) for n in [*layer.at] if n != layer.num_tokens]
         self._shrink(found, wanted)
@@ -119,7 +119,7 @@ class StateStore(Closing):
         found = self._sequences[sequence]
         layer = found.layers[layer_idx]
         self._check(layer_idx, state)
-        if layer.num_tokens != found.start and not found.every_token:
+        if found.start < layer.num_tokens < found.keep_from:
             layer.spares.append(layer.at.pop(layer.num_tokens))
         kept = layer.spares.pop() if layer.spares else self._new(layer_idx)
         for place, value in zip(kept, state, strict=True):
@@ -127,7 +127,7 @@ class StateStore(Closing):
         layer.num_tokens += num_new
         layer.at[layer.num_tokens] = kept
         if self.on_state:
-            self.on_state(layer_idx, sequence, layer.num_tokens, kept)
+            self.on_state(layer_idx, sequence, num_new, layer.num_tokens, kept)
 
     def restorable(self, sequence: int, num_tokens: int) -> bool:
         """Whether every layer can go back to `num_tokens`."""
@@ -186,9 +186,8 @@ class StateStore(Closing):
 
     def _wanted(self, sequence: int, num_tokens: int) -> int:
         """Sets of states that a pass to `num_tokens` needs."""
-        num_new = num_tokens - self.num_tokens(sequence)
-        num_sets = num_new if self._sequences[sequence].every_token else min(num_new, 1)
-        return num_sets + int(self.num_tokens(sequence) > 0)
+        start, num_drafted = self.num_tokens(sequence), self._sequences[sequence].num_drafted
+        return int(start > 0) + min(num_tokens - start, 1 + num_drafted)
 
     def _shrink(self, found: _Sequence, num_sets: int) -> None:
         """Give back what is paid for beyond `num_sets`."""

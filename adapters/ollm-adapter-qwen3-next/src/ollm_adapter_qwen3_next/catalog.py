@@ -68,18 +68,17 @@ _MOE_30B: dict[str, Any] = {
 }
 
 
-def _entry(
-    model_id: str, repo: str, config: dict[str, Any], num_parameters: int
-) -> CatalogEntry:
-    return catalog_entry(
-        model_id, repo, config, num_parameters=num_parameters, license="apache-2.0"
-    )
-
-
 def qwen3_next() -> tuple[CatalogEntry, ...]:
-    """New objects at every call. The parameters count those of the layer that drafts."""
+    """New objects at every call. The bytes count the layer that drafts, the parameters do not."""
     return tuple(
-        _entry(model_id, f"Qwen/Qwen3-Next-80B-A3B-{kind}", _NEXT_80B, 81_324_862_720)
+        catalog_entry(
+            model_id,
+            f"Qwen/Qwen3-Next-80B-A3B-{kind}",
+            _NEXT_80B,
+            num_parameters=79_674_391_296,
+            weight_bytes=2 * 81_324_862_720,
+            license="apache-2.0",
+        )
         for model_id, kind in (
             ("qwen3-next-80B", "Instruct"),
             ("qwen3-next-80B-thinking", "Thinking"),
@@ -90,7 +89,13 @@ def qwen3_next() -> tuple[CatalogEntry, ...]:
 def qwen3_moe() -> tuple[CatalogEntry, ...]:
     """New objects at every call."""
     return tuple(
-        _entry(model_id, f"Qwen/Qwen3-30B-A3B-{kind}-2507", _MOE_30B, 30_532_122_624)
+        catalog_entry(
+            model_id,
+            f"Qwen/Qwen3-30B-A3B-{kind}-2507",
+            _MOE_30B,
+            num_parameters=30_532_122_624,
+            license="apache-2.0",
+        )
         for model_id, kind in (
             ("qwen3-30B", "Instruct"),
             ("qwen3-30B-thinking", "Thinking"),

@@ -20,8 +20,8 @@ class QwenMoe(DecoderAdapter):
     are dense.
     """
 
-    sizes = ("vocab_size", "hidden_size", "num_experts", "num_experts_per_tok")
-    rope_types = ("default", "linear", "yarn")
+    sizes: tuple[str, ...] = ("vocab_size", "hidden_size", "num_experts", "num_experts_per_tok")
+    rope_types: tuple[str, ...] = ("default", "linear", "yarn")
 
     @abstractmethod
     def mixer_parameters(self, config: Config, layer_idx: int) -> Iterable[str]:

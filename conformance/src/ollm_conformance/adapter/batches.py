@@ -79,9 +79,10 @@ class Drafts(AdapterSuite):
         prompt, num_drafted = subject.prompt(509), 4
         tokens, logits = subject.reference().greedy(prompt, 10)
         with subject.open(kv=kv) as model:
-            cache = model.new_cache()
-            model(input_ids=prompt[None], past_key_values=cache, logits_to_keep=1)
             for num_right in range(num_drafted + 1):
+                cache = model.new_cache()
+                model(input_ids=prompt[None], past_key_values=cache, logits_to_keep=1)
+                cache.activate_past_recording()
                 wrong = [(token + 1) % subject.vocab_size for token in tokens]
                 draft = [tokens[0], *tokens[1 : num_right + 1], *wrong[num_right + 1 :]]
                 draft = draft[: num_drafted + 1]
@@ -96,7 +97,7 @@ class Drafts(AdapterSuite):
                 same_within(
                     after, logits[num_right + 2 : num_right + 3], 1e-4, f"the step after, {what}"
                 )
-                cache.crop(-(num_right + 2))
+                cache.close()
 
     @check(
         "drafts.assisted",

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers.cache_utils import LinearAttentionLayer
 
 from ollm_conformance.adapter.base import AdapterSuite
 from ollm_conformance.checks import check
 from ollm_conformance.compare import same_bits, same_tokens, same_within
 from ollm_conformance.subject import PROMPT, Subject, generate, greedy
+from ollm_core import CacheKind
 
 _LOOK = "caches(): kind, num_kv_heads, head_dim and window of each layer"
 _TIERS = pytest.mark.parametrize(
@@ -30,7 +32,7 @@ class Caches(AdapterSuite):
         look=_LOOK,
     )
     def test_kinds(self, subject: Subject) -> None:
-        reference = subject.reference()
+        reference = subject.reference("bfloat16")
         cache = reference.new_cache()
         reference.run(subject.prompt(PROMPT), cache=cache)
         declared = subject.adapter.caches(subject.config)
@@ -38,6 +40,9 @@ class Caches(AdapterSuite):
             f"expected {len(cache.layers)} layers, got {len(declared)}"
         )
         for layer_idx, (kind, layer) in enumerate(zip(declared, cache.layers, strict=True)):
+            if isinstance(layer, LinearAttentionLayer):
+                _check_state(kind, layer, layer_idx)
+                continue
             window = getattr(layer, "sliding_window", None)
             name = "sliding" if window else "full"
             assert (kind.kind, kind.window) == (name, window), (
@@ -205,3 +210,16 @@ class Caches(AdapterSuite):
             most += blocks * -(-2 * 2 * kind.num_kv_heads * kind.head_dim * block // 4096) * 4096
         staging = 64 << 20 if kv == "disk" else 0
         assert 0 < found <= most + staging, f"expected at most {most} bytes of KV, got {found}"
+
+
+def _check_state(kind: CacheKind, layer: LinearAttentionLayer, layer_idx: int) -> None:
+    """The declared state must have the shapes of that in transformers, and be in float32 where that
+    is, in a bfloat16 model.
+    """
+    states = layer.conv_states[0], layer.recurrent_states[0]
+    found = [(tuple(s.shape[1:]), s.dtype == torch.float32) for s in states if s is not None]
+    declared = [(state.shape, state.float32) for state in kind.states]
+    assert (kind.kind, declared) == ("recurrent", found), (
+        f"layer {layer_idx}: expected recurrent {found} (shape, float32), "
+        f"got {kind.kind} {declared}"
+    )

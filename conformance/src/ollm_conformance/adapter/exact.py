@@ -81,7 +81,10 @@ class Exact(AdapterSuite):
             found = model(input_ids=prompt[None]).logits[0]
         same_bits(found, reference.run(prompt, chunk_size), f"logits in chunks of {chunk_size}")
         whole = reference.run(prompt, PROMPT)
-        same_within(found, whole, 1e-4, f"chunks of {chunk_size} against one chunk")
+        # A recurrence adds up the rounding of its own pieces, in transformers too.
+        recurrent = any(kind.states for kind in subject.adapter.caches(subject.config))
+        tolerance = 1e-3 if recurrent else 1e-4
+        same_within(found, whole, tolerance, f"chunks of {chunk_size} against one chunk")
         same_tokens(found.argmax(-1).tolist(), whole.argmax(-1).tolist(), "most likely tokens")
 
     @check(

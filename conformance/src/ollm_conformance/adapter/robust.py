@@ -31,7 +31,7 @@ class Isolation(AdapterSuite):
         look=_LOOK,
     )
     def test_interleaved(self, subject: Subject) -> None:
-        prompt = subject.prompt(200)
+        prompt = subject.prompt(200).clamp(max=subject.vocab_size - 2)
         directories = [subject.tiny(), _other(subject)]
         expected = [subject.reference(directory=d).greedy(prompt, 8)[0] for d in directories]
         models = [subject.open(d) for d in directories]
@@ -56,7 +56,7 @@ class Isolation(AdapterSuite):
         look=_LOOK,
     )
     def test_threads(self, subject: Subject) -> None:
-        prompt = subject.prompt(150)
+        prompt = subject.prompt(150).clamp(max=subject.vocab_size - 2)
         directories = [subject.tiny(), _other(subject)]
         references = [subject.reference(directory=directory) for directory in directories]
         expected = [reference.greedy(prompt, 8)[0] for reference in references]

@@ -1,0 +1,305 @@
+"""Recurrent states: what a sequence can go back to, what it holds, and what is kept on disk."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from ollm_core import CacheKind, DoesNotFitError, KVStoreError, StateShape
+from ollm_core.kv import (
+    DeviceKVStore,
+    HybridKVStore,
+    KeepingHybridKVStore,
+    KeepingKVStore,
+    KVGeometry,
+    StateFiles,
+    StateStore,
+)
+from ollm_core.memory import MemoryAccount
+
+FULL = CacheKind("full", 1, 2)
+RECURRENT = CacheKind("recurrent", states=(StateShape((3, 2)), StateShape((2, 2), float32=True)))
+CPU = torch.device("cpu")
+GEOMETRY = KVGeometry((RECURRENT, FULL, RECURRENT), torch.bfloat16, CPU, block_size=4)
+SET_BYTES = 2 * (3 * 2 * 2 + 2 * 2 * 4)
+RECURRENT_LAYERS = (0, 2)
+
+
+def state_after(token_ids, layer_idx):
+    """A state that depends on every token and the layer."""
+    value = (hash((layer_idx, *token_ids)) % 250) / 2
+    return torch.full((3, 2), value, dtype=torch.bfloat16), torch.full((2, 2), value + 0.25)
+
+
+def run(store, sequence, before, new, num_drafted=0, chunk=3, layers=(0, 1, 2)):
+    """A pass as the engine makes it, of which only `layers` are reached."""
+    store.expect(sequence, num_drafted)
+    total = len(before) + len(new)
+    store.reserve(sequence, total, chunk)
+    for layer_idx in layers:
+        done = 0
+        while done < len(new):
+            count = min(chunk, len(new) - done, max(len(new) - num_drafted - done, 1))
+            if layer_idx == 1:
+                keys = torch.tensor(new[done : done + count], dtype=torch.bfloat16)
+                keys = keys[None, :, None].expand(1, count, 2)
+                store.append(1, sequence, keys, keys)
+            else:
+                known = [*before, *new[: done + count]]
+                store.put_state(layer_idx, sequence, count, state_after(known, layer_idx))
+            done += count
+
+
+def check_tokens(store, sequence, token_ids):
+    """The store holds exactly these."""
+    assert store.num_tokens(sequence) == len(token_ids)
+    keys = [k for k, _ in store.blocks(1, sequence)]
+    found = torch.cat(keys, dim=1)[0, :, 0].tolist() if keys else []
+    assert found == token_ids
+    for layer_idx in RECURRENT_LAYERS:
+        state = store.state(layer_idx, sequence)
+        if not token_ids:
+            assert state is None
+            continue
+        for value, expected in zip(state, state_after(token_ids, layer_idx), strict=True):
+            assert torch.equal(value, expected)
+
+
+def new_store(limit=1 << 20):
+    account = MemoryAccount("memory", limit)
+    states = StateStore(GEOMETRY, account, "device", CPU)
+    attention = DeviceKVStore(GEOMETRY.attention_layers(), MemoryAccount("kv", 1 << 20))
+    return HybridKVStore(GEOMETRY, attention, states), account
+
+
+tokens = st.lists(st.integers(0, 100), min_size=1, max_size=9)
+
+
+class HybridMachine(RuleBasedStateMachine):
+    """A hybrid store against lists of tokens, and the positions that each may go back to."""
+
+    def __init__(self):
+        super().__init__()
+        self.store, self.account = new_store()
+        self.content = {}
+        self.reachable = {}
+
+    @rule()
+    def begin(self):
+        sequence = self.store.new_sequence()
+        self.content[sequence], self.reachable[sequence] = [], set()
+
+    @precondition(lambda self: self.content)
+    @rule(data=st.data(), new=tokens, chunk=st.integers(1, 5))
+    def extend(self, data, new, chunk):
+        sequence = data.draw(st.sampled_from(sorted(self.content)))
+        num_drafted = data.draw(st.integers(0, len(new) - 1))
+        before = self.content[sequence]
+        self.store.expect(sequence, num_drafted)
+        growth = self.store.growth_bytes(sequence, len(before) + len(new)).device
+        used = self.account.used + self.store._attention.tier_bytes().device
+        run(self.store, sequence, before, new, num_drafted, chunk)
+        self.store.commit(sequence)
+        now = self.account.used + self.store._attention.tier_bytes().device
+        assert now <= used + growth
+        end = len(before) + len(new)
+        self.content[sequence] = before + new
+        self.reachable[sequence] = {len(before), *range(end - num_drafted, end)}
+
+    @precondition(lambda self: self.content)
+    @rule(data=st.data(), new=tokens, reached=st.integers(0, 3))
+    def fail(self, data, new, reached):
+        """A pass that fails before layer `reached` leaves no trace."""
+        sequence = data.draw(st.sampled_from(sorted(self.content)))
+        before = self.content[sequence]
+        run(self.store, sequence, before, new, layers=range(reached))
+        self.store.truncate(sequence, len(before))
+        self.reachable[sequence] = set()
+
+    @precondition(lambda self: self.content)
+    @rule(data=st.data())
+    def truncate(self, data):
+        sequence = data.draw(st.sampled_from(sorted(self.content)))
+        length = data.draw(st.integers(0, len(self.content[sequence])))
+        if length in {0, len(self.content[sequence])} | self.reachable[sequence]:
+            self.store.truncate(sequence, length)
+            self.content[sequence] = self.content[sequence][:length]
+            self.reachable[sequence] = {n for n in self.reachable[sequence] if n <= length}
+        else:
+            with pytest.raises(KVStoreError, match="none after"):
+                self.store.truncate(sequence, length)
+
+    @precondition(lambda self: self.content)
+    @rule(data=st.data())
+    def fork(self, data):
+        source = data.draw(st.sampled_from(sorted(self.content)))
+        ends = {0, len(self.content[source])} | self.reachable[source]
+        length = data.draw(st.sampled_from(sorted(ends)))
+        forked = self.store.fork(source, length)
+        self.content[forked], self.reachable[forked] = self.content[source][:length], set()
+
+    @precondition(lambda self: self.content)
+    @rule(data=st.data())
+    def release(self, data):
+        sequence = data.draw(st.sampled_from(sorted(self.content)))
+        self.store.release(sequence)
+        del self.content[sequence], self.reachable[sequence]
+
+    @invariant()
+    def holds_what_it_should(self):
+        for sequence, token_ids in self.content.items():
+            check_tokens(self.store, sequence, token_ids)
+
+    @invariant()
+    def pays_for_what_it_holds(self):
+        layers = [
+            layer
+            for found in self.store._states._sequences.values()
+            for layer in found.layers.values()
+        ]
+        states = [state for layer in layers for state in [*layer.at.values(), *layer.spares]]
+        held = sum(value.nbytes for state in states for value in state)
+        assert held <= self.account.used
+        if not self.content:
+            assert self.account.used == 0
+
+    def teardown(self):
+        self.store.close()
+        assert self.account.used == 0
+
+
+HybridMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
+TestHybrid = HybridMachine.TestCase
+
+
+def test_one_set_of_states_then_two():
+    """A prompt takes one state a layer; what follows also holds where it began."""
+    store, account = new_store()
+    sequence = store.new_sequence()
+    run(store, sequence, [], [1, 2, 3, 4, 5, 6, 7])
+    assert account.used == SET_BYTES
+    for token in (8, 9, 10):
+        run(store, sequence, list(range(1, token)), [token])
+        assert account.used == 2 * SET_BYTES
+    assert account.peak == 2 * SET_BYTES
+    assert store.tier_bytes().device == 2 * SET_BYTES + store._attention.tier_bytes().device
+
+
+def test_what_does_not_fit_changes_nothing():
+    """A refusal leaves the sequence as it was, in all layers."""
+    store, account = new_store(limit=2 * SET_BYTES)
+    sequence = store.new_sequence()
+    run(store, sequence, [], [1, 2])
+    held = store.tier_bytes()
+    store.expect(sequence, 2)
+    with pytest.raises(DoesNotFitError):
+        store.reserve(sequence, 5)
+    assert store.tier_bytes() == held
+    check_tokens(store, sequence, [1, 2])
+    assert account.used == SET_BYTES
+
+
+def test_a_state_of_another_shape_is_refused():
+    """With what was given and what was expected."""
+    store, _ = new_store()
+    sequence = store.new_sequence()
+    store.reserve(sequence, 1)
+    with pytest.raises(KVStoreError, match=r"layer 0 is float32 \[3, 2\].*expected bfloat16"):
+        store.put_state(0, sequence, 1, (torch.zeros(3, 2), torch.zeros(2, 2)))
+    with pytest.raises(KVStoreError, match="layer 0 has no keys and values"):
+        store.append(0, sequence, torch.zeros(1, 1, 2), torch.zeros(1, 1, 2))
+
+
+def keeping(directory):
+    account = MemoryAccount("memory", 64 << 20)
+    attention = KeepingKVStore(GEOMETRY.attention_layers(), account, directory, "model")
+    states = StateStore(GEOMETRY, account, "host", CPU)
+    return KeepingHybridKVStore(
+        GEOMETRY, attention, states, StateFiles(directory, GEOMETRY, "model")
+    )
+
+
+def keep_a_run(directory, prompt, answer=(), chunk=4):
+    with keeping(directory) as store:
+        sequence = store.new_sequence()
+        run(store, sequence, [], prompt, chunk=chunk)
+        store.commit(sequence)
+        store.keep(sequence, 0, torch.tensor(prompt))
+        known = list(prompt)
+        for token in answer:
+            run(store, sequence, known, [token])
+            store.commit(sequence)
+            store.keep(sequence, len(known), torch.tensor([token]))
+            known.append(token)
+
+
+def found(directory, wanted):
+    """How many of `wanted` another store finds; what it has of them is right."""
+    with keeping(directory) as store:
+        sequence, num_tokens = store.find(torch.tensor(wanted))
+        check_tokens(store, sequence, wanted[:num_tokens])
+        rest = wanted[num_tokens:]
+        if rest:
+            run(store, sequence, wanted[:num_tokens], rest)
+            check_tokens(store, sequence, wanted)
+        return num_tokens
+
+
+PROMPT = list(range(1, 22))
+
+
+def test_kept_states_are_found(tmp_path):
+    """After the prompt, at its last edge of chunks, and after the answer; nowhere else."""
+    keep_a_run(tmp_path, PROMPT, answer=[50, 51, 52])
+    assert found(tmp_path, [*PROMPT, 50, 51, 52, 60]) == 24
+    assert found(tmp_path, [*PROMPT, 50, 70]) == 21
+    assert found(tmp_path, [*PROMPT[:-1], 70, 71]) == 20
+    assert found(tmp_path, [*PROMPT[:18], 70, 71]) == 0
+
+
+def test_long_prompts_keep_states_on_their_way(tmp_path, monkeypatch):
+    """One about every so many tokens."""
+    monkeypatch.setattr("ollm_core.kv.keeping.SPACING", 8)
+    keep_a_run(tmp_path, PROMPT)
+    assert found(tmp_path, [*PROMPT[:18], 70, 71]) == 16
+    assert found(tmp_path, [*PROMPT[:13], 70, 71]) == 8
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "header", "other"])
+def test_a_damaged_state_is_not_believed(tmp_path, damage):
+    """The next shorter one is taken, and the damaged file is gone."""
+    keep_a_run(tmp_path, PROMPT)
+    (path,) = tmp_path.glob("ollm-states-*/21-*.state")
+    data = bytearray(path.read_bytes())
+    if damage == "flip":
+        data[4096 + 30] ^= 1
+    elif damage == "header":
+        data[20:60] = b"x" * 40
+    elif damage == "other":
+        data = bytearray(next(tmp_path.glob("ollm-states-*/20-*.state")).read_bytes())
+    path.write_bytes({"cut": data[:-1], "empty": b""}.get(damage, data))
+    assert found(tmp_path, [*PROMPT, 60]) == 20
+    assert not path.exists() or path.read_bytes() != data
+
+
+def test_a_pass_that_fails_leaves_no_file(tmp_path):
+    """Nor do names without content."""
+    with keeping(tmp_path) as store:
+        sequence = store.new_sequence()
+        run(store, sequence, [], PROMPT, chunk=4, layers=(0, 1))
+        assert list(tmp_path.glob("ollm-states-*/new-*"))
+        store.truncate(sequence, 0)
+        assert not list(tmp_path.glob("ollm-states-*/*"))
+
+
+def test_files_are_the_users_own(tmp_path):
+    """The states of a document are as private as the document."""
+    keep_a_run(tmp_path, PROMPT)
+    (directory,) = tmp_path.glob("ollm-states-*")
+    assert directory.stat().st_mode & 0o777 == 0o700
+    files = list(directory.iterdir())
+    assert files
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o600}
