@@ -1,25 +1,16 @@
-"""Qwen3-Next and Qwen3-MoE. Free of torch until a model is opened."""
+"""Qwen3-MoE, and the hybrids Qwen3-Next and Qwen3.5. Free of torch until a model is opened."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ollm_adapter_qwen3_next.catalog import qwen3_moe, qwen3_next
+from ollm_adapter_qwen3_next.hybrid import LINEAR_SIZES, QwenHybrid
 from ollm_adapter_qwen3_next.moe import QwenMoe
-from ollm_core import (
-    CatalogEntry,
-    Config,
-    Layout,
-    StateShape,
-    hookimpl,
-    read_size,
-)
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
+from ollm_adapter_qwen3_next.stored import STACKED, as_stored, text_config
+from ollm_core import CatalogEntry, Config, Layout, ParameterSource, WeightPlan, hookimpl, read_size
 
 _TINY = {
     "bos_token_id": None,
@@ -43,19 +34,43 @@ _TINY = {
 }
 
 
+_TINY_HYBRID = {
+    "attention_bias": False,
+    "head_dim": 32,
+    "layer_types": [
+        "linear_attention",
+        "linear_attention",
+        "full_attention",
+        "linear_attention",
+        "full_attention",
+    ],
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_value_head_dim": 24,
+    "num_hidden_layers": 5,
+    "partial_rotary_factor": 0.25,
+    "shared_expert_intermediate_size": 40,
+}
+
+_TINY_ROPE = {
+    "rope_theta": None,
+    "rope_parameters": {
+        "mrope_interleaved": True,
+        "mrope_section": [2, 1, 1],
+        "partial_rotary_factor": 0.25,
+        "rope_theta": 10000.0,
+        "rope_type": "default",
+    },
+}
+
+
 class Qwen3MoeAdapter(QwenMoe):
     """Every checkpoint with `model_type` qwen3_moe."""
 
     name = "qwen3-moe"
     model_types = ("qwen3_moe",)
-
-    def mixer_parameters(self, config: Config, layer_idx: int) -> Iterator[str]:
-        """See QwenMoe."""
-        for leaf in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            yield f"self_attn.{leaf}.weight"
-            if config.get("attention_bias"):
-                yield f"self_attn.{leaf}.bias"
-        yield from ("self_attn.q_norm.weight", "self_attn.k_norm.weight")
 
     def layer_types(self, config: Config) -> Sequence[str]:
         """See DecoderAdapter. This family knows a window for all layers, or none."""
@@ -81,69 +96,12 @@ class Qwen3MoeAdapter(QwenMoe):
         }
 
 
-class Qwen3NextAdapter(QwenMoe):
-    """Every checkpoint with `model_type` qwen3_next: three layers of gated DeltaNet to one of gated
-    attention.
-    """
+class Qwen3NextAdapter(QwenHybrid):
+    """Every checkpoint with `model_type` qwen3_next."""
 
     name = "qwen3-next"
     model_types = ("qwen3_next",)
-    defaults = MappingProxyType({"head_dim": 256})
-    sizes = (
-        *QwenMoe.sizes,
-        "linear_conv_kernel_dim",
-        "linear_key_head_dim",
-        "linear_num_key_heads",
-        "linear_num_value_heads",
-        "linear_value_head_dim",
-    )
-
-    def layer_types(self, config: Config) -> Sequence[str]:
-        """See DecoderAdapter. Without a list, every fourth layer has full attention."""
-        if config.get("layer_types") is not None:
-            return super().layer_types(config)
-        interval = read_size({"full_attention_interval": 4, **config}, "full_attention_interval")
-        return tuple(
-            "linear_attention" if (i + 1) % interval else "full_attention"
-            for i in range(read_size(config, "num_hidden_layers", 10_000))
-        )
-
-    def recurrent_states(self, config: Config) -> Sequence[StateShape]:
-        """See DecoderAdapter."""
-        keys, values = _linear_widths(config)
-        heads, width = config["linear_num_value_heads"], config["linear_conv_kernel_dim"]
-        key_dim, value_dim = config["linear_key_head_dim"], config["linear_value_head_dim"]
-        return (
-            StateShape((2 * keys + values, width)),
-            StateShape((heads, key_dim, value_dim), float32=True),
-        )
-
-    def layout(self, config: Config) -> Layout:
-        """See ModelAdapter."""
-        return replace(super().layout(config), mixer=mixer)
-
-    def mixer_parameters(self, config: Config, layer_idx: int) -> Iterator[str]:
-        """See QwenMoe."""
-        if self.layer_types(config)[layer_idx] == "linear_attention":
-            yield from ("linear_attn.dt_bias", "linear_attn.A_log")
-            for leaf in ("conv1d", "in_proj_qkvz", "in_proj_ba", "norm", "out_proj"):
-                yield f"linear_attn.{leaf}.weight"
-            return
-        for leaf in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            yield f"self_attn.{leaf}.weight"
-            if config.get("attention_bias"):
-                yield f"self_attn.{leaf}.bias"
-        yield from ("self_attn.q_norm.weight", "self_attn.k_norm.weight")
-
-    def router_parameters(self) -> Iterator[str]:
-        """See QwenMoe: beside the router, an expert that every token goes to."""
-        yield from ("gate.weight", "shared_expert_gate.weight")
-        for leaf in ("gate_proj", "up_proj", "down_proj"):
-            yield f"shared_expert.{leaf}.weight"
-
-    def ignores(self, config: Config, tensor: str) -> bool:
-        """See DecoderAdapter: the head that predicts a further token is not used."""
-        return tensor.startswith("mtp.")
+    projections = ("in_proj_qkvz", "in_proj_ba")
 
     def catalog(self) -> Sequence[CatalogEntry]:
         """See ModelAdapter."""
@@ -155,55 +113,88 @@ class Qwen3NextAdapter(QwenMoe):
         """
         return {
             **_TINY,
+            **_TINY_HYBRID,
             "architectures": ["Qwen3NextForCausalLM"],
-            "attention_bias": False,
-            "decoder_sparse_step": 1,
-            "head_dim": 32,
-            "layer_types": [
-                "linear_attention",
-                "linear_attention",
-                "full_attention",
-                "linear_attention",
-                "full_attention",
-            ],
-            "linear_conv_kernel_dim": 4,
-            "linear_key_head_dim": 16,
-            "linear_num_key_heads": 2,
-            "linear_num_value_heads": 4,
-            "linear_value_head_dim": 24,
             "mlp_only_layers": [1],
             "model_type": "qwen3_next",
-            "num_hidden_layers": 5,
-            "partial_rotary_factor": 0.25,
-            "shared_expert_intermediate_size": 40,
         }
 
 
-def _linear_widths(config: Config) -> tuple[int, int]:
-    """Channels of the keys and of the values of linear attention."""
-    return (
-        config["linear_key_head_dim"] * config["linear_num_key_heads"],
-        config["linear_value_head_dim"] * config["linear_num_value_heads"],
-    )
-
-
-def mixer(layer: nn.Module, hidden: Tensor, **options: Any) -> Tensor:
-    """The first half of a layer, [R, T, C] -> the same: the norm, one kind of attention or the
-    other, and the residual.
+class Qwen35MoeAdapter(QwenHybrid):
+    """The language model of every checkpoint with `model_type` qwen3_5_moe: Qwen3.5 and 3.6 with
+    experts. Images are not read.
     """
-    parts = dict(layer.named_children())
-    normed = parts["input_layernorm"](hidden)
-    if "linear_attn" in parts:
-        cache = options.pop("past_key_values")
-        mask = options.pop("attention_mask")
-        mixed = parts["linear_attn"](hidden_states=normed, cache_params=cache, attention_mask=mask)
-    else:
-        mixed = parts["self_attn"](hidden_states=normed, **options)[0]
-    output: Tensor = hidden + mixed
-    return output
+
+    name = "qwen3.5-moe"
+    model_types = ("qwen3_5_moe", "qwen3_5_moe_text")
+    projections = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
+
+    def text_config(self, config: Config) -> Config:
+        """See ModelAdapter."""
+        return text_config(config)
+
+    def weights(self, config: Config, tensor_names: Iterable[str]) -> WeightPlan:
+        """See ModelAdapter. Experts are stored alone or stacked, the language model at the top or
+        below the one that also sees.
+        """
+        return as_stored(super().weights, config, tensor_names)
+
+    def experts(self, config: Config, parameter: str) -> Sequence[ParameterSource]:
+        """See DecoderAdapter."""
+        apart = super().experts(config, parameter)
+        if apart and config[STACKED]:
+            return [ParameterSource((parameter,), row=number) for number in range(len(apart))]
+        return apart
+
+    def tiny_config(self) -> dict[str, Any]:
+        """As of Qwen3-Next, with experts in every layer and rotary positions in three parts."""
+        return {
+            **_TINY,
+            **_TINY_HYBRID,
+            **_TINY_ROPE,
+            "architectures": ["Qwen3_5MoeForCausalLM"],
+            "model_type": "qwen3_5_moe_text",
+        }
+
+
+class Qwen35Adapter(QwenHybrid):
+    """The language model of every checkpoint with `model_type` qwen3_5: Qwen3.5 and 3.6 without
+    experts. Images are not read.
+    """
+
+    name = "qwen3.5"
+    model_types = ("qwen3_5", "qwen3_5_text")
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", *LINEAR_SIZES)
+    projections = Qwen35MoeAdapter.projections
+
+    def text_config(self, config: Config) -> Config:
+        """See ModelAdapter."""
+        return text_config(config)
+
+    def layout(self, config: Config) -> Layout:
+        """See ModelAdapter."""
+        return replace(super().layout(config), experts="", mixer=None)
+
+    def weights(self, config: Config, tensor_names: Iterable[str]) -> WeightPlan:
+        """See ModelAdapter: the language model at the top, or below the one that also sees."""
+        return as_stored(super().weights, config, tensor_names)
+
+    def is_dense(self, config: Config, layer_idx: int) -> bool:
+        """See QwenMoe: all layers are."""
+        return True
+
+    def tiny_config(self) -> dict[str, Any]:
+        """As of the family with experts, but for those."""
+        return {
+            **{key: value for key, value in _TINY.items() if "expert" not in key},
+            **{key: value for key, value in _TINY_HYBRID.items() if "expert" not in key},
+            **_TINY_ROPE,
+            "architectures": ["Qwen3_5ForCausalLM"],
+            "model_type": "qwen3_5_text",
+        }
 
 
 @hookimpl
 def ollm_adapters() -> list[QwenMoe]:
     """What this distribution adds to oLLM."""
-    return [Qwen3NextAdapter(), Qwen3MoeAdapter()]
+    return [Qwen3NextAdapter(), Qwen3MoeAdapter(), Qwen35MoeAdapter(), Qwen35Adapter()]

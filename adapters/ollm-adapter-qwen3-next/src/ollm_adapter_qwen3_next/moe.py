@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -23,9 +22,13 @@ class QwenMoe(DecoderAdapter):
     sizes: tuple[str, ...] = ("vocab_size", "hidden_size", "num_experts", "num_experts_per_tok")
     rope_types: tuple[str, ...] = ("default", "linear", "yarn")
 
-    @abstractmethod
-    def mixer_parameters(self, config: Config, layer_idx: int) -> Iterable[str]:
+    def mixer_parameters(self, config: Config, layer_idx: int) -> Iterator[str]:
         """Names of the parameters of one layer's attention."""
+        for leaf in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            yield f"self_attn.{leaf}.weight"
+            if config.get("attention_bias"):
+                yield f"self_attn.{leaf}.bias"
+        yield from ("self_attn.q_norm.weight", "self_attn.k_norm.weight")
 
     def router_parameters(self) -> Iterable[str]:
         """Names of the parameters of a layer's MLP that are used for every token."""
