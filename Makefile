@@ -9,6 +9,8 @@ INSTALLED := $(VENV)/.installed
 MODEL := models/smollm2-135M
 RESULTS := .conformance.json
 SUPPORT := docs/support.md
+JOBS ?= 2
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS)
 QUESTION := What is the title of this document?
 
 .DEFAULT_GOAL := help
@@ -40,8 +42,8 @@ type: install ## mypy --strict
 	$(BIN)/mypy ollm.py ollm_core $(PACKAGES:%=%/src)
 
 test: install model lint type ## lint, types, tests, conformance of every adapter, the template
-	$(BIN)/pytest -m "not gpu" --ignore tests/test_tutorial.py tests conformance/tests
-	$(BIN)/pytest adapters --ollm-results $(RESULTS)
+	$(PYTEST) --dist worksteal -m "not gpu" --ignore tests/test_tutorial.py tests conformance/tests
+	$(PYTEST) --dist loadscope adapters --ollm-results $(RESULTS)
 	$(BIN)/ollm conformance table $(RESULTS) --check $(SUPPORT)
 	$(MAKE) template # and the tutorial
 
@@ -59,7 +61,7 @@ demo: install model ## ask a 269 MB model about LICENSE, in 128 MB and with the 
 		--device cpu --device-memory 128MB --kv disk --kv-dir kv_cache
 
 support: install model ## write the support table again, from the conformance of every adapter
-	$(BIN)/pytest -q adapters --ollm-results $(RESULTS)
+	$(PYTEST) -q --dist loadscope adapters --ollm-results $(RESULTS)
 	$(BIN)/ollm conformance table $(RESULTS) --out $(SUPPORT)
 
 template: install ## an adapter from the template: made, installed, tested and listed, all afresh

@@ -172,7 +172,7 @@ def failed_pass_stays(*args, **options):
     return model
 
 
-def _with_cache(change):
+def with_cache(change):
     """A load whose every cache is changed."""
 
     @functools.wraps(change)
@@ -191,7 +191,7 @@ def _with_cache(change):
     return load
 
 
-@_with_cache
+@with_cache
 def truncate_rounds_up(cache):
     """Short cuts are not made."""
     real = cache.store.truncate
@@ -204,7 +204,7 @@ def truncate_rounds_up(cache):
     cache.store.truncate = truncate
 
 
-@_with_cache
+@with_cache
 def truncate_one_short(cache):
     real = cache.store.truncate
     cache.store.truncate = lambda sequence, n: real(
@@ -212,7 +212,7 @@ def truncate_one_short(cache):
     )
 
 
-@_with_cache
+@with_cache
 def fork_shares(cache):
     """Both rows write to one sequence."""
 
@@ -223,12 +223,12 @@ def fork_shares(cache):
     cache.batch_repeat_interleave = repeat
 
 
-@_with_cache
+@with_cache
 def reorder_forgotten(cache):
     cache.reorder_cache = lambda beam_idx: None
 
 
-@_with_cache
+@with_cache
 def blocks_reversed(cache):
     real = cache.store.blocks
     cache.store.blocks = lambda *args, **options: reversed(

@@ -6,6 +6,7 @@ Loaded in every pytest run where the package is installed; it looks at conforman
 from __future__ import annotations
 
 from collections.abc import Generator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from ollm_conformance.checks import (
 from ollm_conformance.results import Outcome, Result, merged, write_json
 
 _RESULTS: pytest.StashKey[list[Result]] = pytest.StashKey()
+_PROPERTY = "ollm_result"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -52,6 +54,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", f"{MARK}(check): a check of the oLLM conformance suite")
     config.stash[_RESULTS] = []
+    config.pluginmanager.register(_Collector(config.stash[_RESULTS]))
+
+
+class _Collector:
+    """Takes results from reports, which pytest-xdist brings here from its workers."""
+
+    def __init__(self, results: list[Result]) -> None:
+        self._results = results
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        for name, value in report.user_properties:
+            if name == _PROPERTY and isinstance(value, dict):
+                self._results.append(Result(**value))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -93,14 +108,13 @@ def pytest_runtest_makereport(
     if report.failed:
         report.sections.insert(0, ("conformance", _explanation(item, found, call)))
     if report.when == "call" or not report.passed:
-        config = item.config
-        config.stash[_RESULTS].append(_result(item, found, report, call))
+        report.user_properties.append((_PROPERTY, asdict(_result(item, found, report, call))))
     return report
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     path = session.config.getoption("ollm_results")
-    if path is not None:
+    if path is not None and "workerinput" not in vars(session.config):  # xdist sets it in workers
         found: list[Result] = session.config.stash[_RESULTS]
         write_json(merged(found), path)
 
