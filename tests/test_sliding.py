@@ -375,7 +375,7 @@ def test_what_is_refused(make):
     heads = {"num_kv_heads": 2, "head_dim": 16}
     full = CacheKind("full", **heads)
     for error, message, kinds in (
-        (UnsupportedError, "layer 1 keeps a recurrent state", (full, CacheKind("recurrent"))),
+        (ConfigError, "says of layer 1 that it is recurrent", (full, CacheKind("recurrent"))),
         (ConfigError, "window of 1 tokens", (full, CacheKind("sliding", **heads, window=1))),
         (ConfigError, "window of None tokens", (full, CacheKind("sliding", **heads))),
         (ConfigError, "keeps all tokens", (full, CacheKind("full", **heads, window=8))),
