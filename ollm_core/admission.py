@@ -14,7 +14,8 @@ from ollm_core.chunks import Chunk, NewTokens, cut_chunks
 from ollm_core.errors import DoesNotFitError
 from ollm_core.interfaces import KVStore, TierBytes
 from ollm_core.memory import MemoryAccount, format_size
-from ollm_core.weights.tiered import HELD_KINDS, TieredWeights
+from ollm_core.weights.held import HELD_KINDS, HeldWeights
+from ollm_core.weights.tiered import TieredWeights
 from ollm_core.workspace import Workspace
 
 EXACT_CONTEXT = 8192
@@ -66,7 +67,7 @@ class Admission:
         self,
         policy: Policy,
         accounts: Accounts,
-        weights: TieredWeights,
+        weights: TieredWeights | HeldWeights,
         workspace: Workspace,
         *,
         hidden_size: int,

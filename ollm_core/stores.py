@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ollm_core.checkpoint import Checkpoint
 from ollm_core.interfaces import KVStore, ModelAdapter
-from ollm_core.kv import DeviceKVStore, DiskKVStore, HostKVStore, KeepingKVStore
+from ollm_core.kv import DeviceKVStore, DiskKVStore, HostKVStore, KeepingKVStore, KVGeometry
 from ollm_core.registry import Registry, require, supports
 from ollm_core.requests import KVRequest
 from ollm_core.types import Config
@@ -44,28 +44,36 @@ class StoreOpener:
         request = replace(self._request, directory=directory or self._request.directory)
         if offer := self._registry.check_name("ollm_kv_stores", name):
             return offer.name, offer.make(KVStore, request)
-        tier = self._tier_with_room(request, num_tokens) if name == "auto" else name
+        tier = name
+        if name == "auto":
+            limits = request.device_account.limit, request.host_account.limit
+            named = request.directory is not None
+            tier = choose_tier(self._adapter, request.geometry, limits, num_tokens, named=named)
         require(self._adapter, f"kv-{tier}")
         return tier, _open(tier, request)
 
-    def _tier_with_room(self, request: KVRequest, num_tokens: int) -> str:
-        """The first tier of which the expected tokens take at most a quarter (device) or half
-        (host); disk where a directory was named.
-        """
-        able = [tier for tier in TIERS if supports(self._adapter, f"kv-{tier}")]
-        if request.directory is not None and "disk" in able:
-            return "disk"
-        geometry = request.geometry
-        # Windows are not counted: how many rows share the tokens is not known here.
-        layer_bytes = sum(map(geometry.block_bytes, range(geometry.num_layers)))
-        num_expected = num_tokens + geometry.block_size
-        expected = layer_bytes * num_expected // geometry.block_size
-        room = {
-            "device": request.device_account.limit // 4,
-            "host": request.host_account.limit // 2,
-        }
-        fitting = [tier for tier in able if expected <= room.get(tier, expected)]
-        return (*fitting, *reversed(able), *TIERS)[0]
+
+def choose_tier(
+    adapter: ModelAdapter,
+    geometry: KVGeometry,
+    limits: tuple[int, int],
+    num_tokens: int,
+    *,
+    named: bool = False,
+) -> str:
+    """The first tier of which the expected tokens take at most a quarter (device) or half (host);
+    disk where a directory was `named`. `limits` are bytes of device and host.
+    """
+    able = [tier for tier in TIERS if supports(adapter, f"kv-{tier}")]
+    if named and "disk" in able:
+        return "disk"
+    # Windows are not counted: how many rows share the tokens is not known here.
+    layer_bytes = sum(map(geometry.block_bytes, range(geometry.num_layers)))
+    num_expected = num_tokens + geometry.block_size
+    expected = layer_bytes * num_expected // geometry.block_size
+    room = {"device": limits[0] // 4, "host": limits[1] // 2}
+    fitting = [tier for tier in able if expected <= room.get(tier, expected)]
+    return (*fitting, *reversed(able), *TIERS)[0]
 
 
 def fingerprinter(checkpoint: Checkpoint, config: Config) -> Callable[[], str]:
