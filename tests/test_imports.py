@@ -17,6 +17,7 @@ ORDER = [
     {
         "declarations",
         "checkpoint",
+        "description",
         "requests",
         "hookspecs",
         "plugins",
@@ -30,7 +31,7 @@ ORDER = [
     {"hub", "gguf_import", "weights", "skeleton", "drafts"},
     {"workspace", "cache"},
     {"admission", "stores"},
-    {"engine"},
+    {"engine", "parts"},
     {"generation"},
     {"loading"},
     {"inference", "cli"},
