@@ -182,8 +182,8 @@ class Admission:
                 _largest({"layer": layer, "experts' work": experts, "logits": head}) | device,
                 {"hidden states": hidden, "routed tokens": parked},
             )
-        work = {"layer": layer, "experts' work": experts + parked, "logits": head}
-        return Needed(_largest(work) | {"hidden states": hidden, "positions": tokens})
+        busy = {"layer": layer, "experts' work": experts + parked, "logits": head}
+        return Needed(_largest(busy) | {"hidden states": hidden, "positions": tokens})
 
     def _growth(self, store: KVStore, work: Sequence[NewTokens], plan: PassPlan) -> TierBytes:
         parts = [

@@ -104,6 +104,16 @@ class HeldWeights:
         return self._num_slots
 
     @property
+    def num_device_units(self) -> int:
+        """Units that are kept on the device."""
+        return len(self._device)
+
+    @property
+    def num_host_units(self) -> int:
+        """Units that are kept in host memory."""
+        return len(self._host)
+
+    @property
     def streamed(self) -> list[int]:
         """The units that are not kept, in pass order."""
         kept = self._device | self._host
@@ -171,6 +181,10 @@ class HeldWeights:
         """Give back everything, and free the experts."""
         self.experts.close()
         self.hold(Placement())
+        self.unreserve()
+
+    def unreserve(self) -> None:
+        """Give back what `reserve` took."""
         self._device_account.release("weights", self._fixed_held)
         self._fixed_held = 0
 
