@@ -86,6 +86,8 @@ class Held:
     slot_bytes: int
     streamed_bytes: int
     """Of whole units, read from disk in each pass."""
+    resident_bytes: int
+    """Of parameters that are kept in either memory, in the compute dtype."""
     dense_device_bytes: int
     dense_host_bytes: int
     experts_device_bytes: int
@@ -269,6 +271,7 @@ class Rehearsal:
             weights.num_slots,
             weights.slot_bytes,
             sum(weights.buffer_bytes[i] for i in weights.streamed),
+            weights.resident_bytes,
             device.get("resident weights", 0),
             host.get("resident weights", 0),
             device.get("resident experts", 0),
