@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ollm_core.admission import Accounts, PassPlan
+from ollm_core.admission import EXACT_CONTEXT, Accounts, PassPlan
 from ollm_core.chunks import NewTokens
 from ollm_core.errors import DoesNotFitError
 from ollm_core.kv.planned import PlannedKVStore
@@ -22,7 +22,9 @@ from ollm_core.weights.held import HeldWeights, Placement
 from ollm_core.weights.sources import DescribedSource
 
 EVERY_STEP = 256
-"""New tokens up to which each decode step is gone through, unless only the ends are wanted."""
+"""New tokens up to which each decode step is gone through where attention may be exact. Otherwise
+those are that begin a block of KV, and those before.
+"""
 
 _MAX_TRIES = 16
 _NO_LIMIT = 1 << 62
@@ -244,8 +246,9 @@ class Rehearsal:
             return ()
         if ends_only:
             return (end - 1,)
-        if scenario.new_tokens <= EVERY_STEP:
-            return range(first, end)
+        exact = scenario.attention == "exact" or scenario.context <= EXACT_CONTEXT
+        if exact and scenario.new_tokens <= EVERY_STEP:
+            return range(first, end)  # what a step takes grows with each token
         block_size = self.parts.geometry.block_size
         blocks = range(-(-first // block_size) * block_size, end, block_size)
         around = {step for block in blocks for step in (block - 1, block)}
