@@ -178,9 +178,7 @@ def _rates(plan: Plan) -> str:
 
 
 def _rate(name: str, rate: Rate, unit: str) -> str:
-    number = format_size(rate.per_second).removesuffix("B")
-    if rate.per_second >= 1e15 or unit == "FLOP/s":
-        number = f"{rate.per_second / 1e9:.4g} G"
+    number = format_size(rate.per_second).removesuffix("B")  # with a prefix, as in "2 G"
     return f"{name} {number}{unit} ({rate.source})"
 
 
