@@ -140,11 +140,10 @@ def plan(
     _one_of("dtype", dtype, ("auto", *DTYPES))
     _one_of("kv", kv, ("auto", *TIERS))
     _one_of("attention", attention, ("auto", *ATTENTIONS))
-    for name, count in (("batch", batch), ("max_new_tokens", max_new_tokens)):
-        if count < 1:
-            raise InputError(f"{name} is {count}, expected at least 1")
-    if chunk_size is not None and chunk_size < 1:
-        raise InputError(f"chunk_size is {chunk_size}, expected at least 1")
+    counts = {"batch": batch, "max_new_tokens": max_new_tokens, "chunk_size": chunk_size}
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise InputError(f"{name} is {count}", hint="it must be at least 1")
     default_device, default_host = default_memory(target)
     budgets = Budgets(
         default_device if device_memory is None else parse_size(device_memory),

@@ -6,8 +6,9 @@ import json
 
 import pytest
 
+from ollm_core import rates
 from ollm_core.cli.main import main
-from ollm_core.registry import Registry
+from ollm_core.memory import format_size
 
 GPU = ["--device", "cuda", "--device-memory", "8GB", "--host-memory", "16GB"]
 FIELDS = {
@@ -15,7 +16,6 @@ FIELDS = {
     "bytes_read_per_token", "prefill_seconds", "tokens_per_second", "limited_by", "placement",
     "device_bytes", "host_bytes", "smallest_device_bytes", "largest_context", "changes", "rates",
 }  # fmt: skip
-IDS = [entry.id for _, entry, _ in Registry.discover().catalog()]
 
 
 @pytest.fixture(autouse=True)
@@ -37,10 +37,9 @@ def ollm(capfd):
     return call
 
 
-@pytest.mark.parametrize("model_id", IDS)
-def test_json_is_one_object(ollm, model_id):
-    """Every known model; nothing on stderr."""
-    code, out, err = ollm("plan", model_id, *GPU, "--context", "8k", "--json")
+def test_json_is_one_object(ollm):
+    """And nothing on stderr."""
+    code, out, err = ollm("plan", "smollm2-135M", *GPU, "--context", "8k", "--json")
     found = json.loads(out)
     assert code == 0
     assert not err
@@ -97,16 +96,15 @@ def test_errors_are_one_line(ollm, arguments, code, message):
     assert len(err.splitlines()) <= 2
 
 
-def test_doctor_measures_for_plan(ollm, tmp_path):
+def test_doctor_measures_for_plan(ollm, tmp_path, monkeypatch):
     """What it prints is what the next plan goes by."""
     options = ["--device", "cpu", "--dtype", "bfloat16", "--models-dir", str(tmp_path)]
+    monkeypatch.setattr(rates, "_TRIAL_BYTES", 16 << 20)
     code, out, _ = ollm("doctor", *options, "--json")
     assert code == 0
     measured = json.loads(out)
     assert measured["disk"]["per_second"] > 1e6
-    _, out, _ = ollm("plan", "smollm2-135M", *options, "--json")
-    rates = json.loads(out)["rates"]
-    assert rates == {name: measured[name] for name in rates}
-    code, out, _ = ollm("doctor", *options)
+    code, out, _ = ollm("plan", "smollm2-135M", *options)
     assert code == 0
-    assert [line.split()[0] for line in out.splitlines()] == ["disk", "memory", "compute", "kept"]
+    assert f"compute {format_size(measured['compute']['per_second'])[:-1]}FLOP/s (measured" in out
+    assert "assumed" not in out

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from ollm_core.planner import Plan
-    from ollm_core.rates import Rate
 
 KINDS = {
     "weights": "norm, rotary, buffers for a layer",
@@ -129,11 +128,12 @@ def _text(plan: Plan) -> str:
         f"least    {format_size(plan.smallest_device_bytes)} of device memory would do, with "
         f"{format_size(plan.smallest_host_bytes)} on the host",
         f"most     {plan.largest_context} tokens would do in this memory",
-        f"rates    {_rates(plan)}",
     ]
+    for i, rates in enumerate(_rates(plan)):
+        text.append(f"{'' if i else 'rates':<9}{rates}")
     for i, change in enumerate(plan.changes):
         text.append(
-            f"{'faster' if i == 0 else '':<9}{change.option}: prefill "
+            f"{'' if i else 'better':<9}{change.option}: prefill "
             f"{_time(change.prefill_seconds)}, {change.tokens_per_second:.3g} tokens/s"
         )
     return "\n".join(text)
@@ -166,20 +166,24 @@ def _limit(name: str) -> str:
     return {"disk": "the disk", "bus": "the bus", "memory": "memory", "compute": "compute"}[name]
 
 
-def _rates(plan: Plan) -> str:
+def _rates(plan: Plan) -> list[str]:
+    """The rates by where they come from, a line for each."""
     rates = plan.rates
-    parts = [_rate("disk", rates.disk, "B/s"), _rate("memory", rates.memory, "B/s")]
-    if rates.bus is not None:
-        parts.append(_rate("bus", rates.bus, "B/s"))
-    parts.append(_rate("compute", rates.compute, "FLOP/s"))
-    told = ", ".join(parts)
-    assumed = "assumed" in told
-    return told + ("; `ollm doctor` measures" if assumed else "")
-
-
-def _rate(name: str, rate: Rate, unit: str) -> str:
-    number = format_size(rate.per_second).removesuffix("B")  # with a prefix, as in "2 G"
-    return f"{name} {number}{unit} ({rate.source})"
+    by_source: dict[str, list[str]] = {}
+    for name, rate, unit in (
+        ("disk", rates.disk, "B/s"),
+        ("bus", rates.bus, "B/s"),
+        ("memory", rates.memory, "B/s"),
+        ("compute", rates.compute, "FLOP/s"),
+    ):
+        if rate is not None:
+            number = format_size(rate.per_second).removesuffix("B")  # ends with a prefix: "2 G"
+            by_source.setdefault(rate.source, []).append(f"{name} {number}{unit}")
+    hint = "; `ollm doctor` measures"
+    return [
+        f"{', '.join(told)} ({source}{hint if source == 'assumed' else ''})"
+        for source, told in by_source.items()
+    ]
 
 
 def _time(seconds: float) -> str:

@@ -130,6 +130,8 @@ class PlannedKVStore(BlockKVStore):
         """
         for layer_idx in range(self.geometry.num_layers):
             table = self._table(layer_idx, sequence)
-            for done in range(0, num_tokens, longest):
-                for _ in self._room(layer_idx, table, min(longest, num_tokens - done)):
+            # A layer that keeps everything does the same in one call.
+            most = longest if self.geometry.kinds[layer_idx].window else num_tokens
+            for done in range(0, num_tokens, most):
+                for _ in self._room(layer_idx, table, min(most, num_tokens - done)):
                     pass

@@ -42,6 +42,7 @@ class TieredWeights(WeightStreamer):
         """
         self.held = HeldWeights(units, source, dtype, device, accounts, buffer_bytes=buffer_bytes)
         self.units = self.held.units
+        self.expert_units = units.experts
         self.dtype = dtype
         self.device = device
         self._source = source
