@@ -115,12 +115,6 @@ class Estimate:
             self._flops(batch, batch) + self._attention(batch * seen),
         )
 
-    def weight_bytes_per_token(self, run: Rehearsed, scenario: Scenario) -> int:
-        """Weights that a decode step reads from disk."""
-        cost = self.token(run, scenario)
-        kv = scenario.batch * self._kv_bytes(scenario.context) * (run.kv_tier == "disk")
-        return round(cost.disk_bytes - kv)
-
     def kv_bytes(self, scenario: Scenario) -> int:
         """Keys and values of all sequences at the end."""
         return scenario.batch * self._kv_bytes(scenario.context)

@@ -90,8 +90,8 @@ class Held:
     """Of whole units, read from disk in each pass."""
     resident_bytes: int
     """Of parameters that are kept in either memory, in the compute dtype."""
-    dense_device_bytes: int
     dense_host_bytes: int
+    """Of units that are kept on the host."""
     experts_device_bytes: int
     experts_host_bytes: int
 
@@ -275,7 +275,6 @@ class Rehearsal:
             weights.slot_bytes,
             sum(weights.buffer_bytes[i] for i in weights.streamed),
             weights.resident_bytes,
-            device.get("resident weights", 0),
             host.get("resident weights", 0),
             device.get("resident experts", 0),
             host.get("resident experts", 0),

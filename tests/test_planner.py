@@ -133,7 +133,7 @@ def test_what_does_not_fit_says_what_would(tiny):
     """The budgets that are named do, and a byte less does not; so does the context."""
     registry = Registry.of(LlamaAdapter())
     options = {"device": "cpu", "kv": "device", "registry": registry, "max_new_tokens": 8}
-    tight = check(ollm.plan(tiny, context=4000, device_memory=900_000, **options))
+    tight = check(ollm.plan(tiny, context=4000, device_memory=3_000_000, **options))
     assert not tight.fits
     assert tight.hint == (
         f"allow --device-memory {-(-tight.device_peak_bytes // 10**6)}MB, "
@@ -144,11 +144,11 @@ def test_what_does_not_fit_says_what_would(tiny):
     assert not ollm.plan(tiny, context=4000, device_memory=least - 1, **options).fits
     largest = tight.largest_context
     assert largest
-    assert check(ollm.plan(tiny, context=largest, device_memory=900_000, **options)).fits
+    assert check(ollm.plan(tiny, context=largest, device_memory=3_000_000, **options)).fits
     longer = largest + 256
-    assert not ollm.plan(tiny, context=longer, device_memory=900_000, **options).fits
-    assert any(change.option == "--device-memory 2MB" for change in tight.changes)
-    assert check(ollm.plan(tiny, context=4000, device_memory="2MB", **options)).fits
+    assert not ollm.plan(tiny, context=longer, device_memory=3_000_000, **options).fits
+    assert any(change.option == "--device-memory 6MB" for change in tight.changes)
+    assert check(ollm.plan(tiny, context=4000, device_memory="6MB", **options)).fits
 
 
 def test_no_context_fits(tiny):
