@@ -21,9 +21,12 @@ if TYPE_CHECKING:
 
     from ollm_core.inference import AutoInference, Inference, file_get_contents
     from ollm_core.loading import load
+    from ollm_core.planner import Plan, plan
 
 _HOMES = {
     "load": "ollm_core.loading",
+    "plan": "ollm_core.planner",
+    "Plan": "ollm_core.planner",
     "Inference": "ollm_core.inference",
     "AutoInference": "ollm_core.inference",
     "file_get_contents": "ollm_core.inference",
@@ -33,10 +36,12 @@ _HOMES = {
 __all__ = [
     "AutoInference",
     "Inference",
+    "Plan",
     "TextStreamer",
     "__version__",
     "file_get_contents",
     "load",
+    "plan",
 ]
 
 

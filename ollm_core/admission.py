@@ -4,9 +4,9 @@ all.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -14,7 +14,8 @@ from ollm_core.chunks import Chunk, NewTokens, cut_chunks
 from ollm_core.errors import DoesNotFitError
 from ollm_core.interfaces import KVStore, TierBytes
 from ollm_core.memory import MemoryAccount, format_size
-from ollm_core.weights.tiered import HELD_KINDS, TieredWeights
+from ollm_core.weights.held import HELD_KINDS, HeldWeights
+from ollm_core.weights.tiered import TieredWeights
 from ollm_core.workspace import Workspace
 
 EXACT_CONTEXT = 8192
@@ -47,6 +48,19 @@ class Policy:
 
 
 @dataclass(frozen=True, slots=True)
+class Needed:
+    """Bytes that a pass takes beside weights and KV, by what they are for."""
+
+    device: Mapping[str, int]
+    host: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def total(self) -> TierBytes:
+        """All of it."""
+        return TierBytes(sum(self.device.values()), sum(self.host.values()))
+
+
+@dataclass(frozen=True, slots=True)
 class PassPlan:
     """How a weight pass will run, and what it takes beside weights and KV."""
 
@@ -54,7 +68,12 @@ class PassPlan:
     chunk_size: int
     attention: str
     hidden_on_host: bool
-    needed: TierBytes
+    parts: Needed
+
+    @property
+    def needed(self) -> TierBytes:
+        """Bytes of each memory."""
+        return self.parts.total
 
 
 class Admission:
@@ -66,7 +85,7 @@ class Admission:
         self,
         policy: Policy,
         accounts: Accounts,
-        weights: TieredWeights,
+        weights: TieredWeights | HeldWeights,
         workspace: Workspace,
         *,
         hidden_size: int,
@@ -135,7 +154,7 @@ class Admission:
 
     def _needed(
         self, work: Sequence[NewTokens], chunks: Sequence[Chunk], attention: str, on_host: bool
-    ) -> TierBytes:
+    ) -> Needed:
         num_tokens = sum(len(item.token_ids) for item in work)
         hidden = num_tokens * self._hidden_size * self._itemsize
         shapes: dict[tuple[int, int], int] = {}
@@ -158,9 +177,13 @@ class Admission:
             chunk_bytes = largest * self._hidden_size * self._itemsize
             if parked:  # parts of a chunk on their way from and to the host
                 experts, parked = experts + 2 * chunk_bytes, parked + 2 * chunk_bytes
-            device = max(layer, experts, head) + chunk_bytes + tokens
-            return TierBytes(device=device, host=hidden + parked)
-        return TierBytes(device=max(layer, experts + parked, head) + hidden + tokens)
+            device = {"hidden states": chunk_bytes, "positions": tokens}
+            return Needed(
+                _largest({"layer": layer, "experts' work": experts, "logits": head}) | device,
+                {"hidden states": hidden, "routed tokens": parked},
+            )
+        busy = {"layer": layer, "experts' work": experts + parked, "logits": head}
+        return Needed(_largest(busy) | {"hidden states": hidden, "positions": tokens})
 
     def _growth(self, store: KVStore, work: Sequence[NewTokens], plan: PassPlan) -> TierBytes:
         parts = [
@@ -197,4 +220,12 @@ class Admission:
                     f"a pass over {num_tokens} new tokens needs {format_size(needed)} of "
                     f"{account.name}, {format_size(account.limit)} is allowed",
                     hint=f"allow at least {needed} bytes, or give it fewer tokens at once",
+                    memory=account.name,
+                    needed_bytes=needed,
                 )
+
+
+def _largest(parts: Mapping[str, int]) -> dict[str, int]:
+    """What takes most, of parts that are never there together."""
+    most = max(parts, key=lambda name: parts[name])
+    return {most: parts[most]}

@@ -140,9 +140,9 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     )
 
 
-def read_config(directory: Path) -> dict[str, Any]:
+def read_config(directory: Path, name: str = "config.json") -> dict[str, Any]:
     """The model's config.json. Raises ConfigError if missing, damaged or without `model_type`."""
-    path = directory / "config.json"
+    path = directory / name
     if not os.path.isfile(path):
         raise ConfigError(f"{path}: no such file", hint="give the directory of a model")
     try:

@@ -12,6 +12,7 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
+from ollm_core.description import infer_tensors
 from ollm_core.errors import CheckpointError, ConfigError, UnsupportedError
 from ollm_core.interfaces import ModelAdapter
 from ollm_core.types import (
@@ -69,6 +70,17 @@ class DecoderAdapter(ModelAdapter):
         for each, or a row of one. Default: none, it is a parameter like others.
         """
         return ()
+
+    def stored(
+        self, config: Config, parameter: str, shape: tuple[int, ...]
+    ) -> Mapping[str, tuple[str, tuple[int, ...]]] | None:
+        """The tensors that a checkpoint holds for `parameter` (its full name) of `shape`:
+        safetensors dtype and shape by name. Only for plans of models that are not on disk.
+
+        Default: None, they are told from `source` and `experts`, transforms being tried without
+        data. A family with quantised or unequal tensors overrides this.
+        """
+        return None
 
     def ignores(self, config: Config, tensor: str) -> bool:
         """Whether a tensor that no parameter uses is known to be superfluous. Frequencies of rotary
@@ -147,6 +159,40 @@ class DecoderAdapter(ModelAdapter):
         )
         self._check_tensors(missing=used - present, foreign=present - used - ignored)
         return replace(plan, ignored=ignored)
+
+    def tensors(
+        self, config: Config, shapes: Mapping[str, tuple[int, ...]], dtype: str
+    ) -> Mapping[str, tuple[str, tuple[int, ...]]] | None:
+        """The tensors of every parameter, as `stored` says or as they can be told.
+
+        Raises ConfigError for a parameter that the model does not have, UnsupportedError for one
+        whose tensors cannot be told.
+        """
+        config = self._complete(config)
+        layout = self.layout(config)
+        embedding, head = f"{layout.embedding}.weight", f"{layout.head}.weight"
+        tried: dict[object, tuple[int, ...] | None] = {}
+        found: dict[str, tuple[str, tuple[int, ...]]] = {}
+        for name in self._parameter_names(config, layout):
+            if name == head and config.get("tie_word_embeddings"):
+                name = embedding
+            if name not in shapes:
+                raise ConfigError(
+                    f"adapter {self.name} declares parameter {name}, which the model of "
+                    "config.json does not have",
+                    hint="config.json is of another model, or the adapter is wrong",
+                )
+            stored = self.stored(config, name, shapes[name])
+            if stored is not None:
+                found.update(stored)
+                continue
+            shape = shapes[name]
+            slices = self.experts(config, name)
+            parts = [(one, shape[1:]) for one in slices] or [(self.source(config, name), shape)]
+            for source, part in parts:
+                for tensor, its_shape in infer_tensors(source, part, shape[0], tried):
+                    found[tensor] = dtype, its_shape
+        return found
 
     def caches(self, config: Config) -> Sequence[CacheKind]:
         """Every layer remembers all tokens, or those of its window, or a state."""

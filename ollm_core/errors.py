@@ -60,9 +60,20 @@ class UnsupportedError(InputError):
 
 
 class DoesNotFitError(OllmError):
-    """More memory or disk than was allowed or is there. The message names what would fit."""
+    """More memory or disk than was allowed or is there. The message names what would fit.
+
+    Where a memory's limit is in the way, `memory` is its account's name, and `needed_bytes` the
+    limit that this request would need.
+    """
 
     exit_code = 3
+
+    def __init__(
+        self, message: str, *, hint: str = "", memory: str = "", needed_bytes: int = 0
+    ) -> None:
+        super().__init__(message, hint=hint)
+        self.memory = memory
+        self.needed_bytes = needed_bytes
 
 
 class UnknownModelError(OllmError):

@@ -81,6 +81,17 @@ class ModelAdapter(ABC):
     def caches(self, config: Config) -> Sequence[CacheKind]:
         """What each layer remembers, in layer order."""
 
+    def tensors(
+        self, config: Config, shapes: Mapping[str, tuple[int, ...]], dtype: str
+    ) -> Mapping[str, tuple[str, tuple[int, ...]]] | None:
+        """What the checkpoint of `config` holds, so that it can be planned without its files:
+        safetensors dtype and shape of each tensor that `weights` does not ignore.
+
+        `shapes` are those of the parameters in the transformers module tree, `dtype` is the one
+        that the config states, as safetensors names it. None, the default: not known.
+        """
+        return None
+
     @abstractmethod
     def tiny_config(self) -> Config:
         """A small config that has every feature of the family, for tests with random weights."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections.abc
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, GenerationConfig
 
-from ollm_core.admission import Accounts, Admission, Policy
+from ollm_core.admission import Accounts
 from ollm_core.attention import ATTENTIONS
 from ollm_core.checkpoint import Checkpoint, open_checkpoint, read_config
 from ollm_core.drafts import LookupDrafter
@@ -20,23 +20,17 @@ from ollm_core.engine import Engine
 from ollm_core.errors import ConfigError, InputError, PluginError
 from ollm_core.generation import StreamedModel
 from ollm_core.hub import resolve
-from ollm_core.interfaces import ByteSource, Drafter, ModelAdapter
-from ollm_core.kv import KVGeometry
+from ollm_core.interfaces import ByteSource, Drafter
 from ollm_core.machine import free_memory, pick_device
 from ollm_core.memory import MemoryAccount, parse_size
+from ollm_core.parts import DTYPES, take_apart
 from ollm_core.plugins import Offer, one_line
-from ollm_core.registry import Registry, require, supports
+from ollm_core.registry import Registry, require
 from ollm_core.requests import DraftRequest, KVRequest
-from ollm_core.skeleton import Skeleton
 from ollm_core.stores import StoreOpener, fingerprinter
-from ollm_core.types import CacheKind, Config, Layout, Progress
-from ollm_core.weights.codecs import LogicalTensors
+from ollm_core.types import Progress
 from ollm_core.weights.sources import check_source, open_source
 from ollm_core.weights.tiered import TieredWeights
-from ollm_core.weights.units import cut_units
-from ollm_core.workspace import Workspace
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def load(
@@ -104,51 +98,34 @@ def load(
         demand("blockwise-attention")
     if chunk_size is not None:
         demand("chunked-prefill")
-    config = adapter.text_config(whole_config)
     checkpoint = open_checkpoint(directory)
-    tensors = LogicalTensors(checkpoint, config, registry.offers("ollm_weight_codecs"))
-    compute_dtype = _compute_dtype(dtype, {**config, **whole_config}, directory, tensors.dtypes())
-    layout = adapter.layout(config)
-    kinds = _cache_kinds(adapter, config, layout)
-    skeleton = Skeleton(config, layout, compute_dtype, target)
-    plan = adapter.weights(config, tensors.names)
-    units = cut_units(
-        layout,
-        tensors.compose(plan, skeleton.shapes, compute_dtype),
-        checkpoint.tensors,
-        skeleton.shapes,
-        # In float32, matrix libraries give other last bits for a part of the rows.
-        slice_head=compute_dtype != torch.float32,
+    parts = take_apart(
+        adapter,
+        whole_config,
+        checkpoint,
+        registry.offers("ollm_weight_codecs"),
+        dtype=dtype,
+        device=target,
+        where=directory,
     )
+    config, skeleton = parts.config, parts.skeleton
     with ExitStack() as opened:  # what fails from here on leaves nothing open
         weights = opened.enter_context(
             TieredWeights(
-                units,
+                parts.units,
                 _open(checkpoint, reader, engine),
-                compute_dtype,
+                parts.dtype,
                 target,
                 (accounts.device, accounts.host),
                 buffer_bytes=skeleton.buffer_bytes,
             )
         )
         skeleton.bind_norm(weights.norm)
-        geometry = KVGeometry(kinds, compute_dtype, target)
-        policy = Policy(
-            attention,
-            chunk_size,
-            may_chunk=supports(adapter, "chunked-prefill"),
-            may_use_blocks=supports(adapter, "blockwise-attention"),
-        )
-        admission = Admission(
-            policy,
-            accounts,
-            weights,
-            Workspace(skeleton, geometry),
-            hidden_size=skeleton.config.hidden_size,
-            vocab_size=skeleton.config.vocab_size,
+        admission = parts.admission(
+            accounts, weights, parts.workspace(), attention=attention, chunk_size=chunk_size
         )
         kv_request = KVRequest(
-            geometry,
+            parts.geometry,
             accounts.device,
             accounts.host,
             Path(kv_dir) if kv_dir is not None else None,
@@ -171,7 +148,7 @@ def load(
             Engine(skeleton, weights, admission, on_progress),
             accounts,
             StoreOpener(kv, kv_request, adapter, registry),
-            kinds,
+            parts.kinds,
             weight_bytes=checkpoint.total_bytes,
             generation_config=_generation_config(directory),
             tokenizer=tokenizer,
@@ -205,48 +182,6 @@ def _accounts(
         ),
         MemoryAccount("host memory", free_host if host_memory is None else parse_size(host_memory)),
     )
-
-
-def _compute_dtype(
-    dtype: str, config: Config, directory: Path, stored_dtypes: Iterable[str]
-) -> torch.dtype:
-    if dtype != "auto":
-        return DTYPES[dtype]
-    declared = config.get("dtype") or config.get("torch_dtype")
-    if declared in DTYPES:
-        return DTYPES[declared]
-    stored = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    for name in stored_dtypes:
-        if name in stored:
-            return stored[name]
-    raise ConfigError(
-        f"{directory}: no dtype in config.json and no float tensor in the checkpoint",
-        hint="give dtype, for instance bfloat16",
-    )
-
-
-def _cache_kinds(adapter: ModelAdapter, config: Config, layout: Layout) -> tuple[CacheKind, ...]:
-    kinds = tuple(adapter.caches(config))
-    if len(kinds) != layout.num_layers:
-        raise ConfigError(
-            f"adapter {adapter.name} gives {len(kinds)} caches, expected {layout.num_layers}"
-        )
-    mixers = layout.mixers or ("full",) * layout.num_layers
-    for layer_idx, (kind, mixer) in enumerate(zip(kinds, mixers, strict=True)):
-        if {kind.kind == "recurrent", mixer == "recurrent", bool(kind.states)} == {True, False}:
-            raise ConfigError(
-                f"adapter {adapter.name} says of layer {layer_idx} that it is recurrent, and yet "
-                "not",
-                hint="layout(), caches() and the states of a cache kind must agree",
-            )
-        if kind.kind == "sliding" and (kind.window is None or kind.window < 2):
-            raise ConfigError(
-                f"layer {layer_idx} has a sliding window of {kind.window} tokens, "
-                "expected at least 2"
-            )
-        if kind.kind == "full" and kind.window is not None:
-            raise ConfigError(f"layer {layer_idx} keeps all tokens, and yet has a window")
-    return kinds
 
 
 def _open(checkpoint: Checkpoint, reader: str, engine: Offer | None) -> ByteSource:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import torch
@@ -9,6 +10,8 @@ import torch
 from ollm_core.errors import DeviceError
 
 _CGROUP = Path("/sys/fs/cgroup")
+ASSUMED_DEVICE_BYTES = 8 * 10**9
+"""The memory of a GPU that is planned for and not here."""
 _RESERVE_BYTES = 500_000_000
 """Left alone on each memory: the interpreter, torch's own buffers and the rest of the machine."""
 
@@ -32,6 +35,20 @@ def pick_device(name: str) -> torch.device:
             hint=f"this machine has: {', '.join(devices)}",
         )
     return torch.device(f"{name}:0" if name == "cuda" else name)
+
+
+def planned_device(name: str) -> torch.device:
+    """The device called `name`, as `pick_device`; one of CUDA need not be here."""
+    if re.fullmatch(r"cuda(:\d{1,3})?", name):
+        return torch.device(name if ":" in name else "cuda:0")
+    return pick_device(name)
+
+
+def default_memory(device: torch.device) -> tuple[int, int]:
+    """`free_memory`; for a GPU that is not here, 8 GB and what is free on the host."""
+    if device.type == "cpu" or str(device) in available_devices():
+        return free_memory(device)
+    return ASSUMED_DEVICE_BYTES, max(_free_host_bytes() - _RESERVE_BYTES, 1) * 9 // 10
 
 
 def free_memory(device: torch.device) -> tuple[int, int]:

@@ -82,6 +82,8 @@ class MemoryAccount:
                     f"{kind} needs {format_size(num_bytes)} of {self.name}, "
                     f"{free} of {limit} is free",
                     hint=f"allow at least {self.used + num_bytes} bytes",
+                    memory=self.name,
+                    needed_bytes=self.used + num_bytes,
                 )
             self.used += num_bytes
             self.kinds[kind] = self.kinds.get(kind, 0) + num_bytes

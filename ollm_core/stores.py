@@ -22,6 +22,7 @@ from ollm_core.kv import (
     HybridKVStore,
     KeepingHybridKVStore,
     KeepingKVStore,
+    KVGeometry,
     StateFiles,
     StateStore,
 )
@@ -60,31 +61,39 @@ class StoreOpener:
         if offer := self._registry.check_name("ollm_kv_stores", name):
             tier, open_store = offer.name, functools.partial(offer.make, KVStore)
         else:
-            tier = self._tier_with_room(request, num_tokens) if name == "auto" else name
+            tier = name
+            if name == "auto":
+                limits = request.device_account.limit, request.host_account.limit
+                named = request.directory is not None
+                tier = choose_tier(self._adapter, request.geometry, limits, num_tokens, named=named)
             require(self._adapter, f"kv-{tier}")
             open_store = functools.partial(_open, tier)
         if any(kind.kind == "recurrent" for kind in request.geometry.kinds):
             return tier, _hybrid(tier, request, open_store)
         return tier, open_store(request)
 
-    def _tier_with_room(self, request: KVRequest, num_tokens: int) -> str:
-        """The first tier of which the expected tokens take at most a quarter (device) or half
-        (host); disk where a directory was named.
-        """
-        able = [tier for tier in TIERS if supports(self._adapter, f"kv-{tier}")]
-        if request.directory is not None and "disk" in able:
-            return "disk"
-        geometry = request.geometry
-        # Windows are not counted: how many rows share the tokens is not known here.
-        layer_bytes = sum(map(geometry.block_bytes, range(geometry.num_layers)))
-        num_expected = num_tokens + geometry.block_size
-        expected = layer_bytes * num_expected // geometry.block_size
-        room = {
-            "device": request.device_account.limit // 4,
-            "host": request.host_account.limit // 2,
-        }
-        fitting = [tier for tier in able if expected <= room.get(tier, expected)]
-        return (*fitting, *reversed(able), *TIERS)[0]
+
+def choose_tier(
+    adapter: ModelAdapter,
+    geometry: KVGeometry,
+    limits: tuple[int, int],
+    num_tokens: int,
+    *,
+    named: bool = False,
+) -> str:
+    """The first tier of which the expected tokens take at most a quarter (device) or half (host);
+    disk where a directory was `named`. `limits` are bytes of device and host.
+    """
+    able = [tier for tier in TIERS if supports(adapter, f"kv-{tier}")]
+    if named and "disk" in able:
+        return "disk"
+    # Windows are not counted: how many rows share the tokens is not known here.
+    layer_bytes = sum(map(geometry.block_bytes, range(geometry.num_layers)))
+    num_expected = num_tokens + geometry.block_size
+    expected = layer_bytes * num_expected // geometry.block_size
+    room = {"device": limits[0] // 4, "host": limits[1] // 2}
+    fitting = [tier for tier in able if expected <= room.get(tier, expected)]
+    return (*fitting, *reversed(able), *TIERS)[0]
 
 
 def fingerprinter(checkpoint: Checkpoint, config: Config) -> Callable[[], str]:

@@ -17,10 +17,11 @@ from ollm_core import InputError, ParameterSource, ReadError
 from ollm_core.buffers import aligned_buffer, as_memoryview
 from ollm_core.checkpoint import open_checkpoint
 from ollm_core.memory import MemoryAccount
+from ollm_core.weights.held import spread_order
 from ollm_core.weights.ring import Ring
 from ollm_core.weights.rows import EmbeddingRows
 from ollm_core.weights.sources import DirectSource, MmapSource, open_source
-from ollm_core.weights.tiered import TieredWeights, spread_order
+from ollm_core.weights.tiered import TieredWeights
 from ollm_core.weights.units import Parameter, Units, WeightUnit
 
 CPU = torch.device("cpu")

@@ -11,9 +11,11 @@ import click
 
 from ollm_core import __version__
 from ollm_core.cli.cache import cache
+from ollm_core.cli.doctor import doctor
 from ollm_core.cli.models import import_, list_models, plugins, pull
 from ollm_core.cli.offered import Verbs
 from ollm_core.cli.output import debug_option, print_error, quiet
+from ollm_core.cli.plan import plan
 from ollm_core.cli.run import run
 from ollm_core.errors import OllmError
 
@@ -35,7 +37,7 @@ def cli() -> None:
     """
 
 
-for _command in (run, pull, import_, list_models, plugins, cache):
+for _command in (run, plan, pull, import_, list_models, plugins, cache, doctor):
     cli.add_command(_command)
 
 

@@ -109,21 +109,11 @@ class BlockKVStore(KVStore):
         """
         table = self._table(layer_idx, sequence)
         num_new = self._check_new(layer_idx, keys, values)
-        self._storage.check()
-        self._slide(layer_idx, table)
-        self._grow({layer_idx: table}, table.num_tokens + num_new)
         done = 0
-        while done < num_new:
-            inside = table.num_tokens % self.block_size
-            block = self._next_block(table)
-            if table.tail is None:
-                table.tail = self._storage.open(layer_idx, block)
-            count = min(self.block_size - inside, num_new - done)
-            table.tail[0, :, inside : inside + count] = keys[:, done : done + count]
-            table.tail[1, :, inside : inside + count] = values[:, done : done + count]
-            if inside + count == self.block_size:
-                table.tail = self._storage.seal(layer_idx, block, table.tail)
-            table.num_tokens += count  # only now: sealing may raise
+        for tail in self._room(layer_idx, table, num_new):
+            count = tail.shape[2]
+            tail[0] = keys[:, done : done + count]
+            tail[1] = values[:, done : done + count]
             done += count
 
     def blocks(
@@ -415,6 +405,23 @@ class BlockKVStore(KVStore):
         if table.tail is not None:
             self._storage.drop(layer_idx, table.tail)
             table.tail = None
+
+    def _room(self, layer_idx: int, table: _Table, num_new: int) -> Iterator[Tensor]:
+        """Parts of tails [2, G, n, D] for `num_new` tokens, each to be filled before the next."""
+        self._storage.check()
+        self._slide(layer_idx, table)
+        self._grow({layer_idx: table}, table.num_tokens + num_new)
+        while num_new:
+            inside = table.num_tokens % self.block_size
+            block = self._next_block(table)
+            if table.tail is None:
+                table.tail = self._storage.open(layer_idx, block)
+            count = min(self.block_size - inside, num_new)
+            yield table.tail[:, :, inside : inside + count]
+            if inside + count == self.block_size:
+                table.tail = self._storage.seal(layer_idx, block, table.tail)
+            table.num_tokens += count  # only now: sealing may raise
+            num_new -= count
 
     def _check_open(self) -> None:
         if self._closed:

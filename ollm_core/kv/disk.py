@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import threading
 import weakref
@@ -33,6 +34,28 @@ NUM_WRITE_BUFFERS = 4
 _THREAD_NAME = "ollm-kv"
 
 
+class DiskSizes:
+    """What blocks on disk take of each memory."""
+
+    def __init__(self, geometry: KVGeometry, staging_bytes: int = STAGING_BYTES) -> None:
+        layers = range(geometry.num_layers)
+        self.slot_bytes = [round_up(geometry.block_bytes(layer_idx)) for layer_idx in layers]
+        """Of each layer: a block in its file, or its tail in memory."""
+        self.run_slots = [max(staging_bytes // size, 1) for size in self.slot_bytes]
+        """Slots of each layer that are read together."""
+        self.lane_bytes = max(map(operator.mul, self.run_slots, self.slot_bytes))
+        """One of the two buffers that an iterator reads into."""
+        self.write_bytes = NUM_WRITE_BUFFERS * sum(set(self.slot_bytes))
+        """Full blocks on their way to the disk."""
+
+    def growth(self, num_blocks: Mapping[int, int], tails: Collection[int]) -> TierBytes:
+        """What so many more slots of each layer, and a tail for each of `tails`, take."""
+        return TierBytes(
+            host=sum(self.slot_bytes[layer_idx] for layer_idx in tails),
+            disk=sum(n * self.slot_bytes[layer_idx] for layer_idx, n in num_blocks.items()),
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class _Staging:
     """A buffer for a run of slots of a layer, and its blocks [2, G, block_size, D]."""
@@ -59,9 +82,8 @@ class DiskStorage(BlockStorage):
         compared with it whenever they are read.
         """
         self._geometry = geometry
-        layers = range(geometry.num_layers)
-        self._slot_bytes = [round_up(geometry.block_bytes(layer_idx)) for layer_idx in layers]
-        self._staging_bytes = staging_bytes
+        self._sizes = DiskSizes(geometry, staging_bytes)
+        self._slot_bytes = self._sizes.slot_bytes
         self._charges = Charges(account)
         self._changed = threading.Condition()  # guards the four below
         self._spares: dict[int, list[Tensor]] = {}  # byte buffers, by their size
@@ -77,14 +99,11 @@ class DiskStorage(BlockStorage):
             stack.callback(_close_home, self._homes)
             stack.callback(self._charges.close)
             sizes = sorted(set(self._slot_bytes))
-            self._charges.take("kv write buffers", NUM_WRITE_BUFFERS * sum(sizes))
+            self._charges.take("kv write buffers", self._sizes.write_bytes)
             for size in sizes:
                 self._spares[size] = [aligned_buffer(size) for _ in range(NUM_WRITE_BUFFERS)]
-            self._lane_bytes = max(
-                self._run_slots(layer_idx) * size for layer_idx, size in enumerate(self._slot_bytes)
-            )
             self._stagings = Lanes(
-                self._new_staging, 2 * self._lane_bytes, "kv staging", self._charges
+                self._new_staging, 2 * self._sizes.lane_bytes, "kv staging", self._charges
             )
             self._writer, self._reader = (
                 ThreadPoolExecutor(1, thread_name_prefix=_THREAD_NAME) for _ in range(2)
@@ -117,10 +136,7 @@ class DiskStorage(BlockStorage):
             layer_idx: max(number - self._files[layer_idx].num_free, 0)
             for layer_idx, number in num_blocks.items()
         }
-        return TierBytes(
-            host=sum(self._slot_bytes[layer_idx] for layer_idx in tails),
-            disk=sum(number * self._slot_bytes[layer_idx] for layer_idx, number in new.items()),
-        )
+        return self._sizes.growth(new, tails)
 
     def allocate(
         self, num_blocks: Mapping[int, int], tails: Collection[int]
@@ -180,7 +196,7 @@ class DiskStorage(BlockStorage):
         self._forget(layer_idx, block)
 
     def read(self, layer_idx: int, blocks: Sequence[int]) -> Iterator[Tensor]:
-        run_slots = self._run_slots(layer_idx)
+        run_slots = self._sizes.run_slots[layer_idx]
         runs = [
             run[start : start + run_slots]
             for run in _consecutive(blocks)
@@ -329,12 +345,8 @@ class DiskStorage(BlockStorage):
         if self._geometry.device.type == "cuda":
             torch.cuda.current_stream(self._geometry.device).synchronize()
 
-    def _run_slots(self, layer_idx: int) -> int:
-        """Slots of a layer that are read together."""
-        return max(self._staging_bytes // self._slot_bytes[layer_idx], 1)
-
     def _new_staging(self) -> tuple[Tensor, Tensor]:
-        return aligned_buffer(self._lane_bytes), aligned_buffer(self._lane_bytes)
+        return aligned_buffer(self._sizes.lane_bytes), aligned_buffer(self._sizes.lane_bytes)
 
     def _staging(self, layer_idx: int, buffer: Tensor, num_slots: int) -> _Staging:
         slots = buffer.split(self._slot_bytes[layer_idx])[:num_slots]

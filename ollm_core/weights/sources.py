@@ -186,6 +186,18 @@ class MmapSource(_PagedSource):
             os.close(file)
 
 
+class DescribedSource(_PagedSource):
+    """The sizes of both, for files that need not be there."""
+
+    name = "described"
+
+    def _read_run(self, run: _Run, buffer: memoryview) -> None:
+        raise ReadError(f"{run.path}: is described only, and cannot be read")
+
+    def close(self) -> None:
+        """Nothing to do: no file is open."""
+
+
 def check_source(source: ByteSource, tensors: Iterable[TensorInfo]) -> None:
     """Read the smallest of `tensors` and compare with the files: only this shows that an engine
     works here.

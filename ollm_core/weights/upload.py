@@ -12,15 +12,19 @@ class Upload:
     """
 
     def __init__(self, device: torch.device, num_bytes: int) -> None:
-        """`num_bytes` is the largest buffer that will be copied."""
+        """`num_bytes` is the largest buffer that will be copied. Allocated with the first copy."""
         self.num_bytes = num_bytes
-        self._buffer = torch.empty(num_bytes, dtype=torch.uint8, device=device)
-        self._copied = torch.cuda.Event()
+        self._device = device
+        self._buffer: Tensor | None = None
+        self._copied: torch.cuda.Event | None = None
 
     def copy(self, host: Tensor) -> Tensor:
         """The bytes of `host` on the device, valid until the next copy. `host` may be reused after
         `wait`.
         """
+        if self._buffer is None or self._copied is None:
+            self._buffer = torch.empty(self.num_bytes, dtype=torch.uint8, device=self._device)
+            self._copied = torch.cuda.Event()
         target = self._buffer[: host.numel()]
         target.copy_(host, non_blocking=True)
         self._copied.record(torch.cuda.current_stream(target.device))
@@ -28,4 +32,5 @@ class Upload:
 
     def wait(self) -> None:
         """Return when the last copy has read all of its host buffer."""
-        self._copied.synchronize()
+        if self._copied is not None:
+            self._copied.synchronize()

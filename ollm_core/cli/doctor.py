@@ -1,0 +1,42 @@
+"""The verb `doctor`: measure what this machine can do, for the times that `plan` tells."""
+
+from __future__ import annotations
+
+import click
+
+from ollm_core.cli.output import debug_option, json_option, models_dir_option, print_json
+from ollm_core.memory import format_size
+
+
+@click.command()
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda:0, ...")
+@click.option(
+    "--dtype",
+    type=click.Choice(["bfloat16", "float16", "float32"]),
+    default="bfloat16",
+    show_default=True,
+    help="What to multiply in.",
+)
+@models_dir_option
+@json_option
+@debug_option
+def doctor(device: str, dtype: str, models_dir: str | None, as_json: bool) -> None:
+    """Measure the disk that models lie on, and the device; `ollm plan` then goes by that."""
+    from ollm_core.hub import models_root
+    from ollm_core.machine import pick_device
+    from ollm_core.parts import DTYPES
+    from ollm_core.rates import as_fields, measure_rates, rates_file
+
+    target = pick_device(device)
+    root = models_root(models_dir)
+    rates = measure_rates(root, target, DTYPES[dtype])
+    if as_json:
+        fields = as_fields(rates)
+        print_json({"device": str(target), "dtype": dtype, "kept_in": str(rates_file()), **fields})
+        return
+    click.echo(f"disk     {format_size(rates.disk.per_second)}/s, read from {root}")
+    click.echo(f"memory   {format_size(rates.memory.per_second)}/s of {dtype} weights on {target}")
+    if rates.bus is not None:
+        click.echo(f"bus      {format_size(rates.bus.per_second)}/s from host to {target}")
+    click.echo(f"compute  {rates.compute.per_second / 1e9:.4g} GFLOP/s in {dtype} on {target}")
+    click.echo(f"kept in {rates_file()}")

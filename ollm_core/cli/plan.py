@@ -1,0 +1,193 @@
+"""The verb `plan`: what a run would hold and how long it would take, before there are weights."""
+
+from __future__ import annotations
+
+import shutil
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ollm_core.cli.output import debug_option, json_option, models_dir_option, print_json
+from ollm_core.cli.timeline import draw
+from ollm_core.errors import DoesNotFitError
+from ollm_core.memory import format_size
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from ollm_core.planner import Plan
+
+KINDS = {
+    "weights": "norm, rotary, buffers for a layer",
+    "resident weights": "weights kept",
+    "weight ring": "weights streamed",
+    "resident experts": "experts kept",
+    "expert buffers": "experts streamed",
+    "kv blocks": "KV",
+    "kv upload": "KV on its way",
+    "kv write buffers": "KV to be written",
+    "kv staging": "KV as it is read",
+    "kv tails": "KV, unfinished blocks",
+    "layer": "activations of a layer",
+    "experts' work": "activations of experts",
+    "logits": "logits",
+    "routed tokens": "tokens for experts",
+    "hidden states": "hidden states",
+    "positions": "positions",
+}
+"""What the accounts call their parts, for people."""
+
+
+@click.command()
+@click.argument("model")
+@click.option("--context", metavar="TOKENS", help="At the end, as in 8192 or 100k.  [default: 8k]")
+@click.option("--max-new-tokens", type=click.IntRange(1), default=256, show_default=True)
+@click.option("--batch", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, also if not here.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
+    default="auto",
+    show_default=True,
+)
+@click.option("--device-memory", metavar="SIZE", help="As in 8GB.  [default: what is free]")
+@click.option("--host-memory", metavar="SIZE", help="As in 16GB.  [default: what is free]")
+@click.option(
+    "--kv",
+    type=click.Choice(["auto", "device", "host", "disk"]),
+    default="auto",
+    show_default=True,
+)
+@click.option("--chunk-size", type=click.IntRange(1), help="Prompt tokens computed at a time.")
+@click.option(
+    "--attention",
+    type=click.Choice(["auto", "exact", "blockwise"]),
+    default="auto",
+    show_default=True,
+)
+@click.option("--plot", "as_plot", is_flag=True, help="Also draw what is held over the run.")
+@models_dir_option
+@json_option
+@debug_option
+def plan(model: str, as_json: bool, as_plot: bool, **options: Any) -> None:
+    """Say what a run of MODEL would hold and how long it would take.
+
+    MODEL is an id, a directory, or a lone config.json: no weights are needed, and no such device.
+    """
+    from ollm_core import planner
+
+    found = planner.plan(model, **options)
+    if as_json:
+        print_json(found.fields())
+    if not found.fits:
+        raise DoesNotFitError(found.reason, hint=found.hint)
+    if not as_json:
+        click.echo(_text(found))
+        if as_plot:
+            width = shutil.get_terminal_size().columns
+            click.echo("\n" + draw(found.moments, found.device_memory, KINDS, width))
+    elif as_plot:
+        click.echo(draw(found.moments, found.device_memory, KINDS, 80), err=True)
+
+
+def _text(plan: Plan) -> str:
+    """The plan as a table."""
+    place = plan.placement
+    lines = [
+        ("model", f"{plan.model}, {format_size(plan.weight_bytes)}, {plan.dtype}"),
+        (
+            "run",
+            f"{plan.batch} x {plan.context - plan.max_new_tokens} tokens of prompt and "
+            f"{plan.max_new_tokens} new ones on {plan.device}",
+        ),
+        ("prefill", f"{_time(plan.prefill_seconds)}, limited by {_limit(plan.prefill_limited_by)}"),
+        (
+            "decode",
+            f"{plan.tokens_per_second:.3g} tokens/s, limited by {_limit(plan.limited_by)}; "
+            f"{format_size(plan.bytes_read_per_token)} read for each",
+        ),
+        ("layers", _layers(place)),
+    ]
+    if "experts" in place:
+        lines.append(
+            (
+                "experts",
+                f"{place['device_experts']} of {place['experts']} kept on the device, "
+                f"{place['host_experts']} on the host",
+            )
+        )
+    lines += [
+        ("KV", f"{format_size(plan.kv_bytes)} on {place['kv']}"),
+        ("prompt", f"chunks of {place['chunk_size']} tokens, {place['attention']} attention"),
+    ]
+    text = [f"{name:<9}{value}" for name, value in lines]
+    text += ["", *_memory("device", plan.device_peak_bytes, plan.device_memory, plan.device_bytes)]
+    text += _memory("host", plan.host_peak_bytes, plan.host_memory, plan.host_bytes)
+    text += [
+        "",
+        f"least    {format_size(plan.smallest_device_bytes)} of device memory would do, with "
+        f"{format_size(plan.smallest_host_bytes)} on the host",
+        f"most     {plan.largest_context} tokens would do in this memory",
+    ]
+    for i, rates in enumerate(_rates(plan)):
+        text.append(f"{'' if i else 'rates':<9}{rates}")
+    for i, change in enumerate(plan.changes):
+        text.append(
+            f"{'' if i else 'better':<9}{change.option}: prefill "
+            f"{_time(change.prefill_seconds)}, {change.tokens_per_second:.3g} tokens/s"
+        )
+    return "\n".join(text)
+
+
+def _layers(place: Mapping[str, Any]) -> str:
+    """Where the units of a pass are while tokens are made."""
+    units = place["layers"] + place["head_parts"]
+    kept = f"{place['device_units']} of {units} kept on the device"
+    if place["host_units"]:
+        kept += f", {place['host_units']} on the host"
+    if place["streamed_units"]:
+        size = format_size(place["ring_buffer_bytes"])
+        kept += (
+            f", {place['streamed_units']} streamed through {place['ring_buffers']} buffers "
+            f"of {size}"
+        )
+    return kept + f" ({place['layers']} layers, the head in {place['head_parts']})"
+
+
+def _memory(name: str, peak: int, limit: int, parts: Mapping[str, int]) -> list[str]:
+    """The peak of one memory and what it is made of, the largest first."""
+    text = [f"{name:<9}{format_size(peak):>8} at most of {format_size(limit)} allowed"]
+    for kind, num_bytes in sorted(parts.items(), key=lambda part: -part[1]):
+        text.append(f"{'':<9}{format_size(num_bytes):>8}  {KINDS.get(kind, kind)}")
+    return text
+
+
+def _limit(name: str) -> str:
+    return {"disk": "the disk", "bus": "the bus", "memory": "memory", "compute": "compute"}[name]
+
+
+def _rates(plan: Plan) -> list[str]:
+    """The rates by where they come from, a line for each."""
+    rates = plan.rates
+    by_source: dict[str, list[str]] = {}
+    for name, rate, unit in (
+        ("disk", rates.disk, "B/s"),
+        ("bus", rates.bus, "B/s"),
+        ("memory", rates.memory, "B/s"),
+        ("compute", rates.compute, "FLOP/s"),
+    ):
+        if rate is not None:
+            number = format_size(rate.per_second).removesuffix("B")  # ends with a prefix: "2 G"
+            by_source.setdefault(rate.source, []).append(f"{name} {number}{unit}")
+    hint = "; `ollm doctor` measures"
+    return [
+        f"{', '.join(told)} ({source}{hint if source == 'assumed' else ''})"
+        for source, told in by_source.items()
+    ]
+
+
+def _time(seconds: float) -> str:
+    """`4.2 s`, `12 min`, `3.4 h`."""
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 60:.3g} min" if seconds < 7200 else f"{seconds / 3600:.3g} h"

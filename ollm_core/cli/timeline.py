@@ -1,0 +1,47 @@
+"""What is held over a run, drawn for a terminal: a bar for each pass, stacked by kind."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from ollm_core.memory import format_size
+
+if TYPE_CHECKING:
+    from ollm_core.rehearsal import Moment
+
+_MARKS = "#=+-:*o%.@"
+_MAX_ROWS = 16
+
+
+def draw(moments: Sequence[Moment], limit: int, titles: Mapping[str, str], width: int = 80) -> str:
+    """Rows of at most `width` characters: the device's memory at some moments, from left to right
+    what it is made of, with `limit` bytes at the end of the bar; then what the marks mean.
+    """
+    step = -(-len(moments) // _MAX_ROWS)
+    shown = [*moments[:2], *moments[2:-1:step], *moments[2:][-1:]]
+    kinds: dict[str, int] = {}
+    for moment in shown:
+        for kind, num_bytes in moment.device.items():
+            kinds[kind] = max(kinds.get(kind, 0), num_bytes)
+    order = sorted(kinds, key=lambda kind: -kinds[kind])
+    marks = {kind: _MARKS[min(i, len(_MARKS) - 1)] for i, kind in enumerate(order)}
+    label = max(len(moment.name) for moment in shown)
+    room = max(width - label - 14, 10)
+    rows = [
+        f"{moment.name:<{label}} |{_bar(moment, marks, limit, room):<{room}}| "
+        f"{format_size(moment.device_bytes)}"
+        for moment in shown
+    ]
+    scale = f"{'':<{label}} 0{format_size(limit):>{room}}"
+    legend = [f"{marks[kind]} {titles.get(kind, kind)}" for kind in order]
+    return "\n".join(["device memory over the run", *rows, scale, *legend])
+
+
+def _bar(moment: Moment, marks: Mapping[str, str], limit: int, room: int) -> str:
+    """Ends where the sum does, rounded up to whole characters."""
+    bar, total = "", 0
+    for kind in marks:
+        total += moment.device.get(kind, 0)
+        bar += marks[kind] * (-(-total * room // limit) - len(bar))
+    return bar

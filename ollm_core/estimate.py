@@ -1,0 +1,157 @@
+"""How long a rehearsed run would take: what each pass moves and computes, at given rates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from ollm_core.parts import ModelParts
+from ollm_core.rates import Rates
+from ollm_core.rehearsal import Rehearsed, Scenario
+
+
+@dataclass(frozen=True, slots=True)
+class PassCost:
+    """What one weight pass takes of the machine, all of it at the same time."""
+
+    disk_bytes: float
+    """Read from disk: weights, and KV that lies there."""
+    bus_bytes: float
+    """Moved from the host to the device."""
+    memory_bytes: float
+    """Weights and KV that the device goes through."""
+    flops: float
+
+    def seconds(self, rates: Rates) -> dict[str, float]:
+        """By what would limit the pass if the rest were free."""
+        found = {
+            "disk": self.disk_bytes / rates.disk.per_second,
+            "compute": self.flops / rates.compute.per_second,
+            "memory": self.memory_bytes / rates.memory.per_second,
+        }
+        if rates.bus is not None:
+            found["bus"] = self.bus_bytes / rates.bus.per_second
+        return found
+
+
+def slowest(seconds: Mapping[str, float]) -> tuple[str, float]:
+    """The name of the largest, and it."""
+    name = max(seconds, key=lambda key: seconds[key])
+    return name, seconds[name]
+
+
+class Estimate:
+    """The passes of one model. Sizes are taken from it once."""
+
+    def __init__(self, parts: ModelParts) -> None:
+        units, itemsize = parts.units, parts.dtype.itemsize
+        self._kinds = parts.kinds
+        self._itemsize = itemsize
+        self._num_heads = int(parts.skeleton.config.num_attention_heads)
+        self._layers = sum(p.num_bytes(parts.dtype) for u in units.layers for p in u.parameters)
+        self._head = sum(p.num_bytes(parts.dtype) for u in units.head for p in u.parameters)
+        self._stored = sum(unit.file_bytes for unit in units.in_pass_order)
+        self._counts = [len(layer) for layer in units.experts.values()]
+        one = next((layer[0] for layer in units.experts.values()), None)
+        self._expert = sum(p.num_bytes(parts.dtype) for p in one.parameters) if one else 0
+        self._expert_stored = one.file_bytes if one else 0
+        self._num_chosen = _experts_per_token(parts)
+
+    @property
+    def num_experts(self) -> int:
+        """Routed experts of all layers."""
+        return sum(self._counts)
+
+    @property
+    def expert_bytes(self) -> int:
+        """Of one, in the compute dtype."""
+        return self._expert
+
+    @property
+    def expert_bytes_stored(self) -> int:
+        """Of one, in the checkpoint."""
+        return self._expert_stored
+
+    def distinct_experts(self, num_tokens: int) -> float:
+        """Of all layers, how many are expected to be wanted by any of `num_tokens`, if all are
+        equally likely.
+        """
+        return sum(
+            count * (1 - (1 - self._num_chosen / count) ** num_tokens) for count in self._counts
+        )
+
+    def prompt(self, run: Rehearsed, scenario: Scenario) -> PassCost:
+        """The first pass, which reads everything once."""
+        num_tokens = scenario.batch * scenario.prompt_tokens
+        distinct = self.distinct_experts(num_tokens)
+        weights = self._stored + distinct * self._expert_stored
+        past = range(0, scenario.prompt_tokens, run.chunk_size)
+        kv = scenario.batch * sum(self._kv_bytes(start) for start in past)
+        pairs = sum(self._seen(kind.window, scenario.prompt_tokens) for kind in self._kinds)
+        return PassCost(
+            weights + kv * (run.kv_tier == "disk"),
+            weights + kv * (run.kv_tier != "device"),
+            self._layers + self._head + distinct * self._expert,
+            self._flops(num_tokens, scenario.batch) + self._attention(scenario.batch * pairs),
+        )
+
+    def token(self, run: Rehearsed, scenario: Scenario) -> PassCost:
+        """A decode step at the end, for one new token of each sequence."""
+        held, batch = run.held, scenario.batch
+        distinct = self.distinct_experts(batch)
+        every = max(self.num_experts * self._expert, 1)
+        on_device = min(held.experts_device_bytes / every, 1.0)
+        kept = min(on_device + held.experts_host_bytes / max(every, 1), 1.0)
+        kv = batch * self._kv_bytes(scenario.context)
+        read = held.streamed_bytes + distinct * (1 - kept) * self._expert_stored
+        moved = distinct * (1 - on_device) * self._expert_stored
+        seen = sum(min(scenario.context, kind.window or scenario.context) for kind in self._kinds)
+        return PassCost(
+            read + kv * (run.kv_tier == "disk"),
+            held.streamed_bytes + held.dense_host_bytes + moved + kv * (run.kv_tier != "device"),
+            self._layers + self._head + distinct * self._expert + kv,
+            self._flops(batch, batch) + self._attention(batch * seen),
+        )
+
+    def kv_bytes(self, scenario: Scenario) -> int:
+        """Keys and values of all sequences at the end."""
+        return scenario.batch * self._kv_bytes(scenario.context)
+
+    def _kv_bytes(self, num_tokens: int) -> int:
+        """Of one sequence, what attention sees after so many tokens."""
+        return sum(
+            2
+            * kind.num_kv_heads
+            * kind.head_dim
+            * self._itemsize
+            * min(num_tokens, kind.window or num_tokens)
+            for kind in self._kinds
+        )
+
+    def _flops(self, num_tokens: int, num_logits: int) -> float:
+        active = self._layers + len(self._counts) * self._num_chosen * self._expert
+        return 2 * (num_tokens * active + num_logits * self._head) / self._itemsize
+
+    def _attention(self, pairs: float) -> float:
+        head_dim = max((kind.head_dim for kind in self._kinds), default=0)
+        return 4 * self._num_heads * head_dim * pairs
+
+    @staticmethod
+    def _seen(window: int | None, num_tokens: int) -> float:
+        """Pairs of a query and a key of one layer."""
+        span = min(window or num_tokens, num_tokens)
+        return span * (span + 1) / 2 + (num_tokens - span) * span
+
+
+def _experts_per_token(parts: ModelParts) -> int:
+    """How many the router chooses, asked without data."""
+    meta = torch.device("meta")
+    for mixture in parts.skeleton.mixtures.values():
+        hidden = torch.empty(
+            1, 1, parts.skeleton.config.hidden_size, dtype=parts.dtype, device=meta
+        )
+        with torch.no_grad():
+            return mixture.route(hidden, meta).tokens.numel()
+    return 0

@@ -1,0 +1,163 @@
+"""A model taken apart, before anything of it is read: what a run and a plan of it share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ollm_core.admission import Accounts, Admission, Policy
+from ollm_core.checkpoint import Checkpoint
+from ollm_core.description import describe_checkpoint
+from ollm_core.errors import ConfigError
+from ollm_core.interfaces import ModelAdapter
+from ollm_core.kv import KVGeometry
+from ollm_core.plugins import Offer
+from ollm_core.registry import require, supports
+from ollm_core.skeleton import Skeleton
+from ollm_core.types import CacheKind, Config, Layout
+from ollm_core.weights.codecs import LogicalTensors
+from ollm_core.weights.held import HeldWeights
+from ollm_core.weights.tiered import TieredWeights
+from ollm_core.weights.units import Units, cut_units
+from ollm_core.workspace import Workspace
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ModelParts:
+    """What a model is made of. `device` is the one that computes, which need not be here."""
+
+    adapter: ModelAdapter
+    config: Config
+    """Of the language model."""
+    checkpoint: Checkpoint
+    dtype: torch.dtype
+    device: torch.device
+    kinds: tuple[CacheKind, ...]
+    skeleton: Skeleton
+    units: Units
+
+    @property
+    def geometry(self) -> KVGeometry:
+        """The shape of keys and values."""
+        return KVGeometry(self.kinds, self.dtype, self.device)
+
+    def workspace(self) -> Workspace:
+        """Tells what layers take; remembers what it has traced."""
+        return Workspace(self.skeleton, self.geometry)
+
+    def admission(
+        self,
+        accounts: Accounts,
+        weights: TieredWeights | HeldWeights,
+        workspace: Workspace,
+        *,
+        attention: str,
+        chunk_size: int | None,
+    ) -> Admission:
+        """What decides how a pass is run. Raises UnsupportedError for a fixed attention or chunk
+        size that the family does not have.
+        """
+        if attention == "blockwise":
+            require(self.adapter, "blockwise-attention")
+        if chunk_size is not None:
+            require(self.adapter, "chunked-prefill")
+        policy = Policy(
+            attention,
+            chunk_size,
+            may_chunk=supports(self.adapter, "chunked-prefill"),
+            may_use_blocks=supports(self.adapter, "blockwise-attention"),
+        )
+        return Admission(
+            policy,
+            accounts,
+            weights,
+            workspace,
+            hidden_size=self.skeleton.config.hidden_size,
+            vocab_size=self.skeleton.config.vocab_size,
+        )
+
+
+def take_apart(
+    adapter: ModelAdapter,
+    whole_config: Config,
+    checkpoint: Checkpoint | None,
+    codecs: Mapping[str, Offer],
+    *,
+    dtype: str,
+    device: torch.device,
+    where: Path,
+    bare: bool = False,
+) -> ModelParts:
+    """The parts of the model of a config.json. `where` that came from is for messages.
+
+    Without a `checkpoint`, one is described as the adapter declares it. `bare` allocates nothing on
+    `device`, which then need not be there. Raises ConfigError, CheckpointError, UnsupportedError.
+    """
+    config = adapter.text_config(whole_config)
+    declared: Config = {**config, **whole_config}
+    tensors = None if checkpoint is None else LogicalTensors(checkpoint, config, codecs)
+    compute_dtype = _compute_dtype(dtype, declared, where, tensors.dtypes() if tensors else ())
+    layout = adapter.layout(config)
+    kinds = _cache_kinds(adapter, config, layout)
+    skeleton = Skeleton(config, layout, compute_dtype, torch.device("meta") if bare else device)
+    if checkpoint is None or tensors is None:
+        stored = str(declared.get("dtype") or declared.get("torch_dtype") or dtype)
+        checkpoint = describe_checkpoint(adapter, config, skeleton.shapes, stored, where)
+        tensors = LogicalTensors(checkpoint, config, {})
+    plan = adapter.weights(config, tensors.names)
+    units = cut_units(
+        layout,
+        tensors.compose(plan, skeleton.shapes, compute_dtype),
+        checkpoint.tensors,
+        skeleton.shapes,
+        # In float32, matrix libraries give other last bits for a part of the rows.
+        slice_head=compute_dtype != torch.float32,
+    )
+    return ModelParts(adapter, config, checkpoint, compute_dtype, device, kinds, skeleton, units)
+
+
+def _compute_dtype(
+    dtype: str, config: Config, directory: Path, stored_dtypes: Iterable[str]
+) -> torch.dtype:
+    if dtype != "auto":
+        return DTYPES[dtype]
+    declared = config.get("dtype") or config.get("torch_dtype")
+    if declared in DTYPES:
+        return DTYPES[declared]
+    stored = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    for name in stored_dtypes:
+        if name in stored:
+            return stored[name]
+    raise ConfigError(
+        f"{directory}: no dtype in config.json and no float tensor in the checkpoint",
+        hint="give dtype, for instance bfloat16",
+    )
+
+
+def _cache_kinds(adapter: ModelAdapter, config: Config, layout: Layout) -> tuple[CacheKind, ...]:
+    kinds = tuple(adapter.caches(config))
+    if len(kinds) != layout.num_layers:
+        raise ConfigError(
+            f"adapter {adapter.name} gives {len(kinds)} caches, expected {layout.num_layers}"
+        )
+    mixers = layout.mixers or ("full",) * layout.num_layers
+    for layer_idx, (kind, mixer) in enumerate(zip(kinds, mixers, strict=True)):
+        if {kind.kind == "recurrent", mixer == "recurrent", bool(kind.states)} == {True, False}:
+            raise ConfigError(
+                f"adapter {adapter.name} says of layer {layer_idx} that it is recurrent, and yet "
+                "not",
+                hint="layout(), caches() and the states of a cache kind must agree",
+            )
+        if kind.kind == "sliding" and (kind.window is None or kind.window < 2):
+            raise ConfigError(
+                f"layer {layer_idx} has a sliding window of {kind.window} tokens, "
+                "expected at least 2"
+            )
+        if kind.kind == "full" and kind.window is not None:
+            raise ConfigError(f"layer {layer_idx} keeps all tokens, and yet has a window")
+    return kinds

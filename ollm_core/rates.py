@@ -1,0 +1,225 @@
+"""How fast this machine reads, moves and multiplies: measured once and kept, or assumed."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ollm_core.buffers import aligned_buffer, as_memoryview
+from ollm_core.errors import InputError
+
+_BLOCK_BYTES = 16 << 20
+_READ_BYTES = 2 << 30
+_READ_SECONDS = 3.0
+_TRIAL_BYTES = 512 << 20
+_LEAST_FILE_BYTES = 256 << 20
+_REPEATS = 5
+
+_ASSUMED = {  # on the low side of what such machines have
+    "disk": 2.0e9,
+    "cpu memory": 10e9,
+    "cuda memory": 250e9,
+    "cuda bus": 12e9,
+    "cpu compute float32": 50e9,
+    "cpu compute float16": 20e9,
+    "cpu compute bfloat16": 20e9,
+    "cuda compute float32": 8e12,
+    "cuda compute float16": 20e12,
+    "cuda compute bfloat16": 20e12,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """Bytes or multiply-adds counted twice (FLOP), per second."""
+
+    per_second: float
+    source: str
+    """"assumed", or "measured" and when."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """What a plan's times are made from."""
+
+    disk: Rate
+    """Bytes read from where models lie."""
+    memory: Rate
+    """Bytes of weights that the device goes through for one token."""
+    compute: Rate
+    """FLOP of large matrix products in the compute dtype."""
+    bus: Rate | None = None
+    """Bytes from host memory to the device; None where they are one."""
+
+
+def rates_file() -> Path:
+    """Where measured rates are kept."""
+    return Path.home() / ".cache" / "ollm" / "rates.json"
+
+
+def find_rates(directory: Path, device: torch.device, dtype: torch.dtype) -> Rates:
+    """What `measure_rates` has kept for the disk of `directory` and for `device`; what it has not
+    is assumed.
+    """
+    kept = _read()
+    disk = kept.get(_disk_key(directory), {})
+    here = kept.get(_device_key(device), {})
+    name = str(dtype).removeprefix("torch.")
+
+    def rate(found: Mapping[str, Any], key: str, assumed: str) -> Rate:
+        value, when = found.get(key), found.get("date")
+        if isinstance(value, (int, float)) and value > 0:
+            return Rate(float(value), f"measured {when}")
+        return Rate(_ASSUMED[assumed], "assumed")
+
+    kind = "cpu" if device.type == "cpu" else "cuda"
+    return Rates(
+        rate(disk, "disk", "disk"),
+        rate(here, f"memory {name}", f"{kind} memory"),
+        rate(here, f"compute {name}", f"{kind} compute {name}"),
+        None if kind == "cpu" else rate(here, "bus", "cuda bus"),
+    )
+
+
+def measure_rates(directory: Path, device: torch.device, dtype: torch.dtype) -> Rates:
+    """Measure, which takes some seconds, and keep what was found. `device` must be here.
+
+    Reads the largest model file in `directory`, or one that is made there for it and removed.
+    Raises InputError if there is none and none can be made.
+    """
+    kept = _read()
+    today = date.today().isoformat()
+    kept[_disk_key(directory)] = {"disk": _disk_rate(directory), "date": today}
+    name = str(dtype).removeprefix("torch.")
+    here = kept.setdefault(_device_key(device), {})
+    here[f"memory {name}"] = _memory_rate(device, dtype)
+    here[f"compute {name}"] = _compute_rate(device, dtype)
+    if device.type != "cpu":
+        here["bus"] = _bus_rate(device)
+    here["date"] = today
+    path = rates_file()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}")
+    partial.write_text(json.dumps(kept, indent=1) + "\n")
+    partial.replace(path)
+    return find_rates(directory, device, dtype)
+
+
+def as_fields(rates: Rates) -> dict[str, Any]:
+    """For JSON."""
+    return asdict(rates)
+
+
+def _read() -> dict[str, dict[str, Any]]:
+    """What was kept; nothing if that cannot be read."""
+    try:
+        kept = json.loads(rates_file().read_text())
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(kept, dict):
+        return {}
+    return {key: value for key, value in kept.items() if isinstance(value, dict)}
+
+
+def _existing(directory: Path) -> Path:
+    """`directory`, or the next one above it that is there."""
+    directory = directory.absolute()
+    return next(path for path in (directory, *directory.parents) if path.is_dir())
+
+
+def _disk_key(directory: Path) -> str:
+    number = _existing(directory).stat().st_dev
+    return f"disk {os.major(number)}:{os.minor(number)}"
+
+
+def _device_key(device: torch.device) -> str:
+    if device.type == "cuda" and torch.cuda.is_available():
+        return f"device {torch.cuda.get_device_name(device)}"
+    return f"device {device.type}"
+
+
+def _disk_rate(directory: Path) -> float:
+    place = _existing(directory)
+    files = [(path.stat().st_size, path) for path in place.glob("*/*.safetensors")]
+    files += [(path.stat().st_size, path) for path in place.glob("*.safetensors")]
+    num_bytes, largest = max(files, default=(0, place))
+    if num_bytes >= _LEAST_FILE_BYTES:
+        return _read_rate(largest)
+    try:
+        with tempfile.NamedTemporaryFile(dir=place, prefix="ollm-doctor-") as trial:
+            block = os.urandom(1 << 20)
+            for _ in range(_TRIAL_BYTES // len(block)):
+                trial.write(block)
+            trial.flush()
+            os.fsync(trial.fileno())
+            return _read_rate(Path(trial.name))
+    except OSError as error:
+        raise InputError(
+            f"{place}: no large model file is there to read, and none can be made: "
+            f"{error.strerror}",
+            hint="name another directory with --models-dir",
+        ) from error
+
+
+def _read_rate(path: Path) -> float:
+    """Bytes per second, past the page cache where the file system allows it."""
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+    except OSError:
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    buffer = aligned_buffer(_BLOCK_BYTES)
+    memory = as_memoryview(buffer)
+    try:
+        os.preadv(file, [memory], 0)  # touches the buffer's pages
+        done, start, seconds = 0, time.perf_counter(), 0.0
+        while done < _READ_BYTES and seconds < _READ_SECONDS:
+            count = os.preadv(file, [memory], done)
+            done += count
+            seconds = time.perf_counter() - start
+            if count < _BLOCK_BYTES:
+                break
+    finally:
+        os.close(file)
+    return done / max(seconds, 1e-9)
+
+
+def _memory_rate(device: torch.device, dtype: torch.dtype) -> float:
+    matrix = torch.zeros(8192, 8192, dtype=dtype, device=device)
+    vector = torch.zeros(1, 8192, dtype=dtype, device=device)
+    seconds = _best(lambda: torch.nn.functional.linear(vector, matrix), device)
+    return matrix.nbytes / seconds
+
+
+def _compute_rate(device: torch.device, dtype: torch.dtype) -> float:
+    rows, size = (512, 2048) if device.type == "cpu" else (2048, 8192)
+    states = torch.zeros(rows, size, dtype=dtype, device=device)
+    matrix = torch.zeros(size, size, dtype=dtype, device=device)
+    seconds = _best(lambda: torch.nn.functional.linear(states, matrix), device)
+    return 2 * rows * size * size / seconds
+
+
+def _bus_rate(device: torch.device) -> float:
+    host = torch.zeros(256 << 20, dtype=torch.uint8, pin_memory=True)
+    target = torch.empty_like(host, device=device)
+    return host.nbytes / _best(lambda: target.copy_(host, non_blocking=True), device)
+
+
+def _best(work: Callable[[], object], device: torch.device) -> float:
+    """The least seconds of some tries."""
+    found = []
+    for _ in range(_REPEATS):
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        found.append(time.perf_counter() - start)
+    return max(min(found), 1e-9)

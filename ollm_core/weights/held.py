@@ -1,0 +1,217 @@
+"""What is held of a model's weights, and in which memory: sizes, placement and accounts.
+
+Nothing is allocated or read here: a run holds what this says, and a plan only asks.
+
+A cyclic scan never finds in a cache what it needs next, so the resident set is fixed, not
+least-recently-used. It follows one order that spreads any number of units evenly over the pass: the
+reader always has something to do while resident layers compute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+
+import torch
+
+from ollm_core.interfaces import ByteSource
+from ollm_core.memory import MemoryAccount
+from ollm_core.weights.experts import ExpertPlacement, ExpertStore
+from ollm_core.weights.units import Units
+
+HELD_KINDS = ("resident weights", "weight ring", "resident experts", "expert buffers")
+"""What `fit` decides on, as the accounts name it."""
+
+_SLOTS = 3  # two suffice when disk and compute are even; the third takes up jitter
+
+
+def spread_order(num_units: int) -> list[int]:
+    """All unit indices, such that the first k of them lie evenly spread, for every k (bit-reversed
+    counting).
+    """
+    bits = max((num_units - 1).bit_length(), 1)
+    reversed_count = (int(f"{i:0{bits}b}"[::-1], 2) for i in range(1 << bits))
+    return [i for i in reversed_count if i < num_units]
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Which units are kept on the device and in host memory. The rest is streamed through
+    `num_slots` buffers.
+    """
+
+    device: frozenset[int] = frozenset()
+    host: frozenset[int] = frozenset()
+    num_slots: int = 0
+    experts: ExpertPlacement = field(default_factory=ExpertPlacement)
+
+
+class HeldWeights:
+    """The accounts of one model's weights: `place` says what is best held, `hold` reserves it."""
+
+    def __init__(
+        self,
+        units: Units,
+        source: ByteSource,
+        dtype: torch.dtype,
+        device: torch.device,
+        accounts: tuple[MemoryAccount, MemoryAccount],
+        *,
+        buffer_bytes: int = 0,
+    ) -> None:
+        """See TieredWeights. Reserves nothing yet."""
+        self.units = units.in_pass_order
+        self.dtype = dtype
+        self.device = device
+        self._on_cpu = device.type == "cpu"
+        self._device_account, self._host_account = accounts
+        self._ring_account = self._device_account if self._on_cpu else self._host_account
+        self._priority = spread_order(len(self.units))
+        self.buffer_bytes = [source.buffer_bytes(unit.tensors) for unit in self.units]
+        """Of each unit, as it is read."""
+        self.copied_bytes = [unit.copied_bytes(dtype) for unit in self.units]
+        """Of each unit: new tensors that are made whenever it is streamed."""
+        self._kept_bytes = [self._bytes_when_kept(i) for i in range(len(self.units))]
+        self.experts = ExpertStore(units.experts, source, dtype, device, accounts)
+        sizes = zip(self.copied_bytes, self.buffer_bytes, strict=True)
+        copied = max((max(pair) for pair in sizes if pair[0]), default=0)
+        copied += max(unit.scratch_bytes for unit in (*self.units, units.norm))
+        norm_bytes = sum(p.num_bytes(dtype) for p in units.norm.parameters)
+        self.fixed_device_bytes = (
+            norm_bytes
+            + buffer_bytes
+            + copied
+            + self.experts.fixed_device_bytes
+            + (0 if self._on_cpu else self.slot_bytes)
+        )
+        """Held on the device whatever the placement: norm, rotary frequencies, parameters in
+        conversion, the upload buffer.
+        """
+        self._device: set[int] = set()
+        self._host: set[int] = set()
+        self._num_slots = 0
+        self._fixed_held = 0
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of one buffer of the ring."""
+        return max(self.buffer_bytes)
+
+    @property
+    def num_slots(self) -> int:
+        """Buffers of the ring that are reserved."""
+        return self._num_slots
+
+    @property
+    def num_device_units(self) -> int:
+        """Units that are kept on the device."""
+        return len(self._device)
+
+    @property
+    def num_host_units(self) -> int:
+        """Units that are kept in host memory."""
+        return len(self._host)
+
+    @property
+    def streamed(self) -> list[int]:
+        """The units that are not kept, in pass order."""
+        kept = self._device | self._host
+        return [i for i in range(len(self.units)) if i not in kept]
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of parameters that are kept between passes, in the compute dtype."""
+        kept = self._device | self._host
+        dense = sum(p.num_bytes(self.dtype) for i in kept for p in self.units[i].parameters)
+        return dense + self.experts.resident_bytes
+
+    def least_bytes(self, device_bytes: int) -> int:
+        """The least that `fit` needs of the ring's memory, given `device_bytes` of the device."""
+        experts = self.experts.least_bytes
+        if self._on_cpu:
+            device_bytes -= experts
+        dense = 0 if sum(self._kept_bytes) <= device_bytes else 2 * self.slot_bytes
+        return dense + experts
+
+    def reserve(self) -> None:
+        """Take `fixed_device_bytes`. Raises DoesNotFitError."""
+        self._device_account.reserve("weights", self.fixed_device_bytes)
+        self._fixed_held = self.fixed_device_bytes
+
+    def fit(self, device_bytes: int, host_bytes: int) -> None:
+        """Hold at most that much beside `fixed_device_bytes`. Raises DoesNotFitError."""
+        self.hold(self.place(device_bytes, host_bytes))
+
+    def place(self, device_bytes: int, host_bytes: int) -> Placement:
+        """What is best held in that much memory. Experts get what the rest leaves."""
+        on_cpu, least = self._on_cpu, self.experts.least_bytes
+        dense = self._place(device_bytes - least * on_cpu, host_bytes - least * (not on_cpu))
+        ring_bytes = dense.num_slots * self.slot_bytes
+        on_device = sum(self._kept_bytes[i] for i in dense.device) + ring_bytes * on_cpu
+        on_host = sum(self.buffer_bytes[i] for i in dense.host) + ring_bytes * (not on_cpu)
+        experts = self.experts.place(device_bytes - on_device, host_bytes - on_host)
+        return Placement(dense.device, dense.host, dense.num_slots, experts)
+
+    def hold(self, wanted: Placement) -> None:
+        """Give back what is not in `wanted`, then take what is. Raises DoesNotFitError with part of
+        it taken.
+        """
+        self.experts.shrink(wanted.experts)
+        for i in self._device - wanted.device:
+            self._device.remove(i)
+            self._device_account.release("resident weights", self._kept_bytes[i])
+        for i in self._host - wanted.host:
+            self._host.remove(i)
+            self._host_account.release("resident weights", self.buffer_bytes[i])
+        if wanted.num_slots != self._num_slots:
+            self._ring_account.release("weight ring", self._num_slots * self.slot_bytes)
+            self._num_slots = 0
+            self._ring_account.reserve("weight ring", wanted.num_slots * self.slot_bytes)
+            self._num_slots = wanted.num_slots
+        for i in wanted.device - self._device:
+            self._device_account.reserve("resident weights", self._kept_bytes[i])
+            self._device.add(i)
+        for i in wanted.host - self._host:
+            self._host_account.reserve("resident weights", self.buffer_bytes[i])
+            self._host.add(i)
+        self.experts.grow(wanted.experts)
+
+    def close(self) -> None:
+        """Give back everything, and free the experts."""
+        self.experts.close()
+        self.hold(Placement())
+        self.unreserve()
+
+    def unreserve(self) -> None:
+        """Give back what `reserve` took."""
+        self._device_account.release("weights", self._fixed_held)
+        self._fixed_held = 0
+
+    def _place(self, device_bytes: int, host_bytes: int) -> Placement:
+        everything = frozenset(range(len(self.units)))
+        if sum(self._kept_bytes) <= device_bytes:
+            return Placement(everything)
+        ring_budget = device_bytes if self._on_cpu else host_bytes
+        num_slots = _SLOTS if ring_budget >= 2 * _SLOTS * self.slot_bytes else 2
+        ring_bytes = num_slots * self.slot_bytes
+        device = _first_that_fit(
+            device_bytes - ring_bytes if self._on_cpu else device_bytes,
+            self._kept_bytes,
+            self._priority,
+        )
+        if self._on_cpu:
+            return Placement(device, num_slots=num_slots)
+        rest = [i for i in self._priority if i not in device]
+        host = _first_that_fit(host_bytes - ring_bytes, self.buffer_bytes, rest)
+        return Placement(device, host, num_slots)
+
+    def _bytes_when_kept(self, unit_idx: int) -> int:
+        unit = self.units[unit_idx]
+        has_views = any(not p.needs_copy(self.dtype) for p in unit.parameters)
+        return self.copied_bytes[unit_idx] + (self.buffer_bytes[unit_idx] if has_views else 0)
+
+
+def _first_that_fit(budget: int, sizes: Sequence[int], priority: Sequence[int]) -> frozenset[int]:
+    used = accumulate(sizes[i] for i in priority)
+    return frozenset(i for i, total in zip(priority, used, strict=True) if total <= budget)
