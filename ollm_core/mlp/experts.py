@@ -9,7 +9,7 @@ chunk in the order of the experts. So every bit is that of the un-offloaded mode
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,8 +20,12 @@ from torch import Tensor, nn
 from ollm_core.errors import UnsupportedError
 from ollm_core.types import Layout
 
-Fetch = Callable[[Iterable[int]], AbstractContextManager[Iterator[tuple[int, Sequence[Tensor]]]]]
-"""Experts by number -> their parameters one after another, as `WeightStreamer.experts` gives."""
+Fetch = Callable[
+    [Mapping[int, int]], AbstractContextManager[Iterator[tuple[int, Sequence[Tensor]]]]
+]
+"""Experts by number, and how many tokens go to each -> their parameters one after another, as
+`WeightStreamer.experts` gives.
+"""
 
 
 @dataclass(eq=False, slots=True)
@@ -168,11 +172,8 @@ class Mixture:
 
     def _serve(self, chunks: Sequence[RoutedChunk], device: torch.device, fetch: Fetch) -> None:
         """Add the output of each wanted expert to the chunks that want it."""
-        wanted = {
-            expert
-            for chunk in chunks
-            for expert in chunk.starts.diff().nonzero().flatten().tolist()
-        }
+        counts = torch.stack([chunk.starts.diff() for chunk in chunks]).sum(0).tolist()
+        wanted = {expert: count for expert, count in enumerate(counts) if count}
         with fetch(wanted) as experts:
             for expert, parameters in experts:
                 with self.bound(parameters):
