@@ -1,10 +1,10 @@
 """Mixtures of experts: a layer in two halves, so that each routed expert is needed once per pass.
 
 First the mixer and the router see all chunks; then it is known which experts are wanted, and each
-of these serves all chunks before the next comes. A single chunk, as in decoding, goes through in one
-go, its experts fetched from inside the layer. An expert is computed by the family's own eager code,
-on the tokens routed to it, in the order in which that code takes them; the outputs are added per
-chunk in the order of the experts. So every bit is that of the un-offloaded model.
+of these serves all chunks before the next comes. A single chunk, as in decoding, goes through in
+one go, its experts fetched from inside the layer. An expert is computed by the family's own eager
+code, on the tokens routed to it, in the order in which that code takes them; the outputs are added
+per chunk in the order of the experts. So every bit is that of the un-offloaded model.
 """
 
 from __future__ import annotations
