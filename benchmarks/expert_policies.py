@@ -4,19 +4,23 @@
 
 Each expert that a layer asks for in a pass is found or read. `even` keeps the first experts of each
 layer, whatever is asked; `lru` the last asked; `lfu` those with the largest share of their layer's
-tokens, decayed; a newcomer must beat the victim by the margin. `best` knows the future (Belady, with
+tokens, decayed; a newcomer must beat the victim by a margin. `best` knows the future (Belady, with
 the right not to keep): no policy reads less. `adaptive` is the code that oLLM runs.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import itertools
 import json
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
+
+from ollm_core.weights.expert_cache import ExpertShares, ExpertTier
 
 Expert = tuple[int, int]
 SHARES = (0.1, 0.25, 0.5, 0.75)
@@ -102,7 +106,7 @@ class Lfu:
         self,
         num_experts: Mapping[int, int],
         capacity: int,
-        half_life: float = 32,
+        half_life: float = 8,
         margin: float = 1.25,
         *,
         by_tokens: bool = True,
@@ -140,6 +144,36 @@ class Lfu:
 
     def _weight(self, expert: Expert) -> float:
         return self._share[expert[0]][expert[1]]
+
+
+class Adaptive:
+    """The code that oLLM runs. It also counts what a guess would find: the experts that the layer
+    had to read for the token before, if they are not kept yet.
+    """
+
+    def __init__(self, num_experts: Mapping[int, int], capacity: int) -> None:
+        self._shares = ExpertShares(num_experts)
+        self._tier: ExpertTier[None] = ExpertTier(self._shares)
+        self._tier.resize(capacity)
+        self._read: dict[int, set[int]] = defaultdict(set)
+        self.num_copied = self.guessed = self.guessed_right = self.missing = 0
+
+    def ask(self, layer_idx: int, counts: Mapping[int, int]) -> int:
+        self._shares.note(layer_idx, counts)
+        new = [e for e in counts if (layer_idx, e) not in self._tier]
+        if sum(counts.values()) == len(counts):  # one token: a decode step
+            guess = {e for e in self._read[layer_idx] if (layer_idx, e) not in self._tier}
+            self.guessed += len(guess)
+            self.guessed_right += len(guess & set(new))
+            self.missing += len(new)
+            self._read[layer_idx] = set(new)
+        plan = self._tier.plan(layer_idx, counts, new)
+        self.num_copied += len(plan)
+        for e, goes in plan.items():
+            if goes is not None:
+                self._tier.pop(goes)
+            self._tier.put((layer_idx, e), None)
+        return len(counts) - len(new)
 
 
 @dataclass
@@ -197,7 +231,7 @@ def best(passes: Sequence[Any], capacity: int) -> Result:
 def recurrence(passes: Sequence[Any]) -> float:
     """How many of the experts that a layer wants for a token it wanted for the token before."""
     again = asked = 0
-    for before, now in zip(passes, passes[1:], strict=False):
+    for before, now in itertools.pairwise(passes):
         if now["tokens"] == before["tokens"] == 1 and now["text"] == before["text"]:
             for layer_idx, counts in now["layers"].items():
                 again += len(counts.keys() & before["layers"][layer_idx].keys())
@@ -211,22 +245,29 @@ POLICIES: dict[str, Callable[[Mapping[int, int], int], Policy]] = {
     "lru per layer": lambda n, c: PerLayer(n, c, Lru),
 }
 for _half_life in (2, 8, 32, 128):
-    POLICIES[f"lfu {_half_life}"] = lambda n, c, h=_half_life: Lfu(n, c, h)  # type: ignore[misc]
-for _margin in (1.0, 1.1, 1.5, 2.0):
-    POLICIES[f"lfu 32 margin {_margin}"] = lambda n, c, m=_margin: Lfu(n, c, 32, m)  # type: ignore[misc]
-POLICIES["lfu 32 by passes"] = lambda n, c: Lfu(n, c, by_tokens=False)
-POLICIES["lfu 32 per layer"] = lambda n, c: PerLayer(n, c, Lfu)
+    POLICIES[f"lfu {_half_life}"] = functools.partial(Lfu, half_life=_half_life)
+for _margin in (1.0, 2.0):
+    POLICIES[f"lfu 8 margin {_margin}"] = functools.partial(Lfu, margin=_margin)
+POLICIES["lfu 8 by passes"] = functools.partial(Lfu, by_tokens=False)
+POLICIES["lfu 8 per layer"] = lambda n, c: PerLayer(n, c, Lfu)
 
 
 def compare(trace: Any) -> dict[str, Any]:
     """All policies at all sizes on one trace."""
     num_experts = {int(i): n for i, n in trace["experts"].items()}
     passes, total = trace["passes"], sum(num_experts.values())
-    table: dict[str, Any] = {name: {} for name in (*POLICIES, "best")}
+    table: dict[str, Any] = {name: {} for name in (*POLICIES, "adaptive", "best")}
+    guesses = {}
     for share in SHARES:
         capacity = round(share * total)
         for name, make in POLICIES.items():
             table[name][share] = replay(passes, make(num_experts, capacity)).__dict__
+        adaptive = Adaptive(num_experts, capacity)
+        table["adaptive"][share] = replay(passes, adaptive).__dict__
+        guesses[share] = {
+            "right": adaptive.guessed_right / max(adaptive.guessed, 1),
+            "of_missing": adaptive.guessed_right / max(adaptive.missing, 1),
+        }
         table["best"][share] = best(passes, capacity).__dict__
     return {
         "model": trace["model"],
@@ -234,6 +275,7 @@ def compare(trace: Any) -> dict[str, Any]:
         "num_passes": len(passes),
         "num_experts": total,
         "experts_of_last_token": recurrence(passes),
+        "guess_last_token_reads": guesses,
         "policies": table,
     }
 
@@ -254,8 +296,14 @@ def main() -> None:
                 for r in row.values()
             )
             print(f"{name:20}" + "".join(cells))
+        for what, text in (("right", "guesses right"), ("of_missing", "of the reads")):
+            row = one["guess_last_token_reads"].values()
+            print(f"{text:20}" + "".join(f"{r[what]:14.1%}{'':8}" for r in row))
     if options.json:
-        options.json.write_text(json.dumps({"traces": found}, indent=1) + "\n")
+        rounded = json.loads(
+            json.dumps({"traces": found}), parse_float=lambda x: round(float(x), 4)
+        )
+        options.json.write_text(json.dumps(rounded, indent=1) + "\n")
 
 
 if __name__ == "__main__":

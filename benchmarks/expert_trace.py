@@ -13,10 +13,13 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
+
+import torch
 
 import ollm
 from ollm_core.chunks import NewTokens
@@ -45,10 +48,10 @@ def record(model: Any, texts: list[list[int]], num_prompt: int) -> list[dict[str
     model.weights.experts = listening
     for number, ids in enumerate(texts):
         cache = model.new_cache("host")
-        tokens = model_ids(ids)
+        tokens = torch.tensor(ids)
         sequence, store = cache.store.new_sequence(), cache.store
         cuts = [0, *range(num_prompt, len(ids) + 1)]
-        for begin, end in zip(cuts, cuts[1:], strict=False):
+        for begin, end in itertools.pairwise(cuts):
             asked.clear()
             model.engine.run(store, [NewTokens(sequence, tokens[begin:end], begin)])
             passes.append(
@@ -61,13 +64,6 @@ def record(model: Any, texts: list[list[int]], num_prompt: int) -> list[dict[str
         cache.close()
     model.weights.experts = real
     return passes
-
-
-def model_ids(ids: list[int]) -> Any:
-    """Token ids [T] as the engine takes them."""
-    import torch
-
-    return torch.tensor(ids)
 
 
 def main() -> None:
