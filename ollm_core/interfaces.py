@@ -163,7 +163,9 @@ class WeightStreamer(Closing):
         """Routed experts of one layer, each once and in ascending order, with their slices of the
         parameters of the layer's experts module, on the device.
 
-        They are valid until the next step of the iterator. Raises ReadError at a step.
+        They are valid until the next step of the iterator. `expert_ids` are counted as
+        `collections.Counter` does: a mapping says how many tokens go to each expert, which may
+        decide what is kept. Raises ReadError at a step.
         """
 
     @abstractmethod

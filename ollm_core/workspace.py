@@ -16,7 +16,7 @@ from ollm_core.buffers import round_up
 from ollm_core.calls import StateCache, run_layer
 from ollm_core.interfaces import KVStore, KVView
 from ollm_core.kv import KVGeometry
-from ollm_core.mlp import Mixture
+from ollm_core.mlp import Mixture, RoutedChunk
 from ollm_core.skeleton import Skeleton
 from ollm_core.tracing import OneExpertTaken, traced_peak
 
@@ -33,7 +33,7 @@ class Workspace:
         self._skeleton = skeleton
         self._geometry = geometry
         self._known: dict[_Shape, int] = {}
-        self._known_mixtures: dict[tuple[int, int], tuple[int, int, int]] = {}
+        self._known_mixtures: dict[tuple[int, int, bool], tuple[int, int, int]] = {}
         # One layer of each kind: what it remembers, and what it is made of.
         kinds: dict[Hashable, int] = {}
         for layer_idx, (layer, cache) in enumerate(
@@ -89,31 +89,37 @@ class Workspace:
         found = [(0, 0)]
         for layer_idx in self._distinct:
             if mixture := self._skeleton.mixtures.get(layer_idx):
-                key = layer_idx, largest
+                key = layer_idx, largest, num_chunks == 1
                 if key not in self._known_mixtures:
-                    self._known_mixtures[key] = self._trace_mixture(mixture, largest)
+                    self._known_mixtures[key] = self._trace_mixture(mixture, *key[1:])
                 work, per_token, per_chunk = self._known_mixtures[key]
                 found.append((work, per_token * num_tokens + per_chunk * num_chunks))
         return max(work for work, _ in found), max(parked for _, parked in found)
 
-    def _trace_mixture(self, mixture: Mixture, num_tokens: int) -> tuple[int, int, int]:
-        """Peak bytes for one chunk, bytes parked per token, and per chunk beside those."""
+    def _trace_mixture(
+        self, mixture: Mixture, num_tokens: int, alone: bool
+    ) -> tuple[int, int, int]:
+        """Peak bytes for one chunk, bytes parked per token, and per chunk beside those. For one
+        that is `alone` nothing is parked.
+        """
         meta, dtype = torch.device("meta"), self._geometry.dtype
         hidden_size: int = self._skeleton.config.hidden_size
         hidden = torch.empty(1, num_tokens, hidden_size, dtype=dtype, device=meta)
-        chunk = mixture.route(hidden, meta)
         parameters = [
             torch.empty(shape, dtype=dtype, device=meta) for shape in mixture.slice_shapes
         ]
 
-        def add() -> None:
+        def add(chunk: RoutedChunk) -> None:
             taken: TorchDispatchMode = OneExpertTaken()  # type: ignore[no-untyped-call]
             with taken, mixture.bound(parameters):
                 mixture.add(chunk, 0, num_tokens, meta)
 
+        if alone:
+            return traced_peak(lambda: mixture.at_once(hidden, add)), 0, 0
+        chunk = mixture.route(hidden, meta)
         work = max(
             traced_peak(lambda: mixture.route(hidden, meta)),
-            traced_peak(add),
+            traced_peak(lambda: add(chunk)),
             traced_peak(lambda: mixture.finish(hidden, chunk.total)),
         )
         per_chunk = chunk.starts.nbytes

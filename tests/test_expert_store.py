@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from ollm_core import ParameterSource, ReadError
 from ollm_core.checkpoint import open_checkpoint
 from ollm_core.memory import MemoryAccount
-from ollm_core.weights.experts import ExpertStore, evenly
+from ollm_core.weights.experts import ExpertStore
 from ollm_core.weights.groups import GroupReader, cut_groups
 from ollm_core.weights.sources import open_source
 from ollm_core.weights.units import Parameter, WeightUnit
@@ -109,15 +109,6 @@ def test_right_experts_inside_any_budgets(stored, seed, two_memories):
         assert counters.routed == counters.hit + counters.read
         assert counters.kept_bytes <= counters.bytes_read
     assert device.used == host.used == 0
-
-
-def test_kept_experts_are_spread_over_layers():
-    """As many experts of one layer as of another are kept, while there are that many."""
-    order = evenly(NUM_EXPERTS)
-    assert sorted(order) == [(i, e) for i, count in NUM_EXPERTS.items() for e in range(count)]
-    for kept in range(1, 15):
-        counts = [sum(layer == i for layer, _ in order[:kept]) for i in NUM_EXPERTS]
-        assert max(counts) - min(counts) <= 1
 
 
 @given(members=st.sets(st.integers(0, 6), min_size=1), num_bytes=st.integers(0, 500_000))

@@ -4,7 +4,6 @@ that of the un-offloaded model.
 
 from __future__ import annotations
 
-import functools
 import json
 import re
 import threading
@@ -33,6 +32,7 @@ from ollm_core import (
     EncodedTensor,
     ParameterSource,
     ReadError,
+    UnsupportedError,
     WeightPlan,
 )
 from ollm_core.checkpoint import open_checkpoint
@@ -338,6 +338,45 @@ def test_other_mixtures_are_bitwise(make_moe, reference_of, ids, family, dtype):
     assert torch.equal(torch.cat(found.logits), logits.float())
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_one_chunk_goes_through_once(make_moe, reference_of, ids, dtype):
+    """A decode step computes norm, router and shared expert once; a prompt in chunks, which waits
+    for all of its routers, twice. Both give transformers' bits.
+    """
+    directory = make_moe("qwen2_moe", DTYPES[dtype])
+    plain, prompt = Plain(reference_of(directory, DTYPES[dtype])), ids(97)
+    with open_moe(directory, chunk_size=32) as model:
+        calls = Counter()
+        for layer in model.engine._skeleton.layers:
+            for name in ("post_attention_layernorm", "mlp.gate", "mlp.shared_expert"):
+                layer.get_submodule(name).register_forward_hook(
+                    lambda module, states, _, name=name: calls.update(
+                        () if states[0].is_meta else [name]  # the plan traces them too
+                    )
+                )
+        cache = model.new_cache("host")
+        for begin, end, times in ((0, 96, 3 * 2 * 3), (96, 97, 3)):
+            tokens = prompt[None, begin:end]
+            found = model(input_ids=tokens, past_key_values=cache).logits
+            assert torch.equal(found, plain(tokens, 32)[0])
+            assert set(calls.values()) == {times}
+            assert len(calls) == 3
+            calls.clear()
+
+
+@pytest.mark.parametrize("num_tokens", [20, 100])
+def test_a_layer_that_passes_its_experts_by_is_refused(make_moe, ids, num_tokens):
+    """A declared MLP that does not call the experts is named, in one chunk or several."""
+
+    class PassesBy(Qwen3Moe):
+        def layout(self, config):
+            return replace(super().layout(config), mlp=lambda layer, hidden: hidden)
+
+    with pytest.raises(UnsupportedError, match="did not call its experts"):  # noqa: SIM117
+        with open_moe(make_moe("qwen3_moe"), PassesBy(), chunk_size=32) as model:
+            model(input_ids=ids(num_tokens)[None])
+
+
 class Reads:
     """Counts how often each tensor, or row of one, is asked of a model's byte source."""
 
@@ -444,8 +483,12 @@ def test_encoded_experts(make_moe, ids, stacked):
 @pytest.fixture
 def keep_none(monkeypatch):
     """No expert is kept, however much room there is."""
-    store = functools.partial(ExpertStore, priority=lambda _: [])
-    monkeypatch.setattr("ollm_core.weights.tiered.ExpertStore", store)
+
+    class KeepsNone(ExpertStore):
+        def place(self, device_bytes, host_bytes):
+            return super().place(self.least_bytes, self.least_bytes)
+
+    monkeypatch.setattr("ollm_core.weights.tiered.ExpertStore", KeepsNone)
 
 
 @pytest.mark.parametrize("stored", ["one file", "shards", "stacked"])

@@ -1,14 +1,15 @@
 """Mixtures of experts: a layer in two halves, so that each routed expert is needed once per pass.
 
 First the mixer and the router see all chunks; then it is known which experts are wanted, and each
-of these serves all chunks before the next comes. An expert is computed by the family's own eager
+of these serves all chunks before the next comes. A single chunk, as in decoding, goes through in
+one go, its experts fetched from inside the layer. An expert is computed by the family's own eager
 code, on the tokens routed to it, in the order in which that code takes them; the outputs are added
 per chunk in the order of the experts. So every bit is that of the un-offloaded model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,8 +20,12 @@ from torch import Tensor, nn
 from ollm_core.errors import UnsupportedError
 from ollm_core.types import Layout
 
-Fetch = Callable[[Iterable[int]], AbstractContextManager[Iterator[tuple[int, Sequence[Tensor]]]]]
-"""Experts by number -> their parameters one after another, as `WeightStreamer.experts` gives."""
+Fetch = Callable[
+    [Mapping[int, int]], AbstractContextManager[Iterator[tuple[int, Sequence[Tensor]]]]
+]
+"""Experts by number, and how many tokens go to each -> their parameters one after another, as
+`WeightStreamer.experts` gives.
+"""
 
 
 @dataclass(eq=False, slots=True)
@@ -60,13 +65,24 @@ class _StandIn(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.result: Tensor | None = None
+        self._answer: Callable[[Tensor, Tensor, Tensor], Tensor] = _leave
 
     def forward(self, states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """`states` [N, C], `index` and `weights` [N, K] -> [N, C]."""
-        if self.result is None:
-            raise _Asked(states, index, weights)
-        return self.result
+        return self._answer(states, index, weights)
+
+    @contextmanager
+    def answering(self, answer: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Iterator[None]:
+        """In the `with`, `answer` is called; outside, the layer is left."""
+        self._answer = answer
+        try:
+            yield
+        finally:
+            self._answer = _leave
+
+
+def _leave(states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    raise _Asked(states, index, weights)
 
 
 class _Slice:
@@ -121,12 +137,43 @@ class Mixture:
     ) -> None:
         """The second half: replace `hidden`, the chunks [R, T, C], where they are parked."""
         parked = hidden[0].device
+        if len(hidden) == 1:
+            hidden[0] = self.at_once(
+                hidden[0].to(device), lambda chunk: self._serve([chunk], device, fetch)
+            ).to(parked)
+            report()
+            return
         chunks = [self.route(states.to(device), parked) for states in hidden]
-        wanted = {
-            expert
-            for chunk in chunks
-            for expert in chunk.starts.diff().nonzero().flatten().tolist()
-        }
+        self._serve(chunks, device, fetch)
+        for i, states in enumerate(hidden):
+            total = chunks[i].total
+            chunks[i] = chunks[-1]  # frees the rest of it
+            hidden[i] = self.finish(states.to(device), total.to(device)).to(parked)
+            report()
+
+    def at_once(self, hidden: Tensor, serve: Callable[[RoutedChunk], None]) -> Tensor:
+        """Run a chunk [R, T, C] through the whole second half. `serve` adds up what its experts
+        say.
+        """
+        called = False
+
+        def answer(states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+            nonlocal called
+            called = True
+            chunk = self._routed(states, index, weights, states.device)
+            serve(chunk)
+            return chunk.total
+
+        with self._stand_in.answering(answer):
+            output = self._mlp(self._layer, hidden)
+        if not called:
+            raise self._not_called()
+        return output
+
+    def _serve(self, chunks: Sequence[RoutedChunk], device: torch.device, fetch: Fetch) -> None:
+        """Add the output of each wanted expert to the chunks that want it."""
+        counts = torch.stack([chunk.starts.diff() for chunk in chunks]).sum(0).tolist()
+        wanted = {expert: count for expert, count in enumerate(counts) if count}
         with fetch(wanted) as experts:
             for expert, parameters in experts:
                 with self.bound(parameters):
@@ -135,23 +182,24 @@ class Mixture:
                         if begin < end:
                             self.add(chunk, begin, end, device)
                 del parameters  # before the next ones are made
-        for i, states in enumerate(hidden):
-            total = chunks[i].total
-            chunks[i] = chunks[-1]  # frees the rest of it
-            hidden[i] = self.finish(states.to(device), total.to(device)).to(parked)
-            report()
 
     def route(self, hidden: Tensor, parked: torch.device) -> RoutedChunk:
         """Run a chunk [R, T, C] up to the experts, to learn which ones it wants."""
         try:
             self._mlp(self._layer, hidden)
         except _Asked as asked:
-            states, index, weights = asked.arguments
-        else:
-            raise UnsupportedError(
-                f"{type(self._layer).__name__} did not call its experts",
-                hint="the adapter's layout says how the layer splits",
-            )
+            return self._routed(*asked.arguments, parked)
+        raise self._not_called()
+
+    def _not_called(self) -> UnsupportedError:
+        return UnsupportedError(
+            f"{type(self._layer).__name__} did not call its experts",
+            hint="the adapter's layout says how the layer splits",
+        )
+
+    def _routed(
+        self, states: Tensor, index: Tensor, weights: Tensor, parked: torch.device
+    ) -> RoutedChunk:
         num_tokens = states.shape[0]
         # As eager code goes through them: expert by expert, first choices before second ones.
         experts, order = index.t().reshape(-1).sort(stable=True)
@@ -179,11 +227,8 @@ class Mixture:
         """Run a chunk [R, T, C] to the end of the layer, `total` [N, C] being what the experts
         say.
         """
-        self._stand_in.result = total
-        try:
+        with self._stand_in.answering(lambda *_: total):
             return self._mlp(self._layer, hidden)
-        finally:
-            self._stand_in.result = None
 
     @contextmanager
     def bound(self, parameters: Sequence[Tensor]) -> Iterator[None]:

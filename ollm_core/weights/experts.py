@@ -4,10 +4,10 @@ groups.
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 
 import torch
@@ -16,25 +16,13 @@ from torch import Tensor
 from ollm_core.buffers import aligned_buffer, round_up
 from ollm_core.interfaces import ByteSource, Closing
 from ollm_core.memory import MemoryAccount
+from ollm_core.weights.expert_cache import ExpertId, ExpertShares, ExpertTier, Kept
 from ollm_core.weights.groups import Filled, GroupReader, cut_groups
 from ollm_core.weights.units import ALIGNMENT, TORCH_DTYPES, WeightUnit
 from ollm_core.weights.upload import Upload
 
-ExpertId = tuple[int, int]
-"""Layer and number of an expert."""
-
-ExpertPriority = Callable[[Mapping[int, int]], Sequence[ExpertId]]
-"""Which experts to keep while there is room, those first that matter most; what it leaves out is
-never kept. Gets the number of experts of each layer that has some.
-"""
-
+_STAYS_OUT = -1, -1  # no expert at all
 _GROUP_BYTES = 32 << 20  # a read that large runs at the speed of the disk
-
-
-def evenly(num_experts: Mapping[int, int]) -> Sequence[ExpertId]:
-    """The first expert of each layer, then the second: as many of one layer as of another."""
-    most = max(num_experts.values(), default=0)
-    return [(i, e) for e in range(most) for i, count in num_experts.items() if e < count]
 
 
 @dataclass(slots=True)
@@ -46,14 +34,16 @@ class ExpertCounters:
     read: int = 0
     bytes_read: int = 0
     kept_bytes: int = 0
-    """Of those, read to be kept."""
+    """Of those, read to be kept where there was room."""
+    replaced: int = 0
+    """Experts that were kept in the place of another."""
     read_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertPlacement:
-    """How many experts are kept on the device and, after those, in host memory; the size of the two
-    buffers for the others; what all that takes.
+    """How many experts are kept on the device and how many others in host memory; the size of the
+    two buffers for the rest; what all that takes.
     """
 
     num_device: int = 0
@@ -62,6 +52,18 @@ class ExpertPlacement:
     device_bytes: int = 0
     host_bytes: int = 0
     buffer_bytes: int = 0
+
+
+@dataclass(slots=True)
+class _Layer:
+    """What a layer is about to get: which experts are put into a tier on their way, and what goes
+    for each.
+    """
+
+    layer_idx: int
+    units: Sequence[WeightUnit]
+    to_device: Mapping[int, ExpertId | None] = field(default_factory=dict)
+    to_host: Mapping[int, ExpertId | None] = field(default_factory=dict)
 
 
 class ExpertStore(Closing):
@@ -74,7 +76,6 @@ class ExpertStore(Closing):
         dtype: torch.dtype,
         device: torch.device,
         accounts: tuple[MemoryAccount, MemoryAccount],
-        priority: ExpertPriority = evenly,
     ) -> None:
         """`units` by layer, then by expert. `accounts` are those of the device and the host; on a
         CPU everything counts as device memory.
@@ -90,15 +91,15 @@ class ExpertStore(Closing):
         self._one_bytes = max((source.buffer_bytes(unit.tensors) for unit in every), default=0)
         most = max(map(len, units.values()), default=0)
         self._group_bytes = max(self._one_bytes, min(_GROUP_BYTES, most * self._one_bytes))
-        order = priority({layer_idx: len(layer) for layer_idx, layer in units.items()})
-        self._rank = {expert: rank for rank, expert in enumerate(order)}
-        self._last_rank = len(order)
-        kept = [units[layer_idx][e] for layer_idx, e in order]
-        # What the first of them take, by how many they are.
-        self._device_sums = [0, *accumulate(_finished_bytes(unit, dtype) for unit in kept)]
-        self._host_sums = [0, *accumulate(_packed_bytes(unit) for unit in kept)]
-        self._on_device: dict[ExpertId, Sequence[Tensor]] = {}
-        self._on_host: dict[ExpertId, tuple[Tensor, Sequence[int]]] = {}
+        self._num_experts = len(every)
+        # Each expert counts as the largest one, unless all are kept.
+        finished = [_finished_bytes(unit, dtype) for unit in every]
+        packed = [_packed_bytes(unit) for unit in every]
+        self._finished = max(finished, default=0), sum(finished)
+        self._packed = max(packed, default=0), sum(packed)
+        self._shares = ExpertShares({i: len(layer) for i, layer in units.items()})
+        self._on_device: ExpertTier[Sequence[Tensor]] = ExpertTier(self._shares)
+        self._on_host: ExpertTier[tuple[Tensor, Sequence[int]]] = ExpertTier(self._shares)
         self._placement = ExpertPlacement()
         self._reader: GroupReader | None = None
         self._uploads: tuple[Upload, Upload] | None = None
@@ -107,9 +108,8 @@ class ExpertStore(Closing):
         conversion, and what is uploaded.
         """
         if every and not self._on_cpu:
-            one = max(map(_packed_bytes, every))
-            self._uploads = Upload(device, self._group_bytes), Upload(device, one)
-            self.fixed_device_bytes += self._group_bytes + one
+            self._uploads = Upload(device, self._group_bytes), Upload(device, self._packed[0])
+            self.fixed_device_bytes += self._group_bytes + self._packed[0]
 
     @property
     def least_bytes(self) -> int:
@@ -121,7 +121,11 @@ class ExpertStore(Closing):
     @property
     def resident_bytes(self) -> int:
         """Bytes of the parameters of kept experts, in the compute dtype."""
-        return self._device_sums[self._placement.num_device + self._placement.num_host]
+        return _taken(
+            self._placement.num_device + self._placement.num_host,
+            self._num_experts,
+            *self._finished,
+        )
 
     def place(self, device_bytes: int, host_bytes: int) -> ExpertPlacement:
         """What is best held in that much memory, `least_bytes` being there."""
@@ -134,23 +138,21 @@ class ExpertStore(Closing):
         ):
             slot_bytes = min(2 * slot_bytes, self._group_bytes)
         buffers = 2 * slot_bytes
-        num_device = _count(self._device_sums, 0, device_bytes - buffers * self._on_cpu)
+        total = self._num_experts
+        num_device = _count(device_bytes - buffers * self._on_cpu, total, *self._finished)
         num_host = 0
         if not self._on_cpu:
-            num_host = _count(self._host_sums, num_device, host_bytes - buffers)
-        on_device = self._device_sums[num_device]
-        on_host = self._host_sums[num_device + num_host] - self._host_sums[num_device]
+            num_host = _count(host_bytes - buffers, total, *self._packed)
+            num_host = min(num_host, total - num_device)
+        on_device = _taken(num_device, total, *self._finished)
+        on_host = _taken(num_host, total, *self._packed)
         return ExpertPlacement(num_device, num_host, slot_bytes, on_device, on_host, buffers)
 
     def shrink(self, wanted: ExpertPlacement) -> None:
         """Free what is held and not in `wanted`."""
         held = self._placement
-        first_host, end_host = wanted.num_device, wanted.num_device + wanted.num_host
-        if wanted.num_device < held.num_device:
-            for expert in [e for e in self._on_device if self._rank[e] >= wanted.num_device]:
-                del self._on_device[expert]
-        for expert in [e for e in self._on_host if not first_host <= self._rank[e] < end_host]:
-            del self._on_host[expert]
+        self._on_device.resize(min(held.num_device, wanted.num_device))
+        self._on_host.resize(min(held.num_host, wanted.num_host))
         if wanted.slot_bytes != held.slot_bytes and self._reader is not None:
             self._reader.close()
             self._reader = None
@@ -169,28 +171,33 @@ class ExpertStore(Closing):
     def grow(self, wanted: ExpertPlacement) -> None:
         """Reserve what `wanted` takes, after `shrink`. Raises DoesNotFitError."""
         self._hold(wanted)
+        self._on_device.resize(wanted.num_device)
+        self._on_host.resize(wanted.num_host)
 
     @contextmanager
     def experts(
         self, layer_idx: int, expert_ids: Iterable[int]
     ) -> Iterator[Iterator[tuple[int, Sequence[Tensor]]]]:
         """See WeightStreamer."""
-        wanted = sorted(set(expert_ids))
-        missing = [
-            e
-            for e in wanted
-            if (layer_idx, e) not in self._on_device and (layer_idx, e) not in self._on_host
-        ]
+        counts = Counter(expert_ids)
+        self._shares.note(layer_idx, counts)
+        wanted = sorted(counts)
+        layer = _Layer(layer_idx, self._units[layer_idx])
+        new = [e for e in wanted if (layer_idx, e) not in self._on_device]
+        layer.to_device = self._on_device.plan(layer_idx, wanted, new)
+        missing = [e for e in new if (layer_idx, e) not in self._on_host]
+        rest = [e for e in missing if e not in layer.to_device]
+        layer.to_host = self._on_host.plan(layer_idx, wanted, rest)
         self.counters.routed += len(wanted)
         if not missing:
-            yield self._walk(layer_idx, wanted, iter(()))
+            yield self._walk(layer, wanted, iter(()))
             return
         slot_bytes = self._placement.slot_bytes
         if self._reader is None:
             self._reader = GroupReader(self._source, slot_bytes)
-        groups = list(cut_groups(missing, self._units[layer_idx], self._source, slot_bytes))
+        groups = list(cut_groups(missing, layer.units, self._source, slot_bytes))
         with self._reader.reading(groups) as filled:
-            yield self._walk(layer_idx, wanted, filled)
+            yield self._walk(layer, wanted, filled)
 
     def close(self) -> None:
         """Stop reading and free everything."""
@@ -199,45 +206,52 @@ class ExpertStore(Closing):
         self._uploads = None
 
     def _walk(
-        self, layer_idx: int, wanted: Sequence[int], filled: Iterator[Filled]
+        self, layer: _Layer, wanted: Sequence[int], filled: Iterator[Filled]
     ) -> Iterator[tuple[int, Sequence[Tensor]]]:
         waiting: dict[int, tuple[Tensor, Sequence[int]]] = {}
         for expert in wanted:
-            unit, key = self._units[layer_idx][expert], (layer_idx, expert)
+            unit, key = layer.units[expert], (layer.layer_idx, expert)
             if key in self._on_device:
                 self.counters.hit += 1
                 yield expert, self._on_device[key]
-            elif key in self._on_host and expert not in waiting:  # one that came just now is there
+                continue
+            if key in self._on_host and expert not in waiting:  # one that came just now is there
                 assert self._uploads is not None, "on a CPU nothing is on the host"
                 self.counters.hit += 1
                 packed, offsets = self._on_host[key]
-                yield expert, unit.build(self._uploads[1].copy(packed), offsets, self._dtype)
+                buffer = self._uploads[1].copy(packed)
+                if expert in layer.to_device:
+                    self._uploads[1].wait()
+                    self._on_host.pop(key)
             else:
                 if expert not in waiting:
-                    waiting = dict(self._received(next(filled), layer_idx))
+                    waiting = dict(self._received(next(filled), layer))
                 buffer, offsets = waiting.pop(expert)
-                if self._rank.get(key, self._last_rank) < self._placement.num_device:
-                    self._on_device[key] = _copied(unit.build(buffer, offsets, self._dtype), buffer)
-                    yield expert, self._on_device[key]
-                else:
-                    yield expert, unit.build(buffer, offsets, self._dtype)
+            parameters = unit.build(buffer, offsets, self._dtype)
+            if expert in layer.to_device:
+                goes = layer.to_device[expert]
+                parameters = _owned(parameters, buffer, self._make_room(self._on_device, goes))
+                self._on_device.put(key, parameters)
+            yield expert, parameters
 
     def _received(
-        self, filled: Filled, layer_idx: int
+        self, filled: Filled, layer: _Layer
     ) -> Iterator[tuple[int, tuple[Tensor, Sequence[int]]]]:
         """Where each expert of a group is on the device. Keeps those of the host's tier."""
         group, buffer = filled.group, filled.buffer
         self.counters.read += len(group.members)
         self.counters.bytes_read += group.num_bytes
         self.counters.read_seconds += filled.seconds
-        first_host = self._placement.num_device
         kept = []
         for expert, unit, offsets in zip(group.members, group.units, filled.offsets, strict=True):
-            rank = self._rank.get((layer_idx, expert), self._last_rank)
-            if rank < first_host + self._placement.num_host:
+            goes = layer.to_device.get(expert, layer.to_host.get(expert, _STAYS_OUT))
+            if goes is None:
                 kept.append(unit)
-                if rank >= first_host:
-                    self._on_host[layer_idx, expert] = _packed(unit, buffer, offsets)
+            if expert in layer.to_host:
+                memory = _fitting(self._make_room(self._on_host, layer.to_host[expert]), unit)
+                place = (layer.layer_idx, expert)
+                self._on_host.put(place, _packed(unit, buffer, offsets, memory))
+                del memory
         whole = len(kept) == len(group.units)
         self.counters.kept_bytes += (
             group.num_bytes if whole else sum(unit.file_bytes for unit in kept)
@@ -247,6 +261,13 @@ class ExpertStore(Closing):
             self._uploads[0].wait()
         for expert, offsets in zip(group.members, filled.offsets, strict=True):
             yield expert, (buffer, offsets)
+
+    def _make_room(self, tier: ExpertTier[Kept], goes: ExpertId | None) -> Kept | None:
+        """Drop `goes` from a tier and return what was held for it, to be used again."""
+        if goes is None:
+            return None
+        self.counters.replaced += 1
+        return tier.pop(goes)
 
     def _hold(self, now: ExpertPlacement) -> None:
         """Reserve or release, so that as much is held as `now` takes."""
@@ -262,9 +283,14 @@ class ExpertStore(Closing):
                 account.release(kind, -num_bytes)
 
 
-def _count(sums: Sequence[int], first: int, room: int) -> int:
-    """How many in a row, from `first` on, fit into `room`, `sums` being those of the first n."""
-    return max(bisect_right(sums, sums[first] + room) - 1 - first, 0)
+def _count(room: int, total: int, largest: int, everything: int) -> int:
+    """How many of `total` experts fit into `room`, by the `largest`, if not `everything` does."""
+    return total if everything <= room else max(room // largest, 0)
+
+
+def _taken(count: int, total: int, largest: int, everything: int) -> int:
+    """What `count` of `total` experts take at most."""
+    return everything if count == total else count * largest
 
 
 def _finished_bytes(unit: WeightUnit, dtype: torch.dtype) -> int:
@@ -289,23 +315,45 @@ def _packed_bytes(unit: WeightUnit) -> int:
     return sum(round_up(tensor.num_bytes, ALIGNMENT) for tensor in unit.tensors)
 
 
+def _fitting(old: tuple[Tensor, Sequence[int]] | None, unit: WeightUnit) -> Tensor | None:
+    """The memory of what was kept before, if the unit fits it."""
+    return old[0] if old and old[0].numel() == _packed_bytes(unit) else None
+
+
 def _packed(
-    unit: WeightUnit, buffer: Tensor, offsets: Sequence[int]
+    unit: WeightUnit, buffer: Tensor, offsets: Sequence[int], packed: Tensor | None
 ) -> tuple[Tensor, Sequence[int]]:
-    """The bytes of a unit's tensors side by side in memory of their own, and where each begins."""
+    """The bytes of a unit's tensors side by side in `packed`, or in memory of their own, and where
+    each begins.
+    """
     sizes = [round_up(tensor.num_bytes, ALIGNMENT) for tensor in unit.tensors]
     ends = list(accumulate(sizes))
-    packed = aligned_buffer(ends[-1])
+    if packed is None:
+        packed = aligned_buffer(ends[-1])
     places = [end - size for end, size in zip(ends, sizes, strict=True)]
     for tensor, place, offset in zip(unit.tensors, places, offsets, strict=True):
         packed[place : place + tensor.num_bytes] = buffer[offset : offset + tensor.num_bytes]
     return packed, places
 
 
-def _copied(parameters: Sequence[Tensor], buffer: Tensor) -> list[Tensor]:
-    """The same parameters, none of them a view of `buffer`."""
+def _owned(
+    parameters: Sequence[Tensor], buffer: Tensor, old: Sequence[Tensor] | None
+) -> list[Tensor]:
+    """The same parameters, none of them a view of `buffer`: those that were are put into the `old`
+    ones if these fit, which spares the machine new pages.
+    """
     memory = buffer.untyped_storage().data_ptr()
+    if old is None or not all(map(_alike, parameters, old)):
+        old = None
     return [
-        value.clone() if value.untyped_storage().data_ptr() == memory else value
-        for value in parameters
+        value
+        if value.untyped_storage().data_ptr() != memory
+        else value.clone()
+        if old is None
+        else old[i].copy_(value)
+        for i, value in enumerate(parameters)
     ]
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and one.stride() == other.stride()
