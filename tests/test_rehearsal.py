@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import ollm
 from ollm_adapter_llama import LlamaAdapter
+from ollm_adapter_qwen3_next import Qwen3NextAdapter
 from ollm_core import ConfigError, DoesNotFitError, ParameterSource, UnsupportedError
 from ollm_core.checkpoint import open_checkpoint, read_config
 from ollm_core.parts import take_apart
@@ -32,7 +33,12 @@ class StackedGptOss(GptOss):
         return [ParameterSource((parameter,), row=i) for i in range(config["num_local_experts"])]
 
 
-FAMILIES = {"llama": LlamaAdapter, "qwen3-moe": Qwen3Moe, "gpt-oss": StackedGptOss}
+FAMILIES = {
+    "llama": LlamaAdapter,
+    "qwen3-moe": Qwen3Moe,
+    "gpt-oss": StackedGptOss,
+    "qwen3-next": Qwen3NextAdapter,
+}
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +107,9 @@ RUNS = [
     ("qwen3-moe", "disk", {"attention": "blockwise"}),
     ("gpt-oss", "device", {"batch": 2}),
     ("gpt-oss", "disk", {"attention": "exact", "chunk_size": 100}),
+    ("qwen3-next", "device", {"batch": 2}),
+    ("qwen3-next", "host", {"attention": "exact", "chunk_size": 64}),
+    ("qwen3-next", "disk", {}),
 ]
 
 
