@@ -21,12 +21,13 @@ if TYPE_CHECKING:
 
     from ollm_core.inference import AutoInference, Inference, file_get_contents
     from ollm_core.loading import load
-    from ollm_core.planner import Plan, plan
+    from ollm_core.planner import plan
+    from ollm_core.plans import Plan
 
 _HOMES = {
     "load": "ollm_core.loading",
     "plan": "ollm_core.planner",
-    "Plan": "ollm_core.planner",
+    "Plan": "ollm_core.plans",
     "Inference": "ollm_core.inference",
     "AutoInference": "ollm_core.inference",
     "file_get_contents": "ollm_core.inference",

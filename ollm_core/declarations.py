@@ -190,8 +190,7 @@ class DecoderAdapter(ModelAdapter):
             slices = self.experts(config, name)
             parts = [(one, shape[1:]) for one in slices] or [(self.source(config, name), shape)]
             for source, part in parts:
-                for tensor, its_shape in infer_tensors(source, part, shape[0], tried):
-                    found[tensor] = dtype, its_shape
+                found.update(infer_tensors(source, part, dtype, shape[0], tried))
         return found
 
     def caches(self, config: Config) -> Sequence[CacheKind]:

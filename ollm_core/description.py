@@ -66,10 +66,14 @@ def describe_checkpoint(
 
 
 def infer_tensors(
-    source: ParameterSource, shape: Shape, num_rows: int, tried: dict[object, Shape | None]
-) -> Iterator[tuple[str, Shape]]:
-    """The tensors of `source`, whose parameter has `shape`, or a slice of it where the source is a
-    row of tensors with `num_rows`.
+    source: ParameterSource,
+    shape: Shape,
+    dtype: str,
+    num_rows: int,
+    tried: dict[object, Shape | None],
+) -> Iterator[tuple[str, tuple[str, Shape]]]:
+    """Name, dtype and shape of the tensors of `source`, which makes a parameter of `shape`, or a
+    slice of one from a row of tensors with `num_rows`.
 
     A transform is tried without data on equal parts of the parameter, cut along each dimension, and
     turned; the first that give its shape are taken. `tried` remembers. Raises UnsupportedError.
@@ -86,7 +90,7 @@ def infer_tensors(
             hint="plan a directory that holds the weights, or let the adapter declare `stored`",
         )
     for name in source.tensors:
-        yield name, part if source.row is None else (num_rows, *part)
+        yield name, (dtype, part if source.row is None else (num_rows, *part))
 
 
 def _parts(source: ParameterSource, shape: Shape) -> Iterator[Shape]:

@@ -100,13 +100,16 @@ def take_apart(
     """
     config = adapter.text_config(whole_config)
     declared: Config = {**config, **whole_config}
+    if checkpoint is None:
+        stated = declared.get("dtype") or declared.get("torch_dtype") or adapter.unstated_dtype
+        declared = {**declared, "dtype": stated or dtype}
     tensors = None if checkpoint is None else LogicalTensors(checkpoint, config, codecs)
     compute_dtype = _compute_dtype(dtype, declared, where, tensors.dtypes() if tensors else ())
     layout = adapter.layout(config)
     kinds = _cache_kinds(adapter, config, layout)
     skeleton = Skeleton(config, layout, compute_dtype, torch.device("meta") if bare else device)
     if checkpoint is None or tensors is None:
-        stored = str(declared.get("dtype") or declared.get("torch_dtype") or dtype)
+        stored = str(declared["dtype"])
         checkpoint = describe_checkpoint(adapter, config, skeleton.shapes, stored, where)
         tensors = LogicalTensors(checkpoint, config, {})
     plan = adapter.weights(config, tensors.names)

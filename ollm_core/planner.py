@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,10 @@ from ollm_core.interfaces import ModelAdapter
 from ollm_core.machine import default_memory, planned_device
 from ollm_core.memory import parse_size
 from ollm_core.parts import DTYPES, take_apart
+from ollm_core.plans import Change, Plan
 from ollm_core.rates import Rates, find_rates
 from ollm_core.registry import Registry, supports
-from ollm_core.rehearsal import Budgets, Moment, Rehearsal, Rehearsed, Scenario
+from ollm_core.rehearsal import Budgets, Rehearsal, Rehearsed, Scenario
 from ollm_core.stores import TIERS
 from ollm_core.types import Config
 
@@ -28,85 +29,6 @@ _STEP = 256  # the largest context is found as a multiple of it
 _WORTH = 0.9  # a change is named if it leaves at most this part of the time
 _NUM_CHANGES = 3
 _COUNT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kKmM]?)\s*")
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """Another way to run it, planned too."""
-
-    option: str
-    """As it is written for `ollm plan` and `ollm run`."""
-    fits: bool
-    prefill_seconds: float
-    tokens_per_second: float
-    device_peak_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What a run would take. If it does not fit, all that is told is of the smallest budgets that
-    would do.
-    """
-
-    model: str
-    adapter: str
-    device: str
-    dtype: str
-    device_memory: int
-    host_memory: int
-    context: int
-    """Tokens of each sequence at the end."""
-    max_new_tokens: int
-    batch: int
-    from_files: bool
-    """Whether the model's own files were looked at; otherwise they are as the adapter says."""
-    fits: bool
-    reason: str
-    """Why not."""
-    hint: str
-    device_peak_bytes: int
-    host_peak_bytes: int
-    disk_bytes: int
-    """KV on disk."""
-    weight_bytes: int
-    kv_bytes: int
-    bytes_read_per_token: int
-    """From disk in a decode step at the end: weights, and KV that lies there."""
-    prefill_seconds: float
-    prefill_limited_by: str
-    tokens_per_second: float
-    """At the end, over all sequences."""
-    limited_by: str
-    """What decides the time of a decode step: disk, bus, memory or compute."""
-    placement: Mapping[str, Any]
-    device_bytes: Mapping[str, int]
-    """What `device_peak_bytes` is made of."""
-    host_bytes: Mapping[str, int]
-    smallest_device_bytes: int
-    """The least `device_memory` that would do, with enough host memory."""
-    smallest_host_bytes: int
-    """The least `host_memory` that would do with that."""
-    largest_context: int
-    """That would do in these budgets; 0 if none would."""
-    changes: Sequence[Change]
-    """That would help most."""
-    rates: Rates
-    moments: Sequence[Moment]
-    """What is held over the run."""
-
-    def fields(self) -> dict[str, Any]:
-        """For JSON."""
-        found = asdict(self)
-        found["moments"] = [
-            {
-                "name": moment.name,
-                "device_bytes": moment.device_bytes,
-                "host_bytes": moment.host_bytes,
-                "disk_bytes": moment.disk_bytes,
-            }
-            for moment in _few(self.moments)
-        ]
-        return found
 
 
 def plan(
@@ -401,12 +323,6 @@ class _Planner:
 def _as_option(num_bytes: int) -> str:
     """A size as an option takes it, rounded up."""
     return f"{-(-num_bytes // 10**6)}MB"
-
-
-def _few(moments: Sequence[Moment], number: int = 32) -> Sequence[Moment]:
-    """At most about `number` of them, the first and the last included."""
-    step = -(-len(moments) // number)
-    return [*moments[:2], *moments[2:-1:step], *moments[2:][-1:]]
 
 
 def _one_of(what: str, value: str, allowed: Sequence[str]) -> None:

@@ -33,7 +33,7 @@ ORDER = [
     {"admission", "stores"},
     {"engine", "parts"},
     {"rehearsal", "rates"},
-    {"estimate"},
+    {"estimate", "plans"},
     {"planner"},
     {"generation"},
     {"loading"},

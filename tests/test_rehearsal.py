@@ -239,3 +239,10 @@ def test_a_config_without_a_dtype(model_of, tmp_path):
         taken_apart(tmp_path, LlamaAdapter(), described=True)
     parts = taken_apart(tmp_path, LlamaAdapter(), described=True, dtype="float16")
     assert parts.dtype == torch.float16
+
+    class Known(LlamaAdapter):
+        unstated_dtype = "bfloat16"
+
+    parts = taken_apart(tmp_path, Known(), described=True)
+    assert parts.dtype == torch.bfloat16
+    assert {info.dtype for info in parts.checkpoint.tensors.values()} == {"BF16"}

@@ -15,7 +15,7 @@ from ollm_core.memory import format_size
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from ollm_core.planner import Plan
+    from ollm_core.plans import Plan
 
 KINDS = {
     "weights": "norm, rotary, buffers for a layer",
