@@ -213,6 +213,8 @@ class Rehearsal:
             held = self._held()
         grow(scenario.prompt_tokens, first.chunk_size)
         for step in self._steps(scenario, ends_only=ends_only):
+            if ends_only:
+                self._weights.hold(Placement())  # as the steps between would make room
             while length < step:
                 grow(min(step - length, store.block_size), store.block_size)
             work = [NewTokens(sequence, prompt[:1], length) for sequence in sequences]

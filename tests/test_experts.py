@@ -488,7 +488,7 @@ def keep_none(monkeypatch):
         def place(self, device_bytes, host_bytes):
             return super().place(self.least_bytes, self.least_bytes)
 
-    monkeypatch.setattr("ollm_core.weights.tiered.ExpertStore", KeepsNone)
+    monkeypatch.setattr("ollm_core.weights.held.ExpertStore", KeepsNone)
 
 
 @pytest.mark.parametrize("stored", ["one file", "shards", "stacked"])
