@@ -250,4 +250,4 @@ class Stats:
     experts_read: int = 0
     """Of those, read from storage."""
     expert_bytes_read: int = 0
-    """For those. What is then kept counts here, and not in `weight_bytes_read`."""
+    """For those. What fills free room counts here, and not in `weight_bytes_read`."""

@@ -105,6 +105,13 @@ def test_right_experts_inside_any_budgets(stored, seed, two_memories):
                         assert torch.equal(whole, tensors[f"{i}.{e}.a"])
                         assert torch.equal(turn, tensors[f"{i}.{e}.b"].t())
                 assert seen == sorted(wanted)
+                built = [value for kept in store._on_device._kept.values() for value in kept]
+                assert sum(value.nbytes for value in built) <= placement.device_bytes
+                packed = [bytes_ for bytes_, _ in store._on_host._kept.values()]
+                assert sum(value.nbytes for value in packed) <= placement.host_bytes
+                memory = source.buffer_bytes(units[i][0].tensors)  # what a view would keep
+                assert all(value.untyped_storage().nbytes() < memory for value in built)
+                assert not {*store._on_device._kept} & {*store._on_host._kept}
         counters = store.counters
         assert counters.routed == counters.hit + counters.read
         assert counters.kept_bytes <= counters.bytes_read

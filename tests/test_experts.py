@@ -5,6 +5,7 @@ that of the un-offloaded model.
 from __future__ import annotations
 
 import json
+import os
 import re
 import threading
 import time
@@ -558,6 +559,42 @@ def test_neighbours_are_read_together(make_moe, ids):
         model(input_ids=ids(64)[None])
         assert model.stats.experts_read > 20
         assert len(runs) < model.stats.experts_read // 2
+
+
+@pytest.mark.parametrize("stored", ["a tensor each", "stacked"])
+def test_calls_of_the_kernel(make_moe, monkeypatch, stored):
+    """What lies together in a file is one `preadv`, in the order of the file: an expert's three
+    tensors, and neighbours that are rows of one tensor. Experts are 192 KiB each, so that those
+    between are not read along.
+    """
+    directory = make_moe("qwen3_moe", hidden_size=256, moe_intermediate_size=64, num_experts=16)
+    if stored == "stacked":
+        tensors = AutoModelForCausalLM.from_pretrained(directory).state_dict()
+        save_file(tensors, directory / "model.safetensors")
+    adapter = StackedQwen3Moe() if stored == "stacked" else Qwen3Moe()
+    calls, real = [], os.preadv
+
+    def preadv(file, buffers, offset, *rest):
+        calls.append((offset, sum(map(len, buffers))))
+        return real(file, buffers, offset, *rest)
+
+    with open_moe(directory, adapter, chunk_size=64, reader="direct") as model:
+        model.weights.fit(100_000_000, 0)
+        monkeypatch.setattr(os, "preadv", preadv)
+        for wanted, runs in (([5], 1), ([2, 3, 4], 1), ([1, 6, 9, 12], 4)):
+            calls.clear()
+            with model.weights.experts(0, wanted) as found:
+                assert [e for e, _ in found] == wanted
+            units = [model.weights.expert_units[0][e] for e in wanted]
+            # The rows of a stacked tensor lie apart from those of the other one.
+            assert len(calls) == runs * (2 if stored == "stacked" else 1)
+            assert calls == sorted(calls)
+            one = sum(unit.file_bytes for unit in units)
+            assert one <= sum(length for _, length in calls) <= one + len(calls) * 2 * 4096
+            for unit in units:
+                for tensor in unit.tensors:
+                    end = tensor.offset + tensor.num_bytes
+                    assert any(at <= tensor.offset and end <= at + n for at, n in calls)
 
 
 @pytest.mark.parametrize("kv", ["host", "disk"])

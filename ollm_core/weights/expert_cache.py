@@ -36,6 +36,12 @@ class ExpertShares:
         )
         self._num_experts = num_experts
 
+    def of(self, layer_idx: int) -> list[float]:
+        """The shares of a layer's experts."""
+        first = self.first[layer_idx]
+        shares: list[float] = self.values[first : first + self._num_experts[layer_idx]].tolist()
+        return shares
+
     def note(self, layer_idx: int, counts: Mapping[int, int]) -> None:
         """Take in that a layer sent so many tokens to each of these experts."""
         total = sum(counts.values())
@@ -77,13 +83,13 @@ class ExpertTier(Generic[Kept]):
         """Which of a layer's `newcomers` should be put here, and what goes for each: None where
         there is room. No expert of the layer that is `wanted` now goes.
         """
-        values, first = self._shares.values, self._shares.first[layer_idx]
-        ranked = sorted(newcomers, key=lambda e: -values[first + e].item())
+        shares = self._shares.of(layer_idx)
+        ranked = sorted(newcomers, key=lambda e: -shares[e])
         room = self.capacity - len(self._kept)
         found: dict[int, ExpertId | None] = dict.fromkeys(ranked[:room])
-        pairs = zip(ranked[room:], self._least(layer_idx, wanted, len(ranked[room:])), strict=False)
-        for e, place in pairs:
-            if values[first + e] <= _MARGIN * values[place]:
+        rest = ranked[room:]
+        for e, (share, place) in zip(rest, self._least(layer_idx, wanted, len(rest)), strict=False):
+            if shares[e] <= _MARGIN * share:
                 break
             found[e] = self._ids[place]
         return found
@@ -108,15 +114,17 @@ class ExpertTier(Generic[Kept]):
     def _place(self, expert: ExpertId) -> int:
         return self._shares.first[expert[0]] + expert[1]
 
-    def _least(self, layer_idx: int, wanted: Iterable[int], count: int) -> Iterator[int]:
-        """Places of up to `count` kept experts, least share first, none that is wanted."""
+    def _least(
+        self, layer_idx: int, wanted: Iterable[int], count: int
+    ) -> Iterator[tuple[float, int]]:
+        """Share and place of up to `count` kept experts, least share first, none that is wanted."""
         if not count or not self._kept:
             return iter(())
         may_go = self._is_kept.clone()
         may_go[torch.tensor([self._shares.first[layer_idx] + e for e in wanted])] = False
         places = may_go.nonzero().flatten()
-        least = self._shares.values[places].topk(min(count, len(places)), largest=False).indices
-        return iter(places[least].tolist())
+        least = self._shares.values[places].topk(min(count, len(places)), largest=False)
+        return zip(least.values.tolist(), places[least.indices].tolist(), strict=True)
 
     def _order(self) -> list[int]:
         places = self._is_kept.nonzero().flatten()

@@ -204,6 +204,8 @@ class ExpertStore(Closing):
         self.shrink(ExpertPlacement())
         self.grow(ExpertPlacement())
         self._uploads = None
+        self._shares = ExpertShares({})
+        self._on_device, self._on_host = ExpertTier(self._shares), ExpertTier(self._shares)
 
     def _walk(
         self, layer: _Layer, wanted: Sequence[int], filled: Iterator[Filled]
