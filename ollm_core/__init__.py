@@ -47,9 +47,11 @@ from ollm_core.types import (
     ParameterSource,
     Progress,
     Stats,
+    StoredForm,
     TensorInfo,
     WeightPlan,
 )
+from ollm_core.weights.mxfp4 import mxfp4_source
 
 __version__ = "0.1.0"
 
@@ -85,6 +87,7 @@ __all__ = [
     "Progress",
     "ReadError",
     "Stats",
+    "StoredForm",
     "TensorInfo",
     "TierBytes",
     "UnknownModelError",
@@ -95,5 +98,6 @@ __all__ = [
     "catalog_entry",
     "head_sizes",
     "hookimpl",
+    "mxfp4_source",
     "read_size",
 ]
