@@ -231,16 +231,16 @@ def test_run_reasoning_effort(ollm, tiny_chat, tmp_path):
     shutil.copytree(tiny_chat, directory)
     (directory / "chat_template.jinja").write_text(EFFORT)
     arguments = ["--prompt", "why?", "--max-new-tokens", 5, "--device", "cpu", "--json"]
+    code, out, err = ollm("run", tiny_chat, *arguments, "--reasoning-effort", "low")
+    assert (code, out) == (2, "")
+    assert "has no reasoning effort" in err
+    assert is_one_line_error(err)
     for effort in (None, "low", "high"):
         given = ["--reasoning-effort", effort] if effort else []
         code, out, _ = ollm("run", directory, *arguments, *given)
         assert code == 0
         text = f"Reasoning: {effort or 'medium'}. why?"
         assert json.loads(out)["token_ids"] == greedy_tokens(directory, text, 5)
-    code, out, err = ollm("run", tiny_chat, *arguments, "--reasoning-effort", "low")
-    assert (code, out) == (2, "")
-    assert "has no reasoning effort" in err
-    assert is_one_line_error(err)
 
 
 def test_run_stops_at_any_end(ollm, tiny_chat, tmp_path):
