@@ -1,11 +1,11 @@
 """Decode with the true shapes of a large model's layers, inside a memory budget, and hold what is
 read against what had to be.
 
-usage: full_shape.py [FAMILY] [--layers 6] [--device-memory 1500MB] [--new 8] [--json FILE]
+usage: full_shape.py [FAMILY] [--layers 3] [--device-memory 2800MB] [--new 8] [--json FILE]
 
 FAMILY is a key of `FAMILIES`. Its checkpoint has random weights, fewer layers, and is written to
-models/full-shape-FAMILY-LAYERS first, a file per layer, if it is not there (gpt-oss-20b with 6
-layers: 5.2 GB). The same prompt is measured twice: cold, and with a model that has worked on other
+models/full-shape-FAMILY-LAYERS first, a file per layer, if it is not there (gpt-oss-20b with 3
+layers: 3.7 GB). The same prompt is measured twice: cold, and with a model that has worked on other
 prompts before. The page cache is dropped before every weight pass, outside the measured time.
 
 A decoded token must cause the kernel to read the experts that its routers chose and that were not
@@ -203,13 +203,13 @@ def runs_of(args: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Decode with the true shapes of a large model.")
     parser.add_argument("family", nargs="?", default="gpt-oss-20b", choices=list(FAMILIES))
-    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--checkpoint", type=Path, help="instead of the directory under models/")
-    parser.add_argument("--prompt", type=int, default=64, help="prompt tokens")
+    parser.add_argument("--prompt", type=int, default=4, help="prompt tokens")
     parser.add_argument("--new", type=int, default=8, help="new tokens, at least 2")
     parser.add_argument("--warming", type=int, default=3, help="other prompts before the warm run")
     parser.add_argument("--warm-new", type=int, default=8, help="new tokens of each of those")
-    parser.add_argument("--device-memory", default="1500MB")
+    parser.add_argument("--device-memory", default="2800MB")
     parser.add_argument("--reader", default="direct", choices=["auto", "direct", "mmap"])
     parser.add_argument("--json", type=Path, help="write the record to this file")
     args = parser.parse_args()
