@@ -49,9 +49,11 @@ from ollm_core.types import (
     Progress,
     StateShape,
     Stats,
+    StoredForm,
     TensorInfo,
     WeightPlan,
 )
+from ollm_core.weights.mxfp4 import mxfp4_source
 
 __version__ = "0.1.0"
 
@@ -89,6 +91,7 @@ __all__ = [
     "ReadError",
     "StateShape",
     "Stats",
+    "StoredForm",
     "TensorInfo",
     "TierBytes",
     "UnknownModelError",
@@ -99,5 +102,6 @@ __all__ = [
     "catalog_entry",
     "head_sizes",
     "hookimpl",
+    "mxfp4_source",
     "read_size",
 ]

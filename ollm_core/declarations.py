@@ -314,14 +314,15 @@ def catalog_entry(
 ) -> CatalogEntry:
     """A known model: its id, hub repository, the content of its config.json, and its size.
 
-    `num_parameters` counts a tied head once, as the checkpoint does. `weight_bytes` of all tensors
-    in the checkpoint; default: that many, stored in the config's dtype. The config is copied, so
-    that what transformers does to it stays with that caller.
+    `num_parameters` counts a tied head once, as the checkpoint does. `weight_bytes` are those of
+    all its tensors; None: every parameter is stored in the config's dtype. The config is copied,
+    so that what transformers does to it stays with that caller.
     """
-    dtype = str(config.get("dtype") or config.get("torch_dtype"))
-    if dtype not in _DTYPE_BYTES:
-        raise bad_config("dtype", dtype, f"one of {', '.join(_DTYPE_BYTES)}")
+    if weight_bytes is None:
+        dtype = str(config.get("dtype") or config.get("torch_dtype"))
+        if dtype not in _DTYPE_BYTES:
+            raise bad_config("dtype", dtype, f"one of {', '.join(_DTYPE_BYTES)}")
+        weight_bytes = num_parameters * _DTYPE_BYTES[dtype]
     return CatalogEntry(
-        model_id, repo, num_parameters, weight_bytes or num_parameters * _DTYPE_BYTES[dtype],
-        copy.deepcopy(dict(config)), chat, license,
-    )  # fmt: skip
+        model_id, repo, num_parameters, weight_bytes, copy.deepcopy(dict(config)), chat, license
+    )

@@ -75,9 +75,15 @@ def infer_tensors(
     """Name, dtype and shape of the tensors of `source`, which makes a parameter of `shape`, or a
     slice of one from a row of tensors with `num_rows`.
 
-    A transform is tried without data on equal parts of the parameter, cut along each dimension, and
-    turned; the first that give its shape are taken. `tried` remembers. Raises UnsupportedError.
+    What it says of them is believed. Otherwise a transform is tried without data on equal parts of
+    the parameter, cut along each dimension, and turned; the first that give its shape are taken.
+    `tried` remembers. Raises UnsupportedError.
     """
+    rows = () if source.row is None else (num_rows,)
+    if source.stored:
+        for name, form in zip(source.tensors, source.stored, strict=True):
+            yield name, (form.dtype, (*rows, *form.shape))
+        return
     part: Shape | None = shape
     if source.transform is not None:
         key = source.transform, len(source.tensors), shape
@@ -90,7 +96,7 @@ def infer_tensors(
             hint="plan a directory that holds the weights, or let the adapter declare `stored`",
         )
     for name in source.tensors:
-        yield name, (dtype, part if source.row is None else (num_rows, *part))
+        yield name, (dtype, (*rows, *part))
 
 
 def _parts(source: ParameterSource, shape: Shape) -> Iterator[Shape]:

@@ -67,7 +67,8 @@ class Engine:
         Raises DoesNotFitError before anything is read. If a pass fails or is interrupted, the store
         is as before.
         """
-        with self._lock, torch.no_grad():
+        # A caller's inference mode would mark what stays: KV, weights, and the tracing of a plan.
+        with self._lock, torch.inference_mode(False), torch.no_grad():
             start = time.perf_counter()
             read_before = store.bytes_read
             if isinstance(store, KeepsStates):

@@ -47,7 +47,7 @@ class Estimate:
 
     def __init__(self, parts: ModelParts) -> None:
         units, itemsize = parts.units, parts.dtype.itemsize
-        self._kinds = parts.kinds
+        self._kinds = [kind for kind in parts.kinds if kind.kind != "recurrent"]
         self._itemsize = itemsize
         self._num_heads = int(parts.skeleton.config.num_attention_heads)
         self._layers = sum(p.num_bytes(parts.dtype) for u in units.layers for p in u.parameters)
@@ -101,9 +101,9 @@ class Estimate:
         """A decode step at the end, for one new token of each sequence."""
         held, batch = run.held, scenario.batch
         distinct = self.distinct_experts(batch)
-        every = max(self.num_experts * self._expert, 1)
-        on_device = min(held.experts_device_bytes / every, 1.0)
-        kept = min(on_device + held.experts_host_bytes / max(every, 1), 1.0)
+        every = max(self.num_experts, 1)
+        on_device = held.num_device_experts / every
+        kept = on_device + held.num_host_experts / every
         kv = batch * self._kv_bytes(scenario.context)
         read = held.streamed_bytes + distinct * (1 - kept) * self._expert_stored
         moved = distinct * (1 - on_device) * self._expert_stored

@@ -242,8 +242,8 @@ class _Planner:
         if estimate.num_experts:
             found |= {
                 "experts": estimate.num_experts,
-                "device_experts": held.experts_device_bytes // estimate.expert_bytes,
-                "host_experts": held.experts_host_bytes // estimate.expert_bytes_stored,
+                "device_experts": held.num_device_experts,
+                "host_experts": held.num_host_experts,
             }
         return found
 

@@ -92,8 +92,8 @@ class Held:
     """Of parameters that are kept in either memory, in the compute dtype."""
     dense_host_bytes: int
     """Of units that are kept on the host."""
-    experts_device_bytes: int
-    experts_host_bytes: int
+    num_device_experts: int
+    num_host_experts: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,7 +271,7 @@ class Rehearsal:
 
     def _held(self) -> Held:
         weights = self._weights
-        device, host = (account.kinds for account in self._pair)
+        _, host = (account.kinds for account in self._pair)
         return Held(
             len(weights.units),
             weights.num_device_units,
@@ -281,6 +281,6 @@ class Rehearsal:
             sum(weights.buffer_bytes[i] for i in weights.streamed),
             weights.resident_bytes,
             host.get("resident weights", 0),
-            device.get("resident experts", 0),
-            host.get("resident experts", 0),
+            weights.experts.placement.num_device,
+            weights.experts.placement.num_host,
         )

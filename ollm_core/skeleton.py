@@ -28,11 +28,14 @@ class Skeleton:
     def __init__(
         self, config: Config, layout: Layout, dtype: torch.dtype, device: torch.device
     ) -> None:
-        """Raises ConfigError if transformers cannot build a model from `config`."""
+        """Raises ConfigError if transformers cannot build a model from `config`. However its
+        weights are stored, the model is a plain one.
+        """
         register_attention()
         self.config: PreTrainedConfig
+        plain = {key: value for key, value in config.items() if key != "quantization_config"}
         try:
-            self.config = AutoConfig.for_model(**copy.deepcopy(dict(config)))
+            self.config = AutoConfig.for_model(**copy.deepcopy(plain))
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(
                     self.config,

@@ -71,6 +71,15 @@ class EncodedTensor:
 
 
 @dataclass(frozen=True, slots=True)
+class StoredForm:
+    """What a transform expects of one stored tensor, or of the row of it that it is given."""
+
+    dtype: str
+    """safetensors dtype name, a key of `DTYPE_BYTES`."""
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class ParameterSource:
     """Which checkpoint tensors make one parameter.
 
@@ -84,6 +93,12 @@ class ParameterSource:
     """The most that `transform` holds beside its arguments and the finished parameter."""
     row: int | None = None
     """Only this row of each tensor's first dimension; the other rows are not read."""
+    makes: str = ""
+    """safetensors dtype name of what `transform` returns; empty: that of its first tensor."""
+    stored: tuple[StoredForm, ...] = ()
+    """What each tensor must be, held against the checkpoint when it is opened; empty: `transform`
+    takes whatever is there.
+    """
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -123,6 +124,7 @@ def test_plugins(ollm):
         (["run", "x", "--kv", "tape"], 2, "tape"),
         (["run", "x", "--top-p", "0.5"], 2, "--temperature"),
         (["run", "x", "--raw", "--system", "s"], 2, "--system"),
+        (["run", "x", "--raw", "--reasoning-effort", "low"], 2, "--reasoning-effort"),
         (["run", "x", "--prompt", " "], 2, "empty"),
         (["run", "x", "--file", "/nowhere/doc"], 2, "/nowhere/doc"),
         (["run", "x", "--prompt", "hi", "--draft", "tea-leaves"], 2, "lookup"),
@@ -215,6 +217,47 @@ def test_run(ollm, tiny_chat, tmp_path):
     assert out == report["text"] + "\n"
     for words in ("model", "device memory", "weights read", "prefill", "decode", "KV cache"):
         assert words in err
+
+
+EFFORT = (
+    "Reasoning: {{ reasoning_effort if reasoning_effort is defined else 'medium' }}. "
+    "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+)
+
+
+def test_run_reasoning_effort(ollm, tiny_chat, tmp_path):
+    """The effort reaches a chat template that asks for it; another template is not given one."""
+    directory = tmp_path / "thinks"
+    shutil.copytree(tiny_chat, directory)
+    (directory / "chat_template.jinja").write_text(EFFORT)
+    arguments = ["--prompt", "why?", "--max-new-tokens", 5, "--device", "cpu", "--json"]
+    code, out, err = ollm("run", tiny_chat, *arguments, "--reasoning-effort", "low")
+    assert (code, out) == (2, "")
+    assert "has no reasoning effort" in err
+    assert is_one_line_error(err)
+    for effort in (None, "low", "high"):
+        given = ["--reasoning-effort", effort] if effort else []
+        code, out, _ = ollm("run", directory, *arguments, *given)
+        assert code == 0
+        text = f"Reasoning: {effort or 'medium'}. why?"
+        assert json.loads(out)["token_ids"] == greedy_tokens(directory, text, 5)
+
+
+def test_run_stops_at_any_end(ollm, tiny_chat, tmp_path):
+    """Every token that generation_config.json calls an end is one."""
+    arguments = ["--prompt", "why?", "--max-new-tokens", 12, "--device", "cpu", "--json"]
+    code, out, _ = ollm("run", tiny_chat, *arguments)
+    tokens = json.loads(out)["token_ids"]
+    place = max(i for i, token in enumerate(tokens[:11]) if token not in tokens[:i])
+    assert place > 0
+    directory = tmp_path / "ends"
+    shutil.copytree(tiny_chat, directory)
+    (directory / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": [1, tokens[place]], "pad_token_id": 0})
+    )
+    code, out, _ = ollm("run", directory, *arguments)
+    assert code == 0
+    assert json.loads(out)["token_ids"] == tokens[: place + 1]
 
 
 def test_run_raw_from_stdin(tiny_chat):

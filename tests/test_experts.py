@@ -757,6 +757,19 @@ def test_generate_gives_the_tokens_of_transformers(make_moe, reference_of, ids, 
     assert found[0, 60:].tolist() == tokens
 
 
+@pytest.mark.parametrize("family", [*BOTH, "gpt_oss"])
+def test_inference_mode(make_moe, reference_of, ids, family):
+    """A caller's inference mode changes nothing: a cache that began in it goes on outside."""
+    directory, prompt = make_moe(family), ids(64)
+    with open_moe(directory, chunk_size=32) as model:
+        cache = model.new_cache("device")
+        with torch.inference_mode():
+            first = model(input_ids=prompt[None, :32], past_key_values=cache).logits[0]
+        second = model(input_ids=prompt[None, 32:], past_key_values=cache).logits[0]
+    expected = reference_of(directory, torch.float32).logits(prompt, 32)
+    assert torch.equal(torch.cat([first, second]), expected)
+
+
 def test_two_models_on_two_threads(make_moe, reference_of, ids):
     """Two models interleaved on two threads do not meet."""
     prompt = ids(100)

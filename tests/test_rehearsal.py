@@ -168,7 +168,7 @@ def test_a_gpu_that_is_not_here(model_of):
     assert not rehearsal.fits(scenario, Budgets(least.device - 1, least.host))
     assert not rehearsal.fits(scenario, Budgets(least.device, least.host - 1))
     roomy = rehearsal.run(Budgets(10**9, 10**9), scenario)
-    assert roomy.held.streamed_bytes == 0 < roomy.held.experts_device_bytes
+    assert roomy.held.streamed_bytes == 0 < roomy.held.num_device_experts
 
 
 def test_steps_between_blocks_add_nothing(model_of):

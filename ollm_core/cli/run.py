@@ -49,6 +49,11 @@ _SAMPLING = ("top_p", "top_k", "seed")
 @click.option("--prompt", metavar="TEXT", help="What to ask. Without --prompt and --file: stdin.")
 @click.option("--file", metavar="FILE", help="A document to put before the prompt; - is stdin.")
 @click.option("--system", metavar="TEXT", help="A system message for the chat template.")
+@click.option(
+    "--reasoning-effort",
+    type=click.Choice(["low", "medium", "high"]),
+    help="How long to think, where the model's chat template asks.  [default: the template's]",
+)
 @click.option("--raw", is_flag=True, help="Continue the text as it is, without a chat template.")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=256, show_default=True)
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda:0, ...")
@@ -90,6 +95,7 @@ def run(
     prompt: str | None,
     file: str | None,
     system: str | None,
+    reasoning_effort: str | None,
     raw: bool,
     as_json: bool,
     max_new_tokens: int,
@@ -103,6 +109,8 @@ def run(
     """
     if raw and system:
         raise click.UsageError("--system needs a chat template, and --raw goes without")
+    if raw and reasoning_effort:
+        raise click.UsageError("--reasoning-effort needs a chat template, and --raw goes without")
     sampling = {name: options[name] for name in _SAMPLING if options[name] is not None}
     if sampling and not temperature:
         given = ", ".join("--" + name.replace("_", "-") for name in sampling)
@@ -117,7 +125,9 @@ def run(
         with load(model, **loading, on_progress=progress) as opened:
             if opened.tokenizer is None:
                 raise InputError(f"{model} has no tokenizer", hint="add its tokenizer.json")
-            prompt_ids = _encode(opened.tokenizer, text, system, raw)
+            if reasoning_effort:
+                _check_effort(opened.tokenizer, model)
+            prompt_ids = _encode(opened.tokenizer, text, system, raw, reasoning_effort)
             streamer = TextStream(opened.tokenizer, progress, silent=as_json)
             output = opened.generate(
                 input_ids=prompt_ids.to(opened.device),
@@ -165,15 +175,27 @@ def _read(file: str) -> str:
         raise InputError(f"{file} is not UTF-8 text", hint="convert it to plain text") from error
 
 
-def _encode(tokenizer: Any, text: str, system: str | None, raw: bool) -> Tensor:
+def _check_effort(tokenizer: Any, model: str) -> None:
+    """Raises InputError if the chat template would not notice a reasoning effort."""
+    if not tokenizer.chat_template or "reasoning_effort" not in str(tokenizer.chat_template):
+        raise InputError(
+            f"the chat template of {model} has no reasoning effort",
+            hint="leave --reasoning-effort out",
+        )
+
+
+def _encode(
+    tokenizer: Any, text: str, system: str | None, raw: bool, reasoning_effort: str | None = None
+) -> Tensor:
     """Token ids [1, T] of what the model is to read."""
     if raw or not tokenizer.chat_template:
         encoded = tokenizer(text, return_tensors="pt")
     else:
         messages = [{"role": "system", "content": system}] if system else []
         messages.append({"role": "user", "content": text})
+        options = {"reasoning_effort": reasoning_effort} if reasoning_effort else {}
         encoded = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True, **options
         )
     token_ids: Tensor = encoded["input_ids"]
     return token_ids

@@ -18,7 +18,7 @@ from ollm_core.interfaces import ByteSource, Closing
 from ollm_core.memory import MemoryAccount
 from ollm_core.weights.expert_cache import ExpertId, ExpertShares, ExpertTier, Kept
 from ollm_core.weights.groups import Filled, GroupReader, cut_groups
-from ollm_core.weights.units import ALIGNMENT, TORCH_DTYPES, WeightUnit
+from ollm_core.weights.units import ALIGNMENT, TORCH_DTYPES, Parameter, WeightUnit
 from ollm_core.weights.upload import Upload
 
 _STAYS_OUT = -1, -1  # no expert at all
@@ -110,6 +110,11 @@ class ExpertStore(Closing):
         if every and not self._on_cpu:
             self._uploads = Upload(device, self._group_bytes), Upload(device, self._packed[0])
             self.fixed_device_bytes += self._group_bytes + self._packed[0]
+
+    @property
+    def placement(self) -> ExpertPlacement:
+        """What is held now, or may be as experts are read."""
+        return self._placement
 
     @property
     def least_bytes(self) -> int:
@@ -300,17 +305,28 @@ def _finished_bytes(unit: WeightUnit, dtype: torch.dtype) -> int:
 
 
 def _made_bytes(unit: WeightUnit, dtype: torch.dtype) -> int:
-    """The most that building holds beside the buffer, result included."""
-    converted = 0
+    """The most that building holds beside the buffer, results included: parameters are made one
+    after another.
+    """
+    most = made = 0
     for parameter in unit.parameters:
-        stored = [TORCH_DTYPES[tensor.dtype] for tensor in parameter.tensors]
-        unaligned = any(
-            t.offset % d.itemsize for t, d in zip(parameter.tensors, stored, strict=True)
-        )
-        if unaligned or (parameter.source.transform and stored[0] != dtype):
-            num_bytes = sum(tensor.num_bytes for tensor in parameter.tensors)
-            converted = max(converted, num_bytes * (1 + unaligned))
-    return unit.copied_bytes(dtype) + unit.scratch_bytes + converted
+        made += parameter.num_bytes(dtype) if parameter.needs_copy(dtype) else 0
+        scratch, converted = parameter.source.scratch_bytes, _converted_bytes(parameter, dtype)
+        # Where it is known what the transform makes, scratch is gone when that is converted.
+        both = max(scratch, converted) if parameter.source.makes else scratch + converted
+        most = max(most, made + both)
+    return most
+
+
+def _converted_bytes(parameter: Parameter, dtype: torch.dtype) -> int:
+    """Bytes of a parameter in another form, from which it is then converted."""
+    if made := parameter.source.makes:
+        return parameter.num_bytes(TORCH_DTYPES[made]) if TORCH_DTYPES[made] != dtype else 0
+    stored = [TORCH_DTYPES[tensor.dtype] for tensor in parameter.tensors]
+    unaligned = any(t.offset % d.itemsize for t, d in zip(parameter.tensors, stored, strict=True))
+    if unaligned or (parameter.source.transform and stored[0] != dtype):
+        return sum(tensor.num_bytes for tensor in parameter.tensors) * (1 + unaligned)
+    return 0
 
 
 def _packed_bytes(unit: WeightUnit) -> int:

@@ -138,6 +138,7 @@ def cut_units(
     Raises CheckpointError if the plan, the checkpoint and the skeleton do not agree.
     """
     parameters = dict(_checked(plan, tensors, shapes))
+    _check_rows(plan, tensors)
 
     def below(prefix: str) -> tuple[Parameter, ...]:
         return tuple(p for name, p in parameters.items() if name.startswith(f"{prefix}."))
@@ -182,6 +183,14 @@ def _parameter(
     tensors: Mapping[str, TensorInfo],
 ) -> Parameter:
     found = tuple(_part(tensors[tensor], source.row, name) for tensor in source.tensors)
+    for tensor, form in zip(found, source.stored, strict=False):
+        if (tensor.dtype, tensor.shape) != (form.dtype, form.shape):
+            raise CheckpointError(
+                f"{tensor.path}: {tensor.name} is {tensor.dtype} {list(tensor.shape)}, "
+                f"{name} needs {form.dtype} {list(form.shape)}",
+                hint="the checkpoint is damaged or half converted, or config.json is of another "
+                "model",
+            )
     for tensor in found:
         if tensor.dtype not in TORCH_DTYPES:
             raise CheckpointError(
@@ -211,6 +220,22 @@ def _part(tensor: TensorInfo, row: int | None, name: str) -> TensorInfo:
             hint="config.json and the weights are of different models",
         )
     return tensor.row(row)
+
+
+def _check_rows(plan: WeightPlan, tensors: Mapping[str, TensorInfo]) -> None:
+    """Raises CheckpointError if rows are left over of a tensor that is used row by row."""
+    used: dict[str, set[int]] = {}
+    for source in plan.sources():
+        if source.row is not None:
+            for tensor in source.tensors:
+                used.setdefault(tensor, set()).add(source.row)
+    for name, rows in used.items():
+        if tensors[name].shape and len(rows) < tensors[name].shape[0]:
+            raise CheckpointError(
+                f"{tensors[name].path}: {name} has shape {list(tensors[name].shape)}, "
+                f"only {len(rows)} rows of it are used",
+                hint="config.json and the weights are of different models",
+            )
 
 
 def _expert_units(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from transformers.core_model_loading import revert_weight_conversion
 
+from ollm_conformance.forms import as_published
 from ollm_conformance.subject import meta_model
 from ollm_core import Config
 
@@ -14,7 +15,8 @@ def parameter_names(config: Config) -> list[str]:
 
 
 def stored_shapes(config: Config) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the checkpoint that transformers would write: a tied head's is left out."""
+    """Every tensor of the checkpoint as published: a tied head's is left out."""
     model = meta_model(config)
     state = {name: p.data for name, p in model.named_parameters()}  # each shared one once
-    return {name: tuple(t.shape) for name, t in revert_weight_conversion(model, state).items()}
+    state = as_published(config, revert_weight_conversion(model, state))
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}

@@ -16,7 +16,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 import ollm
+from ollm_conformance.forms import as_published, reference_options
 from ollm_core import Config, DoesNotFitError, ModelAdapter
+from ollm_core.checkpoint import read_config
 from ollm_core.generation import StreamedModel
 from ollm_core.registry import Registry, supports
 
@@ -36,7 +38,11 @@ class Reference:
         self, directory: Path, dtype: torch.dtype, device: str = "cpu", chunk_size: int = CHUNK
     ) -> None:
         model = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=dtype, attn_implementation="eager", experts_implementation="eager"
+            directory,
+            dtype=dtype,
+            attn_implementation="eager",
+            experts_implementation="eager",
+            **reference_options(read_config(directory)),
         )
         self.model: PreTrainedModel = model.eval().to(device)
         with torch.no_grad():
@@ -103,11 +109,13 @@ class Subject:
         directory: Path,
         load: Callable[..., StreamedModel] = ollm.load,
         checkpoint: Path | None = None,
+        tiny_config: Config | None = None,
     ) -> None:
         """`directory` is an empty one for files; `checkpoint` that of a real model, if there is
-        one.
+        one; `tiny_config` stands for the adapter's own.
         """
         self.adapter = adapter
+        self._tiny_config = tiny_config
         self.directory = directory
         self.real_checkpoint = checkpoint
         self._load = load
@@ -121,8 +129,8 @@ class Subject:
 
     @property
     def config(self) -> dict[str, Any]:
-        """A copy of the adapter's tiny config."""
-        return copy.deepcopy(dict(self.adapter.tiny_config()))
+        """A copy of the tiny config."""
+        return copy.deepcopy(dict(self._tiny_config or self.adapter.tiny_config()))
 
     @property
     def vocab_size(self) -> int:
@@ -137,17 +145,22 @@ class Subject:
         changes: Mapping[str, Any] | None = None,
     ) -> Path:
         """The directory of a tiny random checkpoint, written by transformers, `changes` made to its
-        config.
+        config. Its tensors are packed if the config says so.
         """
         told = "-".join(f"{key}={value}" for key, value in sorted((changes or {}).items()))
         directory = self.directory / re.sub(r"[^\w=.-]", "_", f"tiny-{dtype}-{shards}-{told}")
         if not directory.is_dir():
-            model = random_model({**self.config, **(changes or {})})
+            config = {**self.config, **(changes or {})}
+            model = random_model(config)
             for parameter in model.parameters():
                 parameter.data = parameter.data.to(DTYPES[dtype])
             model.config.dtype = DTYPES[dtype]
             num_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-            model.save_pretrained(directory, max_shard_size=num_bytes // 5 if shards else "5GB")
+            model.save_pretrained(
+                directory,
+                state_dict=as_published(config, model.state_dict()),
+                max_shard_size=num_bytes // 5 if shards else "5GB",
+            )
         return directory
 
     def reference(self, dtype: str = "float32", directory: Path | None = None) -> Reference:

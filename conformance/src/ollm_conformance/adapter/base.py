@@ -12,7 +12,7 @@ import torch
 import ollm
 from ollm_conformance.checks import UNSUPPORTED, check_of
 from ollm_conformance.subject import Subject
-from ollm_core import ModelAdapter
+from ollm_core import Config, ModelAdapter
 from ollm_core.generation import StreamedModel
 from ollm_core.registry import Registry, supports
 
@@ -22,6 +22,8 @@ class AdapterSuite:
 
     adapter: ClassVar[type[ModelAdapter] | ModelAdapter | None] = None
     """The adapter to test. None: the installed one that `--ollm-adapter` names."""
+    tiny_config: ClassVar[Config | None] = None
+    """A tiny config beside the adapter's own, for a family that is published in several forms."""
     expected_failures: ClassVar[Mapping[str, str]] = {}
     """Check id to the reason why it fails. One that passes after all is a failure."""
     checkpoint: ClassVar[Path | None] = None
@@ -48,7 +50,7 @@ class AdapterSuite:
             adapter = cls.adapter() if isinstance(cls.adapter, type) else cls.adapter
         directory = tmp_path_factory.mktemp(adapter.name)
         checkpoint = cls.checkpoint or request.config.getoption("ollm_checkpoint")
-        return Subject(adapter, directory, cls.load, checkpoint)
+        return Subject(adapter, directory, cls.load, checkpoint, cls.tiny_config)
 
     @pytest.fixture(autouse=True)
     def _one_thread(self) -> Iterator[None]:
