@@ -64,16 +64,6 @@ class Estimate:
         """Routed experts of all layers."""
         return sum(self._counts)
 
-    @property
-    def expert_bytes(self) -> int:
-        """Of one, in the compute dtype."""
-        return self._expert
-
-    @property
-    def expert_bytes_stored(self) -> int:
-        """Of one, in the checkpoint."""
-        return self._expert_stored
-
     def distinct_experts(self, num_tokens: int) -> float:
         """Of all layers, how many are expected to be wanted by any of `num_tokens`, if all are
         equally likely.

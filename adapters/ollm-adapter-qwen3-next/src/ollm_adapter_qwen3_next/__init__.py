@@ -125,7 +125,7 @@ class Qwen35MoeAdapter(QwenHybrid):
     experts. Images are not read.
     """
 
-    name = "qwen3.5-moe"
+    name = "qwen3-5-moe"
     model_types = ("qwen3_5_moe", "qwen3_5_moe_text")
     projections = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
 
@@ -162,7 +162,7 @@ class Qwen35Adapter(QwenHybrid):
     experts. Images are not read.
     """
 
-    name = "qwen3.5"
+    name = "qwen3-5"
     model_types = ("qwen3_5", "qwen3_5_text")
     sizes = ("vocab_size", "hidden_size", "intermediate_size", *LINEAR_SIZES)
     projections = Qwen35MoeAdapter.projections
@@ -178,6 +178,10 @@ class Qwen35Adapter(QwenHybrid):
     def weights(self, config: Config, tensor_names: Iterable[str]) -> WeightPlan:
         """See ModelAdapter: the language model at the top, or below the one that also sees."""
         return as_stored(super().weights, config, tensor_names)
+
+    def num_experts(self, config: Config) -> int:
+        """See QwenMoe: none."""
+        return 0
 
     def is_dense(self, config: Config, layer_idx: int) -> bool:
         """See QwenMoe: all layers are."""

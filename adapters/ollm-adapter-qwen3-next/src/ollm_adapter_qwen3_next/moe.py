@@ -11,6 +11,7 @@ from ollm_core import Config, DecoderAdapter, Layout, ParameterSource, bad_confi
 if TYPE_CHECKING:
     from torch import Tensor
 
+_MAX_EXPERTS = 1 << 14
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
@@ -19,7 +20,7 @@ class QwenMoe(DecoderAdapter):
     are dense.
     """
 
-    sizes: tuple[str, ...] = ("vocab_size", "hidden_size", "num_experts", "num_experts_per_tok")
+    sizes: tuple[str, ...] = ("vocab_size", "hidden_size", "num_experts_per_tok")
     rope_types: tuple[str, ...] = ("default", "linear", "yarn")
 
     def mixer_parameters(self, config: Config, layer_idx: int) -> Iterator[str]:
@@ -36,6 +37,7 @@ class QwenMoe(DecoderAdapter):
 
     def layout(self, config: Config) -> Layout:
         """See ModelAdapter."""
+        self.num_experts(config)
         return replace(super().layout(config), experts="mlp.experts")
 
     def layer_parameters(self, config: Config, layer_idx: int) -> Iterator[str]:
@@ -53,13 +55,18 @@ class QwenMoe(DecoderAdapter):
         path, _, leaf = parameter.rpartition(".")
         if not path.endswith(".mlp.experts"):
             return ()
-        paths = [f"{path}.{number}" for number in range(read_size(config, "num_experts"))]
+        paths = [f"{path}.{number}" for number in range(self.num_experts(config))]
         if leaf == "down_proj":
             return [ParameterSource((f"{one}.down_proj.weight",)) for one in paths]
         return [
             ParameterSource((f"{one}.gate_proj.weight", f"{one}.up_proj.weight"), gate_above_up)
             for one in paths
         ]
+
+    def num_experts(self, config: Config) -> int:
+        """Routed experts of a layer; transformers writes Qwen3-MoE's by another name."""
+        key = "num_local_experts" if "num_local_experts" in config else "num_experts"
+        return read_size(config, key, _MAX_EXPERTS)
 
     def is_dense(self, config: Config, layer_idx: int) -> bool:
         """Whether a layer has no experts."""

@@ -81,15 +81,14 @@ class Exact(AdapterSuite):
             found = model(input_ids=prompt[None]).logits[0]
         same_bits(found, reference.run(prompt, chunk_size), f"logits in chunks of {chunk_size}")
         whole = reference.run(prompt, PROMPT)
-        # A recurrence adds up the rounding of its own pieces, in transformers too.
-        recurrent = any(kind.states for kind in subject.adapter.caches(subject.config))
-        tolerance = 1e-3 if recurrent else 1e-4
+        tolerance = 1e-4 * _rounding(subject)
         same_within(found, whole, tolerance, f"chunks of {chunk_size} against one chunk")
         same_tokens(found.argmax(-1).tolist(), whole.argmax(-1).tolist(), "most likely tokens")
 
     @check(
         "exact.blockwise",
-        "Block-wise attention differs from transformers by less than 1e-5 of the scale in float32.",
+        "Block-wise attention differs from transformers by less than 1e-5 of the scale in float32, "
+        "or 1e-4 where other layers are recurrent.",
         look="attention options that the family's modules pass: windows, sinks, scaling, soft caps",
         needs=["blockwise-attention", "chunked-prefill"],
     )
@@ -100,5 +99,13 @@ class Exact(AdapterSuite):
             found = model(input_ids=prompt[None]).logits[0]
             steps = greedy(model, prompt, 5)[1]
         expected = subject.reference().run(prompt, chunk_size)
-        same_within(found, expected, 1e-5, f"block-wise logits in chunks of {chunk_size}")
-        same_within(steps[:1], expected[-1:], 1e-5, "block-wise logits of a step")
+        tolerance = 1e-5 * _rounding(subject)
+        same_within(found, expected, tolerance, f"block-wise logits in chunks of {chunk_size}")
+        same_within(steps[:1], expected[-1:], tolerance, "block-wise logits of a step")
+
+
+def _rounding(subject: Subject) -> int:
+    """How many times larger differences may be: a recurrence adds up the rounding of all tokens,
+    in transformers too.
+    """
+    return 10 if any(kind.states for kind in subject.adapter.caches(subject.config)) else 1
