@@ -5,8 +5,9 @@ usage: full_shape.py [FAMILY] [--layers 3] [--device-memory 2800MB] [--new 8] [-
 
 FAMILY is a key of `FAMILIES`. Its checkpoint has random weights, fewer layers, and is written to
 models/full-shape-FAMILY-LAYERS first, a file per layer, if it is not there (gpt-oss-20b with 3
-layers: 3.7 GB). The same prompt is measured twice: cold, and with a model that has worked on other
-prompts before. The page cache is dropped before every weight pass, outside the measured time.
+layers: 3.7 GB; qwen3-next-80b with 4, the last of which has full attention: 14.4 GB). The same
+prompt is measured twice: cold, and with a model that has worked on other prompts before. The page
+cache is dropped before every weight pass, outside the measured time.
 
 A decoded token must cause the kernel to read the experts that its routers chose and that were not
 in memory, and the dense part that is not resident, within 5%; else the exit code is 1.
@@ -42,10 +43,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import ollm
-from ollm_conformance.forms import as_published
 from ollm_conformance.subject import meta_model
 from ollm_core.generation import StreamedModel
 from ollm_core.registry import Registry
+from ollm_core.weights.units import TORCH_DTYPES
 
 MODELS = Path(__file__).resolve().parent.parent / "models"
 
@@ -60,7 +61,9 @@ class Family:
     """Keys of its config.json with an entry for each layer."""
 
 
-FAMILIES: Mapping[str, Family] = MappingProxyType({"gpt-oss-20b": Family("gpt-oss-20B")})
+FAMILIES: Mapping[str, Family] = MappingProxyType(
+    {"gpt-oss-20b": Family("gpt-oss-20B"), "qwen3-next-80b": Family("qwen3-next-80B")}
+)
 
 
 def config_of(family: Family, num_layers: int) -> dict[str, Any]:
@@ -75,31 +78,36 @@ def write_checkpoint(out: Path, config: dict[str, Any]) -> None:
     of its layer.
     """
     out.mkdir(parents=True, exist_ok=True)
-    model = meta_model(config).to(torch.bfloat16)
-    shapes = as_published(config, {name: p.data for name, p in model.named_parameters()})
+    shapes = {name: tuple(p.shape) for name, p in meta_model(config).named_parameters()}
+    adapter = Registry.discover().adapter_for(config)
+    stored = adapter.tensors(config, shapes, "BF16")
+    assert stored is not None, f"adapter {adapter.name} does not say what a checkpoint holds"
     generator = torch.Generator().manual_seed(0)
     files: dict[str, list[str]] = {}
-    for name in shapes:
+    for name in stored:
         part = name.split("layers.")[-1].split(".")[0] if ".layers." in name else name
         files.setdefault(f"part-{part}.safetensors", []).append(name)
     for file, names in files.items():
-        tensors = {name: _random(name, shapes[name], generator) for name in names}
+        tensors = {name: _random(name, *stored[name], generator) for name in names}
         save_file(tensors, out / file, metadata={"format": "pt"})
+        del tensors
     weight_map = {name: file for file, names in files.items() for name in names}
     (out / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     (out / "config.json").write_text(json.dumps(config, indent=1))
     os.sync()  # what is not yet on the disk cannot be dropped from the page cache
 
 
-def _random(name: str, like: Tensor, generator: torch.Generator) -> Tensor:
-    value = torch.empty(like.shape, dtype=like.dtype)
+def _random(name: str, dtype: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    value = torch.empty(shape, dtype=TORCH_DTYPES[dtype])
     if name.endswith("norm.weight"):
         return value.fill_(1)
     if name.endswith("_scales"):  # powers of two from 2 ** -8 to 2 ** -5
         return value.random_(119, 123, generator=generator)
     if value.dtype == torch.uint8:
         return value.random_(0, 256, generator=generator)
-    return value.normal_(0, 0.02, generator=generator)
+    if name.endswith("A_log"):  # decays between those of a trained model
+        return value.uniform_(0, 2.7, generator=generator)
+    return value.uniform_(-0.035, 0.035, generator=generator)  # as wide as a deviation of 0.02
 
 
 def measure(args: argparse.Namespace, num_warming: int) -> dict[str, Any]:

@@ -79,6 +79,25 @@ def check(plan):
 CATALOG = [(entry.id, entry) for _, entry, _ in Registry.discover().catalog()]
 
 
+@pytest.mark.parametrize(
+    ("model", "context", "published"),
+    [
+        ("gpt-oss-20B", 10_000, 7_300_000_000),
+        ("gpt-oss-20B", 100_000, 8_000_000_000),
+        ("qwen3-next-80B", 10_000, 7_500_000_000),
+        ("qwen3-next-80B", 50_000, 7_500_000_000),
+    ],
+)
+def test_large_mixtures_take_less_than_the_predecessor(model, context, published):
+    """In less device memory than its published figure for the row, or than 8 GB where it has none;
+    a tenth of that would still do.
+    """
+    plan = ollm.plan(model, **{**GPU, "device_memory": published - 1}, context=context)
+    check(plan)
+    assert plan.fits
+    assert plan.smallest_device_bytes < published / 10
+
+
 @pytest.mark.parametrize(("model_id", "entry"), CATALOG, ids=[name for name, _ in CATALOG])
 def test_every_known_model_can_be_planned(model_id, entry):
     """By id, without files: its size is that of the catalog, and it fits 8 GB at its longest, up to
