@@ -107,7 +107,8 @@ def test_every_known_model_can_be_planned(model_id, entry):
     found = check(ollm.plan(model_id, context=context, **GPU))
     assert found.fits
     assert not found.from_files
-    assert found.weight_bytes == entry.weight_bytes
+    # What a checkpoint holds and the model does not use (a layer that drafts) is not planned.
+    assert 0.97 * entry.weight_bytes < found.weight_bytes <= entry.weight_bytes
 
 
 @pytest.mark.parametrize("context", ["10k", "100k"])

@@ -230,7 +230,8 @@ def _check_rows(plan: WeightPlan, tensors: Mapping[str, TensorInfo]) -> None:
             for tensor in source.tensors:
                 used.setdefault(tensor, set()).add(source.row)
     for name, rows in used.items():
-        if tensors[name].shape and len(rows) < tensors[name].shape[0]:
+        num_rows = tensors[name].shape[0] if tensors[name].shape else 0
+        if len(rows) < num_rows and max(rows) < num_rows:  # a row too far has its own error
             raise CheckpointError(
                 f"{tensors[name].path}: {name} has shape {list(tensors[name].shape)}, "
                 f"only {len(rows)} rows of it are used",
