@@ -109,8 +109,8 @@ class StateCache(Cache):
         """`states` of each row, which are copied; all of them are None before the first token."""
         super().__init__(layers=[])
         self._layer = LinearAttentionLayer()
-        layers: Any = {layer_idx: self._layer}  # transformers only asks for this one
-        self.layers = layers
+        layers: list[Any] = [None] * layer_idx  # only this layer is asked for
+        self.layers = [*layers, self._layer]
         rows = [state for state in states if state is not None]
         if rows:
             assert len(rows) == len(states), "rows of one call have all begun, or none has"

@@ -59,6 +59,7 @@ class Skeleton:
         # Rotary frequencies are in no checkpoint: a fresh module computes them.
         with torch.device(device):
             self.rotary: nn.Module = type(self.meta_rotary)(self.config)
+        self._rotary_axes = layout.rotary_axes
         self.rotary_types = _rotary_types(self.rotary, self.config, len(self.layers))
         self.mixtures: Mapping[int, Mixture] = dict(_mixtures(self.layers, layout))
         """Layers with routed experts, which are run in two halves."""
@@ -77,6 +78,8 @@ class Skeleton:
         `self.meta_rotary`.
         """
         kind = self.rotary_types[layer_idx]
+        if self._rotary_axes:
+            positions = positions.expand(self._rotary_axes, -1, -1)
         found: tuple[Tensor, Tensor] = (
             rotary(hidden, positions) if kind is None else rotary(hidden, positions, kind)
         )

@@ -136,6 +136,10 @@ class Layout:
     norm: str = "model.norm"
     head: str = "lm_head"
     rotary: str = "model.rotary_emb"
+    rotary_axes: int = 0
+    """Where the rotary module takes positions [axes, R, T], as for images, in place of [R, T]: how
+    many axes. Text has the same position on each.
+    """
     mixers: tuple[str, ...] = ()
     """One of "full", "sliding", "recurrent" per layer; empty means all "full"."""
     experts: str = ""

@@ -67,7 +67,7 @@ class EveryLayerLinear(Qwen3NextAdapter):
 def forgetting(layer, hidden, **options):
     cache = options["past_key_values"]
     if "linear_attn" in dict(layer.named_children()):
-        cached = cache.layers.get(layer.linear_attn.layer_idx)
+        cached = cache.layers[layer.linear_attn.layer_idx]
         cached.has_previous_state[0] = False
         cached.is_recurrent_states_initialized[0] = False
         cached.recurrent_states[0] = None

@@ -133,6 +133,10 @@ class Qwen35MoeAdapter(QwenHybrid):
         """See ModelAdapter."""
         return text_config(config)
 
+    def layout(self, config: Config) -> Layout:
+        """See ModelAdapter."""
+        return replace(super().layout(config), rotary_axes=3)
+
     def weights(self, config: Config, tensor_names: Iterable[str]) -> WeightPlan:
         """See ModelAdapter. Experts are stored alone or stacked, the language model at the top or
         below the one that also sees.
@@ -173,7 +177,7 @@ class Qwen35Adapter(QwenHybrid):
 
     def layout(self, config: Config) -> Layout:
         """See ModelAdapter."""
-        return replace(super().layout(config), experts="", mixer=None)
+        return replace(super().layout(config), experts="", mixer=None, rotary_axes=3)
 
     def weights(self, config: Config, tensor_names: Iterable[str]) -> WeightPlan:
         """See ModelAdapter: the language model at the top, or below the one that also sees."""
