@@ -8,7 +8,7 @@ from importlib.metadata import entry_points
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 import ollm
@@ -18,6 +18,7 @@ from ollm_adapter_qwen3_next import (
     Qwen35Adapter,
     Qwen35MoeAdapter,
 )
+from ollm_conformance.subject import Reference, greedy
 from ollm_core import CheckpointError, ConfigError, UnsupportedError
 from ollm_core.registry import Registry
 
@@ -44,40 +45,9 @@ def random_model(config):
     return model
 
 
-def reopened(directory):
-    """The un-offloaded model, its parameters in aligned memory, as those of a fresh one are."""
-    model = AutoModelForCausalLM.from_pretrained(
-        directory, attn_implementation="eager", experts_implementation="eager"
-    )
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.data = parameter.data.clone()
-    return model.eval()
-
-
-def greedy(model, prompt, num_new):
+def expected_of(directory, prompt, num_new, dtype=torch.float32):
     """Tokens and logits of un-offloaded transformers, the prompt at once."""
-    cache = DynamicCache(config=model.config)
-    ids, tokens, logits = prompt, [], []
-    with torch.no_grad():
-        for _ in range(num_new):
-            found = model(input_ids=ids[None], past_key_values=cache, logits_to_keep=1).logits[0]
-            logits.append(found)
-            tokens.append(int(found.argmax()))
-            ids = torch.tensor(tokens[-1:])
-    return tokens, torch.cat(logits)
-
-
-def mine(model, prompt, num_new):
-    found = model.generate(
-        prompt[None],
-        max_new_tokens=num_new,
-        do_sample=False,
-        eos_token_id=None,
-        return_dict_in_generate=True,
-        output_logits=True,
-    )
-    return found.sequences[0, len(prompt) :].tolist(), torch.cat(found.logits)
+    return Reference(directory, dtype, chunk_size=len(prompt)).greedy(prompt, num_new)
 
 
 def prompt_of(num_tokens, seed=0):
@@ -149,22 +119,19 @@ def test_many_layers_with_kv_on_disk(tmp_path, num_layers, dtype):
     checkpoint = tmp_path / "model"
     random_model(config).to(dtype).save_pretrained(checkpoint)
     prompt = prompt_of(330)
-    tokens, logits = greedy(reopened(checkpoint), prompt, 12)
+    tokens, logits = expected_of(checkpoint, prompt, 12, dtype)
     options = {"device": "cpu", "kv": "disk", "kv_dir": tmp_path / "kv", "attention": "exact"}
     with ollm.load(checkpoint, chunk_size=1024, **options) as model:
-        found, found_logits = mine(model, prompt, 12)
+        found, found_logits = greedy(model, prompt, 12)
         assert model.stats.cached_tokens == 0
     assert found == tokens
     assert torch.equal(found_logits, logits.float())
     again = torch.cat([prompt, torch.tensor(tokens[:11])])
     with ollm.load(checkpoint, chunk_size=1024, **options) as model:
-        found, found_logits = mine(model, torch.cat([again, torch.tensor(tokens[11:])]), 1)
+        found, found_logits = greedy(model, torch.cat([again, torch.tensor(tokens[11:])]), 1)
         assert model.stats.cached_tokens == len(again)
-    assert found_logits.argmax(-1).tolist() == greedy_next(checkpoint, prompt, tokens)
-
-
-def greedy_next(checkpoint, prompt, tokens):
-    return greedy(reopened(checkpoint), prompt, len(tokens) + 1)[0][-1:]
+    following = expected_of(checkpoint, prompt, len(tokens) + 1, dtype)[0][-1:]
+    assert found_logits.argmax(-1).tolist() == following
 
 
 def test_a_checkpoint_with_the_drafting_layer_opens(tmp_path):
@@ -175,9 +142,9 @@ def test_a_checkpoint_with_the_drafting_layer_opens(tmp_path):
     extra = {"mtp.fc.weight": torch.ones(64, 128), "mtp.norm.weight": torch.ones(64)}
     save_file({**tensors, **extra}, path, metadata={"format": "pt"})
     prompt = prompt_of(40)
-    tokens, logits = greedy(reopened(tmp_path), prompt, 5)
+    tokens, logits = expected_of(tmp_path, prompt, 5)
     with ollm.load(tmp_path, device="cpu") as model:
-        found, found_logits = mine(model, prompt, 5)
+        found, found_logits = greedy(model, prompt, 5)
     assert found == tokens
     assert torch.equal(found_logits, logits)
 
