@@ -26,6 +26,31 @@ def models_dir_option(command: Command) -> Command:
     return click.option("--models-dir", metavar="DIR", help=text)(command)
 
 
+def max_new_tokens_option(command: Command) -> Command:
+    """`--max-new-tokens`."""
+    return click.option("--max-new-tokens", type=click.IntRange(1), default=256, show_default=True)(
+        command
+    )
+
+
+def dtype_option(command: Command) -> Command:
+    """`--dtype`, to compute in."""
+    choices = click.Choice(["auto", "bfloat16", "float16", "float32"])
+    return click.option("--dtype", type=choices, default="auto", show_default=True)(command)
+
+
+def chunk_size_option(command: Command) -> Command:
+    """`--chunk-size`."""
+    text = "Prompt tokens computed at a time."
+    return click.option("--chunk-size", type=click.IntRange(1), help=text)(command)
+
+
+def attention_option(command: Command) -> Command:
+    """`--attention`."""
+    choices = click.Choice(["auto", "exact", "blockwise"])
+    return click.option("--attention", type=choices, default="auto", show_default=True)(command)
+
+
 def debug_option(command: Command) -> Command:
     """`--debug`, which any verb and the group take; it shows what `quiet` and `main` hide."""
     return click.option(

@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ollm_core.cli.output import debug_option, json_option, models_dir_option, print_json
+from ollm_core.cli.output import (
+    attention_option,
+    chunk_size_option,
+    debug_option,
+    dtype_option,
+    json_option,
+    max_new_tokens_option,
+    models_dir_option,
+    print_json,
+)
 from ollm_core.cli.timeline import draw
 from ollm_core.errors import DoesNotFitError
 from ollm_core.memory import format_size
@@ -41,15 +50,10 @@ KINDS = {
 @click.command()
 @click.argument("model")
 @click.option("--context", metavar="TOKENS", help="At the end, as in 8192 or 100k.  [default: 8k]")
-@click.option("--max-new-tokens", type=click.IntRange(1), default=256, show_default=True)
+@max_new_tokens_option
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True)
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, also if not here.")
-@click.option(
-    "--dtype",
-    type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
-    default="auto",
-    show_default=True,
-)
+@dtype_option
 @click.option("--device-memory", metavar="SIZE", help="As in 8GB.  [default: what is free]")
 @click.option("--host-memory", metavar="SIZE", help="As in 16GB.  [default: what is free]")
 @click.option(
@@ -58,13 +62,8 @@ KINDS = {
     default="auto",
     show_default=True,
 )
-@click.option("--chunk-size", type=click.IntRange(1), help="Prompt tokens computed at a time.")
-@click.option(
-    "--attention",
-    type=click.Choice(["auto", "exact", "blockwise"]),
-    default="auto",
-    show_default=True,
-)
+@chunk_size_option
+@attention_option
 @click.option("--plot", "as_plot", is_flag=True, help="Also draw what is held over the run.")
 @models_dir_option
 @json_option

@@ -10,8 +10,12 @@ import click
 
 from ollm_core.cli.offered import offered_name
 from ollm_core.cli.output import (
+    attention_option,
+    chunk_size_option,
     debug_option,
+    dtype_option,
     json_option,
+    max_new_tokens_option,
     models_dir_option,
     print_json,
 )
@@ -55,14 +59,9 @@ _SAMPLING = ("top_p", "top_k", "seed")
     help="How long to think, where the model's chat template asks.  [default: the template's]",
 )
 @click.option("--raw", is_flag=True, help="Continue the text as it is, without a chat template.")
-@click.option("--max-new-tokens", type=click.IntRange(1), default=256, show_default=True)
+@max_new_tokens_option
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda:0, ...")
-@click.option(
-    "--dtype",
-    type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
-    default="auto",
-    show_default=True,
-)
+@dtype_option
 @click.option("--device-memory", metavar="SIZE", help="Never use more of the device's memory.")
 @click.option("--host-memory", metavar="SIZE", help="Never use more of the host's memory.")
 @offered_name("--kv", "ollm_kv_stores", "Where keys and values of earlier tokens are kept.")
@@ -72,13 +71,8 @@ _SAMPLING = ("top_p", "top_k", "seed")
 @click.option(
     "--keep-kv/--no-keep-kv", default=True, help="Leave nothing in --kv-dir, and look for nothing."
 )
-@click.option("--chunk-size", type=click.IntRange(1), help="Prompt tokens computed at a time.")
-@click.option(
-    "--attention",
-    type=click.Choice(["auto", "exact", "blockwise"]),
-    default="auto",
-    show_default=True,
-)
+@chunk_size_option
+@attention_option
 @click.option(
     "--temperature", type=click.FloatRange(0), default=0.0, help="0, the default, is greedy."
 )
