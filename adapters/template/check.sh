@@ -17,11 +17,11 @@ project=$work/ollm-adapter-mistral
 bin=$work/venv/bin
 cd "$root"
 "$bin/python" -m pip install --quiet -c constraints.txt torch
-"$bin/python" -m pip install --quiet -c constraints.txt . ./conformance "$project[dev]" copier
+"$bin/python" -m pip install --quiet -c constraints.txt . ./conformance "$project[dev]" copier pytest-xdist
 
 cd "$project"
 export OLLM_LOAD_PLUGINS=ollm-adapter-mistral
-"$bin/python" -m pytest
+OMP_NUM_THREADS=1 "$bin/python" -m pytest -n "${JOBS:-2}" --dist worksteal
 "$bin/ollm" list-models | tee models.txt
 grep -q '^mistral-7b-instruct-v0.3 .*ollm-adapter-mistral' models.txt
 
