@@ -71,17 +71,6 @@ class DecoderAdapter(ModelAdapter):
         """
         return ()
 
-    def stored(
-        self, config: Config, parameter: str, shape: tuple[int, ...]
-    ) -> Mapping[str, tuple[str, tuple[int, ...]]] | None:
-        """The tensors that a checkpoint holds for `parameter` (its full name) of `shape`:
-        safetensors dtype and shape by name. Only for plans of models that are not on disk.
-
-        Default: None, they are told from `source` and `experts`, transforms being tried without
-        data. A family with quantised or unequal tensors overrides this.
-        """
-        return None
-
     def ignores(self, config: Config, tensor: str) -> bool:
         """Whether a tensor that no parameter uses is known to be superfluous. Frequencies of rotary
         embeddings and the head of a tied model always are.
@@ -163,7 +152,7 @@ class DecoderAdapter(ModelAdapter):
     def tensors(
         self, config: Config, shapes: Mapping[str, tuple[int, ...]], dtype: str
     ) -> Mapping[str, tuple[str, tuple[int, ...]]] | None:
-        """The tensors of every parameter, as `stored` says or as they can be told.
+        """The tensors of every parameter, as its source says or as they can be told.
 
         Raises ConfigError for a parameter that the model does not have, UnsupportedError for one
         whose tensors cannot be told.
@@ -182,10 +171,6 @@ class DecoderAdapter(ModelAdapter):
                     "config.json does not have",
                     hint="config.json is of another model, or the adapter is wrong",
                 )
-            stored = self.stored(config, name, shapes[name])
-            if stored is not None:
-                found.update(stored)
-                continue
             shape = shapes[name]
             slices = self.experts(config, name)
             parts = [(one, shape[1:]) for one in slices] or [(self.source(config, name), shape)]

@@ -93,7 +93,7 @@ def infer_tensors(
     if part is None or (source.transform is None and len(source.tensors) > 1):
         raise UnsupportedError(
             f"what is stored for {source.tensors[0]} cannot be told from config.json",
-            hint="plan a directory that holds the weights, or let the adapter declare `stored`",
+            hint="plan a directory that holds the weights, or let the adapter say what is `stored`",
         )
     for name in source.tensors:
         yield name, (dtype, (*rows, *part))

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import ollm
 from ollm_adapter_llama import LlamaAdapter
 from ollm_adapter_qwen3_next import Qwen3NextAdapter
-from ollm_core import ConfigError, DoesNotFitError, ParameterSource, UnsupportedError
+from ollm_core import ConfigError, DoesNotFitError, ParameterSource, StoredForm, UnsupportedError
 from ollm_core.checkpoint import open_checkpoint, read_config
 from ollm_core.parts import take_apart
 from ollm_core.registry import Registry
@@ -195,9 +195,14 @@ class Packed(StackedGptOss):
         if not parameter.endswith("_proj"):
             return super().experts(config, parameter)
         names = f"{parameter}_blocks", f"{parameter}_scales"
+        forms = self.forms(config, parameter)
         return [
-            ParameterSource(names, self.unpacked, row=i) for i in range(config["num_local_experts"])
+            ParameterSource(names, self.unpacked, row=i, stored=forms)
+            for i in range(config["num_local_experts"])
         ]
+
+    def forms(self, config, parameter):
+        return ()
 
     def unpacked(self, blocks, scales):
         return NotImplemented
@@ -209,18 +214,16 @@ class Packed(StackedGptOss):
 class Declared(Packed):
     """The same, said by the adapter."""
 
-    def stored(self, config, parameter, shape):
-        if not parameter.endswith("_proj"):
-            return None
-        num_experts, columns, rows = shape
-        return {
-            f"{parameter}_blocks": ("U8", (num_experts, rows, columns // 16, 8)),
-            f"{parameter}_scales": ("U8", (num_experts, rows, columns // 16)),
-        }
+    def forms(self, config, parameter):
+        columns, rows = config["hidden_size"], 2 * config["intermediate_size"]
+        if parameter.endswith("down_proj"):
+            columns, rows = config["intermediate_size"], config["hidden_size"]
+        shape = rows, columns // 16
+        return StoredForm("U8", (*shape, 8)), StoredForm("U8", shape)
 
 
 def test_what_config_does_not_tell_is_declared(model_of):
-    """Packed experts need `stored`; without it the adapter is named in the refusal."""
+    """Packed experts need their forms; without them the adapter is named in the refusal."""
     directory = model_of("gpt-oss", "bfloat16")
     with pytest.raises(UnsupportedError, match="cannot be told"):
         taken_apart(directory, Packed(), described=True)
