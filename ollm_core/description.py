@@ -57,10 +57,11 @@ def describe_checkpoint(
         header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [begin, end]}
     place = 8 + -(-len(json.dumps(header, separators=(",", ":"), ensure_ascii=False)) // 8) * 8
     tensors: dict[str, TensorInfo] = {}
+    path = where / SINGLE_FILE
     for name in order:
         kind, shape = stored[name]
         num_bytes = prod(shape) * DTYPE_BYTES[kind]
-        tensors[name] = TensorInfo(name, kind, shape, where / SINGLE_FILE, place, num_bytes)
+        tensors[name] = TensorInfo(name, kind, shape, path, place, num_bytes)
         place += num_bytes
     return Checkpoint(where, MappingProxyType(tensors), MappingProxyType({}), "")
 

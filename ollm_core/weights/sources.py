@@ -77,7 +77,7 @@ class _PagedSource(ByteSource):
         return offsets
 
     def buffer_bytes(self, tensors: Sequence[TensorInfo]) -> int:
-        return sum(run.num_bytes for run in self._plan(tensors)[0])
+        return sum(run.num_bytes for run, _ in _runs(tensors))
 
     @property
     def bytes_read(self) -> int:
