@@ -8,7 +8,8 @@ from __future__ import annotations
 import functools
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,6 +21,7 @@ from ollm_core.admission import Admission, PassPlan
 from ollm_core.calls import LayerCall
 from ollm_core.chunks import Chunk, NewTokens
 from ollm_core.interfaces import KeepsStates, KVStore
+from ollm_core.profiling import Span, no_span
 from ollm_core.skeleton import Skeleton
 from ollm_core.types import Progress
 from ollm_core.weights.tiered import TieredWeights
@@ -49,11 +51,13 @@ class Engine:
         weights: TieredWeights,
         admission: Admission,
         on_progress: Callable[[Progress], None] | None = None,
+        span: Span = no_span,
     ) -> None:
         self.counters = Counters()
         self._skeleton = skeleton
         self._weights = weights
         self._admission = admission
+        self._span = span
         self.on_progress = on_progress
         self._lock = threading.RLock()
 
@@ -68,7 +72,13 @@ class Engine:
         is as before.
         """
         # A caller's inference mode would mark what stays: KV, weights, and the tracing of a plan.
-        with self._lock, torch.inference_mode(False), torch.no_grad():
+        num_new = sum(len(item.token_ids) for item in work)
+        with (
+            self._lock,
+            self._span(_stage(work), num_new=num_new),
+            torch.inference_mode(False),
+            torch.no_grad(),
+        ):
             start = time.perf_counter()
             read_before = store.bytes_read
             if isinstance(store, KeepsStates):
@@ -96,7 +106,7 @@ class Engine:
         calls = [LayerCall(store, work, chunk, plan.attention, device) for chunk in plan.chunks]
         for layer_idx in range(len(self._skeleton.layers)):
             with (
-                self._weights.acquire(layer_idx) as parameters,
+                self._acquired(layer_idx) as parameters,
                 self._skeleton.bound(layer_idx, parameters),
             ):
                 step = self._skeleton.step(layer_idx)
@@ -104,13 +114,23 @@ class Engine:
                     chunk_hidden = hidden[i].to(device)
                     embeddings = self._rotary(layer_idx, chunk_hidden, call, keep=len(calls) == 1)
                     run = call.step if layer_idx in self._skeleton.recurrent else call.attend
-                    hidden[i] = run(step, layer_idx, chunk_hidden, embeddings).to(parked)
+                    with self._span("layer", layer_idx=layer_idx):
+                        hidden[i] = run(step, layer_idx, chunk_hidden, embeddings).to(parked)
                     report()
                 del chunk_hidden
                 if mixture := self._skeleton.mixtures.get(layer_idx):
                     fetch = functools.partial(self._weights.experts, layer_idx)
-                    mixture.run(hidden, device, fetch, report)
+                    with self._span("experts", layer_idx=layer_idx):
+                        mixture.run(hidden, device, fetch, report)
         return self._head(work, plan, hidden, report)
+
+    @contextmanager
+    def _acquired(self, unit_idx: int) -> Iterator[Sequence[Tensor]]:
+        """A unit's parameters on the device."""
+        with ExitStack() as stack:
+            with self._span("wait for weights", unit_idx=unit_idx):
+                parameters = stack.enter_context(self._weights.acquire(unit_idx))
+            yield parameters
 
     def _embed(self, work: Sequence[NewTokens], chunk: Chunk) -> Tensor:
         ids = torch.cat([work[row].token_ids[chunk.begin : chunk.end] for row in chunk.rows])
@@ -147,7 +167,7 @@ class Engine:
                 wanted.append((chunk, normalised[:, max(first - chunk.begin, 0) :]))
         parts: list[list[Tensor]] = [[] for _ in wanted]
         for unit_idx in range(len(self._skeleton.layers), len(self._weights.units)):
-            with self._weights.acquire(unit_idx) as (weight,):
+            with self._acquired(unit_idx) as (weight,), self._span("head"):
                 for part, (_, states) in zip(parts, wanted, strict=True):
                     part.append(functional.linear(states, weight))
             report()
@@ -163,7 +183,7 @@ class Engine:
         num_head = len(self._weights.units) - len(self._skeleton.layers)
         num_steps = len(self._skeleton.layers) + len(self._skeleton.mixtures)
         total = num_steps * len(plan.chunks) + num_head
-        stage: Literal["prefill", "decode"] = "prefill" if _is_prefill(work) else "decode"
+        stage = _stage(work)
         num_new = sum(len(item.token_ids) for item in work)
         done = -1
 
@@ -187,7 +207,7 @@ class Engine:
     ) -> None:
         counters = self.counters
         counters.weight_passes += 1
-        if _is_prefill(work):
+        if _stage(work) == "prefill":
             counters.prefill_tokens += sum(len(item.token_ids) for item in work)
             counters.prefill_seconds += seconds
         else:
@@ -197,11 +217,12 @@ class Engine:
         counters.last_plan = plan
 
 
-def _is_prefill(work: Sequence[NewTokens]) -> bool:
+def _stage(work: Sequence[NewTokens]) -> Literal["prefill", "decode"]:
     """Whether a pass reads a prompt. A draft is not one: it goes on from stored tokens, and all of
     its logits are wanted.
     """
-    return any(
+    reads_prompt = any(
         len(item.token_ids) > 1 and (item.start == 0 or item.num_logits < len(item.token_ids))
         for item in work
     )
+    return "prefill" if reads_prompt else "decode"

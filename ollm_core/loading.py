@@ -25,6 +25,7 @@ from ollm_core.machine import free_memory, pick_device
 from ollm_core.memory import MemoryAccount, parse_size
 from ollm_core.parts import DTYPES, take_apart
 from ollm_core.plugins import Offer, one_line
+from ollm_core.profiling import Profile, no_span
 from ollm_core.registry import Registry, require
 from ollm_core.requests import DraftRequest, KVRequest
 from ollm_core.stores import StoreOpener, fingerprinter
@@ -49,6 +50,7 @@ def load(
     reader: str = "auto",
     draft: str = "none",
     on_progress: Callable[[Progress], None] | None = None,
+    profile: Profile | None = None,
     registry: Registry | None = None,
 ) -> StreamedModel:
     """Open the model in a directory, or one that is known by id, for running inside a bounded
@@ -72,6 +74,7 @@ def load(
     - `reader`: the reading engine, "direct", "mmap" or "auto".
     - `draft`: where tokens guessed ahead come from: "none", or "lookup", which looks for the last
       ones earlier in the text. It changes the speed, not the text; batches go without.
+    - `profile`: where the time goes is counted in it; see `ollm_core.profiling`.
 
     `kv`, `reader` and `draft` also take a name that a plugin offers; "auto" never takes one.
 
@@ -110,10 +113,11 @@ def load(
     )
     config, skeleton = parts.config, parts.skeleton
     with ExitStack() as opened:  # what fails from here on leaves nothing open
+        source = _open(checkpoint, reader, engine)
         weights = opened.enter_context(
             TieredWeights(
                 parts.units,
-                _open(checkpoint, reader, engine),
+                profile.reading(source) if profile else source,
                 parts.dtype,
                 target,
                 (accounts.device, accounts.host),
@@ -145,7 +149,9 @@ def load(
         model = StreamedModel(
             skeleton,
             weights,
-            Engine(skeleton, weights, admission, on_progress),
+            Engine(
+                skeleton, weights, admission, on_progress, profile.span if profile else no_span
+            ),
             accounts,
             StoreOpener(kv, kv_request, adapter, registry),
             parts.kinds,

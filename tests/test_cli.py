@@ -290,6 +290,20 @@ def test_run_samples_by_seed(ollm, tiny_chat):
     assert first != other
 
 
+def test_run_profile(ollm, tiny_chat, tmp_path):
+    """A table on stderr and a trace in a file; a file that cannot be is refused first."""
+    arguments = ["run", tiny_chat, "--prompt", "abc", "--max-new-tokens", "3", "--json"]
+    trace = tmp_path / "trace.json"
+    code, out, err = ollm(*arguments, "--profile", trace)
+    assert code == 0
+    assert json.loads(out)["num_new_tokens"] == 3
+    assert "the rest of a pass" in err
+    assert {event["ph"] for event in json.loads(trace.read_text())["traceEvents"]} == {"M", "X"}
+    code, out, err = ollm(*arguments, "--profile", tmp_path / "no" / "trace.json")
+    assert (code, out) == (2, "")
+    assert is_one_line_error(err)
+
+
 def test_run_refuses(ollm, tiny_chat, tmp_path):
     """A budget that is too small is code 3, an unknown device and a taken KV directory are 2."""
     arguments = ["run", tiny_chat, "--prompt", "hi", "--device", "cpu"]

@@ -26,6 +26,7 @@ ORDER = [
         "attention",
         "mlp",
         "tracing",
+        "profiling",
         "chunks",
     },
     {"hub", "gguf_import", "weights", "skeleton", "drafts", "calls"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from ollm_core.cli.output import (
     models_dir_option,
     print_json,
 )
+from ollm_core.cli.profile import profile_table
 from ollm_core.cli.streaming import ProgressBar, TextStream
 from ollm_core.errors import InputError
 from ollm_core.memory import format_size
@@ -81,6 +83,11 @@ _SAMPLING = ("top_p", "top_k", "seed")
 @click.option("--seed", type=int, help="Make sampling repeatable.")
 @offered_name("--reader", "ollm_reading_engines", "What reads the weights.")
 @offered_name("--draft", "ollm_draft_sources", "Where guesses of several tokens at once come from.")
+@click.option(
+    "--profile",
+    metavar="FILE",
+    help="Tell where the time went, and write it as a trace that ui.perfetto.dev opens.",
+)
 @models_dir_option
 @json_option
 @debug_option
@@ -94,6 +101,7 @@ def run(
     as_json: bool,
     max_new_tokens: int,
     temperature: float,
+    profile: str | None,
     **options: Any,
 ) -> None:
     """Answer a prompt with MODEL, an id or a directory.
@@ -109,20 +117,25 @@ def run(
     if sampling and not temperature:
         given = ", ".join("--" + name.replace("_", "-") for name in sampling)
         raise click.UsageError(f"{given} needs a --temperature above 0")
+    if profile and not Path(profile).absolute().parent.is_dir():
+        raise InputError(f"cannot write {profile}: its directory is not there")
     text = _user_text(prompt, file)
     progress = ProgressBar(Path(model).name)
     try:
         from ollm_core.loading import load
+        from ollm_core.profiling import Profile
 
+        measured = Profile() if profile else None
         loading = {name: options[name] for name in _LOADING}
         opened: Any  # transformers types `generate` for its own classes only
-        with load(model, **loading, on_progress=progress) as opened:
+        with load(model, **loading, on_progress=progress, profile=measured) as opened:
             if opened.tokenizer is None:
                 raise InputError(f"{model} has no tokenizer", hint="add its tokenizer.json")
             if reasoning_effort:
                 _check_effort(opened.tokenizer, model)
             prompt_ids = _encode(opened.tokenizer, text, system, raw, reasoning_effort)
             streamer = TextStream(opened.tokenizer, progress, silent=as_json)
+            start = time.perf_counter()
             output = opened.generate(
                 input_ids=prompt_ids.to(opened.device),
                 attention_mask=prompt_ids.new_ones(prompt_ids.shape).to(opened.device),
@@ -130,15 +143,20 @@ def run(
                 streamer=streamer,
                 **_generation(temperature, **sampling),
             )
+            seconds = time.perf_counter() - start
             new_ids = output[0, prompt_ids.shape[1] :].tolist()
             stats = opened.stats
             answer = opened.tokenizer.decode(new_ids, skip_special_tokens=True)
     finally:
         progress.close()
+    if measured is not None:
+        measured.write(Path(str(profile)))
     if as_json:
         print_json(_report(answer, new_ids, prompt_ids.shape[1], stats))
     else:
         click.echo("\n" + _summary(stats), err=True)
+    if measured is not None:
+        click.echo("\n" + profile_table(measured, seconds), err=True)
 
 
 def _user_text(prompt: str | None, file: str | None) -> str:
