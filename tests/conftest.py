@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from ollm_conformance.subject import Reference
 
 TINY = {
     "vocab_size": 199,
@@ -65,46 +67,6 @@ def smollm2() -> Path:
     if not (SMOLLM2 / "config.json").is_file():
         pytest.fail(f"{SMOLLM2} is not there: run `make model`, or set OLLM_TEST_MODEL")
     return SMOLLM2
-
-
-class Reference:
-    """Un-offloaded transformers, eager attention, prompt in chunks."""
-
-    def __init__(self, directory: Path, dtype: torch.dtype) -> None:
-        self.model = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=dtype, attn_implementation="eager"
-        ).eval()
-        with torch.no_grad():
-            for parameter in self.model.parameters():
-                parameter.data = parameter.data.clone()  # aligned memory, as a fresh model has
-
-    @torch.no_grad()
-    def logits(self, ids: torch.Tensor, chunk_size: int) -> torch.Tensor:
-        """Logits [T, V] of a prompt [T]."""
-        cache = DynamicCache(config=self.model.config)
-        found = [
-            self.model(input_ids=chunk[None], past_key_values=cache, use_cache=True).logits[0]
-            for chunk in ids.split(chunk_size)
-        ]
-        return torch.cat(found)
-
-    @torch.no_grad()
-    def greedy(self, ids: torch.Tensor, num_new: int, chunk_size: int) -> tuple[list[int], Any]:
-        """Greedy tokens after a prompt [T], EOS ignored, and the logits [num_new, V] they came
-        from.
-        """
-        cache = DynamicCache(config=self.model.config)
-        for chunk in ids.split(chunk_size):
-            logits = self.model(
-                input_ids=chunk[None], past_key_values=cache, use_cache=True, logits_to_keep=1
-            ).logits[0]
-        tokens, found = [], []
-        for _ in range(num_new):
-            found.append(logits)
-            tokens.append(int(logits[-1].argmax()))
-            step = torch.tensor([[tokens[-1]]])
-            logits = self.model(input_ids=step, past_key_values=cache, use_cache=True).logits[0]
-        return tokens, torch.cat(found)
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import ollm
+from ollm_conformance.subject import greedy
 from ollm_core.loading import DTYPES
 
 LLAMA3_ROPE = {
@@ -27,19 +28,6 @@ TINY_CASES = [
 ]
 
 
-def greedy(model, prompt, num_new):
-    """Greedy tokens after a prompt [T], EOS ignored, and the float32 logits behind them."""
-    found = model.generate(
-        prompt[None],
-        max_new_tokens=num_new,
-        do_sample=False,
-        eos_token_id=None,
-        return_dict_in_generate=True,
-        output_logits=True,
-    )
-    return found.sequences[0, len(prompt) :].tolist(), torch.cat(found.logits)
-
-
 @pytest.mark.parametrize(("dtype", "chunk_size", "kv", "reader", "tied"), TINY_CASES)
 def test_tiny_logits_are_bitwise(
     make_llama, reference, ids, tmp_path, dtype, chunk_size, kv, reader, tied
@@ -47,7 +35,7 @@ def test_tiny_logits_are_bitwise(
     """Every logit of a prompt of 1,100 tokens is that of transformers with the same chunk size."""
     directory = make_llama(DTYPES[dtype], tie_word_embeddings=tied)
     prompt = ids(1100)
-    expected = reference(directory, DTYPES[dtype]).logits(prompt, chunk_size)
+    expected = reference(directory, DTYPES[dtype]).run(prompt, chunk_size)
     with ollm.load(
         directory,
         device="cpu",
@@ -69,7 +57,7 @@ def test_other_dtype_than_stored(make_llama, reference, ids, stored, dtype):
     """Computing in another dtype than the checkpoint's equals transformers asked for that dtype."""
     directory = make_llama(DTYPES[stored])
     prompt = ids(70)
-    expected = reference(directory, DTYPES[dtype]).logits(prompt, 32)
+    expected = reference(directory, DTYPES[dtype]).run(prompt, 32)
     with ollm.load(directory, device="cpu", dtype=dtype, chunk_size=32, attention="exact") as model:
         assert torch.equal(model(input_ids=prompt[None]).logits[0], expected)
 
@@ -121,7 +109,7 @@ def test_blockwise_is_within_1e_5(make_llama, reference, ids, tmp_path, kv):
     """
     directory = make_llama()
     prompt = ids(1100)
-    expected = reference(directory, torch.float32).logits(prompt, 200)
+    expected = reference(directory, torch.float32).run(prompt, 200)
     with ollm.load(
         directory, device="cpu", kv=kv, kv_dir=tmp_path, chunk_size=200, attention="blockwise"
     ) as model:
@@ -135,7 +123,7 @@ def test_llama3_rope_and_shards(make_llama, reference, ids):
     directory = make_llama(torch.bfloat16, shard="60KB", rope_scaling=LLAMA3_ROPE)
     assert len(list(directory.glob("*.safetensors"))) > 3
     prompt = ids(600)
-    expected = reference(directory, torch.bfloat16).logits(prompt, 256)
+    expected = reference(directory, torch.bfloat16).run(prompt, 256)
     with ollm.load(directory, device="cpu", chunk_size=256, attention="exact") as model:
         assert torch.equal(model(input_ids=prompt[None]).logits[0], expected)
 

@@ -268,18 +268,6 @@ class Plain:
         return torch.cat(found, dim=1), self.chosen
 
 
-@pytest.fixture
-def reference_of(reference):
-    """The un-offloaded model, its experts computed eagerly."""
-
-    def make(directory, dtype):
-        found = reference(directory, dtype)
-        found.model.set_experts_implementation("eager")
-        return found
-
-    return make
-
-
 CASES = [
     # dtype, chunk size, KV tier, reading engine
     ("float32", 64, "disk", "direct"),
@@ -291,12 +279,12 @@ CASES = [
 @pytest.mark.parametrize(("dtype", "chunk_size", "kv", "reader"), CASES)
 @pytest.mark.parametrize("family", BOTH)
 def test_logits_are_bitwise(
-    make_moe, reference_of, ids, tmp_path, family, dtype, chunk_size, kv, reader
+    make_moe, reference, ids, tmp_path, family, dtype, chunk_size, kv, reader
 ):
     """Every logit of 1,100 tokens is transformers', whether all experts are kept, some or none."""
     directory = make_moe(family, DTYPES[dtype])
     prompt = ids(1100)
-    expected = reference_of(directory, DTYPES[dtype]).logits(prompt, chunk_size)
+    expected = reference(directory, DTYPES[dtype]).run(prompt, chunk_size)
 
     def run(num_bytes, num_passes=1):
         options = {"chunk_size": chunk_size, "kv": kv, "kv_dir": tmp_path, "reader": reader}
@@ -319,13 +307,13 @@ def test_logits_are_bitwise(
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("family", ["qwen2_moe", "gpt_oss"])
-def test_other_mixtures_are_bitwise(make_moe, reference_of, ids, family, dtype):
+def test_other_mixtures_are_bitwise(make_moe, reference, ids, family, dtype):
     """A shared expert that every token goes through, or experts with biases and a gate of their
     own: 12 greedy tokens and the logits behind them are transformers'.
     """
     directory = make_moe(family, DTYPES[dtype])
     prompt = ids(300)
-    tokens, logits = reference_of(directory, DTYPES[dtype]).greedy(prompt, 12, 64)
+    tokens, logits = reference(directory, DTYPES[dtype]).greedy(prompt, 12, 64)
     with open_moe(directory, chunk_size=64, device_memory="3MB") as model:
         found = model.generate(
             prompt[None],
@@ -340,12 +328,12 @@ def test_other_mixtures_are_bitwise(make_moe, reference_of, ids, family, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_one_chunk_goes_through_once(make_moe, reference_of, ids, dtype):
+def test_one_chunk_goes_through_once(make_moe, reference, ids, dtype):
     """A decode step computes norm, router and shared expert once; a prompt in chunks, which waits
     for all of its routers, twice. Both give transformers' bits.
     """
     directory = make_moe("qwen2_moe", DTYPES[dtype])
-    plain, prompt = Plain(reference_of(directory, DTYPES[dtype])), ids(97)
+    plain, prompt = Plain(reference(directory, DTYPES[dtype])), ids(97)
     with open_moe(directory, chunk_size=32) as model:
         calls = Counter()
         for layer in model.engine._skeleton.layers:
@@ -407,10 +395,10 @@ def expert_of(name):
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "stacked"])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_other_dtype_than_stored(make_moe, reference_of, ids, family, dtype):
+def test_other_dtype_than_stored(make_moe, reference, ids, family, dtype):
     """Experts stored in bf16 and computed in another dtype give transformers' bits."""
     directory = make_moe("qwen3_moe", torch.bfloat16)
-    plain = reference_of(directory, DTYPES[dtype])
+    plain = reference(directory, DTYPES[dtype])
     prompt = ids(150)
     if family == "stacked":
         state = {name: value.bfloat16() for name, value in plain.model.state_dict().items()}
@@ -419,7 +407,7 @@ def test_other_dtype_than_stored(make_moe, reference_of, ids, family, dtype):
     with open_moe(directory, adapter, chunk_size=64, dtype=dtype, device_memory="1.6MB") as model:
         for _ in range(2):
             found = model(input_ids=prompt[None]).logits[0]
-            assert torch.equal(found, plain.logits(prompt, 64))
+            assert torch.equal(found, plain.run(prompt, 64))
         assert 0 < model.stats.experts_hit <= model.stats.experts_read
 
 
@@ -493,13 +481,13 @@ def keep_none(monkeypatch):
 
 
 @pytest.mark.parametrize("stored", ["one file", "shards", "stacked"])
-def test_only_routed_experts_are_read_each_once(make_moe, reference_of, ids, keep_none, stored):
+def test_only_routed_experts_are_read_each_once(make_moe, reference, ids, keep_none, stored):
     """A pass reads exactly the experts that the un-offloaded model's routers choose, each once per
     layer, whatever the chunks and rows, and from however many files.
     """
     directory = make_moe("qwen3_moe", shard="120KB" if stored == "shards" else "1GB")
     assert (len(list(directory.glob("*.safetensors"))) > 3) == (stored == "shards")
-    plain = Plain(reference_of(directory, torch.float32))
+    plain = Plain(reference(directory, torch.float32))
     if stored == "stacked":
         save_file(plain.model.state_dict(), directory / "model.safetensors")
     adapter = StackedQwen3Moe() if stored == "stacked" else Qwen3Moe()
@@ -526,10 +514,10 @@ def test_only_routed_experts_are_read_each_once(make_moe, reference_of, ids, kee
 
 
 @pytest.mark.parametrize("family", BOTH)
-def test_kept_experts_are_not_read_again(make_moe, reference_of, ids, family):
+def test_kept_experts_are_not_read_again(make_moe, reference, ids, family):
     """What a pass does not find in memory it reads, and only that; what is kept was read once."""
     directory = make_moe(family, torch.bfloat16)
-    plain = Plain(reference_of(directory, torch.bfloat16))
+    plain = Plain(reference(directory, torch.bfloat16))
     with open_moe(directory, chunk_size=64, device_memory="0.8MB") as model:
         reads, cache = Reads(model), model.new_cache("host")
         total, begin = Counter(), 0
@@ -599,14 +587,14 @@ def test_calls_of_the_kernel(make_moe, monkeypatch, stored):
 
 @pytest.mark.parametrize("kv", ["host", "disk"])
 def test_a_failed_expert_read_leaves_a_usable_model(
-    make_moe, reference_of, ids, tmp_path, keep_none, kv
+    make_moe, reference, ids, tmp_path, keep_none, kv
 ):
     """A read of experts that fails in the middle of a pass is reported; the cache and the model go
     on, and what they give then is right.
     """
     directory = make_moe("qwen3_moe", torch.bfloat16)
     prompt = ids(200)
-    plain = Plain(reference_of(directory, torch.bfloat16))
+    plain = Plain(reference(directory, torch.bfloat16))
     with open_moe(directory, chunk_size=64, kv=kv, kv_dir=tmp_path) as model:
         cache = model.new_cache()
         model(input_ids=prompt[None, :128], past_key_values=cache)
@@ -747,18 +735,18 @@ def test_ragged_pass_equals_each_alone(make_moe, ids):
 
 
 @pytest.mark.parametrize("options", [{}, {"draft": "lookup"}])
-def test_generate_gives_the_tokens_of_transformers(make_moe, reference_of, ids, options):
+def test_generate_gives_the_tokens_of_transformers(make_moe, reference, ids, options):
     """Greedy tokens, plain and with drafts that are checked several at once, are transformers'."""
     directory = make_moe("mixtral")
     prompt = ids(20).repeat(3)
-    tokens, _ = reference_of(directory, torch.float32).greedy(prompt, 16, 64)
+    tokens, _ = reference(directory, torch.float32).greedy(prompt, 16, 64)
     with open_moe(directory, device_memory="2MB", chunk_size=64, **options) as model:
         found = model.generate(prompt[None], max_new_tokens=16, do_sample=False, eos_token_id=None)
     assert found[0, 60:].tolist() == tokens
 
 
 @pytest.mark.parametrize("family", [*BOTH, "gpt_oss"])
-def test_inference_mode(make_moe, reference_of, ids, family):
+def test_inference_mode(make_moe, reference, ids, family):
     """A caller's inference mode changes nothing: a cache that began in it goes on outside."""
     directory, prompt = make_moe(family), ids(64)
     with open_moe(directory, chunk_size=32) as model:
@@ -766,15 +754,15 @@ def test_inference_mode(make_moe, reference_of, ids, family):
         with torch.inference_mode():
             first = model(input_ids=prompt[None, :32], past_key_values=cache).logits[0]
         second = model(input_ids=prompt[None, 32:], past_key_values=cache).logits[0]
-    expected = reference_of(directory, torch.float32).logits(prompt, 32)
+    expected = reference(directory, torch.float32).run(prompt, 32)
     assert torch.equal(torch.cat([first, second]), expected)
 
 
-def test_two_models_on_two_threads(make_moe, reference_of, ids):
+def test_two_models_on_two_threads(make_moe, reference, ids):
     """Two models interleaved on two threads do not meet."""
     prompt = ids(100)
     directories = [make_moe("mixtral"), make_moe("qwen3_moe")]
-    expected = [reference_of(d, torch.float32).logits(prompt, 32) for d in directories]
+    expected = [reference(d, torch.float32).run(prompt, 32) for d in directories]
     right = {0: [], 1: []}
 
     def work(i):

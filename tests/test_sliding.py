@@ -141,18 +141,6 @@ def make(tmp_path):
     return make_one
 
 
-@pytest.fixture
-def expect(reference):
-    """The un-offloaded model, its experts as plainly as ours."""
-
-    def open_reference(directory, dtype=torch.float32):
-        found = reference(directory, dtype)
-        found.model.set_experts_implementation("eager")
-        return found
-
-    return open_reference
-
-
 CASES = [
     # family, dtype, window, chunk size, KV tier
     ("mistral", "float32", 64, 64, "disk"),
@@ -169,17 +157,17 @@ CASES = [
 
 
 @pytest.mark.parametrize(("family", "dtype", "window", "chunk_size", "kv"), CASES)
-def test_logits_are_bitwise(make, expect, ids, tmp_path, family, dtype, window, chunk_size, kv):
+def test_logits_are_bitwise(make, reference, ids, tmp_path, family, dtype, window, chunk_size, kv):
     """Every logit of a prompt over many windows, and of 8 tokens after it, is transformers'."""
     directory = make(family, window, DTYPES[dtype])
-    plain = expect(directory, DTYPES[dtype])
+    plain = reference(directory, DTYPES[dtype])
     prompt = ids(1100)
     tokens, after = plain.greedy(prompt, 8, chunk_size)
     with load(
         directory, kv=kv, keep_kv=False, kv_dir=tmp_path, chunk_size=chunk_size, attention="exact"
     ) as model:
         found = model(input_ids=prompt[None]).logits[0]
-        assert torch.equal(found, plain.logits(prompt, chunk_size))
+        assert torch.equal(found, plain.run(prompt, chunk_size))
         out = model.generate(
             prompt[None], max_new_tokens=8, do_sample=False, eos_token_id=None,
             return_dict_in_generate=True, output_logits=True,
@@ -191,13 +179,13 @@ def test_logits_are_bitwise(make, expect, ids, tmp_path, family, dtype, window, 
 @pytest.mark.parametrize("kv", ["device", "disk"])
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("window", "chunk_size"), [(50, 333), (300, 64), (300, 512), (256, 256)])
-def test_blockwise_is_within_1e_5(make, expect, ids, tmp_path, family, window, chunk_size, kv):
+def test_blockwise_is_within_1e_5(make, reference, ids, tmp_path, family, window, chunk_size, kv):
     """Block-wise attention with windows and sinks differs by less than 1e-5 of the logits'
     scale.
     """
     directory = make(family, window)
     prompt = ids(1000)
-    expected = expect(directory).logits(prompt, chunk_size)
+    expected = reference(directory, torch.float32).run(prompt, chunk_size)
     with load(
         directory,
         kv=kv,
@@ -385,13 +373,13 @@ def test_what_is_refused(make):
             load(directory, WithCaches(*kinds))
 
 
-def test_more_is_kept_than_declared_needs(make, expect, ids):
+def test_more_is_kept_than_declared_needs(make, reference, ids):
     """A layer that slides may be kept whole: what attention sees is the module's own window."""
     directory = make("mistral", 40)
     adapter = WithCaches(*[CacheKind("full", num_kv_heads=2, head_dim=16)] * 2)
     with load(directory, adapter, chunk_size=64, attention="exact") as model:
         found = model(input_ids=ids(300)[None]).logits[0]
-    assert torch.equal(found, expect(directory).logits(ids(300), 64))
+    assert torch.equal(found, reference(directory, torch.float32).run(ids(300), 64))
 
 
 def test_rotary_embeddings_by_layer_type():

@@ -96,7 +96,7 @@ def test_its_model_is_exact(installed, reference, ids, tmp_path):
     tiny = registry.adapter_for({"model_type": "mistral"}).tiny_config()
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**tiny), dtype=torch.float32)
     model.save_pretrained(tmp_path / "tiny")
-    expected = reference(tmp_path / "tiny", torch.float32).logits(ids(100), 32)
+    expected = reference(tmp_path / "tiny", torch.float32).run(ids(100), 32)
     with ollm.load(
         tmp_path / "tiny", device="cpu", chunk_size=32, attention="exact", registry=registry
     ) as opened:

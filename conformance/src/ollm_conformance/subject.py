@@ -88,12 +88,14 @@ class Reference:
         return logits
 
     @torch.no_grad()
-    def greedy(self, ids: Tensor, num_new: int) -> tuple[list[int], Tensor]:
+    def greedy(
+        self, ids: Tensor, num_new: int, chunk_size: int | None = None
+    ) -> tuple[list[int], Tensor]:
         """Greedy tokens after a prompt [T], EOS ignored, and the logits [num_new, V] behind
         them.
         """
         cache = self.new_cache()
-        found = [self.run(ids, cache=cache, last_only=True)]
+        found = [self.run(ids, chunk_size, cache, last_only=True)]
         while len(found) < num_new:
             found.append(self.run(found[-1].argmax(-1), cache=cache))
         logits = torch.cat(found)
