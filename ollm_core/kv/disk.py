@@ -251,6 +251,7 @@ class DiskStorage(BlockStorage):
         self._spares.clear()
         self._pending.clear()
         self._failed.clear()
+        self._stagings.close()
 
     def _no_space(self, error: OSError, num_bytes: int) -> OllmError:
         found = storage_error(error, self.home.directory, "reserving space")
