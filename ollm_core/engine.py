@@ -9,6 +9,7 @@ import functools
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -49,11 +50,14 @@ class Engine:
         weights: TieredWeights,
         admission: Admission,
         on_progress: Callable[[Progress], None] | None = None,
+        cap: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
+        """`cap` is held during each pass: a limit that the device's allocator keeps."""
         self.counters = Counters()
         self._skeleton = skeleton
         self._weights = weights
         self._admission = admission
+        self._cap = cap
         self.on_progress = on_progress
         self._lock = threading.RLock()
 
@@ -74,7 +78,7 @@ class Engine:
             if isinstance(store, KeepsStates):
                 for item in work:
                     store.expect(item.sequence, item.num_drafted)
-            with self._admission.admit(store, work) as plan:
+            with self._cap(), self._admission.admit(store, work) as plan:
                 on_disk = store.tier_bytes().disk  # all that the pass may take is reserved
                 self.counters.kv_disk_bytes = max(self.counters.kv_disk_bytes, on_disk)
                 try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections.abc
 import functools
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from transformers import AutoTokenizer, GenerationConfig
 
 from ollm_core.admission import Accounts
+from ollm_core.allocator import AllocatorCap
 from ollm_core.attention import ATTENTIONS
 from ollm_core.checkpoint import Checkpoint, open_checkpoint, read_config
 from ollm_core.drafts import LookupDrafter
@@ -88,6 +89,7 @@ def load(
         raise InputError(f"chunk_size is {chunk_size}, expected at least 1")
     target = pick_device(device)
     accounts = _accounts(target, device_memory, host_memory)
+    cap = AllocatorCap(accounts.device, target) if target.type == "cuda" else nullcontext
     directory = resolve(str(path_or_id), registry, models_dir)
     whole_config = read_config(directory)
     adapter = registry.adapter_for(whole_config)
@@ -145,7 +147,7 @@ def load(
         model = StreamedModel(
             skeleton,
             weights,
-            Engine(skeleton, weights, admission, on_progress),
+            Engine(skeleton, weights, admission, on_progress, cap),
             accounts,
             StoreOpener(kv, kv_request, adapter, registry),
             parts.kinds,

@@ -13,7 +13,7 @@ import ollm_core
 ROOT = Path(ollm_core.__file__).parent
 ORDER = [
     {"errors", "types", "buffers"},
-    {"interfaces", "memory", "machine"},
+    {"interfaces", "memory", "machine", "allocator"},
     {
         "declarations",
         "checkpoint",
