@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, GenerationConfig
 from ollm_core.admission import Accounts
 from ollm_core.allocator import AllocatorCap
 from ollm_core.attention import ATTENTIONS
+from ollm_core.budgets import stated_budgets
 from ollm_core.checkpoint import Checkpoint, open_checkpoint, read_config
 from ollm_core.drafts import LookupDrafter
 from ollm_core.engine import Engine
@@ -22,8 +23,8 @@ from ollm_core.errors import ConfigError, InputError, PluginError
 from ollm_core.generation import StreamedModel
 from ollm_core.hub import resolve
 from ollm_core.interfaces import ByteSource, Drafter
-from ollm_core.machine import free_memory, pick_device
-from ollm_core.memory import MemoryAccount, parse_size
+from ollm_core.machine import pick_device
+from ollm_core.memory import MemoryAccount
 from ollm_core.parts import DTYPES, take_apart
 from ollm_core.plugins import Offer, one_line
 from ollm_core.registry import Registry, require
@@ -58,8 +59,9 @@ def load(
     - `device`: "auto", "cpu", "cuda" or "cuda:N". `dtype`: "auto" (the checkpoint's), or a key of
       `DTYPES`.
     - `device_memory`, `host_memory`: the most bytes to hold there, as `8GB`, `512MiB` or an int.
-      Default: most of what is free now. On a CPU, weights and activations count as device memory,
-      KV on the host as host memory.
+      Default: what is free now less a reserve, as `ollm_core.budgets` says. More than the machine
+      has in all is refused. On a CPU, weights and activations count as device memory, KV on the
+      host as host memory.
     - `kv`: where keys and values are kept; "auto" takes the first of device, host and disk that has
       room.
     - `kv_dir`: the directory for KV on disk. Only files made by this model are ever removed from
@@ -177,12 +179,9 @@ def _one_of(what: str, value: str, allowed: Sequence[str]) -> None:
 def _accounts(
     device: torch.device, device_memory: str | int | None, host_memory: str | int | None
 ) -> Accounts:
-    free_device, free_host = free_memory(device)
+    budgets = stated_budgets(device, device_memory, host_memory)
     return Accounts(
-        MemoryAccount(
-            "device memory", free_device if device_memory is None else parse_size(device_memory)
-        ),
-        MemoryAccount("host memory", free_host if host_memory is None else parse_size(host_memory)),
+        MemoryAccount("device memory", budgets.device), MemoryAccount("host memory", budgets.host)
     )
 
 

@@ -9,18 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from ollm_core.attention import ATTENTIONS
+from ollm_core.budgets import Budgets, stated_budgets
 from ollm_core.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, open_checkpoint, read_config
 from ollm_core.errors import DoesNotFitError, InputError
 from ollm_core.estimate import Estimate, slowest
 from ollm_core.hub import is_on_disk, local_path, models_root
 from ollm_core.interfaces import ModelAdapter
-from ollm_core.machine import default_memory, planned_device
-from ollm_core.memory import parse_size
+from ollm_core.machine import planned_device
 from ollm_core.parts import DTYPES, take_apart
 from ollm_core.plans import Change, Plan
 from ollm_core.rates import Rates, find_rates
 from ollm_core.registry import Registry, supports
-from ollm_core.rehearsal import Budgets, Rehearsal, Rehearsed, Scenario
+from ollm_core.rehearsal import Rehearsal, Rehearsed, Scenario
 from ollm_core.stores import TIERS
 from ollm_core.types import Config
 
@@ -66,11 +66,7 @@ def plan(
     for name, count in counts.items():
         if count is not None and count < 1:
             raise InputError(f"{name} is {count}", hint="it must be at least 1")
-    default_device, default_host = default_memory(target)
-    budgets = Budgets(
-        default_device if device_memory is None else parse_size(device_memory),
-        default_host if host_memory is None else parse_size(host_memory),
-    )
+    budgets = stated_budgets(target, device_memory, host_memory, must_be_there=False)
     found = _find(path_or_id, registry, models_dir)
     parts = take_apart(
         found.adapter,

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from ollm_core.admission import EXACT_CONTEXT, Accounts, PassPlan
+from ollm_core.budgets import Budgets
 from ollm_core.chunks import NewTokens
 from ollm_core.errors import DoesNotFitError
 from ollm_core.kv.planned import PlannedHybridStore, PlannedKVStore, planned_store
@@ -47,14 +48,6 @@ class Scenario:
     def prompt_tokens(self) -> int:
         """Tokens of each prompt."""
         return self.context - self.new_tokens
-
-
-@dataclass(frozen=True, slots=True)
-class Budgets:
-    """Bytes that may be held of the device's and of the host's memory."""
-
-    device: int
-    host: int
 
 
 @dataclass(frozen=True, slots=True)

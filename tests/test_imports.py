@@ -12,8 +12,8 @@ import ollm_core
 
 ROOT = Path(ollm_core.__file__).parent
 ORDER = [
-    {"errors", "types", "buffers"},
-    {"interfaces", "memory", "machine", "allocator"},
+    {"errors", "types", "buffers", "host_memory"},
+    {"interfaces", "memory", "machine", "allocator", "budgets"},
     {
         "declarations",
         "checkpoint",

@@ -14,6 +14,7 @@ from ollm_core.cli.output import (
     dtype_option,
     json_option,
     max_new_tokens_option,
+    memory_options,
     models_dir_option,
     print_json,
 )
@@ -54,8 +55,7 @@ KINDS = {
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True)
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, also if not here.")
 @dtype_option
-@click.option("--device-memory", metavar="SIZE", help="As in 8GB.  [default: what is free]")
-@click.option("--host-memory", metavar="SIZE", help="As in 16GB.  [default: what is free]")
+@memory_options
 @click.option(
     "--kv",
     type=click.Choice(["auto", "device", "host", "disk"]),

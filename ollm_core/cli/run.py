@@ -16,6 +16,7 @@ from ollm_core.cli.output import (
     dtype_option,
     json_option,
     max_new_tokens_option,
+    memory_options,
     models_dir_option,
     print_json,
 )
@@ -62,8 +63,7 @@ _SAMPLING = ("top_p", "top_k", "seed")
 @max_new_tokens_option
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda:0, ...")
 @dtype_option
-@click.option("--device-memory", metavar="SIZE", help="Never use more of the device's memory.")
-@click.option("--host-memory", metavar="SIZE", help="Never use more of the host's memory.")
+@memory_options
 @offered_name("--kv", "ollm_kv_stores", "Where keys and values of earlier tokens are kept.")
 @click.option(
     "--kv-dir", metavar="DIR", help="Where --kv disk has them; the next run finds them there."

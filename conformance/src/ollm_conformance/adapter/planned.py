@@ -11,8 +11,9 @@ from ollm_conformance.adapter.base import AdapterSuite
 from ollm_conformance.allocated import StoreTracker, live_bytes
 from ollm_conformance.checks import check
 from ollm_conformance.subject import CHUNK, Subject
+from ollm_core.budgets import Budgets
 from ollm_core.registry import supports
-from ollm_core.rehearsal import Budgets, Scenario
+from ollm_core.rehearsal import Scenario
 
 _PROMPT = 160
 
