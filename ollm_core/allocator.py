@@ -80,3 +80,11 @@ class AllocatorCap:
             return int(fraction * self._total)
         held = self._cuda.memory_allocated(self._device) - self._account.used
         return max(self._others, held)
+
+
+def free_device_bytes(device: torch.device) -> int:
+    """Bytes that can be allocated on a CUDA device now: what nobody has, and what the allocator has
+    cached.
+    """
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + cached

@@ -233,7 +233,7 @@ class StreamedModel(PreTrainedModel, GenerationMixin, Closing):
     def stats(self) -> Stats:
         """What the model has done since it was opened."""
         counters, plan = self.engine.counters, self.engine.counters.last_plan
-        experts = self.weights.expert_counters
+        experts, pressure = self.weights.expert_counters, self.engine.pressure
         return Stats(
             weight_bytes=self._weight_bytes,
             resident_bytes=self.weights.resident_bytes,
@@ -260,6 +260,8 @@ class StreamedModel(PreTrainedModel, GenerationMixin, Closing):
             experts_hit=experts.hit,
             experts_read=experts.read,
             expert_bytes_read=experts.bytes_read,
+            times_short=pressure.shortage.times if pressure else 0,
+            most_given_up_bytes=pressure.shortage.most_bytes if pressure else 0,
         )
 
     def on_progress(self, report: Callable[[Progress], None] | None) -> None:

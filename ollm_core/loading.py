@@ -13,7 +13,7 @@ import torch
 from transformers import AutoTokenizer, GenerationConfig
 
 from ollm_core.admission import Accounts
-from ollm_core.allocator import AllocatorCap
+from ollm_core.allocator import AllocatorCap, free_device_bytes
 from ollm_core.attention import ATTENTIONS
 from ollm_core.budgets import stated_budgets
 from ollm_core.checkpoint import Checkpoint, open_checkpoint, read_config
@@ -21,12 +21,14 @@ from ollm_core.drafts import LookupDrafter
 from ollm_core.engine import Engine
 from ollm_core.errors import ConfigError, InputError, PluginError
 from ollm_core.generation import StreamedModel
+from ollm_core.host_memory import HostMemory
 from ollm_core.hub import resolve
 from ollm_core.interfaces import ByteSource, Drafter
 from ollm_core.machine import pick_device
 from ollm_core.memory import MemoryAccount
 from ollm_core.parts import DTYPES, take_apart
 from ollm_core.plugins import Offer, one_line
+from ollm_core.pressure import Pressure
 from ollm_core.registry import Registry, require
 from ollm_core.requests import DraftRequest, KVRequest
 from ollm_core.stores import StoreOpener, fingerprinter
@@ -125,8 +127,16 @@ def load(
             )
         )
         skeleton.bind_norm(weights.norm)
+        free_device = functools.partial(free_device_bytes, target)
         admission = parts.admission(
-            accounts, weights, parts.workspace(), attention=attention, chunk_size=chunk_size
+            accounts,
+            weights,
+            parts.workspace(),
+            attention=attention,
+            chunk_size=chunk_size,
+            pressure=Pressure(
+                weights, HostMemory().free, free_device if target.type == "cuda" else None
+            ),
         )
         kv_request = KVRequest(
             parts.geometry,

@@ -29,7 +29,7 @@ ORDER = [
         "chunks",
     },
     {"hub", "gguf_import", "weights", "skeleton", "drafts", "calls"},
-    {"workspace", "cache"},
+    {"workspace", "cache", "pressure"},
     {"admission", "stores"},
     {"engine", "parts"},
     {"rehearsal", "rates"},

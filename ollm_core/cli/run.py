@@ -235,6 +235,7 @@ def _report(
         "weight_bytes_read": stats.weight_bytes_read,
         "kv_bytes_read": stats.kv_bytes_read,
         "weight_passes": stats.weight_passes,
+        "times_short": stats.times_short,
         **(experts if stats.experts_routed else {}),
     }
 
@@ -267,6 +268,11 @@ def _summary(stats: Stats) -> str:
         lines["experts"] = (
             f"{stats.experts_routed} routed to, {stats.experts_hit} of them in memory, "
             f"{format_size(stats.expert_bytes_read)} read"
+        )
+    if stats.times_short:
+        lines["memory short"] = (
+            f"{stats.times_short} times; up to {format_size(stats.most_given_up_bytes)} of weights "
+            "were not kept for it, and read again"
         )
     return "\n".join(f"{name:<14}{value}" for name, value in lines.items())
 

@@ -15,7 +15,7 @@ from itertools import accumulate
 
 import torch
 
-from ollm_core.interfaces import ByteSource
+from ollm_core.interfaces import ByteSource, TierBytes
 from ollm_core.memory import MemoryAccount
 from ollm_core.weights.experts import ExpertPlacement, ExpertStore
 from ollm_core.weights.units import Units
@@ -152,6 +152,16 @@ class HeldWeights:
         on_host = sum(self.buffer_bytes[i] for i in dense.host) + ring_bytes * (not on_cpu)
         experts = self.experts.place(device_bytes - on_device, host_bytes - on_host)
         return Placement(dense.device, dense.host, dense.num_slots, experts)
+
+    def bytes_of(self, placement: Placement) -> TierBytes:
+        """What a placement takes of each memory, beside `fixed_device_bytes`."""
+        experts = placement.experts
+        device = sum(self._kept_bytes[i] for i in placement.device) + experts.device_bytes
+        host = sum(self.buffer_bytes[i] for i in placement.host) + experts.host_bytes
+        ring = placement.num_slots * self.slot_bytes + experts.buffer_bytes
+        if self._on_cpu:
+            return TierBytes(device + ring, host)
+        return TierBytes(device, host + ring)
 
     def hold(self, wanted: Placement) -> None:
         """Give back what is not in `wanted`, then take what is. Raises DoesNotFitError with part of
