@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ollm_core.errors import DoesNotFitError
+from ollm_core.errors import DoesNotFitError, InputError
 from ollm_core.host_memory import HostMemory
 from ollm_core.memory import format_size, parse_size
 
@@ -31,6 +31,33 @@ class Budgets:
 
     device: int
     host: int
+
+
+@dataclass(frozen=True, slots=True)
+class LayerLimits:
+    """The most layers that are kept on the device and in host memory, inside the budgets. None:
+    as many as these allow. Parts of the head and routed experts are not counted.
+    """
+
+    device: int | None = None
+    host: int | None = None
+
+
+def layer_limits(
+    device: torch.device, device_layers: int | None, host_layers: int | None
+) -> LayerLimits:
+    """What the user states. Raises InputError for a number below zero, and for the host's where
+    the CPU is the device.
+    """
+    for name, number in (("device_layers", device_layers), ("host_layers", host_layers)):
+        if number is not None and number < 0:
+            raise InputError(f"{name} is {number}", hint="it must be at least 0")
+    if host_layers is not None and device.type == "cpu":
+        raise InputError(
+            "host_layers is for a device beside the CPU",
+            hint="on a CPU, layers in memory are the device's: device_layers",
+        )
+    return LayerLimits(device_layers, host_layers)
 
 
 def default_budgets(device: torch.device) -> Budgets:

@@ -26,6 +26,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ollm_core.admission import Accounts
+from ollm_core.budgets import layer_limits
 from ollm_core.cache import SequenceCache
 from ollm_core.chunks import NewTokens
 from ollm_core.drafts import DraftCandidates
@@ -260,9 +261,17 @@ class StreamedModel(PreTrainedModel, GenerationMixin, Closing):
             experts_hit=experts.hit,
             experts_read=experts.read,
             expert_bytes_read=experts.bytes_read,
+            device_layers=self.weights.held.num_device_layers,
+            host_layers=self.weights.held.num_host_layers,
             times_short=pressure.shortage.times if pressure else 0,
             most_given_up_bytes=pressure.shortage.most_bytes if pressure else 0,
         )
+
+    def keep_layers(self, device: int | None = None, host: int | None = None) -> None:
+        """From the next pass on keep at most so many layers on the device and in host memory; None
+        is as many as the budgets allow, which they never exceed. Raises InputError.
+        """
+        self.weights.held.layer_limits = layer_limits(self.device, device, host)
 
     def on_progress(self, report: Callable[[Progress], None] | None) -> None:
         """Call `report` after every step of a weight pass; None stops it."""

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, GenerationConfig
 from ollm_core.admission import Accounts
 from ollm_core.allocator import AllocatorCap, free_device_bytes
 from ollm_core.attention import ATTENTIONS
-from ollm_core.budgets import stated_budgets
+from ollm_core.budgets import layer_limits, stated_budgets
 from ollm_core.checkpoint import Checkpoint, open_checkpoint, read_config
 from ollm_core.drafts import LookupDrafter
 from ollm_core.engine import Engine
@@ -44,6 +44,8 @@ def load(
     dtype: str = "auto",
     device_memory: str | int | None = None,
     host_memory: str | int | None = None,
+    device_layers: int | None = None,
+    host_layers: int | None = None,
     kv: str = "auto",
     kv_dir: str | Path | None = None,
     keep_kv: bool = True,
@@ -64,6 +66,8 @@ def load(
       Default: what is free now less a reserve, as `ollm_core.budgets` says. More than the machine
       has in all is refused. On a CPU, weights and activations count as device memory, KV on the
       host as host memory.
+    - `device_layers`, `host_layers`: the most layers to keep on the device, and in host memory
+      beside a GPU. Default: as many as the budgets allow; never more than that.
     - `kv`: where keys and values are kept; "auto" takes the first of device, host and disk that has
       room.
     - `kv_dir`: the directory for KV on disk. Only files made by this model are ever removed from
@@ -92,6 +96,7 @@ def load(
     if chunk_size is not None and chunk_size < 1:
         raise InputError(f"chunk_size is {chunk_size}, expected at least 1")
     target = pick_device(device)
+    layers = layer_limits(target, device_layers, host_layers)
     accounts = _accounts(target, device_memory, host_memory)
     cap = AllocatorCap(accounts.device, target) if target.type == "cuda" else nullcontext
     directory = resolve(str(path_or_id), registry, models_dir)
@@ -126,6 +131,7 @@ def load(
                 buffer_bytes=skeleton.buffer_bytes,
             )
         )
+        weights.held.layer_limits = layers
         skeleton.bind_norm(weights.norm)
         free_device = functools.partial(free_device_bytes, target)
         admission = parts.admission(

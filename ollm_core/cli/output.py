@@ -42,7 +42,11 @@ def dtype_option(command: Command) -> Command:
 
 
 def memory_options(command: Command) -> Command:
-    """`--device-memory` and `--host-memory`."""
+    """`--device-memory`, `--host-memory`, and how many layers are kept there."""
+    text = "The same in host memory, beside a GPU."
+    command = click.option("--host-layers", type=click.IntRange(0), help=text)(command)
+    text = "Keep at most so many layers on the device.  [default: as the budgets allow]"
+    command = click.option("--device-layers", type=click.IntRange(0), help=text)(command)
     text = f"The same of the host's.  [default: {DEFAULTS}]"
     command = click.option("--host-memory", metavar="SIZE", help=text)(command)
     text = "Never hold more of the device's memory, as in 8GB."

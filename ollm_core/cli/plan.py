@@ -81,7 +81,7 @@ def plan(model: str, as_json: bool, as_plot: bool, **options: Any) -> None:
     if not found.fits:
         raise DoesNotFitError(found.reason, hint=found.hint)
     if not as_json:
-        click.echo(_text(found))
+        click.echo(_text(found, options["device_layers"], options["host_layers"]))
         if as_plot:
             width = shutil.get_terminal_size().columns
             click.echo("\n" + draw(found.moments, found.device_memory, KINDS, width))
@@ -89,8 +89,8 @@ def plan(model: str, as_json: bool, as_plot: bool, **options: Any) -> None:
         click.echo(draw(found.moments, found.device_memory, KINDS, 80), err=True)
 
 
-def _text(plan: Plan) -> str:
-    """The plan as a table."""
+def _text(plan: Plan, device_layers: int | None = None, host_layers: int | None = None) -> str:
+    """The plan as a table; of layers where a number was asked for."""
     place = plan.placement
     lines = [
         ("model", f"{plan.model}, {format_size(plan.weight_bytes)}, {plan.dtype}"),
@@ -107,6 +107,10 @@ def _text(plan: Plan) -> str:
         ),
         ("layers", _layers(place)),
     ]
+    for name, asked in (("device", device_layers), ("host", host_layers)):
+        if asked is not None:
+            kept = place[f"{name}_layers"]
+            lines.append(("", f"{kept} layers kept on the {name}, at most {asked} asked for"))
     if "experts" in place:
         lines.append(
             (

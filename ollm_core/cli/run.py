@@ -34,6 +34,8 @@ _LOADING = [
     "dtype",
     "device_memory",
     "host_memory",
+    "device_layers",
+    "host_layers",
     "kv",
     "kv_dir",
     "keep_kv",
@@ -138,7 +140,8 @@ def run(
     if as_json:
         print_json(_report(answer, new_ids, prompt_ids.shape[1], stats))
     else:
-        click.echo("\n" + _summary(stats), err=True)
+        asked = options["device_layers"], options["host_layers"]
+        click.echo("\n" + _summary(stats, *asked), err=True)
 
 
 def _user_text(prompt: str | None, file: str | None) -> str:
@@ -240,8 +243,8 @@ def _report(
     }
 
 
-def _summary(stats: Stats) -> str:
-    """What the run cost, a line each."""
+def _summary(stats: Stats, device_layers: int | None = None, host_layers: int | None = None) -> str:
+    """What the run cost, a line each; of layers where a number was asked for."""
     passes = max(stats.weight_passes, 1)
     read_rate = _rate(stats.weight_bytes_read, stats.read_seconds)
     prefill_rate = _rate(stats.prefill_tokens, stats.prefill_seconds)
@@ -269,6 +272,12 @@ def _summary(stats: Stats) -> str:
             f"{stats.experts_routed} routed to, {stats.experts_hit} of them in memory, "
             f"{format_size(stats.expert_bytes_read)} read"
         )
+    for name, kept, asked in (
+        ("device", stats.device_layers, device_layers),
+        ("host", stats.host_layers, host_layers),
+    ):
+        if asked is not None:
+            lines[f"{name} layers"] = f"{kept} kept, at most {asked} asked for"
     if stats.times_short:
         lines["memory short"] = (
             f"{stats.times_short} times; up to {format_size(stats.most_given_up_bytes)} of weights "
