@@ -21,7 +21,7 @@ from ollm_core.cli.output import (
     print_json,
 )
 from ollm_core.cli.streaming import ProgressBar, TextStream
-from ollm_core.errors import InputError
+from ollm_core.errors import DoesNotFitError, InputError
 from ollm_core.memory import format_size
 
 if TYPE_CHECKING:
@@ -135,6 +135,10 @@ def run(
             new_ids = output[0, prompt_ids.shape[1] :].tolist()
             stats = opened.stats
             answer = opened.tokenizer.decode(new_ids, skip_special_tokens=True)
+    except DoesNotFitError as error:
+        if error.memory:  # it names what is missing at that moment
+            error.hint += "; `ollm plan` with the same options tells all that a run needs"
+        raise
     finally:
         progress.close()
     if as_json:
