@@ -14,6 +14,7 @@ from ollm_core.chunks import Chunk, NewTokens, cut_chunks
 from ollm_core.errors import DoesNotFitError
 from ollm_core.interfaces import KVStore, TierBytes
 from ollm_core.memory import MemoryAccount, format_size
+from ollm_core.pressure import Pressure
 from ollm_core.weights.held import HELD_KINDS, HeldWeights
 from ollm_core.weights.tiered import TieredWeights
 from ollm_core.workspace import Workspace
@@ -90,7 +91,10 @@ class Admission:
         *,
         hidden_size: int,
         vocab_size: int,
+        pressure: Pressure | None = None,
     ) -> None:
+        """Without `pressure`, what others take of the machine is not looked at."""
+        self.pressure = pressure
         self._policy = policy
         self._accounts = accounts
         self._weights = weights
@@ -115,7 +119,11 @@ class Admission:
         else:
             assert smallest is not None
             self._refuse(work, *smallest)
-        self._weights.fit(*self._weight_budgets(plan, growth))
+        budgets = self._weight_budgets(plan, growth)
+        if self.pressure is not None:
+            needed = TierBytes(plan.needed.device + growth.device, plan.needed.host + growth.host)
+            budgets = self.pressure.within(*budgets, needed)
+        self._weights.fit(*budgets)
         for item in work:
             store.reserve(item.sequence, item.start + len(item.token_ids), plan.chunk_size)
         device, host = self._accounts.device, self._accounts.host

@@ -6,10 +6,11 @@ The engine knows layers, chunks and memory. It knows nothing about text, samplin
 from __future__ import annotations
 
 import functools
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,11 +21,16 @@ from torch.nn import functional
 from ollm_core.admission import Admission, PassPlan
 from ollm_core.calls import LayerCall
 from ollm_core.chunks import Chunk, NewTokens
+from ollm_core.errors import DoesNotFitError
 from ollm_core.interfaces import KeepsStates, KVStore
+from ollm_core.plugins import one_line
+from ollm_core.pressure import Pressure
 from ollm_core.profiling import Span, no_span
 from ollm_core.skeleton import Skeleton
 from ollm_core.types import Progress
 from ollm_core.weights.tiered import TieredWeights
+
+logger = logging.getLogger("ollm")
 
 
 @dataclass(slots=True)
@@ -51,15 +57,23 @@ class Engine:
         weights: TieredWeights,
         admission: Admission,
         on_progress: Callable[[Progress], None] | None = None,
+        cap: Callable[[], AbstractContextManager[None]] = nullcontext,
         span: Span = no_span,
     ) -> None:
+        """`cap` is held during each pass: a limit that the device's allocator keeps."""
         self.counters = Counters()
         self._skeleton = skeleton
         self._weights = weights
         self._admission = admission
+        self._cap = cap
         self._span = span
         self.on_progress = on_progress
         self._lock = threading.RLock()
+
+    @property
+    def pressure(self) -> Pressure | None:
+        """What notices that memory runs short, if anything does."""
+        return self._admission.pressure
 
     def close(self) -> None:
         """Hold nothing on the device any more."""
@@ -72,31 +86,49 @@ class Engine:
         is as before.
         """
         # A caller's inference mode would mark what stays: KV, weights, and the tracing of a plan.
-        num_new = sum(len(item.token_ids) for item in work)
         with (
             self._lock,
-            self._span(_stage(work), num_new=num_new),
+            self._span(_stage(work), num_new=sum(len(item.token_ids) for item in work)),
             torch.inference_mode(False),
             torch.no_grad(),
         ):
-            start = time.perf_counter()
-            read_before = store.bytes_read
-            if isinstance(store, KeepsStates):
-                for item in work:
-                    store.expect(item.sequence, item.num_drafted)
-            with self._admission.admit(store, work) as plan:
-                on_disk = store.tier_bytes().disk  # all that the pass may take is reserved
-                self.counters.kv_disk_bytes = max(self.counters.kv_disk_bytes, on_disk)
-                try:
-                    logits = self._run(store, work, plan)
-                except BaseException:
-                    for item in work:
-                        store.truncate(item.sequence, item.start)
+            try:
+                return self._attempt(store, work)
+            except (torch.OutOfMemoryError, DoesNotFitError) as error:
+                pressure = self.pressure
+                if pressure is None or not _ran_out(error):
                     raise
+                logger.warning("out of memory in a pass: %s", one_line(error))
+            # Past the handler: the failed pass and what it held are gone.
+            pressure.give_way()
+            try:
+                return self._attempt(store, work)
+            except torch.OutOfMemoryError as error:
+                raise DoesNotFitError(
+                    f"out of memory with nothing kept that need not be: {one_line(error)}",
+                    hint="allow less device memory, a smaller chunk size, or end other programs",
+                ) from error
+
+    def _attempt(self, store: KVStore, work: Sequence[NewTokens]) -> list[Tensor]:
+        """One try of a pass."""
+        start = time.perf_counter()
+        read_before = store.bytes_read
+        if isinstance(store, KeepsStates):
+            for item in work:
+                store.expect(item.sequence, item.num_drafted)
+        with self._cap(), self._admission.admit(store, work) as plan:
+            on_disk = store.tier_bytes().disk  # all that the pass may take is reserved
+            self.counters.kv_disk_bytes = max(self.counters.kv_disk_bytes, on_disk)
+            try:
+                logits = self._run(store, work, plan)
+            except BaseException:
                 for item in work:
-                    store.commit(item.sequence)
-            self._count(store, work, plan, time.perf_counter() - start, read_before)
-            return logits
+                    store.truncate(item.sequence, item.start)
+                raise
+            for item in work:
+                store.commit(item.sequence)
+        self._count(store, work, plan, time.perf_counter() - start, read_before)
+        return logits
 
     def _run(self, store: KVStore, work: Sequence[NewTokens], plan: PassPlan) -> list[Tensor]:
         report = self._reporter(work, plan)
@@ -185,6 +217,8 @@ class Engine:
         total = num_steps * len(plan.chunks) + num_head
         stage = _stage(work)
         num_new = sum(len(item.token_ids) for item in work)
+        pressure = self.pressure
+        given_up = pressure.shortage.now_bytes if pressure else 0
         done = -1
 
         def report() -> None:
@@ -192,7 +226,7 @@ class Engine:
             done += 1
             if self.on_progress:
                 passes, num_bytes = self.counters.weight_passes, self._weights.bytes_read
-                self.on_progress(Progress(stage, done, total, num_new, passes, num_bytes))
+                self.on_progress(Progress(stage, done, total, num_new, passes, num_bytes, given_up))
 
         report()
         return report
@@ -215,6 +249,13 @@ class Engine:
             counters.decode_seconds += seconds
         counters.kv_bytes_read += store.bytes_read - read_before
         counters.last_plan = plan
+
+
+def _ran_out(error: BaseException) -> bool:
+    """Whether an allocation failed that the accounts had allowed."""
+    return isinstance(error, torch.OutOfMemoryError) or isinstance(
+        error.__cause__, torch.OutOfMemoryError
+    )
 
 
 def _stage(work: Sequence[NewTokens]) -> Literal["prefill", "decode"]:

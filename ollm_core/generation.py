@@ -26,6 +26,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ollm_core.admission import Accounts
+from ollm_core.budgets import layer_limits
 from ollm_core.cache import SequenceCache
 from ollm_core.chunks import NewTokens
 from ollm_core.drafts import DraftCandidates
@@ -37,8 +38,8 @@ from ollm_core.skeleton import Skeleton
 from ollm_core.types import CacheKind, Progress, Stats
 from ollm_core.weights.tiered import TieredWeights
 
-OpenStore = Callable[[str, "Path | None", int], tuple[str, KVStore]]
-"""(tier or "auto", directory, tokens to expect) -> (tier, store)."""
+OpenStore = Callable[[str, "Path | None", int, int], tuple[str, KVStore]]
+"""(tier or "auto", directory, tokens to expect, at least) -> (tier, store)."""
 
 
 class StreamedModel(PreTrainedModel, GenerationMixin, Closing):
@@ -120,7 +121,8 @@ class StreamedModel(PreTrainedModel, GenerationMixin, Closing):
             )
         cache = past_key_values
         if cache is None:
-            cache = self.new_cache(num_tokens=input_ids.shape[1] * input_ids.shape[0])
+            sure = _unpadded(input_ids, attention_mask)
+            cache = self.new_cache(num_tokens=input_ids.numel(), at_least=sure)
         try:
             logits = self._pass(input_ids, attention_mask, cache, logits_to_keep)
         finally:
@@ -215,15 +217,21 @@ class StreamedModel(PreTrainedModel, GenerationMixin, Closing):
             )
 
     def new_cache(
-        self, kv: str | None = None, kv_dir: str | Path | None = None, *, num_tokens: int = 0
+        self,
+        kv: str | None = None,
+        kv_dir: str | Path | None = None,
+        *,
+        num_tokens: int = 0,
+        at_least: int = 0,
     ) -> SequenceCache:
         """An empty cache for `past_key_values`, in a tier ("device", "host", "disk"; default: as
         loaded).
 
-        `num_tokens` to expect, over all rows, helps to choose the tier when it is "auto".
+        `num_tokens` to expect, over all rows, helps to choose the tier when it is "auto". Raises
+        DoesNotFitError if a disk has no room for `at_least` so many.
         """
         directory = Path(kv_dir) if kv_dir is not None else None
-        self._kv_tier, store = self._open_store(kv or "", directory, num_tokens)
+        self._kv_tier, store = self._open_store(kv or "", directory, num_tokens, at_least)
         cache = SequenceCache(store, self._kinds, self._demand)
         self._caches = [finalizer for finalizer in self._caches if finalizer.alive]
         self._caches.append(cache.finalizer)
@@ -233,7 +241,7 @@ class StreamedModel(PreTrainedModel, GenerationMixin, Closing):
     def stats(self) -> Stats:
         """What the model has done since it was opened."""
         counters, plan = self.engine.counters, self.engine.counters.last_plan
-        experts = self.weights.expert_counters
+        experts, pressure = self.weights.expert_counters, self.engine.pressure
         return Stats(
             weight_bytes=self._weight_bytes,
             resident_bytes=self.weights.resident_bytes,
@@ -260,7 +268,17 @@ class StreamedModel(PreTrainedModel, GenerationMixin, Closing):
             experts_hit=experts.hit,
             experts_read=experts.read,
             expert_bytes_read=experts.bytes_read,
+            device_layers=self.weights.held.num_device_layers,
+            host_layers=self.weights.held.num_host_layers,
+            times_short=pressure.shortage.times if pressure else 0,
+            most_given_up_bytes=pressure.shortage.most_bytes if pressure else 0,
         )
+
+    def keep_layers(self, device: int | None = None, host: int | None = None) -> None:
+        """From the next pass on keep at most so many layers on the device and in host memory; None
+        is as many as the budgets allow, which they never exceed. Raises InputError.
+        """
+        self.weights.held.layer_limits = layer_limits(self.device, device, host)
 
     def on_progress(self, report: Callable[[Progress], None] | None) -> None:
         """Call `report` after every step of a weight pass; None stops it."""
@@ -313,10 +331,17 @@ class StreamedModel(PreTrainedModel, GenerationMixin, Closing):
         if generation_mode == GenerationMode.ASSISTED_GENERATION:
             self._demand("drafts")
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
-            rows = batch_size * max(
+            copies = max(
                 generation_config.num_beams or 1, generation_config.num_return_sequences or 1
             )
-            model_kwargs["past_key_values"] = self.new_cache(num_tokens=rows * max_cache_length)
+            num_tokens = batch_size * max_cache_length
+            mask = model_kwargs.get("attention_mask")
+            padding = 0 if mask is None else int((mask == 0).sum())
+            # Copies of a prompt share its blocks; how many rows come in is not told.
+            at_least = num_tokens - padding if copies == 1 else max_cache_length - padding
+            model_kwargs["past_key_values"] = self.new_cache(
+                num_tokens=copies * num_tokens, at_least=at_least
+            )
         return True
 
     def _sample(
@@ -384,3 +409,10 @@ class StreamedModel(PreTrainedModel, GenerationMixin, Closing):
     def _count_accepted(self, num_tokens: int) -> None:
         """A pass has given `num_tokens` more than the one that it was counted for."""
         self.engine.counters.decode_tokens += num_tokens
+
+
+def _unpadded(input_ids: Tensor, attention_mask: Tensor | None) -> int:
+    """How many of the tokens [B, T] are no padding."""
+    if attention_mask is None:
+        return input_ids.numel()
+    return int((attention_mask[:, -input_ids.shape[1] :] != 0).sum())

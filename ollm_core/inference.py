@@ -55,21 +55,36 @@ class Inference:
         self._open(directory)
 
     def offload_layers_to_cpu(self, layers_num: int = 2) -> None:
-        """Nothing needs to be asked: as many layers stay in memory between passes as the budgets
-        allow.
-
-        Kept so that scripts run. To keep more layers, give a larger `device_memory` or
-        `host_memory`.
+        """Keep `layers_num` layers in the CPU's memory between passes, if the budgets allow so
+        many, and read the others again. Not called, as many are kept as the budgets allow.
         """
-        if layers_num < 0:
-            raise InputError(f"layers_num is {layers_num}, expected at least 0")
-        self._log("layers stay in memory as the budgets allow; %d were asked for", layers_num)
+        _at_least_0(layers_num=layers_num)
+        if self.device.type == "cpu":
+            self._keep_layers(device=layers_num)
+        else:
+            self._keep_layers(host=layers_num)
+
+    def offload_layers_to_gpu_cpu(self, gpu_layers_num: int = 0, cpu_layers_num: int = 0) -> None:
+        """Keep `gpu_layers_num` layers on the GPU and `cpu_layers_num` others in host memory, if
+        the budgets allow so many. On a CPU both are in its memory.
+        """
+        _at_least_0(gpu_layers_num=gpu_layers_num, cpu_layers_num=cpu_layers_num)
+        if self.device.type == "cpu":
+            self._keep_layers(device=gpu_layers_num + cpu_layers_num)
+        else:
+            self._keep_layers(device=gpu_layers_num, host=cpu_layers_num)
 
     def DiskCache(self, cache_dir: str | Path = "./kv_cache") -> SequenceCache:
         """An empty cache on disk, in a directory of its own inside `cache_dir`, removed with it.
         Nothing else there is touched.
         """
         return self.model.new_cache(kv="disk", kv_dir=cache_dir)
+
+    def _keep_layers(self, device: int | None = None, host: int | None = None) -> None:
+        self.model.keep_layers(device, host)
+        wanted = {"device": device, "host": host}
+        told = ", ".join(f"{n} on the {name}" for name, n in wanted.items() if n is not None)
+        self._log("at most so many layers are kept, inside the budgets: %s", told)
 
     def _open(self, directory: str | Path) -> None:
         self.model = load(directory, device=str(self.device), **self._load_options)
@@ -84,6 +99,12 @@ class Inference:
     def _log(self, message: str, *values: object) -> None:
         if self._logging:
             logger.info(message, *values)
+
+
+def _at_least_0(**numbers: int) -> None:
+    for name, number in numbers.items():
+        if number < 0:
+            raise InputError(f"{name} is {number}, expected at least 0")
 
 
 class AutoInference(Inference):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections.abc
 import functools
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +13,22 @@ import torch
 from transformers import AutoTokenizer, GenerationConfig
 
 from ollm_core.admission import Accounts
+from ollm_core.allocator import AllocatorCap, free_device_bytes
 from ollm_core.attention import ATTENTIONS
+from ollm_core.budgets import layer_limits, stated_budgets
 from ollm_core.checkpoint import Checkpoint, open_checkpoint, read_config
 from ollm_core.drafts import LookupDrafter
 from ollm_core.engine import Engine
 from ollm_core.errors import ConfigError, InputError, PluginError
 from ollm_core.generation import StreamedModel
+from ollm_core.host_memory import HostMemory
 from ollm_core.hub import resolve
 from ollm_core.interfaces import ByteSource, Drafter
-from ollm_core.machine import free_memory, pick_device
-from ollm_core.memory import MemoryAccount, parse_size
+from ollm_core.machine import pick_device
+from ollm_core.memory import MemoryAccount
 from ollm_core.parts import DTYPES, take_apart
 from ollm_core.plugins import Offer, one_line
+from ollm_core.pressure import Pressure
 from ollm_core.profiling import Profile, no_span
 from ollm_core.registry import Registry, require
 from ollm_core.requests import DraftRequest, KVRequest
@@ -41,6 +45,8 @@ def load(
     dtype: str = "auto",
     device_memory: str | int | None = None,
     host_memory: str | int | None = None,
+    device_layers: int | None = None,
+    host_layers: int | None = None,
     kv: str = "auto",
     kv_dir: str | Path | None = None,
     keep_kv: bool = True,
@@ -59,8 +65,11 @@ def load(
     - `device`: "auto", "cpu", "cuda" or "cuda:N". `dtype`: "auto" (the checkpoint's), or a key of
       `DTYPES`.
     - `device_memory`, `host_memory`: the most bytes to hold there, as `8GB`, `512MiB` or an int.
-      Default: most of what is free now. On a CPU, weights and activations count as device memory,
-      KV on the host as host memory.
+      Default: what is free now less a reserve, as `ollm_core.budgets` says. More than the machine
+      has in all is refused. On a CPU, weights and activations count as device memory, KV on the
+      host as host memory.
+    - `device_layers`, `host_layers`: the most layers to keep on the device, and in host memory
+      beside a GPU. Default: as many as the budgets allow; never more than that.
     - `kv`: where keys and values are kept; "auto" takes the first of device, host and disk that has
       room.
     - `kv_dir`: the directory for KV on disk. Only files made by this model are ever removed from
@@ -90,7 +99,9 @@ def load(
     if chunk_size is not None and chunk_size < 1:
         raise InputError(f"chunk_size is {chunk_size}, expected at least 1")
     target = pick_device(device)
+    layers = layer_limits(target, device_layers, host_layers)
     accounts = _accounts(target, device_memory, host_memory)
+    cap = AllocatorCap(accounts.device, target) if target.type == "cuda" else nullcontext
     directory = resolve(str(path_or_id), registry, models_dir)
     whole_config = read_config(directory)
     adapter = registry.adapter_for(whole_config)
@@ -124,9 +135,18 @@ def load(
                 buffer_bytes=skeleton.buffer_bytes,
             )
         )
+        weights.held.layer_limits = layers
         skeleton.bind_norm(weights.norm)
+        free_device = functools.partial(free_device_bytes, target)
         admission = parts.admission(
-            accounts, weights, parts.workspace(), attention=attention, chunk_size=chunk_size
+            accounts,
+            weights,
+            parts.workspace(),
+            attention=attention,
+            chunk_size=chunk_size,
+            pressure=Pressure(
+                weights, HostMemory().free, free_device if target.type == "cuda" else None
+            ),
         )
         kv_request = KVRequest(
             parts.geometry,
@@ -150,7 +170,12 @@ def load(
             skeleton,
             weights,
             Engine(
-                skeleton, weights, admission, on_progress, profile.span if profile else no_span
+                skeleton,
+                weights,
+                admission,
+                on_progress,
+                cap,
+                profile.span if profile else no_span,
             ),
             accounts,
             StoreOpener(kv, kv_request, adapter, registry),
@@ -181,12 +206,9 @@ def _one_of(what: str, value: str, allowed: Sequence[str]) -> None:
 def _accounts(
     device: torch.device, device_memory: str | int | None, host_memory: str | int | None
 ) -> Accounts:
-    free_device, free_host = free_memory(device)
+    budgets = stated_budgets(device, device_memory, host_memory)
     return Accounts(
-        MemoryAccount(
-            "device memory", free_device if device_memory is None else parse_size(device_memory)
-        ),
-        MemoryAccount("host memory", free_host if host_memory is None else parse_size(host_memory)),
+        MemoryAccount("device memory", budgets.device), MemoryAccount("host memory", budgets.host)
     )
 
 

@@ -15,6 +15,7 @@ from ollm_core.errors import ConfigError
 from ollm_core.interfaces import ModelAdapter
 from ollm_core.kv import KVGeometry
 from ollm_core.plugins import Offer
+from ollm_core.pressure import Pressure
 from ollm_core.registry import require, supports
 from ollm_core.skeleton import Skeleton
 from ollm_core.types import CacheKind, Config, Layout
@@ -58,6 +59,7 @@ class ModelParts:
         *,
         attention: str,
         chunk_size: int | None,
+        pressure: Pressure | None = None,
     ) -> Admission:
         """What decides how a pass is run. Raises UnsupportedError for a fixed attention or chunk
         size that the family does not have.
@@ -79,6 +81,7 @@ class ModelParts:
             workspace,
             hidden_size=self.skeleton.config.hidden_size,
             vocab_size=self.skeleton.config.vocab_size,
+            pressure=pressure,
         )
 
 

@@ -9,18 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from ollm_core.attention import ATTENTIONS
+from ollm_core.budgets import Budgets, layer_limits, stated_budgets
 from ollm_core.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, open_checkpoint, read_config
 from ollm_core.errors import DoesNotFitError, InputError
 from ollm_core.estimate import Estimate, slowest
 from ollm_core.hub import is_on_disk, local_path, models_root
 from ollm_core.interfaces import ModelAdapter
-from ollm_core.machine import default_memory, planned_device
-from ollm_core.memory import parse_size
+from ollm_core.machine import planned_device
 from ollm_core.parts import DTYPES, take_apart
 from ollm_core.plans import Change, Plan
 from ollm_core.rates import Rates, find_rates
 from ollm_core.registry import Registry, supports
-from ollm_core.rehearsal import Budgets, Rehearsal, Rehearsed, Scenario
+from ollm_core.rehearsal import Rehearsal, Rehearsed, Scenario
 from ollm_core.stores import TIERS
 from ollm_core.types import Config
 
@@ -38,6 +38,8 @@ def plan(
     dtype: str = "auto",
     device_memory: str | int | None = None,
     host_memory: str | int | None = None,
+    device_layers: int | None = None,
+    host_layers: int | None = None,
     context: str | int | None = None,
     batch: int = 1,
     max_new_tokens: int = 256,
@@ -66,11 +68,8 @@ def plan(
     for name, count in counts.items():
         if count is not None and count < 1:
             raise InputError(f"{name} is {count}", hint="it must be at least 1")
-    default_device, default_host = default_memory(target)
-    budgets = Budgets(
-        default_device if device_memory is None else parse_size(device_memory),
-        default_host if host_memory is None else parse_size(host_memory),
-    )
+    budgets = stated_budgets(target, device_memory, host_memory, must_be_there=False)
+    layers = layer_limits(target, device_layers, host_layers)
     found = _find(path_or_id, registry, models_dir)
     parts = take_apart(
         found.adapter,
@@ -95,7 +94,7 @@ def plan(
             f"{max_new_tokens} new ones",
             hint="give a larger context, or a smaller max_new_tokens",
         )
-    scenario = Scenario(length, max_new_tokens, batch, kv, attention, chunk_size)
+    scenario = Scenario(length, max_new_tokens, batch, kv, attention, chunk_size, layers)
     rates = find_rates(found.where, target, parts.dtype)
     return _Planner(Rehearsal(parts), Estimate(parts), rates, budgets, scenario, positions).plan(
         str(path_or_id), from_files=found.checkpoint is not None
@@ -231,6 +230,8 @@ class _Planner:
             "head_parts": held.num_units - layers,
             "device_units": held.num_device_units,
             "host_units": held.num_host_units,
+            "device_layers": held.num_device_layers,
+            "host_layers": held.num_host_layers,
             "streamed_units": held.num_units - held.num_device_units - held.num_host_units,
             "ring_buffers": held.num_slots,
             "ring_buffer_bytes": held.slot_bytes,

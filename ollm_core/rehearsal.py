@@ -6,11 +6,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from ollm_core.admission import EXACT_CONTEXT, Accounts, PassPlan
+from ollm_core.budgets import Budgets, LayerLimits
 from ollm_core.chunks import NewTokens
 from ollm_core.errors import DoesNotFitError
 from ollm_core.kv.planned import PlannedHybridStore, PlannedKVStore, planned_store
@@ -42,19 +43,12 @@ class Scenario:
     kv: str = "auto"
     attention: str = "auto"
     chunk_size: int | None = None
+    layers: LayerLimits = field(default_factory=LayerLimits)
 
     @property
     def prompt_tokens(self) -> int:
         """Tokens of each prompt."""
         return self.context - self.new_tokens
-
-
-@dataclass(frozen=True, slots=True)
-class Budgets:
-    """Bytes that may be held of the device's and of the host's memory."""
-
-    device: int
-    host: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +78,9 @@ class Held:
     num_units: int
     num_device_units: int
     num_host_units: int
+    num_device_layers: int
+    """Of these units."""
+    num_host_layers: int
     num_slots: int
     slot_bytes: int
     streamed_bytes: int
@@ -190,6 +187,7 @@ class Rehearsal:
             attention=scenario.attention,
             chunk_size=scenario.chunk_size,
         )
+        self._weights.layer_limits = scenario.layers
         self._weights.reserve()
         stack.callback(self._weights.unreserve)
         tier = self._tier(scenario)
@@ -276,6 +274,8 @@ class Rehearsal:
             len(weights.units),
             weights.num_device_units,
             weights.num_host_units,
+            weights.num_device_layers,
+            weights.num_host_layers,
             weights.num_slots,
             weights.slot_bytes,
             sum(weights.buffer_bytes[i] for i in weights.streamed),

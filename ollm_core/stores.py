@@ -26,6 +26,7 @@ from ollm_core.kv import (
     StateFiles,
     StateStore,
 )
+from ollm_core.kv.room import check_room
 from ollm_core.registry import Registry, require, supports
 from ollm_core.requests import KVRequest
 from ollm_core.types import Config
@@ -52,9 +53,12 @@ class StoreOpener:
         if kv in TIERS:
             require(adapter, f"kv-{kv}")
 
-    def __call__(self, kv: str, directory: Path | None, num_tokens: int) -> tuple[str, KVStore]:
+    def __call__(
+        self, kv: str, directory: Path | None, num_tokens: int, at_least: int = 0
+    ) -> tuple[str, KVStore]:
         """The name of the tier or plugin, and the store. `kv` may be "", `num_tokens` are those to
-        expect.
+        expect, of which `at_least` so many will be stored. Raises DoesNotFitError if the disk has
+        no room for these.
         """
         name = kv or self._kv
         request = replace(self._request, directory=directory or self._request.directory)
@@ -67,6 +71,8 @@ class StoreOpener:
                 named = request.directory is not None
                 tier = choose_tier(self._adapter, request.geometry, limits, num_tokens, named=named)
             require(self._adapter, f"kv-{tier}")
+            if tier == "disk":
+                check_room(request.geometry.attention_layers(), _home(request), at_least)
             open_store = functools.partial(_open, tier)
         if any(kind.kind == "recurrent" for kind in request.geometry.kinds):
             return tier, _hybrid(tier, request, open_store)
@@ -138,5 +144,9 @@ def _open(tier: str, request: KVRequest) -> KVStore:
         return HostKVStore(geometry, host, device)
     if request.directory and request.keep:
         return KeepingKVStore(geometry, host, request.directory, request.fingerprint(), device)
-    home = request.directory or Path.home() / ".cache" / "ollm" / "kv"
-    return DiskKVStore(geometry, host, home, request.fingerprint(), device)
+    return DiskKVStore(geometry, host, _home(request), request.fingerprint(), device)
+
+
+def _home(request: KVRequest) -> Path:
+    """Where KV on disk goes."""
+    return request.directory or Path.home() / ".cache" / "ollm" / "kv"

@@ -58,9 +58,7 @@ class AllocationTracker(TorchDispatchMode):
                 self._count(tensor.untyped_storage())
         return result
 
-    def _call(
-        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def _call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return func(*args, **kwargs)
 
     def _count(self, storage: torch.UntypedStorage, *, made_here: bool = True) -> None:
@@ -88,9 +86,7 @@ class _MetaTracker(AllocationTracker):
     def __init__(self) -> None:
         super().__init__("meta")
 
-    def _call(
-        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def _call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func in _ELEMENTWISE and (result := elementwise(args)) is not None:
             return result
         if args and isinstance(args[0], Tensor) and args[0].device.type == "meta":

@@ -223,6 +223,8 @@ class Progress:
     """Passes finished before this one."""
     weight_bytes_read: int
     """Since the model was opened."""
+    given_up_bytes: int = 0
+    """Of weights that are not kept in this pass, because others took the machine's memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,3 +272,11 @@ class Stats:
     """Of those, read from storage."""
     expert_bytes_read: int = 0
     """For those. What fills free room counts here, and not in `weight_bytes_read`."""
+    device_layers: int = 0
+    """Layers that are kept on the device between passes."""
+    host_layers: int = 0
+    """Layers that are kept in host memory, beside a GPU."""
+    times_short: int = 0
+    """How often memory ran short and kept weights gave way."""
+    most_given_up_bytes: int = 0
+    """The most of them that were not kept for it in a pass."""

@@ -12,8 +12,8 @@ import ollm_core
 
 ROOT = Path(ollm_core.__file__).parent
 ORDER = [
-    {"errors", "types", "buffers"},
-    {"interfaces", "memory", "machine"},
+    {"errors", "types", "buffers", "host_memory"},
+    {"interfaces", "memory", "machine", "allocator", "budgets"},
     {
         "declarations",
         "checkpoint",
@@ -30,7 +30,7 @@ ORDER = [
         "chunks",
     },
     {"hub", "gguf_import", "weights", "skeleton", "drafts", "calls"},
-    {"workspace", "cache"},
+    {"workspace", "cache", "pressure"},
     {"admission", "stores"},
     {"engine", "parts"},
     {"rehearsal", "rates"},

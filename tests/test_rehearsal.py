@@ -13,10 +13,11 @@ import ollm
 from ollm_adapter_llama import LlamaAdapter
 from ollm_adapter_qwen3_next import Qwen3NextAdapter
 from ollm_core import ConfigError, DoesNotFitError, ParameterSource, StoredForm, UnsupportedError
+from ollm_core.budgets import Budgets
 from ollm_core.checkpoint import open_checkpoint, read_config
 from ollm_core.parts import take_apart
 from ollm_core.registry import Registry
-from ollm_core.rehearsal import Budgets, Rehearsal, Scenario
+from ollm_core.rehearsal import Rehearsal, Scenario
 
 CPU = torch.device("cpu")
 

@@ -17,11 +17,16 @@ def tensors(draw):
     """A meta tensor [a, b, c], perhaps seen from another side, or one number."""
     shape = draw(st.tuples(*[st.sampled_from([1, 4])] * 3))
     made = torch.empty(shape, dtype=draw(st.sampled_from(DTYPES)), device="meta")
-    made = draw(st.sampled_from([made, made.transpose(0, 1), made[..., :1], made[0], made[0, 0, 0]]))
-    return made
+    return draw(
+        st.sampled_from([made, made.transpose(0, 1), made[..., :1], made[0], made[0, 0, 0]])
+    )
 
 
-@given(tensors(), st.one_of(tensors(), st.sampled_from([2, 0.5])), st.sampled_from(["add", "mul", "sub"]))
+@given(
+    tensors(),
+    st.one_of(tensors(), st.sampled_from([2, 0.5])),
+    st.sampled_from(["add", "mul", "sub"]),
+)
 def test_what_is_told_of_two_is_what_torch_gives(left, right, name):
     """Shape, dtype and strides, or nothing is told."""
     func = getattr(torch.ops.aten, name).Tensor

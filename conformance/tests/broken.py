@@ -32,8 +32,9 @@ class BrokenPart:
 
 def broken_adapter(check, sentence, adapter, **attributes):
     """An entry for an adapter class; `attributes` go to its test class."""
-    name = adapter.__name__ if "load" not in attributes else attributes["load"].__name__
-    if "load" in attributes:
-        attributes["load"] = staticmethod(attributes["load"])
+    name = adapter.__name__
+    for replaced in attributes.keys() & {"load", "rehearse"}:
+        name = attributes[replaced].__name__
+        attributes[replaced] = staticmethod(attributes[replaced])
     suite = type(f"Test{name}", (AdapterConformance,), {"adapter": adapter, **attributes})
     return Broken(name, sentence, suite, check)

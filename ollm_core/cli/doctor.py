@@ -22,6 +22,7 @@ from ollm_core.memory import format_size
 @debug_option
 def doctor(device: str, dtype: str, models_dir: str | None, as_json: bool) -> None:
     """Measure the disk that models lie on, and the device; `ollm plan` then goes by that."""
+    from ollm_core.budgets import DEFAULTS, default_budgets
     from ollm_core.hub import models_root
     from ollm_core.machine import pick_device
     from ollm_core.parts import DTYPES
@@ -30,13 +31,20 @@ def doctor(device: str, dtype: str, models_dir: str | None, as_json: bool) -> No
     target = pick_device(device)
     root = models_root(models_dir)
     rates = measure_rates(root, target, DTYPES[dtype])
+    budgets = default_budgets(target)
     if as_json:
-        fields = as_fields(rates)
-        print_json({"device": str(target), "dtype": dtype, "kept_in": str(rates_file()), **fields})
+        told = {"device": str(target), "dtype": dtype, "kept_in": str(rates_file())}
+        defaults = {"device_memory": budgets.device, "host_memory": budgets.host}
+        print_json({**told, **defaults, **as_fields(rates)})
         return
     click.echo(f"disk     {format_size(rates.disk.per_second)}/s, read from {root}")
     click.echo(f"memory   {format_size(rates.memory.per_second)}/s of {dtype} weights on {target}")
     if rates.bus is not None:
         click.echo(f"bus      {format_size(rates.bus.per_second)}/s from host to {target}")
     click.echo(f"compute  {rates.compute.per_second / 1e9:.4g} GFLOP/s in {dtype} on {target}")
+    click.echo(
+        f"budgets  {format_size(budgets.device)} of device memory and {format_size(budgets.host)} "
+        "of host memory, where none are stated:"
+    )
+    click.echo(f"{'':<9}{DEFAULTS}")
     click.echo(f"kept in {rates_file()}")

@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 
 import click
 
+from ollm_core.budgets import DEFAULTS
+
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
@@ -37,6 +39,18 @@ def dtype_option(command: Command) -> Command:
     """`--dtype`, to compute in."""
     choices = click.Choice(["auto", "bfloat16", "float16", "float32"])
     return click.option("--dtype", type=choices, default="auto", show_default=True)(command)
+
+
+def memory_options(command: Command) -> Command:
+    """`--device-memory`, `--host-memory`, and how many layers are kept there."""
+    text = "The same in host memory, beside a GPU."
+    command = click.option("--host-layers", type=click.IntRange(0), help=text)(command)
+    text = "Keep at most so many layers on the device.  [default: as the budgets allow]"
+    command = click.option("--device-layers", type=click.IntRange(0), help=text)(command)
+    text = f"The same of the host's.  [default: {DEFAULTS}]"
+    command = click.option("--host-memory", metavar="SIZE", help=text)(command)
+    text = "Never hold more of the device's memory, as in 8GB."
+    return click.option("--device-memory", metavar="SIZE", help=text)(command)
 
 
 def chunk_size_option(command: Command) -> Command:

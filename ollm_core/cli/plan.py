@@ -14,6 +14,7 @@ from ollm_core.cli.output import (
     dtype_option,
     json_option,
     max_new_tokens_option,
+    memory_options,
     models_dir_option,
     print_json,
 )
@@ -54,8 +55,7 @@ KINDS = {
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True)
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, also if not here.")
 @dtype_option
-@click.option("--device-memory", metavar="SIZE", help="As in 8GB.  [default: what is free]")
-@click.option("--host-memory", metavar="SIZE", help="As in 16GB.  [default: what is free]")
+@memory_options
 @click.option(
     "--kv",
     type=click.Choice(["auto", "device", "host", "disk"]),
@@ -81,7 +81,7 @@ def plan(model: str, as_json: bool, as_plot: bool, **options: Any) -> None:
     if not found.fits:
         raise DoesNotFitError(found.reason, hint=found.hint)
     if not as_json:
-        click.echo(_text(found))
+        click.echo(_text(found, options["device_layers"], options["host_layers"]))
         if as_plot:
             width = shutil.get_terminal_size().columns
             click.echo("\n" + draw(found.moments, found.device_memory, KINDS, width))
@@ -89,8 +89,8 @@ def plan(model: str, as_json: bool, as_plot: bool, **options: Any) -> None:
         click.echo(draw(found.moments, found.device_memory, KINDS, 80), err=True)
 
 
-def _text(plan: Plan) -> str:
-    """The plan as a table."""
+def _text(plan: Plan, device_layers: int | None = None, host_layers: int | None = None) -> str:
+    """The plan as a table; of layers where a number was asked for."""
     place = plan.placement
     lines = [
         ("model", f"{plan.model}, {format_size(plan.weight_bytes)}, {plan.dtype}"),
@@ -107,6 +107,10 @@ def _text(plan: Plan) -> str:
         ),
         ("layers", _layers(place)),
     ]
+    for name, asked in (("device", device_layers), ("host", host_layers)):
+        if asked is not None:
+            kept = place[f"{name}_layers"]
+            lines.append(("", f"{kept} layers kept on the {name}, at most {asked} asked for"))
     if "experts" in place:
         lines.append(
             (

@@ -17,12 +17,13 @@ from ollm_core.cli.output import (
     dtype_option,
     json_option,
     max_new_tokens_option,
+    memory_options,
     models_dir_option,
     print_json,
 )
 from ollm_core.cli.profile import profile_table
 from ollm_core.cli.streaming import ProgressBar, TextStream
-from ollm_core.errors import InputError
+from ollm_core.errors import DoesNotFitError, InputError
 from ollm_core.memory import format_size
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ _LOADING = [
     "dtype",
     "device_memory",
     "host_memory",
+    "device_layers",
+    "host_layers",
     "kv",
     "kv_dir",
     "keep_kv",
@@ -64,8 +67,7 @@ _SAMPLING = ("top_p", "top_k", "seed")
 @max_new_tokens_option
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda:0, ...")
 @dtype_option
-@click.option("--device-memory", metavar="SIZE", help="Never use more of the device's memory.")
-@click.option("--host-memory", metavar="SIZE", help="Never use more of the host's memory.")
+@memory_options
 @offered_name("--kv", "ollm_kv_stores", "Where keys and values of earlier tokens are kept.")
 @click.option(
     "--kv-dir", metavar="DIR", help="Where --kv disk has them; the next run finds them there."
@@ -147,6 +149,10 @@ def run(
             new_ids = output[0, prompt_ids.shape[1] :].tolist()
             stats = opened.stats
             answer = opened.tokenizer.decode(new_ids, skip_special_tokens=True)
+    except DoesNotFitError as error:
+        if error.memory:  # it names what is missing at that moment
+            error.hint += "; `ollm plan` with the same options tells all that a run needs"
+        raise
     finally:
         progress.close()
     if measured is not None:
@@ -154,7 +160,8 @@ def run(
     if as_json:
         print_json(_report(answer, new_ids, prompt_ids.shape[1], stats))
     else:
-        click.echo("\n" + _summary(stats), err=True)
+        asked = options["device_layers"], options["host_layers"]
+        click.echo("\n" + _summary(stats, *asked), err=True)
     if measured is not None:
         click.echo("\n" + profile_table(measured, seconds), err=True)
 
@@ -253,12 +260,13 @@ def _report(
         "weight_bytes_read": stats.weight_bytes_read,
         "kv_bytes_read": stats.kv_bytes_read,
         "weight_passes": stats.weight_passes,
+        "times_short": stats.times_short,
         **(experts if stats.experts_routed else {}),
     }
 
 
-def _summary(stats: Stats) -> str:
-    """What the run cost, a line each."""
+def _summary(stats: Stats, device_layers: int | None = None, host_layers: int | None = None) -> str:
+    """What the run cost, a line each; of layers where a number was asked for."""
     passes = max(stats.weight_passes, 1)
     read_rate = _rate(stats.weight_bytes_read, stats.read_seconds)
     prefill_rate = _rate(stats.prefill_tokens, stats.prefill_seconds)
@@ -285,6 +293,17 @@ def _summary(stats: Stats) -> str:
         lines["experts"] = (
             f"{stats.experts_routed} routed to, {stats.experts_hit} of them in memory, "
             f"{format_size(stats.expert_bytes_read)} read"
+        )
+    for name, kept, asked in (
+        ("device", stats.device_layers, device_layers),
+        ("host", stats.host_layers, host_layers),
+    ):
+        if asked is not None:
+            lines[f"{name} layers"] = f"{kept} kept, at most {asked} asked for"
+    if stats.times_short:
+        lines["memory short"] = (
+            f"{stats.times_short} times; up to {format_size(stats.most_given_up_bytes)} of weights "
+            "were not kept for it, and read again"
         )
     return "\n".join(f"{name:<14}{value}" for name, value in lines.items())
 

@@ -54,7 +54,10 @@ class ProgressBar:
         seconds = now - self._start[0]
         if seconds > 0:
             rate = (progress.weight_bytes_read - self._start[1]) / seconds
-            self._bar.set_postfix_str(f"{format_size(rate)}/s", False)
+            short = ""
+            if progress.given_up_bytes:
+                short = f", memory is short: {format_size(progress.given_up_bytes)} not kept"
+            self._bar.set_postfix_str(f"{format_size(rate)}/s{short}", False)
         self._bar.update(progress.steps_done - self._bar.n)
 
     def close(self) -> None:

@@ -251,6 +251,7 @@ class DiskStorage(BlockStorage):
         self._spares.clear()
         self._pending.clear()
         self._failed.clear()
+        self._stagings.close()
 
     def _no_space(self, error: OSError, num_bytes: int) -> OllmError:
         found = storage_error(error, self.home.directory, "reserving space")
@@ -258,9 +259,15 @@ class DiskStorage(BlockStorage):
             return found
         parent = self.home.directory.parent
         disk = os.statvfs(parent)
+        free = disk.f_bavail * disk.f_frsize
+        needs = f"KV needs {format_size(num_bytes)} more in {parent}"
+        if free > num_bytes:  # then it is not the disk that is full
+            return DoesNotFitError(
+                f"{needs}, which is not allowed: {error.strerror}",
+                hint="raise the quota or the limit of file sizes, or name another directory for KV",
+            )
         return DoesNotFitError(
-            f"KV needs {format_size(num_bytes)} more in {parent}, "
-            f"{format_size(disk.f_bavail * disk.f_frsize)} is free there",
+            f"{needs}, {format_size(free)} is free there",
             hint=f"make {num_bytes} bytes free, or name another directory for KV",
         )
 

@@ -72,6 +72,10 @@ class Lanes(Generic[T]):
             else:
                 self._kept.append(buffers)
 
+    def close(self) -> None:
+        """Free the set that is kept. What it was charged for is the owner's to give back."""
+        self._kept.clear()
+
     def _new(self) -> T:
         if self._charges:
             self._charges.take(self._kind, self._num_bytes)

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
 import torch
@@ -130,6 +130,20 @@ class ExpertStore(Closing):
             self._placement.num_device + self._placement.num_host,
             self._num_experts,
             *self._finished,
+        )
+
+    @property
+    def in_memory(self) -> ExpertPlacement:
+        """As much of `placement` as has been read."""
+        held = self._placement
+        device, host = len(self._on_device), len(self._on_host)
+        return replace(
+            held,
+            num_device=device,
+            num_host=host,
+            device_bytes=_taken(device, self._num_experts, *self._finished),
+            host_bytes=_taken(host, self._num_experts, *self._packed),
+            buffer_bytes=held.buffer_bytes if self._reader else 0,
         )
 
     def place(self, device_bytes: int, host_bytes: int) -> ExpertPlacement:

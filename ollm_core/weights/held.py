@@ -15,7 +15,8 @@ from itertools import accumulate
 
 import torch
 
-from ollm_core.interfaces import ByteSource
+from ollm_core.budgets import LayerLimits
+from ollm_core.interfaces import ByteSource, TierBytes
 from ollm_core.memory import MemoryAccount
 from ollm_core.weights.experts import ExpertPlacement, ExpertStore
 from ollm_core.weights.units import Units
@@ -88,6 +89,9 @@ class HeldWeights:
         """Held on the device whatever the placement: norm, rotary frequencies, parameters in
         conversion, the upload buffer.
         """
+        self.layer_limits = LayerLimits()
+        """May be changed between passes; `place` goes by it."""
+        self._num_layers = len(units.layers)
         self._device: set[int] = set()
         self._host: set[int] = set()
         self._num_slots = 0
@@ -102,6 +106,16 @@ class HeldWeights:
     def num_slots(self) -> int:
         """Buffers of the ring that are reserved."""
         return self._num_slots
+
+    @property
+    def num_device_layers(self) -> int:
+        """Layers that are kept on the device."""
+        return sum(i < self._num_layers for i in self._device)
+
+    @property
+    def num_host_layers(self) -> int:
+        """Layers that are kept in host memory."""
+        return sum(i < self._num_layers for i in self._host)
 
     @property
     def num_device_units(self) -> int:
@@ -131,7 +145,7 @@ class HeldWeights:
         experts = self.experts.least_bytes
         if self._on_cpu:
             device_bytes -= experts
-        dense = 0 if sum(self._kept_bytes) <= device_bytes else 2 * self.slot_bytes
+        dense = 0 if self._all_fit(device_bytes) else 2 * self.slot_bytes
         return dense + experts
 
     def reserve(self) -> None:
@@ -152,6 +166,16 @@ class HeldWeights:
         on_host = sum(self.buffer_bytes[i] for i in dense.host) + ring_bytes * (not on_cpu)
         experts = self.experts.place(device_bytes - on_device, host_bytes - on_host)
         return Placement(dense.device, dense.host, dense.num_slots, experts)
+
+    def bytes_of(self, placement: Placement) -> TierBytes:
+        """What a placement takes of each memory, beside `fixed_device_bytes`."""
+        experts = placement.experts
+        device = sum(self._kept_bytes[i] for i in placement.device) + experts.device_bytes
+        host = sum(self.buffer_bytes[i] for i in placement.host) + experts.host_bytes
+        ring = placement.num_slots * self.slot_bytes + experts.buffer_bytes
+        if self._on_cpu:
+            return TierBytes(device + ring, host)
+        return TierBytes(device, host + ring)
 
     def hold(self, wanted: Placement) -> None:
         """Give back what is not in `wanted`, then take what is. Raises DoesNotFitError with part of
@@ -190,7 +214,7 @@ class HeldWeights:
 
     def _place(self, device_bytes: int, host_bytes: int) -> Placement:
         everything = frozenset(range(len(self.units)))
-        if sum(self._kept_bytes) <= device_bytes:
+        if self._all_fit(device_bytes):
             return Placement(everything)
         ring_budget = device_bytes if self._on_cpu else host_bytes
         num_slots = _SLOTS if ring_budget >= 2 * _SLOTS * self.slot_bytes else 2
@@ -198,13 +222,24 @@ class HeldWeights:
         device = _first_that_fit(
             device_bytes - ring_bytes if self._on_cpu else device_bytes,
             self._kept_bytes,
-            self._priority,
+            self._allowed(self.layer_limits.device, self._priority),
         )
         if self._on_cpu:
             return Placement(device, num_slots=num_slots)
-        rest = [i for i in self._priority if i not in device]
+        rest = self._allowed(self.layer_limits.host, [i for i in self._priority if i not in device])
         host = _first_that_fit(host_bytes - ring_bytes, self.buffer_bytes, rest)
         return Placement(device, host, num_slots)
+
+    def _all_fit(self, device_bytes: int) -> bool:
+        """Whether all units may be kept on the device."""
+        most = self.layer_limits.device
+        fit = sum(self._kept_bytes) <= device_bytes
+        return fit and (most is None or most >= self._num_layers)
+
+    def _allowed(self, most: int | None, priority: Sequence[int]) -> list[int]:
+        """Of the units in `priority`, at most so many layers."""
+        layers = [i for i in priority if i < self._num_layers][:most]
+        return [i for i in priority if i >= self._num_layers or i in layers]
 
     def _bytes_when_kept(self, unit_idx: int) -> int:
         unit = self.units[unit_idx]

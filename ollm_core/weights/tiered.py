@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from ollm_core.buffers import aligned_buffer, as_memoryview
-from ollm_core.interfaces import ByteSource, WeightStreamer
+from ollm_core.interfaces import ByteSource, TierBytes, WeightStreamer
 from ollm_core.memory import MemoryAccount
 from ollm_core.weights.experts import ExpertCounters
-from ollm_core.weights.held import HeldWeights
+from ollm_core.weights.held import HeldWeights, Placement
 from ollm_core.weights.ring import Ring
 from ollm_core.weights.rows import EmbeddingRows
 from ollm_core.weights.units import Units, WeightUnit
@@ -83,6 +83,21 @@ class TieredWeights(WeightStreamer):
     def resident_bytes(self) -> int:
         """Bytes of parameters that are kept between passes, in the compute dtype."""
         return self.held.resident_bytes
+
+    @property
+    def in_memory(self) -> TierBytes:
+        """Bytes of each memory that are taken now, beside `fixed_device_bytes`. What is to be kept
+        is read when it is first acquired.
+        """
+        device = {i for i, unit in self._device_units.items() if unit is not None}
+        host = {i for i, unit in self._host_units.items() if unit is not None}
+        loaded = Placement(
+            frozenset(device),
+            frozenset(host),
+            self.held.num_slots if self._ring else 0,
+            self._experts.in_memory,
+        )
+        return self.held.bytes_of(loaded)
 
     @property
     def expert_counters(self) -> ExpertCounters:

@@ -65,3 +65,43 @@ def test_device_memory_is_kept(make_llama, ids):
         held = model.accounts.device.used
         peak = torch.cuda.max_memory_allocated() - max(workspace - held, 0)
     assert peak <= 80_000_000
+
+
+def test_the_allocator_keeps_the_budget(make_llama, ids):
+    """What no account knows of fails inside a pass when it goes past the budget; after the pass the
+    process is free again.
+    """
+    directory = make_llama(torch.bfloat16, hidden_size=1024, intermediate_size=4096)
+    with ollm.load(directory, device="cuda:0", device_memory="100MB") as model:
+        prompt = ids(20)[None].cuda()
+        model(input_ids=prompt)
+        model.on_progress(lambda _: torch.empty(400 << 20, dtype=torch.uint8, device="cuda:0"))
+        with pytest.raises(torch.OutOfMemoryError):
+            model(input_ids=prompt)
+        torch.empty(400 << 20, dtype=torch.uint8, device="cuda:0")
+        model.on_progress(None)
+        model(input_ids=prompt)
+
+
+@pytest.mark.parametrize("kv", ["device", "host", "disk"])
+@pytest.mark.parametrize("device_memory", ["40MB", "100MB"])
+def test_a_plan_holds_what_the_allocator_saw(make_llama, ids, tmp_path, kv, device_memory):
+    """The planned peak of the device is never below the measured one, the workspaces of matrix
+    libraries apart, and at most 10% above it.
+    """
+    directory = make_llama(
+        torch.bfloat16, hidden_size=1024, intermediate_size=4096, num_hidden_layers=8
+    )
+    options = {
+        "device": "cuda:0", "device_memory": device_memory, "host_memory": "1GB", "kv": kv
+    }  # fmt: skip
+    planned = ollm.plan(directory, context=608, max_new_tokens=8, **options).device_peak_bytes
+    square = torch.ones(64, 64, dtype=torch.bfloat16, device="cuda:0")
+    square @ square  # makes the workspace
+    del square
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    with ollm.load(directory, kv_dir=tmp_path, keep_kv=False, **options) as model:
+        model.generate(ids(600)[None].cuda(), max_new_tokens=8, **GREEDY)
+        measured = torch.cuda.max_memory_allocated() - before
+    assert measured <= planned <= 1.1 * measured

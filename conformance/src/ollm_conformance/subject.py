@@ -18,9 +18,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrai
 import ollm
 from ollm_conformance.forms import as_published, reference_options
 from ollm_core import Config, DoesNotFitError, ModelAdapter
-from ollm_core.checkpoint import read_config
+from ollm_core.checkpoint import open_checkpoint, read_config
 from ollm_core.generation import StreamedModel
+from ollm_core.parts import ModelParts, take_apart
 from ollm_core.registry import Registry, supports
+from ollm_core.rehearsal import Rehearsal
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 CHUNK = 96
@@ -112,6 +114,7 @@ class Subject:
         load: Callable[..., StreamedModel] = ollm.load,
         checkpoint: Path | None = None,
         tiny_config: Config | None = None,
+        rehearse: Callable[[ModelParts], Rehearsal] = Rehearsal,
     ) -> None:
         """`directory` is an empty one for files; `checkpoint` that of a real model, if there is
         one; `tiny_config` stands for the adapter's own.
@@ -121,6 +124,8 @@ class Subject:
         self.directory = directory
         self.real_checkpoint = checkpoint
         self._load = load
+        self._rehearse = rehearse
+        self._rehearsals: dict[Path, Rehearsal] = {}
         self._references: dict[tuple[Path, str], Reference] = {}
         self._num_kv_directories = 0
 
@@ -185,6 +190,22 @@ class Subject:
         if options.get("kv") == "disk":
             options.setdefault("kv_dir", self.new_directory())
         return self._load(directory or self.tiny(), **options)
+
+    def rehearsal(self, directory: Path) -> Rehearsal:
+        """What plans runs of the model in `directory` on a CPU."""
+        if directory not in self._rehearsals:
+            parts = take_apart(
+                self.adapter,
+                read_config(directory),
+                open_checkpoint(directory),
+                self.registry.offers("ollm_weight_codecs"),
+                dtype="auto",
+                device=torch.device("cpu"),
+                where=directory,
+                bare=True,
+            )
+            self._rehearsals[directory] = self._rehearse(parts)
+        return self._rehearsals[directory]
 
     def new_directory(self) -> Path:
         """A path that nothing has used."""

@@ -10,6 +10,7 @@ from ollm_conformance.adapter.experts import Experts
 from ollm_conformance.adapter.hardware import Gpu, Speed
 from ollm_conformance.adapter.language import Language
 from ollm_conformance.adapter.memory import Memory
+from ollm_conformance.adapter.planned import Planned
 from ollm_conformance.adapter.robust import Failure, Isolation
 from ollm_conformance.adapter.weights import Weights
 from ollm_conformance.checks import MARK, Check
@@ -24,6 +25,7 @@ class AdapterConformance(
     Drafts,
     Experts,
     Memory,
+    Planned,
     Isolation,
     Failure,
     Language,

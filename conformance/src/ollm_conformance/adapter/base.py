@@ -14,7 +14,9 @@ from ollm_conformance.checks import UNSUPPORTED, check_of
 from ollm_conformance.subject import Subject
 from ollm_core import Config, ModelAdapter
 from ollm_core.generation import StreamedModel
+from ollm_core.parts import ModelParts
 from ollm_core.registry import Registry, supports
+from ollm_core.rehearsal import Rehearsal
 
 
 class AdapterSuite:
@@ -30,6 +32,8 @@ class AdapterSuite:
     """A directory with a real model of the family, for the checks of its tokenizer."""
     load: ClassVar[Callable[..., StreamedModel]] = staticmethod(ollm.load)
     """How a model is opened; for testing the suite itself."""
+    rehearse: ClassVar[Callable[[ModelParts], Rehearsal]] = Rehearsal
+    """How a model is planned; for testing the suite itself."""
 
     @classmethod
     def subject_name(cls, config: pytest.Config) -> str:
@@ -50,7 +54,7 @@ class AdapterSuite:
             adapter = cls.adapter() if isinstance(cls.adapter, type) else cls.adapter
         directory = tmp_path_factory.mktemp(adapter.name)
         checkpoint = cls.checkpoint or request.config.getoption("ollm_checkpoint")
-        return Subject(adapter, directory, cls.load, checkpoint, cls.tiny_config)
+        return Subject(adapter, directory, cls.load, checkpoint, cls.tiny_config, cls.rehearse)
 
     @pytest.fixture(autouse=True)
     def _one_thread(self) -> Iterator[None]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from ollm_conformance.adapter.base import AdapterSuite
+from ollm_conformance.allocated import live_bytes
 from ollm_conformance.checks import check
 from ollm_conformance.subject import Subject, generate
 from ollm_core import DoesNotFitError
@@ -59,8 +60,7 @@ class Memory(AdapterSuite):
         look=_LOOK,
         needs=["kv-device"],
     )
-    @pytest.mark.parametrize("attention", ["exact", "blockwise"])
-    @pytest.mark.parametrize("resident", [True, False])
+    @pytest.mark.parametrize(("resident", "attention"), [(True, "exact"), (False, "blockwise")])
     def test_planned(self, subject: Subject, resident: bool, attention: str) -> None:
         prompt, directory = subject.prompt(400), subject.tiny("bfloat16")
 
@@ -72,11 +72,11 @@ class Memory(AdapterSuite):
         if not resident:
             budget = subject.least_memory(work, directory, **options)
         gc.collect()
-        before = _live_bytes()
+        before = live_bytes()
         with subject.open(directory, device_memory=budget, **options) as model:
             work(model)
             gc.collect()
-            held = _live_bytes() - before
+            held = live_bytes() - before
             with AllocationTracker("cpu") as tracker:
                 work(model)
             planned = model.stats.device_peak_bytes
@@ -143,7 +143,7 @@ class Memory(AdapterSuite):
         directory, kv_dir = subject.tiny("bfloat16"), subject.new_directory()
         prompt = subject.prompt(300)
         gc.collect()
-        before = _live_bytes(), _open_files(), _threads()
+        before = live_bytes(), _open_files(), _threads()
         model = subject.open(directory, kv=kv, kv_dir=kv_dir)
         for _ in range(2):
             generate(model, prompt[None], 3)
@@ -152,21 +152,11 @@ class Memory(AdapterSuite):
         for account in (model.accounts.device, model.accounts.host):
             assert not account.used, f"{account.name}: expected nothing held, got {account.kinds}"
         gc.collect()
-        after = _live_bytes(), _open_files(), _threads()
+        after = live_bytes(), _open_files(), _threads()
         for what, one, other in zip(("bytes", "open files", "threads"), before, after, strict=True):
             assert other <= one, f"expected no more {what} than before ({one}), got {other}"
         left = [path.name for path in kv_dir.iterdir()] if kv_dir.is_dir() else []
         assert not left, f"expected an empty KV directory, got {left}"
-
-
-def _live_bytes() -> int:
-    """Bytes of all CPU tensors that Python knows of, each storage once."""
-    sizes = {}
-    for thing in gc.get_objects():
-        if issubclass(type(thing), torch.Tensor) and thing.device.type == "cpu":
-            storage = thing.untyped_storage()
-            sizes[storage.data_ptr()] = storage.nbytes()
-    return sum(sizes.values())
 
 
 def _open_files() -> int:

@@ -1,0 +1,80 @@
+"""Promise 3, of memory: what `ollm plan` tells is what a run really takes."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+
+import pytest
+
+from ollm_conformance.adapter.base import AdapterSuite
+from ollm_conformance.allocated import StoreTracker, live_bytes
+from ollm_conformance.checks import check
+from ollm_conformance.subject import CHUNK, Subject
+from ollm_core.budgets import Budgets
+from ollm_core.registry import supports
+from ollm_core.rehearsal import Scenario
+
+_PROMPT = 160
+
+
+class Planned(AdapterSuite):
+    """A plan against the run that follows it."""
+
+    @check(
+        "memory.plan",
+        "In the least memory and in more, with KV anywhere, the peaks that a plan tells of device "
+        "and host are never below what the run really allocates, and within 10% of it.",
+        look="weights(), caches(): sizes that differ from what is made; what a store holds",
+    )
+    @pytest.mark.parametrize(
+        ("kv", "roomy"),
+        [("device", False), ("device", True), ("host", False), ("disk", True)],
+    )
+    def test_plan(self, subject: Subject, kv: str, roomy: bool) -> None:
+        chunk_size = CHUNK if supports(subject.adapter, "chunked-prefill") else None
+        scenario = Scenario(_PROMPT + 2, 2, 1, kv, "exact", chunk_size)
+        directory = subject.tiny("bfloat16")
+        rehearsal = subject.rehearsal(directory)
+        budgets = rehearsal.least(scenario, Budgets(1, 1))
+        if roomy:
+            more = rehearsal.parts.checkpoint.total_bytes // 2
+            budgets = Budgets(budgets.device + more, 2 * budgets.host)
+        plan = rehearsal.run(budgets, scenario)
+        for memory, measured, planned in zip(
+            ("device", "host"),
+            _measured(subject, directory, kv, budgets),
+            (plan.device_peak.device_bytes, plan.host_peak.host_bytes),
+            strict=True,
+        ):
+            assert measured <= planned <= 1.1 * measured, (
+                f"{memory} memory with KV on {kv} in {budgets}: expected a plan from "
+                f"{measured} to {1.1 * measured:.0f} bytes, got {planned}"
+            )
+
+
+def _measured(subject: Subject, directory: Path, kv: str, budgets: Budgets) -> tuple[int, int]:
+    """Bytes that a prompt and a step really have at their peak, of the device's memory and of the
+    host's.
+    """
+    prompt = subject.prompt(_PROMPT)[None]
+    on_device = kv == "device"
+    peaks, stored = [], 0
+    gc.collect()
+    before = live_bytes()
+    with subject.open(
+        directory, kv=kv, device_memory=budgets.device, host_memory=budgets.host
+    ) as model:
+        cache = model.new_cache(num_tokens=_PROMPT + 2)
+        for ids in (prompt, prompt[:, :1]):
+            with StoreTracker(apart=not on_device) as tracker:
+                model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
+            # What is alive now and was not made by an operation was there at the peak too.
+            peaks.append(live_bytes() - before - tracker.used + tracker.peak)
+            stored = max(stored, tracker.kv_peak)
+        full = live_bytes()
+        cache.store.close()
+        at_end = full - live_bytes()
+    if on_device:
+        return max(peaks), 0
+    return max(peaks) - at_end, max(stored, at_end)
