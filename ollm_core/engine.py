@@ -35,6 +35,9 @@ class Counters:
     prefill_seconds: float = 0.0
     decode_tokens: int = 0
     decode_seconds: float = 0.0
+    undrafted_passes: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
     kv_bytes_read: int = 0
     kv_disk_bytes: int = 0
     last_plan: PassPlan | None = None
@@ -193,6 +196,9 @@ class Engine:
         else:
             counters.decode_tokens += len(work)
             counters.decode_seconds += seconds
+            num_drafted = sum(item.num_drafted for item in work)
+            counters.drafted_tokens += num_drafted
+            counters.undrafted_passes += num_drafted == 0
         counters.kv_bytes_read += store.bytes_read - read_before
         counters.last_plan = plan
 

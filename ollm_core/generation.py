@@ -28,7 +28,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from ollm_core.admission import Accounts
 from ollm_core.cache import SequenceCache
 from ollm_core.chunks import NewTokens
-from ollm_core.drafts import DraftCandidates
+from ollm_core.draft_gate import DraftGate, DraftLength, FixedLength
+from ollm_core.drafts import NUM_DRAFT_TOKENS, DraftCandidates
 from ollm_core.engine import Engine
 from ollm_core.errors import DamagedKVError, InputError, UnsupportedError
 from ollm_core.interfaces import Closing, Drafter, KVStore
@@ -65,9 +66,12 @@ class StreamedModel(PreTrainedModel, GenerationMixin, Closing):
         generation_config: GenerationConfig | None = None,
         tokenizer: Any = None,
         drafter: Drafter | None = None,
+        num_draft_tokens: int | None = None,
         demand: Callable[[str], None],
     ) -> None:
-        """`demand` raises UnsupportedError for a capability that the adapter does not have."""
+        """`num_draft_tokens` is how many to draft at a time; None: as many as pay. `demand` raises
+        UnsupportedError for a capability that the adapter does not have.
+        """
         config = copy.deepcopy(skeleton.config)
         config._attn_implementation = "eager"
         super().__init__(config)
@@ -83,6 +87,7 @@ class StreamedModel(PreTrainedModel, GenerationMixin, Closing):
         self._kinds = kinds
         self._demand = demand
         self._drafter = drafter
+        self._num_draft_tokens = num_draft_tokens
         self._weight_bytes = weight_bytes
         self._kv_tier = ""
         self._closed = False
@@ -260,6 +265,9 @@ class StreamedModel(PreTrainedModel, GenerationMixin, Closing):
             experts_hit=experts.hit,
             experts_read=experts.read,
             expert_bytes_read=experts.bytes_read,
+            drafted_tokens=counters.drafted_tokens,
+            accepted_tokens=counters.accepted_tokens,
+            undrafted_passes=counters.undrafted_passes,
         )
 
     def on_progress(self, report: Callable[[Progress], None] | None) -> None:
@@ -336,8 +344,14 @@ class StreamedModel(PreTrainedModel, GenerationMixin, Closing):
         arguments = input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus
         if self._drafter is None or input_ids.shape[0] > 1 or not options.get("use_cache"):
             return mixin._sample(*arguments, streamer, **options)
+        # What the gate decides depends on the clock, and what is sampled on where drafts end.
+        gate: DraftLength = DraftGate(NUM_DRAFT_TOKENS)
+        if self._num_draft_tokens is not None or generation_config.do_sample:
+            gate = FixedLength(self._num_draft_tokens or NUM_DRAFT_TOKENS)
         candidates = DraftCandidates(
             self._drafter,
+            gate,
+            self.engine.counters,
             stopping_criteria,
             self._count_accepted,
             max_positions=self.config.max_position_embeddings,
@@ -384,3 +398,4 @@ class StreamedModel(PreTrainedModel, GenerationMixin, Closing):
     def _count_accepted(self, num_tokens: int) -> None:
         """A pass has given `num_tokens` more than the one that it was counted for."""
         self.engine.counters.decode_tokens += num_tokens
+        self.engine.counters.accepted_tokens += num_tokens

@@ -270,3 +270,9 @@ class Stats:
     """Of those, read from storage."""
     expert_bytes_read: int = 0
     """For those. What fills free room counts here, and not in `weight_bytes_read`."""
+    drafted_tokens: int = 0
+    """Tokens that were drafted and checked."""
+    accepted_tokens: int = 0
+    """Of those that the model's draft source guessed, how many were right."""
+    undrafted_passes: int = 0
+    """Weight passes of decoding that checked no draft."""

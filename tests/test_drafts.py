@@ -16,12 +16,15 @@ GREEDY = {"do_sample": False, "eos_token_id": None}
 
 @pytest.fixture
 def drafted(tiny, monkeypatch):
-    """Opens a tiny model with a drafter; without one, the plain model."""
+    """Opens a tiny model with a drafter, for drafts of a fixed length; without one, the plain
+    model.
+    """
     opened = []
 
     def open_model(drafter=None, **options):
         model = ollm.load(tiny, device="cpu", chunk_size=64, **options)
         model._drafter = drafter or model._drafter
+        model._num_draft_tokens = NUM_DRAFT_TOKENS
         opened.append(model)
         return model
 
@@ -116,6 +119,7 @@ def test_a_draft_stays_inside_the_positions(make_llama, ids):
     with ollm.load(directory, device="cpu") as model:
         text = model.generate(ids(50)[None], max_new_tokens=14, **GREEDY)[0]
         model._drafter = Oracle(torch.cat([text, ids(30)]))
+        model._num_draft_tokens = NUM_DRAFT_TOKENS
         assert model.generate(ids(50)[None], max_new_tokens=14, **GREEDY)[0].equal(text)
 
 

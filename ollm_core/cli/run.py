@@ -41,6 +41,7 @@ _LOADING = [
     "attention",
     "reader",
     "draft",
+    "num_draft_tokens",
 ]
 _GREEDY = dict.fromkeys(
     ["temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"]
@@ -81,6 +82,9 @@ _SAMPLING = ("top_p", "top_k", "seed")
 @click.option("--seed", type=int, help="Make sampling repeatable.")
 @offered_name("--reader", "ollm_reading_engines", "What reads the weights.")
 @offered_name("--draft", "ollm_draft_sources", "Where guesses of several tokens at once come from.")
+@click.option(
+    "--num-draft-tokens", type=click.IntRange(1), help="Guess that many.  [default: what pays]"
+)
 @models_dir_option
 @json_option
 @debug_option
@@ -109,7 +113,10 @@ def run(
     if sampling and not temperature:
         given = ", ".join("--" + name.replace("_", "-") for name in sampling)
         raise click.UsageError(f"{given} needs a --temperature above 0")
+    if options["num_draft_tokens"] and options["draft"] == "none":
+        raise click.UsageError("--num-draft-tokens needs --draft")
     text = _user_text(prompt, file)
+    drafting = options["draft"] != "none"
     progress = ProgressBar(Path(model).name)
     try:
         from ollm_core.loading import load
@@ -136,9 +143,9 @@ def run(
     finally:
         progress.close()
     if as_json:
-        print_json(_report(answer, new_ids, prompt_ids.shape[1], stats))
+        print_json(_report(answer, new_ids, prompt_ids.shape[1], stats, drafting))
     else:
-        click.echo("\n" + _summary(stats), err=True)
+        click.echo("\n" + _summary(stats, drafting), err=True)
 
 
 def _user_text(prompt: str | None, file: str | None) -> str:
@@ -213,9 +220,16 @@ def _generation(
 
 
 def _report(
-    text: str, token_ids: list[int], num_prompt_tokens: int, stats: Stats
+    text: str, token_ids: list[int], num_prompt_tokens: int, stats: Stats, drafting: bool
 ) -> dict[str, object]:
-    """The fields of `--json`. Sizes are bytes; a dense model has no experts to tell of."""
+    """The fields of `--json`. Sizes are bytes; a dense model has no experts to tell of, and a run
+    without a draft source no drafts.
+    """
+    drafts = {
+        "drafted_tokens": stats.drafted_tokens,
+        "accepted_tokens": stats.accepted_tokens,
+        "undrafted_passes": stats.undrafted_passes,
+    }
     experts = {
         "experts_routed": stats.experts_routed,
         "experts_hit": stats.experts_hit,
@@ -236,10 +250,11 @@ def _report(
         "kv_bytes_read": stats.kv_bytes_read,
         "weight_passes": stats.weight_passes,
         **(experts if stats.experts_routed else {}),
+        **(drafts if drafting else {}),
     }
 
 
-def _summary(stats: Stats) -> str:
+def _summary(stats: Stats, drafting: bool) -> str:
     """What the run cost, a line each."""
     passes = max(stats.weight_passes, 1)
     read_rate = _rate(stats.weight_bytes_read, stats.read_seconds)
@@ -267,6 +282,11 @@ def _summary(stats: Stats) -> str:
         lines["experts"] = (
             f"{stats.experts_routed} routed to, {stats.experts_hit} of them in memory, "
             f"{format_size(stats.expert_bytes_read)} read"
+        )
+    if drafting:
+        lines["drafts"] = (
+            f"{stats.accepted_tokens} of {stats.drafted_tokens} tokens right, "
+            f"{stats.undrafted_passes} passes without"
         )
     return "\n".join(f"{name:<14}{value}" for name, value in lines.items())
 
