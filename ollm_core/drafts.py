@@ -62,18 +62,20 @@ class DraftCandidates(CandidateGenerator):
         clock: PassClock,
         stopping_criteria: StoppingCriteriaList,
         on_accepted: Callable[[int], None],
+        fits: Callable[[int], bool],
         *,
         max_positions: int,
         vocab_size: int,
     ) -> None:
         """`clock` goes on with each pass. `on_accepted` is told after each how many drafted tokens
-        were right.
+        were right. `fits` says whether there is memory for a pass that checks so many.
         """
         self._drafter = drafter
         self._gate = gate
         self._clock = clock
         self._stopping_criteria = stopping_criteria
         self._on_accepted = on_accepted
+        self._fits = fits
         self._max_positions = max_positions
         self._vocab_size = vocab_size
         self._before_prompt = clock.prefill_seconds
@@ -107,6 +109,8 @@ class DraftCandidates(CandidateGenerator):
     def _drafted(self, input_ids: Tensor) -> Tensor:
         """`input_ids` [1, S] with as much of a draft as is worth to be checked."""
         num_asked = self._gate.ask(self._max_positions - input_ids.shape[1])
+        while num_asked > 0 and not self._fits(num_asked):
+            num_asked //= 2
         if num_asked < 1:
             return input_ids
         start = time.perf_counter()

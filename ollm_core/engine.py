@@ -74,9 +74,7 @@ class Engine:
         with self._lock, torch.inference_mode(False), torch.no_grad():
             start = time.perf_counter()
             read_before = store.bytes_read
-            if isinstance(store, KeepsStates):
-                for item in work:
-                    store.expect(item.sequence, item.num_drafted)
+            self._expect(store, work)
             with self._admission.admit(store, work) as plan:
                 on_disk = store.tier_bytes().disk  # all that the pass may take is reserved
                 self.counters.kv_disk_bytes = max(self.counters.kv_disk_bytes, on_disk)
@@ -90,6 +88,17 @@ class Engine:
                     store.commit(item.sequence)
             self._count(store, work, plan, time.perf_counter() - start, read_before)
             return logits
+
+    def fits(self, store: KVStore, work: Sequence[NewTokens]) -> bool:
+        """Whether there is memory for a pass over `work`; of its tokens only the number counts."""
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            self._expect(store, work)
+            return self._admission.fits(store, work)
+
+    def _expect(self, store: KVStore, work: Sequence[NewTokens]) -> None:
+        if isinstance(store, KeepsStates):
+            for item in work:
+                store.expect(item.sequence, item.num_drafted)
 
     def _run(self, store: KVStore, work: Sequence[NewTokens], plan: PassPlan) -> list[Tensor]:
         report = self._reporter(work, plan)

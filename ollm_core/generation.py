@@ -5,6 +5,7 @@ weight pass.
 from __future__ import annotations
 
 import copy
+import functools
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -354,6 +355,7 @@ class StreamedModel(PreTrainedModel, GenerationMixin, Closing):
             self.engine.counters,
             stopping_criteria,
             self._count_accepted,
+            functools.partial(self._draft_fits, options["past_key_values"]),
             max_positions=self.config.max_position_embeddings,
             vocab_size=self.config.vocab_size,
         )
@@ -394,6 +396,13 @@ class StreamedModel(PreTrainedModel, GenerationMixin, Closing):
         mixin: Any = super()
         generator: CandidateGenerator = mixin._get_candidate_generator(*arguments, **options)
         return generator
+
+    def _draft_fits(self, cache: SequenceCache, num_drafted: int) -> bool:
+        """Whether there is memory for a pass that checks `num_drafted` tokens."""
+        start, num_new = cache.num_tokens(0), num_drafted + 1
+        ids = torch.zeros(num_new, dtype=torch.long)
+        work = [NewTokens(cache.rows[0], ids, start, num_new, num_drafted)]
+        return self.engine.fits(cache.store, work)
 
     def _count_accepted(self, num_tokens: int) -> None:
         """A pass has given `num_tokens` more than the one that it was counted for."""
