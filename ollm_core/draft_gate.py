@@ -97,19 +97,17 @@ class DraftGate(DraftLength):
         """See DraftLength."""
         self._trying = False
         # The first pass after a prompt may still load what stays in memory: two are needed.
-        if not self._passes.is_settled(0) or self._passes.age(0) * 2 > _STALE:
+        if limit < 1 or not self._passes.is_settled(0) or self._passes.age(0) * 2 > _STALE:
             return 0
+        known = self._passes.longest_settled
         limit = min(limit, self._longest, max(2 * self._passes.longest, 1))
         length = self._best(limit, self._asking)
-        self._trying = not self._passes.is_settled(length) or length == 0
-        if self._trying and self._rest > 0:  # the best of what is known, then
-            known = [n for n in range(limit + 1) if n <= self._passes.longest_settled]
-            length = self._best(max(known), self._asking)
-            self._trying = False
-            if length == 0:
-                return 0
-        length = max(length, min(limit, 1))
-        return length if length and self._bears(length) else 0
+        if length > known or length == 0:
+            self._trying = self._rest <= 0
+            length = max(length, 1) if self._trying else self._best(min(limit, known), self._asking)
+        while length and not self._bears(length):
+            length //= 2
+        return length
 
     def answered(self, num_asked: int, num_given: int, seconds: float) -> int:
         """See DraftLength."""
@@ -124,7 +122,9 @@ class DraftGate(DraftLength):
         self._passes.add(num_checked, seconds)
         self._passes.tick()
         single = self._passes.likely(0)
-        took, self._asked_seconds = seconds + self._asked_seconds, 0.0
+        # More than so many single passes is not for the draft: something else was busy.
+        took = min(seconds, (num_checked + 1) * single) if num_checked else seconds
+        took, self._asked_seconds = took + self._asked_seconds, 0.0
         worth = (num_right + 1) * single if num_checked else seconds
         if self._spare is None:
             self._spare = min(_SHARE * self._prompt_seconds, single)
@@ -195,6 +195,7 @@ class _Costs:
 
     @property
     def longest_settled(self) -> int:
+        """The longest of those that `is_settled`."""
         return max(filter(self.is_settled, self._found), default=0)
 
     def is_settled(self, length: int) -> bool:
@@ -210,22 +211,22 @@ class _Costs:
             return 0.0
         below = max((n for n in settled if n <= length), default=settled[0])
         above = min((n for n in settled if n >= length), default=below)
-        low, high = _middle(self._found[below]), _middle(self._found[above])
+        low, high = _typical(self._found[below]), _typical(self._found[above])
         share = (length - below) / (above - below) if above > below else 0.0
         return low + share * (high - low)
 
     def at_most(self, length: int, each: float | None = None) -> float:
-        """The most that `length` may take, if each token takes at most `each` (default: what the
-        shortest length took) beside a shorter length.
+        """The most that `length` may take, if no length takes more than a longer one, and each
+        token at most `each` (default: what the shortest length took) beside a shorter one.
         """
         if not self._found:
             return 0.0
-        shortest = min(self._found)
-        each = _middle(self._found[shortest]) if each is None else each
-        below = max((n for n in self._found if n <= length), default=shortest)
-        return _middle(self._found[below]) + max(length - below, 0) * each
+        each = _typical(self._found[min(self._found)]) if each is None else each
+        return min(
+            _typical(seconds) + max(length - n, 0) * each for n, seconds in self._found.items()
+        )
 
 
-def _middle(values: Sequence[float]) -> float:
-    """The lower median."""
-    return sorted(values)[(len(values) - 1) // 2]
+def _typical(values: Sequence[float]) -> float:
+    """Of five the second least: what else the machine does makes passes longer, never shorter."""
+    return sorted(values)[(len(values) - 1) // 3]
