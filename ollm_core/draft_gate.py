@@ -10,9 +10,10 @@ own (a pass over two tokens reads and computes no more than two passes), or less
 or a shorter one has been measured. So `_spare` never falls below zero, and a text takes at most
 1.05 times what it would have taken without drafts. Two things come on top. The prompt gives a start
 of a twentieth of its own time, at most one pass: still a twentieth of the whole. And the time of
-the very first question to a draft source cannot be known before it is asked; it is paid back before
-there is another. All this holds as far as costs hold still; they are measured again and again, and
-the newest count.
+the very first question to a draft source cannot be known before it is asked, nor what a draft does
+to the pass after it, where weights come back that had made room; they are paid back before there is
+another draft. All this holds as far as costs hold still; they are measured again and again, and the
+newest count.
 
 **How it chooses.** A draft of n gives 1 + a_1 + a_1 a_2 + ... tokens, where a_i is how often
 position i was right when all before it were. The length that gives most tokens for its seconds, 0
@@ -82,11 +83,11 @@ class DraftGate(DraftLength):
         self._seen = [0.0] * longest  # of position i, when all before it were right
         self._right = [0.0] * longest
         self._answers = 1.0  # the share of questions that were answered with tokens
-        self._num_passes = 0
         self._prompt_seconds = 0.0
         self._spare: float | None = None  # None until c is known
         self._rest = 0.0  # seconds without a try to come
         self._trying = False
+        self._after_draft = False
         self._asked_seconds = 0.0  # since the last pass
 
     def started(self, seconds: float) -> None:
@@ -97,7 +98,7 @@ class DraftGate(DraftLength):
         """See DraftLength."""
         self._trying = False
         # The first pass after a prompt may still load what stays in memory: two are needed.
-        if limit < 1 or not self._passes.is_settled(0) or self._passes.age(0) * 2 > _STALE:
+        if limit < 1 or not self._passes.is_settled(0) or self._passes.age(0) > _STALE:
             return 0
         known = self._passes.longest_settled
         limit = min(limit, self._longest, max(2 * self._passes.longest, 1))
@@ -118,20 +119,22 @@ class DraftGate(DraftLength):
 
     def checked(self, num_checked: int, num_right: int, seconds: float) -> None:
         """See DraftLength."""
-        self._num_passes += 1
-        self._passes.add(num_checked, seconds)
+        alone = not (num_checked or self._after_draft)
+        if num_checked or alone:
+            self._passes.add(num_checked, seconds)
         self._passes.tick()
         single = self._passes.likely(0)
         # More than so many single passes is not for the draft: something else was busy.
-        took = min(seconds, (num_checked + 1) * single) if num_checked else seconds
+        took = seconds if alone else min(seconds, (max(num_checked, 1) + 1) * single)
         took, self._asked_seconds = took + self._asked_seconds, 0.0
-        worth = (num_right + 1) * single if num_checked else seconds
+        worth = seconds if alone else (num_right + 1) * single
         if self._spare is None:
             self._spare = min(_SHARE * self._prompt_seconds, single)
         self._spare += (1 + _SHARE) * worth - took
         self._rest -= took
         if self._trying and took > worth:
             self._rest = (took - worth) / _SHARE
+        self._after_draft = num_checked > 0
         for i in range(min(num_right + 1, num_checked)):
             self._seen[i] = _KEEP * self._seen[i] + 1
             self._right[i] = _KEEP * self._right[i] + (i < num_right)

@@ -22,7 +22,7 @@ class Text:
         """`costs[k]` is the seconds of a pass with k drafted tokens, `asking(n)` what the draft
         source takes when it is asked for n, `busy()` how often longer the machine takes.
         """
-        self.busy = busy
+        self.busy, self.after = busy, 0.0
         self.gate, self.costs, self.asking = gate, costs, asking
         self.prompt, self.seconds, self.tokens = prompt, 0.0, 0
         self.first_question, self.lengths = 0.0, []
@@ -41,6 +41,8 @@ class Text:
             self.seconds += took
         right = min(checked, num_right)
         took = self.costs[checked] * self.busy()
+        if self.lengths and self.lengths[-1] and not checked:
+            took += self.after  # what comes back after a draft
         self.gate.checked(checked, right, took)
         self.seconds += took
         self.tokens += right + 1
@@ -77,18 +79,20 @@ def cost_curves(draw):
     question=st.floats(0, 5),
     each=st.floats(0, 2),
     prompt=st.floats(0, 300),
+    after=st.floats(0, 1),
     drafts=st.lists(st.tuples(st.integers(0, LONGEST), st.integers(0, LONGEST)), max_size=200),
 )
-def test_never_more_than_a_twentieth(costs, question, each, prompt, drafts):
+def test_never_more_than_a_twentieth(costs, question, each, prompt, after, drafts):
     """Whatever passes and drafts cost and however drafts turn out, at every moment the text took at
     most 5% longer than without drafts: 5% of the prompt, at most one pass, included; what the very
-    first question took comes on top.
+    first question took, and what a draft did to the pass after it, once, come on top.
     """
     text = Text(DraftGate(LONGEST), costs, lambda n: question + n * each, prompt)
+    text.after = after * costs[0]
     for num_given, num_right in drafts:
         text.one_pass(num_given, min(num_given, num_right))
         plain = text.tokens * costs[0]
-        allowed = 1.05 * plain + min(0.05 * prompt, costs[0]) + text.first_question
+        allowed = 1.05 * plain + min(0.05 * prompt, costs[0]) + text.first_question + text.after
         assert text.seconds <= allowed * (1 + 1e-9)
 
 
