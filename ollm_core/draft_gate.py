@@ -124,8 +124,9 @@ class DraftGate(DraftLength):
             self._passes.add(num_checked, seconds)
         self._passes.tick()
         single = self._passes.likely(0)
-        # More than so many single passes is not for the draft: something else was busy.
-        took = seconds if alone else min(seconds, (max(num_checked, 1) + 1) * single)
+        took = seconds
+        if not alone:  # much more than ever: not for the draft, something else was busy
+            took = min(seconds, max(2 * single, self._passes.at_most(num_checked, single)))
         took, self._asked_seconds = took + self._asked_seconds, 0.0
         worth = seconds if alone else (num_right + 1) * single
         if self._spare is None:
@@ -224,6 +225,8 @@ class _Costs:
         """
         if not self._found:
             return 0.0
+        if self.is_settled(length):
+            return _typical(self._found[length])
         each = _typical(self._found[min(self._found)]) if each is None else each
         return min(
             _typical(seconds) + max(length - n, 0) * each for n, seconds in self._found.items()
