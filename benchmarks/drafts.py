@@ -110,11 +110,17 @@ def pass_costs(model: Any, prompt: Tensor, text: list[int], rounds: int) -> list
     ]
 
 
-def answer(model: Any, prompt: Tensor, num_new: int) -> tuple[list[int], dict[str, Any]]:
+def answer(
+    model: Any, prompt: Tensor, args: argparse.Namespace
+) -> tuple[list[int], dict[str, Any]]:
     """The new tokens, and what they took."""
     before = model.stats
     output = model.generate(
-        prompt, max_new_tokens=num_new, do_sample=False, attention_mask=torch.ones_like(prompt)
+        prompt,
+        max_new_tokens=args.new,
+        do_sample=False,
+        attention_mask=torch.ones_like(prompt),
+        **({"eos_token_id": None} if args.ignore_end else {}),
     )
     after = model.stats
     seconds = after.decode_seconds - before.decode_seconds
@@ -140,7 +146,7 @@ def rates(
                     drafter = Knowing([*prompt[0].tolist(), *text], chance)
                 model._drafter = None if mode == "none" else drafter
                 model._num_draft_tokens = 10 if mode == "ten" else None
-                tokens, run = answer(model, prompt, args.new)
+                tokens, run = answer(model, prompt, args)
                 same, found_same = same and tokens == text, tokens == text
                 found.append({**run, "same_text": found_same})
                 say(f"  {mode:5} {run}")
@@ -161,6 +167,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--reader", default="direct", choices=["auto", "direct", "mmap"])
     parser.add_argument("--new", type=int, default=64, help="new tokens")
+    parser.add_argument("--ignore-end", action="store_true", help="go on after the end of a text")
     parser.add_argument("--rounds", type=int, default=2, help="of answers in turns; 0: none")
     parser.add_argument("--turns", type=int, default=5, help="of passes over each number of tokens")
     parser.add_argument("--prompt", type=int, default=16, help="of random tokens")
@@ -184,7 +191,7 @@ def main() -> None:
     ) as model:
         found = {}
         for name, prompt in prompts_of(model, args.prompt).items():
-            text, _ = answer(model, prompt, args.new)
+            text, _ = answer(model, prompt, args)
             say(f"{name}: {model.tokenizer.decode(text) if model.tokenizer else text[:8]!r}")
             costs = pass_costs(model, prompt, text, args.turns)
             for one in costs:
