@@ -73,6 +73,15 @@ class FixedLength(DraftLength):
         """See DraftLength."""
 
 
+def draft_length(longest: int, fixed: int | None, *, sampling: bool) -> DraftLength:
+    """What decides for one text: a fixed number, if there is one, or the gate. What is sampled
+    depends on where drafts end, and what the gate decides on the clock: there it is fixed too.
+    """
+    if fixed is not None or sampling:
+        return FixedLength(fixed or longest)
+    return DraftGate(longest)
+
+
 class DraftGate(DraftLength):
     """The number that pays, at most `longest`; see this module."""
 
@@ -114,7 +123,8 @@ class DraftGate(DraftLength):
         """See DraftLength."""
         self._asking.add(num_asked, seconds)
         self._asked_seconds += seconds
-        self._answers = _KEEP * self._answers + (1 - _KEEP) * (num_given > 0)
+        answers = _KEEP * self._answers + (1 - _KEEP) * (num_given > 0)
+        self._answers = max(answers, 0.01)
         return num_given if self._trying else self._best(num_given)
 
     def checked(self, num_checked: int, num_right: int, seconds: float) -> None:

@@ -5,7 +5,6 @@ weight pass.
 from __future__ import annotations
 
 import copy
-import functools
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,7 +28,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from ollm_core.admission import Accounts
 from ollm_core.cache import SequenceCache
 from ollm_core.chunks import NewTokens
-from ollm_core.draft_gate import DraftGate, DraftLength, FixedLength
+from ollm_core.draft_gate import draft_length
 from ollm_core.drafts import NUM_DRAFT_TOKENS, DraftCandidates
 from ollm_core.engine import Engine
 from ollm_core.errors import DamagedKVError, InputError, UnsupportedError
@@ -345,17 +344,15 @@ class StreamedModel(PreTrainedModel, GenerationMixin, Closing):
         arguments = input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus
         if self._drafter is None or input_ids.shape[0] > 1 or not options.get("use_cache"):
             return mixin._sample(*arguments, streamer, **options)
-        # What the gate decides depends on the clock, and what is sampled on where drafts end.
-        gate: DraftLength = DraftGate(NUM_DRAFT_TOKENS)
-        if self._num_draft_tokens is not None or generation_config.do_sample:
-            gate = FixedLength(self._num_draft_tokens or NUM_DRAFT_TOKENS)
+        cache: SequenceCache = options["past_key_values"]
+        fixed, sampling = self._num_draft_tokens, generation_config.do_sample
         candidates = DraftCandidates(
             self._drafter,
-            gate,
+            draft_length(NUM_DRAFT_TOKENS, fixed, sampling=sampling),
             self.engine.counters,
             stopping_criteria,
             self._count_accepted,
-            functools.partial(self._draft_fits, options["past_key_values"]),
+            lambda number: self.engine.fits(cache.store, [cache.drafted(number)]),
             max_positions=self.config.max_position_embeddings,
             vocab_size=self.config.vocab_size,
         )
@@ -396,13 +393,6 @@ class StreamedModel(PreTrainedModel, GenerationMixin, Closing):
         mixin: Any = super()
         generator: CandidateGenerator = mixin._get_candidate_generator(*arguments, **options)
         return generator
-
-    def _draft_fits(self, cache: SequenceCache, num_drafted: int) -> bool:
-        """Whether there is memory for a pass that checks `num_drafted` tokens."""
-        start, num_new = cache.num_tokens(0), num_drafted + 1
-        ids = torch.zeros(num_new, dtype=torch.long)
-        work = [NewTokens(cache.rows[0], ids, start, num_new, num_drafted)]
-        return self.engine.fits(cache.store, work)
 
     def _count_accepted(self, num_tokens: int) -> None:
         """A pass has given `num_tokens` more than the one that it was counted for."""

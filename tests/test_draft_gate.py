@@ -156,6 +156,14 @@ def test_a_slow_source_is_not_asked():
     assert quick.run(400, [1.0] * LONGEST).rate > 3
 
 
+def test_a_source_that_never_answers():
+    """It is asked for as long as that costs nothing, and the text goes on."""
+    text = Text(DraftGate(LONGEST), SHAPES["weights are all"], lambda n: 0.001)
+    for _ in range(5000):
+        text.one_pass(0, 0)
+    assert text.seconds <= 1.05 * text.tokens + 0.001
+
+
 def test_a_first_slow_pass_misleads_nobody():
     """A length whose first pass was slow, for what happens but once, is tried again."""
     costs = SHAPES["weights are all"]
