@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ollm_core.draft_gate import DraftGate, FixedLength
+from ollm_core.draft_gate import DraftGate, FixedLength, draft_length
 
 LONGEST = 10
 SECONDS = st.floats(0.001, 10)
@@ -197,3 +197,11 @@ def test_a_fixed_length_is_fixed():
     for _ in range(5):
         assert (gate.ask(9), gate.ask(3), gate.answered(4, 4, 99.0)) == (4, 3, 4)
         gate.checked(4, 0, 99.0)
+
+
+def test_what_decides():
+    """The gate, but for a number that is given, and for sampling: a seed knows no clock."""
+    assert isinstance(draft_length(10, None, sampling=False), DraftGate)
+    assert draft_length(10, 4, sampling=False).ask(9) == 4
+    assert draft_length(10, 4, sampling=True).ask(9) == 4
+    assert [draft_length(10, None, sampling=True).ask(n) for n in (9, 99)] == [9, 10]
