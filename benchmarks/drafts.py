@@ -191,6 +191,7 @@ def main() -> None:
     ) as model:
         found = {}
         for name, prompt in prompts_of(model, args.prompt).items():
+            model._drafter = None
             text, _ = answer(model, prompt, args)
             say(f"{name}: {model.tokenizer.decode(text) if model.tokenizer else text[:8]!r}")
             costs = pass_costs(model, prompt, text, args.turns)
