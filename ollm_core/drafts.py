@@ -109,11 +109,11 @@ class DraftCandidates(CandidateGenerator):
     def _drafted(self, input_ids: Tensor) -> Tensor:
         """`input_ids` [1, S] with as much of a draft as is worth to be checked."""
         num_asked = self._gate.ask(self._max_positions - input_ids.shape[1])
+        start = time.perf_counter()
         while num_asked > 0 and not self._fits(num_asked):
             num_asked //= 2
         if num_asked < 1:
             return input_ids
-        start = time.perf_counter()
         draft = self._checked(self._drafter(input_ids[0].cpu(), num_asked))[:num_asked]
         seconds = time.perf_counter() - start
         draft = draft[: self._gate.answered(num_asked, len(draft), seconds)]
