@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
+from ollm_core.chunks import NewTokens
 from ollm_core.errors import InputError, UnsupportedError
 from ollm_core.interfaces import KeepsPrefixes, KVStore
 from ollm_core.types import CacheKind
@@ -84,6 +85,13 @@ class SequenceCache(Cache):
     def num_tokens(self, row: int) -> int:
         """Real tokens of a row."""
         return self.store.num_tokens(self.rows[row])
+
+    def drafted(self, num_drafted: int) -> NewTokens:
+        """What the only row would bring to a pass that checks `num_drafted` tokens, which are not
+        known yet.
+        """
+        ids = torch.zeros(num_drafted + 1, dtype=torch.long)
+        return NewTokens(self.rows[0], ids, self.num_tokens(0), len(ids), num_drafted)
 
     @property
     def is_compileable(self) -> bool:

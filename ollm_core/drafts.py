@@ -1,13 +1,15 @@
 """Draft sources: tokens guessed ahead, which the model checks several of in one weight pass.
 
-The checking is transformers' assisted decoding; this module hands it the guesses.
+The checking is transformers' assisted decoding; this module hands it the guesses. How many, the
+gate decides.
 """
 
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,11 +19,19 @@ from transformers.generation.candidate_generator import (
     PromptLookupCandidateGenerator,
 )
 
+from ollm_core.draft_gate import DraftLength
 from ollm_core.errors import PluginError
 from ollm_core.interfaces import Drafter
 
 NUM_DRAFT_TOKENS = 10
-"""Tokens drafted at a time, the number that transformers looks up too."""
+"""The most tokens drafted at a time, the number that transformers looks up too."""
+
+
+class PassClock(Protocol):
+    """What passes have cost, by the engine's own clock."""
+
+    prefill_seconds: float
+    decode_seconds: float
 
 
 class LookupDrafter:
@@ -48,40 +58,70 @@ class DraftCandidates(CandidateGenerator):
     def __init__(
         self,
         drafter: Drafter,
+        gate: DraftLength,
+        clock: PassClock,
         stopping_criteria: StoppingCriteriaList,
         on_accepted: Callable[[int], None],
+        fits: Callable[[int], bool],
         *,
         max_positions: int,
         vocab_size: int,
     ) -> None:
-        """`on_accepted` is told after each pass how many drafted tokens were right."""
+        """`clock` goes on with each pass. `on_accepted` is told after each how many drafted tokens
+        were right. `fits` says whether there is memory for a pass that checks so many.
+        """
         self._drafter = drafter
+        self._gate = gate
+        self._clock = clock
         self._stopping_criteria = stopping_criteria
         self._on_accepted = on_accepted
+        self._fits = fits
         self._max_positions = max_positions
         self._vocab_size = vocab_size
-        self._has_prompt = False
+        self._before_prompt = clock.prefill_seconds
+        self._seconds: float | None = None
+        """On the clock before the pass; None before the one that reads the prompt."""
+        self._num_drafted = 0
 
     def get_candidates(self, input_ids: Tensor, **_: Any) -> tuple[Any, Any]:
         """`input_ids` [1, S] -> with the draft, [1, S + n], and None for its logits. Raises
         PluginError for what is no token.
         """
-        num_tokens = min(NUM_DRAFT_TOKENS, self._max_positions - input_ids.shape[1])
-        if not self._has_prompt or num_tokens < 1:
-            self._has_prompt = True
-            return input_ids, None
-        draft = self._checked(self._drafter(input_ids[0].cpu(), num_tokens))[:num_tokens]
-        candidates = torch.cat([input_ids, draft.to(input_ids.device)[None]], dim=1)
-        for length in range(input_ids.shape[1] + 1, candidates.shape[1] + 1):
-            if bool(self._stopping_criteria(candidates[:, :length], None).any()):
-                return candidates[:, : length - 1], None
+        candidates = input_ids
+        if self._seconds is not None:
+            candidates = self._drafted(input_ids)
+            self._seconds = self._clock.decode_seconds
+        self._num_drafted = candidates.shape[1] - input_ids.shape[1]
         return candidates, None
 
     def update_candidate_strategy(
         self, input_ids: Tensor, scores: Tensor, num_matches: int
     ) -> None:
         """Called by transformers after each pass."""
-        self._on_accepted(int(num_matches))
+        now, num_right = self._clock.decode_seconds, int(num_matches)
+        if self._seconds is None:
+            self._gate.started(self._clock.prefill_seconds - self._before_prompt)
+            self._seconds = now
+        else:
+            self._gate.checked(self._num_drafted, num_right, now - self._seconds)
+        self._on_accepted(num_right)
+
+    def _drafted(self, input_ids: Tensor) -> Tensor:
+        """`input_ids` [1, S] with as much of a draft as is worth to be checked."""
+        num_asked = self._gate.ask(self._max_positions - input_ids.shape[1])
+        start = time.perf_counter()
+        while num_asked > 0 and not self._fits(num_asked):
+            num_asked //= 2
+        if num_asked < 1:
+            return input_ids
+        draft = self._checked(self._drafter(input_ids[0].cpu(), num_asked))[:num_asked]
+        seconds = time.perf_counter() - start
+        draft = draft[: self._gate.answered(num_asked, len(draft), seconds)]
+        candidates = torch.cat([input_ids, draft.to(input_ids.device)[None]], dim=1)
+        for length in range(input_ids.shape[1] + 1, candidates.shape[1] + 1):
+            if bool(self._stopping_criteria(candidates[:, :length], None).any()):
+                return candidates[:, : length - 1]
+        return candidates
 
     def _checked(self, draft: object) -> Tensor:
         """A draft as token ids, [n] int64."""

@@ -43,6 +43,9 @@ class Counters:
     prefill_seconds: float = 0.0
     decode_tokens: int = 0
     decode_seconds: float = 0.0
+    undrafted_passes: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
     kv_bytes_read: int = 0
     kv_disk_bytes: int = 0
     last_plan: PassPlan | None = None
@@ -113,9 +116,7 @@ class Engine:
         """One try of a pass."""
         start = time.perf_counter()
         read_before = store.bytes_read
-        if isinstance(store, KeepsStates):
-            for item in work:
-                store.expect(item.sequence, item.num_drafted)
+        self._expect(store, work)
         with self._cap(), self._admission.admit(store, work) as plan:
             on_disk = store.tier_bytes().disk  # all that the pass may take is reserved
             self.counters.kv_disk_bytes = max(self.counters.kv_disk_bytes, on_disk)
@@ -129,6 +130,17 @@ class Engine:
                 store.commit(item.sequence)
         self._count(store, work, plan, time.perf_counter() - start, read_before)
         return logits
+
+    def fits(self, store: KVStore, work: Sequence[NewTokens]) -> bool:
+        """Whether there is memory for a pass over `work`; of its tokens only the number counts."""
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            self._expect(store, work)
+            return self._admission.fits(store, work)
+
+    def _expect(self, store: KVStore, work: Sequence[NewTokens]) -> None:
+        if isinstance(store, KeepsStates):
+            for item in work:
+                store.expect(item.sequence, item.num_drafted)
 
     def _run(self, store: KVStore, work: Sequence[NewTokens], plan: PassPlan) -> list[Tensor]:
         report = self._reporter(work, plan)
@@ -247,6 +259,9 @@ class Engine:
         else:
             counters.decode_tokens += len(work)
             counters.decode_seconds += seconds
+            num_drafted = sum(item.num_drafted for item in work)
+            counters.drafted_tokens += num_drafted
+            counters.undrafted_passes += num_drafted == 0
         counters.kv_bytes_read += store.bytes_read - read_before
         counters.last_plan = plan
 

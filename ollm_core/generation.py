@@ -29,7 +29,8 @@ from ollm_core.admission import Accounts
 from ollm_core.budgets import layer_limits
 from ollm_core.cache import SequenceCache
 from ollm_core.chunks import NewTokens
-from ollm_core.drafts import DraftCandidates
+from ollm_core.draft_gate import draft_length
+from ollm_core.drafts import NUM_DRAFT_TOKENS, DraftCandidates
 from ollm_core.engine import Engine
 from ollm_core.errors import DamagedKVError, InputError, UnsupportedError
 from ollm_core.interfaces import Closing, Drafter, KVStore
@@ -66,9 +67,12 @@ class StreamedModel(PreTrainedModel, GenerationMixin, Closing):
         generation_config: GenerationConfig | None = None,
         tokenizer: Any = None,
         drafter: Drafter | None = None,
+        num_draft_tokens: int | None = None,
         demand: Callable[[str], None],
     ) -> None:
-        """`demand` raises UnsupportedError for a capability that the adapter does not have."""
+        """`num_draft_tokens` is how many to draft at a time; None: as many as pay. `demand` raises
+        UnsupportedError for a capability that the adapter does not have.
+        """
         config = copy.deepcopy(skeleton.config)
         config._attn_implementation = "eager"
         super().__init__(config)
@@ -84,6 +88,7 @@ class StreamedModel(PreTrainedModel, GenerationMixin, Closing):
         self._kinds = kinds
         self._demand = demand
         self._drafter = drafter
+        self._num_draft_tokens = num_draft_tokens
         self._weight_bytes = weight_bytes
         self._kv_tier = ""
         self._closed = False
@@ -272,6 +277,9 @@ class StreamedModel(PreTrainedModel, GenerationMixin, Closing):
             host_layers=self.weights.held.num_host_layers,
             times_short=pressure.shortage.times if pressure else 0,
             most_given_up_bytes=pressure.shortage.most_bytes if pressure else 0,
+            drafted_tokens=counters.drafted_tokens,
+            accepted_tokens=counters.accepted_tokens,
+            undrafted_passes=counters.undrafted_passes,
         )
 
     def keep_layers(self, device: int | None = None, host: int | None = None) -> None:
@@ -361,10 +369,15 @@ class StreamedModel(PreTrainedModel, GenerationMixin, Closing):
         arguments = input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus
         if self._drafter is None or input_ids.shape[0] > 1 or not options.get("use_cache"):
             return mixin._sample(*arguments, streamer, **options)
+        cache: SequenceCache = options["past_key_values"]
+        fixed, sampling = self._num_draft_tokens, generation_config.do_sample
         candidates = DraftCandidates(
             self._drafter,
+            draft_length(NUM_DRAFT_TOKENS, fixed, sampling=sampling),
+            self.engine.counters,
             stopping_criteria,
             self._count_accepted,
+            lambda number: self.engine.fits(cache.store, [cache.drafted(number)]),
             max_positions=self.config.max_position_embeddings,
             vocab_size=self.config.vocab_size,
         )
@@ -409,6 +422,7 @@ class StreamedModel(PreTrainedModel, GenerationMixin, Closing):
     def _count_accepted(self, num_tokens: int) -> None:
         """A pass has given `num_tokens` more than the one that it was counted for."""
         self.engine.counters.decode_tokens += num_tokens
+        self.engine.counters.accepted_tokens += num_tokens
 
 
 def _unpadded(input_ids: Tensor, attention_mask: Tensor | None) -> int:

@@ -55,6 +55,7 @@ def load(
     attention: str = "auto",
     reader: str = "auto",
     draft: str = "none",
+    num_draft_tokens: int | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     profile: Profile | None = None,
     registry: Registry | None = None,
@@ -83,6 +84,9 @@ def load(
     - `reader`: the reading engine, "direct", "mmap" or "auto".
     - `draft`: where tokens guessed ahead come from: "none", or "lookup", which looks for the last
       ones earlier in the text. It changes the speed, not the text; batches go without.
+    - `num_draft_tokens`: how many tokens are drafted at a time. Default: as many as pay, up to 10,
+      by what drafts have cost and brought so far; none while they do not. With sampling 10, so
+      that a seed repeats a text.
     - `profile`: where the time goes is counted in it; see `ollm_core.profiling`.
 
     `kv`, `reader` and `draft` also take a name that a plugin offers; "auto" never takes one.
@@ -98,6 +102,7 @@ def load(
     _one_of("dtype", dtype, ("auto", *DTYPES))
     if chunk_size is not None and chunk_size < 1:
         raise InputError(f"chunk_size is {chunk_size}, expected at least 1")
+    _check_draft_length(num_draft_tokens, draft)
     target = pick_device(device)
     layers = layer_limits(target, device_layers, host_layers)
     accounts = _accounts(target, device_memory, host_memory)
@@ -184,10 +189,23 @@ def load(
             generation_config=_generation_config(directory),
             tokenizer=tokenizer,
             drafter=_drafter(draft, draft_source, draft_request),
+            num_draft_tokens=num_draft_tokens,
             demand=demand,
         )
         opened.pop_all()
     return model
+
+
+def _check_draft_length(num_draft_tokens: int | None, draft: str) -> None:
+    if num_draft_tokens is None:
+        return
+    if num_draft_tokens < 1:
+        raise InputError(
+            f"num_draft_tokens is {num_draft_tokens}, expected at least 1",
+            hint="draft='none' drafts nothing",
+        )
+    if draft == "none":
+        raise InputError("num_draft_tokens needs a draft source", hint="add draft='lookup'")
 
 
 def _drafter(draft: str, source: Offer | None, request: DraftRequest) -> Drafter | None:

@@ -280,3 +280,9 @@ class Stats:
     """How often memory ran short and kept weights gave way."""
     most_given_up_bytes: int = 0
     """The most of them that were not kept for it in a pass."""
+    drafted_tokens: int = 0
+    """Tokens that were drafted and checked."""
+    accepted_tokens: int = 0
+    """Of those that the model's draft source guessed, how many were right."""
+    undrafted_passes: int = 0
+    """Weight passes of decoding that checked no draft."""

@@ -128,6 +128,7 @@ def test_plugins(ollm):
         (["run", "x", "--prompt", " "], 2, "empty"),
         (["run", "x", "--file", "/nowhere/doc"], 2, "/nowhere/doc"),
         (["run", "x", "--prompt", "hi", "--draft", "tea-leaves"], 2, "lookup"),
+        (["run", "x", "--prompt", "hi", "--num-draft-tokens", "4"], 2, "--draft"),
         (["run", "x", "--prompt", "hi", "--reader", "fast"], 2, "mmap"),
         (["run", "x/y", "--prompt", "hi"], 2, "no directory"),
         (["run", "no-such-model", "--prompt", "hi"], 4, "no-such-model"),

@@ -16,12 +16,15 @@ GREEDY = {"do_sample": False, "eos_token_id": None}
 
 @pytest.fixture
 def drafted(tiny, monkeypatch):
-    """Opens a tiny model with a drafter; without one, the plain model."""
+    """Opens a tiny model with a drafter, for drafts of a fixed length; without one, the plain
+    model.
+    """
     opened = []
 
     def open_model(drafter=None, **options):
         model = ollm.load(tiny, device="cpu", chunk_size=64, **options)
         model._drafter = drafter or model._drafter
+        model._num_draft_tokens = NUM_DRAFT_TOKENS
         opened.append(model)
         return model
 
@@ -116,7 +119,29 @@ def test_a_draft_stays_inside_the_positions(make_llama, ids):
     with ollm.load(directory, device="cpu") as model:
         text = model.generate(ids(50)[None], max_new_tokens=14, **GREEDY)[0]
         model._drafter = Oracle(torch.cat([text, ids(30)]))
+        model._num_draft_tokens = NUM_DRAFT_TOKENS
         assert model.generate(ids(50)[None], max_new_tokens=14, **GREEDY)[0].equal(text)
+
+
+def test_a_draft_that_does_not_fit_is_cut(make_llama, ids):
+    """Where memory bears a step and no draft of ten, fewer or none are drafted, and nothing is
+    refused that goes without drafts.
+    """
+    directory = make_llama(vocab_size=9000)  # each checked token has a row of logits
+
+    def run(num_bytes, drafter=None):
+        with ollm.load(directory, device="cpu", device_memory=num_bytes, kv="host") as model:
+            model._drafter, model._num_draft_tokens = drafter, NUM_DRAFT_TOKENS
+            text = model.generate(ids(9)[None], max_new_tokens=20, **GREEDY)[0]
+            assert model.stats.device_peak_bytes <= num_bytes
+            return text, model.stats.weight_passes
+
+    text, passes = run(3_000_000)  # two of the head's 2.3 MB would be too much
+    assert passes == 20
+    found = [run(num_bytes, Oracle(text)) for num_bytes in (3_000_000, 3_400_000, 5_000_000)]
+    assert all(one.equal(text) for one, _ in found)
+    passes = [number for _, number in found]
+    assert 20 > passes[0] > passes[1] > passes[2] == 3
 
 
 def test_batches_and_beams_are_decoded_plainly(drafted, ids):

@@ -12,7 +12,7 @@ import ollm_core
 
 ROOT = Path(ollm_core.__file__).parent
 ORDER = [
-    {"errors", "types", "buffers", "host_memory"},
+    {"errors", "types", "buffers", "host_memory", "draft_gate"},
     {"interfaces", "memory", "machine", "allocator", "budgets"},
     {
         "declarations",

@@ -46,6 +46,7 @@ _LOADING = [
     "attention",
     "reader",
     "draft",
+    "num_draft_tokens",
 ]
 _GREEDY = dict.fromkeys(
     ["temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"]
@@ -86,6 +87,9 @@ _SAMPLING = ("top_p", "top_k", "seed")
 @offered_name("--reader", "ollm_reading_engines", "What reads the weights.")
 @offered_name("--draft", "ollm_draft_sources", "Where guesses of several tokens at once come from.")
 @click.option(
+    "--num-draft-tokens", type=click.IntRange(1), help="Guess that many.  [default: what pays]"
+)
+@click.option(
     "--profile",
     metavar="FILE",
     help="Tell where the time went, and write it as a trace that ui.perfetto.dev opens.",
@@ -119,9 +123,12 @@ def run(
     if sampling and not temperature:
         given = ", ".join("--" + name.replace("_", "-") for name in sampling)
         raise click.UsageError(f"{given} needs a --temperature above 0")
+    if options["num_draft_tokens"] and options["draft"] == "none":
+        raise click.UsageError("--num-draft-tokens needs --draft")
     if profile and not Path(profile).absolute().parent.is_dir():
         raise InputError(f"cannot write {profile}: its directory is not there")
     text = _user_text(prompt, file)
+    drafting = options["draft"] != "none"
     progress = ProgressBar(Path(model).name)
     try:
         from ollm_core.loading import load
@@ -158,10 +165,10 @@ def run(
     if measured is not None:
         measured.write(Path(str(profile)))
     if as_json:
-        print_json(_report(answer, new_ids, prompt_ids.shape[1], stats))
+        print_json(_report(answer, new_ids, prompt_ids.shape[1], stats, drafting))
     else:
         asked = options["device_layers"], options["host_layers"]
-        click.echo("\n" + _summary(stats, *asked), err=True)
+        click.echo("\n" + _summary(stats, *asked, drafting=drafting), err=True)
     if measured is not None:
         click.echo("\n" + profile_table(measured, seconds), err=True)
 
@@ -238,9 +245,16 @@ def _generation(
 
 
 def _report(
-    text: str, token_ids: list[int], num_prompt_tokens: int, stats: Stats
+    text: str, token_ids: list[int], num_prompt_tokens: int, stats: Stats, drafting: bool
 ) -> dict[str, object]:
-    """The fields of `--json`. Sizes are bytes; a dense model has no experts to tell of."""
+    """The fields of `--json`. Sizes are bytes; a dense model has no experts to tell of, and a run
+    without a draft source no drafts.
+    """
+    drafts = {
+        "drafted_tokens": stats.drafted_tokens,
+        "accepted_tokens": stats.accepted_tokens,
+        "undrafted_passes": stats.undrafted_passes,
+    }
     experts = {
         "experts_routed": stats.experts_routed,
         "experts_hit": stats.experts_hit,
@@ -262,10 +276,17 @@ def _report(
         "weight_passes": stats.weight_passes,
         "times_short": stats.times_short,
         **(experts if stats.experts_routed else {}),
+        **(drafts if drafting else {}),
     }
 
 
-def _summary(stats: Stats, device_layers: int | None = None, host_layers: int | None = None) -> str:
+def _summary(
+    stats: Stats,
+    device_layers: int | None = None,
+    host_layers: int | None = None,
+    *,
+    drafting: bool = False,
+) -> str:
     """What the run cost, a line each; of layers where a number was asked for."""
     passes = max(stats.weight_passes, 1)
     read_rate = _rate(stats.weight_bytes_read, stats.read_seconds)
@@ -304,6 +325,11 @@ def _summary(stats: Stats, device_layers: int | None = None, host_layers: int | 
         lines["memory short"] = (
             f"{stats.times_short} times; up to {format_size(stats.most_given_up_bytes)} of weights "
             "were not kept for it, and read again"
+        )
+    if drafting:
+        lines["drafts"] = (
+            f"{stats.accepted_tokens} of {stats.drafted_tokens} tokens right, "
+            f"{stats.undrafted_passes} passes without"
         )
     return "\n".join(f"{name:<14}{value}" for name, value in lines.items())
 
