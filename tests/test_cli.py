@@ -21,7 +21,7 @@ TEMPLATE = (
 RUN_FIELDS = {
     "text", "token_ids", "num_prompt_tokens", "num_cached_tokens", "num_new_tokens",
     "prefill_seconds", "decode_tokens_per_second", "device_peak_bytes", "host_peak_bytes",
-    "weight_bytes_read", "kv_bytes_read", "weight_passes",
+    "weight_bytes_read", "kv_bytes_read", "weight_passes", "times_short",
 }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import operator
 import os
 import threading
@@ -261,7 +262,7 @@ class DiskStorage(BlockStorage):
         disk = os.statvfs(parent)
         free = disk.f_bavail * disk.f_frsize
         needs = f"KV needs {format_size(num_bytes)} more in {parent}"
-        if free > num_bytes:  # then it is not the disk that is full
+        if error.errno != errno.ENOSPC:  # a quota, or a limit of this process
             return DoesNotFitError(
                 f"{needs}, which is not allowed: {error.strerror}",
                 hint="raise the quota or the limit of file sizes, or name another directory for KV",
