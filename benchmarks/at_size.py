@@ -1,5 +1,5 @@
-"""Long prompts through the true layers of Llama 3.1 8B inside an enforced memory budget, KV on disk:
-what the accounts held, what the process really held, and what the plan had said of both and of the
+"""Long prompts through true layers of Llama 3.1 8B inside an enforced memory budget, KV on disk:
+what the accounts held, what the process really held, and what the plan had said of that and of the
 time.
 
 usage: at_size.py [CASE ...] [--directory DIR] [--cap] [--json FILE]

@@ -34,6 +34,7 @@ ORDER = [
     {"engine", "parts"},
     {"rehearsal", "rates"},
     {"estimate", "plans"},
+    {"question"},
     {"planner"},
     {"generation"},
     {"loading"},
