@@ -64,6 +64,7 @@ CASES: Mapping[str, Case] = MappingProxyType(
         "bf16-4-layers-1k": Case(4, 1_000, 128_256, "bfloat16", 2_000_000_000),
         "fp32-4-layers-10k": Case(4, 10_000, 16_384, "float32", 2_000_000_000),
         "fp32-1-layer-10k": Case(1, 10_000, 4_096, "float32", 2_000_000_000),
+        "fp32-1-layer-25k": Case(1, 25_000, 4_096, "float32", 2_000_000_000),
         "fp32-1-layer-50k": Case(1, 50_000, 4_096, "float32", 2_000_000_000),
         "fp32-1-layer-100k": Case(1, 100_000, 4_096, "float32", 2_800_000_000),
     }
@@ -184,6 +185,8 @@ def run_case(name: str, args: argparse.Namespace) -> dict[str, Any]:
             limit = case.device_memory + HOST_BYTES + PROCESS_BYTES
             command = [str(HERE / "capped.sh"), str(limit >> 20), *command]
         environ = {**os.environ, "TMPDIR": scratch}
+        if not args.plain_malloc:
+            environ["MALLOC_MMAP_THRESHOLD_"] = str(1 << 20)
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environ)
         if done.returncode:
             raise SystemExit(f"{name} ended with exit code {done.returncode}")
@@ -217,6 +220,11 @@ def main() -> None:
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)}")
     parser.add_argument("--directory", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--cap", action="store_true", help="in a memory cgroup; needs root")
+    parser.add_argument(
+        "--plain-malloc",
+        action="store_true",
+        help="without MALLOC_MMAP_THRESHOLD_, which gives freed memory back to the system",
+    )
     parser.add_argument("--json", type=Path, help="write the record to this file")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -233,6 +241,7 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "new_tokens": NEW_TOKENS,
         "host_memory": HOST_BYTES,
+        "plain_malloc": args.plain_malloc,
         "runs": runs,
     }
     if args.json:
