@@ -70,12 +70,12 @@ models of some 8B parameters).
 _TIMES = f"""
 ## What it costs in time
 
-The same runs in that smallest memory, and with {format_size(ROOMY_DEVICE)} of device memory beside
-{format_size(ROOMY_HOST)} on the host. These are estimates at rates that are fixed here, on the low
-side of what a PC with a GPU has: disk {format_size(DISK)}/s, bus {format_size(BUS)}/s, device
-memory {format_size(MEMORY)}/s, compute {COMPUTE / 1e12:.0f} TFLOP/s (`ollm plan` goes by what
-`ollm doctor` has measured). Tokens per second are those at the end of the context, without drafts.
-oLLM states 0.5 tokens/s for qwen3-next-80B in 7.5 GB.
+The same runs in that smallest memory, and with {format_size(ROOMY_DEVICE)} of device memory
+beside {format_size(ROOMY_HOST)} on the host. These are estimates at rates that are fixed here, on
+the low side of what a PC with a GPU has: disk {format_size(DISK)}/s, bus {format_size(BUS)}/s,
+device memory {format_size(MEMORY)}/s, compute {COMPUTE / 1e12:.0f} TFLOP/s (`ollm plan` goes by
+what `ollm doctor` has measured). Tokens per second are those at the end of the context, without
+drafts. oLLM states 0.5 tokens/s for qwen3-next-80B in 7.5 GB.
 
 | model | context | prompt | tokens/s | prompt, {format_size(ROOMY_DEVICE)} | tokens/s | limits |
 | --- | --- | --- | --- | --- | --- | --- |
