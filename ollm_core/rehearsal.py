@@ -90,6 +90,8 @@ class Held:
     slot_bytes: int
     streamed_bytes: int
     """Of whole units, read from disk in each pass."""
+    converted_bytes: int
+    """Of those units, parameters that are made anew in each pass, as for another dtype."""
     resident_bytes: int
     """Of parameters that are kept in either memory, in the compute dtype."""
     dense_host_bytes: int
@@ -285,6 +287,7 @@ class Rehearsal:
             weights.num_slots,
             weights.slot_bytes,
             sum(weights.buffer_bytes[i] for i in weights.streamed),
+            sum(weights.copied_bytes[i] for i in weights.streamed),
             weights.resident_bytes,
             host.get("resident weights", 0),
             weights.experts.placement.num_device,
