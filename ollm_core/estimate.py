@@ -84,7 +84,7 @@ class Estimate:
         past = range(0, scenario.prompt_tokens, run.chunk_size)
         kv = scenario.batch * sum(self._kv_bytes(start) for start in past)
         pairs = sum(self._seen(kind.window, scenario.prompt_tokens) for kind in self._kinds)
-        copies = _CONVERSION * run.held.converted_bytes
+        copies: float = _CONVERSION * run.held.converted_bytes
         if run.attention == "exact":  # sees all keys at once, later ones too, and hides those
             ends = [min(start + run.chunk_size, scenario.prompt_tokens) for start in past]
             pairs = sum(
@@ -113,7 +113,7 @@ class Estimate:
         read = held.streamed_bytes + distinct * (1 - kept) * self._expert_stored
         moved = distinct * (1 - on_device) * self._expert_stored
         seen = sum(self._span(kind, scenario.context) for kind in self._kinds)
-        copies = _CONVERSION * held.converted_bytes
+        copies: float = _CONVERSION * held.converted_bytes
         if run.attention == "exact":
             copies += batch * self._exact_bytes(scenario.context)
         return PassCost(
