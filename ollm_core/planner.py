@@ -121,8 +121,11 @@ class Planner:
         kv: str = "auto",
         attention: str = "auto",
         chunk_size: int | None = None,
+        compare: bool = True,
     ) -> Plan:
-        """See `plan`."""
+        """See `plan`. Without `compare` neither the largest context nor changes are looked for,
+        which is quicker: 0 and none.
+        """
         _one_of("kv", kv, ("auto", *TIERS))
         _one_of("attention", attention, ("auto", *ATTENTIONS))
         counts = {"batch": batch, "max_new_tokens": max_new_tokens, "chunk_size": chunk_size}
@@ -143,7 +146,7 @@ class Planner:
             Scenario(length, max_new_tokens, batch, kv, attention, chunk_size),
             self._positions,
         )
-        return question.answer(self._model, from_files=self._from_files)
+        return question.answer(self._model, from_files=self._from_files, compare=compare)
 
     def _length(self, context: str | int | None, max_new_tokens: int) -> int:
         positions = self._positions

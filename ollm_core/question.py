@@ -38,8 +38,10 @@ class Question:
         self._scenario = scenario
         self._positions = positions
 
-    def answer(self, model: str, *, from_files: bool) -> Plan:
-        """The whole plan. `model` is what it was called, `from_files` whether its own were seen."""
+    def answer(self, model: str, *, from_files: bool, compare: bool) -> Plan:
+        """The whole plan, with other ways to run it if they are to be compared. `model` is what it
+        was called, `from_files` whether its own were seen.
+        """
         rehearsal, scenario, budgets = self._rehearsal, self._scenario, self._budgets
         parts, reason = rehearsal.parts, ""
         least = rehearsal.least(scenario, Budgets(1, 1))
@@ -49,7 +51,7 @@ class Question:
             reason = refused.message
             budgets = rehearsal.least(scenario, budgets)
             run = rehearsal.run(budgets, scenario)
-        largest = self._largest_context()
+        largest = self._largest_context() if compare else 0
         prefill, token = self._times(run, scenario)
         return Plan(
             model=model,
@@ -81,7 +83,7 @@ class Question:
             smallest_device_bytes=least.device,
             smallest_host_bytes=least.host,
             largest_context=largest,
-            changes=self._changes(run, fits=not reason),
+            changes=self._changes(run, fits=not reason) if compare else (),
             rates=self._rates,
             moments=run.moments,
         )
