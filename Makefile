@@ -14,7 +14,7 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS)
 QUESTION := What is the title of this document?
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint format type test demo model support template bench gpu clean
+.PHONY: help install lint format type test demo model support memory template bench gpu clean
 
 help: ## show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -63,6 +63,9 @@ demo: install model ## ask a 269 MB model about LICENSE, in 128 MB and with the 
 support: install model ## write the support table again, from the conformance of every adapter
 	$(PYTEST) -q --dist loadscope adapters --ollm-results $(RESULTS)
 	$(BIN)/ollm conformance table $(RESULTS) --out $(SUPPORT)
+
+memory: install ## write docs/memory.md again, when a plan or a catalog changes
+	$(BIN)/python docs/memory_table.py > docs/.memory.md && mv docs/.memory.md docs/memory.md
 
 template: install ## an adapter from the template: made, installed, tested and listed, all afresh
 	adapters/template/check.sh $(BIN)/python

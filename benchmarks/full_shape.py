@@ -44,6 +44,7 @@ from torch import Tensor
 
 import ollm
 from ollm_conformance.subject import meta_model
+from ollm_core.description import STORED_DTYPES
 from ollm_core.generation import StreamedModel
 from ollm_core.registry import Registry
 from ollm_core.weights.units import TORCH_DTYPES
@@ -80,7 +81,7 @@ def write_checkpoint(out: Path, config: dict[str, Any]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     shapes = {name: tuple(p.shape) for name, p in meta_model(config).named_parameters()}
     adapter = Registry.discover().adapter_for(config)
-    stored = adapter.tensors(config, shapes, "BF16")
+    stored = adapter.tensors(config, shapes, STORED_DTYPES[config["dtype"]])
     assert stored is not None, f"adapter {adapter.name} does not say what a checkpoint holds"
     generator = torch.Generator().manual_seed(0)
     files: dict[str, list[str]] = {}
@@ -89,12 +90,23 @@ def write_checkpoint(out: Path, config: dict[str, Any]) -> None:
         files.setdefault(f"part-{part}.safetensors", []).append(name)
     for file, names in files.items():
         tensors = {name: _random(name, *stored[name], generator) for name in names}
-        save_file(tensors, out / file, metadata={"format": "pt"})
+        _save(tensors, out / file)
         del tensors
     weight_map = {name: file for file, names in files.items() for name in names}
     (out / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     (out / "config.json").write_text(json.dumps(config, indent=1))
     os.sync()  # what is not yet on the disk cannot be dropped from the page cache
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    """With data from a multiple of 64 bytes on: matrix libraries want float32 so, and what lies
+    elsewhere would be copied.
+    """
+    save_file(tensors, path, metadata={"format": "pt", "pad": ""})
+    with path.open("rb") as file:
+        header_bytes = 8 + int.from_bytes(file.read(8), "little")
+    if missing := -header_bytes % 64:
+        save_file(tensors, path, metadata={"format": "pt", "pad": "-" * missing})
 
 
 def _random(name: str, dtype: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

@@ -10,6 +10,10 @@ import torch
 from ollm_core.parts import ModelParts
 from ollm_core.rates import Rates
 from ollm_core.rehearsal import Rehearsed, Scenario
+from ollm_core.types import CacheKind
+
+_CONVERSION = 2  # a converted byte is written, and read where it comes from
+_SCORE_PASSES = 8  # of exact attention over its scores: scaled, masked, normalised, cast, each anew
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +25,7 @@ class PassCost:
     bus_bytes: float
     """Moved from the host to the device."""
     memory_bytes: float
-    """Weights and KV that the device goes through."""
+    """Weights, KV and large copies of them that the device goes through."""
     flops: float
 
     def seconds(self, rates: Rates) -> dict[str, float]:
@@ -80,10 +84,21 @@ class Estimate:
         past = range(0, scenario.prompt_tokens, run.chunk_size)
         kv = scenario.batch * sum(self._kv_bytes(start) for start in past)
         pairs = sum(self._seen(kind.window, scenario.prompt_tokens) for kind in self._kinds)
+        copies: float = _CONVERSION * run.held.converted_bytes
+        if run.attention == "exact":  # sees all keys at once, later ones too, and hides those
+            ends = [min(start + run.chunk_size, scenario.prompt_tokens) for start in past]
+            pairs = sum(
+                (end - start) * self._span(kind, end)
+                for start, end in zip(past, ends, strict=True)
+                for kind in self._kinds
+            )
+            copies += scenario.batch * sum(self._exact_bytes(end) for end in ends)
+            scores = scenario.batch * self._num_heads * pairs * self._itemsize
+            copies += _SCORE_PASSES * scores
         return PassCost(
             weights + kv * (run.kv_tier == "disk"),
             weights + kv * (run.kv_tier != "device"),
-            self._layers + self._head + distinct * self._expert,
+            self._layers + self._head + distinct * self._expert + copies,
             self._flops(num_tokens, scenario.batch) + self._attention(scenario.batch * pairs),
         )
 
@@ -97,11 +112,14 @@ class Estimate:
         kv = batch * self._kv_bytes(scenario.context)
         read = held.streamed_bytes + distinct * (1 - kept) * self._expert_stored
         moved = distinct * (1 - on_device) * self._expert_stored
-        seen = sum(min(scenario.context, kind.window or scenario.context) for kind in self._kinds)
+        seen = sum(self._span(kind, scenario.context) for kind in self._kinds)
+        copies: float = _CONVERSION * held.converted_bytes
+        if run.attention == "exact":
+            copies += batch * self._exact_bytes(scenario.context)
         return PassCost(
             read + kv * (run.kv_tier == "disk"),
             held.streamed_bytes + held.dense_host_bytes + moved + kv * (run.kv_tier != "device"),
-            self._layers + self._head + distinct * self._expert + kv,
+            self._layers + self._head + distinct * self._expert + kv + copies,
             self._flops(batch, batch) + self._attention(batch * seen),
         )
 
@@ -112,13 +130,25 @@ class Estimate:
     def _kv_bytes(self, num_tokens: int) -> int:
         """Of one sequence, what attention sees after so many tokens."""
         return sum(
-            2
-            * kind.num_kv_heads
-            * kind.head_dim
-            * self._itemsize
-            * min(num_tokens, kind.window or num_tokens)
+            2 * kind.num_kv_heads * kind.head_dim * self._itemsize * self._span(kind, num_tokens)
             for kind in self._kinds
         )
+
+    def _exact_bytes(self, num_tokens: int) -> int:
+        """What exact attention moves beside reading KV once: all of it is written in one piece, and
+        then for each query head, and read again.
+        """
+        found = 0
+        for kind in self._kinds:
+            heads = kind.num_kv_heads + 2 * self._num_heads
+            size = 2 * heads * kind.head_dim * self._itemsize
+            found += size * self._span(kind, num_tokens)
+        return found
+
+    @staticmethod
+    def _span(kind: CacheKind, num_tokens: int) -> int:
+        """Tokens of so many that a layer's attention sees."""
+        return min(num_tokens, kind.window or num_tokens)
 
     def _flops(self, num_tokens: int, num_logits: int) -> float:
         active = self._layers + len(self._counts) * self._num_chosen * self._expert

@@ -67,7 +67,7 @@ class Plan:
     smallest_host_bytes: int
     """The least `host_memory` that would do with that."""
     largest_context: int
-    """That would do in these budgets; 0 if none would."""
+    """That would do in these budgets; 0 if none would, or none was looked for."""
     changes: Sequence[Change]
     """That would help most."""
     rates: Rates

@@ -59,6 +59,8 @@ class Moment:
     device: Mapping[str, int]
     host: Mapping[str, int]
     disk_bytes: int
+    num_tokens: int
+    """Of each sequence, stored before the pass."""
 
     @property
     def device_bytes(self) -> int:
@@ -85,6 +87,8 @@ class Held:
     slot_bytes: int
     streamed_bytes: int
     """Of whole units, read from disk in each pass."""
+    converted_bytes: int
+    """Of those units, parameters that are made anew in each pass, as for another dtype."""
     resident_bytes: int
     """Of parameters that are kept in either memory, in the compute dtype."""
     dense_host_bytes: int
@@ -194,7 +198,7 @@ class Rehearsal:
         store = planned_store(tier, parts.geometry, self._pair)
         stack.callback(store.close)
         sequences = [store.new_sequence() for _ in range(scenario.batch)]
-        moments = [self._moment("opened", store, None)]
+        moments = [self._moment("opened", store, None, 0)]
         length = 0
 
         def grow(num_tokens: int, longest: int) -> None:
@@ -207,7 +211,7 @@ class Rehearsal:
         prompt = torch.empty(scenario.prompt_tokens, dtype=torch.int64, device="meta")
         work = [NewTokens(sequence, prompt, 0) for sequence in sequences]
         with admission.admit(store, work) as first:
-            moments.append(self._moment("prompt", store, first))
+            moments.append(self._moment("prompt", store, first, 0))
             held = self._held()
         grow(scenario.prompt_tokens, first.chunk_size)
         for step in self._steps(scenario, ends_only=ends_only):
@@ -217,7 +221,7 @@ class Rehearsal:
                 grow(min(step - length, store.block_size), store.block_size)
             work = [NewTokens(sequence, prompt[:1], length) for sequence in sequences]
             with admission.admit(store, work) as plan:
-                moments.append(self._moment(f"token {step + 1}", store, plan))
+                moments.append(self._moment(f"token {step + 1}", store, plan, step))
                 held = self._held()
             grow(1, 1)
         return Rehearsed(
@@ -256,7 +260,11 @@ class Rehearsal:
         return sorted({first, end - 1} | {step for step in around if first <= step < end})
 
     def _moment(
-        self, name: str, store: PlannedKVStore | PlannedHybridStore, plan: PassPlan | None
+        self,
+        name: str,
+        store: PlannedKVStore | PlannedHybridStore,
+        plan: PassPlan | None,
+        num_tokens: int,
     ) -> Moment:
         kinds = [dict(account.kinds) for account in self._pair]
         for held, needed in zip(
@@ -265,7 +273,7 @@ class Rehearsal:
             held.pop("activations", None)
             held.update(needed)
         device, host = ({k: n for k, n in held.items() if n} for held in kinds)
-        return Moment(name, device, host, store.tier_bytes().disk)
+        return Moment(name, device, host, store.tier_bytes().disk, num_tokens)
 
     def _held(self) -> Held:
         weights = self._weights
@@ -279,6 +287,7 @@ class Rehearsal:
             weights.num_slots,
             weights.slot_bytes,
             sum(weights.buffer_bytes[i] for i in weights.streamed),
+            sum(weights.copied_bytes[i] for i in weights.streamed),
             weights.resident_bytes,
             host.get("resident weights", 0),
             weights.experts.placement.num_device,

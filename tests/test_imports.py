@@ -35,6 +35,7 @@ ORDER = [
     {"engine", "parts"},
     {"rehearsal", "rates"},
     {"estimate", "plans"},
+    {"question"},
     {"planner"},
     {"generation"},
     {"loading"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -18,6 +19,7 @@ from ollm_core.cli.output import (
     models_dir_option,
     print_json,
 )
+from ollm_core.cli.picture import check_path, save
 from ollm_core.cli.timeline import draw
 from ollm_core.errors import DoesNotFitError
 from ollm_core.memory import format_size
@@ -48,6 +50,9 @@ KINDS = {
 """What the accounts call their parts, for people."""
 
 
+_TERMINAL = "-"
+
+
 @click.command()
 @click.argument("model")
 @click.option("--context", metavar="TOKENS", help="At the end, as in 8192 or 100k.  [default: 8k]")
@@ -64,17 +69,26 @@ KINDS = {
 )
 @chunk_size_option
 @attention_option
-@click.option("--plot", "as_plot", is_flag=True, help="Also draw what is held over the run.")
+@click.option(
+    "--plot",
+    metavar="[FILE.png]",
+    is_flag=False,
+    flag_value=_TERMINAL,
+    help="Also draw what is held over the run: in the terminal, or into a file.",
+)
 @models_dir_option
 @json_option
 @debug_option
-def plan(model: str, as_json: bool, as_plot: bool, **options: Any) -> None:
+def plan(model: str, as_json: bool, plot: str | None, **options: Any) -> None:
     """Say what a run of MODEL would hold and how long it would take.
 
     MODEL is an id, a directory, or a lone config.json: no weights are needed, and no such device.
     """
     from ollm_core import planner
 
+    picture = Path(plot) if plot not in (None, _TERMINAL) else None
+    if picture:
+        check_path(picture)
     found = planner.plan(model, **options)
     if as_json:
         print_json(found.fields())
@@ -82,11 +96,13 @@ def plan(model: str, as_json: bool, as_plot: bool, **options: Any) -> None:
         raise DoesNotFitError(found.reason, hint=found.hint)
     if not as_json:
         click.echo(_text(found, options["device_layers"], options["host_layers"]))
-        if as_plot:
-            width = shutil.get_terminal_size().columns
-            click.echo("\n" + draw(found.moments, found.device_memory, KINDS, width))
-    elif as_plot:
-        click.echo(draw(found.moments, found.device_memory, KINDS, 80), err=True)
+    if picture:
+        save(found, picture, KINDS)
+        click.echo(f"drawn in {picture}", err=True)
+    elif plot:
+        width = 80 if as_json else shutil.get_terminal_size().columns
+        drawn = draw(found.moments, found.device_memory, KINDS, width)
+        click.echo(drawn if as_json else f"\n{drawn}", err=as_json)
 
 
 def _text(plan: Plan, device_layers: int | None = None, host_layers: int | None = None) -> str:

@@ -1,4 +1,4 @@
-"""The Llama family: Llama 3.x, SmolLM2 and every other model of `model_type` llama."""
+"""The Llama family: Llama 2 and 3.x, SmolLM2 and every other model of `model_type` llama."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class LlamaAdapter(DecoderAdapter):
     model_types = ("llama",)
 
     def catalog(self) -> Sequence[CatalogEntry]:
-        """Llama 3.1 8B, Llama 3.2 1B and 3B, and SmolLM2 135M, all instruct models."""
+        """Llama 3.2 1B and 3B, 3.1 8B and 405B, 2 70B, and SmolLM2 135M, all instruct models."""
         return entries()
 
     def layer_parameters(self, config: Config, layer_idx: int) -> Iterator[str]:

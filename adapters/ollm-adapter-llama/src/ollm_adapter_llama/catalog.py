@@ -45,7 +45,7 @@ def _llama3(rope_factor: float, **sizes: Any) -> dict[str, Any]:
 def _entry(
     model_id: str, repo: str, num_parameters: int, license_name: str, config: dict[str, Any]
 ) -> CatalogEntry:
-    """All of these checkpoints are in bfloat16, and hold a tied head's tensor once."""
+    """All of these checkpoints hold two bytes a parameter, and a tied head's tensor once."""
     return CatalogEntry(
         model_id, repo, num_parameters, 2 * num_parameters, config, license=license_name
     )
@@ -97,6 +97,41 @@ def entries() -> tuple[CatalogEntry, ...]:
                 num_hidden_layers=32,
                 tie_word_embeddings=False,
             ),
+        ),
+        _entry(
+            "llama3-405B-chat",
+            "meta-llama/Llama-3.1-405B-Instruct",
+            405_853_388_800,
+            "llama3.1",
+            _llama3(
+                8.0,
+                hidden_size=16384,
+                intermediate_size=53248,
+                num_attention_heads=128,
+                num_hidden_layers=126,
+                tie_word_embeddings=False,
+            ),
+        ),
+        _entry(
+            "llama2-70B-chat",
+            "meta-llama/Llama-2-70b-chat-hf",
+            68_976_648_192,
+            "llama2",
+            {
+                **_COMMON,
+                "bos_token_id": 1,
+                "eos_token_id": 2,
+                "hidden_size": 8192,
+                "intermediate_size": 28672,
+                "max_position_embeddings": 4096,
+                "num_attention_heads": 64,
+                "num_hidden_layers": 80,
+                "num_key_value_heads": 8,
+                "rope_scaling": None,
+                "tie_word_embeddings": False,
+                "torch_dtype": "float16",
+                "vocab_size": 32000,
+            },
         ),
         _entry(
             "smollm2-135M",
