@@ -34,7 +34,7 @@ from ollm_core.drafts import NUM_DRAFT_TOKENS, DraftCandidates
 from ollm_core.engine import Engine
 from ollm_core.errors import DamagedKVError, InputError, UnsupportedError
 from ollm_core.interfaces import Closing, Drafter, KVStore
-from ollm_core.machine import peak_process_bytes
+from ollm_core.run_stats import gather_stats
 from ollm_core.skeleton import Skeleton
 from ollm_core.types import CacheKind, Progress, Stats
 from ollm_core.weights.tiered import TieredWeights
@@ -245,41 +245,12 @@ class StreamedModel(PreTrainedModel, GenerationMixin, Closing):
     @property
     def stats(self) -> Stats:
         """What the model has done since it was opened."""
-        counters, plan = self.engine.counters, self.engine.counters.last_plan
-        experts, pressure = self.weights.expert_counters, self.engine.pressure
-        return Stats(
+        return gather_stats(
+            self.engine,
+            self.weights,
+            self.accounts,
             weight_bytes=self._weight_bytes,
-            resident_bytes=self.weights.resident_bytes,
-            device_limit_bytes=self.accounts.device.limit,
-            device_peak_bytes=self.accounts.device.peak,
-            host_limit_bytes=self.accounts.host.limit,
-            host_peak_bytes=self.accounts.host.peak,
-            process_peak_bytes=peak_process_bytes(),
-            weight_bytes_read=self.weights.bytes_read,
-            read_seconds=self.weights.read_seconds,
-            weight_passes=counters.weight_passes,
             kv_tier=self._kv_tier,
-            kv_bytes_read=counters.kv_bytes_read,
-            kv_disk_bytes=counters.kv_disk_bytes,
-            cached_tokens=counters.cached_tokens,
-            prefill_tokens=counters.prefill_tokens,
-            prefill_seconds=counters.prefill_seconds,
-            decode_tokens=counters.decode_tokens,
-            decode_seconds=counters.decode_seconds,
-            reader=self.weights.reader,
-            attention=plan.attention if plan else "",
-            chunk_size=plan.chunk_size if plan else 0,
-            experts_routed=experts.routed,
-            experts_hit=experts.hit,
-            experts_read=experts.read,
-            expert_bytes_read=experts.bytes_read,
-            device_layers=self.weights.held.num_device_layers,
-            host_layers=self.weights.held.num_host_layers,
-            times_short=pressure.shortage.times if pressure else 0,
-            most_given_up_bytes=pressure.shortage.most_bytes if pressure else 0,
-            drafted_tokens=counters.drafted_tokens,
-            accepted_tokens=counters.accepted_tokens,
-            undrafted_passes=counters.undrafted_passes,
         )
 
     def keep_layers(self, device: int | None = None, host: int | None = None) -> None:

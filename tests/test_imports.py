@@ -37,6 +37,7 @@ ORDER = [
     {"estimate", "plans"},
     {"question"},
     {"planner"},
+    {"run_stats"},
     {"generation"},
     {"loading"},
     {"inference", "cli"},
