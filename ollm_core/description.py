@@ -56,11 +56,12 @@ def describe_checkpoint(
         begin, end = end, end + prod(shape) * DTYPE_BYTES[kind]
         header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [begin, end]}
     place = 8 + -(-len(json.dumps(header, separators=(",", ":"), ensure_ascii=False)) // 8) * 8
+    path = where / SINGLE_FILE  # one object: there may be 70,000 tensors
     tensors: dict[str, TensorInfo] = {}
     for name in order:
         kind, shape = stored[name]
         num_bytes = prod(shape) * DTYPE_BYTES[kind]
-        tensors[name] = TensorInfo(name, kind, shape, where / SINGLE_FILE, place, num_bytes)
+        tensors[name] = TensorInfo(name, kind, shape, path, place, num_bytes)
         place += num_bytes
     return Checkpoint(where, MappingProxyType(tensors), MappingProxyType({}), "")
 
