@@ -57,7 +57,7 @@ def describe_checkpoint(
         header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [begin, end]}
     place = 8 + -(-len(json.dumps(header, separators=(",", ":"), ensure_ascii=False)) // 8) * 8
     tensors: dict[str, TensorInfo] = {}
-    path = where / SINGLE_FILE
+    path = where / SINGLE_FILE  # one object: there may be 70,000 tensors
     for name in order:
         kind, shape = stored[name]
         num_bytes = prod(shape) * DTYPE_BYTES[kind]
