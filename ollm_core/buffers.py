@@ -43,3 +43,13 @@ def as_memoryview(buffer: Tensor) -> memoryview:
     tensor alive.
     """
     return memoryview((ctypes.c_char * buffer.numel()).from_address(buffer.data_ptr())).cast("B")
+
+
+def put_into(place: Tensor, value: Tensor) -> Tensor:
+    """`value` in the memory of `place`, which is of its shape; in new memory on that device if it
+    has another dtype.
+
+    What lives through a whole prompt so stays where it is. Made anew for each layer between what
+    comes and goes, it would leave gaps that the heap of the process keeps.
+    """
+    return place.copy_(value) if value.dtype == place.dtype else value.to(place.device)

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ollm_core.admission import Admission, PassPlan
+from ollm_core.buffers import put_into
 from ollm_core.calls import LayerCall
 from ollm_core.chunks import Chunk, NewTokens
 from ollm_core.errors import DoesNotFitError
@@ -159,9 +160,10 @@ class Engine:
                     embeddings = self._rotary(layer_idx, chunk_hidden, call, keep=len(calls) == 1)
                     run = call.step if layer_idx in self._skeleton.recurrent else call.attend
                     with self._span("layer", layer_idx=layer_idx):
-                        hidden[i] = run(step, layer_idx, chunk_hidden, embeddings).to(parked)
+                        output = run(step, layer_idx, chunk_hidden, embeddings)
+                        hidden[i] = put_into(hidden[i], output)
                     report()
-                del chunk_hidden
+                del chunk_hidden, output
                 if mixture := self._skeleton.mixtures.get(layer_idx):
                     fetch = functools.partial(self._weights.experts, layer_idx)
                     with self._span("experts", layer_idx=layer_idx):

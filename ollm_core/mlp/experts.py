@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ollm_core.buffers import put_into
 from ollm_core.errors import UnsupportedError
 from ollm_core.types import Layout
 
@@ -138,9 +139,10 @@ class Mixture:
         """The second half: replace `hidden`, the chunks [R, T, C], where they are parked."""
         parked = hidden[0].device
         if len(hidden) == 1:
-            hidden[0] = self.at_once(
+            output = self.at_once(
                 hidden[0].to(device), lambda chunk: self._serve([chunk], device, fetch)
-            ).to(parked)
+            )
+            hidden[0] = put_into(hidden[0], output)
             report()
             return
         chunks = [self.route(states.to(device), parked) for states in hidden]
@@ -148,7 +150,7 @@ class Mixture:
         for i, states in enumerate(hidden):
             total = chunks[i].total
             chunks[i] = chunks[-1]  # frees the rest of it
-            hidden[i] = self.finish(states.to(device), total.to(device)).to(parked)
+            hidden[i] = put_into(states, self.finish(states.to(device), total.to(device)))
             report()
 
     def at_once(self, hidden: Tensor, serve: Callable[[RoutedChunk], None]) -> Tensor:
