@@ -109,16 +109,7 @@ class Admission:
         """Hold the memory of a pass over `work`. Raises DoesNotFitError, naming what would do,
         before anything runs.
         """
-        smallest: tuple[int, int] | None = None
-        for plan in self._candidates(work):
-            growth = self._growth(store, work, plan)
-            missing = self._missing(plan, growth)
-            if not any(missing):
-                break
-            smallest = min(smallest or missing, missing)
-        else:
-            assert smallest is not None
-            self._refuse(work, *smallest)
+        plan, growth = self.choose(store, work)
         budgets = self._weight_budgets(plan, growth)
         if self.pressure is not None:
             needed = TierBytes(plan.needed.device + growth.device, plan.needed.host + growth.host)
@@ -132,6 +123,20 @@ class Admission:
             host.holding("activations", plan.needed.host),
         ):
             yield plan
+
+    def choose(self, store: KVStore, work: Sequence[NewTokens]) -> tuple[PassPlan, TierBytes]:
+        """How a pass over `work` would run, and what its KV would take. Holds nothing. Raises
+        DoesNotFitError.
+        """
+        smallest: tuple[int, int] | None = None
+        for plan in self._candidates(work):
+            growth = self._growth(store, work, plan)
+            missing = self._missing(plan, growth)
+            if not any(missing):
+                return plan, growth
+            smallest = min(smallest or missing, missing)
+        assert smallest is not None
+        raise self._refusal(work, *smallest)
 
     def fits(self, store: KVStore, work: Sequence[NewTokens]) -> bool:
         """Whether `admit` would let a pass over `work` through. Holds nothing."""
@@ -226,18 +231,22 @@ class Admission:
             return max(ring - device, 0), max(-host, 0)
         return max(-device, 0), max(ring - host, 0)
 
-    def _refuse(self, work: Sequence[NewTokens], device: int, host: int) -> None:
+    def _refusal(self, work: Sequence[NewTokens], device: int, host: int) -> DoesNotFitError:
+        """`device` and `host` are the bytes that are missing there, of which one is not 0."""
         num_tokens = sum(len(item.token_ids) for item in work)
-        for account, missing in ((self._accounts.device, device), (self._accounts.host, host)):
-            if missing:
-                needed = account.limit + missing
-                raise DoesNotFitError(
-                    f"a pass over {num_tokens} new tokens needs {format_size(needed)} of "
-                    f"{account.name}, {format_size(account.limit)} is allowed",
-                    hint=f"allow at least {needed} bytes, or give it fewer tokens at once",
-                    memory=account.name,
-                    needed_bytes=needed,
-                )
+        past = max(item.start for item in work)
+        after = f" after {past}" if past else ""
+        account, missing = (
+            (self._accounts.device, device) if device else (self._accounts.host, host)
+        )
+        needed = account.limit + missing
+        return DoesNotFitError(
+            f"a pass over {num_tokens} new tokens{after} needs {format_size(needed)} of "
+            f"{account.name}, {format_size(account.limit)} is allowed",
+            hint=f"allow at least {needed} bytes, or give it fewer tokens at once",
+            memory=account.name,
+            needed_bytes=needed,
+        )
 
 
 def _largest(parts: Mapping[str, int]) -> dict[str, int]:

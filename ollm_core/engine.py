@@ -138,6 +138,20 @@ class Engine:
             self._expect(store, work)
             return self._admission.fits(store, work)
 
+    def demand_room(self, store: KVStore, lengths: Sequence[int]) -> None:
+        """Raises DoesNotFitError if there is no memory for the step that takes new sequences to
+        their `lengths`, so that a run does not find out when it gets there.
+        """
+        sequences = [store.new_sequence() for _ in lengths]
+        try:
+            with self._lock, torch.inference_mode(False), torch.no_grad():
+                ids = torch.zeros(1, dtype=torch.long)
+                pairs = zip(sequences, lengths, strict=True)
+                self._admission.choose(store, [NewTokens(s, ids, n - 1) for s, n in pairs])
+        finally:
+            for sequence in sequences:
+                store.release(sequence)
+
     def _expect(self, store: KVStore, work: Sequence[NewTokens]) -> None:
         if isinstance(store, KeepsStates):
             for item in work:

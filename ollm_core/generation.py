@@ -126,8 +126,10 @@ class StreamedModel(PreTrainedModel, GenerationMixin, Closing):
             )
         cache = past_key_values
         if cache is None:
-            sure = _unpadded(input_ids, attention_mask)
-            cache = self.new_cache(num_tokens=input_ids.numel(), at_least=sure)
+            num_tokens = input_ids.numel()
+            mask = input_ids.new_ones(0) if attention_mask is None else attention_mask
+            padding = int((mask[..., -input_ids.shape[1] :] == 0).sum())
+            cache = self.new_cache(num_tokens=num_tokens, at_least=num_tokens - padding)
         try:
             logits = self._pass(input_ids, attention_mask, cache, logits_to_keep)
         finally:
@@ -313,14 +315,16 @@ class StreamedModel(PreTrainedModel, GenerationMixin, Closing):
             copies = max(
                 generation_config.num_beams or 1, generation_config.num_return_sequences or 1
             )
-            num_tokens = batch_size * max_cache_length
             mask = model_kwargs.get("attention_mask")
-            padding = 0 if mask is None else int((mask == 0).sum())
+            mask = torch.ones(batch_size, 0) if mask is None else mask
+            lengths = (max_cache_length - (mask == 0).sum(dim=1)).tolist()
             # Copies of a prompt share its blocks; how many rows come in is not told.
-            at_least = num_tokens - padding if copies == 1 else max_cache_length - padding
-            model_kwargs["past_key_values"] = self.new_cache(
-                num_tokens=copies * num_tokens, at_least=at_least
-            )
+            at_least = sum(lengths) if copies == 1 else max(lengths)
+            num_tokens = copies * batch_size * max_cache_length
+            cache = self.new_cache(num_tokens=num_tokens, at_least=at_least)
+            model_kwargs["past_key_values"] = cache
+            if copies == 1:
+                self.engine.demand_room(cache.store, lengths)
         return True
 
     def _sample(
@@ -394,10 +398,3 @@ class StreamedModel(PreTrainedModel, GenerationMixin, Closing):
         """A pass has given `num_tokens` more than the one that it was counted for."""
         self.engine.counters.decode_tokens += num_tokens
         self.engine.counters.accepted_tokens += num_tokens
-
-
-def _unpadded(input_ids: Tensor, attention_mask: Tensor | None) -> int:
-    """How many of the tokens [B, T] are no padding."""
-    if attention_mask is None:
-        return input_ids.numel()
-    return int((attention_mask[:, -input_ids.shape[1] :] != 0).sum())
