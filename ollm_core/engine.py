@@ -174,10 +174,11 @@ class Engine:
                     embeddings = self._rotary(layer_idx, chunk_hidden, call, keep=len(calls) == 1)
                     run = call.step if layer_idx in self._skeleton.recurrent else call.attend
                     with self._span("layer", layer_idx=layer_idx):
-                        output = run(step, layer_idx, chunk_hidden, embeddings)
-                        hidden[i] = put_into(hidden[i], output)
+                        hidden[i] = put_into(
+                            hidden[i], run(step, layer_idx, chunk_hidden, embeddings)
+                        )
                     report()
-                del chunk_hidden, output
+                del chunk_hidden
                 if mixture := self._skeleton.mixtures.get(layer_idx):
                     fetch = functools.partial(self._weights.experts, layer_idx)
                     with self._span("experts", layer_idx=layer_idx):

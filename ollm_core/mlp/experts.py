@@ -139,10 +139,12 @@ class Mixture:
         """The second half: replace `hidden`, the chunks [R, T, C], where they are parked."""
         parked = hidden[0].device
         if len(hidden) == 1:
-            output = self.at_once(
-                hidden[0].to(device), lambda chunk: self._serve([chunk], device, fetch)
+            hidden[0] = put_into(
+                hidden[0],
+                self.at_once(
+                    hidden[0].to(device), lambda chunk: self._serve([chunk], device, fetch)
+                ),
             )
-            hidden[0] = put_into(hidden[0], output)
             report()
             return
         chunks = [self.route(states.to(device), parked) for states in hidden]
