@@ -245,7 +245,7 @@ def _generation(
 
 
 def _report(
-    text: str, token_ids: list[int], num_prompt_tokens: int, stats: Stats, drafting: bool
+    text: str, token_ids: list[int], num_prompt_tokens: int, stats: Stats, drafting: bool = False
 ) -> dict[str, object]:
     """The fields of `--json`. Sizes are bytes; a dense model has no experts to tell of, and a run
     without a draft source no drafts.
