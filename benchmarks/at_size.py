@@ -7,8 +7,8 @@ usage: at_size.py [CASE ...] [--directory DIR] [--cap] [--json FILE]
 CASE is a key of `CASES`; all of them by default. A checkpoint with random weights, and fewer layers
 than the real one, is written to DIR for each and removed afterwards; where the vocabulary is not
 the real one the record says so. Each case runs in a process of its own; --cap puts that into a
-memory cgroup of the two budgets and 700 MB for interpreter and libraries (capped.sh; root). Rates
-are measured first, as `ollm doctor` does, for the times of the plan.
+memory cgroup of the two budgets and 1 GB for interpreter, libraries and what the heap keeps
+(capped.sh; root). Rates are measured first, as `ollm doctor` does, for the times of the plan.
 
 The last line on stdout is the record as JSON; the report for people goes to stderr.
 """
@@ -43,7 +43,7 @@ from ollm_core.types import Progress
 HERE = Path(__file__).resolve().parent
 MODEL = "llama3-8B-chat"
 HOST_BYTES = 250_000_000
-PROCESS_BYTES = 700_000_000
+PROCESS_BYTES = 1_000_000_000
 NEW_TOKENS = 4
 
 
