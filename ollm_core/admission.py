@@ -140,10 +140,11 @@ class Admission:
 
     def fits(self, store: KVStore, work: Sequence[NewTokens]) -> bool:
         """Whether `admit` would let a pass over `work` through. Holds nothing."""
-        return any(
-            not any(self._missing(plan, self._growth(store, work, plan)))
-            for plan in self._candidates(work)
-        )
+        try:
+            self.choose(store, work)
+        except DoesNotFitError:
+            return False
+        return True
 
     def _candidates(self, work: Sequence[NewTokens]) -> Iterator[PassPlan]:
         context = max(item.start + len(item.token_ids) for item in work)
