@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections.abc
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from ollm_core.hub import resolve
 from ollm_core.interfaces import ByteSource, Drafter
 from ollm_core.machine import pick_device
 from ollm_core.memory import MemoryAccount
-from ollm_core.parts import DTYPES, take_apart
+from ollm_core.parts import DTYPES, one_of, take_apart
 from ollm_core.plugins import Offer, one_line
 from ollm_core.pressure import Pressure
 from ollm_core.profiling import Profile, no_span
@@ -98,8 +98,8 @@ def load(
     registry.check_name("ollm_kv_stores", kv)
     engine = registry.check_name("ollm_reading_engines", reader)
     draft_source = registry.check_name("ollm_draft_sources", draft)
-    _one_of("attention", attention, ("auto", *ATTENTIONS))
-    _one_of("dtype", dtype, ("auto", *DTYPES))
+    one_of("attention", attention, ("auto", *ATTENTIONS))
+    one_of("dtype", dtype, ("auto", *DTYPES))
     if chunk_size is not None and chunk_size < 1:
         raise InputError(f"chunk_size is {chunk_size}, expected at least 1")
     _check_draft_length(num_draft_tokens, draft)
@@ -214,11 +214,6 @@ def _drafter(draft: str, source: Offer | None, request: DraftRequest) -> Drafter
     # A Drafter is anything that can be called, which is what the plugin's answer is held against.
     found: Drafter = source.make(collections.abc.Callable, request)  # type: ignore[arg-type]
     return found
-
-
-def _one_of(what: str, value: str, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise InputError(f"{what} is {value!r}", hint=f"one of: {', '.join(allowed)}")
 
 
 def _accounts(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import torch
 from ollm_core.admission import Accounts, Admission, Policy
 from ollm_core.checkpoint import Checkpoint
 from ollm_core.description import describe_checkpoint
-from ollm_core.errors import ConfigError
+from ollm_core.errors import ConfigError, InputError
 from ollm_core.interfaces import ModelAdapter
 from ollm_core.kv import KVGeometry
 from ollm_core.plugins import Offer
@@ -167,3 +167,9 @@ def _cache_kinds(adapter: ModelAdapter, config: Config, layout: Layout) -> tuple
         if kind.kind == "full" and kind.window is not None:
             raise ConfigError(f"layer {layer_idx} keeps all tokens, and yet has a window")
     return kinds
+
+
+def one_of(what: str, value: str, allowed: Sequence[str]) -> None:
+    """Raises InputError for an option's value that is not among those `allowed`."""
+    if value not in allowed:
+        raise InputError(f"{what} is {value!r}", hint=f"one of: {', '.join(allowed)}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from ollm_core.estimate import Estimate
 from ollm_core.hub import is_on_disk, local_path, models_root
 from ollm_core.interfaces import ModelAdapter
 from ollm_core.machine import planned_device
-from ollm_core.parts import DTYPES, take_apart
+from ollm_core.parts import DTYPES, one_of, take_apart
 from ollm_core.plans import Plan
 from ollm_core.question import Question
 from ollm_core.rates import Rates, find_rates
@@ -96,7 +95,7 @@ class Planner:
         """See `plan`."""
         registry = registry or Registry.discover()
         self._target = planned_device(device)
-        _one_of("dtype", dtype, ("auto", *DTYPES))
+        one_of("dtype", dtype, ("auto", *DTYPES))
         found = _find(path_or_id, registry, models_dir)
         parts = take_apart(
             found.adapter,
@@ -132,8 +131,8 @@ class Planner:
         """See `plan`. Without `compare` neither the largest context nor changes are looked for,
         which is quicker: 0 and none.
         """
-        _one_of("kv", kv, ("auto", *TIERS))
-        _one_of("attention", attention, ("auto", *ATTENTIONS))
+        one_of("kv", kv, ("auto", *TIERS))
+        one_of("attention", attention, ("auto", *ATTENTIONS))
         counts = {"batch": batch, "max_new_tokens": max_new_tokens, "chunk_size": chunk_size}
         for name, count in counts.items():
             if count is not None and count < 1:
@@ -210,8 +209,3 @@ def _find(path_or_id: str | Path, registry: Registry, models_dir: str | Path | N
     adapter = registry.adapter_for(config)
     has_files = any((directory / name).is_file() for name in (INDEX_FILE, SINGLE_FILE))
     return _Found(adapter, config, open_checkpoint(directory) if has_files else None, directory)
-
-
-def _one_of(what: str, value: str, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise InputError(f"{what} is {value!r}", hint=f"one of: {', '.join(allowed)}")

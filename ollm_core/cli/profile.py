@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ollm_core.memory import format_size
+from ollm_core.profiling import READING
 
 if TYPE_CHECKING:
     from ollm_core.profiling import Profile, Total
@@ -30,7 +31,7 @@ def profile_table(profile: Profile, total_seconds: float) -> str:
     lines.append(f"  {'together':<18}{sums}".rstrip())
     beside = total_seconds - sum(spent.values())
     lines.append(f"  {'between passes':<18}{beside:>10.2f} s, choosing tokens and text")
-    reads = [total for (_, name), total in profile.totals.items() if name == "read"]
+    reads = [total for (_, name), total in profile.totals.items() if name == READING]
     if reads:
         lines.append(f"  {'reading':<18}{_reading(reads, total_seconds)}")
     return "\n".join(lines)
