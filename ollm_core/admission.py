@@ -169,7 +169,7 @@ class Admission:
         for name in names:
             for size in sizes:
                 chunks = tuple(cut_chunks(work, size))
-                for hidden_on_host in (False,) if self._on_cpu else (False, True):
+                for hidden_on_host in (False, True):
                     needed = self._needed(work, chunks, name, hidden_on_host)
                     yield PassPlan(chunks, size, name, hidden_on_host, needed)
 
@@ -197,7 +197,8 @@ class Admission:
         if on_host:
             chunk_bytes = largest * self._hidden_size * self._itemsize
             if parked:  # parts of a chunk on their way from and to the host
-                experts, parked = experts + 2 * chunk_bytes, parked + 2 * chunk_bytes
+                experts += 2 * chunk_bytes
+                parked += 0 if self._on_cpu else 2 * chunk_bytes
             device = {"hidden states": chunk_bytes, "positions": tokens}
             return Needed(
                 _largest({"layer": layer, "experts' work": experts, "logits": head}) | device,

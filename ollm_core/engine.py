@@ -19,11 +19,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from ollm_core.admission import Admission, PassPlan
-from ollm_core.buffers import put_into
 from ollm_core.calls import LayerCall
 from ollm_core.chunks import Chunk, NewTokens
 from ollm_core.errors import DoesNotFitError
 from ollm_core.interfaces import KeepsStates, KVStore
+from ollm_core.parking import Parking
 from ollm_core.plugins import one_line
 from ollm_core.pressure import Pressure
 from ollm_core.profiling import Span, no_span
@@ -160,8 +160,8 @@ class Engine:
     def _run(self, store: KVStore, work: Sequence[NewTokens], plan: PassPlan) -> list[Tensor]:
         report = self._reporter(work, plan)
         device = self._weights.device
-        parked = torch.device("cpu") if plan.hidden_on_host else device
-        hidden = [self._embed(work, chunk).to(parked) for chunk in plan.chunks]  # [R, T, C] each
+        parking = Parking(device, plan.hidden_on_host)
+        hidden = [parking.park(self._embed(work, chunk)) for chunk in plan.chunks]  # [R, T, C]
         calls = [LayerCall(store, work, chunk, plan.attention, device) for chunk in plan.chunks]
         for layer_idx in range(len(self._skeleton.layers)):
             with (
@@ -170,11 +170,11 @@ class Engine:
             ):
                 step = self._skeleton.step(layer_idx)
                 for i, call in enumerate(calls):
-                    chunk_hidden = hidden[i].to(device)
+                    chunk_hidden = parking.fetch(hidden[i])
                     embeddings = self._rotary(layer_idx, chunk_hidden, call, keep=len(calls) == 1)
                     run = call.step if layer_idx in self._skeleton.recurrent else call.attend
                     with self._span("layer", layer_idx=layer_idx):
-                        hidden[i] = put_into(
+                        hidden[i] = parking.put(
                             hidden[i], run(step, layer_idx, chunk_hidden, embeddings)
                         )
                     report()
@@ -182,8 +182,8 @@ class Engine:
                 if mixture := self._skeleton.mixtures.get(layer_idx):
                     fetch = functools.partial(self._weights.experts, layer_idx)
                     with self._span("experts", layer_idx=layer_idx):
-                        mixture.run(hidden, device, fetch, report)
-        return self._head(work, plan, hidden, report)
+                        mixture.run(hidden, parking, fetch, report)
+        return self._head(work, plan, hidden, parking, report)
 
     @contextmanager
     def _acquired(self, unit_idx: int) -> Iterator[Sequence[Tensor]]:
@@ -217,6 +217,7 @@ class Engine:
         work: Sequence[NewTokens],
         plan: PassPlan,
         hidden: Sequence[Tensor],
+        parking: Parking,
         report: Callable[[], None],
     ) -> list[Tensor]:
         """Logits [num_logits, V] per item. The head is walked once, in parts, for all of them."""
@@ -224,7 +225,7 @@ class Engine:
         for chunk, states in zip(plan.chunks, hidden, strict=True):
             first = min(len(work[row].token_ids) - work[row].num_logits for row in chunk.rows)
             if first < chunk.end:
-                normalised = self._skeleton.norm(states.to(self._weights.device))
+                normalised = self._skeleton.norm(parking.fetch(states))
                 wanted.append((chunk, normalised[:, max(first - chunk.begin, 0) :]))
         parts: list[list[Tensor]] = [[] for _ in wanted]
         for unit_idx in range(len(self._skeleton.layers), len(self._weights.units)):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ollm_core.parking import Parking
 from ollm_core.parts import ModelParts
 from ollm_core.rates import Rates
 from ollm_core.rehearsal import Rehearsed, Scenario
@@ -173,5 +174,5 @@ def _experts_per_token(parts: ModelParts) -> int:
             1, 1, parts.skeleton.config.hidden_size, dtype=parts.dtype, device=meta
         )
         with torch.no_grad():
-            return mixture.route(hidden, meta).tokens.numel()
+            return mixture.route(hidden, Parking(meta, on_host=False)).tokens.numel()
     return 0

@@ -215,7 +215,9 @@ class StreamedModel(PreTrainedModel, GenerationMixin, Closing):
                 hint="the tokenizer is not this model's",
             )
         past = max((cache.num_tokens(row) for row in range(len(cache.rows))), default=0)
-        length = past + int(kept.sum(dim=1).max())
+        self._check_length(past + int(kept.sum(dim=1).max()))
+
+    def _check_length(self, length: int) -> None:
         limit = self.config.max_position_embeddings
         if length > limit:
             raise InputError(
@@ -318,6 +320,8 @@ class StreamedModel(PreTrainedModel, GenerationMixin, Closing):
             mask = model_kwargs.get("attention_mask")
             mask = torch.ones(batch_size, 0) if mask is None else mask
             lengths = (max_cache_length - (mask == 0).sum(dim=1)).tolist()
+            if (num_new := generation_config.max_new_tokens) is not None:
+                self._check_length(max(lengths) + 1 - num_new)  # no memory would do
             # Copies of a prompt share its blocks; how many rows come in is not told.
             at_least = sum(lengths) if copies == 1 else max(lengths)
             num_tokens = copies * batch_size * max_cache_length

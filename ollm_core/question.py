@@ -155,7 +155,7 @@ class Question:
             if needed > given:
                 allow.append(f"{name} {_as_option(needed)}")
         hint = f"allow {' and '.join(allow)}"
-        return f"{hint}, or --context {largest}" if largest else hint
+        return f"{hint}, or a context of at most {largest} tokens" if largest else hint
 
     def _changes(self, run: Rehearsed, *, fits: bool) -> list[Change]:
         """Those that would help most, first the one that helps most."""

@@ -215,11 +215,12 @@ class Rehearsal:
             held = self._held()
         grow(scenario.prompt_tokens, first.chunk_size)
         for step in self._steps(scenario, ends_only=ends_only):
+            work = [NewTokens(sequence, prompt[:1], step) for sequence in sequences]
             if ends_only:
                 self._weights.hold(Placement())  # as the steps between would make room
+                admission.choose(store, work)  # a refusal names all that the steps would take
             while length < step:
                 grow(min(step - length, store.block_size), store.block_size)
-            work = [NewTokens(sequence, prompt[:1], length) for sequence in sequences]
             with admission.admit(store, work) as plan:
                 moments.append(self._moment(f"token {step + 1}", store, plan, step))
                 held = self._held()

@@ -17,6 +17,7 @@ from ollm_core.calls import StateCache, run_layer
 from ollm_core.interfaces import KVStore, KVView
 from ollm_core.kv import KVGeometry
 from ollm_core.mlp import Mixture, RoutedChunk
+from ollm_core.parking import Parking
 from ollm_core.skeleton import Skeleton
 from ollm_core.tracing import OneExpertTaken, traced_peak
 
@@ -103,22 +104,23 @@ class Workspace:
         that is `alone` nothing is parked.
         """
         meta, dtype = torch.device("meta"), self._geometry.dtype
+        parking = Parking(meta, on_host=False)
         hidden_size: int = self._skeleton.config.hidden_size
         hidden = torch.empty(1, num_tokens, hidden_size, dtype=dtype, device=meta)
         parameters = [
             torch.empty(shape, dtype=dtype, device=meta) for shape in mixture.slice_shapes
         ]
 
-        def add(chunk: RoutedChunk) -> None:
+        def add(chunk: RoutedChunk, _: Parking = parking) -> None:
             taken: TorchDispatchMode = OneExpertTaken()  # type: ignore[no-untyped-call]
             with taken, mixture.bound(parameters):
-                mixture.add(chunk, 0, num_tokens, meta)
+                mixture.add(chunk, 0, num_tokens, parking)
 
         if alone:
             return traced_peak(lambda: mixture.at_once(hidden, add)), 0, 0
-        chunk = mixture.route(hidden, meta)
+        chunk = mixture.route(hidden, parking)
         work = max(
-            traced_peak(lambda: mixture.route(hidden, meta)),
+            traced_peak(lambda: mixture.route(hidden, parking)),
             traced_peak(lambda: add(chunk)),
             traced_peak(lambda: mixture.finish(hidden, chunk.total)),
         )

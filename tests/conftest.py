@@ -61,6 +61,19 @@ def tiny(make_llama: MakeLlama) -> Path:
     return make_llama()
 
 
+@pytest.fixture
+def chat(make_llama: MakeLlama) -> Path:
+    """A tiny random Llama with a tokenizer of numbers."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    directory = make_llama(bos_token_id=None, eos_token_id=None)
+    tokenizer = Tokenizer(models.WordLevel({str(i): i for i in range(199)}, unk_token="0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(directory)
+    return directory
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """SmolLM2-135M-Instruct in bf16."""

@@ -23,19 +23,6 @@ def run(capsys, directory, *options):
     return captured
 
 
-@pytest.fixture
-def chat(make_llama):
-    """A tiny random Llama with a tokenizer of numbers."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    directory = make_llama(bos_token_id=None, eos_token_id=None)
-    tokenizer = Tokenizer(models.WordLevel({str(i): i for i in range(199)}, unk_token="0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(directory)
-    return directory
-
-
 def test_run_tells_of_drafts(capsys, chat):
     """With a draft source the report and the closing lines count drafts; without, neither does. The
     tokens are the same with the gate, a fixed number, and none.

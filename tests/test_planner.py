@@ -157,7 +157,7 @@ def test_what_does_not_fit_says_what_would(tiny):
     assert not tight.fits
     assert tight.hint == (
         f"allow --device-memory {-(-tight.device_peak_bytes // 10**6)}MB, "
-        f"or --context {tight.largest_context}"
+        f"or a context of at most {tight.largest_context} tokens"
     )
     least = tight.smallest_device_bytes
     assert check(ollm.plan(tiny, context=4000, device_memory=least, **options)).fits
@@ -171,11 +171,21 @@ def test_what_does_not_fit_says_what_would(tiny):
     assert check(ollm.plan(tiny, context=4000, device_memory="6MB", **options)).fits
 
 
+def test_the_least_host_memory_of_many_layers(make_llama):
+    """Each of which takes its KV by itself: what is named is enough for all."""
+    model = make_llama(num_hidden_layers=24)
+    options = {"device": "cpu", "kv": "host", "context": 2000}
+    tight = check(ollm.plan(model, host_memory=1, **options))
+    assert not tight.fits
+    assert check(ollm.plan(model, host_memory=tight.smallest_host_bytes, **options)).fits
+    assert not ollm.plan(model, host_memory=tight.smallest_host_bytes - 1, **options).fits
+
+
 def test_no_context_fits(tiny):
     """Where nothing does, only memory is asked for."""
     found = check(ollm.plan(tiny, device="cpu", device_memory="10kB", context=1000))
     assert found.largest_context == 0
-    assert "--context" not in found.hint
+    assert "context" not in found.hint
 
 
 def test_files_and_config_alone_agree(tiny, tmp_path):

@@ -22,6 +22,7 @@ from ollm_core.cli.output import (
     print_json,
 )
 from ollm_core.cli.profile import profile_table
+from ollm_core.cli.refused import what_would_do
 from ollm_core.cli.streaming import ProgressBar, TextStream
 from ollm_core.errors import DoesNotFitError, InputError
 from ollm_core.memory import format_size
@@ -130,6 +131,7 @@ def run(
     text = _user_text(prompt, file)
     drafting = options["draft"] != "none"
     progress = ProgressBar(Path(model).name)
+    prompt_ids: Tensor | None = None
     try:
         from ollm_core.loading import load
         from ollm_core.profiling import Profile
@@ -157,8 +159,9 @@ def run(
             stats = opened.stats
             answer = opened.tokenizer.decode(new_ids, skip_special_tokens=True)
     except DoesNotFitError as error:
-        if error.memory:  # it names what is missing at that moment
-            error.hint += "; `ollm plan` with the same options tells all that a run needs"
+        if error.memory and prompt_ids is not None:  # it names what is missing at that moment
+            num_tokens = prompt_ids.shape[1]
+            error.hint = what_would_do(model, options, num_tokens, max_new_tokens) or error.hint
         raise
     finally:
         progress.close()

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ollm_core.buffers import put_into
 from ollm_core.errors import UnsupportedError
+from ollm_core.parking import Parking
 from ollm_core.types import Layout
 
 Fetch = Callable[
@@ -132,40 +132,40 @@ class Mixture:
     def run(
         self,
         hidden: list[Tensor],
-        device: torch.device,
+        parking: Parking,
         fetch: Fetch,
         report: Callable[[], None],
     ) -> None:
         """The second half: replace `hidden`, the chunks [R, T, C], where they are parked."""
-        parked = hidden[0].device
         if len(hidden) == 1:
-            hidden[0] = put_into(
-                hidden[0],
-                self.at_once(
-                    hidden[0].to(device), lambda chunk: self._serve([chunk], device, fetch)
-                ),
+            output = self.at_once(
+                parking.fetch(hidden[0]), lambda chunk, at: self._serve([chunk], at, fetch)
             )
+            hidden[0] = parking.put(hidden[0], output)
             report()
             return
-        chunks = [self.route(states.to(device), parked) for states in hidden]
-        self._serve(chunks, device, fetch)
+        chunks = [self.route(parking.fetch(states), parking) for states in hidden]
+        self._serve(chunks, parking, fetch)
         for i, states in enumerate(hidden):
             total = chunks[i].total
             chunks[i] = chunks[-1]  # frees the rest of it
-            hidden[i] = put_into(states, self.finish(states.to(device), total.to(device)))
+            output = self.finish(parking.fetch(states), parking.fetch(total))
+            hidden[i] = parking.put(states, output)
+            del output  # before the next chunk
             report()
 
-    def at_once(self, hidden: Tensor, serve: Callable[[RoutedChunk], None]) -> Tensor:
+    def at_once(self, hidden: Tensor, serve: Callable[[RoutedChunk, Parking], None]) -> Tensor:
         """Run a chunk [R, T, C] through the whole second half. `serve` adds up what its experts
         say.
         """
         called = False
+        here = Parking(hidden.device, on_host=False)
 
         def answer(states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
             nonlocal called
             called = True
-            chunk = self._routed(states, index, weights, states.device)
-            serve(chunk)
+            chunk = self._routed(states, index, weights, here)
+            serve(chunk, here)
             return chunk.total
 
         with self._stand_in.answering(answer):
@@ -174,7 +174,7 @@ class Mixture:
             raise self._not_called()
         return output
 
-    def _serve(self, chunks: Sequence[RoutedChunk], device: torch.device, fetch: Fetch) -> None:
+    def _serve(self, chunks: Sequence[RoutedChunk], parking: Parking, fetch: Fetch) -> None:
         """Add the output of each wanted expert to the chunks that want it."""
         counts = torch.stack([chunk.starts.diff() for chunk in chunks]).sum(0).tolist()
         wanted = {expert: count for expert, count in enumerate(counts) if count}
@@ -184,15 +184,15 @@ class Mixture:
                     for chunk in chunks:
                         begin, end = chunk.starts[expert : expert + 2].tolist()
                         if begin < end:
-                            self.add(chunk, begin, end, device)
+                            self.add(chunk, begin, end, parking)
                 del parameters  # before the next ones are made
 
-    def route(self, hidden: Tensor, parked: torch.device) -> RoutedChunk:
+    def route(self, hidden: Tensor, parking: Parking) -> RoutedChunk:
         """Run a chunk [R, T, C] up to the experts, to learn which ones it wants."""
         try:
             self._mlp(self._layer, hidden)
         except _Asked as asked:
-            return self._routed(*asked.arguments, parked)
+            return self._routed(*asked.arguments, parking)
         raise self._not_called()
 
     def _not_called(self) -> UnsupportedError:
@@ -202,7 +202,7 @@ class Mixture:
         )
 
     def _routed(
-        self, states: Tensor, index: Tensor, weights: Tensor, parked: torch.device
+        self, states: Tensor, index: Tensor, weights: Tensor, parking: Parking
     ) -> RoutedChunk:
         num_tokens = states.shape[0]
         # As eager code goes through them: expert by expert, first choices before second ones.
@@ -210,22 +210,22 @@ class Mixture:
         bounds = torch.arange(self.num_experts + 1, device=experts.device)
         starts = torch.searchsorted(experts, bounds)
         return RoutedChunk(
-            states.to(parked),
-            (order % num_tokens).to(parked),
-            weights.t().reshape(-1)[order].to(parked),
+            parking.park(states),
+            parking.park(order % num_tokens),
+            parking.park(weights.t().reshape(-1)[order]),
             starts if starts.is_meta else starts.cpu(),
-            torch.zeros_like(states, device=parked),
+            parking.zeros_like(states),
         )
 
-    def add(self, chunk: RoutedChunk, begin: int, end: int, device: torch.device) -> None:
+    def add(self, chunk: RoutedChunk, begin: int, end: int, parking: Parking) -> None:
         """Add the bound expert's output for its tokens, which are at `begin` to `end`."""
-        tokens = chunk.tokens[begin:end]
+        device, tokens = parking.device, chunk.tokens[begin:end]
         output = self._family(
-            chunk.states[tokens].to(device),
+            parking.rows(chunk.states, tokens),
             torch.zeros(end - begin, 1, dtype=torch.int64, device=device),
             chunk.weights[begin:end, None].to(device),
         )
-        chunk.total.index_add_(0, tokens, output.to(chunk.total.device))
+        parking.add_rows(chunk.total, tokens, output)
 
     def finish(self, hidden: Tensor, total: Tensor) -> Tensor:
         """Run a chunk [R, T, C] to the end of the layer, `total` [N, C] being what the experts

@@ -145,8 +145,12 @@ class HeldWeights:
         experts = self.experts.least_bytes
         if self._on_cpu:
             device_bytes -= experts
-        dense = 0 if self._all_fit(device_bytes) else 2 * self.slot_bytes
-        return dense + experts
+        if self._all_fit(device_bytes):
+            return experts
+        ring_bytes = 2 * self.slot_bytes
+        if self._on_cpu and self._may_all_be_kept:  # of one or two units, that can be less
+            ring_bytes = min(ring_bytes, sum(self._kept_bytes))
+        return ring_bytes + experts
 
     def reserve(self) -> None:
         """Take `fixed_device_bytes`. Raises DoesNotFitError."""
@@ -231,10 +235,13 @@ class HeldWeights:
         return Placement(device, host, num_slots)
 
     def _all_fit(self, device_bytes: int) -> bool:
-        """Whether all units may be kept on the device."""
+        """Whether all units can be kept on the device."""
+        return self._may_all_be_kept and sum(self._kept_bytes) <= device_bytes
+
+    @property
+    def _may_all_be_kept(self) -> bool:
         most = self.layer_limits.device
-        fit = sum(self._kept_bytes) <= device_bytes
-        return fit and (most is None or most >= self._num_layers)
+        return most is None or most >= self._num_layers
 
     def _allowed(self, most: int | None, priority: Sequence[int]) -> list[int]:
         """Of the units in `priority`, at most so many layers."""

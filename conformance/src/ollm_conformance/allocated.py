@@ -10,10 +10,11 @@ from types import FrameType
 
 import torch
 
+from ollm_core.parking import host_like
 from ollm_core.tracing import AllocationTracker
 
-_KV = "ollm_core.kv."
-_DEPTH = 12  # frames between an allocation and the store that asked for it
+_STORES = "ollm_core.kv."
+_DEPTH = 12  # frames between an allocation and what asked for it
 
 
 def live_bytes() -> int:
@@ -26,45 +27,47 @@ def live_bytes() -> int:
     return sum(sizes.values())
 
 
-class StoreTracker(AllocationTracker):
-    """Counts what is allocated inside the `with` block, that of KV stores apart from the rest.
+class TierTracker(AllocationTracker):
+    """Counts what is allocated inside the `with` block: of the device, and apart from it of the
+    host, which on a CPU differ only in what the memory is for.
 
-    `used` and `peak` are of the rest, `kv_used` and `kv_peak` of the stores. What is not made by a
+    `used` and `peak` are the device's, `host_used` and `host_peak` the host's: that is what KV
+    stores allocate, if KV is not on the device, and what is parked there. What is not made by a
     torch operation, as pages for O_DIRECT, is not seen: `live_bytes` sees it.
     """
 
-    def __init__(self, *, apart: bool) -> None:
-        """Without `apart` the stores count as the rest."""
+    def __init__(self, *, kv_on_device: bool) -> None:
         super().__init__("cpu")
-        self.kv_used = 0
-        self.kv_peak = 0
-        self._apart = apart
-        self._stored: set[int] = set()
+        self.host_used = 0
+        self.host_peak = 0
+        self._kv_on_device = kv_on_device
+        self._on_host: set[int] = set()
 
     def _count(self, storage: torch.UntypedStorage, *, made_here: bool = True) -> None:
         peak, used = self.peak, self.used
         super()._count(storage, made_here=made_here)
-        if self._apart and self.used > used and _in_a_store():
-            self._stored.add(storage._cdata)
-            self.kv_used += self.used - used
-            self.kv_peak = max(self.kv_peak, self.kv_used)
+        if self.used > used and self._is_for_host():
+            self._on_host.add(storage._cdata)
+            self.host_used += self.used - used
+            self.host_peak = max(self.host_peak, self.host_used)
             self.peak, self.used = peak, used
 
     def _forget(self, key: int, num_bytes: int) -> None:
         super()._forget(key, num_bytes)
-        if key in self._stored:
-            self._stored.remove(key)
-            self.kv_used -= num_bytes
+        if key in self._on_host:
+            self._on_host.remove(key)
+            self.host_used -= num_bytes
             self.used += num_bytes
 
-
-def _in_a_store() -> bool:
-    """Whether code of a KV store asked for the allocation that is being counted."""
-    frame: FrameType | None = sys._getframe(2)
-    for _ in range(_DEPTH):
-        if frame is None:
-            return False
-        if str(frame.f_globals.get("__name__", "")).startswith(_KV):
-            return True
-        frame = frame.f_back
-    return False
+    def _is_for_host(self) -> bool:
+        """Who asked for the allocation that is being counted."""
+        frame: FrameType | None = sys._getframe(2)
+        for _ in range(_DEPTH):
+            if frame is None:
+                return False
+            if frame.f_code is host_like.__code__:
+                return True
+            if str(frame.f_globals.get("__name__", "")).startswith(_STORES):
+                return not self._kv_on_device
+            frame = frame.f_back
+        return False

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ollm_conformance.adapter.base import AdapterSuite
-from ollm_conformance.allocated import StoreTracker, live_bytes
+from ollm_conformance.allocated import TierTracker, live_bytes
 from ollm_conformance.checks import check
 from ollm_conformance.subject import CHUNK, Subject
 from ollm_core.budgets import Budgets
@@ -58,23 +58,23 @@ def _measured(subject: Subject, directory: Path, kv: str, budgets: Budgets) -> t
     host's.
     """
     prompt = subject.prompt(_PROMPT)[None]
-    on_device = kv == "device"
-    peaks, stored = [], 0
+    kv_on_device = kv == "device"
+    peaks = []
     gc.collect()
     before = live_bytes()
     with subject.open(
         directory, kv=kv, device_memory=budgets.device, host_memory=budgets.host
     ) as model:
-        cache = model.new_cache(num_tokens=_PROMPT + 2)
-        for ids in (prompt, prompt[:, :1]):
-            with StoreTracker(apart=not on_device) as tracker:
-                model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
-            # What is alive now and was not made by an operation was there at the peak too.
-            peaks.append(live_bytes() - before - tracker.used + tracker.peak)
-            stored = max(stored, tracker.kv_peak)
-        full = live_bytes()
+        with TierTracker(kv_on_device=kv_on_device) as whole:
+            cache = model.new_cache(num_tokens=_PROMPT + 2)
+            for ids in (prompt, prompt[:, :1]):
+                with TierTracker(kv_on_device=kv_on_device) as one_pass:
+                    model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
+                # What is alive now and was not made by an operation was there at the peak too.
+                peaks.append(live_bytes() - before - one_pass.used + one_pass.peak)
+        full, made = live_bytes(), whole.host_used
         cache.store.close()
-        at_end = full - live_bytes()
-    if on_device:
-        return max(peaks), 0
-    return max(peaks) - at_end, max(stored, at_end)
+        stored = full - live_bytes()
+    if kv_on_device:
+        return max(peaks), whole.host_peak
+    return max(peaks) - stored, whole.host_peak + stored - made

@@ -1,0 +1,41 @@
+"""What would do instead of a run that does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ollm_core.errors import OllmError
+
+_PLANNED = (
+    "device",
+    "dtype",
+    "device_memory",
+    "host_memory",
+    "device_layers",
+    "host_layers",
+    "kv",
+    "attention",
+    "chunk_size",
+    "models_dir",
+)
+
+
+def what_would_do(
+    model: str, options: Mapping[str, Any], num_prompt_tokens: int, max_new_tokens: int
+) -> str:
+    """The smallest memory for the whole run, and the largest context in the memory that there is,
+    as `ollm plan` finds them. Empty if the plan knows of nothing, as with a plugin's parts.
+    """
+    from ollm_core.planner import plan
+
+    try:
+        found = plan(
+            model,
+            context=num_prompt_tokens + max_new_tokens,
+            max_new_tokens=max_new_tokens,
+            **{name: options[name] for name in _PLANNED},
+        )
+    except OllmError:
+        return ""
+    return f"the prompt has {num_prompt_tokens} tokens: {found.hint}" if not found.fits else ""
