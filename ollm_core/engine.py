@@ -9,8 +9,8 @@ import functools
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -165,9 +165,10 @@ class Engine:
         calls = [LayerCall(store, work, chunk, plan.attention, device) for chunk in plan.chunks]
         for layer_idx in range(len(self._skeleton.layers)):
             with (
-                self._acquired(layer_idx) as parameters,
+                self._weights.acquire(layer_idx) as parameters,
                 self._skeleton.bound(layer_idx, parameters),
             ):
+                del parameters  # a name would keep copies while the next layer's are made
                 step = self._skeleton.step(layer_idx)
                 for i, call in enumerate(calls):
                     chunk_hidden = parking.fetch(hidden[i])
@@ -184,14 +185,6 @@ class Engine:
                     with self._span("experts", layer_idx=layer_idx):
                         mixture.run(hidden, parking, fetch, report)
         return self._head(work, plan, hidden, parking, report)
-
-    @contextmanager
-    def _acquired(self, unit_idx: int) -> Iterator[Sequence[Tensor]]:
-        """A unit's parameters on the device."""
-        with ExitStack() as stack:
-            with self._span("wait for weights", unit_idx=unit_idx):
-                parameters = stack.enter_context(self._weights.acquire(unit_idx))
-            yield parameters
 
     def _embed(self, work: Sequence[NewTokens], chunk: Chunk) -> Tensor:
         ids = torch.cat([work[row].token_ids[chunk.begin : chunk.end] for row in chunk.rows])
@@ -229,9 +222,10 @@ class Engine:
                 wanted.append((chunk, normalised[:, max(first - chunk.begin, 0) :]))
         parts: list[list[Tensor]] = [[] for _ in wanted]
         for unit_idx in range(len(self._skeleton.layers), len(self._weights.units)):
-            with self._acquired(unit_idx) as (weight,), self._span("head"):
+            with self._weights.acquire(unit_idx) as (weight,), self._span("head"):
                 for part, (_, states) in zip(parts, wanted, strict=True):
                     part.append(functional.linear(states, weight))
+                del weight
             report()
         found: list[list[Tensor]] = [[] for _ in work]
         for part, (chunk, _) in zip(parts, wanted, strict=True):

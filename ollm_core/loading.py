@@ -138,6 +138,7 @@ def load(
                 target,
                 (accounts.device, accounts.host),
                 buffer_bytes=skeleton.buffer_bytes,
+                span=profile.span if profile else no_span,
             )
         )
         weights.held.layer_limits = layers

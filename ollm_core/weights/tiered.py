@@ -13,9 +13,10 @@ from torch import Tensor
 from ollm_core.buffers import aligned_buffer, as_memoryview
 from ollm_core.interfaces import ByteSource, TierBytes, WeightStreamer
 from ollm_core.memory import MemoryAccount
+from ollm_core.profiling import Span, no_span
 from ollm_core.weights.experts import ExpertCounters
 from ollm_core.weights.held import HeldWeights, Placement
-from ollm_core.weights.ring import Ring
+from ollm_core.weights.ring import Ring, Slot
 from ollm_core.weights.rows import EmbeddingRows
 from ollm_core.weights.units import Units, WeightUnit
 from ollm_core.weights.upload import Upload
@@ -35,10 +36,12 @@ class TieredWeights(WeightStreamer):
         accounts: tuple[MemoryAccount, MemoryAccount],
         *,
         buffer_bytes: int = 0,
+        span: Span = no_span,
     ) -> None:
         """`accounts` are those of the device and the host. On a CPU everything counts as device
-        memory. `buffer_bytes` are those of the model that are no weights, and held for it.
-        `source` is closed with the weights, and when they cannot be opened.
+        memory. `buffer_bytes` are those of the model that are no weights, and held for it. `span`
+        measures how long units are waited for. `source` is closed with the weights, and when they
+        cannot be opened.
         """
         self.held = HeldWeights(units, source, dtype, device, accounts, buffer_bytes=buffer_bytes)
         self.units = self.held.units
@@ -46,6 +49,7 @@ class TieredWeights(WeightStreamer):
         self.dtype = dtype
         self.device = device
         self._source = source
+        self._span = span
         self._rows = EmbeddingRows(units.embedding)
         self._device_units: dict[int, list[Tensor] | None] = {}
         self._host_units: dict[int, tuple[Tensor, Sequence[int]] | None] = {}
@@ -151,30 +155,21 @@ class TieredWeights(WeightStreamer):
         """See WeightStreamer. `unit_idx` counts in pass order: layers first, then the parts of the
         head.
         """
-        unit = self.units[unit_idx]
-        if unit_idx in self._device_units:
-            resident = self._device_units[unit_idx]
-            if resident is None:
-                resident = self._device_units[unit_idx] = self._load(unit)
-            yield resident
-        elif unit_idx in self._host_units:
-            kept = self._host_units[unit_idx]
-            if kept is None:
-                kept = self._host_units[unit_idx] = self._read(unit)
-            yield unit.build(self._uploaded(kept[0]), kept[1], self.dtype)
-        else:
-            assert self._ring is not None, "fit() makes the ring before anything is streamed"
-            slot = self._ring.take(unit_idx)
-            try:
-                if self._upload is not None:
-                    yield unit.build(self._uploaded(slot.buffer), slot.offsets, self.dtype)
-                elif self.held.copied_bytes[unit_idx]:
-                    yield unit.build(slot.buffer, slot.offsets, self.dtype)
+        slot: Slot | None = None
+        try:
+            with self._span("wait for weights", unit_idx=unit_idx):
+                if unit_idx in self._device_units:
+                    parameters = self._kept_on_device(unit_idx)
+                elif unit_idx in self._host_units:
+                    parameters = self._kept_on_host(unit_idx)
                 else:
-                    if unit_idx not in slot.built:
-                        slot.built[unit_idx] = unit.build(slot.buffer, slot.offsets, self.dtype)
-                    yield slot.built[unit_idx]
-            finally:
+                    assert self._ring is not None, "fit() makes it before anything is streamed"
+                    slot = self._ring.take(unit_idx)
+                    parameters = self._streamed(unit_idx, slot)
+            yield parameters
+        finally:
+            if slot is not None:
+                assert self._ring is not None, "nothing is fitted while a unit is in use"
                 if self._upload is not None:
                     self._upload.wait()
                 self._ring.give_back(slot)
@@ -199,6 +194,28 @@ class TieredWeights(WeightStreamer):
         self._upload = None
         self.held.close()
         self._source.close()
+
+    def _kept_on_device(self, unit_idx: int) -> Sequence[Tensor]:
+        resident = self._device_units[unit_idx]
+        if resident is None:
+            resident = self._device_units[unit_idx] = self._load(self.units[unit_idx])
+        return resident
+
+    def _kept_on_host(self, unit_idx: int) -> Sequence[Tensor]:
+        unit, kept = self.units[unit_idx], self._host_units[unit_idx]
+        if kept is None:
+            kept = self._host_units[unit_idx] = self._read(unit)
+        return unit.build(self._uploaded(kept[0]), kept[1], self.dtype)
+
+    def _streamed(self, unit_idx: int, slot: Slot) -> Sequence[Tensor]:
+        unit = self.units[unit_idx]
+        if self._upload is not None:
+            return unit.build(self._uploaded(slot.buffer), slot.offsets, self.dtype)
+        if self.held.copied_bytes[unit_idx]:
+            return unit.build(slot.buffer, slot.offsets, self.dtype)
+        if unit_idx not in slot.built:
+            slot.built[unit_idx] = unit.build(slot.buffer, slot.offsets, self.dtype)
+        return slot.built[unit_idx]
 
     def _drop_ring(self) -> None:
         if self._ring:

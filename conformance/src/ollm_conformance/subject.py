@@ -125,7 +125,7 @@ class Subject:
         self.real_checkpoint = checkpoint
         self._load = load
         self._rehearse = rehearse
-        self._rehearsals: dict[Path, Rehearsal] = {}
+        self._rehearsals: dict[tuple[Path, str], Rehearsal] = {}
         self._references: dict[tuple[Path, str], Reference] = {}
         self._num_kv_directories = 0
 
@@ -191,21 +191,22 @@ class Subject:
             options.setdefault("kv_dir", self.new_directory())
         return self._load(directory or self.tiny(), **options)
 
-    def rehearsal(self, directory: Path) -> Rehearsal:
+    def rehearsal(self, directory: Path, dtype: str = "auto") -> Rehearsal:
         """What plans runs of the model in `directory` on a CPU."""
-        if directory not in self._rehearsals:
+        key = directory, dtype
+        if key not in self._rehearsals:
             parts = take_apart(
                 self.adapter,
                 read_config(directory),
                 open_checkpoint(directory),
                 self.registry.offers("ollm_weight_codecs"),
-                dtype="auto",
+                dtype=dtype,
                 device=torch.device("cpu"),
                 where=directory,
                 bare=True,
             )
-            self._rehearsals[directory] = self._rehearse(parts)
-        return self._rehearsals[directory]
+            self._rehearsals[key] = self._rehearse(parts)
+        return self._rehearsals[key]
 
     def new_directory(self) -> Path:
         """A path that nothing has used."""

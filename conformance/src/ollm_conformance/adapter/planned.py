@@ -23,19 +23,25 @@ class Planned(AdapterSuite):
 
     @check(
         "memory.plan",
-        "In the least memory and in more, with KV anywhere, the peaks that a plan tells of device "
-        "and host are never below what the run really allocates, and within 10% of it.",
+        "In the least memory and in more, with KV anywhere, in the stored dtype and another, the "
+        "peaks that a plan tells of device and host are never below what the run really allocates, "
+        "and within 10% of it.",
         look="weights(), caches(): sizes that differ from what is made; what a store holds",
     )
     @pytest.mark.parametrize(
-        ("kv", "roomy"),
-        [("device", False), ("device", True), ("host", False), ("disk", True)],
+        ("kv", "roomy", "dtype"),
+        [
+            ("device", False, "bfloat16"),
+            ("device", True, "bfloat16"),
+            ("host", False, "float32"),  # weights converted as they are streamed
+            ("disk", True, "bfloat16"),
+        ],
     )
-    def test_plan(self, subject: Subject, kv: str, roomy: bool) -> None:
+    def test_plan(self, subject: Subject, kv: str, roomy: bool, dtype: str) -> None:
         chunk_size = CHUNK if supports(subject.adapter, "chunked-prefill") else None
         scenario = Scenario(_PROMPT + 2, 2, 1, kv, "exact", chunk_size)
         directory = subject.tiny("bfloat16")
-        rehearsal = subject.rehearsal(directory)
+        rehearsal = subject.rehearsal(directory, dtype)
         budgets = rehearsal.least(scenario, Budgets(1, 1))
         if roomy:
             more = rehearsal.parts.checkpoint.total_bytes // 2
@@ -43,7 +49,7 @@ class Planned(AdapterSuite):
         plan = rehearsal.run(budgets, scenario)
         for memory, measured, planned in zip(
             ("device", "host"),
-            _measured(subject, directory, kv, budgets),
+            _measured(subject, directory, kv, budgets, dtype),
             (plan.device_peak.device_bytes, plan.host_peak.host_bytes),
             strict=True,
         ):
@@ -53,7 +59,9 @@ class Planned(AdapterSuite):
             )
 
 
-def _measured(subject: Subject, directory: Path, kv: str, budgets: Budgets) -> tuple[int, int]:
+def _measured(
+    subject: Subject, directory: Path, kv: str, budgets: Budgets, dtype: str
+) -> tuple[int, int]:
     """Bytes that a prompt and a step really have at their peak, of the device's memory and of the
     host's.
     """
@@ -63,7 +71,11 @@ def _measured(subject: Subject, directory: Path, kv: str, budgets: Budgets) -> t
     gc.collect()
     before = live_bytes()
     with subject.open(
-        directory, kv=kv, device_memory=budgets.device, host_memory=budgets.host
+        directory,
+        kv=kv,
+        dtype=dtype,
+        device_memory=budgets.device,
+        host_memory=budgets.host,
     ) as model:
         with TierTracker(kv_on_device=kv_on_device) as whole:
             cache = model.new_cache(num_tokens=_PROMPT + 2)
