@@ -52,4 +52,6 @@ def put_into(place: Tensor, value: Tensor) -> Tensor:
     What lives through a whole prompt so stays where it is. Made anew for each layer between what
     comes and goes, it would leave gaps that the heap of the process keeps.
     """
-    return place.copy_(value) if value.dtype == place.dtype else value.to(place.device)
+    if value.dtype != place.dtype:
+        place = torch.empty_like(value, device=place.device)
+    return place.copy_(value)

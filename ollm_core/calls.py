@@ -45,7 +45,8 @@ class LayerCall:
         self, step: Callable[..., Tensor], layer_idx: int, hidden: Tensor, embeddings: Embeddings
     ) -> Tensor:
         """Run a layer with keys and values, or its first half: [R, T, C] -> the same."""
-        return run_layer(step, hidden, self.positions, embeddings, self)
+        with torch.inference_mode():  # its operations are cheaper by a tenth
+            return run_layer(step, hidden, self.positions, embeddings, self)
 
     def update(
         self, keys: Tensor, values: Tensor, layer_idx: int, *_: object, **__: object
@@ -53,8 +54,9 @@ class LayerCall:
         """Store new keys and values [R, G, T, D]; what the attention function gets is a view of
         all.
         """
-        for row, sequence in enumerate(self._sequences):
-            self._store.append(layer_idx, sequence, keys[row], values[row])
+        with torch.inference_mode(mode=False):  # what a store keeps outlives the pass
+            for row, sequence in enumerate(self._sequences):
+                self._store.append(layer_idx, sequence, keys[row], values[row])
         view = KVView(
             keys, values, layer_idx, self._sequences, self._starts, self._store, self._attention
         )
@@ -85,13 +87,14 @@ class LayerCall:
         cosines, sines = embeddings
         states = [store.state(layer_idx, sequence) for sequence in self._sequences]
         cache = StateCache(layer_idx, states, hidden.device)
-        output = run_layer(
-            step,
-            hidden[:, part],
-            self.positions[:, part],
-            (cosines[:, part], sines[:, part]),
-            cache,
-        )
+        with torch.inference_mode():
+            output = run_layer(
+                step,
+                hidden[:, part],
+                self.positions[:, part],
+                (cosines[:, part], sines[:, part]),
+                cache,
+            )
         for sequence, state in zip(self._sequences, cache.states(), strict=True):
             store.put_state(layer_idx, sequence, output.shape[1], state)
         return output

@@ -119,7 +119,8 @@ class Skeleton:
 
 def _bind(slots: Sequence[tuple[dict[str, Any], str]], parameters: Sequence[Tensor]) -> None:
     for (holder, leaf), value in zip(slots, parameters, strict=True):
-        holder[leaf] = nn.Parameter(value, requires_grad=False)
+        ready = isinstance(value, nn.Parameter)
+        holder[leaf] = value if ready else nn.Parameter(value, requires_grad=False)
 
 
 def _rotary_types(rotary: nn.Module, config: PreTrainedConfig, num_layers: int) -> list[str | None]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
@@ -32,7 +33,8 @@ def _attend(
     scaling: float,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    return key.attention(module, query, key, scaling=scaling, **options), None
+    with torch.inference_mode(mode=False):  # a store may keep what is made while it is read
+        return key.attention(module, query, key, scaling=scaling, **options), None
 
 
 def register_attention() -> None:

@@ -7,6 +7,7 @@ context.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 from collections.abc import Callable, Mapping
@@ -34,11 +35,14 @@ def exact_attention(
     """
     eager = _family_eager(module)
     _refuse_unknown(module, eager, options)
+    num_new = query.shape[2]
     outputs = []
     for row in range(query.shape[0]):
         keys, values = _gather(view, row, sliding_window)  # [1, G, S, D]
         num_past = view.starts[row] - view.first(row, sliding_window)
-        mask = _causal_mask(query, num_past, keys.shape[2], sliding_window)
+        mask = None  # one query sees all that was gathered
+        if num_new > 1:
+            mask = _causal_mask(query, num_past, keys.shape[2], sliding_window)
         outputs.append(
             eager(module, query[row : row + 1], keys, values, mask, scaling=scaling, **options)[0]
         )
@@ -59,32 +63,37 @@ def _refuse_unknown(
     """Raise UnsupportedError for what `eager` would ignore. A parameter of the module, as sinks
     are, it finds there itself.
     """
-    known = inspect.signature(eager).parameters.keys() | CARRIED
-    own = list(module.parameters(recurse=False))
     for name, value in options.items():
-        if value is None or name in known or any(value is parameter for parameter in own):
+        if value is None or name in CARRIED or name in _known(eager):
+            continue
+        if any(value is parameter for parameter in module.parameters(recurse=False)):
             continue
         raise UnsupportedError(
             f"the eager attention of {type(module).__module__} does not know the option {name!r}"
         )
 
 
+@functools.lru_cache(maxsize=64)
+def _known(eager: Callable[..., object]) -> frozenset[str]:
+    """Names of its parameters; asking costs as much as a small layer."""
+    return frozenset(inspect.signature(eager).parameters)
+
+
 def _gather(view: KVView, row: int, window: int | None) -> tuple[Tensor, Tensor]:
     """The keys and values that a row may see, stored and new, each contiguous [1, G, S, D]."""
-    new_keys, new_values = view.keys[row], view.values[row]  # [G, T, D]
+    num_heads, num_new, head_dim = view.keys.shape[1:]
     start = view.starts[row] - view.first(row, window)
-    num_heads, num_new, head_dim = new_keys.shape
-    keys = new_keys.new_empty(1, num_heads, start + num_new, head_dim)
+    keys = view.keys.new_empty(num_heads, start + num_new, head_dim)
     values = torch.empty_like(keys)
     position = 0
     for past_keys, past_values in view.past(row, window):
-        end = position + past_keys.shape[1]
-        keys[0, :, position:end] = past_keys
-        values[0, :, position:end] = past_values
-        position = end
-    keys[0, :, start:] = new_keys
-    values[0, :, start:] = new_values
-    return keys, values
+        count = past_keys.shape[1]
+        keys.narrow(1, position, count).copy_(past_keys)
+        values.narrow(1, position, count).copy_(past_values)
+        position += count
+    keys.narrow(1, start, num_new).copy_(view.keys[row])
+    values.narrow(1, start, num_new).copy_(view.values[row])
+    return keys[None], values[None]
 
 
 def _causal_mask(query: Tensor, start: int, num_keys: int, window: int | None) -> Tensor:

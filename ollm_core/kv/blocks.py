@@ -410,7 +410,10 @@ class BlockKVStore(KVStore):
         """Parts of tails [2, G, n, D] for `num_new` tokens, each to be filled before the next."""
         self._storage.check()
         self._slide(layer_idx, table)
-        self._grow({layer_idx: table}, table.num_tokens + num_new)
+        index, inside = divmod(table.num_tokens, self.block_size)
+        begun = table.tail is not None and index in table.blocks
+        if not begun or inside + num_new > self.block_size:
+            self._grow({layer_idx: table}, table.num_tokens + num_new)
         while num_new:
             inside = table.num_tokens % self.block_size
             block = self._next_block(table)

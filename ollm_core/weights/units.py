@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ollm_core.errors import CheckpointError
 from ollm_core.types import Layout, ParameterSource, TensorInfo, WeightPlan
@@ -97,11 +97,14 @@ class WeightUnit:
         return max((p.source.scratch_bytes for p in self.parameters), default=0)
 
     def build(self, buffer: Tensor, offsets: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
-        """All parameters in order; `offsets` are those of `tensors` in `buffer`."""
+        """All parameters in order, ready for a module; `offsets` are those of `tensors` in
+        `buffer`.
+        """
         by_name = {
             tensor.name: offset for tensor, offset in zip(self.tensors, offsets, strict=True)
         }
-        return [p.build(buffer, by_name, dtype) for p in self.parameters]
+        built = (p.build(buffer, by_name, dtype) for p in self.parameters)
+        return [nn.Parameter(value, requires_grad=False) for value in built]
 
 
 @dataclass(frozen=True, slots=True)
