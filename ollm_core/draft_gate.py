@@ -43,6 +43,11 @@ class DraftLength(Protocol):
     def answered(self, num_asked: int, num_given: int, seconds: float) -> int:
         """The source took `seconds` -> how many of the given tokens to check."""
 
+    def caught_up(self, seconds: float) -> None:
+        """The source took `seconds` to read the text so far, before it is asked: once, or seldom,
+        and not for each draft.
+        """
+
     def checked(self, num_checked: int, num_right: int, seconds: float) -> None:
         """A pass over one token and `num_checked` drafted ones took `seconds`, and the first
         `num_right` of those were right.
@@ -65,6 +70,9 @@ class FixedLength(DraftLength):
     def answered(self, num_asked: int, num_given: int, seconds: float) -> int:
         """See DraftLength."""
         return num_given
+
+    def caught_up(self, seconds: float) -> None:
+        """See DraftLength."""
 
     def checked(self, num_checked: int, num_right: int, seconds: float) -> None:
         """See DraftLength."""
@@ -93,6 +101,7 @@ class DraftGate(DraftLength):
         self._right = [0.0] * longest
         self._answers = 1.0  # the share of questions that were answered with tokens
         self._prompt_seconds = 0.0
+        self._prompt_share: float | None = None  # of the prompt's time, not spent on reading it
         self._spare: float | None = None  # None until c is known
         self._rest = 0.0  # seconds without a try to come
         self._trying = False
@@ -127,6 +136,16 @@ class DraftGate(DraftLength):
         self._answers = max(answers, 0.01)
         return num_given if self._trying else self._best(num_given)
 
+    def caught_up(self, seconds: float) -> None:
+        """See DraftLength. A twentieth of the prompt's time, less what drafts began with, is there
+        for it; the rest is paid back before there is a draft.
+        """
+        if self._spare is None or self._prompt_share is None:
+            return  # asked before anything was measured, which `ask` does not allow
+        given = min(seconds, self._prompt_share)
+        self._prompt_share -= given
+        self._spare -= seconds - given
+
     def checked(self, num_checked: int, num_right: int, seconds: float) -> None:
         """See DraftLength."""
         alone = not (num_checked or self._after_draft)
@@ -141,6 +160,7 @@ class DraftGate(DraftLength):
         worth = seconds if alone else (num_right + 1) * single
         if self._spare is None:
             self._spare = min(_SHARE * self._prompt_seconds, single)
+            self._prompt_share = _SHARE * self._prompt_seconds - self._spare
         self._spare += (1 + _SHARE) * worth - took
         self._rest -= took
         if self._trying and took > worth:

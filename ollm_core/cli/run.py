@@ -46,6 +46,7 @@ _LOADING = [
     "attention",
     "reader",
     "draft",
+    "draft_model",
     "num_draft_tokens",
 ]
 _GREEDY = dict.fromkeys(
@@ -86,6 +87,9 @@ _SAMPLING = ("top_p", "top_k", "seed")
 @click.option("--seed", type=int, help="Make sampling repeatable.")
 @offered_name("--reader", "ollm_reading_engines", "What reads the weights.")
 @offered_name("--draft", "ollm_draft_sources", "Where guesses of several tokens at once come from.")
+@click.option(
+    "--draft-model", metavar="DIR_OR_ID", help="The model for --draft model: a small one in memory."
+)
 @click.option(
     "--num-draft-tokens", type=click.IntRange(1), help="Guess that many.  [default: what pays]"
 )
