@@ -157,7 +157,7 @@ class Admission:
             missing,
             strict=True,
         ):
-            if lacking:
+            if lacking and wanted:
                 raise DoesNotFitError(
                     f"{kind} needs {format_size(wanted)} of {account.name} beside the model, "
                     f"{format_size(max(wanted - lacking, 0))} of {format_size(account.limit)} "

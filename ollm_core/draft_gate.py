@@ -12,7 +12,8 @@ or a shorter one has been measured. So `_spare` never falls below zero, and a te
 of a twentieth of its own time, at most one pass: still a twentieth of the whole. And the time of
 the very first question to a draft source cannot be known before it is asked, nor what a draft does
 to the pass after it, where weights come back that had made room; they are paid back before there is
-another draft. All this holds as far as costs hold still; they are measured again and again, and the
+another draft. So is what a source takes to read the text before it can be asked, beyond what is
+left of the prompt's twentieth. All this holds as far as costs hold still; they are measured again and again, and the
 newest count.
 
 **How it chooses.** A draft of n gives 1 + a_1 + a_1 a_2 + ... tokens, where a_i is how often

@@ -161,7 +161,7 @@ def run(
             stats = opened.stats
             answer = opened.tokenizer.decode(new_ids, skip_special_tokens=True)
     except DoesNotFitError as error:
-        if error.memory:  # it names what is missing at that moment
+        if error.memory and options["draft"] != "model":  # it names what is missing at that moment
             error.hint += "; `ollm plan` with the same options tells all that a run needs"
         raise
     finally:
