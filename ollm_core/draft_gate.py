@@ -13,8 +13,8 @@ of a twentieth of its own time, at most one pass: still a twentieth of the whole
 the very first question to a draft source cannot be known before it is asked, nor what a draft does
 to the pass after it, where weights come back that had made room; they are paid back before there is
 another draft. So is what a source takes to read the text before it can be asked, beyond what is
-left of the prompt's twentieth. All this holds as far as costs hold still; they are measured again and again, and the
-newest count.
+left of the prompt's twentieth. All this holds as far as costs hold still; they are measured again
+and again, and the newest count.
 
 **How it chooses.** A draft of n gives 1 + a_1 + a_1 a_2 + ... tokens, where a_i is how often
 position i was right when all before it were. The length that gives most tokens for its seconds, 0
