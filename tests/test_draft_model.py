@@ -151,7 +151,7 @@ def test_the_ends_of_positions_and_of_texts(make, make_llama, ids):
     assert stats.drafted_tokens == 0
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt", "qwen"])
+@pytest.mark.parametrize("family", ["gpt", "qwen"])
 def test_what_it_takes_is_set_aside(make, ids, family):
     """Before the first pass, to the byte of its accounts: all weights stay in memory, no pass goes
     past its part, and torch allocates no more than that; a batch needs none of it for KV.
@@ -172,7 +172,6 @@ def test_what_it_takes_is_set_aside(make, ids, family):
             assert account.peak <= account.limit
         stats = drafter.model.stats
         assert stats.resident_bytes > 0.8 * (stats.weight_bytes - 2 * 199 * 64 * 4)
-        assert stats.weight_bytes_read == 0 or family != "llama"  # experts are read when asked for
         model.generate(prompt[:40].view(2, 20), max_new_tokens=3, **GREEDY)
         assert model.accounts.device.kinds[KIND] == opened
         assert own.device.used <= opened
@@ -180,26 +179,25 @@ def test_what_it_takes_is_set_aside(make, ids, family):
         assert account.used == 0
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen"])
-def test_no_more_is_set_aside_than_is_used(make, ids, family):
+def test_no_more_is_set_aside_than_is_used(make, ids):
     """A text that is read in the largest pieces, the last one at its end, takes all but a
-    twentieth of what is set aside for it.
+    fiftieth of what is set aside for it.
     """
-    with load(make("llama"), make(family)) as model:
+    with load(make("llama"), make("llama")) as model:
         drafter, text = model._drafter, ids(520)
         drafter.begin(520)
         drafter.catch_up(text[:265])
         drafter.catch_up(text)
         drafter(text[:-2], 2)
         own = drafter.model.accounts.device
-        assert 0.95 * own.limit <= own.peak <= own.limit
+        assert 0.98 * own.limit <= own.peak <= own.limit
 
 
 def test_what_does_not_fit_is_refused_before_the_run(make, ids):
     """With one line that names what would do, and that does."""
     main, draft, prompt = make("llama"), make("llama", 1), ids(30)
     plain, _ = text_of(main, prompt, 12)
-    refused = refusal_of(main, prompt, draft, 200_000)
+    refused = refusal_of(main, prompt, draft, 600_000)
     assert "draft model needs" in str(refused)
     assert "allow at least" in str(refused)
     for _ in range(6):  # each names what is missing at that moment
