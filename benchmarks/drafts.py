@@ -176,6 +176,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=5, help="of passes over each number of tokens")
     parser.add_argument("--prompt", type=int, default=16, help="of random tokens")
     parser.add_argument("--chance", type=float, nargs="*", help="of a token to be right")
+    parser.add_argument("--prompts", nargs="*", choices=[*PROMPTS, "random"], help="[default: all]")
     parser.add_argument("--draft-model", type=Path, help="drafts, in place of the lookup")
     parser.add_argument("--json", type=Path, help="write the record to this file")
     args = parser.parse_args()
@@ -198,6 +199,8 @@ def main() -> None:
     ) as model:
         found, source = {}, model._drafter
         for name, prompt in prompts_of(model, args.prompt).items():
+            if args.prompts and name not in args.prompts:
+                continue
             model.draft_with(None)
             text, _ = answer(model, prompt, args)
             say(f"{name}: {model.tokenizer.decode(text) if model.tokenizer else text[:8]!r}")
