@@ -73,8 +73,9 @@ class DraftCandidates(CandidateGenerator):
         max_positions: int,
         vocab_size: int,
     ) -> None:
-        """`clock` goes on with each pass. `on_accepted` is told after each how many drafted tokens
-        were right. `fits` says whether there is memory for a pass that checks so many.
+        """`clock` goes on with each pass, and here by what drafting takes. `on_accepted` is told
+        after each how many drafted tokens were right. `fits` says whether there is memory for a
+        pass that checks so many.
         """
         self._drafter = drafter
         self._gate = gate
@@ -95,7 +96,9 @@ class DraftCandidates(CandidateGenerator):
         """
         candidates = input_ids
         if self._seconds is not None:
+            start = time.perf_counter()
             candidates = self._drafted(input_ids)
+            self._clock.decode_seconds += time.perf_counter() - start
             self._seconds = self._clock.decode_seconds
         self._num_drafted = candidates.shape[1] - input_ids.shape[1]
         return candidates, None

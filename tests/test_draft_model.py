@@ -282,6 +282,16 @@ def test_sampling_draws_from_the_model_alone(make, ids):
             assert (model.stats.accepted_tokens > 8) == lucky
 
 
+def test_the_time_of_drafting_counts(make, ids):
+    """What is told of decoding holds the passes of the draft model too."""
+    main = make("llama")
+    with load(main, main) as model:
+        model.generate(ids(300)[None], max_new_tokens=12, **GREEDY)
+        inside = model._drafter.model.stats
+        assert model.stats.decode_tokens == 11
+        assert model.stats.decode_seconds > inside.decode_seconds > 0
+
+
 def test_a_seed_repeats_a_sampled_text(make, ids):
     """The draft model draws nothing, so a seed gives the same text again."""
     main, prompt = make("llama"), ids(20)
