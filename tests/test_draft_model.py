@@ -8,7 +8,6 @@ import threading
 import pytest
 import torch
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     GptOssConfig,
     LogitsProcessor,
@@ -80,7 +79,7 @@ def text_of(directory, prompt, num_new, **options):
 
 @pytest.mark.parametrize(
     ("target", "draft"),
-    [("llama", "llama"), ("gpt", "gpt"), ("qwen", "qwen"), ("gpt", "llama"), ("llama", "qwen")],
+    [("llama", "llama"), ("gpt", "gpt"), ("qwen", "qwen"), ("gpt", "llama")],
 )
 def test_the_text_is_the_same(make, ids, target, draft):
     """The same weights draft what is right, ten of eleven tokens of each pass; others are seldom
@@ -394,10 +393,3 @@ def test_a_larger_draft_model_is_told_of(make, make_llama, caplog):
     caplog.clear()
     with load(large, make("llama")):
         assert not caplog.records
-
-
-def test_configs_are_of_the_families_they_say(make):
-    """The tiny models have what makes them hard to draft with."""
-    kinds = set(AutoConfig.from_pretrained(make("qwen")).layer_types)
-    assert kinds == {"linear_attention", "full_attention"}
-    assert "sliding_attention" in AutoConfig.from_pretrained(make("gpt")).layer_types
