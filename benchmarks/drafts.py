@@ -1,12 +1,14 @@
 """What a weight pass costs by the number of tokens that it checks, and what drafts bring.
 
-usage: drafts.py MODEL [--adapter moefy:Qwen2Moe] [--device-memory SIZE] [--json FILE]
+usage: drafts.py MODEL [--adapter moefy:Qwen2Moe] [--device-memory SIZE] [--draft-model DIR]
+                 [--json FILE]
 
 Two tables. The first: passes over 1, 2, 3, 5 and 9 tokens of a text, in turns, each going on where
 the one before ended; seconds, bytes and experts read, the median of each. The second: the same
 prompts answered without drafts, with the gate and with ten tokens always, in turns, in tokens a
-second of decoding, by the engine's clock. Prompts are one that asks for a quotation and one for
-free text; for a model without a tokenizer, random tokens.
+second of decoding, by the engine's clock, and in tokens per weight pass. Prompts are one that asks
+for a quotation, one for a change of a word and one for free text; for a model without a tokenizer,
+random tokens. The draft source is the lookup, or with --draft-model that model.
 
 With --chance P the draft source is not the lookup but one that knows the text and is right with
 that chance at each token: real costs, simulated worth.
@@ -35,7 +37,6 @@ from torch import Tensor
 
 import ollm
 from ollm_core.chunks import NewTokens
-from ollm_core.drafts import LookupDrafter
 from ollm_core.registry import Registry
 
 CHECKED = (1, 2, 3, 5, 9)
@@ -46,6 +47,8 @@ PASSAGE = (
 )
 PROMPTS = {
     "quote": f"Repeat the following text word for word.\n\n{PASSAGE}",
+    "edit": "Rewrite the text below. Change nothing but this: in place of 'keeper' write 'warden'."
+    f"\n\n{PASSAGE}",
     "free": "Write a short story about a gardener who finds an old map.",
 }
 
@@ -128,24 +131,25 @@ def answer(
     return output[0, prompt.shape[1] :].tolist(), {
         "tokens_per_second": (after.decode_tokens - before.decode_tokens) / seconds,
         "new_tokens": output.shape[1] - prompt.shape[1],
+        "tokens_per_pass": (output.shape[1] - prompt.shape[1])
+        / (after.weight_passes - before.weight_passes),
         **{name: getattr(after, name) - getattr(before, name) for name in names},
     }
 
 
 def rates(
-    model: Any, prompt: Tensor, text: list[int], args: argparse.Namespace
+    model: Any, source: Any, prompt: Tensor, text: list[int], args: argparse.Namespace
 ) -> Iterator[dict[str, Any]]:
-    """The second table for one prompt, whose answer is `text`."""
+    """The second table for one prompt, whose answer is `text`, with drafts of `source`."""
     for chance in args.chance or [None]:
         runs: dict[str, list[dict[str, Any]]] = {"none": [], "gate": [], "ten": []}
         same = True
         for _ in range(args.rounds):
             for mode, found in runs.items():
-                drafter: Any = LookupDrafter()
+                drafter = source
                 if chance is not None:
                     drafter = Knowing([*prompt[0].tolist(), *text], chance)
-                model._drafter = None if mode == "none" else drafter
-                model._num_draft_tokens = 10 if mode == "ten" else None
+                model.draft_with(None if mode == "none" else drafter, 10 if mode == "ten" else None)
                 tokens, run = answer(model, prompt, args)
                 same, found_same = same and tokens == text, tokens == text
                 found.append({**run, "same_text": found_same})
@@ -172,6 +176,8 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=5, help="of passes over each number of tokens")
     parser.add_argument("--prompt", type=int, default=16, help="of random tokens")
     parser.add_argument("--chance", type=float, nargs="*", help="of a token to be right")
+    parser.add_argument("--prompts", nargs="*", choices=[*PROMPTS, "random"], help="[default: all]")
+    parser.add_argument("--draft-model", type=Path, help="drafts, in place of the lookup")
     parser.add_argument("--json", type=Path, help="write the record to this file")
     args = parser.parse_args()
     registry = None
@@ -188,10 +194,14 @@ def main() -> None:
         reader=args.reader,
         kv="device",
         registry=registry,
+        draft="model" if args.draft_model else "lookup",
+        draft_model=args.draft_model,
     ) as model:
-        found = {}
+        found, source = {}, model._drafter
         for name, prompt in prompts_of(model, args.prompt).items():
-            model._drafter = None
+            if args.prompts and name not in args.prompts:
+                continue
+            model.draft_with(None)
             text, _ = answer(model, prompt, args)
             say(f"{name}: {model.tokenizer.decode(text) if model.tokenizer else text[:8]!r}")
             costs = pass_costs(model, prompt, text, args.turns)
@@ -200,8 +210,9 @@ def main() -> None:
             found[name] = {
                 "prompt_tokens": prompt.shape[1],
                 "passes": costs,
-                "answers": list(rates(model, prompt, text, args)) if args.rounds else [],
+                "answers": list(rates(model, source, prompt, text, args)) if args.rounds else [],
             }
+        model.draft_with(source)  # to be closed
         stats = model.stats
     limits.append(probe(files).gb_per_second)
     record = {
@@ -215,6 +226,7 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "load_average": round(os.getloadavg()[0], 2),
         "disk_limit_gb_s": [round(limit, 3) for limit in limits],
+        "draft": args.draft_model.name if args.draft_model else "lookup",
         "prompts": found,
     }
     if args.json:

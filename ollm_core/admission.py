@@ -110,9 +110,9 @@ class Admission:
         before anything runs.
         """
         plan, growth = self.choose(store, work)
-        budgets = self._weight_budgets(plan, growth)
+        needed = _sum(plan.needed, growth)
+        budgets = self._weight_budgets(needed)
         if self.pressure is not None:
-            needed = TierBytes(plan.needed.device + growth.device, plan.needed.host + growth.host)
             budgets = self.pressure.within(*budgets, needed)
         self._weights.fit(*budgets)
         for item in work:
@@ -131,7 +131,7 @@ class Admission:
         smallest: tuple[int, int] | None = None
         for plan in self._candidates(work):
             growth = self._growth(store, work, plan)
-            missing = self._missing(plan, growth)
+            missing = self._missing(_sum(plan.needed, growth))
             if not any(missing):
                 return plan, growth
             smallest = min(smallest or missing, missing)
@@ -145,6 +145,32 @@ class Admission:
         except DoesNotFitError:
             return False
         return True
+
+    def set_aside(self, kind: str, num_bytes: TierBytes) -> None:
+        """Reserve `num_bytes` for what stands beside the model; kept weights give way to it. Raises
+        DoesNotFitError, with nothing reserved, where too little would be left to stream through.
+        """
+        missing = self._missing(num_bytes)
+        for account, wanted, lacking in zip(
+            (self._accounts.device, self._accounts.host),
+            (num_bytes.device, num_bytes.host),
+            missing,
+            strict=True,
+        ):
+            if lacking and wanted:
+                raise DoesNotFitError(
+                    f"{kind} needs {format_size(wanted)} of {account.name} beside the model, "
+                    f"{format_size(max(wanted - lacking, 0))} of {format_size(account.limit)} "
+                    "can be spared",
+                    hint=f"allow at least {account.limit + lacking} bytes, or go without",
+                    memory=account.name,
+                    needed_bytes=account.limit + lacking,
+                )
+        device, host = self._accounts.device, self._accounts.host
+        if num_bytes.device > device.free or num_bytes.host > host.free:
+            self._weights.fit(*self._weight_budgets(num_bytes))
+        device.reserve(kind, num_bytes.device)
+        host.reserve(kind, num_bytes.host)
 
     def _candidates(self, work: Sequence[NewTokens]) -> Iterator[PassPlan]:
         context = max(item.start + len(item.token_ids) for item in work)
@@ -214,20 +240,22 @@ class Admission:
         ]
         return TierBytes(sum(part.device for part in parts), sum(part.host for part in parts))
 
-    def _weight_budgets(self, plan: PassPlan, growth: TierBytes) -> tuple[int, int]:
-        """Bytes that the weights may hold of device and host while `plan` runs."""
+    def _weight_budgets(self, taken: TierBytes) -> tuple[int, int]:
+        """Bytes that the weights may hold of device and host while others take `taken` of them."""
         budgets = []
-        for account, taken in (
-            (self._accounts.device, plan.needed.device + growth.device),
-            (self._accounts.host, plan.needed.host + growth.host),
+        for account, num_bytes in (
+            (self._accounts.device, taken.device),
+            (self._accounts.host, taken.host),
         ):
             held = sum(account.kinds.get(kind, 0) for kind in HELD_KINDS)
-            budgets.append(account.free + held - taken)
+            budgets.append(account.free + held - num_bytes)
         return budgets[0], budgets[1]
 
-    def _missing(self, plan: PassPlan, growth: TierBytes) -> tuple[int, int]:
-        """Bytes of device and host memory that `plan` lacks; zeros if it fits."""
-        device, host = self._weight_budgets(plan, growth)
+    def _missing(self, taken: TierBytes) -> tuple[int, int]:
+        """Bytes of device and host memory that lack where others take `taken`; zeros if it
+        fits.
+        """
+        device, host = self._weight_budgets(taken)
         ring = self._weights.least_bytes(device)
         if self._on_cpu:
             return max(ring - device, 0), max(-host, 0)
@@ -249,6 +277,10 @@ class Admission:
             memory=account.name,
             needed_bytes=needed,
         )
+
+
+def _sum(one: TierBytes, other: TierBytes) -> TierBytes:
+    return TierBytes(one.device + other.device, one.host + other.host)
 
 
 def _largest(parts: Mapping[str, int]) -> dict[str, int]:

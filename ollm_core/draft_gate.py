@@ -12,8 +12,9 @@ or a shorter one has been measured. So `_spare` never falls below zero, and a te
 of a twentieth of its own time, at most one pass: still a twentieth of the whole. And the time of
 the very first question to a draft source cannot be known before it is asked, nor what a draft does
 to the pass after it, where weights come back that had made room; they are paid back before there is
-another draft. All this holds as far as costs hold still; they are measured again and again, and the
-newest count.
+another draft. So is what a source takes to read the text before it can be asked, beyond what is
+left of the prompt's twentieth. All this holds as far as costs hold still; they are measured again
+and again, and the newest count.
 
 **How it chooses.** A draft of n gives 1 + a_1 + a_1 a_2 + ... tokens, where a_i is how often
 position i was right when all before it were. The length that gives most tokens for its seconds, 0
@@ -43,6 +44,11 @@ class DraftLength(Protocol):
     def answered(self, num_asked: int, num_given: int, seconds: float) -> int:
         """The source took `seconds` -> how many of the given tokens to check."""
 
+    def caught_up(self, seconds: float) -> None:
+        """The source took `seconds` to read the text so far, before it is asked: once, or seldom,
+        and not for each draft.
+        """
+
     def checked(self, num_checked: int, num_right: int, seconds: float) -> None:
         """A pass over one token and `num_checked` drafted ones took `seconds`, and the first
         `num_right` of those were right.
@@ -65,6 +71,9 @@ class FixedLength(DraftLength):
     def answered(self, num_asked: int, num_given: int, seconds: float) -> int:
         """See DraftLength."""
         return num_given
+
+    def caught_up(self, seconds: float) -> None:
+        """See DraftLength."""
 
     def checked(self, num_checked: int, num_right: int, seconds: float) -> None:
         """See DraftLength."""
@@ -93,6 +102,7 @@ class DraftGate(DraftLength):
         self._right = [0.0] * longest
         self._answers = 1.0  # the share of questions that were answered with tokens
         self._prompt_seconds = 0.0
+        self._prompt_share: float | None = None  # of the prompt's time, not spent on reading it
         self._spare: float | None = None  # None until c is known
         self._rest = 0.0  # seconds without a try to come
         self._trying = False
@@ -127,6 +137,16 @@ class DraftGate(DraftLength):
         self._answers = max(answers, 0.01)
         return num_given if self._trying else self._best(num_given)
 
+    def caught_up(self, seconds: float) -> None:
+        """See DraftLength. A twentieth of the prompt's time, less what drafts began with, is there
+        for it; the rest is paid back before there is a draft.
+        """
+        if self._spare is None or self._prompt_share is None:
+            return  # asked before anything was measured, which `ask` does not allow
+        given = min(seconds, self._prompt_share)
+        self._prompt_share -= given
+        self._spare -= seconds - given
+
     def checked(self, num_checked: int, num_right: int, seconds: float) -> None:
         """See DraftLength."""
         alone = not (num_checked or self._after_draft)
@@ -141,6 +161,7 @@ class DraftGate(DraftLength):
         worth = seconds if alone else (num_right + 1) * single
         if self._spare is None:
             self._spare = min(_SHARE * self._prompt_seconds, single)
+            self._prompt_share = _SHARE * self._prompt_seconds - self._spare
         self._spare += (1 + _SHARE) * worth - took
         self._rest -= took
         if self._trying and took > worth:

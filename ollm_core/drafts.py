@@ -21,7 +21,7 @@ from transformers.generation.candidate_generator import (
 
 from ollm_core.draft_gate import DraftLength
 from ollm_core.errors import PluginError
-from ollm_core.interfaces import Drafter
+from ollm_core.interfaces import Drafter, FollowsText
 
 NUM_DRAFT_TOKENS = 10
 """The most tokens drafted at a time, the number that transformers looks up too."""
@@ -32,6 +32,12 @@ class PassClock(Protocol):
 
     prefill_seconds: float
     decode_seconds: float
+
+
+def begin_text(drafter: object, num_tokens: int) -> None:
+    """Tell a draft source that follows the text of one to come; see FollowsText."""
+    if isinstance(drafter, FollowsText):
+        drafter.begin(num_tokens)
 
 
 class LookupDrafter:
@@ -67,8 +73,9 @@ class DraftCandidates(CandidateGenerator):
         max_positions: int,
         vocab_size: int,
     ) -> None:
-        """`clock` goes on with each pass. `on_accepted` is told after each how many drafted tokens
-        were right. `fits` says whether there is memory for a pass that checks so many.
+        """`clock` goes on with each pass, and here by what drafting takes. `on_accepted` is told
+        after each how many drafted tokens were right. `fits` says whether there is memory for a
+        pass that checks so many.
         """
         self._drafter = drafter
         self._gate = gate
@@ -89,7 +96,9 @@ class DraftCandidates(CandidateGenerator):
         """
         candidates = input_ids
         if self._seconds is not None:
+            start = time.perf_counter()
             candidates = self._drafted(input_ids)
+            self._clock.decode_seconds += time.perf_counter() - start
             self._seconds = self._clock.decode_seconds
         self._num_drafted = candidates.shape[1] - input_ids.shape[1]
         return candidates, None
@@ -108,7 +117,13 @@ class DraftCandidates(CandidateGenerator):
 
     def _drafted(self, input_ids: Tensor) -> Tensor:
         """`input_ids` [1, S] with as much of a draft as is worth to be checked."""
-        num_asked = self._gate.ask(self._max_positions - input_ids.shape[1])
+        limit = self._max_positions - input_ids.shape[1]
+        num_asked = self._gate.ask(limit)
+        if num_asked > 0 and isinstance(self._drafter, FollowsText):
+            start = time.perf_counter()
+            self._drafter.catch_up(input_ids[0].cpu())
+            self._gate.caught_up(time.perf_counter() - start)
+            num_asked = self._gate.ask(limit)
         start = time.perf_counter()
         while num_asked > 0 and not self._fits(num_asked):
             num_asked //= 2

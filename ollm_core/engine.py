@@ -22,7 +22,7 @@ from ollm_core.admission import Admission, PassPlan
 from ollm_core.calls import LayerCall
 from ollm_core.chunks import Chunk, NewTokens
 from ollm_core.errors import DoesNotFitError
-from ollm_core.interfaces import KeepsStates, KVStore
+from ollm_core.interfaces import KeepsStates, KVStore, TierBytes
 from ollm_core.parking import Parking
 from ollm_core.plugins import one_line
 from ollm_core.pressure import Pressure
@@ -137,6 +137,13 @@ class Engine:
         with self._lock, torch.inference_mode(False), torch.no_grad():
             self._expect(store, work)
             return self._admission.fits(store, work)
+
+    def set_aside(self, kind: str, num_bytes: TierBytes) -> None:
+        """Reserve memory for what stands beside the model, between passes; kept weights give way to
+        it. Raises DoesNotFitError with nothing reserved.
+        """
+        with self._lock:
+            self._admission.set_aside(kind, num_bytes)
 
     def demand_room(self, store: KVStore, lengths: Sequence[int]) -> None:
         """Raises DoesNotFitError if there is no memory for the step that takes new sequences to

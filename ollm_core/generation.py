@@ -30,7 +30,7 @@ from ollm_core.budgets import layer_limits
 from ollm_core.cache import SequenceCache
 from ollm_core.chunks import NewTokens
 from ollm_core.draft_gate import draft_length
-from ollm_core.drafts import NUM_DRAFT_TOKENS, DraftCandidates
+from ollm_core.drafts import NUM_DRAFT_TOKENS, DraftCandidates, begin_text
 from ollm_core.engine import Engine
 from ollm_core.errors import DamagedKVError, InputError, UnsupportedError
 from ollm_core.interfaces import Closing, Drafter, KVStore
@@ -66,13 +66,9 @@ class StreamedModel(PreTrainedModel, GenerationMixin, Closing):
         weight_bytes: int,
         generation_config: GenerationConfig | None = None,
         tokenizer: Any = None,
-        drafter: Drafter | None = None,
-        num_draft_tokens: int | None = None,
         demand: Callable[[str], None],
     ) -> None:
-        """`num_draft_tokens` is how many to draft at a time; None: as many as pay. `demand` raises
-        UnsupportedError for a capability that the adapter does not have.
-        """
+        """`demand` raises UnsupportedError for a capability that the adapter does not have."""
         config = copy.deepcopy(skeleton.config)
         config._attn_implementation = "eager"
         super().__init__(config)
@@ -87,9 +83,8 @@ class StreamedModel(PreTrainedModel, GenerationMixin, Closing):
         self._open_store = open_store
         self._kinds = kinds
         self._demand = demand
-        self._drafter = drafter
-        self._num_draft_tokens = num_draft_tokens
-        self._weight_bytes = weight_bytes
+        self.draft_with(None)
+        self.weight_bytes = weight_bytes
         self._kv_tier = ""
         self._closed = False
         self._caches: list[weakref.finalize[Any, Any]] = []
@@ -249,19 +244,20 @@ class StreamedModel(PreTrainedModel, GenerationMixin, Closing):
     @property
     def stats(self) -> Stats:
         """What the model has done since it was opened."""
-        return gather_stats(
-            self.engine,
-            self.weights,
-            self.accounts,
-            weight_bytes=self._weight_bytes,
-            kv_tier=self._kv_tier,
-        )
+        parts = self.engine, self.weights, self.accounts
+        return gather_stats(*parts, weight_bytes=self.weight_bytes, kv_tier=self._kv_tier)
 
     def keep_layers(self, device: int | None = None, host: int | None = None) -> None:
         """From the next pass on keep at most so many layers on the device and in host memory; None
         is as many as the budgets allow, which they never exceed. Raises InputError.
         """
         self.weights.held.layer_limits = layer_limits(self.device, device, host)
+
+    def draft_with(self, drafter: Drafter | None, num_draft_tokens: int | None = None) -> None:
+        """From the next text on draft with `drafter`, which is closed with the model if it can be,
+        so many tokens at a time; None: as many as pay.
+        """
+        self._drafter, self._num_draft_tokens = drafter, num_draft_tokens
 
     def on_progress(self, report: Callable[[Progress], None] | None) -> None:
         """Call `report` after every step of a weight pass; None stops it."""
@@ -313,10 +309,10 @@ class StreamedModel(PreTrainedModel, GenerationMixin, Closing):
             )
         if generation_mode == GenerationMode.ASSISTED_GENERATION:
             self._demand("drafts")
+        copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+        one_row = copies * batch_size == 1 and generation_config.use_cache is not False
+        begin_text(self._drafter, max_cache_length + 1 if one_row else 0)
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
-            copies = max(
-                generation_config.num_beams or 1, generation_config.num_return_sequences or 1
-            )
             mask = model_kwargs.get("attention_mask")
             mask = torch.ones(batch_size, 0) if mask is None else mask
             lengths = (max_cache_length - (mask == 0).sum(dim=1)).tolist()
@@ -349,10 +345,10 @@ class StreamedModel(PreTrainedModel, GenerationMixin, Closing):
         if self._drafter is None or input_ids.shape[0] > 1 or not options.get("use_cache"):
             return mixin._sample(*arguments, streamer, **options)
         cache: SequenceCache = options["past_key_values"]
-        fixed, sampling = self._num_draft_tokens, generation_config.do_sample
+        sampling = generation_config.do_sample
         candidates = DraftCandidates(
             self._drafter,
-            draft_length(NUM_DRAFT_TOKENS, fixed, sampling=sampling),
+            draft_length(NUM_DRAFT_TOKENS, self._num_draft_tokens, sampling=sampling),
             self.engine.counters,
             stopping_criteria,
             self._count_accepted,

@@ -360,6 +360,23 @@ class Drafter(Protocol):
         """
 
 
+@runtime_checkable
+class FollowsText(Protocol):
+    """What a Drafter may be able to do beside, if it holds memory that grows with the text, and
+    must read the text before it can draft.
+    """
+
+    def begin(self, num_tokens: int) -> None:
+        """Before the first pass of a text that will have at most `num_tokens`; 0: none to draft
+        for, as for a batch. Reserves what drafts for it take. Raises DoesNotFitError.
+        """
+
+    def catch_up(self, token_ids: Tensor) -> None:
+        """Read what of `token_ids` [S], all so far, was not read yet, if that takes longer than a
+        draft: what it takes is then not held against the draft.
+        """
+
+
 class Attention(Protocol):
     """Causal attention of new tokens over all earlier ones and themselves."""
 

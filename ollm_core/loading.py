@@ -3,39 +3,31 @@
 from __future__ import annotations
 
 import collections.abc
-import functools
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import AutoTokenizer, GenerationConfig
 
 from ollm_core.admission import Accounts
-from ollm_core.allocator import AllocatorCap, free_device_bytes
+from ollm_core.allocator import AllocatorCap
 from ollm_core.attention import ATTENTIONS
 from ollm_core.budgets import layer_limits, stated_budgets
-from ollm_core.checkpoint import Checkpoint, open_checkpoint, read_config
+from ollm_core.draft_model import open_drafter
 from ollm_core.drafts import LookupDrafter
-from ollm_core.engine import Engine
-from ollm_core.errors import ConfigError, InputError, PluginError
+from ollm_core.errors import InputError
 from ollm_core.generation import StreamedModel
-from ollm_core.host_memory import HostMemory
 from ollm_core.hub import resolve
-from ollm_core.interfaces import ByteSource, Drafter
+from ollm_core.interfaces import Drafter
 from ollm_core.machine import pick_device
 from ollm_core.memory import MemoryAccount
-from ollm_core.parts import DTYPES, one_of, take_apart
-from ollm_core.plugins import Offer, one_line
-from ollm_core.pressure import Pressure
+from ollm_core.opening import Opening
+from ollm_core.parts import DTYPES, one_of
 from ollm_core.profiling import Profile, no_span
 from ollm_core.registry import Registry, require
 from ollm_core.requests import DraftRequest, KVRequest
-from ollm_core.stores import StoreOpener, fingerprinter
+from ollm_core.stores import fingerprinter
 from ollm_core.types import Progress
-from ollm_core.weights.sources import check_source, open_source
-from ollm_core.weights.tiered import TieredWeights
 
 
 def load(
@@ -55,6 +47,7 @@ def load(
     attention: str = "auto",
     reader: str = "auto",
     draft: str = "none",
+    draft_model: str | Path | None = None,
     num_draft_tokens: int | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     profile: Profile | None = None,
@@ -82,8 +75,10 @@ def load(
     - `chunk_size`: tokens of a prompt that go through a layer together. Default: the largest that
       fits.
     - `reader`: the reading engine, "direct", "mmap" or "auto".
-    - `draft`: where tokens guessed ahead come from: "none", or "lookup", which looks for the last
-      ones earlier in the text. It changes the speed, not the text; batches go without.
+    - `draft`: where tokens guessed ahead come from: "none", "lookup", which looks for the last ones
+      earlier in the text, or "model". It changes the speed, not the text; batches go without.
+    - `draft_model`: for draft "model": the directory or the id of a model of the same vocabulary.
+      It is held in memory as a whole, inside `device_memory` and `host_memory`.
     - `num_draft_tokens`: how many tokens are drafted at a time. Default: as many as pay, up to 10,
       by what drafts have cost and brought so far; none while they do not. With sampling 10, so
       that a seed repeats a text.
@@ -96,108 +91,88 @@ def load(
     """
     registry = registry or Registry.discover()
     registry.check_name("ollm_kv_stores", kv)
-    engine = registry.check_name("ollm_reading_engines", reader)
+    registry.check_name("ollm_reading_engines", reader)
     draft_source = registry.check_name("ollm_draft_sources", draft)
     one_of("attention", attention, ("auto", *ATTENTIONS))
     one_of("dtype", dtype, ("auto", *DTYPES))
     if chunk_size is not None and chunk_size < 1:
         raise InputError(f"chunk_size is {chunk_size}, expected at least 1")
-    _check_draft_length(num_draft_tokens, draft)
+    _check_drafts(draft, num_draft_tokens, draft_model)
     target = pick_device(device)
     layers = layer_limits(target, device_layers, host_layers)
     accounts = _accounts(target, device_memory, host_memory)
     cap = AllocatorCap(accounts.device, target) if target.type == "cuda" else nullcontext
-    directory = resolve(str(path_or_id), registry, models_dir)
-    whole_config = read_config(directory)
-    adapter = registry.adapter_for(whole_config)
-    demand = functools.partial(require, adapter)
-    if draft != "none":
-        demand("drafts")
-    if attention == "blockwise":
-        demand("blockwise-attention")
-    if chunk_size is not None:
-        demand("chunked-prefill")
-    checkpoint = open_checkpoint(directory)
-    parts = take_apart(
-        adapter,
-        whole_config,
-        checkpoint,
-        registry.offers("ollm_weight_codecs"),
-        dtype=dtype,
-        device=target,
-        where=directory,
-    )
-    config, skeleton = parts.config, parts.skeleton
+    opening = Opening(registry, reader, dtype, target, cap)
+    parts = opening.take_apart(resolve(str(path_or_id), registry, models_dir))
+    for capability, wanted in (
+        ("drafts", draft != "none"),
+        ("blockwise-attention", attention == "blockwise"),
+        ("chunked-prefill", chunk_size is not None),
+    ):
+        if wanted:
+            require(parts.adapter, capability)
     with ExitStack() as opened:  # what fails from here on leaves nothing open
-        source = _open(checkpoint, reader, engine)
-        weights = opened.enter_context(
-            TieredWeights(
-                parts.units,
+        source = opened.enter_context(opening.source(parts))
+        model = opened.enter_context(
+            opening.open(
+                parts,
                 profile.reading(source) if profile else source,
-                parts.dtype,
-                target,
-                (accounts.device, accounts.host),
-                buffer_bytes=skeleton.buffer_bytes,
-                span=profile.span if profile else no_span,
+                accounts,
+                lambda weights: parts.admission(
+                    accounts,
+                    weights,
+                    parts.workspace(),
+                    attention=attention,
+                    chunk_size=chunk_size,
+                    pressure=opening.pressure(weights),
+                ),
+                KVRequest(
+                    parts.geometry,
+                    accounts.device,
+                    accounts.host,
+                    Path(kv_dir) if kv_dir is not None else None,
+                    fingerprinter(parts.checkpoint, parts.config),
+                    keep_kv,
+                ),
+                kv,
+                on_progress,
+                profile.span if profile else no_span,
             )
         )
-        weights.held.layer_limits = layers
-        skeleton.bind_norm(weights.norm)
-        free_device = functools.partial(free_device_bytes, target)
-        admission = parts.admission(
-            accounts,
-            weights,
-            parts.workspace(),
-            attention=attention,
-            chunk_size=chunk_size,
-            pressure=Pressure(
-                weights, HostMemory().free, free_device if target.type == "cuda" else None
-            ),
-        )
-        kv_request = KVRequest(
-            parts.geometry,
-            accounts.device,
-            accounts.host,
-            Path(kv_dir) if kv_dir is not None else None,
-            fingerprinter(checkpoint, config),
-            keep_kv,
-        )
-        tokenizer = _tokenizer(directory)
-        draft_request = DraftRequest(
-            config,
-            directory,
-            skeleton.config.vocab_size,
-            tokenizer,
-            str(target),
-            accounts.device,
-            accounts.host,
-        )
-        model = StreamedModel(
-            skeleton,
-            weights,
-            Engine(
-                skeleton,
-                weights,
-                admission,
-                on_progress,
-                cap,
-                profile.span if profile else no_span,
-            ),
-            accounts,
-            StoreOpener(kv, kv_request, adapter, registry),
-            parts.kinds,
-            weight_bytes=checkpoint.total_bytes,
-            generation_config=_generation_config(directory),
-            tokenizer=tokenizer,
-            drafter=_drafter(draft, draft_source, draft_request),
-            num_draft_tokens=num_draft_tokens,
-            demand=demand,
-        )
+        model.weights.held.layer_limits = layers
+        drafter: Drafter | None = None
+        if draft == "model":
+            directory = resolve(str(draft_model), registry, models_dir)
+            drafter = open_drafter(opening, model, directory)
+        elif draft == "lookup":
+            drafter = LookupDrafter()
+        elif draft_source is not None:
+            request = DraftRequest(
+                parts.config,
+                parts.checkpoint.directory,
+                parts.skeleton.config.vocab_size,
+                model.tokenizer,
+                str(target),
+                accounts.device,
+                accounts.host,
+            )
+            # A Drafter is anything that can be called, which is what the answer is held against.
+            drafter = draft_source.make(collections.abc.Callable, request)  # type: ignore[arg-type]
+        model.draft_with(drafter, num_draft_tokens)
         opened.pop_all()
     return model
 
 
-def _check_draft_length(num_draft_tokens: int | None, draft: str) -> None:
+def _check_drafts(draft: str, num_draft_tokens: int | None, draft_model: object) -> None:
+    if draft == "model" and draft_model is None:
+        raise InputError(
+            "draft is 'model', and no model is named for it",
+            hint="name it with draft_model (--draft-model), a directory or an id",
+        )
+    if draft != "model" and draft_model is not None:
+        raise InputError(
+            f"a draft model is named, and draft is {draft!r}", hint="draft='model' (--draft model)"
+        )
     if num_draft_tokens is None:
         return
     if num_draft_tokens < 1:
@@ -209,14 +184,6 @@ def _check_draft_length(num_draft_tokens: int | None, draft: str) -> None:
         raise InputError("num_draft_tokens needs a draft source", hint="add draft='lookup'")
 
 
-def _drafter(draft: str, source: Offer | None, request: DraftRequest) -> Drafter | None:
-    if source is None:
-        return LookupDrafter() if draft == "lookup" else None
-    # A Drafter is anything that can be called, which is what the plugin's answer is held against.
-    found: Drafter = source.make(collections.abc.Callable, request)  # type: ignore[arg-type]
-    return found
-
-
 def _accounts(
     device: torch.device, device_memory: str | int | None, host_memory: str | int | None
 ) -> Accounts:
@@ -224,42 +191,3 @@ def _accounts(
     return Accounts(
         MemoryAccount("device memory", budgets.device), MemoryAccount("host memory", budgets.host)
     )
-
-
-def _open(checkpoint: Checkpoint, reader: str, engine: Offer | None) -> ByteSource:
-    checkpoint.check_unchanged()
-    paths = list(checkpoint.files)
-    if engine is None:
-        return open_source(paths, reader)
-    source: ByteSource = engine.make(ByteSource, paths)
-    try:
-        check_source(source, checkpoint.tensors.values())
-    except Exception as error:
-        source.close()
-        raise PluginError(
-            f"{engine} failed its test read: {one_line(error)}", hint="use reader='auto'"
-        ) from error
-    return source
-
-
-def _generation_config(directory: Path) -> GenerationConfig | None:
-    if not (directory / "generation_config.json").is_file():
-        return None
-    try:
-        return GenerationConfig.from_pretrained(directory)
-    except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(f"{directory / 'generation_config.json'}: {error}") from error
-
-
-def _tokenizer(directory: Path) -> Any:
-    """The tokenizer of the directory, or None if it has none: token ids are enough to run a
-    model.
-    """
-    if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
-        return None
-    try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except Exception as error:
-        raise ConfigError(
-            f"{directory}: the tokenizer cannot be opened: {' '.join(str(error).split())}"
-        ) from error

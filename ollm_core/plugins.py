@@ -38,7 +38,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
             "reading engine", "reading_engines", ("auto", "direct", "mmap")
         ),
         "ollm_weight_codecs": Kind("weight codec", "weight_codecs"),
-        "ollm_draft_sources": Kind("draft source", "draft_sources", ("none", "lookup")),
+        "ollm_draft_sources": Kind("draft source", "draft_sources", ("none", "lookup", "model")),
         "ollm_commands": Kind(
             "command",
             "commands",

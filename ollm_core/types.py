@@ -260,6 +260,7 @@ class Stats:
     prefill_seconds: float
     decode_tokens: int
     decode_seconds: float
+    """Of passes, and of the draft source between them."""
     reader: str
     """The reading engine in use: "direct" or "mmap"."""
     attention: str

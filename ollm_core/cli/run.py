@@ -47,6 +47,7 @@ _LOADING = [
     "attention",
     "reader",
     "draft",
+    "draft_model",
     "num_draft_tokens",
 ]
 _GREEDY = dict.fromkeys(
@@ -87,6 +88,9 @@ _SAMPLING = ("top_p", "top_k", "seed")
 @click.option("--seed", type=int, help="Make sampling repeatable.")
 @offered_name("--reader", "ollm_reading_engines", "What reads the weights.")
 @offered_name("--draft", "ollm_draft_sources", "Where guesses of several tokens at once come from.")
+@click.option(
+    "--draft-model", metavar="DIR_OR_ID", help="The model for --draft model: a small one in memory."
+)
 @click.option(
     "--num-draft-tokens", type=click.IntRange(1), help="Guess that many.  [default: what pays]"
 )
@@ -159,7 +163,8 @@ def run(
             stats = opened.stats
             answer = opened.tokenizer.decode(new_ids, skip_special_tokens=True)
     except DoesNotFitError as error:
-        if error.memory and prompt_ids is not None:  # it names what is missing at that moment
+        # It names what is missing at that moment; of a draft model a plan knows nothing.
+        if error.memory and prompt_ids is not None and options["draft"] != "model":
             num_tokens = prompt_ids.shape[1]
             error.hint = what_would_do(model, options, num_tokens, max_new_tokens) or error.hint
         raise

@@ -1,0 +1,149 @@
+"""Opens one model in accounts that are given: the model itself, or one that drafts for it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, GenerationConfig
+
+from ollm_core.admission import Accounts, Admission
+from ollm_core.allocator import free_device_bytes
+from ollm_core.checkpoint import Checkpoint, open_checkpoint, read_config
+from ollm_core.engine import Engine
+from ollm_core.errors import ConfigError, PluginError
+from ollm_core.generation import StreamedModel
+from ollm_core.host_memory import HostMemory
+from ollm_core.interfaces import ByteSource
+from ollm_core.parts import ModelParts, take_apart
+from ollm_core.plugins import Offer, one_line
+from ollm_core.pressure import Pressure
+from ollm_core.profiling import Span, no_span
+from ollm_core.registry import Registry, require
+from ollm_core.requests import KVRequest
+from ollm_core.stores import StoreOpener
+from ollm_core.types import Progress
+from ollm_core.weights.sources import check_source, open_source
+from ollm_core.weights.tiered import TieredWeights
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """What the models of one call of `load` have in common."""
+
+    registry: Registry
+    reader: str
+    dtype: str
+    device: torch.device
+    cap: Callable[[], AbstractContextManager[None]]
+    """Held during each pass of either."""
+
+    def take_apart(self, directory: Path) -> ModelParts:
+        """The model in `directory`. Raises ConfigError, CheckpointError, UnknownModelError."""
+        config = read_config(directory)
+        adapter = self.registry.adapter_for(config)
+        return take_apart(
+            adapter,
+            config,
+            open_checkpoint(directory),
+            self.registry.offers("ollm_weight_codecs"),
+            dtype=self.dtype,
+            device=self.device,
+            where=directory,
+        )
+
+    def source(self, parts: ModelParts) -> ByteSource:
+        """What reads its weights. Raises ReadError, PluginError."""
+        engine = self.registry.check_name("ollm_reading_engines", self.reader)
+        return _open_source(parts.checkpoint, self.reader, engine)
+
+    def pressure(self, weights: TieredWeights) -> Pressure:
+        """Lets kept weights give way when others take the machine's memory."""
+        on_gpu = self.device.type == "cuda"
+        free = functools.partial(free_device_bytes, self.device) if on_gpu else None
+        return Pressure(weights, HostMemory().free, free)
+
+    def open(
+        self,
+        parts: ModelParts,
+        source: ByteSource,
+        accounts: Accounts,
+        admission: Callable[[TieredWeights], Admission],
+        kv_request: KVRequest,
+        kv: str,
+        on_progress: Callable[[Progress], None] | None = None,
+        span: Span = no_span,
+    ) -> StreamedModel:
+        """The model, without a draft source; it closes `source`. Raises DoesNotFitError."""
+        skeleton, directory = parts.skeleton, parts.checkpoint.directory
+        with ExitStack() as opened:  # what fails from here on leaves nothing open
+            weights = opened.enter_context(
+                TieredWeights(
+                    parts.units,
+                    source,
+                    parts.dtype,
+                    self.device,
+                    (accounts.device, accounts.host),
+                    buffer_bytes=skeleton.buffer_bytes,
+                    span=span,
+                )
+            )
+            skeleton.bind_norm(weights.norm)
+            model = StreamedModel(
+                skeleton,
+                weights,
+                Engine(skeleton, weights, admission(weights), on_progress, self.cap, span),
+                accounts,
+                StoreOpener(kv, kv_request, parts.adapter, self.registry),
+                parts.kinds,
+                weight_bytes=parts.checkpoint.total_bytes,
+                generation_config=_generation_config(directory),
+                tokenizer=_tokenizer(directory),
+                demand=functools.partial(require, parts.adapter),
+            )
+            opened.pop_all()
+        return model
+
+
+def _open_source(checkpoint: Checkpoint, reader: str, engine: Offer | None) -> ByteSource:
+    checkpoint.check_unchanged()
+    paths = list(checkpoint.files)
+    if engine is None:
+        return open_source(paths, reader)
+    source: ByteSource = engine.make(ByteSource, paths)
+    try:
+        check_source(source, checkpoint.tensors.values())
+    except Exception as error:
+        source.close()
+        raise PluginError(
+            f"{engine} failed its test read: {one_line(error)}", hint="use reader='auto'"
+        ) from error
+    return source
+
+
+def _generation_config(directory: Path) -> GenerationConfig | None:
+    if not (directory / "generation_config.json").is_file():
+        return None
+    try:
+        return GenerationConfig.from_pretrained(directory)
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"{directory / 'generation_config.json'}: {error}") from error
+
+
+def _tokenizer(directory: Path) -> Any:
+    """The tokenizer of the directory, or None if it has none: token ids are enough to run a
+    model.
+    """
+    if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except Exception as error:
+        raise ConfigError(
+            f"{directory}: the tokenizer cannot be opened: {' '.join(str(error).split())}"
+        ) from error
