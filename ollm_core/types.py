@@ -68,6 +68,8 @@ class EncodedTensor:
     """
     scratch_bytes: int = 0
     """The most that `decode` holds beside its arguments and its result."""
+    cpu_only: bool = False
+    """Whether `decode` takes and makes tensors on the CPU only: another device is refused."""
 
 
 @dataclass(frozen=True, slots=True)
