@@ -33,7 +33,7 @@ ORDER = [
     {"workspace", "cache", "pressure"},
     {"admission", "stores"},
     {"engine", "parts"},
-    {"rehearsal", "rates"},
+    {"rehearsal", "rates", "convert"},
     {"estimate", "plans"},
     {"question"},
     {"planner"},

@@ -27,8 +27,8 @@ class LogicalTensors:
     """
 
     def __init__(self, checkpoint: Checkpoint, config: Config, codecs: Mapping[str, Offer]) -> None:
-        """Ask each codec, the built-in one too. Raises PluginError, naming the codec, for an answer that cannot be
-        used.
+        """Ask each codec, the built-in one too. Raises PluginError, naming the codec, for an answer
+        that cannot be used.
         """
         self._checkpoint = checkpoint
         self._encoded: dict[str, EncodedTensor] = {}

@@ -75,7 +75,8 @@ def compressed_weights(request: CodecRequest) -> Mapping[str, EncodedTensor]:
             found[name] = _encoded(request.tensors, info.path, name, dtype, num_threads)
         elif found[name].dtype != dtype:
             raise CheckpointError(
-                f"{info.path}: {name!a} is stored as {dtype} and as {found[name].dtype}", hint=_AGAIN
+                f"{info.path}: {name!a} is stored as {dtype} and as {found[name].dtype}",
+                hint=_AGAIN,
             )
     return found
 

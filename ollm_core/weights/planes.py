@@ -17,6 +17,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
+from ollm_core.buffers import aligned_buffer, as_memoryview
 from ollm_core.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 FRAME = 256 << 10
 """Elements of a frame, the last one excepted: what is decoded stays in a core's cache."""
 ALIGNMENT = 64
-"""Bytes: the size of a compressed plane is a multiple, so that what follows in a file is aligned."""
+"""Bytes, of which the size of a compressed plane is a multiple: what follows it stays aligned."""
 
 _MAGIC = b"ollm-zp1"
 _HEAD = struct.Struct("<8sQ")
@@ -79,8 +80,6 @@ def decode(high: Tensor, low: Tensor, dtype: torch.dtype, num_threads: int, name
 
     Raises CheckpointError, with the tensor's `name`, for a plane that is not of this form.
     """
-    from ollm_core.buffers import aligned_buffer
-
     frames = _frames(high, low.numel(), name)
     value = aligned_buffer(2 * low.numel())
     joined = value.numpy().view("<u2")
@@ -119,7 +118,7 @@ def decode(high: Tensor, low: Tensor, dtype: torch.dtype, num_threads: int, name
 
 def _frames(high: Tensor, num_elements: int, name: str) -> list[Any]:
     """The bytes of each frame. Raises CheckpointError unless they fill the plane."""
-    raw = memoryview(high.numpy())
+    raw = as_memoryview(high)
     if len(raw) < least_bytes(num_elements):
         raise _damaged(name, f"its high bytes are cut short at {len(raw)}")
     magic, stated = _HEAD.unpack_from(raw)
