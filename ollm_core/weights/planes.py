@@ -32,7 +32,8 @@ ALIGNMENT = 64
 _MAGIC = b"ollm-zp1"
 _HEAD = struct.Struct("<8sQ")
 _SIZE_BYTES = 4
-_DECODER_BYTES = 768 << 10  # zstd's own, for one thread and the largest window allowed
+_WINDOW = FRAME  # no frame refers back farther
+_DECODER_BYTES = 640 << 10  # zstd's own, for one thread and the largest window allowed
 
 
 def compress_frame(high: Any) -> bytes:
@@ -45,7 +46,7 @@ def compress_frame(high: Any) -> bytes:
 
     parameters = zstandard.ZstdCompressionParameters.from_level(
         1,
-        window_log=18,
+        window_log=_WINDOW.bit_length() - 1,
         hash_log=6,
         min_match=7,
         strategy=zstandard.STRATEGY_FAST,
@@ -71,7 +72,8 @@ def least_bytes(num_elements: int) -> int:
 
 def scratch_bytes(num_elements: int, num_threads: int) -> int:
     """The most that `decode` holds beside its arguments and its result."""
-    return min(num_threads, _num_frames(num_elements)) * (FRAME + _DECODER_BYTES)
+    one = min(FRAME, num_elements) + _DECODER_BYTES
+    return min(num_threads, _num_frames(num_elements)) * one
 
 
 def decode(high: Tensor, low: Tensor, dtype: torch.dtype, num_threads: int, name: str) -> Tensor:
@@ -90,7 +92,7 @@ def decode(high: Tensor, low: Tensor, dtype: torch.dtype, num_threads: int, name
         import numpy as np
         import zstandard
 
-        decoder = zstandard.ZstdDecompressor(max_window_size=FRAME)
+        decoder = zstandard.ZstdDecompressor(max_window_size=_WINDOW)
         scratch = np.empty(min(FRAME, low.numel()), np.uint8)
         while todo:
             try:
