@@ -127,6 +127,7 @@ class LogicalTensors:
             _Decode(tuple(found), source.transform),
             scratch,
             makes=parts[0].dtype if source.transform is None else source.makes,
+            seconds=source.seconds + sum(part.decode_seconds for part in parts),
         )
 
     def _check(self, codec: Offer, name: object, encoded: object) -> None:

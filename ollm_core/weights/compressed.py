@@ -118,6 +118,7 @@ def _encoded(
         _Decode(f"{path}: {name}", dtype, num_threads),
         planes.scratch_bytes(count, num_threads),
         cpu_only=True,
+        decode_seconds=planes.decode_seconds(count, num_threads),
     )
 
 

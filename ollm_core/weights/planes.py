@@ -32,6 +32,7 @@ ALIGNMENT = 64
 _MAGIC = b"ollm-zp1"
 _HEAD = struct.Struct("<8sQ")
 _SIZE_BYTES = 4
+_DECODE_RATE = 1.5e9  # bytes of decoded numbers a second on one core, as docs/compressed.md has it
 _WINDOW = FRAME  # no frame refers back farther
 _DECODER_BYTES = 640 << 10  # zstd's own, for one thread and the largest window allowed
 
@@ -74,6 +75,11 @@ def scratch_bytes(num_elements: int, num_threads: int) -> int:
     """The most that `decode` holds beside its arguments and its result."""
     one = min(FRAME, num_elements) + _DECODER_BYTES
     return min(num_threads, _num_frames(num_elements)) * one
+
+
+def decode_seconds(num_elements: int, num_threads: int) -> float:
+    """About how long `decode` takes, on cores that have nothing else to do."""
+    return 2 * num_elements / (_DECODE_RATE * max(min(num_threads, _num_frames(num_elements)), 1))
 
 
 def decode(high: Tensor, low: Tensor, dtype: torch.dtype, num_threads: int, name: str) -> Tensor:
