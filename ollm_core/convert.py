@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import functools
 import json
 import os
 import shutil
@@ -91,17 +92,17 @@ def convert(
     checkpoint = open_checkpoint(directory)
     if any(FORMAT_KEY in metadata for metadata in checkpoint.metadata.values()):
         raise InputError(f"{directory} is already compressed", hint="use it as it is")
-    parts = take_apart(
+    apart = functools.partial(
+        take_apart,
         registry.adapter_for(config),
         config,
-        checkpoint,
-        registry.offers("ollm_weight_codecs"),
+        codecs=registry.offers("ollm_weight_codecs"),
         dtype="auto",
         device=torch.device("cpu"),
         where=directory,
         bare=True,
     )
-    chosen = worth_trying(parts, min_bytes)
+    chosen = worth_trying(apart(checkpoint=checkpoint), min_bytes)
     if not chosen:
         raise InputError(
             f"{directory}: no tensor of a layer can be compressed",
@@ -110,7 +111,9 @@ def convert(
         )
     work = _Conversion(checkpoint, out, chosen, on_progress or _ignore)
     with _errors_of(out), work.directory():
-        return work.run()
+        made = work.write_weights()
+        apart(checkpoint=made)  # it can be opened
+        return work.finish(made)
 
 
 def worth_trying(parts: ModelParts, min_bytes: int) -> frozenset[str]:
@@ -153,6 +156,7 @@ class _Conversion:
             self._files[info.path].append(info)
         self._total = 2 * checkpoint.total_bytes
         self._done = 0
+        self._num_found = 0
 
     @contextmanager
     def directory(self) -> Iterator[None]:
@@ -178,9 +182,10 @@ class _Conversion:
             if not any(self._out.iterdir()):
                 self._out.rmdir()
 
-    def run(self) -> Converted:
-        """Write what is missing."""
+    def write_weights(self) -> Checkpoint:
+        """Write the files of weights that are missing, and their index."""
         missing = [path for path in self._files if not self._target(path).exists()]
+        self._num_found = len(self._files) - len(missing)
         self._check_room(missing)
         for path, infos in self._files.items():
             if path in missing:
@@ -191,9 +196,12 @@ class _Conversion:
         stored = {path: read_tensors(self._target(path))[0] for path in self._files}
         if len(stored) > 1 or (self._checkpoint.directory / INDEX_FILE).exists():
             self._write(INDEX_FILE, _index(stored))
-        for name in self._copies:  # config.json last: without it there is no model
+        return open_checkpoint(self._out)
+
+    def finish(self, made: Checkpoint) -> Converted:
+        """Copy the small files, config.json last: without it there is no model."""
+        for name in self._copies:
             self._write(name, (self._checkpoint.directory / name).read_bytes())
-        made = open_checkpoint(self._out)
         names = self._checkpoint.tensors.keys()
         return Converted(
             self._out,
@@ -201,8 +209,8 @@ class _Conversion:
             made.total_bytes,
             len(names),
             len(names - made.tensors.keys()),
-            len(stored),
-            len(stored) - len(missing),
+            len(self._files),
+            self._num_found,
         )
 
     def _convert(self, path: Path, infos: list[TensorInfo]) -> None:

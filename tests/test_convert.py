@@ -5,6 +5,7 @@ conversion leaves behind when it is broken off.
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import shutil
 import signal
@@ -19,6 +20,7 @@ from safetensors.torch import load_file, save_file
 import ollm
 from ollm_adapter_llama import LlamaAdapter
 from ollm_adapter_qwen3_next import Qwen3NextAdapter
+from ollm_conformance.allocated import live_bytes
 from ollm_conformance.subject import Subject, greedy
 from ollm_core import CheckpointError, DoesNotFitError, InputError, OllmError, UnsupportedError
 from ollm_core.budgets import Budgets
@@ -97,6 +99,28 @@ def test_logits_are_those_of_the_original(subject_of, family, stored, dtype):
         ) as model:
             greedy(model, prompt, 2)
             assert plan.device_peak.device_bytes == model.stats.device_peak_bytes
+
+
+@pytest.mark.parametrize("resident", [False, True])
+def test_no_more_is_allocated_than_accounted(subject_of, resident):
+    """Tensors that are alive while a layer's parameters are in use: what is kept is kept decoded,
+    without the bytes that it was read into.
+    """
+    subject, _, out = subject_of("llama")
+    prompt = subject.prompt(50)[None]
+    gc.collect()
+    before = live_bytes()
+    memory = 1 << 30 if resident else "3MB"
+    with subject.open(out, device_memory=memory, kv="device") as model:
+        model(input_ids=prompt, logits_to_keep=1)
+        with model.weights.acquire(0):
+            gc.collect()
+            held = live_bytes() - before
+        accounted = model.stats.device_peak_bytes
+        finished = sum(unit.copied_bytes(torch.bfloat16) for unit in model.weights.units)
+    assert held <= accounted
+    if resident:
+        assert finished < held < finished + open_checkpoint(out).total_bytes / 2
 
 
 def test_experts_are_compressed_each(subject_of):
