@@ -57,8 +57,10 @@ def test_all_65536_patterns():
     assert np.array_equal(decode(*encode(every)), every)
 
 
-def test_random_weights_become_a_third_smaller():
-    """What weights look like: normal numbers of one scale."""
+@pytest.mark.parametrize("own_pages", [0, planes._OWN_PAGES])
+def test_random_weights_become_a_third_smaller(monkeypatch, own_pages):
+    """What weights look like: normal numbers of one scale. Decoded into either kind of memory."""
+    monkeypatch.setattr(planes, "_OWN_PAGES", own_pages)
     values = torch.randn(planes.FRAME + 1000, generator=torch.Generator().manual_seed(0)) * 0.02
     bits = values.to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
     high, low = encode(bits)

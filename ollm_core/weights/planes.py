@@ -33,6 +33,7 @@ _MAGIC = b"ollm-zp1"
 _HEAD = struct.Struct("<8sQ")
 _SIZE_BYTES = 4
 _DECODE_RATE = 1.5e9  # bytes of decoded numbers a second on one core, as docs/compressed.md has it
+_OWN_PAGES = 8 << 20  # each takes three of a process's 65,530 maps, and experts are many and small
 _WINDOW = FRAME  # no frame refers back farther
 _DECODER_BYTES = 640 << 10  # zstd's own, for one thread and the largest window allowed
 
@@ -84,12 +85,12 @@ def decode_seconds(num_elements: int, num_threads: int) -> float:
 
 def decode(high: Tensor, low: Tensor, dtype: torch.dtype, num_threads: int, name: str) -> Tensor:
     """The tensor in `dtype`, of two bytes, of a compressed plane `high` and of `low`, bytes of the
-    tensor's shape, all on the CPU; in new memory, on huge pages where there are any.
+    tensor's shape, all on the CPU; in new memory.
 
     Raises CheckpointError, with the tensor's `name`, for a plane that is not of this form.
     """
     frames = _frames(high, low.numel(), name)
-    value = aligned_buffer(2 * low.numel())
+    value = _new_memory(2 * low.numel())
     joined = value.numpy().view("<u2")
     low_bytes = low.reshape(-1).numpy()
     todo = deque(enumerate(frames))
@@ -122,6 +123,14 @@ def decode(high: Tensor, low: Tensor, dtype: torch.dtype, num_threads: int, name
         for other in others:
             other.result()
     return value.view(dtype).view(low.shape)
+
+
+def _new_memory(num_bytes: int) -> Tensor:
+    """Bytes for a result: on huge pages, if so large that a model keeps few of them."""
+    import torch
+
+    large = num_bytes >= _OWN_PAGES
+    return aligned_buffer(num_bytes) if large else torch.empty(num_bytes, dtype=torch.uint8)
 
 
 def _frames(high: Tensor, num_elements: int, name: str) -> list[Any]:
