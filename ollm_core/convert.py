@@ -167,20 +167,22 @@ class _Conversion:
             raise InputError(f"{self._out} is the model itself", hint="choose another --out")
         if self._out.exists() and not self._out.is_dir():
             raise InputError(f"{self._out} is not a directory", hint="choose another --out")
+        is_new = not self._out.exists()
         self._out.mkdir(parents=True, exist_ok=True)
         lock = os.open(self._out, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(
+                    f"{self._out}: another conversion is writing there", hint="wait for it to end"
+                ) from None
             self._check_content()
             yield
-        except BlockingIOError:
-            raise InputError(
-                f"{self._out}: another conversion is writing there", hint="wait for it to end"
-            ) from None
         finally:
-            os.close(lock)
-            if not any(self._out.iterdir()):
+            if is_new and not any(self._out.iterdir()):
                 self._out.rmdir()
+            os.close(lock)
 
     def write_weights(self) -> Checkpoint:
         """Write the files of weights that are missing, and their index."""

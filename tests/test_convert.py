@@ -5,8 +5,10 @@ conversion leaves behind when it is broken off.
 from __future__ import annotations
 
 import errno
+import fcntl
 import gc
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -292,6 +294,11 @@ def test_what_is_refused(make_llama, tmp_path, monkeypatch):
         convert(original, mine / "notes", min_bytes=1024)
     with pytest.raises(InputError, match=r"cannot write to .*: Not a directory"):
         convert(original, mine / "notes" / "below", min_bytes=1024)
+    locked = os.open(made.path, os.O_RDONLY)
+    fcntl.flock(locked, fcntl.LOCK_EX)
+    with pytest.raises(InputError, match="another conversion is writing there"):
+        convert(original, made.path, min_bytes=1024)
+    os.close(locked)
     with pytest.raises(InputError, match="no tensor of a layer can be compressed"):
         convert(make_llama(name="float32"), tmp_path / "new")
     with pytest.raises(UnsupportedError, match="only a CPU decodes"):
