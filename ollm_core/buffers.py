@@ -31,10 +31,11 @@ def aligned_buffer(num_bytes: int) -> Tensor:
     mapped = mmap.mmap(
         -1, size + (HUGE_PAGE if want_huge else 0), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     )
-    if want_huge and hasattr(mmap, "MADV_HUGEPAGE"):
-        mapped.madvise(mmap.MADV_HUGEPAGE)
     address = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
     start = (-address) % HUGE_PAGE if want_huge else 0
+    if want_huge and hasattr(mmap, "MADV_HUGEPAGE"):
+        # Whole ones only: the one that the end lies in would be taken for all its two megabytes.
+        mapped.madvise(mmap.MADV_HUGEPAGE, start, size // HUGE_PAGE * HUGE_PAGE)
     return torch.frombuffer(mapped, dtype=torch.uint8, count=num_bytes, offset=start)
 
 

@@ -140,6 +140,15 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     )
 
 
+def read_tensors(path: Path) -> tuple[Mapping[str, TensorInfo], Mapping[str, str]]:
+    """The tensors of one safetensors file, in the order of their bytes, and its metadata. Raises
+    CheckpointError.
+    """
+    header, state = _read_header(path)
+    found, metadata = _parse_header(path, header, state.num_bytes)
+    return MappingProxyType({tensor.name: tensor for tensor in found}), metadata
+
+
 def read_config(directory: Path, name: str = "config.json") -> dict[str, Any]:
     """The model's config.json. Raises ConfigError if missing, damaged or without `model_type`."""
     path = directory / name

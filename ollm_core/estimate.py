@@ -28,12 +28,16 @@ class PassCost:
     memory_bytes: float
     """Weights, KV and large copies of them that the device goes through."""
     flops: float
+    converting_seconds: float = 0.0
+    """Of making weights from what is stored, where that takes more than moving them. It counts as
+    compute: the same cores do it.
+    """
 
     def seconds(self, rates: Rates) -> dict[str, float]:
         """By what would limit the pass if the rest were free."""
         found = {
             "disk": self.disk_bytes / rates.disk.per_second,
-            "compute": self.flops / rates.compute.per_second,
+            "compute": self.flops / rates.compute.per_second + self.converting_seconds,
             "memory": self.memory_bytes / rates.memory.per_second,
         }
         if rates.bus is not None:
@@ -62,6 +66,8 @@ class Estimate:
         one = next((layer[0] for layer in units.experts.values()), None)
         self._expert = sum(p.num_bytes(parts.dtype) for p in one.parameters) if one else 0
         self._expert_stored = one.file_bytes if one else 0
+        self._seconds = sum(unit.seconds for unit in units.in_pass_order)
+        self._expert_seconds = one.seconds if one else 0.0
         self._num_chosen = _experts_per_token(parts)
 
     @property
@@ -101,6 +107,7 @@ class Estimate:
             weights + kv * (run.kv_tier != "device"),
             self._layers + self._head + distinct * self._expert + copies,
             self._flops(num_tokens, scenario.batch) + self._attention(scenario.batch * pairs),
+            self._seconds + distinct * self._expert_seconds,
         )
 
     def token(self, run: Rehearsed, scenario: Scenario) -> PassCost:
@@ -122,6 +129,7 @@ class Estimate:
             held.streamed_bytes + held.dense_host_bytes + moved + kv * (run.kv_tier != "device"),
             self._layers + self._head + distinct * self._expert + kv + copies,
             self._flops(batch, batch) + self._attention(batch * seen),
+            held.converting_seconds + distinct * (1 - on_device) * self._expert_seconds,
         )
 
     def kv_bytes(self, scenario: Scenario) -> int:

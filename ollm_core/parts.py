@@ -107,6 +107,8 @@ def take_apart(
         stated = declared.get("dtype") or declared.get("torch_dtype") or adapter.unstated_dtype
         declared = {**declared, "dtype": stated or dtype}
     tensors = None if checkpoint is None else LogicalTensors(checkpoint, config, codecs)
+    if tensors is not None:
+        tensors.check_device(device)
     compute_dtype = _compute_dtype(dtype, declared, where, tensors.dtypes() if tensors else ())
     layout = adapter.layout(config)
     kinds = _cache_kinds(adapter, config, layout)

@@ -37,13 +37,13 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
         "ollm_reading_engines": Kind(
             "reading engine", "reading_engines", ("auto", "direct", "mmap")
         ),
-        "ollm_weight_codecs": Kind("weight codec", "weight_codecs"),
+        "ollm_weight_codecs": Kind("weight codec", "weight_codecs", ("compressed",)),
         "ollm_draft_sources": Kind("draft source", "draft_sources", ("none", "lookup", "model")),
         "ollm_commands": Kind(
             "command",
             "commands",
             (
-                "ask", "batch", "bench", "cache", "chat", "doctor", "help", "import",
+                "ask", "batch", "bench", "cache", "chat", "convert", "doctor", "help", "import",
                 "list-models", "plan", "plugins", "pull", "run", "serve",
             ),
         ),

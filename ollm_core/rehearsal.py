@@ -89,6 +89,8 @@ class Held:
     """Of whole units, read from disk in each pass."""
     converted_bytes: int
     """Of those units, parameters that are made anew in each pass, as for another dtype."""
+    converting_seconds: float
+    """About how long that takes beside moving the bytes, where somebody says so."""
     resident_bytes: int
     """Of parameters that are kept in either memory, in the compute dtype."""
     dense_host_bytes: int
@@ -289,6 +291,7 @@ class Rehearsal:
             weights.slot_bytes,
             sum(weights.buffer_bytes[i] for i in weights.streamed),
             sum(weights.copied_bytes[i] for i in weights.streamed),
+            sum(weights.units[i].seconds for i in weights.streamed),
             weights.resident_bytes,
             host.get("resident weights", 0),
             weights.experts.placement.num_device,

@@ -68,6 +68,10 @@ class EncodedTensor:
     """
     scratch_bytes: int = 0
     """The most that `decode` holds beside its arguments and its result."""
+    cpu_only: bool = False
+    """Whether `decode` takes and makes tensors on the CPU only: another device is refused."""
+    decode_seconds: float = 0.0
+    """About how long `decode` takes, for plans; what is quick need not say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +99,8 @@ class ParameterSource:
     """Only this row of each tensor's first dimension; the other rows are not read."""
     makes: str = ""
     """safetensors dtype name of what `transform` returns; empty: that of its first tensor."""
+    seconds: float = 0.0
+    """About how long `transform` takes beside moving its bytes, for plans."""
     stored: tuple[StoredForm, ...] = ()
     """What each tensor must be, held against the checkpoint when it is opened; empty: `transform`
     takes whatever is there.

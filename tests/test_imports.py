@@ -33,7 +33,7 @@ ORDER = [
     {"workspace", "cache", "pressure"},
     {"admission", "stores"},
     {"engine", "parts"},
-    {"rehearsal", "rates", "draft_room"},
+    {"rehearsal", "rates", "draft_room", "convert"},
     {"estimate", "plans"},
     {"question"},
     {"planner"},

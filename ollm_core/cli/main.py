@@ -11,6 +11,7 @@ import click
 
 from ollm_core import __version__
 from ollm_core.cli.cache import cache
+from ollm_core.cli.convert import convert
 from ollm_core.cli.doctor import doctor
 from ollm_core.cli.models import import_, list_models, plugins, pull
 from ollm_core.cli.offered import Verbs
@@ -37,7 +38,7 @@ def cli() -> None:
     """
 
 
-for _command in (run, plan, pull, import_, list_models, plugins, cache, doctor):
+for _command in (run, plan, pull, import_, convert, list_models, plugins, cache, doctor):
     cli.add_command(_command)
 
 

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from ollm_core.checkpoint import Checkpoint
-from ollm_core.errors import CheckpointError, OllmError, PluginError
+from ollm_core.errors import CheckpointError, OllmError, PluginError, UnsupportedError
 from ollm_core.plugins import Offer, one_line
 from ollm_core.requests import CodecRequest
 from ollm_core.types import DTYPE_BYTES, Config, EncodedTensor, ParameterSource, WeightPlan
+from ollm_core.weights.compressed import BUILT_IN
 from ollm_core.weights.units import TORCH_DTYPES
 
 
@@ -26,14 +27,14 @@ class LogicalTensors:
     """
 
     def __init__(self, checkpoint: Checkpoint, config: Config, codecs: Mapping[str, Offer]) -> None:
-        """Ask each codec. Raises PluginError, naming the codec, for an answer that cannot be
-        used.
+        """Ask each codec, the built-in one too. Raises PluginError, naming the codec, for an answer
+        that cannot be used.
         """
         self._checkpoint = checkpoint
         self._encoded: dict[str, EncodedTensor] = {}
         taken: dict[str, Offer] = {}
         request = CodecRequest(config, checkpoint.tensors, checkpoint.metadata)
-        for codec in codecs.values():
+        for codec in (BUILT_IN, *codecs.values()):
             answer: Mapping[str, EncodedTensor] = codec.make(Mapping, request)
             for name, encoded in answer.items():
                 self._check(codec, name, encoded)
@@ -57,6 +58,16 @@ class LogicalTensors:
         for name in self.names:
             encoded = self._encoded.get(name)
             yield encoded.dtype if encoded else self._checkpoint.tensors[name].dtype
+
+    def check_device(self, device: torch.device) -> None:
+        """Raises UnsupportedError if a tensor can only be decoded elsewhere than on `device`."""
+        for name, encoded in self._encoded.items():
+            if encoded.cpu_only and device.type != "cpu":
+                raise UnsupportedError(
+                    f"{self._checkpoint.directory}: {name} is compressed in a form that only a CPU "
+                    f"decodes, the device is {device}",
+                    hint="use the checkpoint that it was converted from, or --device cpu",
+                )
 
     def compose(
         self, plan: WeightPlan, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype
@@ -111,7 +122,13 @@ class LogicalTensors:
         stored = [
             t for tensor, encoded in found for t in (encoded.tensors if encoded else (tensor,))
         ]
-        return ParameterSource(tuple(stored), _Decode(tuple(found), source.transform), scratch)
+        return ParameterSource(
+            tuple(stored),
+            _Decode(tuple(found), source.transform),
+            scratch,
+            makes=parts[0].dtype if source.transform is None else source.makes,
+            seconds=source.seconds + sum(part.decode_seconds for part in parts),
+        )
 
     def _check(self, codec: Offer, name: object, encoded: object) -> None:
         """Raises PluginError for an entry that is not what it should be."""

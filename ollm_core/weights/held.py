@@ -249,9 +249,9 @@ class HeldWeights:
         return [i for i in priority if i >= self._num_layers or i in layers]
 
     def _bytes_when_kept(self, unit_idx: int) -> int:
-        unit = self.units[unit_idx]
-        has_views = any(not p.needs_copy(self.dtype) for p in unit.parameters)
-        return self.copied_bytes[unit_idx] + (self.buffer_bytes[unit_idx] if has_views else 0)
+        if self.copied_bytes[unit_idx] == 0:  # all are views of the buffer
+            return self.buffer_bytes[unit_idx]
+        return sum(p.num_bytes(self.dtype) for p in self.units[unit_idx].parameters)
 
 
 def _first_that_fit(budget: int, sizes: Sequence[int], priority: Sequence[int]) -> frozenset[int]:

@@ -229,8 +229,14 @@ class TieredWeights(WeightStreamer):
         return buffer, self._source.read(unit.tensors, as_memoryview(buffer))
 
     def _load(self, unit: WeightUnit) -> list[Tensor]:
+        """To be kept. Views of the buffer stay views only where all are: it is freed otherwise."""
         buffer, offsets = self._read(unit)
-        return unit.build(buffer.to(self.device), offsets, self.dtype)
+        buffer = buffer.to(self.device)
+        found = unit.build(buffer, offsets, self.dtype)
+        if unit.copied_bytes(self.dtype) == 0:
+            return found
+        memory = buffer.untyped_storage().data_ptr()
+        return [v.clone() if v.untyped_storage().data_ptr() == memory else v for v in found]
 
     def _uploaded(self, buffer: Tensor) -> Tensor:
         assert self._upload is not None, "only a device other than the CPU uploads"

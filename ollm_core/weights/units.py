@@ -96,6 +96,11 @@ class WeightUnit:
         """Bytes that building holds for a while beside its arguments and results."""
         return max((p.source.scratch_bytes for p in self.parameters), default=0)
 
+    @property
+    def seconds(self) -> float:
+        """About how long its transforms take beside moving bytes, for plans."""
+        return sum(p.source.seconds for p in self.parameters)
+
     def build(self, buffer: Tensor, offsets: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
         """All parameters in order, ready for a module; `offsets` are those of `tensors` in
         `buffer`.

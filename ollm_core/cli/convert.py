@@ -1,0 +1,89 @@
+"""The verb `convert`: a model with its weights compressed, losslessly."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from ollm_core.cli.output import debug_option, json_option, models_dir_option, print_json
+from ollm_core.memory import format_size
+
+if TYPE_CHECKING:
+    from ollm_core.convert import Converting
+
+
+@click.command()
+@click.argument("model", metavar="MODEL")
+@click.option(
+    "--out",
+    metavar="DIR",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Where the compressed model goes.",
+)
+@models_dir_option
+@json_option
+@debug_option
+def convert(model: str, out: Path, models_dir: str | None, as_json: bool) -> None:
+    """Write MODEL, an id or a directory, again with its bf16 weights compressed, losslessly.
+
+    A third less is read from the disk, for work of the CPU: it pays where the disk is slow. The
+    original is only read. What was interrupted goes on with the files that are missing.
+    """
+    from ollm_core.convert import convert
+    from ollm_core.hub import resolve
+    from ollm_core.registry import Registry
+
+    registry = Registry.discover()
+    directory = resolve(model, registry, models_dir)
+    started = time.perf_counter()
+    bar = _Bar()
+    try:
+        made = convert(directory, out, registry=registry, on_progress=bar)
+    finally:
+        bar.close()
+    seconds = time.perf_counter() - started
+    saved = made.original_bytes - made.stored_bytes
+    if as_json:
+        fields = asdict(made) | {"path": str(made.path), "saved_bytes": saved}
+        print_json(fields | {"seconds": round(seconds, 3)})
+        return
+    click.echo(made.path)
+    found = f", {made.num_found} of {made.num_files} files were there" if made.num_found else ""
+    click.echo(
+        f"{format_size(made.stored_bytes)} of {format_size(made.original_bytes)}, "
+        f"{format_size(saved)} saved ({saved / made.original_bytes:.1%}); "
+        f"{made.num_compressed} of {made.num_tensors} tensors compressed, all checked bit for bit, "
+        f"in {seconds:.1f} s{found}",
+        err=True,
+    )
+
+
+class _Bar:
+    """Bytes, rate and time left, on stderr if that is a terminal."""
+
+    def __init__(self) -> None:
+        from tqdm import tqdm
+
+        self._bar = tqdm(
+            desc="converting",
+            unit="B",
+            unit_scale=True,
+            file=sys.stderr,
+            disable=None,
+            leave=False,
+            dynamic_ncols=True,
+        )
+
+    def __call__(self, progress: Converting) -> None:
+        self._bar.total = progress.bytes_total
+        self._bar.set_postfix_str(progress.file, refresh=False)
+        self._bar.update(progress.bytes_done - self._bar.n)
+
+    def close(self) -> None:
+        self._bar.close()
