@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -36,23 +35,21 @@ def result_of(
     """
     if cap:
         command = [str(CAPPED), str(cap), *command]
-    child = subprocess.Popen(
+    with subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
         stderr=errors,
         text=True,
         env=None if environ is None else dict(environ),
         start_new_session=True,
-    )
-    try:
-        printed, _ = child.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired as error:
-        raise ChildError(f"no result after {seconds:.0f} s") from error
-    finally:
-        if child.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
+    ) as child:
+        try:
+            printed, _ = child.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired as error:
+            raise ChildError(f"no result after {seconds:.0f} s") from error
+        finally:
+            if child.poll() is None:
                 os.killpg(child.pid, signal.SIGTERM)
-            child.wait()
     if child.returncode:
         raise ChildError(_reason(child.returncode, errors))
     for line in reversed(printed.splitlines()):

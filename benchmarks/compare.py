@@ -115,22 +115,47 @@ def bounds(
     return told
 
 
+def summary(
+    runs: Mapping[str, Sequence[Mapping[str, Any]]],
+    failed: Mapping[str, str],
+    titles: Mapping[str, str],
+    weight_bytes: tuple[int, int],
+    cap: int | None,
+) -> dict[str, Any]:
+    """What is told of the runs. `weight_bytes` are those of the model, and of them what every pass
+    reads.
+    """
+    return {
+        "ours": OURS,
+        "cap_mib": cap,
+        "weight_bytes": weight_bytes[0],
+        "pass_bytes": weight_bytes[1],
+        "titles": titles,
+        "failed": failed,
+        "ratios": ratios(runs),
+        "bounds": bounds(runs, weight_bytes[1], cap),
+        "other_tokens": odd_ones(runs),
+        "runs": runs,
+    }
+
+
 def table(record: Mapping[str, Any]) -> str:
     """Means over the rounds, for people."""
     rows = [
-        f"{'':28}{'decode':>8}{'ours is':>10}{'prefill':>9}{'read':>7}{'of disk':>9}"
+        f"{'':28}{'decode':>8}{'ours is':>14}{'prefill':>9}{'read':>7}{'of disk':>9}"
         f"{'CPU':>8}{'anonymous':>11}",
-        f"{'':28}{'tok/s':>8}{'faster':>10}{'s':>9}{'GB/s':>7}{'limit':>9}{'s':>8}{'MiB':>11}",
+        f"{'':28}{'tok/s':>8}{'faster':>14}{'s':>9}{'GB/s':>7}{'limit':>9}{'s':>8}{'MiB':>11}",
     ]
     for name, runs in record["runs"].items():
 
         def average(key: str, runs: Sequence[Mapping[str, Any]] = runs) -> float:
             return mean(run[key] for run in runs)
 
-        found = record["ratios"].get(name, {}).get("decode", [])
-        span = " to ".join(f"{ratio:.1f}" for ratio in sorted({min(found), max(found)})) + "x"
+        span = ""
+        if found := record["ratios"].get(name, {}).get("decode"):
+            span = " to ".join(f"{ratio:.1f}" for ratio in sorted({min(found), max(found)})) + "x"
         rows.append(
-            f"{record['titles'][name]:28}{average('decode_tok_s'):8.3f}{span if found else '':>10}"
+            f"{record['titles'][name]:28}{average('decode_tok_s'):8.3f}{span:>14}"
             f"{average('prefill_s'):9.1f}{average('decode_gb_s'):7.2f}"
             f"{average('share_of_limit'):9.0%}{average('cpu_s'):8.1f}{average('peak_anon_mb'):11.0f}"
         )
@@ -151,10 +176,11 @@ def table(record: Mapping[str, Any]) -> str:
 def conclude(record: Mapping[str, Any], json_file: Path, picture: Path) -> int:
     """Tell, write and draw what was found; the exit code."""
     json_file.write_text(json.dumps(record, indent=1) + "\n")
+    say(f"record: {json_file}")
     if record["runs"]:
         print(table(record))
         draw(record, picture)
-    say(f"written to {json_file} and {picture}")
+        say(f"picture: {picture}")
     if OURS in record["failed"]:
         say("error: ours failed")
         return 1
@@ -162,8 +188,9 @@ def conclude(record: Mapping[str, Any], json_file: Path, picture: Path) -> int:
         say("error: no peer could be run, so nothing is compared")
         return 1
     if odd := record["other_tokens"]:
-        say(f"error: other tokens than {OURS} from {', '.join(odd)}")
+        say(f"error: other tokens than those of {OURS} came from {', '.join(odd)}")
         return 1
+    say("all gave the same tokens")
     return 0
 
 
@@ -229,21 +256,18 @@ def main() -> int:
     machine = environment(checkpoint)
     record = {
         **machine,
-        "ours": OURS,
         "cache": "dropped before every weight pass",
-        "cap_mib": args.cap,
         "device_memory": args.device_memory,
         "prompt_tokens": args.prompt,
         "new_tokens": args.new,
-        "weight_bytes": weight_bytes,
-        "pass_bytes": weight_bytes - embedding_bytes,
-        "titles": {OURS: programs[0].title} | {name: PEERS[name].title for name in args.peers},
         "peer_versions": found,
-        "failed": unusable | failed,
-        "ratios": ratios(runs),
-        "bounds": bounds(runs, weight_bytes - embedding_bytes, args.cap),
-        "other_tokens": odd_ones(runs),
-        "runs": runs,
+        **summary(
+            runs,
+            unusable | failed,
+            {OURS: programs[0].title} | {name: PEERS[name].title for name in args.peers},
+            (weight_bytes, weight_bytes - embedding_bytes),
+            args.cap,
+        ),
     }
     results = HERE / "results"
     return conclude(
