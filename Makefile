@@ -81,5 +81,5 @@ gpu: install ## the tests and the short benchmark that need a CUDA device
 		$(BIN)/pytest -m gpu tests/gpu && $(BIN)/python benchmarks/gpu.py; \
 	else echo "make gpu: no CUDA device here, nothing was run"; fi
 
-clean: ## remove .venv, caches and the demo's KV cache; models stay
+clean: ## remove .venv, caches and the demo's KV cache; models and .peers stay
 	rm -rf $(VENV) kv_cache .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -59,25 +59,15 @@ def _speed(panel: Axes, record: Mapping[str, Any], ran: Sequence[str]) -> None:
         ratio = ""
         if name != ours and ours in runs:
             ratio = f", ours is {_average(runs[ours], 'decode_tok_s') / mean(rates):.1f}x as fast"
-        panel.text(
-            max(rates),
-            row,
-            f"  {mean(rates):.2f}{ratio}",
-            va="center",
-            fontsize=10,
-            fontweight="bold" if name == ours else "normal",
-            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 1},
-        )
+        weight = "bold" if name == ours else "normal"
+        _beside(panel, max(rates), row, f"{mean(rates):.2f}{ratio}", fontweight=weight)
         most = max(most, *rates)
-    told = [("nothing_kept_tok_s", "the disk alone,\nnothing kept in memory")]
+    told = [("nothing_kept_tok_s", "the disk alone, nothing\nkept in memory")]
     if "cap_full_tok_s" in limits:
-        told.append(("cap_full_tok_s", "the disk alone, all\nof the memory kept full"))
+        told.append(("cap_full_tok_s", "the disk alone, memory\nfull of weights"))
     for key, text in told:
         most = max(most, limits[key])
-        panel.axvline(limits[key], color=LIMIT, linestyle="--", linewidth=1.3, zorder=0)
-        panel.text(
-            limits[key], -0.5, f"{text}: {limits[key]:.2f} ", color=LIMIT, fontsize=9, ha="right"
-        )
+        _limit(panel, limits[key], f"{text}: {limits[key]:.2f}")
     panel.set_xlim(0, 1.06 * most)
     panel.set_xlabel("decode, tokens per second (longer is better; dots are single rounds)")
 
@@ -88,14 +78,41 @@ def _memory(panel: Axes, record: Mapping[str, Any], ran: Sequence[str]) -> None:
     for row, name in enumerate(ran):
         peak = max(run["peak_anon_mb"] for run in runs[name])
         panel.barh(row, peak, height=0.62, color=OURS if name == record["ours"] else PEER)
-        panel.text(peak, row, f" {peak:,}", va="center", fontsize=10)
+        _beside(panel, peak, row, f"{peak:,}")
     most = max(run["peak_anon_mb"] for found in runs.values() for run in found)
     if cap := record["cap_mib"]:
         most = max(most, cap)
-        panel.axvline(cap, color=LIMIT, linestyle="--", linewidth=1.3, zorder=0)
-        panel.text(cap, -0.5, f"allowed: {cap:,} ", color=LIMIT, fontsize=9, ha="right")
-    panel.set_xlim(0, 1.15 * most)
+        _limit(panel, cap, f"allowed: {cap:,}")
+    panel.set_xlim(0, 1.22 * most)
     panel.set_xlabel("peak anonymous memory, MiB\n(the page cache takes the rest)")
+
+
+def _beside(panel: Axes, x: float, row: int, text: str, **font: Any) -> None:
+    """`text` to the right of a bar that ends at `x`, legible where a line crosses it."""
+    panel.annotate(
+        text,
+        (x, row),
+        xytext=(9, 0),
+        textcoords="offset points",
+        va="center",
+        fontsize=10,
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5},
+        **font,
+    )
+
+
+def _limit(panel: Axes, x: float, text: str) -> None:
+    """A line from top to bottom, `text` to its left above the bars."""
+    panel.axvline(x, color=LIMIT, linestyle="--", linewidth=1.3, zorder=0)
+    panel.annotate(
+        text,
+        (x, -0.5),
+        xytext=(-5, 0),
+        textcoords="offset points",
+        ha="right",
+        color=LIMIT,
+        fontsize=9,
+    )
 
 
 def _average(runs: Sequence[Mapping[str, Any]], key: str) -> float:
