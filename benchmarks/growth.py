@@ -160,7 +160,7 @@ def planned(checkpoint: Path, work: Work) -> dict[str, float]:
         compare=False,
     )
     kv = plan.kv_bytes / work.batch
-    read = plan.bytes_read_per_token / work.batch
+    read = plan.bytes_read_per_token
     return {"weights": read - kv, "kv": kv, "all": read}
 
 

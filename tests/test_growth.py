@@ -15,9 +15,10 @@ BASE = Work(tokens=256, layers=1)
 
 @pytest.fixture(scope="module")
 def series():
-    """Two points each of what grows by KV and of what grows by weights too."""
+    """Two points each of what grows by KV, of what shares weights, and of what grows by both."""
     return {
         "context": replace(SERIES["context"], values=(256, 512)),
+        "batch": replace(SERIES["batch"], values=(1, 2)),
         "layers": replace(SERIES["layers"], values=(1, 2)),
     }
 
@@ -31,9 +32,12 @@ def record(series, tmp_path_factory):
 def test_slopes_are_as_predicted(record):
     """Of KV to the byte, of weights but for the rounding of reads to pages."""
     assert record["faults"] == []
-    context, layers = (one["slopes"] for one in record["series"].values())
+    context, batch, layers = (one["slopes"] for one in record["series"].values())
     assert context["weights"]["arithmetic"] == context["weights"]["measured"] == 0
     assert context["kv"]["measured"] == 2 * 2 * 64 * 4  # two KV heads of 64, keys and values
+    assert batch["kv"]["arithmetic"] == batch["kv"]["measured"] == 0
+    assert batch["weights"]["measured"] == batch["weights"]["planned"]
+    assert 0 < batch["weights"]["measured"] / BASE.layer_bytes - 1 < TOLERANCE
     assert layers["kv"]["measured"] == 256 * 2 * 2 * 64 * 4
     assert 0 < layers["weights"]["measured"] / BASE.layer_bytes - 1 < TOLERANCE
     json.dumps(record)
