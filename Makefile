@@ -14,10 +14,10 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS)
 QUESTION := What is the title of this document?
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint format type test demo model support memory template bench gpu clean
+.PHONY: help install lint format type test demo model support memory template bench bench-peers gpu clean
 
 help: ## show this list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
 
 install: $(INSTALLED) ## make .venv with everything, at the versions of constraints.txt
 
@@ -73,10 +73,13 @@ template: install ## an adapter from the template: made, installed, tested and l
 bench: install ## decode and prefill against the disk's own limit
 	$(BIN)/python benchmarks/decode.py
 
+bench-peers: install ## ours and other programs on a model beyond memory, in turns (root)
+	$(BIN)/python benchmarks/compare.py
+
 gpu: install ## the tests and the short benchmark that need a CUDA device
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
 		$(BIN)/pytest -m gpu tests/gpu && $(BIN)/python benchmarks/gpu.py; \
 	else echo "make gpu: no CUDA device here, nothing was run"; fi
 
-clean: ## remove .venv, caches and the demo's KV cache; models stay
+clean: ## remove .venv, caches and the demo's KV cache; models and .peers stay
 	rm -rf $(VENV) kv_cache .pytest_cache .mypy_cache .ruff_cache .hypothesis

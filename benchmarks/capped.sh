@@ -19,6 +19,7 @@ else
 fi
 mkdir "$group"
 trap 'rmdir "$group"' EXIT
+trap : TERM INT # ended with the command, which gets it too
 echo "$limit" >"$group/$limit_file"
 for swap in memory.swap.max:0 memory.memsw.limit_in_bytes:"$limit"; do
     [ ! -e "$group/${swap%:*}" ] || echo "${swap#*:}" >"$group/${swap%:*}"

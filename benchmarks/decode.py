@@ -22,24 +22,23 @@ import argparse
 import json
 import os
 import shlex
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from disk import probe
-from make_checkpoint import Shape, write_checkpoint
-from measure import (
+from children import ChildError, result_of
+from cold import (
+    ColdFiles,
+    Counts,
     PeakAnonymousMemory,
     checkpoint_files,
     drop_from_cache,
-    environment,
-    memory_cap,
-    random_prompt,
-    read_from_storage,
-    timed_generate,
+    told,
 )
+from disk import probe
+from make_checkpoint import Shape, write_checkpoint
+from measure import environment, random_prompt, timed_generate
 
 import ollm
 
@@ -69,21 +68,21 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         ) as model,
     ):
         load_seconds = time.perf_counter() - started
-        read_before = read_from_storage()
+        dropping, start = ColdFiles(files, warm=args.warm), Counts.now()
         timing = timed_generate(
             model,
             random_prompt(args.prompt),
             args.new,
-            snapshot=lambda: (read_from_storage(), model.stats),
-            between_tokens=lambda: None if args.warm else drop_from_cache(files),
+            snapshot=lambda: (Counts.now(), model.stats),
+            between_tokens=dropping,
         )
-        read_in_all = read_from_storage() - read_before
         stats = model.stats
     after, ring_after = probe(files), probe(files, num_blocks=_RING_BLOCKS)
 
-    (kernel_first, first), (kernel_last, last) = timing.snapshots[0], timing.snapshots[-1]
+    counts = [start, *(counted for counted, _ in timing.snapshots)]
+    first, last = timing.snapshots[0][1], timing.snapshots[-1][1]
     passes = last.weight_passes - first.weight_passes
-    kernel_bytes = kernel_last - kernel_first
+    kernel_bytes = counts[-1].read_bytes - counts[1].read_bytes
     engine_bytes = last.weight_bytes_read - first.weight_bytes_read
     read_seconds = last.read_seconds - first.read_seconds
     limit = (before.gb_per_second + after.gb_per_second) / 2
@@ -91,14 +90,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     decode_rate = kernel_bytes / timing.decode_seconds / 1e9
     reader_rate = engine_bytes / read_seconds / 1e9 if read_seconds else 0.0
     return {
-        "peer": "ollm-core",
-        "prompt": args.prompt,
-        "new": len(timing.tokens),
-        "prefill_s": round(timing.prefill_seconds, 3),
-        "decode_tok_s": round(timing.decode_tokens_per_second, 4),
-        "read_mb_per_pass": round(read_in_all / args.new / 2**20, 1),
-        "peak_anon_mb": anonymous.num_bytes >> 20,
-        "tokens": timing.tokens,
+        **told("ollm-core", args.prompt, timing, counts, dropping, anonymous.num_bytes),
         "load_seconds": round(load_seconds, 3),
         "dropping_seconds": round(timing.dropping_seconds, 4),
         "weight_bytes": stats.weight_bytes,
@@ -110,7 +102,6 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "disk_limit_gb_s": [round(rate.gb_per_second, 3) for rate in (before, after)],
         "ring_limit_gb_s": [round(r.gb_per_second, 3) for r in (ring_before, ring_after)],
         "disk_limit_direct": before.direct,
-        "decode_gb_s": round(decode_rate, 3),
         "decode_share_of_limit": round(decode_rate / limit, 3),
         "decode_share_of_ring_limit": round(decode_rate / ring_limit, 3),
         "reader_gb_s": round(reader_rate, 3),
@@ -122,7 +113,6 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "device_limit_bytes": stats.device_limit_bytes,
         "device_peak_bytes": stats.device_peak_bytes,
         "host_peak_bytes": stats.host_peak_bytes,
-        "memory_cap_bytes": memory_cap(),
         "load_average": round(load_average, 2),
     }
 
@@ -155,14 +145,10 @@ def report(run: dict[str, Any]) -> None:
 def in_new_process(command: list[str], args: argparse.Namespace) -> dict[str, Any]:
     """Run `command` cold, under the cap if there is one; returns the last JSON line it prints."""
     drop_from_cache(path for path in args.checkpoint.rglob("*") if path.is_file())
-    if args.cap:
-        command = [str(HERE / "capped.sh"), str(args.cap), *command]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    if done.returncode or not lines:
-        raise SystemExit(f"exit code {done.returncode}, no result from: {shlex.join(command)}")
-    result: dict[str, Any] = json.loads(lines[-1])
-    return result
+    try:
+        return result_of(command, cap=args.cap)
+    except ChildError as error:
+        raise SystemExit(f"{error}: {shlex.join(command)}") from error
 
 
 def in_turns(args: argparse.Namespace) -> dict[str, Any]:

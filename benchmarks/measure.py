@@ -1,106 +1,41 @@
-"""What the benchmarks share: a cold, timed `generate`, the kernel's counts, the machine.
-
-A cold run drops the checkpoint from the page cache before every weight pass, outside the measured
-time, so that each pass starts as it would if the model were much larger than memory.
-"""
+"""What the benchmarks share: a cold, timed `generate`, the machine, and what `cold` has."""
 
 from __future__ import annotations
 
 import os
 import platform
-import threading
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Generic, Self, TypeVar
+from typing import Any
 
 import torch
+from cold import (
+    PeakAnonymousMemory,
+    Snapshot,
+    Timing,
+    checkpoint_files,
+    drop_from_cache,
+    memory_cap,
+    proc_field,
+    read_from_storage,
+)
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-Snapshot = TypeVar("Snapshot")
-
-
-def checkpoint_files(checkpoint: Path) -> list[Path]:
-    """The safetensors files of a checkpoint directory, in name order."""
-    files = sorted(checkpoint.glob("*.safetensors"))
-    if not files:
-        raise SystemExit(f"no *.safetensors in {checkpoint}; make_checkpoint.py writes some")
-    return files
-
-
-def drop_from_cache(files: Iterable[Path]) -> None:
-    """Ask the kernel to forget the cached pages of `files`."""
-    for path in files:
-        descriptor = os.open(path, os.O_RDONLY)
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(descriptor)
-
-
-def read_from_storage() -> int:
-    """Bytes this process caused to be read from storage: the kernel's count, page faults too."""
-    return _proc_field("/proc/self/io", "read_bytes")
-
-
-class PeakAnonymousMemory:
-    """Context manager that samples this process's anonymous memory; `num_bytes` is the peak."""
-
-    def __init__(self, interval_seconds: float = 0.01) -> None:
-        self.num_bytes = 0
-        self._interval = interval_seconds
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._sample, daemon=True)
-
-    def _sample(self) -> None:
-        while not self._done.wait(self._interval):
-            self.num_bytes = max(self.num_bytes, _proc_field("/proc/self/status", "RssAnon") * 1024)
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._done.set()
-        self._thread.join()
-
-
-@dataclass
-class Timing(Generic[Snapshot]):
-    """One generation: its new tokens and when each came; what `between_tokens` took is left out."""
-
-    started: float
-    tokens: list[int] = field(default_factory=list)
-    ends: list[float] = field(default_factory=list)
-    starts: list[float] = field(default_factory=list)
-    """When work on the token after `ends[i]` began."""
-    snapshots: list[Snapshot] = field(default_factory=list)
-    """What `snapshot()` returned at each of `ends`."""
-
-    @property
-    def prefill_seconds(self) -> float:
-        return self.ends[0] - self.started
-
-    @property
-    def decode_seconds(self) -> float:
-        return sum(end - start for end, start in zip(self.ends[1:], self.starts, strict=False))
-
-    @property
-    def dropping_seconds(self) -> float:
-        """Time in `between_tokens` after the first token and before the last."""
-        return self.ends[-1] - self.ends[0] - self.decode_seconds
-
-    @property
-    def decode_tokens_per_second(self) -> float:
-        return (len(self.ends) - 1) / self.decode_seconds
+__all__ = [
+    "PeakAnonymousMemory",
+    "Timing",
+    "checkpoint_files",
+    "drop_from_cache",
+    "environment",
+    "memory_cap",
+    "random_prompt",
+    "read_from_storage",
+    "timed_generate",
+]
 
 
 class _Mark(StoppingCriteria):
@@ -167,7 +102,7 @@ def environment(checkpoint: Path) -> dict[str, Any]:
         "machine": {
             "cpu": _cpu_model(),
             "cores": len(os.sched_getaffinity(0)),
-            "memory_bytes": _proc_field("/proc/meminfo", "MemTotal") * 1024,
+            "memory_bytes": proc_field("/proc/meminfo", "MemTotal") * 1024,
             "kernel": f"{platform.system()} {platform.release()}",
             "filesystem": _filesystem(checkpoint),
         },
@@ -176,27 +111,6 @@ def environment(checkpoint: Path) -> dict[str, Any]:
             **{name: _version(name) for name in ("ollm-core", "torch", "transformers")},
         },
     }
-
-
-def memory_cap() -> int | None:
-    """The memory limit of this process's cgroup in bytes (see capped.sh), or None."""
-    for line in Path("/proc/self/cgroup").read_text().splitlines():
-        _, controllers, group = line.split(":", 2)
-        if controllers == "memory":
-            limit = Path("/sys/fs/cgroup/memory" + group, "memory.limit_in_bytes")
-        elif not controllers:
-            limit = Path("/sys/fs/cgroup" + group, "memory.max")
-        else:
-            continue
-        text = limit.read_text().strip() if limit.exists() else "max"
-        if text != "max" and int(text) < 1 << 60:
-            return int(text)
-    return None
-
-
-def _proc_field(path: str, key: str) -> int:
-    with open(path) as lines:
-        return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
 
 
 def _cpu_model() -> str:

@@ -22,7 +22,7 @@ from ollm_core.host_memory import HostMemory
 from ollm_core.interfaces import ByteSource
 from ollm_core.parts import ModelParts, take_apart
 from ollm_core.plugins import Offer, one_line
-from ollm_core.pressure import Pressure
+from ollm_core.pressure import Pressure, reserve_bytes
 from ollm_core.profiling import Span, no_span
 from ollm_core.registry import Registry, require
 from ollm_core.requests import KVRequest
@@ -66,7 +66,8 @@ class Opening:
         """Lets kept weights give way when others take the machine's memory."""
         on_gpu = self.device.type == "cuda"
         free = functools.partial(free_device_bytes, self.device) if on_gpu else None
-        return Pressure(weights, HostMemory().free, free)
+        host = HostMemory()
+        return Pressure(weights, host.free, free, reserve_bytes=reserve_bytes(host.total()))
 
     def open(
         self,

@@ -51,7 +51,9 @@ class Plan:
     weight_bytes: int
     kv_bytes: int
     bytes_read_per_token: int
-    """From disk in a decode step at the end: weights, and KV that lies there."""
+    """From disk in a decode step at the end, for the new token of each sequence: its part of the
+    weights, which all sequences share, and its KV that lies there.
+    """
     prefill_seconds: float
     prefill_limited_by: str
     tokens_per_second: float

@@ -21,6 +21,13 @@ to know.
 """
 
 
+def reserve_bytes(total: int) -> int:
+    """What is to stay free of a machine or a container of `total` bytes: a sixteenth of a small
+    one, `RESERVE_BYTES` of any other.
+    """
+    return min(RESERVE_BYTES, total // 16)
+
+
 @dataclass(slots=True)
 class Shortage:
     """How often weights gave way, and how many bytes of them are not kept for it."""

@@ -73,7 +73,9 @@ class Question:
             disk_bytes=run.disk_bytes,
             weight_bytes=parts.checkpoint.total_bytes,
             kv_bytes=self._estimate.kv_bytes(scenario),
-            bytes_read_per_token=round(self._estimate.token(run, scenario).disk_bytes),
+            bytes_read_per_token=round(
+                self._estimate.token(run, scenario).disk_bytes / scenario.batch
+            ),
             prefill_seconds=prefill[1],
             prefill_limited_by=prefill[0],
             tokens_per_second=scenario.batch / token[1],

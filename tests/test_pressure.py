@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import ollm
 from ollm_adapter_llama import LlamaAdapter
 from ollm_core import DoesNotFitError
-from ollm_core.pressure import Pressure
+from ollm_core.budgets import RESERVE_BYTES
+from ollm_core.pressure import Pressure, reserve_bytes
 from ollm_core.registry import Registry
 
 RESERVE = 200_000
@@ -171,3 +172,9 @@ def test_what_fails_again_is_told(open_model, ids):
         _, token = steps(model, cache, ids(40)[None], 2)
         expected, _ = steps(model, cache, token, 1)
     assert torch.equal(found, expected)
+
+
+def test_a_small_container_keeps_less_free():
+    """What a large machine leaves alone would be a third of it."""
+    assert reserve_bytes(1_500 << 20) == 1_500 << 16
+    assert reserve_bytes(24 << 30) == RESERVE_BYTES
