@@ -205,7 +205,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--peers", default=",".join(PEERS), help=f"of {', '.join(PEERS)}")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--cap", type=int, default=1500, help="MiB for each run; 0: no cap")
-    parser.add_argument("--device-memory", default="950MB", help="ours, inside the cap")
+    parser.add_argument("--device-memory", default="1200MB", help="ours, inside the cap")
     parser.add_argument("--prompt", type=int, default=128, help="prompt tokens, at most 500")
     parser.add_argument("--new", type=int, default=6, help="new tokens, 2 to 12")
     parser.add_argument("--environments", type=Path, default=ROOT / ".peers")
