@@ -30,11 +30,11 @@ class Peer:
     distributions: Sequence[str]
     """Whose versions are recorded."""
     steps: Sequence[Sequence[str]]
-    """Arguments of `pip install`, one call after the other."""
+    """Arguments of `pip install`, run beside the requirements, one call after the other."""
 
 
 def _requirements(name: str) -> tuple[str, str]:
-    return "--requirement", str(HERE / f"{name}.txt")
+    return "--requirement", f"{name}.txt"
 
 
 _TORCH = (TORCH,)  # first and alone, so that nothing brings another build of it
@@ -80,7 +80,7 @@ def environment_of(peer: Peer, root: Path, say: Callable[[str], None]) -> Path:
     """The interpreter of the peer's environment in `root`, which is made if it is not there or was
     made from other requirements. What pip said is in `root/NAME.log`. Raises BuildError.
     """
-    directory = root / peer.name
+    directory = root.resolve() / peer.name
     python, stamp = directory / "bin" / "python", directory / "installed.json"
     wanted = json.dumps([peer.steps, (HERE / f"{peer.name}.txt").read_text()])
     if stamp.is_file() and stamp.read_text() == wanted:
@@ -112,7 +112,7 @@ def versions(peer: Peer, python: Path) -> dict[str, str]:
 def _call(command: Sequence[str], log: Path) -> None:
     """Run `command`, what it says appended to the file `log`. Raises BuildError."""
     with log.open("a") as file:
-        done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False)
+        done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False, cwd=HERE)
     if done.returncode:
         said = [line.strip() for line in log.read_text().splitlines() if line.strip()]
         errors = [line for line in said if line.lower().startswith("error")] or said[-1:]
