@@ -1,0 +1,108 @@
+"""The cost of the engine where nothing is streamed: ours beside transformers itself, in turns.
+
+usage: resident.py [CHECKPOINT ...] [--rounds 4] [--new 32] [--json FILE]
+
+CHECKPOINT is models/smollm2-135M by default. Both have all weights in memory and eager attention,
+and give the same tokens (exit code 1 if not). The first round warms both up and is left out. A
+token's time is the median over a round.
+
+The last line on stdout is the record as JSON; the report for people goes to stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+import torch
+from measure import environment, random_prompt, timed_generate
+from transformers import AutoModelForCausalLM
+
+import ollm
+from ollm_core.parts import DTYPES
+
+MODEL = Path(__file__).resolve().parent.parent / "models" / "smollm2-135M"
+PROMPT = 128
+
+
+def timed(model: Any, num_new: int) -> tuple[float, float, list[int]]:
+    """Seconds of the prompt and of a token, and the tokens."""
+    timing = timed_generate(
+        model,
+        random_prompt(PROMPT),
+        num_new,
+        snapshot=lambda: None,
+        between_tokens=lambda: None,
+    )
+    steps = [end - start for start, end in zip(timing.starts[:-1], timing.ends[1:], strict=True)]
+    return timing.prefill_seconds, median(steps), timing.tokens
+
+
+def compare(checkpoint: Path, dtype: str, args: argparse.Namespace) -> dict[str, Any]:
+    """All rounds of one model in one dtype, ours first in each."""
+    plain = AutoModelForCausalLM.from_pretrained(
+        checkpoint, dtype=DTYPES[dtype], attn_implementation="eager"
+    ).eval()
+    rounds = []
+    with ollm.load(checkpoint, device="cpu", dtype=dtype, kv="device", attention="exact") as model:
+        for _ in range(args.rounds + 1):
+            ours, theirs = timed(model, args.new), timed(plain, args.new)
+            rounds.append((ours, theirs))
+        stats = model.stats
+    rounds = rounds[1:]
+    prefill = [theirs[0] / ours[0] for ours, theirs in rounds]
+    decode = [theirs[1] / ours[1] for ours, theirs in rounds]
+    record = {
+        "model": checkpoint.name,
+        "dtype": dtype,
+        "resident_bytes": stats.resident_bytes,
+        "chunk_size": stats.chunk_size,
+        "token_seconds": [round(ours[1], 5) for ours, _ in rounds],
+        "transformers_token_seconds": [round(theirs[1], 5) for _, theirs in rounds],
+        "prefill_seconds": [round(ours[0], 3) for ours, _ in rounds],
+        "transformers_prefill_seconds": [round(theirs[0], 3) for _, theirs in rounds],
+        "decode_ratios": [round(ratio, 3) for ratio in decode],
+        "prefill_ratios": [round(ratio, 3) for ratio in prefill],
+        "same_tokens": all(ours[2] == theirs[2] for ours, theirs in rounds),
+        "load_average": round(os.getloadavg()[0], 2),
+    }
+    print(
+        f"{checkpoint.name}, {dtype}: decode {mean(decode):.2f} ({min(decode):.2f} to "
+        f"{max(decode):.2f}), prefill {mean(prefill):.2f} ({min(prefill):.2f} to "
+        f"{max(prefill):.2f}) times as fast as transformers",
+        file=sys.stderr,
+        flush=True,
+    )
+    return record
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Ours beside transformers, all in memory.")
+    parser.add_argument("checkpoints", type=Path, nargs="*", default=[MODEL], metavar="CHECKPOINT")
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--new", type=int, default=32, help="new tokens, at least 2")
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"], choices=DTYPES)
+    parser.add_argument("--json", type=Path, help="write the record to this file")
+    args = parser.parse_args()
+    runs = [compare(path, dtype, args) for path in args.checkpoints for dtype in args.dtypes]
+    record = {
+        **environment(args.checkpoints[0]),
+        "threads": torch.get_num_threads(),
+        "prompt_tokens": PROMPT,
+        "new_tokens": args.new,
+        "runs": runs,
+    }
+    if args.json:
+        args.json.write_text(json.dumps(record, indent=1) + "\n")
+    print(json.dumps(record))
+    if not all(run["same_tokens"] for run in runs):
+        raise SystemExit("the tokens differ")
+
+
+if __name__ == "__main__":
+    main()
