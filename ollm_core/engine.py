@@ -185,6 +185,8 @@ class Engine:
                         hidden[i] = parking.put(
                             hidden[i], run(step, layer_idx, chunk_hidden, embeddings)
                         )
+                    if self.pressure:
+                        self.pressure.relieve(layer_idx)
                     report()
                 del chunk_hidden
                 if mixture := self._skeleton.mixtures.get(layer_idx):

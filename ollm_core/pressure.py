@@ -5,6 +5,7 @@ gives way, and comes back when there is room again. Tokens stay the same; more i
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,6 +16,8 @@ from ollm_core.weights.tiered import TieredWeights
 
 logger = logging.getLogger("ollm")
 
+LOOK_SECONDS = 1.0
+"""Between two looks at what is free while a pass runs."""
 _PATIENCE = 8
 """Passes after a failed allocation until more may be kept: what is free is then not all there is
 to know.
@@ -78,14 +81,18 @@ class _Level:
         self._shortage.now_bytes += missing
         return min(budget, self._ceiling)
 
+    def is_short(self) -> bool:
+        """Whether less is free now, in the middle of a pass, than may be."""
+        return self._free() < self._reserve_bytes // 2
+
     def empty(self) -> None:
         """Let weights hold nothing that they need not, for a while."""
         self._ceiling, self._patience = 0, _PATIENCE
 
 
 class Pressure:
-    """Asked once before each pass. What goes first is what costs least: kept experts, of which a
-    pass wants few, then whole layers.
+    """Asked once before each pass, and now and then in a long one. What goes first is what costs
+    least: kept experts, of which a pass wants few, then whole layers.
     """
 
     def __init__(
@@ -95,6 +102,7 @@ class Pressure:
         free_device: Callable[[], int] | None = None,
         *,
         reserve_bytes: int = RESERVE_BYTES,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`free_host` and, for a device with a memory of its own, `free_device` tell the bytes that
         can be allocated there now.
@@ -104,6 +112,8 @@ class Pressure:
         """
         self.shortage = Shortage()
         self._weights = weights
+        self._clock = clock
+        self._looked = clock()
         self._host = _Level("host memory", free_host, reserve_bytes, self.shortage)
         self._device = free_device and _Level(
             "device memory", free_device, reserve_bytes, self.shortage
@@ -114,6 +124,7 @@ class Pressure:
         `needed` beside them, never less than they must.
         """
         weights, shortage = self._weights, self.shortage
+        self._looked = self._clock()
         wanted, held = weights.held.bytes_of(weights.held.place(device, host)), weights.in_memory
         shortage.now_bytes = 0
         if weights.device.type == "cpu":
@@ -127,6 +138,27 @@ class Pressure:
             host = min(max(allowed, weights.least_bytes(device)), host)
         shortage.most_bytes = max(shortage.most_bytes, shortage.now_bytes)
         return device, host
+
+    def relieve(self, num_done: int) -> None:
+        """In a pass that is through with `num_done` units: where memory has run short since the
+        last look, free kept experts and what is kept of those units. They are read again when they
+        are wanted; the next pass finds out what may be kept.
+        """
+        now = self._clock()
+        if now - self._looked < LOOK_SECONDS:
+            return
+        self._looked = now
+        on_cpu, freed = self._weights.device.type == "cpu", 0
+        if self._host.is_short():
+            freed += self._weights.let_go(num_done, host=not on_cpu)
+        if self._device is not None and self._device.is_short():
+            freed += self._weights.let_go(num_done, host=False)
+        if freed:
+            shortage = self.shortage
+            shortage.times += 1
+            shortage.now_bytes += freed
+            shortage.most_bytes = max(shortage.most_bytes, shortage.now_bytes)
+            logger.warning("memory runs short in a pass: %s of weights freed", format_size(freed))
 
     def give_way(self) -> None:
         """An allocation failed: keep as little as can be in the next passes."""

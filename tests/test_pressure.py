@@ -46,15 +46,26 @@ class Machine(Pressure):
     pass takes.
     """
 
-    def __init__(self, model, room):
-        super().__init__(model.weights, self.free, reserve_bytes=RESERVE)
+    def __init__(self, model, room, seconds_a_look=0):
+        super().__init__(model.weights, self.free, reserve_bytes=RESERVE, clock=self.clock)
         self.room = room
+        self.seconds_a_look = seconds_a_look
         self.num_asked = self.others = 0
         model.engine._admission.pressure = self
+
+    now = 0
+
+    def clock(self):
+        self.now += getattr(self, "seconds_a_look", 0)
+        return self.now
 
     def within(self, device, host, needed):
         self.others = needed.device + needed.host
         return super().within(device, host, needed)
+
+    def relieve(self, num_done):
+        self.others = 0  # taken by now
+        super().relieve(num_done)
 
     def free(self):
         self.num_asked += 1
@@ -103,6 +114,33 @@ def test_weights_give_way_and_come_back(open_model, ids):
         assert told[-1].given_up_bytes == 0 < model.stats.most_given_up_bytes
         assert machine.num_asked == 12
     assert torch.equal(torch.cat([first, second, third, fourth, fifth]), expected)
+
+
+def test_memory_that_runs_short_in_a_long_prompt(open_model, ids):
+    """Layers that had their turn go at once, before the pass is over, and what is kept of experts;
+    the next pass keeps what there is room for. The logits are the same.
+    """
+    prompt = ids(600)[None]
+    with open_model(chunk_size=64) as model:
+        expected, _ = steps(model, model.new_cache(), prompt, 3)
+        full = model.weights.in_memory.device
+    with open_model(chunk_size=64) as model:
+        machine = Machine(model, 10**9, seconds_a_look=1)
+        held = []  # while the prompt is read
+
+        def take(progress):
+            if progress.stage == "prefill":
+                held.append(model.weights.in_memory.device)
+                if progress.steps_done == progress.steps_total // 2:
+                    machine.room = full // 4  # another program takes the rest
+
+        model.on_progress(take)
+        found, _ = steps(model, model.new_cache(), prompt, 3)
+        assert max(held) > full // 3
+        assert held[-1] < max(held) // 2
+        assert model.stats.times_short >= 1
+        assert model.weights.in_memory.device <= max(machine.room, full // 4)
+    assert torch.equal(found, expected)
 
 
 def test_nothing_left_to_give(open_model, ids):

@@ -193,6 +193,12 @@ class ExpertStore(Closing):
         self._on_device.resize(wanted.num_device)
         self._on_host.resize(wanted.num_host)
 
+    def let_go(self, *, host: bool) -> None:
+        """Free the experts that are kept in host memory or on the device, and keep no more of them
+        until the next placement.
+        """
+        (self._on_host if host else self._on_device).resize(0)
+
     @contextmanager
     def experts(
         self, layer_idx: int, expert_ids: Iterable[int]

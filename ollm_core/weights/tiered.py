@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -173,6 +174,20 @@ class TieredWeights(WeightStreamer):
                 if self._upload is not None:
                     self._upload.wait()
                 self._ring.give_back(slot)
+
+    def let_go(self, num_done: int, *, host: bool) -> int:
+        """Free kept experts, and what is kept of the first `num_done` units, in host memory or on
+        the device; returns the bytes. In the middle of a pass, between two layers' work: what was
+        planned to be kept is read again when it is wanted.
+        """
+        before = self.in_memory
+        units: dict[int, Any] = self._host_units if host else self._device_units
+        for unit_idx in units:
+            if unit_idx < num_done:
+                units[unit_idx] = None
+        self._experts.let_go(host=host)
+        after = self.in_memory
+        return before.host - after.host if host else before.device - after.device
 
     def experts(
         self, layer_idx: int, expert_ids: Iterable[int]
