@@ -24,6 +24,7 @@ from ollm_core.parts import ModelParts, take_apart
 from ollm_core.plugins import Offer, one_line
 from ollm_core.pressure import Pressure, reserve_bytes
 from ollm_core.profiling import Span, no_span
+from ollm_core.rates import fastest_reader
 from ollm_core.registry import Registry, require
 from ollm_core.requests import KVRequest
 from ollm_core.stores import StoreOpener
@@ -60,7 +61,10 @@ class Opening:
     def source(self, parts: ModelParts) -> ByteSource:
         """What reads its weights. Raises ReadError, PluginError."""
         engine = self.registry.check_name("ollm_reading_engines", self.reader)
-        return _open_source(parts.checkpoint, self.reader, engine)
+        checkpoint, reader = parts.checkpoint, self.reader
+        if reader == "auto":
+            reader = fastest_reader(checkpoint.directory)
+        return _open_source(checkpoint, reader, engine)
 
     def pressure(self, weights: TieredWeights) -> Pressure:
         """Lets kept weights give way when others take the machine's memory."""

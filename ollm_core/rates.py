@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -14,15 +13,10 @@ from typing import Any
 
 import torch
 
-from ollm_core.buffers import aligned_buffer, as_memoryview
-from ollm_core.errors import InputError
+from ollm_core.disk_rates import measure_readers
 
-_BLOCK_BYTES = 16 << 20
-_READ_BYTES = 2 << 30
-_READ_SECONDS = 3.0
-_TRIAL_BYTES = 512 << 20
-_LEAST_FILE_BYTES = 256 << 20
 _REPEATS = 5
+_CLEARLY = 1.1
 
 _ASSUMED = {  # on the low side of what such machines have
     "disk": 2.0e9,
@@ -98,7 +92,8 @@ def measure_rates(directory: Path, device: torch.device, dtype: torch.dtype) -> 
     """
     kept = _read()
     today = date.today().isoformat()
-    kept[_disk_key(directory)] = {"disk": _disk_rate(directory), "date": today}
+    readers = measure_readers(_existing(directory))
+    kept[_disk_key(directory)] = {"disk": max(readers.values()), "readers": readers, "date": today}
     name = str(dtype).removeprefix("torch.")
     here = kept.setdefault(_device_key(device), {})
     here[f"memory {name}"] = _memory_rate(device, dtype)
@@ -112,6 +107,24 @@ def measure_rates(directory: Path, device: torch.device, dtype: torch.dtype) -> 
     partial.write_text(json.dumps(kept, indent=1) + "\n")
     partial.replace(path)
     return find_rates(directory, device, dtype)
+
+
+def measured_readers(directory: Path) -> Mapping[str, float]:
+    """Bytes per second of the reading engines on the disk of `directory`, by name, as
+    `measure_rates` has kept them; empty if it has not.
+    """
+    found = _read().get(_disk_key(directory), {}).get("readers")
+    if not isinstance(found, dict):
+        return {}
+    return {name: float(rate) for name, rate in found.items() if isinstance(rate, (int, float))}
+
+
+def fastest_reader(directory: Path) -> str:
+    """The reading engine to use there: "mmap" where it was measured to be the faster one by a
+    tenth, else "auto".
+    """
+    rates = measured_readers(directory)
+    return "mmap" if rates.get("mmap", 0) > _CLEARLY * rates.get("direct", 0) > 0 else "auto"
 
 
 def as_fields(rates: Rates) -> dict[str, Any]:
@@ -145,51 +158,6 @@ def _device_key(device: torch.device) -> str:
     if device.type == "cuda" and torch.cuda.is_available():
         return f"device {torch.cuda.get_device_name(device)}"
     return f"device {device.type}"
-
-
-def _disk_rate(directory: Path) -> float:
-    place = _existing(directory)
-    files = [(path.stat().st_size, path) for path in place.glob("*/*.safetensors")]
-    files += [(path.stat().st_size, path) for path in place.glob("*.safetensors")]
-    num_bytes, largest = max(files, default=(0, place))
-    if num_bytes >= _LEAST_FILE_BYTES:
-        return _read_rate(largest)
-    try:
-        with tempfile.NamedTemporaryFile(dir=place, prefix="ollm-doctor-") as trial:
-            block = os.urandom(1 << 20)
-            for _ in range(_TRIAL_BYTES // len(block)):
-                trial.write(block)
-            trial.flush()
-            os.fsync(trial.fileno())
-            return _read_rate(Path(trial.name))
-    except OSError as error:
-        raise InputError(
-            f"{place}: no large model file is there to read, and none can be made: "
-            f"{error.strerror}",
-            hint="name another directory with --models-dir",
-        ) from error
-
-
-def _read_rate(path: Path) -> float:
-    """Bytes per second, past the page cache where the file system allows it."""
-    try:
-        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
-    except OSError:
-        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    buffer = aligned_buffer(_BLOCK_BYTES)
-    memory = as_memoryview(buffer)
-    try:
-        os.preadv(file, [memory], 0)  # touches the buffer's pages
-        done, start, seconds = 0, time.perf_counter(), 0.0
-        while done < _READ_BYTES and seconds < _READ_SECONDS:
-            count = os.preadv(file, [memory], done)
-            done += count
-            seconds = time.perf_counter() - start
-            if count < _BLOCK_BYTES:
-                break
-    finally:
-        os.close(file)
-    return done / max(seconds, 1e-9)
 
 
 def _memory_rate(device: torch.device, dtype: torch.dtype) -> float:

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from ollm_core import rates
+from ollm_core import disk_rates
 from ollm_core.cli.main import main
 from ollm_core.memory import format_size
 
@@ -99,7 +99,7 @@ def test_errors_are_one_line(ollm, arguments, code, message):
 def test_doctor_measures_for_plan(ollm, tmp_path, monkeypatch):
     """What it prints is what the next plan goes by."""
     options = ["--device", "cpu", "--dtype", "bfloat16", "--models-dir", str(tmp_path)]
-    monkeypatch.setattr(rates, "_TRIAL_BYTES", 16 << 20)
+    monkeypatch.setattr(disk_rates, "_TRIAL_BYTES", 16 << 20)
     code, out, _ = ollm("doctor", *options, "--json")
     assert code == 0
     measured = json.loads(out)

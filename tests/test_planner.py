@@ -11,7 +11,7 @@ import torch
 
 import ollm
 from ollm_adapter_llama import LlamaAdapter
-from ollm_core import DeviceError, InputError, UnknownModelError, rates
+from ollm_core import DeviceError, InputError, UnknownModelError, disk_rates, rates
 from ollm_core.planner import parse_tokens
 from ollm_core.rates import find_rates, measure_rates
 from ollm_core.registry import Registry
@@ -260,7 +260,7 @@ def test_measured_rates_are_kept_and_used(tmp_path, monkeypatch):
     """Measured once, for this disk, device and dtype; what was not measured is assumed."""
     cpu = torch.device("cpu")
     assert find_rates(tmp_path, cpu, torch.float32).disk.source == "assumed"
-    monkeypatch.setattr(rates, "_TRIAL_BYTES", 8 << 20)
+    monkeypatch.setattr(disk_rates, "_TRIAL_BYTES", 8 << 20)
     measured = measure_rates(tmp_path, cpu, torch.float32)
     assert measured == find_rates(tmp_path, cpu, torch.float32)
     for rate in (measured.disk, measured.memory, measured.compute):

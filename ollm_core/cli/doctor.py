@@ -26,18 +26,21 @@ def doctor(device: str, dtype: str, models_dir: str | None, as_json: bool) -> No
     from ollm_core.hub import models_root
     from ollm_core.machine import pick_device
     from ollm_core.parts import DTYPES
-    from ollm_core.rates import as_fields, measure_rates, rates_file
+    from ollm_core.rates import as_fields, measure_rates, measured_readers, rates_file
 
     target = pick_device(device)
     root = models_root(models_dir)
     rates = measure_rates(root, target, DTYPES[dtype])
+    readers = measured_readers(root)
     budgets = default_budgets(target)
     if as_json:
         told = {"device": str(target), "dtype": dtype, "kept_in": str(rates_file())}
         defaults = {"device_memory": budgets.device, "host_memory": budgets.host}
-        print_json({**told, **defaults, **as_fields(rates)})
+        print_json({**told, **defaults, **as_fields(rates), "readers": dict(readers)})
         return
     click.echo(f"disk     {format_size(rates.disk.per_second)}/s, read from {root}")
+    each = ", ".join(f"{name} {format_size(rate)}/s" for name, rate in readers.items())
+    click.echo(f"reader   {max(readers, key=lambda name: readers[name])} is the fastest: {each}")
     click.echo(f"memory   {format_size(rates.memory.per_second)}/s of {dtype} weights on {target}")
     if rates.bus is not None:
         click.echo(f"bus      {format_size(rates.bus.per_second)}/s from host to {target}")

@@ -1,0 +1,99 @@
+"""How fast the reading engines bring weights from where models lie, cold."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from itertools import cycle
+from pathlib import Path
+
+from ollm_core.buffers import aligned_buffer, as_memoryview
+from ollm_core.errors import InputError
+from ollm_core.interfaces import ByteSource
+from ollm_core.types import TensorInfo
+from ollm_core.weights.sources import DirectSource, MmapSource
+
+_PIECE_BYTES = 32 << 20
+_NUM_BUFFERS = 4  # more than a processor's cache holds, as the buffers of a run are
+_READ_BYTES = 2 << 30
+_READ_SECONDS = 3.0
+_TRIAL_BYTES = 512 << 20
+_LEAST_FILE_BYTES = 256 << 20
+_ENGINES: Mapping[str, Callable[[list[Path]], ByteSource]] = {
+    "direct": DirectSource,
+    "mmap": MmapSource,
+}
+
+
+def measure_readers(directory: Path) -> dict[str, float]:
+    """Bytes per second of each engine that works in `directory`, which is there.
+
+    Reads the largest model file, or one that is made for it and removed. Raises InputError if there
+    is none and none can be made.
+    """
+    files = [(path.stat().st_size, path) for path in directory.glob("*/*.safetensors")]
+    files += [(path.stat().st_size, path) for path in directory.glob("*.safetensors")]
+    num_bytes, largest = max(files, default=(0, directory))
+    if num_bytes >= _LEAST_FILE_BYTES:
+        return _rates(largest)
+    try:
+        with tempfile.NamedTemporaryFile(dir=directory, prefix="ollm-doctor-") as trial:
+            block = os.urandom(1 << 20)
+            for _ in range(_TRIAL_BYTES // len(block)):
+                trial.write(block)
+            trial.flush()
+            os.fsync(trial.fileno())
+            return _rates(Path(trial.name))
+    except OSError as error:
+        raise InputError(
+            f"{directory}: no large model file is there to read, and none can be made: "
+            f"{error.strerror}",
+            hint="name another directory with --models-dir",
+        ) from error
+
+
+def _rates(path: Path) -> dict[str, float]:
+    found = {}
+    for name, engine in _ENGINES.items():
+        try:
+            source = engine([path])
+        except OSError:  # the file system refuses it
+            continue
+        with source:
+            found[name] = _rate(source, path)
+    return found
+
+
+def _rate(source: ByteSource, path: Path) -> float:
+    size = path.stat().st_size
+    pieces = [
+        TensorInfo(f"{begin}", "U8", (count,), path, begin, count)
+        for begin in range(0, size, _PIECE_BYTES)
+        if (count := min(_PIECE_BYTES, size - begin))
+    ]
+    most = max(source.buffer_bytes([piece]) for piece in pieces)
+    buffers = [aligned_buffer(most) for _ in range(_NUM_BUFFERS)]
+    for buffer in buffers:
+        buffer.fill_(0)  # takes its pages from the machine
+    _drop_from_cache(path)
+    done, start, seconds = 0, time.perf_counter(), 0.0
+    for piece, buffer in zip(pieces, cycle(buffers), strict=False):
+        source.read([piece], as_memoryview(buffer))
+        done += piece.num_bytes
+        seconds = time.perf_counter() - start
+        if done >= _READ_BYTES or seconds >= _READ_SECONDS:
+            break
+    return done / max(seconds, 1e-9)
+
+
+def _drop_from_cache(path: Path) -> None:
+    """So that what is measured is the disk, where the system can be asked for it."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(file)
