@@ -145,4 +145,5 @@ def test_scratch_holds_what_is_taken(num_threads):
     planes.decode(blob, torch.from_numpy(low), torch.bfloat16, num_threads, "a")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert num_threads * planes.FRAME <= peak <= planes.scratch_bytes(low.size, num_threads)
+    # One thread may have done all of it before the other began.
+    assert planes.FRAME <= peak <= planes.scratch_bytes(low.size, num_threads)
