@@ -7,7 +7,7 @@ from typing import Any
 
 from ollm_core.errors import OllmError
 
-_PLANNED = (
+PLANNED = (
     "device",
     "dtype",
     "device_memory",
@@ -19,6 +19,7 @@ _PLANNED = (
     "chunk_size",
     "models_dir",
 )
+"""Options of a run that a plan takes too."""
 
 
 def what_would_do(
@@ -34,7 +35,7 @@ def what_would_do(
             model,
             context=num_prompt_tokens + max_new_tokens,
             max_new_tokens=max_new_tokens,
-            **{name: options[name] for name in _PLANNED},
+            **{name: options[name] for name in PLANNED},
         )
     except OllmError:
         return ""

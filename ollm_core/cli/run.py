@@ -22,7 +22,7 @@ from ollm_core.cli.output import (
     print_json,
 )
 from ollm_core.cli.profile import profile_table
-from ollm_core.cli.refused import what_would_do
+from ollm_core.cli.refused import PLANNED, what_would_do
 from ollm_core.cli.streaming import ProgressBar, TextStream
 from ollm_core.errors import DoesNotFitError, InputError
 from ollm_core.memory import format_size
@@ -32,24 +32,7 @@ if TYPE_CHECKING:
 
     from ollm_core.types import Stats
 
-_LOADING = [
-    "device",
-    "dtype",
-    "device_memory",
-    "host_memory",
-    "device_layers",
-    "host_layers",
-    "kv",
-    "kv_dir",
-    "keep_kv",
-    "models_dir",
-    "chunk_size",
-    "attention",
-    "reader",
-    "draft",
-    "draft_model",
-    "num_draft_tokens",
-]
+_LOADING = [*PLANNED, "kv_dir", "keep_kv", "reader", "draft", "draft_model", "num_draft_tokens"]
 _GREEDY = dict.fromkeys(
     ["temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"]
 )  # None each: what a checkpoint says about sampling is not for greedy decoding
