@@ -241,6 +241,13 @@ class KVStore(Closing):
         KVStoreError for positions that a sliding layer no longer has.
         """
 
+    @property
+    def in_place(self) -> bool:
+        """Whether what `blocks` gives out are views of what is kept, all valid until the store next
+        changes. By default it is not.
+        """
+        return False
+
     @abstractmethod
     def num_tokens(self, sequence: int, layer_idx: int | None = None) -> int:
         """Tokens stored in `layer_idx`, or, by default, in every layer."""
@@ -339,6 +346,11 @@ class KVView:
         """
         first = self.first(row, window)
         return self.store.blocks(self.layer_idx, self.sequences[row], self.starts[row], first)
+
+    def kept(self, row: int, window: int | None = None) -> list[tuple[Tensor, Tensor]]:
+        """As `past`, but with the new tokens, of a store that is `in_place`."""
+        first, end = self.first(row, window), self.starts[row] + self.keys.shape[2]
+        return list(self.store.blocks(self.layer_idx, self.sequences[row], end, first))
 
     def first(self, row: int, window: int | None = None) -> int:
         """The first position that a new token of `row` may see. `window` counts tokens, the one

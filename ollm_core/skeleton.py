@@ -119,7 +119,7 @@ class Skeleton:
 
 def _bind(slots: Sequence[tuple[dict[str, Any], str]], parameters: Sequence[Tensor]) -> None:
     for (holder, leaf), value in zip(slots, parameters, strict=True):
-        ready = isinstance(value, nn.Parameter)
+        ready = type(value) is nn.Parameter  # isinstance asks Python code, at each of them
         holder[leaf] = value if ready else nn.Parameter(value, requires_grad=False)
 
 

@@ -157,6 +157,8 @@ class Workspace:
 class _TracedCache:
     """Stands for the cache of a layer: hands out blocks without data."""
 
+    in_place = False  # what is seen may have to be put together
+
     def __init__(self, geometry: KVGeometry, num_tokens: int, attention: str) -> None:
         self._geometry = geometry
         self._num_tokens = num_tokens

@@ -112,8 +112,9 @@ class BlockKVStore(KVStore):
         done = 0
         for tail in self._room(layer_idx, table, num_new):
             count = tail.shape[2]
-            tail[0] = keys[:, done : done + count]
-            tail[1] = values[:, done : done + count]
+            kept_keys, kept_values = tail.unbind()
+            kept_keys.copy_(keys.narrow(1, done, count))
+            kept_values.copy_(values.narrow(1, done, count))
             done += count
 
     def blocks(
@@ -136,6 +137,10 @@ class BlockKVStore(KVStore):
         tail = table.tail if num_sealed in indices else None
         blocks = self._on_device(layer_idx, self._storage.read(layer_idx, sealed), tail)
         return self._views(blocks, first, wanted)
+
+    @property
+    def in_place(self) -> bool:
+        return self._uploads is None and self._storage.in_place
 
     def num_tokens(self, sequence: int, layer_idx: int | None = None) -> int:
         if layer_idx is not None:
@@ -420,7 +425,7 @@ class BlockKVStore(KVStore):
             if table.tail is None:
                 table.tail = self._storage.open(layer_idx, block)
             count = min(self.block_size - inside, num_new)
-            yield table.tail[:, :, inside : inside + count]
+            yield table.tail.narrow(2, inside, count)
             if inside + count == self.block_size:
                 table.tail = self._storage.seal(layer_idx, block, table.tail)
             table.num_tokens += count  # only now: sealing may raise

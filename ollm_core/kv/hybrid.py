@@ -53,6 +53,10 @@ class HybridKVStore(KVStore):
     ) -> Iterator[tuple[Tensor, Tensor]]:
         return self._attention.blocks(self._place(layer_idx), sequence, num_tokens, first)
 
+    @property
+    def in_place(self) -> bool:
+        return self._attention.in_place
+
     def expect(self, sequence: int, num_drafted: int) -> None:
         """See KeepsStates."""
         self._states.expect(sequence, num_drafted)

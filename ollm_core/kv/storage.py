@@ -94,6 +94,9 @@ class BlockStorage(Closing):
     Where blocks are in memory, a block's tail is the block itself. A table holds at most one tail.
     """
 
+    in_place = False
+    """Whether `read` gives out the blocks themselves."""
+
     @abstractmethod
     def growth(self, num_blocks: Mapping[int, int], tails: Collection[int]) -> TierBytes:
         """What `allocate` would take."""
