@@ -6,11 +6,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from simulated_bus import SimulatedBus
+
 from ollm_adapter_gpt_oss import GptOssAdapter
 from ollm_adapter_llama import LlamaAdapter
 from ollm_adapter_qwen3_next import Qwen3NextAdapter
-from simulated_bus import SimulatedBus
-
 from ollm_conformance.subject import CHUNK, Subject, greedy
 from ollm_core.budgets import LayerLimits
 
