@@ -134,10 +134,12 @@ class SimulatedBus(Bus):
         middle = target.numel() // 2
 
         def first():
-            target[:middle] = _bytes_at(begin, middle)
+            if not self.faults:
+                target[:middle] = _bytes_at(begin, middle)
 
         def second():
-            target[middle:] = _bytes_at(begin + middle, target.numel() - middle)
+            if not self.faults:
+                target[middle:] = _bytes_at(begin + middle, target.numel() - middle)
             self._reading.remove((begin, end))
 
         self._copying.put(first)

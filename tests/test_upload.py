@@ -29,13 +29,14 @@ def check_on(bus, content, value):
     num_buffers=st.integers(1, 3),
     num_slots=st.integers(1, 3),
     ahead=st.booleans(),
+    timed=st.booleans(),
 )
-def test_every_operator_reads_what_it_asked_for(seed, num_buffers, num_slots, ahead):
+def test_every_operator_reads_what_it_asked_for(seed, num_buffers, num_slots, ahead, timed):
     """Host buffers are filled again when they were copied, device buffers sent to again when they
     were released: each operator sees its own bytes from beginning to end.
     """
     bus = SimulatedBus(seed, queued=True)
-    upload = Upload(bus, SIZE, num_buffers)
+    upload = Upload(bus, SIZE, num_buffers, timed=timed)
     slots = [host_buffer(SIZE, bus) for _ in range(num_slots)]
     copied = [None] * num_slots
     found, waiting = [], []

@@ -16,7 +16,7 @@ from ollm_core.bus import Bus, bus_of, host_buffer
 from ollm_core.interfaces import ByteSource, TierBytes, WeightStreamer
 from ollm_core.memory import MemoryAccount
 from ollm_core.profiling import Span, no_span
-from ollm_core.upload import UploadCounters
+from ollm_core.upload import Sent, UploadCounters
 from ollm_core.weights.arrivals import Arrivals, Arriving, Packed, Send
 from ollm_core.weights.experts import ExpertCounters
 from ollm_core.weights.held import HeldWeights, Placement
@@ -273,7 +273,7 @@ class TieredWeights(WeightStreamer):
                 if not wait:
                     return None
                 kept = self._host_units[unit_idx] = self._read(self.units[unit_idx], self.bus)
-            return send(kept[0]), kept[1]
+            return self._sent(send, kept[0]), kept[1]
         ring = self._ring
         assert ring is not None, "fit() makes it before anything is streamed"
         slot = ring.take(unit_idx) if wait else ring.take_ready(unit_idx)
@@ -281,11 +281,16 @@ class TieredWeights(WeightStreamer):
             return None
         offsets, copied = slot.offsets, None
         try:
-            sent = send(slot.buffer)
+            sent = self._sent(send, slot.buffer)
             copied = sent.copied
         finally:
             ring.give_back(slot, copied)
         return sent, offsets
+
+    def _sent(self, send: Send, buffer: Tensor) -> Sent:
+        """In a span, for memory that could not be locked is copied by the host."""
+        with self._span("send to the device", num_bytes=buffer.numel()):
+            return send(buffer)
 
     def _streamed(self, unit_idx: int, slot: Slot) -> Sequence[Tensor]:
         unit = self.units[unit_idx]
