@@ -122,35 +122,39 @@ class Bus(ABC):
 class CudaBus(Bus):
     """That of a CUDA device."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, cuda: Any = torch.cuda) -> None:
+        """`cuda` is what is asked: `torch.cuda`."""
         super().__init__(device)
-        self._stream: torch.cuda.Stream | None = None
+        self._cuda = cuda
+        self._stream: Stream | None = None
         self._making = threading.Lock()
 
     @property
     def copying(self) -> Stream:
         with self._making:
             if self._stream is None:
-                self._stream = torch.cuda.Stream(self.device)
+                self._stream = self._cuda.Stream(self.device)
             return self._stream
 
     @property
     def computing(self) -> Stream:
-        return torch.cuda.current_stream(self.device)
+        current: Stream = self._cuda.current_stream(self.device)
+        return current
 
     def copy(self, target: Tensor, source: Tensor) -> None:
-        with torch.cuda.stream(self.copying):  # type: ignore[arg-type]
+        with self._cuda.stream(self.copying):
             target.copy_(source, non_blocking=True)
 
     def timer(self) -> Event:
-        return torch.cuda.Event(enable_timing=True)
+        event: Event = self._cuda.Event(enable_timing=True)
+        return event
 
     def device_buffer(self, num_bytes: int) -> Tensor:
         return torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
 
     def lock(self, address: int, num_bytes: int) -> str | None:
-        with torch.cuda.device(self.device):
-            cudart: Any = torch.cuda.cudart()
+        with self._cuda.device(self.device):
+            cudart = self._cuda.cudart()
             error = cudart.cudaHostRegister(address, num_bytes, _PORTABLE)
             if error == cudart.cudaError.success:
                 return None
@@ -160,9 +164,8 @@ class CudaBus(Bus):
             return str(cudart.cudaGetErrorString(error))
 
     def unlock(self, address: int) -> None:
-        with torch.cuda.device(self.device):
-            cudart: Any = torch.cuda.cudart()
-            cudart.cudaHostUnregister(address)
+        with self._cuda.device(self.device):
+            self._cuda.cudart().cudaHostUnregister(address)
 
 
 def bus_of(device: torch.device) -> Bus | None:

@@ -17,6 +17,7 @@ from ollm_conformance import WeightStreamerConformance
 from ollm_core import ParameterSource, ReadError
 from ollm_core.checkpoint import open_checkpoint
 from ollm_core.memory import MemoryAccount
+from ollm_core.profiling import Profile
 from ollm_core.weights.sources import open_source
 from ollm_core.weights.tiered import TieredWeights
 from ollm_core.weights.units import Parameter, Units, WeightUnit
@@ -127,3 +128,28 @@ def test_every_operator_sees_its_layer(stored, seed):
     assert all(found)
     assert device.used == host.used == 0
     assert not bus.locked
+
+
+def test_a_profile_tells_how_much_was_hidden(stored):
+    """Bytes, the copies' own time, and how long compute waited; in a span, what the host spent."""
+    _, units, files = stored
+    profile, bus = Profile(), SimulatedBus(2, queued=True)
+    accounts = MemoryAccount("device memory", 10**9), MemoryAccount("host memory", 10**9)
+    source = open_source(files)
+    with TieredWeights(
+        units, source, torch.bfloat16, CPU, accounts, span=profile.span, bus=bus
+    ) as weights:
+        weights.fit(weights.slot_bytes, weights.least_bytes(0))
+        for i in range(NUM_UNITS):
+            with weights.acquire(i):
+                bus.compute(lambda: None)
+        bus.finish()
+        uploads = weights.uploads
+    sent = sum(
+        total.numbers["num_bytes"]
+        for (_, name), total in profile.totals.items()
+        if name == "send to the device"
+    )
+    assert uploads.num_bytes == sent >= NUM_UNITS * weights.slot_bytes
+    assert uploads.copy_seconds > 0
+    assert uploads.waited_seconds > 0
