@@ -73,8 +73,10 @@ class Bus(ABC):
         """Copy `source`, in host memory, to `target` on the device, in the stream that copies."""
 
     @abstractmethod
-    def timer(self) -> Event:
-        """An event that tells when it was reached, to be recorded."""
+    def event(self, *, timed: bool = False) -> Event:
+        """An event to be recorded, for which the host can wait without being busy; a timer if it is
+        `timed`.
+        """
 
     @abstractmethod
     def device_buffer(self, num_bytes: int) -> Tensor:
@@ -90,9 +92,14 @@ class Bus(ABC):
     def unlock(self, address: int) -> None:
         """Undo `lock`. No copy reads from there any more."""
 
-    def finish_copies(self) -> None:
-        """Return when all copies that were asked for have ended."""
-        self.copying.record_event().synchronize()
+    @property
+    def locks(self) -> bool:
+        """Whether memory could be locked so far. Other copies keep the host busy."""
+        return not self._told
+
+    def copied(self, *, timed: bool = False) -> Event:
+        """All copies that were asked for so far have ended."""
+        return self.copying.record_event(self.event(timed=timed))
 
     def host_buffer(self, num_bytes: int) -> Tensor:
         """See `aligned_buffer`; locked where that is allowed. It may be dropped at any time: it is
@@ -115,7 +122,7 @@ class Bus(ABC):
         return None
 
     def _unlock(self, address: int) -> None:
-        self.finish_copies()
+        self.copied().synchronize()
         self.unlock(address)
 
 
@@ -145,9 +152,9 @@ class CudaBus(Bus):
         with self._cuda.stream(self.copying):
             target.copy_(source, non_blocking=True)
 
-    def timer(self) -> Event:
-        event: Event = self._cuda.Event(enable_timing=True)
-        return event
+    def event(self, *, timed: bool = False) -> Event:
+        made: Event = self._cuda.Event(enable_timing=timed, blocking=True)
+        return made
 
     def device_buffer(self, num_bytes: int) -> Tensor:
         return torch.empty(num_bytes, dtype=torch.uint8, device=self.device)

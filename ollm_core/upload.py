@@ -87,12 +87,12 @@ class Upload:
             raise RuntimeError(f"all {self.num_buffers} upload buffers are in use")
         if not self._vacant and not self._num_taken:
             self._vacant.extend(self._new() for _ in range(self.num_buffers))
-        copying, sent = self._bus.copying, self._vacant[0]
-        copying.wait_event(sent.free)
-        begin = copying.record_event(self._bus.timer()) if self._timed else None
+        sent = self._vacant[0]
+        self._bus.copying.wait_event(sent.free)
+        begin = self._bus.copied(timed=True) if self._timed else None
         sent.content = sent.buffer[: host.numel()]
         self._bus.copy(sent.content, host)
-        sent.copied = copying.record_event(self._bus.timer() if self._timed else None)
+        sent.copied = self._bus.copied(timed=self._timed)
         sent.times = (begin, sent.copied) if begin is not None else None
         self._counters.num_bytes += host.numel()
         self._num_taken += 1
@@ -104,9 +104,10 @@ class Upload:
         if sent.times is None:
             computing.wait_event(sent.copied)
             return sent.content
-        idle = computing.record_event(self._bus.timer())
+        idle = computing.record_event(self._bus.event(timed=True))
         computing.wait_event(sent.copied)
-        self._running.append((*sent.times, idle, computing.record_event(self._bus.timer())))
+        ready = computing.record_event(self._bus.event(timed=True))
+        self._running.append((*sent.times, idle, ready))
         return sent.content
 
     def release(self, sent: Sent) -> None:
@@ -119,7 +120,7 @@ class Upload:
     def close(self) -> None:
         """Free the buffers; none is in use. Returns when no copy writes to them any more."""
         if self._vacant:
-            self._bus.finish_copies()
+            self._bus.copied().synchronize()
             self._vacant.clear()
 
     def _add_times(self) -> None:

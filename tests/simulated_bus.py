@@ -8,6 +8,7 @@ import ctypes
 import random
 import threading
 from collections import deque
+from contextlib import contextmanager
 
 import torch
 
@@ -104,6 +105,7 @@ class SimulatedBus(Bus):
         self._copies_first = self._choices.choice([0.0, 0.1, 0.5, 0.9, 1.0])
         self.lock_ = threading.RLock()
         self.time = 0
+        self.num_copies = 0
         self.faults = []
         self.locked = {}
         self._refuses = refuses
@@ -123,7 +125,25 @@ class SimulatedBus(Bus):
         """Have the device do something in the stream that computes."""
         self._computing.put(operation)
 
+    @contextmanager
+    def compute_is_busy(self):
+        """The stream that computes is at something that does not end, from the time it gets there
+        until the end of the context.
+        """
+        ends = Place(self)
+        ends.marks = 1
+        self._computing.put(lambda: None, ends)
+        yield
+        ends.reached = 1
+
+    def go_on(self):
+        """Let the device do what it can."""
+        with self.lock_:
+            while self._step():
+                pass
+
     def copy(self, target, source):
+        self.num_copies += 1
         assert target.nbytes == source.nbytes
         begin, end = source.data_ptr(), source.data_ptr() + source.nbytes
         if not any(a <= begin and end <= a + size for a, size in self.locked.items()):
@@ -145,7 +165,7 @@ class SimulatedBus(Bus):
         self._copying.put(first)
         self._copying.put(second)
 
-    def timer(self):
+    def event(self, *, timed=False):
         return Place(self)
 
     def device_buffer(self, num_bytes):
@@ -183,9 +203,7 @@ class SimulatedBus(Bus):
 
     def finish(self):
         """Let it do all that it was asked, and say what went wrong."""
-        with self.lock_:
-            while self._step():
-                pass
+        self.go_on()
         assert not self._copying.todo, "the device waits for ever"
         assert not self.faults, self.faults
 

@@ -87,7 +87,7 @@ def test_every_operator_sees_its_layer(stored, seed):
     """
     tensors, units, files = stored
     chosen = random.Random(seed)
-    bus = SimulatedBus(seed, queued=True)
+    bus = SimulatedBus(seed, queued=True, refuses=seed % 5 == 0)
     device, host = MemoryAccount("device memory", 10**9), MemoryAccount("host memory", 10**9)
     source = Unsure(open_source(files), chosen)
     while True:
@@ -128,6 +128,30 @@ def test_every_operator_sees_its_layer(stored, seed):
     assert all(found)
     assert device.used == host.used == 0
     assert not bus.locked
+
+
+@pytest.mark.parametrize("refuses", [False, True])
+@pytest.mark.parametrize("num_buffers", [1, 2])
+def test_the_next_layer_comes_while_one_is_computed(stored, num_buffers, refuses):
+    """If there are two buffers, and copying does not keep the host from asking for the compute."""
+    _, units, files = stored
+    bus = SimulatedBus(2, queued=True, refuses=refuses)
+    accounts = MemoryAccount("device memory", 10**9), MemoryAccount("host memory", 10**9)
+    source = open_source(files)
+    with TieredWeights(units, source, torch.bfloat16, CPU, accounts, bus=bus) as weights:
+        weights.fit((num_buffers - 1) * weights.slot_bytes, 10**6)
+        assert weights.held.num_host_units == NUM_UNITS
+        for i in range(NUM_UNITS):  # what is kept is read when it is first wanted
+            with weights.acquire(i):
+                pass
+        ahead = int(num_buffers == 2 and not refuses)
+        for i in range(NUM_UNITS):
+            with weights.acquire(i):
+                assert bus.num_copies == NUM_UNITS + i + 1 + ahead
+                copied = bus.copied()
+                with bus.compute_is_busy():
+                    bus.go_on()
+                    assert copied.done
 
 
 def test_a_profile_tells_how_much_was_hidden(stored):

@@ -26,6 +26,9 @@ class Cuda:
         done = SimpleNamespace(synchronize=lambda: self.asked.append("waited"))
         return SimpleNamespace(record_event=lambda event=None: done)
 
+    def Event(self, *, enable_timing, blocking):
+        assert blocking
+
     def device(self, device):
         return contextlib.nullcontext()
 

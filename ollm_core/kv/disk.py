@@ -352,7 +352,7 @@ class DiskStorage(BlockStorage):
     def _read_ahead(self, layer_idx: int, run: Sequence[int], staging: _Staging) -> Future[None]:
         """`_fill` in the thread that reads, when the device has what was uploaded from there."""
         bus = self._geometry.bus
-        copied = None if bus is None else bus.copying.record_event()
+        copied = None if bus is None else bus.copied()
         return self._reader.submit(self._fill, layer_idx, run, staging, copied)
 
     def _new_staging(self) -> tuple[Tensor, Tensor]:

@@ -35,6 +35,7 @@ class Arrivals:
 
     def __init__(self, bus: Bus, num_bytes: int, begin: Begin, *, timed: bool = False) -> None:
         """`num_bytes` are those of the largest unit."""
+        self._bus = bus
         self._upload = Upload(bus, num_bytes, timed=timed)
         self._begin = begin
         self._ahead: tuple[int, Arriving] | None = None
@@ -78,8 +79,10 @@ class Arrivals:
             self._upload.release(sent)
 
     def look_ahead(self, unit_idx: int) -> None:
-        """Send what comes after a unit, if a buffer is free for it and it has been read."""
-        if self._ahead is None and self._upload.has_room and self._streamed:
+        """Send what comes after a unit, if a buffer is free for it and it has been read. Where the
+        copy would keep the host busy, this unit is computed first.
+        """
+        if self._ahead is None and self._upload.has_room and self._streamed and self._bus.locks:
             following = self._following(unit_idx)
             arriving = self._begin(following, self._upload.send, wait=False)
             self._ahead = arriving and (following, arriving)
