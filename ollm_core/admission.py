@@ -102,7 +102,7 @@ class Admission:
         self._hidden_size = hidden_size
         self._vocab_size = vocab_size
         self._itemsize = weights.dtype.itemsize
-        self._on_cpu = weights.device.type == "cpu"
+        self._one_memory = weights.one_memory
 
     @contextmanager
     def admit(self, store: KVStore, work: Sequence[NewTokens]) -> Iterator[PassPlan]:
@@ -181,7 +181,7 @@ class Admission:
             names = names if self._policy.may_use_blocks else ["exact"]
         else:
             names = [attention]
-        first = 512 if self._on_cpu else 2048
+        first = 512 if self._one_memory else 2048
         sizes = [self._policy.chunk_size or first]
         if not self._policy.may_chunk:
             sizes = [max(longest, first)]
@@ -219,12 +219,12 @@ class Admission:
         head = num_logits * (2 * self._vocab_size + self._hidden_size) * self._itemsize
         head += len(work) * self._vocab_size * 2 * torch.float32.itemsize
         head += 4 * largest * self._hidden_size * torch.float32.itemsize  # the norm's own
-        tokens = num_tokens * (_POSITION_BYTES + (_TOKEN_BYTES if self._on_cpu else 0))
+        tokens = num_tokens * (_POSITION_BYTES + (_TOKEN_BYTES if self._one_memory else 0))
         if on_host:
             chunk_bytes = largest * self._hidden_size * self._itemsize
             if parked:  # parts of a chunk on their way from and to the host
                 experts += 2 * chunk_bytes
-                parked += 0 if self._on_cpu else 2 * chunk_bytes
+                parked += 0 if self._one_memory else 2 * chunk_bytes
             device = {"hidden states": chunk_bytes, "positions": tokens}
             return Needed(
                 _largest({"layer": layer, "experts' work": experts, "logits": head}) | device,
@@ -257,7 +257,7 @@ class Admission:
         """
         device, host = self._weight_budgets(taken)
         ring = self._weights.least_bytes(device)
-        if self._on_cpu:
+        if self._one_memory:
             return max(ring - device, 0), max(-host, 0)
         return max(-device, 0), max(ring - host, 0)
 

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import sys
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -14,13 +16,32 @@ PAGE = 4096
 HUGE_PAGE = 2 << 20
 
 
+Lock = Callable[[int, int], Callable[[], None] | None]
+"""Locks the pages at an address, so many bytes: what is to be called before they go back to the
+machine, or None if they could not be locked.
+"""
+
+
+class _LockedMap(mmap.mmap):
+    """Memory that is unlocked before it is unmapped: a driver would take what is mapped next at
+    its address for what it has locked.
+    """
+
+    unlock: Callable[[], None] | None = None
+
+    def __del__(self) -> None:
+        if self.unlock is not None and not sys.is_finalizing():
+            self.unlock()
+
+
 def round_up(num_bytes: int, unit: int = PAGE) -> int:
     """`num_bytes` rounded up to a multiple of `unit`."""
     return -(-num_bytes // unit) * unit
 
 
-def aligned_buffer(num_bytes: int) -> Tensor:
+def aligned_buffer(num_bytes: int, lock: Lock | None = None) -> Tensor:
     """A uint8 tensor of `num_bytes`, page-aligned, on huge pages where the kernel gives them.
+    Its whole pages are locked by `lock`.
 
     The memory is private and anonymous: Python's default for an anonymous map is shared memory,
     which gets no huge pages. It is mapped at once and taken from the machine as it is touched; it
@@ -28,7 +49,7 @@ def aligned_buffer(num_bytes: int) -> Tensor:
     """
     size = max(round_up(num_bytes), PAGE)
     want_huge = size >= HUGE_PAGE
-    mapped = mmap.mmap(
+    mapped = (mmap.mmap if lock is None else _LockedMap)(
         -1, size + (HUGE_PAGE if want_huge else 0), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     )
     address = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
@@ -36,6 +57,8 @@ def aligned_buffer(num_bytes: int) -> Tensor:
     if want_huge and hasattr(mmap, "MADV_HUGEPAGE"):
         # Whole ones only: the one that the end lies in would be taken for all its two megabytes.
         mapped.madvise(mmap.MADV_HUGEPAGE, start, size // HUGE_PAGE * HUGE_PAGE)
+    if lock is not None and isinstance(mapped, _LockedMap):
+        mapped.unlock = lock(address + start, size)
     return torch.frombuffer(mapped, dtype=torch.uint8, count=num_bytes, offset=start)
 
 

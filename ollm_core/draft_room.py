@@ -81,6 +81,7 @@ class DraftRoom:
             parts.device,
             pair,
             buffer_bytes=parts.skeleton.buffer_bytes,
+            bus=parts.bus,
         )
         admission = self.admission(accounts, weights)
         with ExitStack() as stack:

@@ -13,6 +13,7 @@ from ollm_core.admission import Accounts
 from ollm_core.allocator import AllocatorCap
 from ollm_core.attention import ATTENTIONS
 from ollm_core.budgets import layer_limits, stated_budgets
+from ollm_core.bus import bus_of
 from ollm_core.draft_model import open_drafter
 from ollm_core.drafts import LookupDrafter
 from ollm_core.errors import InputError
@@ -103,7 +104,7 @@ def load(
     layers = layer_limits(target, device_layers, host_layers)
     accounts = _accounts(target, device_memory, host_memory)
     cap = AllocatorCap(accounts.device, target) if target.type == "cuda" else nullcontext
-    opening = Opening(registry, reader, dtype, target, cap)
+    opening = Opening(registry, reader, dtype, target, cap, bus_of(target))
     parts = opening.take_apart(resolve(str(path_or_id), registry, models_dir))
     for capability, wanted in (
         ("drafts", draft != "none"),

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from ollm_core.admission import Accounts, Admission
 from ollm_core.allocator import free_device_bytes
+from ollm_core.bus import Bus
 from ollm_core.checkpoint import Checkpoint, open_checkpoint, read_config
 from ollm_core.engine import Engine
 from ollm_core.errors import ConfigError, PluginError
@@ -43,6 +44,8 @@ class Opening:
     device: torch.device
     cap: Callable[[], AbstractContextManager[None]]
     """Held during each pass of either."""
+    bus: Bus | None = None
+    """That of the device, if it has memory of its own."""
 
     def take_apart(self, directory: Path) -> ModelParts:
         """The model in `directory`. Raises ConfigError, CheckpointError, UnknownModelError."""
@@ -56,6 +59,7 @@ class Opening:
             dtype=self.dtype,
             device=self.device,
             where=directory,
+            bus=self.bus,
         )
 
     def source(self, parts: ModelParts) -> ByteSource:
@@ -96,6 +100,7 @@ class Opening:
                     (accounts.device, accounts.host),
                     buffer_bytes=skeleton.buffer_bytes,
                     span=span,
+                    bus=parts.bus,
                 )
             )
             skeleton.bind_norm(weights.norm)

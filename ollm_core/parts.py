@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from ollm_core.admission import Accounts, Admission, Policy
+from ollm_core.bus import Bus, bus_of
 from ollm_core.checkpoint import Checkpoint
 from ollm_core.description import describe_checkpoint
 from ollm_core.errors import ConfigError, InputError
@@ -41,11 +42,13 @@ class ModelParts:
     kinds: tuple[CacheKind, ...]
     skeleton: Skeleton
     units: Units
+    bus: Bus | None
+    """That of `device`; None where it computes in host memory."""
 
     @property
     def geometry(self) -> KVGeometry:
         """The shape of keys and values."""
-        return KVGeometry(self.kinds, self.dtype, self.device)
+        return KVGeometry(self.kinds, self.dtype, self.device, bus=self.bus)
 
     def workspace(self) -> Workspace:
         """Tells what layers take; remembers what it has traced."""
@@ -95,11 +98,13 @@ def take_apart(
     device: torch.device,
     where: Path,
     bare: bool = False,
+    bus: Bus | None = None,
 ) -> ModelParts:
     """The parts of the model of a config.json. `where` that came from is for messages.
 
     Without a `checkpoint`, one is described as the adapter declares it. `bare` allocates nothing on
-    `device`, which then need not be there. Raises ConfigError, CheckpointError, UnsupportedError.
+    `device`, which then need not be there. `bus` is by default as `bus_of` says. Raises
+    ConfigError, CheckpointError, UnsupportedError.
     """
     config = adapter.text_config(whole_config)
     declared: Config = {**config, **whole_config}
@@ -126,7 +131,17 @@ def take_apart(
         # In float32, matrix libraries give other last bits for a part of the rows.
         slice_head=compute_dtype != torch.float32,
     )
-    return ModelParts(adapter, config, checkpoint, compute_dtype, device, kinds, skeleton, units)
+    return ModelParts(
+        adapter,
+        config,
+        checkpoint,
+        compute_dtype,
+        device,
+        kinds,
+        skeleton,
+        units,
+        bus or bus_of(device),
+    )
 
 
 def _compute_dtype(

@@ -127,7 +127,7 @@ class Pressure:
         self._looked = self._clock()
         wanted, held = weights.held.bytes_of(weights.held.place(device, host)), weights.in_memory
         shortage.now_bytes = 0
-        if weights.device.type == "cpu":
+        if weights.one_memory:
             both = needed.device + needed.host
             allowed = self._host.allowed(device, wanted.device, held.device, both)
             device = min(max(allowed, weights.least_bytes(allowed)), device)
@@ -148,9 +148,9 @@ class Pressure:
         if now - self._looked < LOOK_SECONDS:
             return
         self._looked = now
-        on_cpu, freed = self._weights.device.type == "cpu", 0
+        one_memory, freed = self._weights.one_memory, 0
         if self._host.is_short():
-            freed += self._weights.let_go(num_done, host=not on_cpu)
+            freed += self._weights.let_go(num_done, host=not one_memory)
         if self._device is not None and self._device.is_short():
             freed += self._weights.let_go(num_done, host=False)
         if freed:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ollm_core.bus import bus_of, host_buffer
 from ollm_core.disk_rates import measure_readers
 
 _REPEATS = 5
@@ -176,7 +177,7 @@ def _compute_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def _bus_rate(device: torch.device) -> float:
-    host = torch.zeros(256 << 20, dtype=torch.uint8, pin_memory=True)
+    host = host_buffer(256 << 20, bus_of(device)).zero_()
     target = torch.empty_like(host, device=device)
     return host.nbytes / _best(lambda: target.copy_(host, non_blocking=True), device)
 

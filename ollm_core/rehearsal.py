@@ -146,6 +146,7 @@ class Rehearsal:
             parts.device,
             self._pair,
             buffer_bytes=parts.skeleton.buffer_bytes,
+            bus=parts.bus,
         )
         self._workspace = parts.workspace()
 

@@ -14,7 +14,7 @@ def gather_stats(
 ) -> Stats:
     """`weight_bytes` are those of the checkpoint, `kv_tier` that of the last cache."""
     counters, plan = engine.counters, engine.counters.last_plan
-    experts, pressure = weights.expert_counters, engine.pressure
+    experts, pressure, uploads = weights.expert_counters, engine.pressure, weights.uploads
     return Stats(
         weight_bytes=weight_bytes,
         resident_bytes=weights.resident_bytes,
@@ -48,4 +48,7 @@ def gather_stats(
         drafted_tokens=counters.drafted_tokens,
         accepted_tokens=counters.accepted_tokens,
         undrafted_passes=counters.undrafted_passes,
+        uploaded_bytes=uploads.num_bytes,
+        upload_seconds=uploads.copy_seconds,
+        upload_waited_seconds=uploads.waited_seconds,
     )

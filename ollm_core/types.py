@@ -293,3 +293,9 @@ class Stats:
     """Of those that the model's draft source guessed, how many were right."""
     undrafted_passes: int = 0
     """Weight passes of decoding that checked no draft."""
+    uploaded_bytes: int = 0
+    """Of weights, copied to a device with memory of its own."""
+    upload_seconds: float = 0.0
+    """That these copies took on the device; measured with a profile alone."""
+    upload_waited_seconds: float = 0.0
+    """Of those, compute waited; the rest ran beside it. Measured with a profile alone."""

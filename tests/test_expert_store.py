@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from simulated_bus import CPU, SimulatedBus
 
 from ollm_core import ParameterSource, ReadError
 from ollm_core.checkpoint import open_checkpoint
@@ -55,21 +56,6 @@ def stored(tmp_path_factory):
     return tensors, units, directory / "model.safetensors"
 
 
-class HostCopy:
-    """Stands for an upload where there is no other device: what it gives is overwritten next."""
-
-    def __init__(self, num_bytes):
-        self.buffer = torch.empty(num_bytes, dtype=torch.uint8)
-
-    def copy(self, host):
-        self.buffer.fill_(255)
-        self.buffer[: host.numel()] = host
-        return self.buffer[: host.numel()]
-
-    def wait(self):
-        pass
-
-
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 1 << 32), two_memories=st.booleans())
 def test_right_experts_inside_any_budgets(stored, seed, two_memories):
@@ -79,14 +65,11 @@ def test_right_experts_inside_any_budgets(stored, seed, two_memories):
     tensors, units, path = stored
     chosen = random.Random(seed)
     device, host = MemoryAccount("device memory", 10**9), MemoryAccount("host memory", 10**9)
-    cpu = torch.device("cpu")
+    bus = SimulatedBus(seed) if two_memories else None
     with (
         open_source([path]) as source,
-        ExpertStore(units, source, torch.float32, cpu, (device, host)) as store,
+        ExpertStore(units, source, torch.float32, CPU, (device, host), bus=bus) as store,
     ):
-        if two_memories:
-            store._on_cpu, store._buffer_account = False, host
-            store._uploads = HostCopy(store._group_bytes), HostCopy(40_000)
         for _ in range(chosen.randint(1, 4)):
             budgets = [chosen.randint(store.least_bytes, 1_300_000) for _ in range(2)]
             placement = store.place(*budgets)
@@ -107,8 +90,8 @@ def test_right_experts_inside_any_budgets(stored, seed, two_memories):
                 assert seen == sorted(wanted)
                 built = [value for kept in store._on_device._kept.values() for value in kept]
                 assert sum(value.nbytes for value in built) <= placement.device_bytes
-                packed = [bytes_ for bytes_, _ in store._on_host._kept.values()]
-                assert sum(value.nbytes for value in packed) <= placement.host_bytes
+                packed = sum(bytes_.nbytes for bytes_, _ in store._on_host._kept.values())
+                assert packed <= placement.host_bytes
                 memory = source.buffer_bytes(units[i][0].tensors)  # what a view would keep
                 assert all(value.untyped_storage().nbytes() < memory for value in built)
                 assert not {*store._on_device._kept} & {*store._on_host._kept}
@@ -116,6 +99,9 @@ def test_right_experts_inside_any_budgets(stored, seed, two_memories):
         assert counters.routed == counters.hit + counters.read
         assert counters.kept_bytes <= counters.bytes_read
     assert device.used == host.used == 0
+    if bus is not None:
+        bus.finish()
+        assert not bus.locked
 
 
 @given(members=st.sets(st.integers(0, 6), min_size=1), num_bytes=st.integers(0, 500_000))

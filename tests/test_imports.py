@@ -13,7 +13,7 @@ import ollm_core
 ROOT = Path(ollm_core.__file__).parent
 ORDER = [
     {"errors", "types", "buffers", "host_memory", "draft_gate"},
-    {"interfaces", "memory", "machine", "allocator", "budgets", "parking"},
+    {"interfaces", "memory", "machine", "allocator", "budgets", "parking", "bus", "upload"},
     {
         "declarations",
         "checkpoint",

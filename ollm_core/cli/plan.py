@@ -33,6 +33,7 @@ KINDS = {
     "weights": "norm, rotary, buffers for a layer",
     "resident weights": "weights kept",
     "weight ring": "weights streamed",
+    "upload buffers": "weights on their way",
     "resident experts": "experts kept",
     "expert buffers": "experts streamed",
     "kv blocks": "KV",

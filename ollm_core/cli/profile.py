@@ -9,14 +9,15 @@ from ollm_core.profiling import READING
 
 if TYPE_CHECKING:
     from ollm_core.profiling import Profile, Total
+    from ollm_core.types import Stats
 
 PASSES = ("prefill", "decode")
 """Outermost spans of the thread that computes."""
 
 
-def profile_table(profile: Profile, total_seconds: float) -> str:
-    """Seconds and parts of each stage of the passes, what is left of `total_seconds`, and how busy
-    the reading was, a line each.
+def profile_table(profile: Profile, total_seconds: float, stats: Stats | None = None) -> str:
+    """Seconds and parts of each stage of the passes, what is left of `total_seconds`, how busy the
+    reading was, and by `stats` how much of the copying to a device was hidden, a line each.
     """
     spent = {name: profile.seconds(name) for name in PASSES}
     lines = ["time" + " " * 16 + "".join(f"{name:>18}" for name in PASSES)]
@@ -34,7 +35,18 @@ def profile_table(profile: Profile, total_seconds: float) -> str:
     reads = [total for (_, name), total in profile.totals.items() if name == READING]
     if reads:
         lines.append(f"  {'reading':<18}{_reading(reads, total_seconds)}")
+    if stats is not None and stats.upload_seconds:
+        lines.append(f"  {'copying to device':<18}{_copying(stats)}")
     return "\n".join(lines)
+
+
+def _copying(stats: Stats) -> str:
+    seconds = stats.upload_seconds
+    hidden = max(1 - stats.upload_waited_seconds / seconds, 0.0)
+    return (
+        f"{seconds:>10.2f} s, {format_size(stats.uploaded_bytes)} at "
+        f"{format_size(stats.uploaded_bytes / seconds)}/s, {hidden:.0%} of it beside compute"
+    )
 
 
 def _cell(seconds: float, whole: float) -> str:

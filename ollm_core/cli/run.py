@@ -161,7 +161,7 @@ def run(
         asked = options["device_layers"], options["host_layers"]
         click.echo("\n" + _summary(stats, *asked, drafting=drafting), err=True)
     if measured is not None:
-        click.echo("\n" + profile_table(measured, seconds), err=True)
+        click.echo("\n" + profile_table(measured, seconds, stats), err=True)
 
 
 def _user_text(prompt: str | None, file: str | None) -> str:

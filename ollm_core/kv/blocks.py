@@ -14,11 +14,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ollm_core.bus import Bus
 from ollm_core.errors import KVStoreError
 from ollm_core.interfaces import KVStore, TierBytes
 from ollm_core.kv.lanes import Charges, Lanes
 from ollm_core.kv.storage import BlockStorage, KVGeometry
 from ollm_core.memory import MemoryAccount
+from ollm_core.upload import Upload
+
+_UPLOADS = 2  # blocks on the device: one is attended while the next is copied
 
 
 @dataclass(eq=False, slots=True)
@@ -56,9 +60,9 @@ class BlockKVStore(KVStore):
         storage: BlockStorage,
         upload_account: MemoryAccount | None = None,
         *,
-        upload: bool = False,
+        bus: Bus | None = None,
     ) -> None:
-        """With `upload`, blocks are copied to the compute device as they are read.
+        """With `bus`, blocks are copied over it to the compute device as they are read.
 
         The buffers for it are then held in `upload_account`.
         """
@@ -69,13 +73,16 @@ class BlockKVStore(KVStore):
         self._next_sequence = 0
         self._num_sharers: Counter[tuple[int, int]] = Counter()  # owners beyond the first
         self._closed = False
-        self._upload_charges = Charges(upload_account) if upload and upload_account else None
-        self._uploads: Lanes[Tensor] | None = None
-        self._largest_block = max(map(geometry.block_bytes, range(geometry.num_layers)))
-        if upload:
+        self._upload_charges = Charges(upload_account) if bus and upload_account else None
+        self._uploads: Lanes[Upload] | None = None
+        if bus:
+            largest = max(map(geometry.block_bytes, range(geometry.num_layers)))
             try:
                 self._uploads = Lanes(
-                    self._device_buffer, self._largest_block, "kv upload", self._upload_charges
+                    lambda: Upload(bus, largest, _UPLOADS),
+                    _UPLOADS * largest,
+                    "kv upload",
+                    self._upload_charges,
                 )
             except BaseException:
                 storage.close()
@@ -249,14 +256,14 @@ class BlockKVStore(KVStore):
         if self._uploads is None:
             yield from blocks
             return
-        with self._uploads.lane() as buffer:
-            uploaded = self.geometry.as_block(layer_idx, buffer)
+        with self._uploads.lane() as upload:
             for block in blocks:
-                # Stream order keeps this from overtaking the kernels that read the last block.
-                yield uploaded.copy_(block, non_blocking=True)
-
-    def _device_buffer(self) -> Tensor:
-        return torch.empty(self._largest_block, dtype=torch.uint8, device=self.geometry.device)
+                # A tail is written by operators that are called later: they come after its copy.
+                sent = upload.send(block.view(-1).view(torch.uint8))
+                try:
+                    yield self.geometry.as_block(layer_idx, upload.receive(sent))
+                finally:
+                    upload.release(sent)
 
     def _num_blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)

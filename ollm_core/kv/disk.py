@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ollm_core.buffers import aligned_buffer, as_memoryview, round_up
+from ollm_core.buffers import as_memoryview, round_up
+from ollm_core.bus import Event, host_buffer
 from ollm_core.errors import DamagedKVError, DoesNotFitError, OllmError, ReadError
 from ollm_core.interfaces import TierBytes
 from ollm_core.kv.blocks import BlockKVStore
@@ -102,7 +103,7 @@ class DiskStorage(BlockStorage):
             sizes = sorted(set(self._slot_bytes))
             self._charges.take("kv write buffers", self._sizes.write_bytes)
             for size in sizes:
-                self._spares[size] = [aligned_buffer(size) for _ in range(NUM_WRITE_BUFFERS)]
+                self._spares[size] = [self._new_buffer(size) for _ in range(NUM_WRITE_BUFFERS)]
             self._stagings = Lanes(
                 self._new_staging, 2 * self._sizes.lane_bytes, "kv staging", self._charges
             )
@@ -170,7 +171,7 @@ class DiskStorage(BlockStorage):
             self._forget(layer_idx, block)
 
     def open(self, layer_idx: int, block: int) -> Tensor:
-        return self._geometry.as_block(layer_idx, aligned_buffer(self._slot_bytes[layer_idx]))
+        return self._geometry.as_block(layer_idx, self._new_buffer(self._slot_bytes[layer_idx]))
 
     def drop(self, layer_idx: int, tail: Tensor) -> None:
         self._charges.give("kv tails", self._slot_bytes[layer_idx])
@@ -187,7 +188,6 @@ class DiskStorage(BlockStorage):
         return self._geometry.as_block(layer_idx, spare)
 
     def load(self, layer_idx: int, block: int, tail: Tensor) -> None:
-        self._settle()
         if not self._copy_unwritten(layer_idx, block, tail):
             buffer = as_memoryview(self._buffer_of(layer_idx, tail))
             self._read_slots(layer_idx, [block], buffer)
@@ -208,16 +208,13 @@ class DiskStorage(BlockStorage):
         with self._stagings.lane() as buffers:
             longest = max(map(len, runs))
             stagings = [self._staging(layer_idx, buffer, longest) for buffer in buffers]
-            coming = self._reader.submit(self._fill, layer_idx, runs[0], stagings[0])
+            coming = self._read_ahead(layer_idx, runs[0], stagings[0])
             try:
                 for i, run in enumerate(runs):
                     coming.result()
                     if i + 1 < len(runs):
-                        self._settle()
-                        following = runs[i + 1], stagings[(i + 1) % 2]
-                        coming = self._reader.submit(self._fill, layer_idx, *following)
+                        coming = self._read_ahead(layer_idx, runs[i + 1], stagings[(i + 1) % 2])
                     yield from stagings[i % 2].blocks[: len(run)]
-                self._settle()
             finally:
                 _finish(coming)  # before others get the staging
 
@@ -312,8 +309,12 @@ class DiskStorage(BlockStorage):
                 target.copy_(source)
         return source is not None
 
-    def _fill(self, layer_idx: int, run: Sequence[int], staging: _Staging) -> None:
+    def _fill(
+        self, layer_idx: int, run: Sequence[int], staging: _Staging, copied: Event | None
+    ) -> None:
         """Bring consecutive slots into `staging`, in one read unless some are not on disk yet."""
+        if copied is not None:
+            copied.synchronize()
         on_disk = [
             place
             for place, block in enumerate(run)
@@ -348,13 +349,18 @@ class DiskStorage(BlockStorage):
                     hint="`ollm cache verify` shows which prefixes are damaged",
                 )
 
-    def _settle(self) -> None:
-        """Return when the device has copied what was uploaded, so that its source may change."""
-        if self._geometry.device.type == "cuda":
-            torch.cuda.current_stream(self._geometry.device).synchronize()
+    def _read_ahead(self, layer_idx: int, run: Sequence[int], staging: _Staging) -> Future[None]:
+        """`_fill` in the thread that reads, when the device has what was uploaded from there."""
+        bus = self._geometry.bus
+        copied = None if bus is None else bus.copied()
+        return self._reader.submit(self._fill, layer_idx, run, staging, copied)
 
     def _new_staging(self) -> tuple[Tensor, Tensor]:
-        return aligned_buffer(self._sizes.lane_bytes), aligned_buffer(self._sizes.lane_bytes)
+        num_bytes = self._sizes.lane_bytes
+        return self._new_buffer(num_bytes), self._new_buffer(num_bytes)
+
+    def _new_buffer(self, num_bytes: int) -> Tensor:
+        return host_buffer(num_bytes, self._geometry.bus)
 
     def _staging(self, layer_idx: int, buffer: Tensor, num_slots: int) -> _Staging:
         slots = buffer.split(self._slot_bytes[layer_idx])[:num_slots]
@@ -393,7 +399,7 @@ class DiskKVStore(BlockKVStore):
         """
         home = home or make_home(directory, geometry, fingerprint, keeping=False)
         storage = self._disk = DiskStorage(geometry, account, home, staging_bytes)
-        super().__init__(geometry, storage, device_account, upload=geometry.device.type != "cpu")
+        super().__init__(geometry, storage, device_account, bus=geometry.bus)
 
 
 def _close_home(homes: list[Home]) -> None:

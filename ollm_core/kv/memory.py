@@ -8,6 +8,8 @@ from itertools import count
 import torch
 from torch import Tensor
 
+from ollm_core.buffers import round_up
+from ollm_core.bus import host_tensor
 from ollm_core.errors import DoesNotFitError
 from ollm_core.interfaces import TierBytes
 from ollm_core.kv.blocks import BlockKVStore
@@ -30,14 +32,12 @@ class MemoryStorage(BlockStorage):
         account: MemoryAccount,
         tier: Tier,
         device: torch.device,
-        *,
-        pinned: bool = False,
     ) -> None:
-        """Blocks are on `device`, counted as `tier`; `pinned` ones upload without waiting."""
+        """Blocks are on `device`, counted as `tier`."""
         self._geometry = geometry
         self._tier = tier
         self._device = device
-        self._pinned = pinned
+        self._bus = geometry.bus if tier == "host" else None
         self._charges = Charges(account)
         self._blocks: dict[int, Tensor] = {}
         self._numbers = count()
@@ -70,7 +70,7 @@ class MemoryStorage(BlockStorage):
     def free(self, layer_idx: int, blocks: Sequence[int]) -> None:
         for block in blocks:
             del self._blocks[block]
-        self._charges.give(_KIND, len(blocks) * self._geometry.block_bytes(layer_idx))
+        self._charges.give(_KIND, len(blocks) * self._block_bytes(layer_idx))
 
     def clear(self, layer_idx: int, blocks: Sequence[int]) -> None:
         """Nothing to do: a block may be written over."""
@@ -102,16 +102,17 @@ class MemoryStorage(BlockStorage):
         self._charges.close()
 
     def _num_bytes(self, num_blocks: Mapping[int, int]) -> int:
-        block_bytes = self._geometry.block_bytes
-        return sum(number * block_bytes(layer_idx) for layer_idx, number in num_blocks.items())
+        return sum(n * self._block_bytes(layer_idx) for layer_idx, n in num_blocks.items())
+
+    def _block_bytes(self, layer_idx: int) -> int:
+        num_bytes = self._geometry.block_bytes(layer_idx)
+        return num_bytes if self._bus is None else round_up(num_bytes)
 
     def _new_block(self, layer_idx: int) -> Tensor:
-        return torch.empty(
-            self._geometry.block_shape(layer_idx),
-            dtype=self._geometry.dtype,
-            device=self._device,
-            pin_memory=self._pinned,
-        )
+        shape, dtype = self._geometry.block_shape(layer_idx), self._geometry.dtype
+        if self._bus is not None:
+            return host_tensor(shape, dtype, self._bus)
+        return torch.empty(shape, dtype=dtype, device=self._device)
 
 
 class DeviceKVStore(BlockKVStore):
@@ -123,7 +124,7 @@ class DeviceKVStore(BlockKVStore):
 
 
 class HostKVStore(BlockKVStore):
-    """Keys and values in host memory. Without a copy where the host computes; else pinned, and each
+    """Keys and values in host memory. Without a copy where the host computes; else locked, and each
     block uploaded as it is read.
     """
 
@@ -134,7 +135,5 @@ class HostKVStore(BlockKVStore):
         device_account: MemoryAccount | None = None,
     ) -> None:
         """`account` is that of the host; `device_account` holds the block being uploaded."""
-        upload = geometry.device.type != "cpu"
-        pinned = geometry.device.type == "cuda"
-        storage = MemoryStorage(geometry, account, "host", torch.device("cpu"), pinned=pinned)
-        super().__init__(geometry, storage, device_account, upload=upload)
+        storage = MemoryStorage(geometry, account, "host", torch.device("cpu"))
+        super().__init__(geometry, storage, device_account, bus=geometry.bus)

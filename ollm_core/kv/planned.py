@@ -115,7 +115,7 @@ class PlannedKVStore(BlockKVStore):
     ) -> None:
         """`accounts` are those of the device and the host. Raises DoesNotFitError."""
         device_account, host_account = accounts
-        upload = geometry.device.type != "cpu" and tier != "device"
+        bus = None if tier == "device" else geometry.bus
         bare = replace(geometry, device=_META)
         storage: BlockStorage
         if tier == "disk":
@@ -124,7 +124,7 @@ class PlannedKVStore(BlockKVStore):
             storage = PlannedMemoryStorage(bare, host_account, "host", _META)
         else:
             storage = PlannedMemoryStorage(bare, device_account, "device", _META)
-        super().__init__(bare, storage, device_account, upload=upload)
+        super().__init__(bare, storage, device_account, bus=bus)
 
     def advance(self, sequence: int, num_tokens: int, longest: int) -> None:
         """Let `num_tokens` more tokens be there in each layer, as calls of `append` with at most

@@ -4,12 +4,15 @@ nothing of keys and values.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from ollm_core.buffers import round_up
+from ollm_core.bus import host_tensor
 from ollm_core.errors import KVStoreError
 from ollm_core.interfaces import Closing, TierBytes
 from ollm_core.kv.lanes import Charges
@@ -68,8 +71,12 @@ class StateStore(Closing):
         self.on_state: OnState | None = None
         self._tier = tier
         self._device = device
-        self._pinned = tier == "host" and geometry.device.type == "cuda"
-        self._set_bytes = sum(map(geometry.state_bytes, self.shapes))
+        self._bus = geometry.bus if tier == "host" else None
+        self._set_bytes = sum(
+            num_bytes if self._bus is None else round_up(num_bytes)
+            for shapes in self.shapes.values()
+            for num_bytes in (math.prod(shape) * dtype.itemsize for shape, dtype in shapes)
+        )
         self._charges = Charges(account)
         self._sequences: dict[int, _Sequence] = {}
 
@@ -199,7 +206,9 @@ class StateStore(Closing):
 
     def _new(self, layer_idx: int) -> State:
         return tuple(
-            torch.empty(shape, dtype=dtype, device=self._device, pin_memory=self._pinned)
+            torch.empty(shape, dtype=dtype, device=self._device)
+            if self._bus is None or self._device.type == "meta"
+            else host_tensor(shape, dtype, self._bus)
             for shape, dtype in self.shapes[layer_idx]
         )
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from ollm_core.bus import Bus, bus_of
 from ollm_core.interfaces import Closing, TierBytes
 from ollm_core.types import CacheKind
 
@@ -24,6 +25,11 @@ class KVGeometry:
     device: torch.device
     block_size: int = 256
     """Tokens per block."""
+    bus: Bus | None = field(default=None, compare=False, repr=False)
+    """That of `device`, by default as `bus_of` says; None where it computes in host memory."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "bus", self.bus or bus_of(self.device))
 
     @classmethod
     def uniform(

@@ -5,21 +5,22 @@ groups.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from ollm_core.buffers import aligned_buffer, round_up
+from ollm_core.buffers import round_up
+from ollm_core.bus import Bus, Event, bus_of, host_buffer
 from ollm_core.interfaces import ByteSource, Closing
 from ollm_core.memory import MemoryAccount
+from ollm_core.upload import Sent, Upload, UploadCounters
 from ollm_core.weights.expert_cache import ExpertId, ExpertShares, ExpertTier, Kept
 from ollm_core.weights.groups import Filled, GroupReader, cut_groups
 from ollm_core.weights.units import ALIGNMENT, TORCH_DTYPES, Parameter, WeightUnit
-from ollm_core.weights.upload import Upload
 
 _STAYS_OUT = -1, -1  # no expert at all
 _GROUP_BYTES = 32 << 20  # a read that large runs at the speed of the disk
@@ -52,6 +53,8 @@ class ExpertPlacement:
     device_bytes: int = 0
     host_bytes: int = 0
     buffer_bytes: int = 0
+    upload_bytes: int = 0
+    """Of buffers on the device that need not be, to copy beside compute."""
 
 
 @dataclass(slots=True)
@@ -76,17 +79,22 @@ class ExpertStore(Closing):
         dtype: torch.dtype,
         device: torch.device,
         accounts: tuple[MemoryAccount, MemoryAccount],
+        *,
+        bus: Bus | None = None,
+        timed: bool = False,
     ) -> None:
-        """`units` by layer, then by expert. `accounts` are those of the device and the host; on a
-        CPU everything counts as device memory.
+        """`units` by layer, then by expert. `accounts` are those of the device and the host. `bus`
+        is that of the device, by default as `bus_of` says; without one everything counts as device
+        memory. What goes over it may be `timed`.
         """
         self.counters = ExpertCounters()
         self._units = units
         self._source = source
         self._dtype = dtype
-        self._on_cpu = device.type == "cpu"
+        self._bus = bus = bus or bus_of(device)
+        self._one_memory = bus is None
         self._device_account, self._host_account = accounts
-        self._buffer_account = accounts[0] if self._on_cpu else accounts[1]
+        self._buffer_account = accounts[0] if self._one_memory else accounts[1]
         every = [unit for layer in units.values() for unit in layer]
         self._one_bytes = max((source.buffer_bytes(unit.tensors) for unit in every), default=0)
         most = max(map(len, units.values()), default=0)
@@ -100,6 +108,8 @@ class ExpertStore(Closing):
         self._shares = ExpertShares({i: len(layer) for i, layer in units.items()})
         self._on_device: ExpertTier[Sequence[Tensor]] = ExpertTier(self._shares)
         self._on_host: ExpertTier[tuple[Tensor, Sequence[int]]] = ExpertTier(self._shares)
+        self._copied: dict[ExpertId, Event] = {}
+        """When the last copy of an expert that is kept in host memory ends."""
         self._placement = ExpertPlacement()
         self._reader: GroupReader | None = None
         self._uploads: tuple[Upload, Upload] | None = None
@@ -107,14 +117,30 @@ class ExpertStore(Closing):
         """Held on the device whatever the placement, reserved by the owner: one expert in
         conversion, and what is uploaded.
         """
-        if every and not self._on_cpu:
-            self._uploads = Upload(device, self._group_bytes), Upload(device, self._packed[0])
-            self.fixed_device_bytes += self._group_bytes + self._packed[0]
+        if every and bus is not None:
+            self._uploads = (
+                Upload(bus, self._group_bytes, timed=timed),
+                Upload(bus, self._packed[0], timed=timed),
+            )
+            self.fixed_device_bytes += self._uploaded_bytes
 
     @property
     def placement(self) -> ExpertPlacement:
         """What is held now, or may be as experts are read."""
         return self._placement
+
+    @property
+    def uploads(self) -> UploadCounters:
+        """What went to a device with memory of its own."""
+        found = UploadCounters()
+        for upload in self._uploads or ():
+            found.add(upload.counters)
+        return found
+
+    @property
+    def _uploaded_bytes(self) -> int:
+        """A group and an expert as they are sent to the device."""
+        return self._group_bytes + self._packed[0]
 
     @property
     def least_bytes(self) -> int:
@@ -150,7 +176,7 @@ class ExpertStore(Closing):
         """What is best held in that much memory, `least_bytes` being there."""
         if not self._units:
             return ExpertPlacement()
-        room = device_bytes if self._on_cpu else host_bytes
+        room = device_bytes if self._one_memory else host_bytes
         slot_bytes = self._one_bytes
         while slot_bytes < self._group_bytes and 2 * min(2 * slot_bytes, self._group_bytes) * 4 <= (
             room
@@ -158,14 +184,20 @@ class ExpertStore(Closing):
             slot_bytes = min(2 * slot_bytes, self._group_bytes)
         buffers = 2 * slot_bytes
         total = self._num_experts
-        num_device = _count(device_bytes - buffers * self._on_cpu, total, *self._finished)
+        more_uploads = 0
+        if not self._one_memory and self._uploaded_bytes <= device_bytes < self._finished[1]:
+            more_uploads = self._uploaded_bytes
+        taken = buffers if self._one_memory else more_uploads
+        num_device = _count(device_bytes - taken, total, *self._finished)
         num_host = 0
-        if not self._on_cpu:
+        if not self._one_memory:
             num_host = _count(host_bytes - buffers, total, *self._packed)
             num_host = min(num_host, total - num_device)
         on_device = _taken(num_device, total, *self._finished)
         on_host = _taken(num_host, total, *self._packed)
-        return ExpertPlacement(num_device, num_host, slot_bytes, on_device, on_host, buffers)
+        return ExpertPlacement(
+            num_device, num_host, slot_bytes, on_device, on_host, buffers, more_uploads
+        )
 
     def shrink(self, wanted: ExpertPlacement) -> None:
         """Free what is held and not in `wanted`."""
@@ -184,12 +216,15 @@ class ExpertStore(Closing):
                 min(held.device_bytes, wanted.device_bytes),
                 min(held.host_bytes, wanted.host_bytes),
                 held.buffer_bytes if same_slots else 0,
+                min(held.upload_bytes, wanted.upload_bytes),
             )
         )
 
     def grow(self, wanted: ExpertPlacement) -> None:
         """Reserve what `wanted` takes, after `shrink`. Raises DoesNotFitError."""
         self._hold(wanted)
+        for upload in self._uploads or ():
+            upload.resize(2 if wanted.upload_bytes else 1)
         self._on_device.resize(wanted.num_device)
         self._on_host.resize(wanted.num_host)
 
@@ -215,56 +250,94 @@ class ExpertStore(Closing):
         layer.to_host = self._on_host.plan(layer_idx, wanted, rest)
         self.counters.routed += len(wanted)
         if not missing:
-            yield self._walk(layer, wanted, iter(()))
+            with closing(self._walk(layer, wanted, iter(()))) as walk:
+                yield walk
             return
         slot_bytes = self._placement.slot_bytes
         if self._reader is None:
-            self._reader = GroupReader(self._source, slot_bytes)
+            self._reader = GroupReader(self._source, slot_bytes, self._bus)
         groups = list(cut_groups(missing, layer.units, self._source, slot_bytes))
-        with self._reader.reading(groups) as filled:
-            yield self._walk(layer, wanted, filled)
+        with (
+            self._reader.reading(groups) as filled,
+            closing(self._walk(layer, wanted, filled)) as walk,
+        ):
+            yield walk
 
     def close(self) -> None:
         """Stop reading and free everything."""
         self.shrink(ExpertPlacement())
         self.grow(ExpertPlacement())
+        for upload in self._uploads or ():
+            upload.close()
         self._uploads = None
+        self._copied.clear()
         self._shares = ExpertShares({})
         self._on_device, self._on_host = ExpertTier(self._shares), ExpertTier(self._shares)
 
     def _walk(
         self, layer: _Layer, wanted: Sequence[int], filled: Iterator[Filled]
-    ) -> Iterator[tuple[int, Sequence[Tensor]]]:
-        waiting: dict[int, tuple[Tensor, Sequence[int]]] = {}
-        for expert in wanted:
-            unit, key = layer.units[expert], (layer.layer_idx, expert)
-            if key in self._on_device:
-                self.counters.hit += 1
-                yield expert, self._on_device[key]
-                continue
-            if key in self._on_host and expert not in waiting:  # one that came just now is there
-                assert self._uploads is not None, "on a CPU nothing is on the host"
-                self.counters.hit += 1
-                packed, offsets = self._on_host[key]
-                buffer = self._uploads[1].copy(packed)
-                if expert in layer.to_device:
-                    self._uploads[1].wait()
-                    self._on_host.pop(key)
-            else:
+    ) -> Generator[tuple[int, Sequence[Tensor]], None, None]:
+        group: tuple[Upload, Sent] | None = None
+        waiting: dict[int, Sequence[int]] = {}
+        try:
+            for expert in wanted:
+                key = layer.layer_idx, expert
+                if key in self._on_device:
+                    self.counters.hit += 1
+                    yield expert, self._on_device[key]
+                    continue
+                if key in self._on_host and expert not in waiting:  # that came just now is there
+                    self.counters.hit += 1
+                    yield from self._from_host(layer, expert)
+                    continue
                 if expert not in waiting:
-                    waiting = dict(self._received(next(filled), layer))
-                buffer, offsets = waiting.pop(expert)
-            parameters = unit.build(buffer, offsets, self._dtype)
-            if expert in layer.to_device:
-                goes = layer.to_device[expert]
-                parameters = _owned(parameters, buffer, self._make_room(self._on_device, goes))
-                self._on_device.put(key, parameters)
-            yield expert, parameters
+                    if group is not None:
+                        group[0].release(group[1])
+                        group = None
+                    came = next(filled)
+                    buffer = came.buffer
+                    if self._uploads is not None:
+                        sent = self._uploads[0].send(buffer[: came.group.num_bytes])
+                        group = self._uploads[0], sent
+                        came.copied = sent.copied
+                    waiting = dict(self._received(came, layer))
+                    if group is not None:
+                        buffer = group[0].receive(group[1])
+                offsets = waiting.pop(expert)
+                yield expert, self._given(layer, expert, buffer, offsets)
+        finally:
+            if group is not None:
+                group[0].release(group[1])
 
-    def _received(
-        self, filled: Filled, layer: _Layer
-    ) -> Iterator[tuple[int, tuple[Tensor, Sequence[int]]]]:
-        """Where each expert of a group is on the device. Keeps those of the host's tier."""
+    def _from_host(self, layer: _Layer, expert: int) -> Iterator[tuple[int, Sequence[Tensor]]]:
+        """An expert that is kept in host memory."""
+        assert self._uploads is not None, "in one memory nothing is on the host"
+        key, upload = (layer.layer_idx, expert), self._uploads[1]
+        packed, offsets = self._on_host[key]
+        sent = upload.send(packed)
+        self._copied[key] = sent.copied
+        del packed
+        try:
+            if expert in layer.to_device:
+                self._copied.pop(key)
+                self._on_host.pop(key)
+            yield expert, self._given(layer, expert, upload.receive(sent), offsets)
+        finally:
+            upload.release(sent)
+
+    def _given(
+        self, layer: _Layer, expert: int, buffer: Tensor, offsets: Sequence[int]
+    ) -> Sequence[Tensor]:
+        """An expert's parameters from its bytes on the device, kept there if they are to be."""
+        parameters: Sequence[Tensor] = layer.units[expert].build(buffer, offsets, self._dtype)
+        if expert in layer.to_device:
+            goes = layer.to_device[expert]
+            parameters = _owned(parameters, buffer, self._make_room(self._on_device, goes))
+            self._on_device.put((layer.layer_idx, expert), parameters)
+        return parameters
+
+    def _received(self, filled: Filled, layer: _Layer) -> Iterator[tuple[int, Sequence[int]]]:
+        """Where each expert of a group begins. Keeps those of the host's tier."""
         group, buffer = filled.group, filled.buffer
         self.counters.read += len(group.members)
         self.counters.bytes_read += group.num_bytes
@@ -275,19 +348,17 @@ class ExpertStore(Closing):
             if goes is None:
                 kept.append(unit)
             if expert in layer.to_host:
-                memory = _fitting(self._make_room(self._on_host, layer.to_host[expert]), unit)
-                place = (layer.layer_idx, expert)
-                self._on_host.put(place, _packed(unit, buffer, offsets, memory))
+                goes, place = layer.to_host[expert], (layer.layer_idx, expert)
+                memory = _fitting(self._make_room(self._on_host, goes), unit)
+                if goes is not None and (copied := self._copied.pop(goes, None)) is not None:
+                    copied.synchronize()  # the memory is used again; the copy is mostly long past
+                self._on_host.put(place, _packed(unit, buffer, offsets, memory, self._bus))
                 del memory
         whole = len(kept) == len(group.units)
         self.counters.kept_bytes += (
             group.num_bytes if whole else sum(unit.file_bytes for unit in kept)
         )
-        if self._uploads is not None:
-            buffer = self._uploads[0].copy(buffer[: group.num_bytes])
-            self._uploads[0].wait()
-        for expert, offsets in zip(group.members, filled.offsets, strict=True):
-            yield expert, (buffer, offsets)
+        yield from zip(group.members, filled.offsets, strict=True)
 
     def _make_room(self, tier: ExpertTier[Kept], goes: ExpertId | None) -> Kept | None:
         """Drop `goes` from a tier and return what was held for it, to be used again."""
@@ -302,6 +373,7 @@ class ExpertStore(Closing):
         for account, kind, num_bytes in (
             (self._device_account, "resident experts", now.device_bytes - held.device_bytes),
             (self._host_account, "resident experts", now.host_bytes - held.host_bytes),
+            (self._device_account, "upload buffers", now.upload_bytes - held.upload_bytes),
             (self._buffer_account, "expert buffers", now.buffer_bytes - held.buffer_bytes),
         ):
             if num_bytes > 0:
@@ -359,7 +431,11 @@ def _fitting(old: tuple[Tensor, Sequence[int]] | None, unit: WeightUnit) -> Tens
 
 
 def _packed(
-    unit: WeightUnit, buffer: Tensor, offsets: Sequence[int], packed: Tensor | None
+    unit: WeightUnit,
+    buffer: Tensor,
+    offsets: Sequence[int],
+    packed: Tensor | None,
+    bus: Bus | None,
 ) -> tuple[Tensor, Sequence[int]]:
     """The bytes of a unit's tensors side by side in `packed`, or in memory of their own, and where
     each begins.
@@ -367,7 +443,7 @@ def _packed(
     sizes = [round_up(tensor.num_bytes, ALIGNMENT) for tensor in unit.tensors]
     ends = list(accumulate(sizes))
     if packed is None:
-        packed = aligned_buffer(ends[-1])
+        packed = host_buffer(ends[-1], bus)
     places = [end - size for end, size in zip(ends, sizes, strict=True)]
     for tensor, place, offset in zip(unit.tensors, places, offsets, strict=True):
         packed[place : place + tensor.num_bytes] = buffer[offset : offset + tensor.num_bytes]

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ollm_core.buffers import aligned_buffer, as_memoryview
+from ollm_core.buffers import as_memoryview
+from ollm_core.bus import Bus, Event, host_buffer
 from ollm_core.errors import ReadError
 from ollm_core.interfaces import ByteSource, Closing
 from ollm_core.weights.units import WeightUnit
@@ -30,7 +31,7 @@ class Group:
     """Bytes of buffer."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Filled:
     """A group that was read."""
 
@@ -39,16 +40,21 @@ class Filled:
     offsets: tuple[Sequence[int], ...]
     """Of each unit's tensors."""
     seconds: float
+    copied: Event | None = None
+    """To be set by who copies it to a device: the buffer is not filled again before."""
 
 
 class GroupReader(Closing):
     """Two buffers and the thread that fills them."""
 
-    def __init__(self, source: ByteSource, slot_bytes: int) -> None:
-        """`slot_bytes` must hold the largest group. The thread starts with the first read."""
+    def __init__(self, source: ByteSource, slot_bytes: int, bus: Bus | None = None) -> None:
+        """`slot_bytes` must hold the largest group; what is read goes over `bus`, if there is one.
+        The thread starts with the first read.
+        """
         self.slot_bytes = slot_bytes
         self._source = source
-        self._buffers = [aligned_buffer(slot_bytes) for _ in range(2)]
+        self._buffers = [host_buffer(slot_bytes, bus) for _ in range(2)]
+        self._last: list[Filled | None] = [None, None]  # in each buffer
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ollm-experts")
         self._closed = False
 
@@ -63,12 +69,13 @@ class GroupReader(Closing):
             if self._closed:
                 raise ReadError("the model was closed while a weight pass was running")
             if i < len(groups):
-                waiting.append(self._thread.submit(self._fill, groups[i], self._buffers[i % 2]))
+                waiting.append(self._thread.submit(self._fill, groups[i], i % 2))
 
         def steps() -> Iterator[Filled]:
             for i in range(len(groups)):
                 submit(i + 1)  # its buffer is that of the group before this one
-                yield waiting.popleft().result()
+                self._last[i % 2] = filled = waiting.popleft().result()
+                yield filled
 
         submit(0)
         try:
@@ -81,8 +88,12 @@ class GroupReader(Closing):
         self._closed = True
         self._thread.shutdown(wait=True)
         self._buffers.clear()
+        self._last = [None, None]
 
-    def _fill(self, group: Group, buffer: Tensor) -> Filled:
+    def _fill(self, group: Group, index: int) -> Filled:
+        buffer, last = self._buffers[index], self._last[index]
+        if last is not None and last.copied is not None:
+            last.copied.synchronize()
         start = time.perf_counter()
         tensors = [tensor for unit in group.units for tensor in unit.tensors]
         offsets = iter(self._source.read(tensors, as_memoryview(buffer)))

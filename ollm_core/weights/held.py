@@ -16,14 +16,22 @@ from itertools import accumulate
 import torch
 
 from ollm_core.budgets import LayerLimits
+from ollm_core.bus import Bus, bus_of
 from ollm_core.interfaces import ByteSource, TierBytes
 from ollm_core.memory import MemoryAccount
 from ollm_core.weights.experts import ExpertPlacement, ExpertStore
 from ollm_core.weights.units import Units
 
-HELD_KINDS = ("resident weights", "weight ring", "resident experts", "expert buffers")
+HELD_KINDS = (
+    "resident weights",
+    "weight ring",
+    "upload buffers",
+    "resident experts",
+    "expert buffers",
+)
 """What `fit` decides on, as the accounts name it."""
 
+_UPLOADS = 2
 _SLOTS = 3  # two suffice when disk and compute are even; the third takes up jitter
 
 
@@ -39,13 +47,14 @@ def spread_order(num_units: int) -> list[int]:
 @dataclass(frozen=True, slots=True)
 class Placement:
     """Which units are kept on the device and in host memory. The rest is streamed through
-    `num_slots` buffers.
+    `num_slots` buffers, and to a device with memory of its own through `num_uploads` there.
     """
 
     device: frozenset[int] = frozenset()
     host: frozenset[int] = frozenset()
     num_slots: int = 0
     experts: ExpertPlacement = field(default_factory=ExpertPlacement)
+    num_uploads: int = 1
 
 
 class HeldWeights:
@@ -60,21 +69,27 @@ class HeldWeights:
         accounts: tuple[MemoryAccount, MemoryAccount],
         *,
         buffer_bytes: int = 0,
+        bus: Bus | None = None,
+        timed: bool = False,
     ) -> None:
-        """See TieredWeights. Reserves nothing yet."""
+        """See TieredWeights; uploads of experts may be `timed`. Reserves nothing yet."""
         self.units = units.in_pass_order
         self.dtype = dtype
         self.device = device
-        self._on_cpu = device.type == "cpu"
+        bus = bus or bus_of(device)
+        self.one_memory = bus is None
+        """Whether the device computes in host memory: all weights then count as the device's."""
         self._device_account, self._host_account = accounts
-        self._ring_account = self._device_account if self._on_cpu else self._host_account
+        self._ring_account = self._device_account if self.one_memory else self._host_account
         self._priority = spread_order(len(self.units))
         self.buffer_bytes = [source.buffer_bytes(unit.tensors) for unit in self.units]
         """Of each unit, as it is read."""
         self.copied_bytes = [unit.copied_bytes(dtype) for unit in self.units]
         """Of each unit: new tensors that are made whenever it is streamed."""
         self._kept_bytes = [self._bytes_when_kept(i) for i in range(len(self.units))]
-        self.experts = ExpertStore(units.experts, source, dtype, device, accounts)
+        self.experts = ExpertStore(
+            units.experts, source, dtype, device, accounts, bus=bus, timed=timed
+        )
         sizes = zip(self.copied_bytes, self.buffer_bytes, strict=True)
         copied = max((max(pair) for pair in sizes if pair[0]), default=0)
         copied += max(unit.scratch_bytes for unit in (*self.units, units.norm))
@@ -84,10 +99,10 @@ class HeldWeights:
             + buffer_bytes
             + copied
             + self.experts.fixed_device_bytes
-            + (0 if self._on_cpu else self.slot_bytes)
+            + (0 if self.one_memory else self.slot_bytes)
         )
         """Held on the device whatever the placement: norm, rotary frequencies, parameters in
-        conversion, the upload buffer.
+        conversion, the one upload buffer that must be.
         """
         self.layer_limits = LayerLimits()
         """May be changed between passes; `place` goes by it."""
@@ -95,6 +110,7 @@ class HeldWeights:
         self._device: set[int] = set()
         self._host: set[int] = set()
         self._num_slots = 0
+        self._num_uploads = 1
         self._fixed_held = 0
 
     @property
@@ -106,6 +122,11 @@ class HeldWeights:
     def num_slots(self) -> int:
         """Buffers of the ring that are reserved."""
         return self._num_slots
+
+    @property
+    def num_uploads(self) -> int:
+        """Buffers on the device that units are sent to."""
+        return self._num_uploads
 
     @property
     def num_device_layers(self) -> int:
@@ -143,12 +164,12 @@ class HeldWeights:
     def least_bytes(self, device_bytes: int) -> int:
         """The least that `fit` needs of the ring's memory, given `device_bytes` of the device."""
         experts = self.experts.least_bytes
-        if self._on_cpu:
+        if self.one_memory:
             device_bytes -= experts
         if self._all_fit(device_bytes):
             return experts
         ring_bytes = 2 * self.slot_bytes
-        if self._on_cpu and self._may_all_be_kept:  # of one or two units, that can be less
+        if self.one_memory and self._may_all_be_kept:  # of one or two units, that can be less
             ring_bytes = min(ring_bytes, sum(self._kept_bytes))
         return ring_bytes + experts
 
@@ -163,21 +184,25 @@ class HeldWeights:
 
     def place(self, device_bytes: int, host_bytes: int) -> Placement:
         """What is best held in that much memory. Experts get what the rest leaves."""
-        on_cpu, least = self._on_cpu, self.experts.least_bytes
-        dense = self._place(device_bytes - least * on_cpu, host_bytes - least * (not on_cpu))
+        one_memory, least = self.one_memory, self.experts.least_bytes
+        dense = self._place(
+            device_bytes - least * one_memory, host_bytes - least * (not one_memory)
+        )
         ring_bytes = dense.num_slots * self.slot_bytes
-        on_device = sum(self._kept_bytes[i] for i in dense.device) + ring_bytes * on_cpu
-        on_host = sum(self.buffer_bytes[i] for i in dense.host) + ring_bytes * (not on_cpu)
+        on_device = sum(self._kept_bytes[i] for i in dense.device) + ring_bytes * one_memory
+        on_device += self._more_uploads(dense.num_uploads)
+        on_host = sum(self.buffer_bytes[i] for i in dense.host) + ring_bytes * (not one_memory)
         experts = self.experts.place(device_bytes - on_device, host_bytes - on_host)
-        return Placement(dense.device, dense.host, dense.num_slots, experts)
+        return Placement(dense.device, dense.host, dense.num_slots, experts, dense.num_uploads)
 
     def bytes_of(self, placement: Placement) -> TierBytes:
         """What a placement takes of each memory, beside `fixed_device_bytes`."""
         experts = placement.experts
         device = sum(self._kept_bytes[i] for i in placement.device) + experts.device_bytes
+        device += self._more_uploads(placement.num_uploads) + experts.upload_bytes
         host = sum(self.buffer_bytes[i] for i in placement.host) + experts.host_bytes
         ring = placement.num_slots * self.slot_bytes + experts.buffer_bytes
-        if self._on_cpu:
+        if self.one_memory:
             return TierBytes(device + ring, host)
         return TierBytes(device, host + ring)
 
@@ -197,6 +222,13 @@ class HeldWeights:
             self._num_slots = 0
             self._ring_account.reserve("weight ring", wanted.num_slots * self.slot_bytes)
             self._num_slots = wanted.num_slots
+        if wanted.num_uploads != self._num_uploads:
+            more = self._more_uploads(wanted.num_uploads) - self._more_uploads(self._num_uploads)
+            if more > 0:
+                self._device_account.reserve("upload buffers", more)
+            else:
+                self._device_account.release("upload buffers", -more)
+            self._num_uploads = wanted.num_uploads
         for i in wanted.device - self._device:
             self._device_account.reserve("resident weights", self._kept_bytes[i])
             self._device.add(i)
@@ -220,19 +252,26 @@ class HeldWeights:
         everything = frozenset(range(len(self.units)))
         if self._all_fit(device_bytes):
             return Placement(everything)
-        ring_budget = device_bytes if self._on_cpu else host_bytes
+        # The second buffer makes the copy of a layer run beside the compute of another.
+        num_uploads = 1 if self.one_memory or device_bytes < self.slot_bytes else _UPLOADS
+        device_bytes -= self._more_uploads(num_uploads)
+        ring_budget = device_bytes if self.one_memory else host_bytes
         num_slots = _SLOTS if ring_budget >= 2 * _SLOTS * self.slot_bytes else 2
         ring_bytes = num_slots * self.slot_bytes
         device = _first_that_fit(
-            device_bytes - ring_bytes if self._on_cpu else device_bytes,
+            device_bytes - ring_bytes if self.one_memory else device_bytes,
             self._kept_bytes,
             self._allowed(self.layer_limits.device, self._priority),
         )
-        if self._on_cpu:
+        if self.one_memory:
             return Placement(device, num_slots=num_slots)
         rest = self._allowed(self.layer_limits.host, [i for i in self._priority if i not in device])
         host = _first_that_fit(host_bytes - ring_bytes, self.buffer_bytes, rest)
-        return Placement(device, host, num_slots)
+        return Placement(device, host, num_slots, num_uploads=num_uploads)
+
+    def _more_uploads(self, num_uploads: int) -> int:
+        """Bytes of the upload buffers that need not be."""
+        return (num_uploads - 1) * self.slot_bytes
 
     def _all_fit(self, device_bytes: int) -> bool:
         """Whether all units can be kept on the device."""

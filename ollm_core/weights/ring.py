@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from ollm_core.buffers import aligned_buffer, as_memoryview
+from ollm_core.buffers import as_memoryview
+from ollm_core.bus import Bus, Event, host_buffer
 from ollm_core.errors import ReadError
 from ollm_core.interfaces import ByteSource, Closing
 from ollm_core.weights.units import WeightUnit
@@ -24,6 +25,8 @@ class Slot:
 
     buffer: Tensor
     offsets: Sequence[int] = ()
+    copied: Event | None = None
+    """What is in it has been copied to a device: not before may it be filled again."""
     built: dict[int, list[Tensor]] = field(default_factory=dict)
     """Parameters that are views of this buffer, by unit: they are the same at every pass, so made
     once.
@@ -34,10 +37,17 @@ class Ring(Closing):
     """Reads the units of `order` cyclically; the reader stops when every buffer is full."""
 
     def __init__(
-        self, units: Sequence[WeightUnit], source: ByteSource, num_slots: int, slot_bytes: int
+        self,
+        units: Sequence[WeightUnit],
+        source: ByteSource,
+        num_slots: int,
+        slot_bytes: int,
+        bus: Bus | None = None,
     ) -> None:
-        """`slot_bytes` must hold the largest unit. The thread starts with the first `set_order`."""
-        self.slots = [Slot(aligned_buffer(slot_bytes)) for _ in range(num_slots)]
+        """`slot_bytes` must hold the largest unit; what is read goes over `bus`, if there is one.
+        The thread starts with the first `set_order`.
+        """
+        self.slots = [Slot(host_buffer(slot_bytes, bus)) for _ in range(num_slots)]
         self.bytes_read = 0
         self.read_seconds = 0.0
         self._units = units
@@ -98,9 +108,17 @@ class Ring(Closing):
                     return slot
             self.give_back(slot)
 
-    def give_back(self, slot: Slot) -> None:
-        """Let the reader use this slot again."""
+    def take_ready(self, unit_idx: int) -> Slot | None:
+        """The slot that holds `unit_idx`, if that is what comes next and is there already."""
         with self._changed:
+            if self._ready and self._ready[0][0] == unit_idx:
+                return self._ready.popleft()[1]
+        return None
+
+    def give_back(self, slot: Slot, copied: Event | None = None) -> None:
+        """Let the reader use this slot again: at once, or when it has been `copied`."""
+        with self._changed:
+            slot.copied = copied
             self._free.append(slot)
             self._changed.notify_all()
 
@@ -110,6 +128,9 @@ class Ring(Closing):
             self._changed.notify_all()
         if self._thread.is_alive():
             self._thread.join()
+        for slot in self.slots:  # the traceback of a failed read may hold it
+            slot.buffer = slot.buffer[:0].clone()
+            slot.built.clear()
         self.slots.clear()
         self._free.clear()
         self._ready.clear()
@@ -139,8 +160,11 @@ class Ring(Closing):
 
     def _fill(self, slot: Slot, unit_idx: int) -> BaseException | None:
         tensors = self._units[unit_idx].tensors
-        start = time.perf_counter()
         try:
+            if slot.copied is not None:
+                slot.copied.synchronize()
+                slot.copied = None
+            start = time.perf_counter()
             slot.offsets = self._source.read(tensors, as_memoryview(slot.buffer))
         except BaseException as error:  # noqa: BLE001 - handed to the pass that waits for it
             return error

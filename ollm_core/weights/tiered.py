@@ -11,16 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ollm_core.buffers import aligned_buffer, as_memoryview
+from ollm_core.buffers import as_memoryview
+from ollm_core.bus import Bus, bus_of, host_buffer
 from ollm_core.interfaces import ByteSource, TierBytes, WeightStreamer
 from ollm_core.memory import MemoryAccount
 from ollm_core.profiling import Span, no_span
+from ollm_core.upload import Sent, UploadCounters
+from ollm_core.weights.arrivals import Arrivals, Arriving, Packed, Send
 from ollm_core.weights.experts import ExpertCounters
 from ollm_core.weights.held import HeldWeights, Placement
 from ollm_core.weights.ring import Ring, Slot
 from ollm_core.weights.rows import EmbeddingRows
 from ollm_core.weights.units import Units, WeightUnit
-from ollm_core.weights.upload import Upload
 
 
 class TieredWeights(WeightStreamer):
@@ -38,13 +40,25 @@ class TieredWeights(WeightStreamer):
         *,
         buffer_bytes: int = 0,
         span: Span = no_span,
+        bus: Bus | None = None,
     ) -> None:
-        """`accounts` are those of the device and the host. On a CPU everything counts as device
-        memory. `buffer_bytes` are those of the model that are no weights, and held for it. `span`
+        """`accounts` are those of the device and the host. `bus` is that of a device with memory of
+        its own, by default as `bus_of` says; without one everything counts as device memory.
+        `buffer_bytes` are those of the model that are no weights, and held for it. `span`
         measures how long units are waited for. `source` is closed with the weights, and when they
         cannot be opened.
         """
-        self.held = HeldWeights(units, source, dtype, device, accounts, buffer_bytes=buffer_bytes)
+        self.bus = bus or bus_of(device)
+        self.held = HeldWeights(
+            units,
+            source,
+            dtype,
+            device,
+            accounts,
+            buffer_bytes=buffer_bytes,
+            bus=self.bus,
+            timed=span is not no_span,
+        )
         self.units = self.held.units
         self.expert_units = units.experts
         self.dtype = dtype
@@ -53,17 +67,18 @@ class TieredWeights(WeightStreamer):
         self._span = span
         self._rows = EmbeddingRows(units.embedding)
         self._device_units: dict[int, list[Tensor] | None] = {}
-        self._host_units: dict[int, tuple[Tensor, Sequence[int]] | None] = {}
+        self._host_units: dict[int, Packed | None] = {}
         self._ring: Ring | None = None
         self._streamed_bytes = 0
         self._read_seconds = 0.0
         self._experts = self.held.experts
-        self._upload: Upload | None = None
+        self._arrivals: Arrivals | None = None
+        if self.bus is not None:
+            slot_bytes, timed = self.held.slot_bytes, span is not no_span
+            self._arrivals = Arrivals(self.bus, slot_bytes, self._begin, timed=timed)
         self.norm: list[Tensor] = []
         try:
             self.held.reserve()
-            if device.type != "cpu":
-                self._upload = Upload(device, self.held.slot_bytes)
             # Copies: a view would keep the whole page that was read.
             self.norm = [parameter.clone() for parameter in self._load(units.norm)]
         except BaseException:
@@ -74,6 +89,11 @@ class TieredWeights(WeightStreamer):
     def fixed_device_bytes(self) -> int:
         """Held on the device whatever the placement."""
         return self.held.fixed_device_bytes
+
+    @property
+    def one_memory(self) -> bool:
+        """Whether the device computes in host memory."""
+        return self.held.one_memory
 
     @property
     def slot_bytes(self) -> int:
@@ -101,6 +121,7 @@ class TieredWeights(WeightStreamer):
             frozenset(host),
             self.held.num_slots if self._ring else 0,
             self._experts.in_memory,
+            self.held.num_uploads if self.uploads.num_bytes else 1,
         )
         return self.held.bytes_of(loaded)
 
@@ -123,6 +144,14 @@ class TieredWeights(WeightStreamer):
         return streaming + self._experts.counters.read_seconds
 
     @property
+    def uploads(self) -> UploadCounters:
+        """What went to a device with memory of its own, experts included."""
+        found = self._experts.uploads
+        if self._arrivals is not None:
+            found.add(self._arrivals.counters)
+        return found
+
+    @property
     def reader(self) -> str:
         """The name of the reading engine."""
         return self._source.name
@@ -141,13 +170,16 @@ class TieredWeights(WeightStreamer):
             del self._host_units[i]
         if wanted.num_slots != self.held.num_slots:
             self._drop_ring()
+        if self._arrivals is not None:
+            streamed = [i for i in range(len(self.units)) if i not in wanted.device]
+            self._arrivals.expect(streamed, wanted.num_uploads)
         self.held.hold(wanted)
         for i in wanted.device - self._device_units.keys():
             self._device_units[i] = None
         for i in wanted.host - self._host_units.keys():
             self._host_units[i] = None
         if wanted.num_slots and self._ring is None:
-            self._ring = Ring(self.units, self._source, wanted.num_slots, self.slot_bytes)
+            self._ring = Ring(self.units, self._source, wanted.num_slots, self.slot_bytes, self.bus)
         if self._ring:
             self._ring.set_order(self.held.streamed)
 
@@ -156,13 +188,15 @@ class TieredWeights(WeightStreamer):
         """See WeightStreamer. `unit_idx` counts in pass order: layers first, then the parts of the
         head.
         """
+        if self._arrivals is not None:
+            with self._arrived(self._arrivals, unit_idx) as parameters:
+                yield parameters
+            return
         slot: Slot | None = None
         try:
             with self._span("wait for weights", unit_idx=unit_idx):
                 if unit_idx in self._device_units:
                     parameters = self._kept_on_device(unit_idx)
-                elif unit_idx in self._host_units:
-                    parameters = self._kept_on_host(unit_idx)
                 else:
                     assert self._ring is not None, "fit() makes it before anything is streamed"
                     slot = self._ring.take(unit_idx)
@@ -171,8 +205,6 @@ class TieredWeights(WeightStreamer):
         finally:
             if slot is not None:
                 assert self._ring is not None, "nothing is fitted while a unit is in use"
-                if self._upload is not None:
-                    self._upload.wait()
                 self._ring.give_back(slot)
 
     def let_go(self, num_done: int, *, host: bool) -> int:
@@ -206,7 +238,8 @@ class TieredWeights(WeightStreamer):
         self._device_units.clear()
         self._host_units.clear()
         self.norm = []
-        self._upload = None
+        if self._arrivals is not None:
+            self._arrivals.close()
         self.held.close()
         self._source.close()
 
@@ -216,16 +249,51 @@ class TieredWeights(WeightStreamer):
             resident = self._device_units[unit_idx] = self._load(self.units[unit_idx])
         return resident
 
-    def _kept_on_host(self, unit_idx: int) -> Sequence[Tensor]:
-        unit, kept = self.units[unit_idx], self._host_units[unit_idx]
-        if kept is None:
-            kept = self._host_units[unit_idx] = self._read(unit)
-        return unit.build(self._uploaded(kept[0]), kept[1], self.dtype)
+    @contextmanager
+    def _arrived(self, arrivals: Arrivals, unit_idx: int) -> Iterator[Sequence[Tensor]]:
+        """`acquire` for a device with memory of its own: the next unit is on its way there while
+        this one is used.
+        """
+        if unit_idx in self._device_units:
+            with self._span("wait for weights", unit_idx=unit_idx):
+                parameters = self._kept_on_device(unit_idx)
+                arrivals.look_ahead(unit_idx)
+            yield parameters
+            return
+        with arrivals.arrived(unit_idx, self._span) as (buffer, offsets):
+            yield self.units[unit_idx].build(buffer, offsets, self.dtype)
+
+    def _begin(self, unit_idx: int, send: Send, *, wait: bool) -> Arriving | None:
+        """Send a unit that is kept in host memory or streamed to the device; None if it is not
+        there yet and nobody waits for it.
+        """
+        if unit_idx in self._host_units:
+            kept = self._host_units[unit_idx]
+            if kept is None:
+                if not wait:
+                    return None
+                kept = self._host_units[unit_idx] = self._read(self.units[unit_idx], self.bus)
+            return self._sent(send, kept[0]), kept[1]
+        ring = self._ring
+        assert ring is not None, "fit() makes it before anything is streamed"
+        slot = ring.take(unit_idx) if wait else ring.take_ready(unit_idx)
+        if slot is None:
+            return None
+        offsets, copied = slot.offsets, None
+        try:
+            sent = self._sent(send, slot.buffer)
+            copied = sent.copied
+        finally:
+            ring.give_back(slot, copied)
+        return sent, offsets
+
+    def _sent(self, send: Send, buffer: Tensor) -> Sent:
+        """In a span, for memory that could not be locked is copied by the host."""
+        with self._span("send to the device", num_bytes=buffer.numel()):
+            return send(buffer)
 
     def _streamed(self, unit_idx: int, slot: Slot) -> Sequence[Tensor]:
         unit = self.units[unit_idx]
-        if self._upload is not None:
-            return unit.build(self._uploaded(slot.buffer), slot.offsets, self.dtype)
         if self.held.copied_bytes[unit_idx]:
             return unit.build(slot.buffer, slot.offsets, self.dtype)
         if unit_idx not in slot.built:
@@ -239,8 +307,8 @@ class TieredWeights(WeightStreamer):
             self._read_seconds += self._ring.read_seconds
             self._ring = None
 
-    def _read(self, unit: WeightUnit) -> tuple[Tensor, Sequence[int]]:
-        buffer = aligned_buffer(self._source.buffer_bytes(unit.tensors))
+    def _read(self, unit: WeightUnit, bus: Bus | None = None) -> tuple[Tensor, Sequence[int]]:
+        buffer = host_buffer(self._source.buffer_bytes(unit.tensors), bus)
         return buffer, self._source.read(unit.tensors, as_memoryview(buffer))
 
     def _load(self, unit: WeightUnit) -> list[Tensor]:
@@ -252,7 +320,3 @@ class TieredWeights(WeightStreamer):
             return found
         memory = buffer.untyped_storage().data_ptr()
         return [v.clone() if v.untyped_storage().data_ptr() == memory else v for v in found]
-
-    def _uploaded(self, buffer: Tensor) -> Tensor:
-        assert self._upload is not None, "only a device other than the CPU uploads"
-        return self._upload.copy(buffer)
