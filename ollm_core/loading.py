@@ -74,8 +74,9 @@ def load(
       context), "blockwise" (it does not), or "auto": exact up to 8,192 tokens where it fits.
     - `chunk_size`: tokens of a prompt that go through a layer together. Default: the largest that
       fits.
-    - `reader`: the reading engine, "direct", "mmap" or "auto": the one that `ollm doctor` measured
-      to be faster here, else direct reads where the file system allows them.
+    - `reader`: the reading engine, "direct", "mmap", "kvikio" (an extra) or "auto": the one that
+      `ollm doctor` measured to be the fastest here, else direct reads where the file system allows
+      them.
     - `draft`: where tokens guessed ahead come from: "none", "lookup", which looks for the last ones
       earlier in the text, or "model". It changes the speed, not the text; batches go without.
     - `draft_model`: for draft "model": the directory or the id of a model of the same vocabulary.

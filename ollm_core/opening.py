@@ -16,7 +16,7 @@ from ollm_core.admission import Accounts, Admission
 from ollm_core.allocator import free_device_bytes
 from ollm_core.checkpoint import Checkpoint, open_checkpoint, read_config
 from ollm_core.engine import Engine
-from ollm_core.errors import ConfigError, PluginError
+from ollm_core.errors import ConfigError, InputError, PluginError
 from ollm_core.generation import StreamedModel
 from ollm_core.host_memory import HostMemory
 from ollm_core.interfaces import ByteSource
@@ -61,10 +61,13 @@ class Opening:
     def source(self, parts: ModelParts) -> ByteSource:
         """What reads its weights. Raises ReadError, PluginError."""
         engine = self.registry.check_name("ollm_reading_engines", self.reader)
-        checkpoint, reader = parts.checkpoint, self.reader
-        if reader == "auto":
-            reader = fastest_reader(checkpoint.directory)
-        return _open_source(checkpoint, reader, engine)
+        checkpoint = parts.checkpoint
+        if self.reader == "auto":
+            try:
+                return _open_source(checkpoint, fastest_reader(checkpoint.directory), None)
+            except InputError:  # one that worked when it was measured; CheckpointError comes again
+                pass
+        return _open_source(checkpoint, self.reader, engine)
 
     def pressure(self, weights: TieredWeights) -> Pressure:
         """Lets kept weights give way when others take the machine's memory."""
