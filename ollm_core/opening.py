@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from ollm_core.parts import ModelParts, take_apart
 from ollm_core.plugins import Offer, one_line
 from ollm_core.pressure import Pressure, reserve_bytes
 from ollm_core.profiling import Span, no_span
-from ollm_core.rates import fastest_reader
+from ollm_core.rates import fastest_blocks, fastest_reader
 from ollm_core.registry import Registry, require
 from ollm_core.requests import KVRequest
 from ollm_core.stores import StoreOpener
@@ -48,7 +48,7 @@ class Opening:
         """The model in `directory`. Raises ConfigError, CheckpointError, UnknownModelError."""
         config = read_config(directory)
         adapter = self.registry.adapter_for(config)
-        return take_apart(
+        parts = take_apart(
             adapter,
             config,
             open_checkpoint(directory),
@@ -57,6 +57,7 @@ class Opening:
             device=self.device,
             where=directory,
         )
+        return replace(parts, blocks=fastest_blocks(self.device, parts.dtype))
 
     def source(self, parts: ModelParts) -> ByteSource:
         """What reads its weights. Raises ReadError, PluginError."""

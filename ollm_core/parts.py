@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from ollm_core.admission import Accounts, Admission, Policy
+from ollm_core.attention_rates import require_flash
 from ollm_core.checkpoint import Checkpoint
 from ollm_core.description import describe_checkpoint
 from ollm_core.errors import ConfigError, InputError
@@ -41,6 +42,8 @@ class ModelParts:
     kinds: tuple[CacheKind, ...]
     skeleton: Skeleton
     units: Units
+    blocks: str = "blockwise"
+    """What attention "auto" takes where it is not exact."""
 
     @property
     def geometry(self) -> KVGeometry:
@@ -62,15 +65,18 @@ class ModelParts:
         pressure: Pressure | None = None,
     ) -> Admission:
         """What decides how a pass is run. Raises UnsupportedError for a fixed attention or chunk
-        size that the family does not have.
+        size that the family does not have, InputError for "flash" in another dtype or on a CPU.
         """
-        if attention == "blockwise":
+        if attention not in ("auto", "exact"):
             require(self.adapter, "blockwise-attention")
+        if attention == "flash":
+            require_flash(self.device, self.dtype, here=False)
         if chunk_size is not None:
             require(self.adapter, "chunked-prefill")
         policy = Policy(
             attention,
             chunk_size,
+            blocks=self.blocks,
             may_chunk=supports(self.adapter, "chunked-prefill"),
             may_use_blocks=supports(self.adapter, "blockwise-attention"),
         )
