@@ -12,6 +12,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -27,6 +28,7 @@ from ollm_core.attention.kernels import (
     torch_flash,
 )
 from ollm_core.attention_rates import measure_kernels, require_flash, trial
+from ollm_core.cli.main import cli
 from ollm_core.kv import DeviceKVStore, KVGeometry
 from ollm_core.memory import MemoryAccount
 from ollm_core.tracing import AllocationTracker, traced_peak
@@ -310,3 +312,18 @@ def test_a_flash_kernel_is_traced_with_its_splits():
     assert peak(64, 128) == few
     assert peak(64, 512) == few + 4 * 8 * 64 * 129 * 4
     assert peak(64 * 40, 512) == 40 * few
+
+
+def test_the_doctor_tells(monkeypatch, tmp_path):
+    """What it has kept for the device, beside the other rates."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("ollm_core.disk_rates._TRIAL_BYTES", 1 << 20)
+    rates.rates_file().parent.mkdir(parents=True)
+    found = {"attention bfloat16": {"blockwise": 2e12, "flash": 3e12, "products": 1e12}}
+    rates.rates_file().write_text(json.dumps({rates._device_key(CPU): found}))
+    options = ["doctor", "--device", "cpu", "--models-dir", str(tmp_path)]
+    told = CliRunner().invoke(cli, options)
+    assert told.exit_code == 0, told.output
+    assert (
+        "flash attention is the fastest: blockwise 2000, flash 3000, products 1000" in told.output
+    )
