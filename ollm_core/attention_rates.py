@@ -22,6 +22,8 @@ _NEW_TOKENS = 512
 _BLOCK_TOKENS = 256
 _NUM_BLOCKS = 64  # a past of 16,384 tokens
 _REPEATS = 3
+_FAILURES = (AttributeError, ImportError, OSError, RuntimeError, TypeError, ValueError)
+"""What a kernel of another version, build or device raises."""
 
 
 class _Case(NamedTuple):
@@ -77,7 +79,7 @@ def trial(kernel: Kernel, device: torch.device, dtype: torch.dtype, head_dim: in
             wrong |= (lse - expected_lse).abs().max() > _LARGEST_LSE_ERROR
             if not bool(torch.isfinite(output).all()) or bool(wrong):
                 return f"it gives other numbers than plain products do for {case}"
-        except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
+        except _FAILURES as error:
             return f"{type(error).__name__}: {' '.join(str(error).split())}"
     return ""
 
@@ -149,3 +151,12 @@ def flash_works(device: torch.device, dtype: torch.dtype) -> bool:
     if device.type != "cuda" or not torch.cuda.is_available():
         return False
     return not _flash_trial(device, dtype)
+
+
+def blocks_work(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch's own kernels for `device` pass their trial; of one that is not here, or in a
+    dtype that they leave to products, that is taken for granted.
+    """
+    if device.type != "cuda" or dtype not in HALF or not torch.cuda.is_available():
+        return True
+    return not trial(kernels_on(device)[0], device, dtype, _HEAD_DIM)

@@ -71,6 +71,8 @@ class ModelParts:
             require(self.adapter, "blockwise-attention")
         if attention == "flash":
             require_flash(self.device, self.dtype, here=False)
+        if attention == "blockwise" and self.blocks == "products":
+            attention = self.blocks
         if chunk_size is not None:
             require(self.adapter, "chunked-prefill")
         policy = Policy(

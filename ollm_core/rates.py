@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ollm_core.attention_rates import flash_works, measure_attention
+from ollm_core.attention_rates import blocks_work, flash_works, measure_attention
 from ollm_core.disk_rates import measure_readers
 from ollm_core.weights.sources import READERS
 
@@ -139,11 +139,13 @@ def measured_attention(device: torch.device, dtype: torch.dtype) -> Mapping[str,
 
 def fastest_blocks(device: torch.device, dtype: torch.dtype) -> str:
     """What "auto" takes where attention is not exact: "flash" where it was measured to be faster by
-    a tenth and still works, else "blockwise".
+    a tenth and still works, else "blockwise", or "products" where torch's kernels do not work.
     """
     rates = measured_attention(device, dtype)
     faster = rates.get("flash", 0) > _CLEARLY * rates.get("blockwise", 0)
-    return "flash" if faster and flash_works(device, dtype) else "blockwise"
+    if faster and flash_works(device, dtype):
+        return "flash"
+    return "blockwise" if blocks_work(device, dtype) else "products"
 
 
 def as_fields(rates: Rates) -> dict[str, Any]:

@@ -263,6 +263,20 @@ def test_a_plan_goes_by_what_was_measured(monkeypatch, tmp_path, tiny):
     assert ollm.plan(tiny, **options).placement["attention"] == "flash"
 
 
+def test_kernels_of_torch_that_fail_their_trial(monkeypatch, tiny):
+    """Products do what "blockwise" and "auto" ask for, and the plan counts their scores."""
+    options = {
+        "device": "cuda", "dtype": "bfloat16", "device_memory": "1GB", "host_memory": "1GB",
+        "context": 600, "max_new_tokens": 4, "attention": "blockwise",
+    }  # fmt: skip
+    own = ollm.plan(tiny, **options)
+    monkeypatch.setattr(rates, "blocks_work", lambda *_: False)
+    other = ollm.plan(tiny, **options)
+    assert (own.placement["attention"], other.placement["attention"]) == ("blockwise", "products")
+    assert other.device_peak_bytes > own.device_peak_bytes
+    assert rates.fastest_blocks(GPU, torch.bfloat16) == "products"
+
+
 def test_measured_in_turns():
     """A rate for each kernel that is given."""
     found = measure_kernels(

@@ -19,6 +19,7 @@ from ollm_core.attention.blockwise import (
     kernels_on,
 )
 from ollm_core.attention.exact import exact_attention
+from ollm_core.attention.kernels import Products
 from ollm_core.interfaces import Attention, KVView
 
 ATTENTION_NAME = "ollm"
@@ -29,11 +30,14 @@ ATTENTIONS = ("exact", "blockwise", "flash")
 
 
 def find_attention(name: str, device: torch.device) -> Attention:
-    """One of ATTENTIONS as it is for tensors on `device`, which need not be here: where it is
-    traced, on the meta device, it takes the memory that it would take there.
+    """One of ATTENTIONS, or "products", which is "blockwise" by plain products alone, as it is for
+    tensors on `device`, which need not be here: where it is traced, on the meta device, it takes
+    the memory that it would take there.
     """
     if name == "exact":
         return exact_attention
+    if name == "products":
+        return BlockwiseAttention((Products(),))
     return BlockwiseAttention(kernels_on(device, package=name == "flash"))
 
 
