@@ -42,6 +42,8 @@ class Policy:
 
     attention: str
     chunk_size: int | None
+    blocks: str = "blockwise"
+    """What "auto" takes where attention is not exact."""
     may_chunk: bool = True
     """Whether the family allows a prompt in chunks."""
     may_use_blocks: bool = True
@@ -177,7 +179,8 @@ class Admission:
         longest = max(len(item.token_ids) for item in work)
         attention = self._policy.attention
         if attention == "auto":
-            names = ["exact", "blockwise"] if context <= EXACT_CONTEXT else ["blockwise"]
+            blocks = self._policy.blocks
+            names = ["exact", blocks] if context <= EXACT_CONTEXT else [blocks]
             names = names if self._policy.may_use_blocks else ["exact"]
         else:
             names = [attention]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, LinearAttentionLayer
 
-from ollm_core.attention import ATTENTIONS
+from ollm_core.attention import find_attention
 from ollm_core.chunks import Chunk, NewTokens
 from ollm_core.interfaces import KeepsStates, KVStore, KVView
 
@@ -30,7 +30,7 @@ class LayerCall:
     ) -> None:
         self.embeddings: dict[str | None, Embeddings] = {}
         self._store = store
-        self._attention = ATTENTIONS[attention]
+        self._attention = find_attention(attention, device)
         self._sequences = tuple(work[row].sequence for row in chunk.rows)
         self._starts = tuple(work[row].start + chunk.begin for row in chunk.rows)
         first = work[chunk.rows[0]]

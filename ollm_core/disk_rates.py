@@ -5,15 +5,14 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Callable, Mapping
 from itertools import cycle
 from pathlib import Path
 
 from ollm_core.buffers import aligned_buffer, as_memoryview
-from ollm_core.errors import InputError
+from ollm_core.errors import InputError, OllmError
 from ollm_core.interfaces import ByteSource
 from ollm_core.types import TensorInfo
-from ollm_core.weights.sources import DirectSource, MmapSource
+from ollm_core.weights.sources import READERS, open_source
 
 _PIECE_BYTES = 32 << 20
 _NUM_BUFFERS = 4  # more than a processor's cache holds, as the buffers of a run are
@@ -21,10 +20,6 @@ _READ_BYTES = 2 << 30
 _READ_SECONDS = 3.0
 _TRIAL_BYTES = 512 << 20
 _LEAST_FILE_BYTES = 256 << 20
-_ENGINES: Mapping[str, Callable[[list[Path]], ByteSource]] = {
-    "direct": DirectSource,
-    "mmap": MmapSource,
-}
 
 
 def measure_readers(directory: Path) -> dict[str, float]:
@@ -56,13 +51,12 @@ def measure_readers(directory: Path) -> dict[str, float]:
 
 def _rates(path: Path) -> dict[str, float]:
     found = {}
-    for name, engine in _ENGINES.items():
+    for name in READERS:
         try:
-            source = engine([path])
-        except OSError:  # the file system refuses it
+            with open_source([path], name) as source:
+                found[name] = _rate(source, path)
+        except OllmError:  # the file system refuses it, or its library is not here
             continue
-        with source:
-            found[name] = _rate(source, path)
     return found
 
 

@@ -12,6 +12,7 @@ import torch
 from ollm_core.admission import Accounts
 from ollm_core.allocator import AllocatorCap
 from ollm_core.attention import ATTENTIONS
+from ollm_core.attention_rates import require_flash
 from ollm_core.budgets import layer_limits, stated_budgets
 from ollm_core.bus import bus_of
 from ollm_core.draft_model import open_drafter
@@ -72,11 +73,14 @@ def load(
       that begins alike continues from there. Nothing is kept in the default directory.
     - `keep_kv`: False neither keeps KV in `kv_dir` nor looks for any.
     - `attention`: "exact" (bit for bit transformers' eager attention; memory grows with the
-      context), "blockwise" (it does not), or "auto": exact up to 8,192 tokens where it fits.
+      context), "blockwise" (it does not), "flash" (the same by the package flash-attn, on CUDA), or
+      "auto": exact up to 8,192 tokens where it fits, and else "blockwise", or "flash" where
+      `ollm doctor` measured that to be faster.
     - `chunk_size`: tokens of a prompt that go through a layer together. Default: the largest that
       fits.
-    - `reader`: the reading engine, "direct", "mmap" or "auto": the one that `ollm doctor` measured
-      to be faster here, else direct reads where the file system allows them.
+    - `reader`: the reading engine, "direct", "mmap", "kvikio" (an extra) or "auto": the one that
+      `ollm doctor` measured to be the fastest here, else direct reads where the file system allows
+      them.
     - `draft`: where tokens guessed ahead come from: "none", "lookup", which looks for the last ones
       earlier in the text, or "model". It changes the speed, not the text; batches go without.
     - `draft_model`: for draft "model": the directory or the id of a model of the same vocabulary.
@@ -108,11 +112,13 @@ def load(
     parts = opening.take_apart(resolve(str(path_or_id), registry, models_dir))
     for capability, wanted in (
         ("drafts", draft != "none"),
-        ("blockwise-attention", attention == "blockwise"),
+        ("blockwise-attention", attention not in ("auto", "exact")),
         ("chunked-prefill", chunk_size is not None),
     ):
         if wanted:
             require(parts.adapter, capability)
+    if attention == "flash":
+        require_flash(target, parts.dtype, here=True)
     with ExitStack() as opened:  # what fails from here on leaves nothing open
         source = opened.enter_context(opening.source(parts))
         model = opened.enter_context(

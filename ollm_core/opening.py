@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from ollm_core.allocator import free_device_bytes
 from ollm_core.bus import Bus
 from ollm_core.checkpoint import Checkpoint, open_checkpoint, read_config
 from ollm_core.engine import Engine
-from ollm_core.errors import ConfigError, PluginError
+from ollm_core.errors import ConfigError, InputError, PluginError
 from ollm_core.generation import StreamedModel
 from ollm_core.host_memory import HostMemory
 from ollm_core.interfaces import ByteSource
@@ -25,7 +25,7 @@ from ollm_core.parts import ModelParts, take_apart
 from ollm_core.plugins import Offer, one_line
 from ollm_core.pressure import Pressure, reserve_bytes
 from ollm_core.profiling import Span, no_span
-from ollm_core.rates import fastest_reader
+from ollm_core.rates import fastest_blocks, fastest_reader
 from ollm_core.registry import Registry, require
 from ollm_core.requests import KVRequest
 from ollm_core.stores import StoreOpener
@@ -51,7 +51,7 @@ class Opening:
         """The model in `directory`. Raises ConfigError, CheckpointError, UnknownModelError."""
         config = read_config(directory)
         adapter = self.registry.adapter_for(config)
-        return take_apart(
+        parts = take_apart(
             adapter,
             config,
             open_checkpoint(directory),
@@ -61,14 +61,18 @@ class Opening:
             where=directory,
             bus=self.bus,
         )
+        return replace(parts, blocks=fastest_blocks(self.device, parts.dtype))
 
     def source(self, parts: ModelParts) -> ByteSource:
         """What reads its weights. Raises ReadError, PluginError."""
         engine = self.registry.check_name("ollm_reading_engines", self.reader)
-        checkpoint, reader = parts.checkpoint, self.reader
-        if reader == "auto":
-            reader = fastest_reader(checkpoint.directory)
-        return _open_source(checkpoint, reader, engine)
+        checkpoint = parts.checkpoint
+        if self.reader == "auto":
+            try:
+                return _open_source(checkpoint, fastest_reader(checkpoint.directory), None)
+            except InputError:  # one that worked when it was measured; CheckpointError comes again
+                pass
+        return _open_source(checkpoint, self.reader, engine)
 
     def pressure(self, weights: TieredWeights) -> Pressure:
         """Lets kept weights give way when others take the machine's memory."""

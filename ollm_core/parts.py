@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from ollm_core.admission import Accounts, Admission, Policy
+from ollm_core.attention_rates import require_flash
 from ollm_core.bus import Bus, bus_of
 from ollm_core.checkpoint import Checkpoint
 from ollm_core.description import describe_checkpoint
@@ -44,6 +45,8 @@ class ModelParts:
     units: Units
     bus: Bus | None
     """That of `device`; None where it computes in host memory."""
+    blocks: str = "blockwise"
+    """What attention "auto" takes where it is not exact."""
 
     @property
     def geometry(self) -> KVGeometry:
@@ -65,15 +68,20 @@ class ModelParts:
         pressure: Pressure | None = None,
     ) -> Admission:
         """What decides how a pass is run. Raises UnsupportedError for a fixed attention or chunk
-        size that the family does not have.
+        size that the family does not have, InputError for "flash" in another dtype or on a CPU.
         """
-        if attention == "blockwise":
+        if attention not in ("auto", "exact"):
             require(self.adapter, "blockwise-attention")
+        if attention == "flash":
+            require_flash(self.device, self.dtype, here=False)
+        if attention == "blockwise" and self.blocks == "products":
+            attention = self.blocks
         if chunk_size is not None:
             require(self.adapter, "chunked-prefill")
         policy = Policy(
             attention,
             chunk_size,
+            blocks=self.blocks,
             may_chunk=supports(self.adapter, "chunked-prefill"),
             may_use_blocks=supports(self.adapter, "blockwise-attention"),
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ollm_core.attention import ATTENTIONS
@@ -17,7 +17,7 @@ from ollm_core.machine import planned_device
 from ollm_core.parts import DTYPES, one_of, take_apart
 from ollm_core.plans import Plan
 from ollm_core.question import Question
-from ollm_core.rates import Rates, find_rates
+from ollm_core.rates import Rates, fastest_blocks, find_rates
 from ollm_core.registry import Registry
 from ollm_core.rehearsal import Rehearsal, Scenario
 from ollm_core.stores import TIERS
@@ -107,6 +107,7 @@ class Planner:
             where=found.where,
             bare=True,
         )
+        parts = replace(parts, blocks=fastest_blocks(self._target, parts.dtype))
         self._model = str(path_or_id)
         self._from_files = found.checkpoint is not None
         self._positions = int(parts.skeleton.config.max_position_embeddings)

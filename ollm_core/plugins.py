@@ -35,7 +35,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
     {
         "ollm_kv_stores": Kind("KV store", "kv_stores", ("auto", "device", "host", "disk")),
         "ollm_reading_engines": Kind(
-            "reading engine", "reading_engines", ("auto", "direct", "mmap")
+            "reading engine", "reading_engines", ("auto", "direct", "mmap", "kvikio")
         ),
         "ollm_weight_codecs": Kind("weight codec", "weight_codecs", ("compressed",)),
         "ollm_draft_sources": Kind("draft source", "draft_sources", ("none", "lookup", "model")),

@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 
+from ollm_core.attention_rates import blocks_work, flash_works, measure_attention
 from ollm_core.bus import bus_of, host_buffer
 from ollm_core.disk_rates import measure_readers
+from ollm_core.weights.sources import READERS
 
 _REPEATS = 5
 _CLEARLY = 1.1
@@ -101,6 +103,7 @@ def measure_rates(directory: Path, device: torch.device, dtype: torch.dtype) -> 
     here[f"compute {name}"] = _compute_rate(device, dtype)
     if device.type != "cpu":
         here["bus"] = _bus_rate(device)
+        here[f"attention {name}"] = measure_attention(device, dtype)
     here["date"] = today
     path = rates_file()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -114,23 +117,47 @@ def measured_readers(directory: Path) -> Mapping[str, float]:
     """Bytes per second of the reading engines on the disk of `directory`, by name, as
     `measure_rates` has kept them; empty if it has not.
     """
-    found = _read().get(_disk_key(directory), {}).get("readers")
-    if not isinstance(found, dict):
-        return {}
-    return {name: float(rate) for name, rate in found.items() if isinstance(rate, (int, float))}
+    return _by_name(_read().get(_disk_key(directory), {}).get("readers"))
 
 
 def fastest_reader(directory: Path) -> str:
-    """The reading engine to use there: "mmap" where it was measured to be the faster one by a
-    tenth, else "auto".
+    """The reading engine to use there: one that was measured to be faster by a tenth than what
+    "auto" would take, else "auto".
     """
     rates = measured_readers(directory)
-    return "mmap" if rates.get("mmap", 0) > _CLEARLY * rates.get("direct", 0) > 0 else "auto"
+    default = rates.get("direct") or rates.get("mmap", 0)
+    best = max(rates, key=lambda name: rates[name], default="auto")
+    return best if best in READERS and rates[best] > _CLEARLY * default > 0 else "auto"
+
+
+def measured_attention(device: torch.device, dtype: torch.dtype) -> Mapping[str, float]:
+    """FLOP per second of the kernels of block-wise attention, by the attention that uses them, as
+    `measure_rates` has kept them; empty if it has not.
+    """
+    name = str(dtype).removeprefix("torch.")
+    return _by_name(_read().get(_device_key(device), {}).get(f"attention {name}"))
+
+
+def fastest_blocks(device: torch.device, dtype: torch.dtype) -> str:
+    """What "auto" takes where attention is not exact: "flash" where it was measured to be faster by
+    a tenth and still works, else "blockwise", or "products" where torch's kernels do not work.
+    """
+    rates = measured_attention(device, dtype)
+    faster = rates.get("flash", 0) > _CLEARLY * rates.get("blockwise", 0)
+    if faster and flash_works(device, dtype):
+        return "flash"
+    return "blockwise" if blocks_work(device, dtype) else "products"
 
 
 def as_fields(rates: Rates) -> dict[str, Any]:
     """For JSON."""
     return asdict(rates)
+
+
+def _by_name(found: object) -> Mapping[str, float]:
+    if not isinstance(found, dict):
+        return {}
+    return {name: float(rate) for name, rate in found.items() if isinstance(rate, (int, float))}
 
 
 def _read() -> dict[str, dict[str, Any]]:

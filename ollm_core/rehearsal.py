@@ -20,7 +20,7 @@ from ollm_core.parts import ModelParts
 from ollm_core.registry import require
 from ollm_core.stores import TIERS, choose_tier
 from ollm_core.weights.held import HeldWeights, Placement
-from ollm_core.weights.sources import DescribedSource
+from ollm_core.weights.paged import DescribedSource
 
 EVERY_STEP = 256
 """New tokens up to which each decode step is gone through where attention may be exact. Otherwise

@@ -268,7 +268,7 @@ class Stats:
     decode_seconds: float
     """Of passes, and of the draft source between them."""
     reader: str
-    """The reading engine in use: "direct" or "mmap"."""
+    """The reading engine in use, by name."""
     attention: str
     chunk_size: int
     experts_routed: int = 0

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ollm_core.attention import ATTENTIONS
+from ollm_core.attention import find_attention
 from ollm_core.buffers import round_up
 from ollm_core.calls import StateCache, run_layer
 from ollm_core.interfaces import KVStore, KVView
@@ -68,7 +68,7 @@ class Workspace:
         if window is not None:
             # As many as are ever seen: their first block is then as long as any that is cut.
             return self._remembered(*shape, min(above, window - 1), attention)
-        if attention == "blockwise":
+        if attention != "exact":
             return self._remembered(*shape, min(above, _BLOCKWISE_BLOCKS * block_size), attention)
         # What an operation takes is a line in num_past. The peak is the highest of such lines, so
         # between two lengths it lies on or below the straight line from one peak to the other.
@@ -173,7 +173,7 @@ class _TracedCache:
             (0,) * num_rows,
             (self._num_tokens,) * num_rows,
             cast("KVStore", self),  # only `blocks` is asked of it
-            ATTENTIONS[self._attention],
+            find_attention(self._attention, self._geometry.device),
         )
         return view, view
 

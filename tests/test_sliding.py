@@ -26,7 +26,7 @@ from ollm_core import (
     UnsupportedError,
     WeightPlan,
 )
-from ollm_core.attention import ATTENTIONS, blockwise_attention
+from ollm_core.attention import blockwise_attention, find_attention
 from ollm_core.chunks import NewTokens
 from ollm_core.interfaces import KVView
 from ollm_core.kv import DeviceKVStore, KVGeometry
@@ -419,7 +419,7 @@ def attention_case(window, num_past, num_new, softcap=None):
         new = slice(num_past, None)
         return KVView(
             keys[None, :, new], values[None, :, new], 0, (sequence,), (num_past,), store,
-            ATTENTIONS[attention],
+            find_attention(attention, query.device),
         )  # fmt: skip
 
     return module.eval(), query, view, keys, values
@@ -449,7 +449,7 @@ def test_soft_caps():
     """Exact attention caps as Gemma 2 does, inside its window; block-wise refuses."""
     module, query, view, keys, values = attention_case(20, 50, 30, softcap=5.0)
     options = {"scaling": 0.25, "sliding_window": 20, "softcap": 5.0}
-    found = ATTENTIONS["exact"](module, query, view("exact"), **options)
+    found = find_attention("exact", query.device)(module, query, view("exact"), **options)
     back = torch.arange(19, 49)[:, None] - torch.arange(49)  # the window before, and the new ones
     mask = torch.zeros(30, 49).masked_fill_((back < 0) | (back >= 20), torch.finfo().min)
     seen = keys[None, :, 31:], values[None, :, 31:]

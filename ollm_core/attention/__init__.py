@@ -7,21 +7,38 @@ each other.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from ollm_core.attention.blockwise import blockwise_attention
+from ollm_core.attention.blockwise import (
+    BlockwiseAttention,
+    blockwise_attention,
+    kernels_on,
+)
 from ollm_core.attention.exact import exact_attention
+from ollm_core.attention.kernels import Products
 from ollm_core.interfaces import Attention, KVView
 
 ATTENTION_NAME = "ollm"
 """Unknown to transformers' mask functions, so that no mask is built for it."""
 
-ATTENTIONS: Mapping[str, Attention] = {"exact": exact_attention, "blockwise": blockwise_attention}
+ATTENTIONS = ("exact", "blockwise", "flash")
+"""What can be asked for. "flash" is "blockwise" with the kernels of the package flash-attn."""
+
+
+def find_attention(name: str, device: torch.device) -> Attention:
+    """One of ATTENTIONS, or "products", which is "blockwise" by plain products alone, as it is for
+    tensors on `device`, which need not be here: where it is traced, on the meta device, it takes
+    the memory that it would take there.
+    """
+    if name == "exact":
+        return exact_attention
+    if name == "products":
+        return BlockwiseAttention((Products(),))
+    return BlockwiseAttention(kernels_on(device, package=name == "flash"))
 
 
 def _attend(
@@ -42,4 +59,11 @@ def register_attention() -> None:
     AttentionInterface.register(ATTENTION_NAME, _attend)
 
 
-__all__ = ["ATTENTIONS", "ATTENTION_NAME", "blockwise_attention", "exact_attention"]
+__all__ = [
+    "ATTENTIONS",
+    "ATTENTION_NAME",
+    "blockwise_attention",
+    "exact_attention",
+    "find_attention",
+    "register_attention",
+]

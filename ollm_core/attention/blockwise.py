@@ -1,45 +1,84 @@
 """Attention block by block: the partial results are merged by their log-sum-exp, so no key is
 needed twice.
 
-Its memory does not grow with the context. The fused kernels are torch's own; the merge is that of
+Its memory does not grow with the context. What computes a part is a kernel; the merge is that of
 FlashAttention (Dao et al. 2022, arXiv:2205.14135).
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ollm_core.attention.kernels import (
+    CpuFlash,
+    FlashKernel,
+    Kernel,
+    Products,
+    flash_attn_2,
+    masked_products,
+    torch_flash,
+)
 from ollm_core.attention.options import CARRIED
 from ollm_core.errors import UnsupportedError
 from ollm_core.interfaces import KVView
 
-_TILE = 256  # new tokens that are attended to together where a window cuts them
+_TILE = 256  # tokens that are attended to together where a mask is made for them
+_FLASH_CAPABILITY = (8, 0)  # of a CUDA device
+
+
+@dataclass(frozen=True, slots=True)
+class BlockwiseAttention:
+    """See Attention. Merges in float32. Knows windows and sinks (`s_aux` [H]), no soft caps."""
+
+    kernels: tuple[Kernel, ...]
+    """The first that takes the dtype and the size of the heads is used; the last takes all."""
+
+    def __call__(
+        self,
+        module: torch.nn.Module,
+        query: Tensor,
+        view: KVView,
+        *,
+        scaling: float,
+        sliding_window: int | None = None,
+        s_aux: Tensor | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """`query` [R, H, T, D] -> [R, T, H, D]. Raises UnsupportedError for other options."""
+        for name, value in options.items():
+            if value is not None and name not in CARRIED:
+                raise UnsupportedError(f"block-wise attention does not know the option {name!r}")
+        kernel = next(k for k in self.kernels if k.takes(query.dtype, query.shape[-1]))
+        rows = []
+        for row in range(query.shape[0]):
+            partials = _Partials(query[row], view, row, scaling, sliding_window, kernel)
+            rows.append(partials.result(s_aux))
+        return torch.stack(rows)
+
+
+def kernels_on(device: torch.device, *, package: bool = False) -> tuple[Kernel, ...]:
+    """The kernels for a device, which need not be here, best first: with `package`, those of
+    flash-attn before torch's own.
+    """
+    if device.type != "cuda":
+        return (CpuFlash(),)
+    here = torch.cuda.is_available()
+    if here and torch.cuda.get_device_capability(device) < _FLASH_CAPABILITY:
+        return (Products(),)
+    calls = {"flash-attn": flash_attn_2} if package else {"torch": torch_flash}
+    return (*(FlashKernel(name, call) for name, call in calls.items()), Products())
 
 
 def blockwise_attention(
-    module: torch.nn.Module,
-    query: Tensor,
-    view: KVView,
-    *,
-    scaling: float,
-    sliding_window: int | None = None,
-    s_aux: Tensor | None = None,
-    **options: Any,
+    module: torch.nn.Module, query: Tensor, view: KVView, *, scaling: float, **options: Any
 ) -> Tensor:
-    """See Attention. Accumulates in float32. Knows windows and sinks (`s_aux` [H]); refuses soft
-    caps.
-    """
-    for name, value in options.items():
-        if value is not None and name not in CARRIED:
-            raise UnsupportedError(f"block-wise attention does not know the option {name!r}")
-    rows = []
-    for row in range(query.shape[0]):
-        partials = _Partials(query[row], view, row, scaling, sliding_window)
-        rows.append(partials.result(s_aux))
-    return torch.stack(rows)
+    """BlockwiseAttention with the kernels of the device that `query` is on."""
+    attend = BlockwiseAttention(kernels_on(query.device))
+    return attend(module, query, view, scaling=scaling, **options)
 
 
 class _Partials:
@@ -50,7 +89,13 @@ class _Partials:
     """
 
     def __init__(
-        self, query: Tensor, view: KVView, row: int, scaling: float, window: int | None
+        self,
+        query: Tensor,
+        view: KVView,
+        row: int,
+        scaling: float,
+        window: int | None,
+        kernel: Kernel,
     ) -> None:
         """`query` is [H, T, D]."""
         keys, values = view.keys[row], view.values[row]  # [G, T, D]
@@ -58,14 +103,13 @@ class _Partials:
         self._query = query.unflatten(0, (num_groups, -1))  # [G, H / G, T, D]
         self._scaling = scaling
         self._window = window
+        self._kernel = kernel
         self._total: Tensor | None = None  # [G, H / G, T, D] float32
         self._lse: Tensor | None = None  # [G, H / G, T]
-        if window is None or num_new <= window:
-            self._add_new(keys, values, 0)
-        else:
-            for begin in range(0, num_new, _TILE):
-                tile = slice(begin, begin + _TILE)
-                self._add_new(keys[:, tile], values[:, tile], begin)
+        step = num_new if self._hides(num_new) else _TILE
+        for begin in range(0, num_new, step):
+            tile = slice(begin, begin + step)
+            self._add_new(keys[:, tile], values[:, tile], begin)
         position = view.first(row, window) - view.starts[row]
         for past_keys, past_values in view.past(row, window):
             self._add_before(past_keys, past_values, position, 0)
@@ -81,19 +125,23 @@ class _Partials:
             total = total * share[..., None]
         return total.to(self._query.dtype).flatten(0, 1).transpose(0, 1).contiguous()
 
+    def _hides(self, num_new: int) -> bool:
+        """Whether the kernel itself hides what new tokens do not see of as many keys."""
+        cut = self._window is not None and num_new > self._window
+        return self._kernel.causal and (self._kernel.windows or not cut)
+
     def _add_new(self, keys: Tensor, values: Tensor, begin: int) -> None:
         """Keys of new tokens from `begin` on: seen by themselves and by later ones."""
-        end = begin + keys.shape[1]
-        part = self._query[:, :, begin:end]
-        _, group, num_new, _ = part.shape
-        if self._window is not None and num_new > self._window:
-            self._add_masked(keys, values, begin, begin, end)
-        elif num_new == 1:
+        num_new = keys.shape[1]
+        end = begin + num_new
+        if num_new == 1:
             self._add_visible(keys, values, begin, end)
+        elif self._hides(num_new):
+            cut = self._window is not None and num_new > self._window
+            before = self._window - 1 if self._window is not None and cut else None
+            self._add_part(keys, values, begin, end, causal=True, before=before)
         else:
-            repeated = keys.repeat_interleave(group, 0), values.repeat_interleave(group, 0)
-            output, lse = _partial(part.flatten(0, 1), *repeated, self._scaling, causal=True)
-            self._merge(output.reshape(part.shape), lse.reshape(part.shape[:3]), begin, end)
+            self._add_masked(keys, values, begin, begin, end)
         if end < self._query.shape[2]:
             self._add_before(keys, values, begin, end)
 
@@ -109,26 +157,47 @@ class _Partials:
         end = min(max(begin + keys.shape[1] - 1 + self._window, first), num_new)
         if first < whole:
             self._add_visible(keys, values, first, whole)
+        if whole < end and self._kernel.windows:  # fewer queries than keys
+            before = begin + keys.shape[1] - 1 + self._window - end
+            self._add_part(keys, values, whole, end, before=before)
+            return
         for tile in range(whole, end, _TILE):
             self._add_masked(keys, values, begin, tile, min(tile + _TILE, end))
 
     def _add_visible(self, keys: Tensor, values: Tensor, first: int, end: int) -> None:
         """Keys that the queries from `first` to `end` see all of."""
+        if self._kernel.causal:
+            self._add_part(keys, values, first, end)
+            return
+        for begin in range(0, keys.shape[1], _TILE):
+            tile = slice(begin, begin + _TILE)
+            self._add_part(keys[:, tile], values[:, tile], first, end)
+
+    def _add_part(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        first: int,
+        end: int,
+        *,
+        causal: bool = False,
+        before: int | None = None,
+    ) -> None:
+        """What the kernel makes of the queries from `first` to `end`."""
         part = self._query[:, :, first:end]
-        folded = part.flatten(1, 2)  # [G, H / G * T, D]
-        output, lse = _partial(folded, keys, values, self._scaling, causal=False)
-        self._merge(output.reshape(part.shape), lse.reshape(part.shape[:3]), first, end)
+        output, lse = self._kernel(part, keys, values, self._scaling, causal=causal, before=before)
+        self._merge(output, lse, first, end)
 
     def _add_masked(self, keys: Tensor, values: Tensor, begin: int, first: int, end: int) -> None:
         """Keys from `begin` on, of which each query from `first` to `end` sees at least one."""
-        assert self._window is not None
         part = self._query[:, :, first:end]
         at = torch.arange(first, end, device=keys.device)[:, None]
         back = at - torch.arange(begin, begin + keys.shape[1], device=keys.device)  # [T, n]
-        hidden = (back < 0) | (back >= self._window)
-        hidden = hidden.repeat(part.shape[1], 1)
-        output, lse = _product(part.flatten(1, 2), keys, values, self._scaling, hidden)
-        self._merge(output.reshape(part.shape), lse.reshape(part.shape[:3]), first, end)
+        hidden = back < 0
+        if self._window is not None:
+            hidden |= back >= self._window
+        output, lse = masked_products(part, keys, values, self._scaling, hidden)
+        self._merge(output, lse, first, end)
 
     def _merge(self, output: Tensor, lse: Tensor, first: int, end: int) -> None:
         """Add a part for the queries from `first` to `end`."""
@@ -144,37 +213,3 @@ class _Partials:
         total.mul_((old - merged).exp_()[..., None])
         total.addcmul_(output.float(), (lse - merged).exp_()[..., None])
         self._lse[:, :, first:end] = merged
-
-
-def _partial(
-    query: Tensor, keys: Tensor, values: Tensor, scaling: float, *, causal: bool
-) -> tuple[Tensor, Tensor]:
-    """Attention over some keys: [N, T, D] x [N, n, D] -> output [N, T, D], log-sum-exp [N, T]."""
-    arguments = query[None], keys[None], values[None]
-    if query.device.type == "cuda" and query.dtype != torch.float32:
-        output, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
-            *arguments, 0.0, causal, False, scale=scaling
-        )
-        return output[0], lse[0].float()
-    if query.device.type in ("cpu", "meta"):
-        output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            *arguments, 0.0, causal, scale=scaling
-        )
-        return output[0], lse[0].float()
-    hidden = None
-    if causal:
-        shape = query.shape[1], keys.shape[1]
-        hidden = torch.ones(shape, dtype=torch.bool, device=query.device).triu_(1)
-    return _product(query, keys, values, scaling, hidden)
-
-
-def _product(
-    query: Tensor, keys: Tensor, values: Tensor, scaling: float, hidden: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """As `_partial`, in float32, with any mask: `hidden` [T, n] is true where a key is not seen."""
-    scores = torch.matmul(query.float(), keys.float().transpose(1, 2)).mul_(scaling)
-    if hidden is not None:
-        scores.masked_fill_(hidden, -torch.inf)
-    lse = scores.logsumexp(-1)
-    weights = scores.sub_(lse[..., None]).exp_()
-    return torch.matmul(weights, values.float()), lse

@@ -26,17 +26,25 @@ def doctor(device: str, dtype: str, models_dir: str | None, as_json: bool) -> No
     from ollm_core.hub import models_root
     from ollm_core.machine import pick_device
     from ollm_core.parts import DTYPES
-    from ollm_core.rates import as_fields, measure_rates, measured_readers, rates_file
+    from ollm_core.rates import (
+        as_fields,
+        measure_rates,
+        measured_attention,
+        measured_readers,
+        rates_file,
+    )
 
     target = pick_device(device)
     root = models_root(models_dir)
     rates = measure_rates(root, target, DTYPES[dtype])
     readers = measured_readers(root)
+    attention = measured_attention(target, DTYPES[dtype])
     budgets = default_budgets(target)
     if as_json:
         told = {"device": str(target), "dtype": dtype, "kept_in": str(rates_file())}
         defaults = {"device_memory": budgets.device, "host_memory": budgets.host}
-        print_json({**told, **defaults, **as_fields(rates), "readers": dict(readers)})
+        more = {"readers": dict(readers), "attention": dict(attention)}
+        print_json({**told, **defaults, **as_fields(rates), **more})
         return
     click.echo(f"disk     {format_size(rates.disk.per_second)}/s, read from {root}")
     each = ", ".join(f"{name} {format_size(rate)}/s" for name, rate in readers.items())
@@ -45,6 +53,10 @@ def doctor(device: str, dtype: str, models_dir: str | None, as_json: bool) -> No
     if rates.bus is not None:
         click.echo(f"bus      {format_size(rates.bus.per_second)}/s from host to {target}")
     click.echo(f"compute  {rates.compute.per_second / 1e9:.4g} GFLOP/s in {dtype} on {target}")
+    if attention:
+        best = max(attention, key=lambda name: attention[name])
+        each = ", ".join(f"{name} {rate / 1e9:.4g}" for name, rate in attention.items())
+        click.echo(f"blocks   {best} attention is the fastest: {each} GFLOP/s")
     click.echo(
         f"budgets  {format_size(budgets.device)} of device memory and {format_size(budgets.host)} "
         "of host memory, where none are stated:"

@@ -61,7 +61,7 @@ def chunk_size_option(command: Command) -> Command:
 
 def attention_option(command: Command) -> Command:
     """`--attention`."""
-    choices = click.Choice(["auto", "exact", "blockwise"])
+    choices = click.Choice(["auto", "exact", "blockwise", "flash"])
     return click.option("--attention", type=choices, default="auto", show_default=True)(command)
 
 

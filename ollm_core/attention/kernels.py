@@ -1,0 +1,231 @@
+"""What computes one part of block-wise attention: some queries over some keys, and the log-sum-exp
+that parts are merged by.
+
+Letters: G key-value heads, P query heads that share one, T queries, n keys, D head dimension.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+HALF = frozenset({torch.float16, torch.bfloat16})
+_MOST_HEAD_DIM = 256  # of the flash kernels
+_HEAD_UNIT = 8  # they take heads of a multiple of it
+_SPLIT_ROWS = 64  # queries of one block of threads, where the kernels split keys among several
+_SPLIT_KEYS = {64: 256, 128: 128, _MOST_HEAD_DIM: 64}  # by head size, the fewest of one split
+_MOST_SPLITS = 128
+_MOST_BLOCKS = 320  # from there on a device of 200 multiprocessors does not split
+
+
+class Kernel(ABC):
+    """Attention of queries over keys. Rows and keys are aligned at their ends: query i of T stands
+    at key i + n - T.
+    """
+
+    name: str
+    causal: bool = True
+    """Whether it can hide the keys behind each query's own."""
+    windows: bool = True
+    """Whether it can hide keys that are too far before it. A kernel that cannot is given all that
+    is seen in whole, and `masked_products` does the rest.
+    """
+
+    @abstractmethod
+    def takes(self, dtype: torch.dtype, head_dim: int) -> bool:
+        """Whether it computes in this dtype, with heads of this size."""
+
+    @abstractmethod
+    def __call__(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        scaling: float,
+        *,
+        causal: bool = False,
+        before: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """`query` [G, P, T, D] over `keys`, `values` [G, n, D] -> output [G, P, T, D] and the
+        log-sum-exp of the scaled scores [G, P, T] in float32.
+
+        `causal`: T is n, and each query sees its own key and those before. `before`: at most so
+        many keys before its own place. Each query must see a key; without `causal`, one with
+        `before` has no more queries than keys, and sees all keys behind.
+        """
+
+
+class CpuFlash(Kernel):
+    """torch's fused kernel on a CPU. It repeats keys where it hides some."""
+
+    name = "torch"
+    windows = False
+
+    def takes(self, dtype: torch.dtype, head_dim: int) -> bool:
+        return True
+
+    def __call__(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        scaling: float,
+        *,
+        causal: bool = False,
+        before: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        assert before is None, "declared by `windows`"
+        if causal:  # its mask counts queries from the first key: here there are as many
+            group = query.shape[1]
+            part = query.flatten(0, 1)
+            keys, values = (t.repeat_interleave(group, 0) for t in (keys, values))
+        else:  # queries that share keys, as one long query
+            part = query.flatten(1, 2)
+        output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            part[None], keys[None], values[None], 0.0, causal, scale=scaling
+        )
+        return output[0].reshape(query.shape), lse[0].float().reshape(query.shape[:3])
+
+
+class Products(Kernel):
+    """Matrix products in float32, in any dtype and on any device. What it takes grows with queries
+    times keys, so it is given tiles.
+    """
+
+    name = "products"
+    causal = False
+    windows = False
+
+    def takes(self, dtype: torch.dtype, head_dim: int) -> bool:
+        return True
+
+    def __call__(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        scaling: float,
+        *,
+        causal: bool = False,
+        before: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        assert not causal, "declared by `causal`"
+        assert before is None, "declared by `windows`"
+        return masked_products(query, keys, values, scaling, None)
+
+
+def masked_products(
+    query: Tensor, keys: Tensor, values: Tensor, scaling: float, hidden: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """As a kernel, with any mask: `hidden` [T, n] is true where a key is not seen."""
+    part = query.flatten(1, 2)  # [G, P * T, D]
+    scores = torch.matmul(part.float(), keys.float().transpose(1, 2)).mul_(scaling)
+    if hidden is not None:
+        scores.masked_fill_(hidden.repeat(query.shape[1], 1), -torch.inf)
+    lse = scores.logsumexp(-1)
+    weights = scores.sub_(lse[..., None]).exp_()
+    output = torch.matmul(weights, values.float())
+    return output.reshape(query.shape), lse.reshape(query.shape[:3])
+
+
+FlashCall = Callable[[Tensor, Tensor, Tensor, float, bool, int], tuple[Tensor, Tensor]]
+"""query [1, T, H, D], keys and values [1, n, G, D], scaling, whether causal, keys before (-1: all)
+-> output [1, T, H, D], log-sum-exp [1, H, T or more].
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class FlashKernel(Kernel):
+    """The kernels of FlashAttention 2 on CUDA, of torch or of the package flash-attn: query heads
+    share keys as they are, windows need no tiles.
+    """
+
+    name: str
+    call: FlashCall
+    dtypes: frozenset[torch.dtype] = HALF
+
+    def takes(self, dtype: torch.dtype, head_dim: int) -> bool:
+        return dtype in self.dtypes and head_dim <= _MOST_HEAD_DIM
+
+    def __call__(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        scaling: float,
+        *,
+        causal: bool = False,
+        before: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        num_groups, group, num_new, head_dim = query.shape
+        if missing := -head_dim % _HEAD_UNIT:  # zeros change no score
+            query, keys, values = (
+                torch.nn.functional.pad(t, (0, missing)) for t in (query, keys, values)
+            )
+        arguments = (
+            query.flatten(0, 1).transpose(0, 1)[None],
+            keys.transpose(0, 1)[None],
+            values.transpose(0, 1)[None],
+        )
+        if query.device.type == "meta":
+            output, lse = _described(*arguments)
+        else:
+            left = -1 if before is None else before
+            output, lse = self.call(*arguments, scaling, causal, left)
+        output = output[0, :, :, :head_dim].transpose(0, 1)
+        heads = (num_groups, group)
+        return output.unflatten(0, heads), lse[0, :, :num_new].float().unflatten(0, heads)
+
+
+def torch_flash(
+    query: Tensor, keys: Tensor, values: Tensor, scaling: float, causal: bool, before: int
+) -> tuple[Tensor, Tensor]:
+    """A FlashCall: the kernels that torch has built in. That of `scaled_dot_product_attention`
+    takes no windows, the one below it does.
+    """
+    output, lse, *_ = torch.ops.aten._flash_attention_forward(
+        query, keys, values, None, None, query.shape[1], keys.shape[1], 0.0, causal, False,
+        scale=scaling,
+        window_size_left=None if before < 0 else before,
+        window_size_right=0 if causal and before >= 0 else None,
+    )  # fmt: skip
+    return output, lse
+
+
+def flash_attn_2(
+    query: Tensor, keys: Tensor, values: Tensor, scaling: float, causal: bool, before: int
+) -> tuple[Tensor, Tensor]:
+    """A FlashCall: the package flash-attn, which is imported here."""
+    from flash_attn import flash_attn_func
+
+    output, lse, _ = flash_attn_func(
+        query,
+        keys,
+        values,
+        softmax_scale=scaling,
+        causal=causal,
+        window_size=(before, 0 if causal and before >= 0 else -1),
+        return_attn_probs=True,  # which also gives the log-sum-exp; no probabilities are made
+    )
+    return output, lse
+
+
+def _described(query: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """What a FlashCall allocates, without data. Where there are few queries the kernels split the
+    keys, and hold a float32 result of each split until they are merged.
+    """
+    _, num_new, num_heads, head_dim = query.shape
+    shape = (1, num_heads, num_new)
+    split_keys = next(count for most, count in _SPLIT_KEYS.items() if head_dim <= most)
+    splits = min(-(-keys.shape[1] // split_keys), _MOST_SPLITS)
+    partial: Tensor | None = None
+    if splits > 1 and num_heads * -(-num_new // _SPLIT_ROWS) < _MOST_BLOCKS:
+        partial = query.new_empty(splits, *shape, head_dim + 1, dtype=torch.float32)
+    output = torch.empty_like(query)
+    lse = query.new_empty(shape, dtype=torch.float32)
+    del partial
+    return output, lse
