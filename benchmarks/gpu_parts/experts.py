@@ -1,0 +1,73 @@
+"""Layers of a large mixture of experts in their true shapes: with all experts on the card, in host
+memory and on the disk, and the tokens of un-offloaded transformers beside.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from gpu_parts.checkpoints import Checkpoint, experts, remove
+from gpu_parts.runs import disk_limit, fault_of, measured, prompt_of, share, told_of
+from gpu_parts.work import OutOfTime, Tell, Work
+from ollm_conformance.subject import Reference
+
+_LAYERS = 4
+_TIERS: dict[str, dict[str, Any]] = {
+    "on the card": {},
+    "in host memory": {"device_memory": "5GB"},
+    "on disk": {"device_memory": "5GB", "host_memory": "3GB"},
+}
+_SMALL = {"device_memory": "20MB", "host_memory": "40MB"}
+
+
+def run(work: Work, tell: Tell, family: str) -> None:
+    """A finding for each tier, then one for transformers. Raises OutOfTime."""
+    checkpoint = experts(work, family, _LAYERS)
+    limit = disk_limit(checkpoint)
+    num_tokens, num_new = (20, 3) if work.small else (256, 8)
+    found: dict[str, Any] = {}
+    for tier, memory in _TIERS.items():
+        if work.seconds_left < 8:
+            raise OutOfTime(f"experts {tier} were not measured, nor what comes after")
+        options = {**memory, **(_SMALL if work.small else {})}
+        one = measured(
+            work,
+            checkpoint,
+            num_tokens,
+            num_new,
+            warming=True,
+            kv="device",
+            attention="exact",
+            chunk_size=num_tokens,
+            **options,
+        )
+        one["disk_limit_gb_s"], one["share_of_disk"] = round(limit, 3), share(one, limit)
+        found = found or one
+        hit = one["experts_hit"] / max(one["experts_routed"], 1)
+        told = f"{told_of(one)}; {hit:.0%} of the experts found in memory"
+        tell(f"experts {tier}", told, fault=fault_of(one, found), **one)
+    if work.seconds_left < 15:
+        raise OutOfTime("tokens of transformers were not compared")
+    _compare(work, tell, checkpoint, found, num_new)
+    remove(checkpoint)
+
+
+def _compare(
+    work: Work, tell: Tell, checkpoint: Checkpoint, found: dict[str, Any], num_new: int
+) -> None:
+    """The tokens of the un-offloaded model on the same device."""
+    num_tokens = found["prompt_tokens"]
+    reference = Reference(checkpoint.path, torch.bfloat16, work.device, num_tokens)
+    prompt = prompt_of(reference.model, num_tokens)[0]  # type: ignore[arg-type]
+    tokens, logits = reference.greedy(prompt, num_new)
+    best = logits.float().topk(2, dim=-1).values
+    same = tokens == found["tokens"]
+    tell(
+        "transformers",
+        f"tokens {'the same' if same else 'DIFFERENT'}",
+        fault="" if same else f"tokens {found['tokens']}, those of transformers are {tokens}",
+        tokens=tokens,
+        margins=[round(float(margin), 5) for margin in best[:, 0] - best[:, 1]],
+    )
