@@ -96,6 +96,9 @@ class Session:
             worth = sum(other.worth for other in alone[number:])
             seconds = (self.seconds_left - GRACE_SECONDS) * part.worth / worth
             self._run(part, record, seconds, at_once=1)
+        for part in together:
+            if part.name in record.left_out:  # and there is time after all
+                self._run(part, record, self.seconds_left - GRACE_SECONDS, at_once=1)
 
     def _run_until(self, part: Part, record: Record, ends: float, at_once: int, waves: int) -> None:
         """One of several parts at a time: the last to begin need some of the time too."""
@@ -157,11 +160,12 @@ def result_path(machine: dict[str, Any], out: Path | None) -> Path:
 
 def conclude(record: Record) -> int:
     """Say in a few lines how it went; the exit code."""
-    for line in record.unfinished:
-        print(f"not finished  {line}")
+    for name, error in record.unfinished:
+        print(f"not finished  {name}: {error}")
     for line in record.faults:
         print(f"FAULT         {line}")
-    print(f"{'FAILED' if record.failed else 'every promise held'}; {record.path}")
+    held = "every promise that was tried held"
+    print(f"{'FAILED' if record.failed else held}; {record.path}")
     return int(record.failed)
 
 

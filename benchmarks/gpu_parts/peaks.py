@@ -61,14 +61,19 @@ class Peaks:
         return found
 
 
-def over_budget(found: dict[str, Any]) -> str:
-    """The fault of a run, if it has one: more than was allowed. Of the host only what the accounts
-    say is held against it; a process has more than they count.
+def over_budget(found: dict[str, Any], beside_bytes: int = 0) -> str:
+    """The fault of a run, if it has one: more than was allowed, `beside_bytes` apart, which are on
+    the device and not the library's. Of the host only what the accounts say is held against it; a
+    process has more than they count.
     """
-    for memory, what in (("device", "accounted"), ("device", "requested"), ("host", "accounted")):
+    for memory, what, beside in (
+        ("device", "accounted", 0),
+        ("device", "requested", beside_bytes),
+        ("host", "accounted", 0),
+    ):
         taken, limit = found[f"{memory}_{what}_bytes"], found[f"{memory}_limit_bytes"]
-        if taken is not None and taken > limit:
-            return f"{taken - limit} bytes over the {memory} budget of {limit} ({what})"
+        if taken is not None and taken > limit + beside:
+            return f"{taken - limit - beside} bytes over the {memory} budget of {limit} ({what})"
     return ""
 
 

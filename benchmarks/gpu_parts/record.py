@@ -10,6 +10,8 @@ from typing import Any
 
 from gpu_parts.running import Ending
 
+_LEFT_OUT = "no time left"
+
 
 class Record:
     """Findings by part. Its methods may be called from any thread."""
@@ -19,11 +21,23 @@ class Record:
         self.path = path
         self.faults: list[str] = []
         """Promises that were broken, by part and finding."""
-        self.unfinished: list[str] = []
-        """Parts that failed, that were cut short, or that did not begin."""
         self._parts: dict[str, dict[str, Any]] = {}
         self._about = about
         self._lock = threading.Lock()
+
+    @property
+    def unfinished(self) -> list[tuple[str, str]]:
+        """Parts that failed, that were cut short, or that did not begin, and why."""
+        return [
+            (name, f"{one['state']}, {one['error']}" if "error" in one else one["state"])
+            for name, one in self._parts.items()
+            if one["state"] != "done"
+        ]
+
+    @property
+    def left_out(self) -> list[str]:
+        """Parts for which there was no time so far."""
+        return [name for name, one in self._parts.items() if one["state"] == _LEFT_OUT]
 
     @property
     def failed(self) -> bool:
@@ -52,22 +66,19 @@ class Record:
             told = {key: value for key, value in asdict(ending).items() if value != ""}
             found = self._parts[part]
             self._parts[part] = {**found, **told, "seconds": round(ending.seconds, 1)}
-            if ending.state != "done":
-                self.unfinished.append(f"{part}: {ending.state}, {ending.error}")
             self._write()
 
     def leave_out(self, part: str) -> None:
         """A part for which there is no time."""
         with self._lock:
-            self._parts[part] = {"state": "no time left", "findings": {}}
-            self.unfinished.append(f"{part}: no time left")
+            self._parts[part] = {"state": _LEFT_OUT, "findings": {}}
             self._write()
 
     def _write(self) -> None:
         whole = {
             **self._about,
             "faults": self.faults,
-            "unfinished": self.unfinished,
+            "unfinished": [f"{name}: {error}" for name, error in self.unfinished],
             "parts": self._parts,
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -20,6 +20,7 @@ from ollm_core.plans import Plan
 from ollm_core.profiling import Profile
 
 _PROBE_BYTES = 2_000_000_000
+_GENERATE_BYTES = 64  # for a token of prompt: its id, masks and positions, some of them twice
 _PLANNED = (
     "device_memory", "host_memory", "kv", "device_layers", "host_layers", "attention", "chunk_size"
 )  # fmt: skip
@@ -110,6 +111,7 @@ def measured(
         "kv_tier": stats.kv_tier,
         "times_short": stats.times_short,
         "tokens": timing.tokens,
+        "generate_bytes": _GENERATE_BYTES * num_tokens + 4 * 4 * model.config.vocab_size,
         **found,
     }
 
@@ -118,7 +120,7 @@ def fault_of(found: Mapping[str, Any], expected: Mapping[str, Any] | None = None
     """What promise a run has broken: the budget, or other tokens than `expected` has."""
     if expected is not None and found["tokens"] != expected["tokens"]:
         return f"tokens {found['tokens']}, expected {expected['tokens']}"
-    return over_budget(dict(found))
+    return over_budget(dict(found), found["generate_bytes"])
 
 
 def told_of(found: Mapping[str, Any]) -> str:
