@@ -127,8 +127,8 @@ class Session:
 
     def _command(self, part: Part, seconds: float) -> list[str]:
         work = Work(self._args.device, self._args.small, self._scratch, time.time() + seconds)
-        child = str(HERE / "gpu_parts" / "child.py")
-        return [sys.executable, child, part.module, part.argument, work.as_json()]
+        child = [sys.executable, "-m", "gpu_parts.child"]
+        return [*child, part.module, part.argument, work.as_json()]
 
     def _environ(self, at_once: int) -> dict[str, str]:
         """No network; rates that are measured here are for here alone; one thread each where many
@@ -137,6 +137,9 @@ class Session:
         home = self._scratch / "home"
         home.mkdir(exist_ok=True)
         changed = {
+            "PYTHONPATH": os.pathsep.join(
+                filter(None, (str(HERE), os.environ.get("PYTHONPATH", "")))
+            ),
             "HOME": str(home),
             "PYTHONUSERBASE": site.getuserbase(),
             "TMPDIR": str(self._scratch),

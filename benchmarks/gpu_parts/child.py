@@ -1,6 +1,6 @@
 """One part in this process: its findings are lines of JSON on stdout, and so is how it failed.
 
-usage: child.py MODULE ARGUMENT WORK
+usage: python -m gpu_parts.child MODULE ARGUMENT WORK
 """
 
 from __future__ import annotations
@@ -11,25 +11,25 @@ import os
 import signal
 import sys
 import traceback
-from pathlib import Path
+from typing import IO
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from gpu_parts.work import OutOfTime, Work, print_finding
+from gpu_parts.work import OutOfTime, Work, teller
 
 
-def main(module: str, argument: str, work: Work) -> int:
+def main(module: str, argument: str, work: Work, out: IO[str]) -> int:
     """The exit code."""
     signal.alarm(int(max(work.seconds_left, 0)) + 60)  # should nobody be there to end this
+    told: dict[str, object] = {}
     try:
-        importlib.import_module(f"gpu_parts.{module}").run(work, print_finding, argument)
+        importlib.import_module(f"gpu_parts.{module}").run(work, teller(out), argument)
     except OutOfTime as error:
-        print(json.dumps({"error": _line(error), "out_of_time": True}), flush=True)
+        told = {"error": _line(error), "out_of_time": True}
     except BaseException as error:  # noqa: BLE001 (whatever it is, it is told)
-        told = {"error": f"{type(error).__name__}: {_line(error)}"}
-        print(json.dumps({**told, "traceback": traceback.format_exc()}), flush=True)
-        return 1
-    return 0
+        name = type(error).__name__
+        told = {"error": f"{name}: {_line(error)}", "traceback": traceback.format_exc()}
+    if told:
+        print(json.dumps(told), file=out, flush=True)
+    return int("traceback" in told)
 
 
 def _line(error: BaseException) -> str:
@@ -37,10 +37,8 @@ def _line(error: BaseException) -> str:
 
 
 if __name__ == "__main__":
-    # What libraries print goes to stderr: stdout is for findings alone.
-    findings = os.dup(1)
+    # Findings alone go to stdout, and that past what pytest captures; the rest goes to stderr.
+    findings = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    sys.stdout = os.fdopen(findings, "w")
-    code = main(sys.argv[1], sys.argv[2], Work.from_json(sys.argv[3]))
-    sys.stdout.flush()
+    code = main(sys.argv[1], sys.argv[2], Work.from_json(sys.argv[3]), findings)
     os._exit(code)  # a broken CUDA context may hang where libraries take leave

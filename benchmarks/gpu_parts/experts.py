@@ -25,13 +25,19 @@ _SMALL = {"device_memory": "20MB", "host_memory": "40MB"}
 def run(work: Work, tell: Tell, family: str) -> None:
     """A finding for each tier, then one for transformers. Raises OutOfTime."""
     checkpoint = experts(work, family, _LAYERS)
+    try:
+        _measure(work, tell, checkpoint)
+    finally:
+        remove(checkpoint)  # the disk may be small
+
+
+def _measure(work: Work, tell: Tell, checkpoint: Checkpoint) -> None:
     limit = disk_limit(checkpoint)
     num_tokens, num_new = (20, 3) if work.small else (256, 8)
     found: dict[str, Any] = {}
     for tier, memory in _TIERS.items():
         if work.seconds_left < 8:
             raise OutOfTime(f"experts {tier} were not measured, nor what comes after")
-        options = {**memory, **(_SMALL if work.small else {})}
         one = measured(
             work,
             checkpoint,
@@ -41,7 +47,7 @@ def run(work: Work, tell: Tell, family: str) -> None:
             kv="device",
             attention="exact",
             chunk_size=num_tokens,
-            **options,
+            **(_SMALL if work.small else memory),
         )
         one["disk_limit_gb_s"], one["share_of_disk"] = round(limit, 3), share(one, limit)
         found = found or one
@@ -51,7 +57,6 @@ def run(work: Work, tell: Tell, family: str) -> None:
     if work.seconds_left < 15:
         raise OutOfTime("tokens of transformers were not compared")
     _compare(work, tell, checkpoint, found, num_new)
-    remove(checkpoint)
 
 
 def _compare(

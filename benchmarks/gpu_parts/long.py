@@ -25,7 +25,7 @@ def run(work: Work, tell: Tell, _: str = "") -> None:
     few = cut(work, whole, LLAMA, min(_FEW_LAYERS, whole.num_layers))
     limit = disk_limit(few)
     most = 260 if work.small else _TOKENS
-    short = _one(work, tell, few, most // 10, limit)
+    short = _one(work, tell, few, most // 10, limit, warming=True)
     num_tokens = _length(work, short, most)
     if num_tokens < most:
         left_out = f"a prompt of {most} tokens was not tried, for lack of time"
@@ -40,7 +40,13 @@ def run(work: Work, tell: Tell, _: str = "") -> None:
 
 
 def _one(
-    work: Work, tell: Tell, checkpoint: Checkpoint, num_tokens: int, limit: float
+    work: Work,
+    tell: Tell,
+    checkpoint: Checkpoint,
+    num_tokens: int,
+    limit: float,
+    *,
+    warming: bool = False,
 ) -> dict[str, Any]:
     """A run, told."""
     memory = {"device_memory": "7500MB", "host_memory": "12GB"}
@@ -54,12 +60,12 @@ def _one(
 
 
 def _length(work: Work, short: dict[str, Any], most: int) -> int:
-    """As long a prompt as may be expected to take half of the time that is left; a prompt ten times
-    as long takes up to fifty times the time.
+    """As long a prompt as may be expected to take most of the time that is left; a prompt ten times
+    as long takes about thirty times the time.
     """
-    num_tokens, seconds = most, short["prefill_seconds"] * 50
-    while seconds > work.seconds_left / 2 and num_tokens > short["prompt_tokens"]:
-        num_tokens, seconds = num_tokens * 3 // 4, seconds * 0.6
+    num_tokens, seconds = most, short["prefill_seconds"] * 30
+    while seconds > 0.7 * work.seconds_left and num_tokens > short["prompt_tokens"]:
+        num_tokens, seconds = num_tokens * 3 // 4, seconds * 0.65
     return max(num_tokens, short["prompt_tokens"])
 
 

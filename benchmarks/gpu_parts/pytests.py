@@ -22,7 +22,7 @@ class _Reports:
         if report.when != "call" and report.passed:
             return
         self.counts[report.outcome] += 1
-        name = report.nodeid.rpartition("/")[2]
+        name = report.nodeid.rpartition("/")[2].lstrip(":")
         seconds = round(report.duration, 2)
         if report.failed:
             error = _last_line(report.longreprtext)

@@ -6,7 +6,7 @@ import json
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import IO, Any, Protocol, Self
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,11 @@ class OutOfTime(Exception):
     """A part ends before all is done, because its time is up; the message says what is missing."""
 
 
-def print_finding(name: str, told: str, *, fault: str = "", **fields: Any) -> None:
-    """`Tell` of a child: a line of JSON, which its parent reads."""
-    line = {"finding": name, "told": told, **({"fault": fault} if fault else {}), **fields}
-    print(json.dumps(line), flush=True)
+def teller(out: IO[str]) -> Tell:
+    """Writes each finding to `out` as a line of JSON, which the parent reads."""
+
+    def tell(name: str, told: str, *, fault: str = "", **fields: Any) -> None:
+        line = {"finding": name, "told": told, **({"fault": fault} if fault else {}), **fields}
+        print(json.dumps(line), file=out, flush=True)
+
+    return tell

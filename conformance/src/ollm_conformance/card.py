@@ -61,6 +61,7 @@ def make_workspaces(device: torch.device) -> tuple[int, int]:
     """Multiply, so that matrix libraries have their workspaces from now on; returns the bytes that
     they have taken here to keep, and the bytes that a product takes while it runs.
     """
+    torch.cuda.init()  # without it there are no numbers
     before = _requested(device, "current")
     passing = 0
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
