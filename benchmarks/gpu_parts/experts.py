@@ -4,22 +4,19 @@ memory and on the disk, and the tokens of un-offloaded transformers beside.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from gpu_parts.checkpoints import Checkpoint, experts, remove
-from gpu_parts.runs import disk_limit, fault_of, measured, prompt_of, share, told_of
+from gpu_parts.runs import disk_limit, fault_of, measured, planned, prompt_of, share, told_of
 from gpu_parts.work import OutOfTime, Tell, Work
 from ollm_conformance.subject import Reference
+from ollm_core.plans import Plan
 
 _LAYERS = 4
-_TIERS: dict[str, dict[str, Any]] = {
-    "on the card": {},
-    "in host memory": {"device_memory": "5GB"},
-    "on disk": {"device_memory": "5GB", "host_memory": "3GB"},
-}
-_SMALL = {"device_memory": "20MB", "host_memory": "40MB"}
+_PART = 0.1  # of the checkpoint's bytes may be held beside what must be
 
 
 def run(work: Work, tell: Tell, family: str) -> None:
@@ -35,7 +32,8 @@ def _measure(work: Work, tell: Tell, checkpoint: Checkpoint) -> None:
     limit = disk_limit(checkpoint)
     num_tokens, num_new = (20, 3) if work.small else (256, 8)
     found: dict[str, Any] = {}
-    for tier, memory in _TIERS.items():
+    options = {"kv": "device", "attention": "exact", "chunk_size": num_tokens}
+    for tier, memory in _tiers(planned(work, checkpoint, num_tokens, num_new, options)):
         if work.seconds_left < 8:
             raise OutOfTime(f"experts {tier} were not measured, nor what comes after")
         one = measured(
@@ -44,10 +42,8 @@ def _measure(work: Work, tell: Tell, checkpoint: Checkpoint) -> None:
             num_tokens,
             num_new,
             warming=True,
-            kv="device",
-            attention="exact",
-            chunk_size=num_tokens,
-            **(_SMALL if work.small else memory),
+            **options,
+            **memory,
         )
         one["disk_limit_gb_s"], one["share_of_disk"] = round(limit, 3), share(one, limit)
         found = found or one
@@ -57,6 +53,17 @@ def _measure(work: Work, tell: Tell, checkpoint: Checkpoint) -> None:
     if work.seconds_left < 15:
         raise OutOfTime("tokens of transformers were not compared")
     _compare(work, tell, checkpoint, found, num_new)
+
+
+def _tiers(plan: Plan) -> Iterator[tuple[str, dict[str, int]]]:
+    """Where experts are to be, and the memory for that: of what is short there is the least that
+    does, and a part of the experts' bytes more.
+    """
+    more = int(_PART * plan.weight_bytes)
+    device = {"device_memory": plan.smallest_device_bytes + more}
+    yield "on the card", {}
+    yield "in host memory", device
+    yield "on disk", {**device, "host_memory": plan.smallest_host_bytes + more}
 
 
 def _compare(
