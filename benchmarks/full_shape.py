@@ -21,13 +21,14 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
+from aligned import save_aligned
 from disk import probe
 from measure import (
     PeakAnonymousMemory,
@@ -39,7 +40,6 @@ from measure import (
     read_from_storage,
     timed_generate,
 )
-from safetensors.torch import save_file
 from torch import Tensor
 
 import ollm
@@ -49,6 +49,8 @@ from ollm_core.generation import StreamedModel
 from ollm_core.registry import Registry
 from ollm_core.weights.units import TORCH_DTYPES
 
+Stored = tuple[str, tuple[int, ...]]
+"""safetensors dtype and shape of a tensor."""
 MODELS = Path(__file__).resolve().parent.parent / "models"
 
 
@@ -74,43 +76,53 @@ def config_of(family: Family, num_layers: int) -> dict[str, Any]:
     return {**config, **cut, "num_hidden_layers": num_layers, "dtype": "bfloat16"}
 
 
-def write_checkpoint(out: Path, config: dict[str, Any]) -> None:
-    """Random weights in the form in which the family is published; a tensor is in memory with those
-    of its layer.
+def files_of(config: dict[str, Any]) -> dict[str, dict[str, Stored]]:
+    """The form in which the family is published, a file per layer: its tensors by file, in the
+    order of the model.
     """
-    out.mkdir(parents=True, exist_ok=True)
     shapes = {name: tuple(p.shape) for name, p in meta_model(config).named_parameters()}
     adapter = Registry.discover().adapter_for(config)
     stored = adapter.tensors(config, shapes, STORED_DTYPES[config["dtype"]])
     assert stored is not None, f"adapter {adapter.name} does not say what a checkpoint holds"
-    generator = torch.Generator().manual_seed(0)
-    files: dict[str, list[str]] = {}
-    for name in stored:
+    files: dict[str, dict[str, Stored]] = {}
+    for name, form in stored.items():
         part = name.split("layers.")[-1].split(".")[0] if ".layers." in name else name
-        files.setdefault(f"part-{part}.safetensors", []).append(name)
-    for file, names in files.items():
-        tensors = {name: _random(name, *stored[name], generator) for name in names}
-        _save(tensors, out / file)
-        del tensors
-    weight_map = {name: file for file, names in files.items() for name in names}
-    (out / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    (out / "config.json").write_text(json.dumps(config, indent=1))
-    os.sync()  # what is not yet on the disk cannot be dropped from the page cache
+        files.setdefault(f"part-{part}.safetensors", {})[name] = form
+    return files
 
 
-def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    """With data from a multiple of 64 bytes on: matrix libraries want float32 so, and what lies
-    elsewhere would be copied.
+def random_tensors(forms: Mapping[str, Stored], generator: torch.Generator) -> dict[str, Tensor]:
+    """The tensors of a file, on the CPU. They are drawn where the generator is: a GPU is much
+    faster, and gives other numbers.
     """
-    save_file(tensors, path, metadata={"format": "pt", "pad": ""})
-    with path.open("rb") as file:
-        header_bytes = 8 + int.from_bytes(file.read(8), "little")
-    if missing := -header_bytes % 64:
-        save_file(tensors, path, metadata={"format": "pt", "pad": "-" * missing})
+    return {name: _random(name, *form, generator).cpu() for name, form in forms.items()}
+
+
+def write_description(
+    out: Path, config: dict[str, Any], files: Mapping[str, Iterable[str]]
+) -> None:
+    """What a checkpoint has beside its tensors: which file has which of them, and config.json."""
+    weight_map = {name: file for file, names in files.items() for name in names}
+    total_bytes = sum((out / file).stat().st_size for file in files)
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+    (out / "model.safetensors.index.json").write_text(json.dumps(index))
+    (out / "config.json").write_text(json.dumps(config, indent=1))
+
+
+def write_checkpoint(out: Path, config: dict[str, Any]) -> None:
+    """Random weights in the form in which the family is published; a tensor is in memory with those
+    of its layer. All is on the disk at the end: what is not cannot be dropped from the page cache.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    files = files_of(config)
+    generator = torch.Generator().manual_seed(0)
+    for file, forms in files.items():
+        save_aligned(random_tensors(forms, generator), out / file)
+    write_description(out, config, files)
 
 
 def _random(name: str, dtype: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    value = torch.empty(shape, dtype=TORCH_DTYPES[dtype])
+    value = torch.empty(shape, dtype=TORCH_DTYPES[dtype], device=generator.device)
     if name.endswith("norm.weight"):
         return value.fill_(1)
     if name.endswith("_scales"):  # powers of two from 2 ** -8 to 2 ** -5

@@ -1,167 +1,227 @@
-"""Check and measure on a CUDA device: a streamed model against the same one held on the card.
+"""All that can be learned on a CUDA device, in one command of at most eight minutes: the same
+tokens as un-offloaded transformers for every family, budgets kept, plans held against the
+allocator, and how fast it is.
 
-usage: gpu.py [--layers 8] [--device-memory 4GB] [--prompt 512] [--new 16] [--directory DIR]
+usage: gpu.py [--minutes 8] [--part NAME ...] [--directory DIR] [--out FILE]
+       gpu.py --device cpu --small --out FILE       # tries the script itself, without a card
 
-Writes a random bf16 Llama with the layer shapes of Llama-3-8B into a temporary directory (5.6 GB
-with 8 layers; put it on a real disk with --directory), runs it within --device-memory and then with
-plain transformers, and writes what it saw to benchmarks/results/gpu-CARD-DATE.json. Ends with 1 if
-the tokens differ or the memory was exceeded. Without a CUDA device it says so and ends with 0.
+Each part is a process of its own with a share of the time. First come those that check, side by
+side, then those that measure, alone. One that fails or takes too long is recorded as such, and the
+others run. The record, benchmarks/results/gpu-CARD-DATE.json, is written after every finding.
+Weights are random and are written below DIR, by default the system's directory for temporary files:
+47 GB at most, fewer layers where there is less room. No network is used.
+
+Exit code 1: a token differs, a byte is over a budget, or a part failed. Without a CUDA device it
+says so and ends with 0.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import os
 import re
+import signal
+import site
 import sys
 import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
-from disk import probe
-from make_checkpoint import Shape, write_checkpoint
-from measure import (
-    Timing,
-    checkpoint_files,
-    drop_from_cache,
-    environment,
-    random_prompt,
-    timed_generate,
-)
-from transformers import AutoModelForCausalLM
+from gpu_parts.listing import Part, chosen, parts
+from gpu_parts.record import Record
+from gpu_parts.running import GRACE_SECONDS, Ending, run_part
+from gpu_parts.work import Work
 
-import ollm
-
-DEVICE = "cuda:0"
-RESULTS = Path(__file__).resolve().parent / "results"
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results"
+_MACHINE = Part("machine", 0)
+_MACHINE_SECONDS = 60.0
+_LEAST_SECONDS = 12.0
+"""A process needs so long to begin at all; a part with less is left out."""
+_MOST_AT_ONCE = 6
 
 
-def streamed(checkpoint: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Run through oLLM within the budget, cold, between two probes of the disk."""
-    files = checkpoint_files(checkpoint)
-    before = probe(files)
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    with ollm.load(
-        checkpoint, device=DEVICE, device_memory=args.device_memory, kv="device", attention="exact"
-    ) as model:
-        timing = timed_generate(
-            model,
-            random_prompt(args.prompt).to(DEVICE),
-            args.new,
-            snapshot=lambda: model.stats,
-            between_tokens=lambda: drop_from_cache(files),
+class Session:
+    """One run of the script: who runs when, and what is printed."""
+
+    def __init__(self, args: argparse.Namespace, scratch: Path) -> None:
+        self.stop = threading.Event()
+        self._args = args
+        self._scratch = scratch
+        self._started = time.monotonic()
+
+    @property
+    def seconds_left(self) -> float:
+        """Of the whole."""
+        return self._args.minutes * 60 - (time.monotonic() - self._started)
+
+    def machine(self) -> tuple[dict[str, Any], Ending]:
+        """What it runs on; nothing if that could not be found out."""
+        found: list[dict[str, Any]] = []
+        ending = run_part(
+            self._command(_MACHINE, _MACHINE_SECONDS),
+            _MACHINE_SECONDS,
+            found.append,
+            self._environ(1),
+            self.stop,
         )
-        stats = model.stats
-    allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-    after = probe(files)
-    first, last = timing.snapshots[0], timing.snapshots[-1]
-    decode_bytes = last.weight_bytes_read - first.weight_bytes_read
-    limit = (before.gb_per_second + after.gb_per_second) / 2
-    rate = decode_bytes / timing.decode_seconds / 1e9
-    return {
-        **_timed(timing),
-        "weight_bytes": stats.weight_bytes,
-        "resident_bytes": stats.resident_bytes,
-        "bytes_read_per_decode_pass": decode_bytes // (last.weight_passes - first.weight_passes),
-        "disk_limit_gb_s": [round(before.gb_per_second, 3), round(after.gb_per_second, 3)],
-        "disk_limit_direct": before.direct,
-        "decode_gb_s": round(rate, 3),
-        "decode_share_of_limit": round(rate / limit, 3),
-        "device_limit_bytes": stats.device_limit_bytes,
-        "device_peak_bytes": stats.device_peak_bytes,
-        "cuda_max_allocated_bytes": allocated,
-        "cuda_max_reserved_bytes": reserved,
-        "within_budget": allocated <= stats.device_limit_bytes,
-        "host_peak_bytes": stats.host_peak_bytes,
-        "reader": stats.reader,
-        "attention": stats.attention,
-        "chunk_size": first.chunk_size,
-    }
+        return (found[0] if found else {}), ending
+
+    def run(self, there: Sequence[Part], record: Record) -> None:
+        """All parts: untimed ones together, the others one by one."""
+        together = [part for part in there if not part.timed]
+        alone = [part for part in there if part.timed]
+        at_once = max(min(_MOST_AT_ONCE, (os.cpu_count() or 1) // 2, len(together)), 1)
+        if together:
+            waves = -(-len(together) // at_once)
+            worth = max(part.worth for part in together)
+            share = worth / (worth + sum(part.worth for part in alone))
+            ends = time.monotonic() + self.seconds_left * share - GRACE_SECONDS
+            with ThreadPoolExecutor(at_once) as pool:
+                futures = [
+                    pool.submit(self._run_until, part, record, ends, at_once, waves)
+                    for part in together
+                ]
+                try:
+                    for future in futures:
+                        future.result()
+                except BaseException:
+                    self.stop.set()  # or the pool would wait for what runs
+                    raise
+        for number, part in enumerate(alone):
+            worth = sum(other.worth for other in alone[number:])
+            seconds = (self.seconds_left - GRACE_SECONDS) * part.worth / worth
+            self._run(part, record, seconds, at_once=1)
+        for part in together:
+            if part.name in record.left_out:  # and there is time after all
+                self._run(part, record, self.seconds_left - GRACE_SECONDS, at_once=1)
+
+    def _run_until(self, part: Part, record: Record, ends: float, at_once: int, waves: int) -> None:
+        """One of several parts at a time: the last to begin need some of the time too."""
+        left = ends - time.monotonic()
+        self._run(part, record, left if waves == 1 else 0.75 * left, at_once)
+
+    def _run(self, part: Part, record: Record, seconds: float, at_once: int) -> None:
+        if seconds < _LEAST_SECONDS or self.stop.is_set():
+            record.leave_out(part.name)
+            return
+        record.begin(part.name, seconds)
+        started = time.monotonic()
+
+        def take(finding: dict[str, Any]) -> None:
+            record.take(part.name, finding)
+            mark = "  FAULT: " + finding["fault"] if finding.get("fault") else ""
+            told = f"{finding['finding']}: {finding['told']}{mark}"
+            print(f"{time.monotonic() - started:6.1f} s  {part.name:24} {told}", flush=True)
+
+        command, environ = self._command(part, seconds), self._environ(at_once)
+        ending = run_part(command, seconds, take, environ, self.stop)
+        record.end(part.name, ending)
+        why = f", {ending.error}" if ending.error else ""
+        allowed = f"of {seconds:.0f} s"
+        print(f"{ending.seconds:6.1f} s  {part.name:24} {ending.state}, {allowed}{why}", flush=True)
+
+    def _command(self, part: Part, seconds: float) -> list[str]:
+        work = Work(self._args.device, self._args.small, self._scratch, time.time() + seconds)
+        child = [sys.executable, "-m", "gpu_parts.child"]
+        return [*child, part.module, part.argument, work.as_json()]
+
+    def _environ(self, at_once: int) -> dict[str, str]:
+        """No network; rates that are measured here are for here alone; one thread each where many
+        work side by side.
+        """
+        home = self._scratch / "home"
+        home.mkdir(exist_ok=True)
+        changed = {
+            "PYTHONPATH": os.pathsep.join(
+                filter(None, (str(HERE), os.environ.get("PYTHONPATH", "")))
+            ),
+            "HOME": str(home),
+            "PYTHONUSERBASE": site.getuserbase(),
+            "TMPDIR": str(self._scratch),
+            "HF_HUB_OFFLINE": "1",
+            "TRANSFORMERS_OFFLINE": "1",
+            "PYTHONUNBUFFERED": "1",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        }
+        if at_once > 1 or self._args.small:
+            changed["OMP_NUM_THREADS"] = "1"
+        return {**os.environ, **changed}
 
 
-def held_on_the_card(checkpoint: Path, args: argparse.Namespace, chunk_size: int) -> dict[str, Any]:
-    """The same prompt through plain transformers, all weights on the card, with the same chunks."""
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        checkpoint, dtype=torch.bfloat16, attn_implementation="eager"
-    )
-    model = model.to(DEVICE).eval()
-    chunks = {"prefill_chunk_size": chunk_size} if chunk_size < args.prompt else {}
-    timing = timed_generate(
-        model,
-        random_prompt(args.prompt).to(DEVICE),
-        args.new,
-        snapshot=lambda: None,
-        between_tokens=lambda: None,
-        **chunks,
-    )
-    return {**_timed(timing), "cuda_max_allocated_bytes": torch.cuda.max_memory_allocated()}
+def result_path(machine: dict[str, Any], out: Path | None) -> Path:
+    """Where the record goes."""
+    if out is not None:
+        return out
+    slug = re.sub(r"[^a-z0-9]+", "-", machine["finding"].lower()).strip("-")
+    return RESULTS / f"gpu-{slug}-{machine['date']}.json"
 
 
-def _timed(timing: Timing[Any]) -> dict[str, Any]:
-    return {
-        "prefill_seconds": round(timing.prefill_seconds, 4),
-        "decode_tokens_per_second": round(timing.decode_tokens_per_second, 4),
-        "tokens": timing.tokens,
-    }
+def conclude(record: Record) -> int:
+    """Say in a few lines how it went; the exit code."""
+    for name, error in record.unfinished:
+        print(f"not finished  {name}: {error}")
+    for line in record.faults:
+        print(f"FAULT         {line}")
+    held = "every promise that was tried held"
+    print(f"{'FAILED' if record.failed else held}; {record.path}")
+    return int(record.failed)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Streamed against held on the card, on CUDA.")
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--device-memory", default="4GB")
-    parser.add_argument("--prompt", type=int, default=512)
-    parser.add_argument("--new", type=int, default=16)
-    parser.add_argument("--directory", type=Path, help="where to put the temporary checkpoint")
-    args = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("no CUDA device: nothing to measure")
-        return
-    shape = Shape(
-        hidden=4096, intermediate=14336, layers=args.layers, heads=32, kv_heads=8, vocab=128256
-    )
-    with tempfile.TemporaryDirectory(prefix="ollm-gpu-", dir=args.directory) as directory:
-        checkpoint = Path(directory)
-        write_checkpoint(checkpoint, shape, DEVICE)
-        ours = streamed(checkpoint, args)
-        reference = held_on_the_card(checkpoint, args, ours["chunk_size"])
-        where = environment(checkpoint)
-    card = torch.cuda.get_device_properties(DEVICE)
-    same_tokens = ours["tokens"] == reference["tokens"]
-    record = {
-        **where,
-        "card": {
-            "name": card.name,
-            "memory_bytes": card.total_memory,
-            "capability": f"{card.major}.{card.minor}",
-            "cuda": torch.version.cuda,
-        },
-        "model": shape.config(),
-        "prompt": args.prompt,
-        "new": args.new,
-        "cache": "dropped before every weight pass",
-        "streamed": ours,
-        "held_on_the_card": reference,
-        "same_tokens": same_tokens,
-    }
-    slug = re.sub(r"[^a-z0-9]+", "-", card.name.lower()).strip("-")
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"gpu-{slug}-{where['date']}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    print(
-        f"{card.name}: tokens {'the same' if same_tokens else 'DIFFERENT'}; "
-        f"decode {ours['decode_tokens_per_second']:.2f} tokens/s, {ours['decode_gb_s']:.2f} GB/s, "
-        f"{ours['decode_share_of_limit']:.0%} of the disk's limit; "
-        f"{ours['cuda_max_allocated_bytes'] / 1e9:.3f} GB allocated, "
-        f"{ours['device_peak_bytes'] / 1e9:.3f} accounted, "
-        f"{ours['device_limit_bytes'] / 1e9:.3f} allowed\n{path}"
-    )
-    if not (same_tokens and ours["within_budget"]):
-        sys.exit(1)
+def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
+    parser.add_argument("--device", default="cuda:0", help="cuda:0, or cpu to try the script")
+    parser.add_argument("--small", action="store_true", help="tiny shapes, to try the script")
+    parser.add_argument("--minutes", type=float, default=8.0, help="for all parts (default: 8)")
+    parser.add_argument("--part", action="append", default=[], metavar="NAME", help="only this")
+    parser.add_argument("--directory", type=Path, help="where to put what is written")
+    parser.add_argument("--out", type=Path, help="file for the record")
+    args = parser.parse_args(arguments)
+    if args.device == "cpu" and args.out is None:
+        parser.error("a run on the CPU is no result: say with --out where its record goes")
+    if args.directory is not None and not args.directory.is_dir():
+        parser.error(f"--directory: there is no directory {args.directory}")
+    try:
+        args.parts = chosen(args.part, parts())
+    except ValueError as error:
+        parser.error(str(error))
+    return args
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = parsed(arguments)
+    with tempfile.TemporaryDirectory(
+        prefix="ollm-gpu-", dir=args.directory, ignore_cleanup_errors=True
+    ) as scratch:
+        session = Session(args, Path(scratch))
+        machine, ending = session.machine()
+        if not machine:
+            if "no CUDA device" in ending.error:
+                print("no CUDA device is here: nothing was run")
+                return 0
+            print(f"error: {ending.error}\n{ending.details}", file=sys.stderr)
+            return 1
+        about = {key: value for key, value in machine.items() if key not in ("finding", "told")}
+        options = {"minutes": args.minutes, "small": args.small, "device": args.device}
+        record = Record(result_path(machine, args.out), {**about, **options})
+        print(f"{machine['finding']}: {machine['told']}\n{record.path}", flush=True)
+        try:
+            session.run(args.parts, record)
+        except BaseException:  # the children are not to go on when this one is ended
+            session.stop.set()
+            raise
+        return conclude(record)
+
+
+def _ended(*_: object) -> None:
+    raise SystemExit("ended by a signal; the record has what was done")
 
 
 if __name__ == "__main__":
-    main()
+    signal.signal(signal.SIGTERM, _ended)
+    sys.exit(main())

@@ -13,8 +13,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
+import time
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -24,34 +27,68 @@ from measure import environment, random_prompt, timed_generate
 from transformers import AutoModelForCausalLM
 
 import ollm
+from ollm_conformance.forms import reference_options
+from ollm_core.checkpoint import read_config
 from ollm_core.parts import DTYPES
 
 MODEL = Path(__file__).resolve().parent.parent / "models" / "smollm2-135M"
 PROMPT = 128
 
 
-def timed(model: Any, num_new: int) -> tuple[float, float, list[int]]:
+@dataclass(frozen=True, slots=True)
+class Contest:
+    """How both are run."""
+
+    device: str = "cpu"
+    num_tokens: int = PROMPT
+    """Of the prompt, which is one chunk."""
+    num_new: int = 32
+    """At least 2."""
+    rounds: int = 4
+    vocab_size: int = 49_152
+    seconds: float = math.inf
+    """After which no other round begins, if two have been measured."""
+
+
+def timed(model: Any, contest: Contest) -> tuple[float, float, list[int]]:
     """Seconds of the prompt and of a token, and the tokens."""
     timing = timed_generate(
         model,
-        random_prompt(PROMPT),
-        num_new,
+        (random_prompt(contest.num_tokens) % contest.vocab_size).to(contest.device),
+        contest.num_new,
         snapshot=lambda: None,
         between_tokens=lambda: None,
+        eos_token_id=None,
+        pad_token_id=0,
     )
     steps = [end - start for start, end in zip(timing.starts[:-1], timing.ends[1:], strict=True)]
     return timing.prefill_seconds, median(steps), timing.tokens
 
 
-def compare(checkpoint: Path, dtype: str, args: argparse.Namespace) -> dict[str, Any]:
+def compare(checkpoint: Path, dtype: str, contest: Contest) -> dict[str, Any]:
     """All rounds of one model in one dtype, ours first in each."""
-    plain = AutoModelForCausalLM.from_pretrained(
-        checkpoint, dtype=DTYPES[dtype], attn_implementation="eager"
-    ).eval()
-    rounds = []
-    with ollm.load(checkpoint, device="cpu", dtype=dtype, kv="device", attention="exact") as model:
-        for _ in range(args.rounds + 1):
-            ours, theirs = timed(model, args.new), timed(plain, args.new)
+    plain: Any = AutoModelForCausalLM.from_pretrained(
+        checkpoint,
+        dtype=DTYPES[dtype],
+        attn_implementation="eager",
+        experts_implementation="eager",
+        **reference_options(read_config(checkpoint)),
+    )
+    plain = plain.eval().to(contest.device)
+    rounds: list[tuple[Any, Any]] = []
+    started = time.monotonic()
+    with ollm.load(
+        checkpoint,
+        device=contest.device,
+        dtype=dtype,
+        kv="device",
+        attention="exact",
+        chunk_size=contest.num_tokens,
+    ) as model:
+        while len(rounds) < contest.rounds + 1:
+            if len(rounds) > 2 and time.monotonic() - started > contest.seconds:
+                break
+            ours, theirs = timed(model, contest), timed(plain, contest)
             rounds.append((ours, theirs))
         stats = model.stats
     rounds = rounds[1:]
@@ -60,7 +97,11 @@ def compare(checkpoint: Path, dtype: str, args: argparse.Namespace) -> dict[str,
     record = {
         "model": checkpoint.name,
         "dtype": dtype,
+        "device": contest.device,
+        "prompt_tokens": contest.num_tokens,
+        "weight_bytes": stats.weight_bytes,
         "resident_bytes": stats.resident_bytes,
+        "streamed_bytes": stats.weight_bytes_read,
         "chunk_size": stats.chunk_size,
         "token_seconds": [round(ours[1], 5) for ours, _ in rounds],
         "transformers_token_seconds": [round(theirs[1], 5) for _, theirs in rounds],
@@ -68,6 +109,8 @@ def compare(checkpoint: Path, dtype: str, args: argparse.Namespace) -> dict[str,
         "transformers_prefill_seconds": [round(theirs[0], 3) for _, theirs in rounds],
         "decode_ratios": [round(ratio, 3) for ratio in decode],
         "prefill_ratios": [round(ratio, 3) for ratio in prefill],
+        "tokens": rounds[0][0][2],
+        "transformers_tokens": rounds[0][1][2],
         "same_tokens": all(ours[2] == theirs[2] for ours, theirs in rounds),
         "load_average": round(os.getloadavg()[0], 2),
     }
@@ -89,7 +132,8 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"], choices=DTYPES)
     parser.add_argument("--json", type=Path, help="write the record to this file")
     args = parser.parse_args()
-    runs = [compare(path, dtype, args) for path in args.checkpoints for dtype in args.dtypes]
+    contest = Contest(num_new=args.new, rounds=args.rounds)
+    runs = [compare(path, dtype, contest) for path in args.checkpoints for dtype in args.dtypes]
     record = {
         **environment(args.checkpoints[0]),
         "threads": torch.get_num_threads(),

@@ -247,6 +247,7 @@ def generate(model: StreamedModel, ids: Tensor, num_new: int, **options: Any) ->
     given.
     """
     options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0} | options
+    ids = ids.to(model.device)  # generate warns of another one
     return model.generate(ids, max_new_tokens=num_new, **options)  # type: ignore[misc]
 
 
