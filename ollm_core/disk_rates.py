@@ -26,7 +26,7 @@ def measure_readers(directory: Path) -> dict[str, float]:
     """Bytes per second of each engine that works in `directory`, which is there.
 
     Reads the largest model file, or one that is made for it and removed. Raises InputError if there
-    is none and none can be made.
+    is none and none can be made, and what the first engine raises if none works.
     """
     files = [(path.stat().st_size, path) for path in directory.glob("*/*.safetensors")]
     files += [(path.stat().st_size, path) for path in directory.glob("*.safetensors")]
@@ -50,13 +50,16 @@ def measure_readers(directory: Path) -> dict[str, float]:
 
 
 def _rates(path: Path) -> dict[str, float]:
-    found = {}
+    found: dict[str, float] = {}
+    refused: OllmError | None = None
     for name in READERS:
         try:
             with open_source([path], name) as source:
                 found[name] = _rate(source, path)
-        except OllmError:  # the file system refuses it, or its library is not here
-            continue
+        except OllmError as error:  # the file system refuses it, or its library is not here
+            refused = refused or error
+    if refused and not found:
+        raise refused
     return found
 
 

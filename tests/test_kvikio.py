@@ -208,6 +208,16 @@ def test_auto_takes_it_where_it_was_the_fastest(monkeypatch, tiny, ids):
     assert kept(direct=1e9, kvikio=2e9) == default
 
 
+def test_no_engine_works(monkeypatch, model_file):
+    """The doctor says why, in one line, rather than measure nothing."""
+    monkeypatch.setattr("ollm_core.disk_rates._LEAST_FILE_BYTES", PAGE)
+    monkeypatch.setattr(
+        "ollm_core.disk_rates.open_source", lambda paths, name: open_source([paths[0] / "x"], name)
+    )
+    with pytest.raises(ReadError, match="Not a directory"):
+        measure_readers(model_file.parent)
+
+
 def test_the_doctor_measures_it(monkeypatch, model_file):
     """Beside the others."""
     monkeypatch.setattr("ollm_core.disk_rates._LEAST_FILE_BYTES", PAGE)

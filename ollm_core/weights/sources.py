@@ -134,12 +134,15 @@ def open_source(paths: Sequence[Path], reader: str = "auto") -> ByteSource:
         if reader == "kvikio":
             return KvikioSource(paths)
         if reader != "mmap" and hasattr(os, "O_DIRECT"):
-            return DirectSource(paths)
+            try:
+                return DirectSource(paths)
+            except OSError as error:
+                if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+                    raise
+        if reader != "direct":
+            return MmapSource(paths)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise ReadError(f"{error.filename}: {error.strerror}") from error
-    if reader == "direct":
-        raise InputError(
-            f"{paths[0].parent}: the file system refuses O_DIRECT", hint="use reader='mmap'"
-        )
-    return MmapSource(paths)
+        raise ReadError(f"{error.filename}: {error.strerror}") from error
+    raise InputError(
+        f"{paths[0].parent}: the file system refuses O_DIRECT", hint="use reader='mmap'"
+    )
