@@ -59,6 +59,6 @@ def test_every_kernel_reads_what_it_asked_for(bus, num_buffers):
     assert [int(found) for found in sums] == [value * SIZE for value in range(20)]
     torch.cuda.synchronize()
     assert upload.counters.num_bytes == 20 * SIZE
-    assert 0 <= upload.counters.waited_seconds
+    assert upload.counters.waited_seconds >= 0
     assert upload.counters.copy_seconds > 0
     upload.close()
