@@ -21,6 +21,7 @@ from ollm_core.memory import format_size
 
 logger = logging.getLogger("ollm")
 
+_PART = 32 << 20  # of one copy, that those of another stream come in between
 _PORTABLE = 1  # cudaHostRegisterPortable: locked for every context of the process
 
 
@@ -58,6 +59,10 @@ class Bus(ABC):
         self.device = device
         self._told = False
 
+    @abstractmethod
+    def beside(self) -> Bus:
+        """Another bus of the device: its copies do not wait behind those of this one."""
+
     @property
     @abstractmethod
     def copying(self) -> Stream:
@@ -70,7 +75,9 @@ class Bus(ABC):
 
     @abstractmethod
     def copy(self, target: Tensor, source: Tensor) -> None:
-        """Copy `source`, in host memory, to `target` on the device, in the stream that copies."""
+        """Copy the bytes `source`, in host memory, to `target` on the device, in the stream that
+        copies.
+        """
 
     @abstractmethod
     def event(self, *, timed: bool = False) -> Event:
@@ -136,6 +143,9 @@ class CudaBus(Bus):
         self._stream: Stream | None = None
         self._making = threading.Lock()
 
+    def beside(self) -> Bus:
+        return CudaBus(self.device, self._cuda)
+
     @property
     def copying(self) -> Stream:
         with self._making:
@@ -150,7 +160,8 @@ class CudaBus(Bus):
 
     def copy(self, target: Tensor, source: Tensor) -> None:
         with self._cuda.stream(self.copying):
-            target.copy_(source, non_blocking=True)
+            for part, its in zip(target.split(_PART), source.split(_PART), strict=True):
+                part.copy_(its, non_blocking=True)
 
     def event(self, *, timed: bool = False) -> Event:
         made: Event = self._cuda.Event(enable_timing=timed, blocking=True)

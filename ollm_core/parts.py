@@ -50,8 +50,9 @@ class ModelParts:
 
     @property
     def geometry(self) -> KVGeometry:
-        """The shape of keys and values."""
-        return KVGeometry(self.kinds, self.dtype, self.device, bus=self.bus)
+        """The shape of keys and values, which do not wait behind weights on their way."""
+        bus = self.bus and self.bus.beside()
+        return KVGeometry(self.kinds, self.dtype, self.device, bus=bus)
 
     def workspace(self) -> Workspace:
         """Tells what layers take; remembers what it has traced."""

@@ -26,6 +26,9 @@ class Cuda:
         done = SimpleNamespace(synchronize=lambda: self.asked.append("waited"))
         return SimpleNamespace(record_event=lambda event=None: done)
 
+    def stream(self, stream):
+        return contextlib.nullcontext()
+
     def Event(self, *, enable_timing, blocking):
         assert blocking
 
@@ -78,6 +81,16 @@ def test_memory_that_cuda_does_not_lock(caplog):
     assert cuda.asked == []
     (record,) = caplog.records
     assert record.message.endswith("copies take longer: out of memory")
+
+
+def test_a_large_copy_goes_in_parts():
+    """Every byte of it, also where the last part is a short one."""
+    bus = CudaBus(CPU, Cuda())
+    source = torch.randint(0, 256, ((64 << 20) + 3,), dtype=torch.uint8)
+    target = torch.zeros_like(source)
+    bus.copy(target, source)
+    assert torch.equal(target, source)
+    assert bus.beside().copying is not bus.copying is bus.copying
 
 
 def test_a_cpu_has_no_bus():

@@ -15,7 +15,7 @@ from ollm_conformance.subject import Subject, greedy
 from ollm_core import CheckpointError, ParameterSource, TensorInfo, UnsupportedError, mxfp4_source
 from ollm_core.tracing import AllocationTracker
 from ollm_core.weights import mxfp4
-from ollm_core.weights.experts import _made_bytes
+from ollm_core.weights.expert_bytes import made_bytes
 from ollm_core.weights.mxfp4 import dequantize_mxfp4
 from ollm_core.weights.units import Parameter, WeightUnit
 
@@ -129,7 +129,7 @@ def test_planned_bytes_of_an_expert(tmp_path, dtype):
     buffer = torch.cat(values)
     with AllocationTracker("cpu") as tracker:
         unit.build(buffer, [info.offset for info in unit.tensors], dtype)
-    assert tracker.peak <= _made_bytes(unit, dtype) <= 1.1 * tracker.peak
+    assert tracker.peak <= made_bytes(unit, dtype) <= 1.1 * tracker.peak
 
 
 @pytest.fixture(scope="module")

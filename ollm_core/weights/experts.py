@@ -8,19 +8,25 @@ from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from ollm_core.buffers import round_up
-from ollm_core.bus import Bus, Event, bus_of, host_buffer
+from ollm_core.bus import Bus, Event, bus_of
 from ollm_core.interfaces import ByteSource, Closing
 from ollm_core.memory import MemoryAccount
 from ollm_core.upload import Sent, Upload, UploadCounters
+from ollm_core.weights.expert_bytes import (
+    finished_bytes,
+    fitting,
+    made_bytes,
+    owned,
+    pack,
+    packed_bytes,
+)
 from ollm_core.weights.expert_cache import ExpertId, ExpertShares, ExpertTier, Kept
 from ollm_core.weights.groups import Filled, GroupReader, cut_groups
-from ollm_core.weights.units import ALIGNMENT, TORCH_DTYPES, Parameter, WeightUnit
+from ollm_core.weights.units import WeightUnit
 
 _STAYS_OUT = -1, -1  # no expert at all
 _GROUP_BYTES = 32 << 20  # a read that large runs at the speed of the disk
@@ -101,10 +107,10 @@ class ExpertStore(Closing):
         self._group_bytes = max(self._one_bytes, min(_GROUP_BYTES, most * self._one_bytes))
         self._num_experts = len(every)
         # Each expert counts as the largest one, unless all are kept.
-        finished = [_finished_bytes(unit, dtype) for unit in every]
-        packed = [_packed_bytes(unit) for unit in every]
+        finished = [finished_bytes(unit, dtype) for unit in every]
+        as_packed = [packed_bytes(unit) for unit in every]
         self._finished = max(finished, default=0), sum(finished)
-        self._packed = max(packed, default=0), sum(packed)
+        self._packed = max(as_packed, default=0), sum(as_packed)
         self._shares = ExpertShares({i: len(layer) for i, layer in units.items()})
         self._on_device: ExpertTier[Sequence[Tensor]] = ExpertTier(self._shares)
         self._on_host: ExpertTier[tuple[Tensor, Sequence[int]]] = ExpertTier(self._shares)
@@ -113,7 +119,7 @@ class ExpertStore(Closing):
         self._placement = ExpertPlacement()
         self._reader: GroupReader | None = None
         self._uploads: tuple[Upload, Upload] | None = None
-        self.fixed_device_bytes = max((_made_bytes(unit, dtype) for unit in every), default=0)
+        self.fixed_device_bytes = max((made_bytes(unit, dtype) for unit in every), default=0)
         """Held on the device whatever the placement, reserved by the owner: one expert in
         conversion, and what is uploaded.
         """
@@ -313,10 +319,10 @@ class ExpertStore(Closing):
         """An expert that is kept in host memory."""
         assert self._uploads is not None, "in one memory nothing is on the host"
         key, upload = (layer.layer_idx, expert), self._uploads[1]
-        packed, offsets = self._on_host[key]
-        sent = upload.send(packed)
+        kept, offsets = self._on_host[key]
+        sent = upload.send(kept)
         self._copied[key] = sent.copied
-        del packed
+        del kept
         try:
             if expert in layer.to_device:
                 self._copied.pop(key)
@@ -332,7 +338,7 @@ class ExpertStore(Closing):
         parameters: Sequence[Tensor] = layer.units[expert].build(buffer, offsets, self._dtype)
         if expert in layer.to_device:
             goes = layer.to_device[expert]
-            parameters = _owned(parameters, buffer, self._make_room(self._on_device, goes))
+            parameters = owned(parameters, buffer, self._make_room(self._on_device, goes))
             self._on_device.put((layer.layer_idx, expert), parameters)
         return parameters
 
@@ -349,10 +355,10 @@ class ExpertStore(Closing):
                 kept.append(unit)
             if expert in layer.to_host:
                 goes, place = layer.to_host[expert], (layer.layer_idx, expert)
-                memory = _fitting(self._make_room(self._on_host, goes), unit)
+                memory = fitting(self._make_room(self._on_host, goes), unit)
                 if goes is not None and (copied := self._copied.pop(goes, None)) is not None:
                     copied.synchronize()  # the memory is used again; the copy is mostly long past
-                self._on_host.put(place, _packed(unit, buffer, offsets, memory, self._bus))
+                self._on_host.put(place, pack(unit, buffer, offsets, memory, self._bus))
                 del memory
         whole = len(kept) == len(group.units)
         self.counters.kept_bytes += (
@@ -390,84 +396,3 @@ def _count(room: int, total: int, largest: int, everything: int) -> int:
 def _taken(count: int, total: int, largest: int, everything: int) -> int:
     """What `count` of `total` experts take at most."""
     return everything if count == total else count * largest
-
-
-def _finished_bytes(unit: WeightUnit, dtype: torch.dtype) -> int:
-    return sum(parameter.num_bytes(dtype) for parameter in unit.parameters)
-
-
-def _made_bytes(unit: WeightUnit, dtype: torch.dtype) -> int:
-    """The most that building holds beside the buffer, results included: parameters are made one
-    after another.
-    """
-    most = made = 0
-    for parameter in unit.parameters:
-        made += parameter.num_bytes(dtype) if parameter.needs_copy(dtype) else 0
-        scratch, converted = parameter.source.scratch_bytes, _converted_bytes(parameter, dtype)
-        # Where it is known what the transform makes, scratch is gone when that is converted.
-        both = max(scratch, converted) if parameter.source.makes else scratch + converted
-        most = max(most, made + both)
-    return most
-
-
-def _converted_bytes(parameter: Parameter, dtype: torch.dtype) -> int:
-    """Bytes of a parameter in another form, from which it is then converted."""
-    if made := parameter.source.makes:
-        return parameter.num_bytes(TORCH_DTYPES[made]) if TORCH_DTYPES[made] != dtype else 0
-    stored = [TORCH_DTYPES[tensor.dtype] for tensor in parameter.tensors]
-    unaligned = any(t.offset % d.itemsize for t, d in zip(parameter.tensors, stored, strict=True))
-    if unaligned or (parameter.source.transform and stored[0] != dtype):
-        return sum(tensor.num_bytes for tensor in parameter.tensors) * (1 + unaligned)
-    return 0
-
-
-def _packed_bytes(unit: WeightUnit) -> int:
-    return sum(round_up(tensor.num_bytes, ALIGNMENT) for tensor in unit.tensors)
-
-
-def _fitting(old: tuple[Tensor, Sequence[int]] | None, unit: WeightUnit) -> Tensor | None:
-    """The memory of what was kept before, if the unit fits it."""
-    return old[0] if old and old[0].numel() == _packed_bytes(unit) else None
-
-
-def _packed(
-    unit: WeightUnit,
-    buffer: Tensor,
-    offsets: Sequence[int],
-    packed: Tensor | None,
-    bus: Bus | None,
-) -> tuple[Tensor, Sequence[int]]:
-    """The bytes of a unit's tensors side by side in `packed`, or in memory of their own, and where
-    each begins.
-    """
-    sizes = [round_up(tensor.num_bytes, ALIGNMENT) for tensor in unit.tensors]
-    ends = list(accumulate(sizes))
-    if packed is None:
-        packed = host_buffer(ends[-1], bus)
-    places = [end - size for end, size in zip(ends, sizes, strict=True)]
-    for tensor, place, offset in zip(unit.tensors, places, offsets, strict=True):
-        packed[place : place + tensor.num_bytes] = buffer[offset : offset + tensor.num_bytes]
-    return packed, places
-
-
-def _owned(
-    parameters: Sequence[Tensor], buffer: Tensor, old: Sequence[Tensor] | None
-) -> list[Tensor]:
-    """The same parameters, none of them a view of `buffer`: those that were are put into the `old`
-    ones if these fit, which spares the machine new pages.
-    """
-    memory = buffer.untyped_storage().data_ptr()
-    if old is None or not all(map(_alike, parameters, old)):
-        old = None
-    return [
-        value
-        if value.untyped_storage().data_ptr() != memory
-        else value.clone()
-        if old is None
-        else old[i].copy_(value)
-        for i, value in enumerate(parameters)
-    ]
-
-
-def _alike(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and one.stride() == other.stride()
