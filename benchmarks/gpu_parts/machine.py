@@ -8,15 +8,15 @@ import subprocess
 import torch
 from measure import environment
 
-import ollm_core.registry
 from gpu_parts.work import Tell, Work
+from ollm_core.registry import Registry
 
 
 def run(work: Work, tell: Tell, _: str = "") -> None:
     """One finding, whose fields go to the top of the record. Raises RuntimeError without a card."""
     about = environment(work.directory)
     free = shutil.disk_usage(work.directory).free
-    plugins = ollm_core.registry.Registry.discover().plugins
+    plugins = Registry.discover().plugins
     fields = {
         **about,
         "card": None,

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.quantizers.quantizer_mxfp4 import Mxfp4HfQuantizer
 from transformers.utils.quantization_config import Mxfp4Config
 
 from ollm_core import Config
 
+_PACKED = ("gate_up_proj", "down_proj")  # which transformers 5.17 does not name yet
 _MIDDLES = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)  # between 0, 0.5, 1, 1.5, 2, 3, 4 and 6
 
 
@@ -25,12 +25,10 @@ def as_published(config: Config, tensors: Mapping[str, Tensor]) -> dict[str, Ten
         return dict(tensors)
     stored: dict[str, Tensor] = {}
     for name, value in tensors.items():
-        parts = Mxfp4HfQuantizer.serialized_names.get(name.rpartition(".")[2])
-        if parts is None:
-            stored[name] = value
+        if name.rpartition(".")[2] in _PACKED:
+            stored |= zip((f"{name}_blocks", f"{name}_scales"), _mxfp4(value), strict=True)
         else:
-            path = name.rpartition(".")[0]
-            stored |= zip([f"{path}.{part}" for part in parts], _mxfp4(value), strict=True)
+            stored[name] = value
     return stored
 
 

@@ -49,7 +49,10 @@ class Reference:
         self.model: PreTrainedModel = model.eval().to(device)
         with torch.no_grad():
             for parameter in self.model.parameters():
-                parameter.data = parameter.data.clone()  # aligned memory, as a fresh model has
+                # In bfloat16 transformers 5.17 leaves what it has unpacked, whatever is asked for.
+                wanted = dtype if parameter.dtype == torch.bfloat16 else parameter.dtype
+                # A copy, for aligned memory, as a fresh model has.
+                parameter.data = parameter.data.to(wanted, copy=True)
         self._chunk_size = chunk_size
         self._known: dict[tuple[tuple[int, ...], int, bool], Tensor] = {}
 
