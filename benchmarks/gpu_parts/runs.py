@@ -18,6 +18,7 @@ from ollm_core.generation import StreamedModel
 from ollm_core.planner import Planner
 from ollm_core.plans import Plan
 from ollm_core.profiling import Profile
+from ollm_core.types import Stats
 
 _PROBE_BYTES = 2_000_000_000
 _GENERATE_BYTES = 64  # for a token of prompt: its id, masks and positions, some of them twice
@@ -100,6 +101,7 @@ def measured(
         "read_seconds_per_pass": round(
             (last.read_seconds - first.read_seconds) / max(passes, 1), 5
         ),
+        **_uploads(first, last),
         "decode_gb_s": round((weight_bytes + kv_bytes) / timing.decode_seconds / 1e9, 3),
         "experts_routed": stats.experts_routed,
         "experts_hit": stats.experts_hit,
@@ -113,6 +115,19 @@ def measured(
         "tokens": timing.tokens,
         "generate_bytes": _GENERATE_BYTES * num_tokens + 4 * 4 * model.config.vocab_size,
         **found,
+    }
+
+
+def _uploads(first: Stats, last: Stats) -> dict[str, Any]:
+    """What went to the card while decoding and, where a profile timed it, how much of that compute
+    did not wait for.
+    """
+    seconds = last.upload_seconds - first.upload_seconds
+    waited = last.upload_waited_seconds - first.upload_waited_seconds
+    return {
+        "uploaded_bytes": last.uploaded_bytes - first.uploaded_bytes,
+        "upload_seconds": round(seconds, 5),
+        "upload_hidden_share": round(1 - waited / seconds, 3) if seconds else None,
     }
 
 
