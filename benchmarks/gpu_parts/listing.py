@@ -41,6 +41,7 @@ def parts() -> list[Part]:
         Part("experts", 35, "gpt-oss-20b"),
         Part("experts", 45, "qwen3-next-80b"),
         Part("choices", 40),
+        Part("compiled", 20),
     ]
 
 
