@@ -165,7 +165,7 @@ def test_kernels_of_a_device():
         assert [k.name for k in kernels_on(GPU, package=True)] == ["flash-attn", "products"]
 
 
-@pytest.mark.parametrize("dtype", list(EVERY), ids=str)
+@pytest.mark.parametrize("dtype", sorted(EVERY, key=str), ids=str)
 def test_a_trial_passes_what_is_right(dtype):
     """Each kernel, in each dtype."""
     for kernel in (PACKAGE, TORCH, Products(), CpuFlash()):
