@@ -1,4 +1,4 @@
-"""What a store keeps where it is used is attended to where it lies: the same bits as of a copy."""
+"""What a store keeps where it is used is put together at once: the same bits as block by block."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def attended(case, store: KVStore) -> torch.Tensor:
 
 @given(case=cases())
 @settings(max_examples=60, deadline=None)
-def test_the_bits_are_those_of_a_copy(case):
+def test_the_bits_are_those_of_blocks_one_by_one(case):
     """Any past, block borders and windows; as many groups as heads, too, where eager attention
     takes the keys as they are.
     """

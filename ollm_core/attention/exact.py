@@ -83,8 +83,6 @@ def _gather(view: KVView, row: int, window: int | None) -> tuple[Tensor, Tensor]
     """The keys and values that a row may see, stored and new, each [1, G, S, D] in one piece."""
     if view.store.in_place:
         keys_of, values_of = zip(*view.kept(row, window), strict=True)
-        if len(keys_of) == 1:
-            return keys_of[0][None], values_of[0][None]
         return torch.cat(keys_of, dim=1)[None], torch.cat(values_of, dim=1)[None]
     num_heads, num_new, head_dim = view.keys.shape[1:]
     start = view.starts[row] - view.first(row, window)
