@@ -45,7 +45,7 @@ _LEAST_SECONDS = 12.0
 _MOST_AT_ONCE = 6
 
 
-class Session:
+class Runner:
     """One run of the script: who runs when, and what is printed."""
 
     def __init__(self, args: argparse.Namespace, scratch: Path) -> None:
@@ -198,8 +198,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(
         prefix="ollm-gpu-", dir=args.directory, ignore_cleanup_errors=True
     ) as scratch:
-        session = Session(args, Path(scratch))
-        machine, ending = session.machine()
+        runner = Runner(args, Path(scratch))
+        machine, ending = runner.machine()
         if not machine:
             if "no CUDA device" in ending.error:
                 print("no CUDA device is here: nothing was run")
@@ -211,9 +211,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         record = Record(result_path(machine, args.out), {**about, **options})
         print(f"{machine['finding']}: {machine['told']}\n{record.path}", flush=True)
         try:
-            session.run(args.parts, record)
+            runner.run(args.parts, record)
         except BaseException:  # the children are not to go on when this one is ended
-            session.stop.set()
+            runner.stop.set()
             raise
         return conclude(record)
 
