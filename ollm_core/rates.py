@@ -191,7 +191,7 @@ def _device_key(device: torch.device) -> str:
 def _memory_rate(device: torch.device, dtype: torch.dtype) -> float:
     matrix = torch.zeros(8192, 8192, dtype=dtype, device=device)
     vector = torch.zeros(1, 8192, dtype=dtype, device=device)
-    seconds = _best(lambda: torch.nn.functional.linear(vector, matrix), device)
+    seconds = least_seconds(lambda: torch.nn.functional.linear(vector, matrix), device)
     return matrix.nbytes / seconds
 
 
@@ -199,18 +199,18 @@ def _compute_rate(device: torch.device, dtype: torch.dtype) -> float:
     rows, size = (512, 2048) if device.type == "cpu" else (2048, 8192)
     states = torch.zeros(rows, size, dtype=dtype, device=device)
     matrix = torch.zeros(size, size, dtype=dtype, device=device)
-    seconds = _best(lambda: torch.nn.functional.linear(states, matrix), device)
+    seconds = least_seconds(lambda: torch.nn.functional.linear(states, matrix), device)
     return 2 * rows * size * size / seconds
 
 
 def _bus_rate(device: torch.device) -> float:
     host = host_buffer(256 << 20, bus_of(device)).zero_()
     target = torch.empty_like(host, device=device)
-    return host.nbytes / _best(lambda: target.copy_(host, non_blocking=True), device)
+    return host.nbytes / least_seconds(lambda: target.copy_(host, non_blocking=True), device)
 
 
-def _best(work: Callable[[], object], device: torch.device) -> float:
-    """The least seconds of some tries."""
+def least_seconds(work: Callable[[], object], device: torch.device) -> float:
+    """The least of some tries of `work`, each waited for."""
     found = []
     for _ in range(_REPEATS):
         start = time.perf_counter()

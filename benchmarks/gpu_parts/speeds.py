@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-
 import torch
 
 from gpu_parts.work import OutOfTime, Tell, Work
 from ollm_core.parts import DTYPES
-from ollm_core.rates import measure_rates, measured_readers
+from ollm_core.rates import least_seconds, measure_rates, measured_readers
 
 _BUS_BYTES = 256 << 20
-_REPEATS = 5
 
 
 def run(work: Work, tell: Tell, _: str = "") -> None:
@@ -44,7 +40,8 @@ def bus_rates(work: Work) -> dict[str, float]:
     where there is no bus, of a copy.
     """
     num_bytes = _BUS_BYTES >> 6 if work.small else _BUS_BYTES
-    target = torch.zeros(num_bytes, dtype=torch.uint8, device=work.device)
+    device = torch.device(work.device)
+    target = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
     found = {}
     for name, pinned in (("pageable", False), ("pinned", True))[: 2 if work.on_card else 1]:
         host = torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=pinned)
@@ -53,17 +50,5 @@ def bus_rates(work: Work) -> dict[str, float]:
             def copy(to: torch.Tensor = to, source: torch.Tensor = source) -> None:
                 to.copy_(source, non_blocking=True)
 
-            found[f"{name} {direction}"] = num_bytes / least_seconds(work, copy)
+            found[f"{name} {direction}"] = num_bytes / least_seconds(copy, device)
     return found
-
-
-def least_seconds(work: Work, do: Callable[[], object]) -> float:
-    """Of some tries, each waited for."""
-    found = []
-    for _ in range(_REPEATS):
-        start = time.perf_counter()
-        do()
-        if work.on_card:
-            torch.cuda.synchronize(work.device)
-        found.append(time.perf_counter() - start)
-    return min(found)

@@ -80,7 +80,7 @@ def _known(eager: Callable[..., object]) -> frozenset[str]:
 
 
 def _gather(view: KVView, row: int, window: int | None) -> tuple[Tensor, Tensor]:
-    """The keys and values that a row may see, stored and new, each [1, G, S, D] in one piece."""
+    """The keys and values that a row may see, stored and new, each contiguous [1, G, S, D]."""
     if view.store.in_place:
         keys_of, values_of = zip(*view.kept(row, window), strict=True)
         return torch.cat(keys_of, dim=1)[None], torch.cat(values_of, dim=1)[None]
