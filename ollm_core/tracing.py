@@ -44,12 +44,17 @@ class AllocationTracker(TorchDispatchMode):
 
     def __torch_dispatch__(
         self,
-        func: Callable[..., Any],
+        func: Any,
         types: Sequence[type],
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if torch.is_inference_mode_enabled():  # else operations come here in their parts
+            with self:
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
         for tensor in _tensors((args, kwargs)):
             self._count(tensor.untyped_storage(), made_here=False)
         result = self._call(func, args, kwargs)

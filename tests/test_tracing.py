@@ -67,3 +67,20 @@ def test_a_trace_counts_what_a_run_allocates(dtype):
         del result
     assert tracker.peak > 0
     assert traced_peak(lambda: work("meta")) == tracker.peak
+
+
+def test_inference_mode_hides_nothing():
+    """Operations come whole there, and what they make inside is counted all the same."""
+
+    def attention(length):
+        query, keys = torch.ones(1, 2, length, 8), torch.ones(1, 1, length, 8)
+        keys = keys.expand(-1, 2, -1, -1)  # which the product copies
+        scores = torch.matmul(query, keys.transpose(2, 3))
+        return torch.nn.functional.softmax(scores.bfloat16(), dim=-1, dtype=torch.float32)
+
+    peaks = []
+    for mode in (False, True):
+        with torch.inference_mode(mode), torch.no_grad(), AllocationTracker("cpu") as tracker:
+            attention(32)
+        peaks.append(tracker.peak)
+    assert peaks[0] == peaks[1] > 0

@@ -119,31 +119,23 @@ class BlockKVStore(KVStore):
         done = 0
         for tail in self._room(layer_idx, table, num_new):
             count = tail.shape[2]
-            kept_keys, kept_values = tail.unbind()
-            kept_keys.copy_(keys.narrow(1, done, count))
-            kept_values.copy_(values.narrow(1, done, count))
+            for kept, given in zip(tail, (keys, values), strict=True):
+                kept.copy_(given if count == num_new else given.narrow(1, done, count))
             done += count
 
     def blocks(
         self, layer_idx: int, sequence: int, num_tokens: int | None = None, first: int = 0
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        table = self._table(layer_idx, sequence)
-        wanted = table.num_tokens if num_tokens is None else num_tokens
-        if not 0 <= first <= wanted <= table.num_tokens:
-            raise KVStoreError(
-                f"sequence {sequence} has {table.num_tokens} tokens in layer {layer_idx}; "
-                f"cannot read {wanted} from {first} on",
-                hint=f"num_tokens must be between 0 and {table.num_tokens}, first at most that",
-            )
-        indices = self._indices(first, wanted)
-        if not table.blocks.keys() >= set(indices):
-            raise self._gone(layer_idx, sequence, f"read {wanted} from {first} on")
-        self._storage.check()
-        num_sealed = table.num_tokens // self.block_size
-        sealed = [table.blocks[index] for index in indices if index < num_sealed]
-        tail = table.tail if num_sealed in indices else None
-        blocks = self._on_device(layer_idx, self._storage.read(layer_idx, sealed), tail)
-        return self._views(blocks, first, wanted)
+        wanted = self.num_tokens(sequence, layer_idx) if num_tokens is None else num_tokens
+        blocks = self._read(layer_idx, sequence, wanted, first)
+        if self._uploads is not None:
+            blocks = self._on_device(layer_idx, blocks, self._uploads)
+        return ((view[0], view[1]) for view in self._views(blocks, first, wanted))
+
+    def kept(self, layer_idx: int, sequence: int, num_tokens: int, first: int) -> list[Tensor]:
+        assert self.in_place, "blocks are elsewhere"
+        blocks = self._read(layer_idx, sequence, num_tokens, first)
+        return list(self._views(blocks, first, num_tokens))
 
     @property
     def in_place(self) -> bool:
@@ -239,24 +231,37 @@ class BlockKVStore(KVStore):
             del self._tables[sequence]
         self._num_sharers.clear()
 
-    def _views(
-        self, blocks: Iterator[Tensor], first: int, num_tokens: int
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    def _read(self, layer_idx: int, sequence: int, num_tokens: int, first: int) -> Iterator[Tensor]:
+        """The blocks of positions `first` to `num_tokens`, where they are."""
+        table = self._table(layer_idx, sequence)
+        if not 0 <= first <= num_tokens <= table.num_tokens:
+            raise KVStoreError(
+                f"sequence {sequence} has {table.num_tokens} tokens in layer {layer_idx}; "
+                f"cannot read {num_tokens} from {first} on",
+                hint=f"num_tokens must be between 0 and {table.num_tokens}, first at most that",
+            )
+        indices = self._indices(first, num_tokens)
+        if not table.blocks.keys() >= set(indices):
+            raise self._gone(layer_idx, sequence, f"read {num_tokens} from {first} on")
+        self._storage.check()
+        num_sealed = table.num_tokens // self.block_size
+        sealed = [table.blocks[index] for index in indices if index < num_sealed]
+        tail = () if table.tail is None or num_sealed not in indices else (table.tail,)
+        return itertools.chain(self._storage.read(layer_idx, sealed), tail)
+
+    def _views(self, blocks: Iterator[Tensor], first: int, num_tokens: int) -> Iterator[Tensor]:
+        """Of each block the part that lies between positions `first` and `num_tokens`."""
         begin = first - first % self.block_size
         for block in blocks:
-            part = slice(max(first - begin, 0), min(num_tokens - begin, self.block_size))
-            yield block[0, :, part], block[1, :, part]
+            start, end = max(first - begin, 0), min(num_tokens - begin, self.block_size)
+            yield block.narrow(2, start, end - start)
             begin += self.block_size
             self._check_open()
 
     def _on_device(
-        self, layer_idx: int, sealed: Iterable[Tensor], tail: Tensor | None
+        self, layer_idx: int, blocks: Iterator[Tensor], uploads: Lanes[Upload]
     ) -> Iterator[Tensor]:
-        blocks = itertools.chain(sealed, () if tail is None else (tail,))
-        if self._uploads is None:
-            yield from blocks
-            return
-        with self._uploads.lane() as upload:
+        with uploads.lane() as upload:
             for block in blocks:
                 # A tail is written by operators that are called later: they come after its copy.
                 sent = upload.send(block.view(-1).view(torch.uint8))

@@ -108,8 +108,9 @@ class ExpertTier(Generic[Kept]):
     def resize(self, capacity: int) -> None:
         """Keep at most `capacity`: those with the least shares go."""
         self.capacity = capacity
-        for place in self._order()[: max(len(self._kept) - capacity, 0)]:
-            self.pop(self._ids[place])
+        if len(self._kept) > capacity:
+            for place in self._order()[: len(self._kept) - capacity]:
+                self.pop(self._ids[place])
 
     def _place(self, expert: ExpertId) -> int:
         return self._shares.first[expert[0]] + expert[1]
