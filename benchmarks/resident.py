@@ -66,7 +66,7 @@ def timed(model: Any, contest: Contest) -> tuple[float, float, list[int]]:
 
 
 def compare(checkpoint: Path, dtype: str, contest: Contest) -> dict[str, Any]:
-    """All rounds of one model in one dtype, ours first in each."""
+    """All rounds of one model in one dtype, ours first in every other."""
     plain: Any = AutoModelForCausalLM.from_pretrained(
         checkpoint,
         dtype=DTYPES[dtype],
@@ -88,7 +88,10 @@ def compare(checkpoint: Path, dtype: str, contest: Contest) -> dict[str, Any]:
         while len(rounds) < contest.rounds + 1:
             if len(rounds) > 2 and time.monotonic() - started > contest.seconds:
                 break
-            ours, theirs = timed(model, contest), timed(plain, contest)
+            if len(rounds) % 2:
+                theirs, ours = timed(plain, contest), timed(model, contest)
+            else:
+                ours, theirs = timed(model, contest), timed(plain, contest)
             rounds.append((ours, theirs))
         stats = model.stats
     rounds = rounds[1:]

@@ -34,6 +34,7 @@ class SequenceCache(Cache):
         """
         super().__init__(layers=[])
         self.store = store
+        self._prefixes = store if isinstance(store, KeepsPrefixes) else None
         self._demand = demand
         self.rows: list[int] = []
         """Sequence of each batch row."""
@@ -60,9 +61,9 @@ class SequenceCache(Cache):
 
     def restore(self, prompts: Sequence[Tensor]) -> None:
         """Let each row, which is empty, begin with what the store has kept of its prompt [T]."""
-        if isinstance(self.store, KeepsPrefixes):
+        if self._prefixes is not None:
             for row, prompt in enumerate(prompts):
-                sequence, _ = self.store.find(prompt)
+                sequence, _ = self._prefixes.find(prompt)
                 self.store.release(self.rows[row])
                 self.rows[row] = sequence
 
@@ -76,11 +77,10 @@ class SequenceCache(Cache):
         """Note positions, bool [B, T], that were added to the rows, and each row's real tokens
         among them, [n].
         """
-        starts = [int(row.sum()) for row in self.kept]
-        self.kept = [torch.cat(pair) for pair in zip(self.kept, kept, strict=True)]
-        if isinstance(self.store, KeepsPrefixes):
-            for sequence, start, ids in zip(self.rows, starts, token_ids, strict=True):
-                self.store.keep(sequence, start, ids)
+        before, self.kept = self.kept, [torch.cat(p) for p in zip(self.kept, kept, strict=True)]
+        if self._prefixes is not None:
+            for sequence, row, ids in zip(self.rows, before, token_ids, strict=True):
+                self._prefixes.keep(sequence, int(row.sum()), ids)
 
     def num_tokens(self, row: int) -> int:
         """Real tokens of a row."""

@@ -160,7 +160,7 @@ class Engine:
                 store.release(sequence)
 
     def _expect(self, store: KVStore, work: Sequence[NewTokens]) -> None:
-        if isinstance(store, KeepsStates):
+        if self._skeleton.recurrent and isinstance(store, KeepsStates):
             for item in work:
                 store.expect(item.sequence, item.num_drafted)
 

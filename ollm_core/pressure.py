@@ -5,6 +5,7 @@ gives way, and comes back when there is room again. Tokens stay the same; more i
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +19,10 @@ logger = logging.getLogger("ollm")
 
 LOOK_SECONDS = 1.0
 """Between two looks at what is free while a pass runs."""
+GLANCE_SECONDS = 0.25
+"""Between two looks before passes that take no more than a sixteenth of the reserve beyond what was
+looked at, while nothing is short: a look costs as much as a layer of a small model.
+"""
 _PATIENCE = 8
 """Passes after a failed allocation until more may be kept: what is free is then not all there is
 to know.
@@ -114,6 +119,8 @@ class Pressure:
         self._weights = weights
         self._clock = clock
         self._looked = clock()
+        self._enough = -math.inf
+        self._glance_bytes = reserve_bytes // 16
         self._host = _Level("host memory", free_host, reserve_bytes, self.shortage)
         self._device = free_device and _Level(
             "device memory", free_device, reserve_bytes, self.shortage
@@ -124,12 +131,14 @@ class Pressure:
         `needed` beside them, never less than they must.
         """
         weights, shortage = self._weights, self.shortage
-        self._looked = self._clock()
+        now, taken = self._clock(), needed.device + needed.host
+        if now - self._looked < GLANCE_SECONDS and taken <= self._enough:
+            return device, host
+        self._looked = now
         wanted, held = weights.held.bytes_of(weights.held.place(device, host)), weights.in_memory
         shortage.now_bytes = 0
         if weights.one_memory:
-            both = needed.device + needed.host
-            allowed = self._host.allowed(device, wanted.device, held.device, both)
+            allowed = self._host.allowed(device, wanted.device, held.device, taken)
             device = min(max(allowed, weights.least_bytes(allowed)), device)
         else:
             if self._device is not None:
@@ -137,6 +146,7 @@ class Pressure:
             allowed = self._host.allowed(host, wanted.host, held.host, needed.host)
             host = min(max(allowed, weights.least_bytes(device)), host)
         shortage.most_bytes = max(shortage.most_bytes, shortage.now_bytes)
+        self._enough = -math.inf if shortage.now_bytes else taken + self._glance_bytes
         return device, host
 
     def relieve(self, num_done: int) -> None:
@@ -163,6 +173,7 @@ class Pressure:
     def give_way(self) -> None:
         """An allocation failed: keep as little as can be in the next passes."""
         self.shortage.times += 1
+        self._enough = -math.inf
         for level in (self._device, self._host):
             if level is not None:
                 level.empty()

@@ -46,10 +46,11 @@ class Machine(Pressure):
     pass takes.
     """
 
-    def __init__(self, model, room, seconds_a_look=0):
+    def __init__(self, model, room, seconds_a_look=0, seconds_a_pass=1.0):
         super().__init__(model.weights, self.free, reserve_bytes=RESERVE, clock=self.clock)
         self.room = room
         self.seconds_a_look = seconds_a_look
+        self.seconds_a_pass = seconds_a_pass
         self.num_asked = self.others = 0
         model.engine._admission.pressure = self
 
@@ -60,6 +61,7 @@ class Machine(Pressure):
         return self.now
 
     def within(self, device, host, needed):
+        self.now += self.seconds_a_pass
         self.others = needed.device + needed.host
         return super().within(device, host, needed)
 
@@ -114,6 +116,35 @@ def test_weights_give_way_and_come_back(open_model, ids):
         assert told[-1].given_up_bytes == 0 < model.stats.most_given_up_bytes
         assert machine.num_asked == 12
     assert torch.equal(torch.cat([first, second, third, fourth, fifth]), expected)
+
+
+def test_quick_passes_look_now_and_then(open_model, ids):
+    """A look serves passes of a quarter of a second, unless one takes more; while memory is short
+    each pass looks, and one after a failed allocation.
+    """
+    with open_model() as model:
+        machine = Machine(model, 10**9, seconds_a_pass=0.1)
+        cache = model.new_cache()
+        _, token = steps(model, cache, ids(8)[None], 10)
+        assert 3 <= machine.num_asked <= 5
+        asked, taken = machine.num_asked, model.weights.in_memory.device
+        machine.seconds_a_pass = 0
+        model(input_ids=ids(120)[None], past_key_values=model.new_cache())  # takes more
+        assert machine.num_asked == asked + 1
+        machine.room, machine.seconds_a_pass = RESERVE + taken // 2, 0.3
+        steps(model, cache, token, 1)
+        assert model.stats.times_short == 1
+        machine.seconds_a_pass, asked = 0.01, machine.num_asked
+        _, token = steps(model, cache, token, 3)
+        assert machine.num_asked == asked + 3
+        machine.room = 10**9
+        steps(model, cache, token, 2)
+        asked = machine.num_asked
+        steps(model, cache, token, 2)
+        assert machine.num_asked == asked
+        machine.give_way()
+        steps(model, cache, token, 1)
+        assert machine.num_asked == asked + 1
 
 
 def test_memory_that_runs_short_in_a_long_prompt(open_model, ids):

@@ -83,8 +83,7 @@ def _gather(view: KVView, row: int, window: int | None) -> tuple[Tensor, Tensor]
     """The keys and values that a row may see, stored and new, each contiguous [1, G, S, D]."""
     if view.store.in_place:
         both = torch.cat(view.kept(row, window), dim=2)
-        kept_keys, kept_values = both.split(1)
-        return kept_keys, kept_values
+        return both.narrow(0, 0, 1), both.narrow(0, 1, 1)
     num_heads, num_new, head_dim = view.keys.shape[1:]
     start = view.starts[row] - view.first(row, window)
     keys = view.keys.new_empty(num_heads, start + num_new, head_dim)

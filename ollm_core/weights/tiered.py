@@ -5,7 +5,7 @@ a budget. Which ones is for `held` to say; here are their bytes.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -183,29 +183,29 @@ class TieredWeights(WeightStreamer):
         if self._ring:
             self._ring.set_order(self.held.streamed)
 
-    @contextmanager
-    def acquire(self, unit_idx: int) -> Iterator[Sequence[Tensor]]:
+    def acquire(self, unit_idx: int) -> AbstractContextManager[Sequence[Tensor]]:
         """See WeightStreamer. `unit_idx` counts in pass order: layers first, then the parts of the
         head.
         """
         if self._arrivals is not None:
-            with self._arrived(self._arrivals, unit_idx) as parameters:
-                yield parameters
-            return
+            return self._arrived(self._arrivals, unit_idx)
+        if unit_idx in self._device_units:
+            return nullcontext(self._kept_on_device(unit_idx))
+        assert self._ring is not None, "fit() makes it before anything is streamed"
+        return self._read_ahead(self._ring, unit_idx)
+
+    @contextmanager
+    def _read_ahead(self, ring: Ring, unit_idx: int) -> Iterator[Sequence[Tensor]]:
+        """`acquire` for what is streamed on a CPU."""
         slot: Slot | None = None
         try:
             with self._span("wait for weights", unit_idx=unit_idx):
-                if unit_idx in self._device_units:
-                    parameters = self._kept_on_device(unit_idx)
-                else:
-                    assert self._ring is not None, "fit() makes it before anything is streamed"
-                    slot = self._ring.take(unit_idx)
-                    parameters = self._streamed(unit_idx, slot)
+                slot = ring.take(unit_idx)
+                parameters = self._streamed(unit_idx, slot)
             yield parameters
         finally:
             if slot is not None:
-                assert self._ring is not None, "nothing is fitted while a unit is in use"
-                self._ring.give_back(slot)
+                ring.give_back(slot)
 
     def let_go(self, num_done: int, *, host: bool) -> int:
         """Free kept experts, and what is kept of the first `num_done` units, in host memory or on
@@ -246,7 +246,8 @@ class TieredWeights(WeightStreamer):
     def _kept_on_device(self, unit_idx: int) -> Sequence[Tensor]:
         resident = self._device_units[unit_idx]
         if resident is None:
-            resident = self._device_units[unit_idx] = self._load(self.units[unit_idx])
+            with self._span("wait for weights", unit_idx=unit_idx):
+                resident = self._device_units[unit_idx] = self._load(self.units[unit_idx])
         return resident
 
     @contextmanager
@@ -255,8 +256,8 @@ class TieredWeights(WeightStreamer):
         this one is used.
         """
         if unit_idx in self._device_units:
+            parameters = self._kept_on_device(unit_idx)
             with self._span("wait for weights", unit_idx=unit_idx):
-                parameters = self._kept_on_device(unit_idx)
                 arrivals.look_ahead(unit_idx)
             yield parameters
             return
