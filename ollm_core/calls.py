@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -30,6 +31,8 @@ class LayerCall:
     ) -> None:
         self.embeddings: dict[str | None, Embeddings] = {}
         self._store = store
+        # What a store keeps outlives the pass. One that is `in_place` sees to that itself.
+        self._keeping = nullcontext() if store.in_place else torch.inference_mode(mode=False)
         self._attention = find_attention(attention, device)
         self._sequences = tuple(work[row].sequence for row in chunk.rows)
         self._starts = tuple(work[row].start + chunk.begin for row in chunk.rows)
@@ -54,7 +57,7 @@ class LayerCall:
         """Store new keys and values [R, G, T, D]; what the attention function gets is a view of
         all.
         """
-        with torch.inference_mode(mode=False):  # what a store keeps outlives the pass
+        with self._keeping:
             for row, sequence in enumerate(self._sequences):
                 self._store.append(layer_idx, sequence, keys[row], values[row])
         view = KVView(

@@ -243,16 +243,12 @@ class KVStore(Closing):
 
     @property
     def in_place(self) -> bool:
-        """Whether keys and values lie where attention computes, so that there is `kept`. By default
-        they do not.
+        """Whether what `blocks` gives out are views of what is kept, all valid until the store next
+        changes. By default it is not.
+
+        `append` and `blocks` are then called in inference mode, which must not mark what is kept.
         """
         return False
-
-    def kept(self, layer_idx: int, sequence: int, num_tokens: int, first: int) -> list[Tensor]:
-        """As `blocks`, of a store that is `in_place`: views [2, G, n, D], keys before values, all
-        valid until the store next changes.
-        """
-        raise NotImplementedError
 
     @abstractmethod
     def num_tokens(self, sequence: int, layer_idx: int | None = None) -> int:
@@ -353,10 +349,10 @@ class KVView:
         first = self.first(row, window)
         return self.store.blocks(self.layer_idx, self.sequences[row], self.starts[row], first)
 
-    def kept(self, row: int, window: int | None = None) -> list[Tensor]:
-        """As `past`, but with the new tokens, and as `KVStore.kept` does."""
+    def kept(self, row: int, window: int | None = None) -> list[tuple[Tensor, Tensor]]:
+        """As `past`, but with the new tokens, of a store that is `in_place`."""
         first, end = self.first(row, window), self.starts[row] + self.keys.shape[2]
-        return self.store.kept(self.layer_idx, self.sequences[row], end, first)
+        return list(self.store.blocks(self.layer_idx, self.sequences[row], end, first))
 
     def first(self, row: int, window: int | None = None) -> int:
         """The first position that a new token of `row` may see. `window` counts tokens, the one

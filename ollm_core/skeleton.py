@@ -7,7 +7,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -18,6 +18,36 @@ from ollm_core.attention import ATTENTION_NAME, register_attention
 from ollm_core.errors import ConfigError, UnsupportedError
 from ollm_core.mlp import Mixture
 from ollm_core.types import Config, Layout
+
+
+class _Slots(AbstractContextManager[nn.Module]):
+    """Where the parameters of a module are kept: their owners' dictionaries. What they are filled
+    with stays until the end of a `with` block.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        """They are empty while they hold what they hold now."""
+        self._module = module
+        self._places: list[tuple[dict[str, Any], str]] = [
+            (owner._parameters, leaf)
+            for owner in module.modules()
+            for leaf, value in owner._parameters.items()
+            if value is not None
+        ]
+        self._empty = [holder[leaf] for holder, leaf in self._places]
+
+    def fill(self, parameters: Sequence[Tensor]) -> None:
+        """Put `parameters` in, in the order of `named_parameters`."""
+        for (holder, leaf), value in zip(self._places, parameters, strict=True):
+            ready = type(value) is nn.Parameter  # isinstance asks Python code, at each of them
+            holder[leaf] = value if ready else nn.Parameter(value, requires_grad=False)
+
+    def __enter__(self) -> nn.Module:
+        return self._module
+
+    def __exit__(self, *_: object) -> None:
+        for (holder, leaf), value in zip(self._places, self._empty, strict=True):
+            holder[leaf] = value
 
 
 class Skeleton:
@@ -67,7 +97,7 @@ class Skeleton:
             i for i, mixer in enumerate(layout.mixers) if mixer == "recurrent"
         )
         """Layers with a state in place of keys and values."""
-        self._slots = [_parameter_slots(layer) for layer in self.layers]
+        self._slots = [_Slots(layer) for layer in self.layers]
         if getattr(model.get_submodule(layout.head), "bias", None) is not None:
             raise ConfigError("a head with a bias is not supported")
 
@@ -85,17 +115,13 @@ class Skeleton:
         )
         return found
 
-    @contextmanager
-    def bound(self, layer_idx: int, parameters: Sequence[Tensor]) -> Iterator[nn.Module]:
+    def bound(
+        self, layer_idx: int, parameters: Sequence[Tensor]
+    ) -> AbstractContextManager[nn.Module]:
         """The layer with `parameters` in place; afterwards it is on the meta device again."""
         slots = self._slots[layer_idx]
-        previous = [holder[leaf] for holder, leaf in slots]
-        _bind(slots, parameters)
-        try:
-            yield self.layers[layer_idx]
-        finally:
-            for (holder, leaf), value in zip(slots, previous, strict=True):
-                holder[leaf] = value
+        slots.fill(parameters)
+        return slots
 
     def step(self, layer_idx: int) -> Callable[..., Tensor]:
         """What is run chunk by chunk: the layer, or its mixer if it has routed experts."""
@@ -104,7 +130,7 @@ class Skeleton:
 
     def bind_norm(self, parameters: Sequence[Tensor]) -> None:
         """Give the final norm its parameters until `close`."""
-        _bind(_parameter_slots(self.norm), parameters)
+        _Slots(self.norm).fill(parameters)
 
     @property
     def buffer_bytes(self) -> int:
@@ -115,12 +141,6 @@ class Skeleton:
         """Hold nothing on the device any more."""
         self.rotary = self.meta_rotary
         self.bind_norm([torch.empty_like(p, device="meta") for p in self.norm.parameters()])
-
-
-def _bind(slots: Sequence[tuple[dict[str, Any], str]], parameters: Sequence[Tensor]) -> None:
-    for (holder, leaf), value in zip(slots, parameters, strict=True):
-        ready = type(value) is nn.Parameter  # isinstance asks Python code, at each of them
-        holder[leaf] = value if ready else nn.Parameter(value, requires_grad=False)
 
 
 def _rotary_types(rotary: nn.Module, config: PreTrainedConfig, num_layers: int) -> list[str | None]:
@@ -145,15 +165,3 @@ def _mixtures(layers: Sequence[nn.Module], layout: Layout) -> Iterator[tuple[int
     for layer_idx, layer in enumerate(layers):
         if layout.experts and layout.experts in dict(layer.named_modules()):
             yield layer_idx, Mixture(layer, layout)
-
-
-def _parameter_slots(module: nn.Module) -> list[tuple[dict[str, Any], str]]:
-    """Where each parameter of `module` is kept, in the order of `named_parameters`: its owner's
-    dictionary, and the key in it.
-    """
-    return [
-        (owner._parameters, leaf)
-        for owner in module.modules()
-        for leaf, value in owner._parameters.items()
-        if value is not None
-    ]

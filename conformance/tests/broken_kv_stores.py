@@ -85,6 +85,21 @@ class KeepsWhatIsGiven(DeviceKVStore):
             super().append(*waiting)
 
 
+class MarkedByInferenceMode(DeviceKVStore):
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        shape, dtype = self.geometry.block_shape(0), self.geometry.dtype
+        self._storage._new_block = lambda layer_idx: torch.empty(shape, dtype=dtype)
+
+
+class OneBufferForAll(DeviceKVStore):
+    def blocks(self, *arguments):
+        buffer = torch.empty(self.geometry.block_shape(0), dtype=self.geometry.dtype)
+        for keys, values in super().blocks(*arguments):
+            part = buffer[:, :, : keys.shape[1]]
+            yield part[0].copy_(keys), part[1].copy_(values)
+
+
 class PrefixIgnored(DeviceKVStore):
     def blocks(self, layer_idx, sequence, num_tokens=None):
         return super().blocks(layer_idx, sequence)
@@ -244,6 +259,10 @@ BROKEN_KV_STORES = [
          suite_of(ThroughBfloat16), "read-back"),
         ("keeps-what-is-given", "The given tensors are stored, not copies of them.",
          suite_of(KeepsWhatIsGiven), "strided"),
+        ("marked-by-inference-mode", "Blocks that are made in inference mode stay marked by it.",
+         suite_of(MarkedByInferenceMode), "in-place"),
+        ("one-buffer-for-all", "Blocks said to be in place are copied into one buffer.",
+         suite_of(OneBufferForAll), "in-place"),
         ("prefix-ignored", "All tokens are read where the first ones were asked for.",
          suite_of(PrefixIgnored), "prefix"),
         ("second-read-reversed", "Later readings give the blocks in reverse.",

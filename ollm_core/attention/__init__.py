@@ -50,7 +50,9 @@ def _attend(
     scaling: float,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    with torch.inference_mode(key.store.in_place):  # others keep what is made while they are read
+    if key.store.in_place:
+        return key.attention(module, query, key, scaling=scaling, **options), None
+    with torch.inference_mode(mode=False):  # a store may keep what is made while it is read
         return key.attention(module, query, key, scaling=scaling, **options), None
 
 

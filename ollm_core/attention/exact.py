@@ -82,8 +82,8 @@ def _known(eager: Callable[..., object]) -> frozenset[str]:
 def _gather(view: KVView, row: int, window: int | None) -> tuple[Tensor, Tensor]:
     """The keys and values that a row may see, stored and new, each contiguous [1, G, S, D]."""
     if view.store.in_place:
-        both = torch.cat(view.kept(row, window), dim=2)
-        return both.narrow(0, 0, 1), both.narrow(0, 1, 1)
+        keys_of, values_of = zip(*view.kept(row, window), strict=True)
+        return torch.cat(keys_of, dim=1)[None], torch.cat(values_of, dim=1)[None]
     num_heads, num_new, head_dim = view.keys.shape[1:]
     start = view.starts[row] - view.first(row, window)
     keys = view.keys.new_empty(num_heads, start + num_new, head_dim)

@@ -126,16 +126,25 @@ class BlockKVStore(KVStore):
     def blocks(
         self, layer_idx: int, sequence: int, num_tokens: int | None = None, first: int = 0
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        wanted = self.num_tokens(sequence, layer_idx) if num_tokens is None else num_tokens
-        blocks = self._read(layer_idx, sequence, wanted, first)
+        table = self._table(layer_idx, sequence)
+        wanted = table.num_tokens if num_tokens is None else num_tokens
+        if not 0 <= first <= wanted <= table.num_tokens:
+            raise KVStoreError(
+                f"sequence {sequence} has {table.num_tokens} tokens in layer {layer_idx}; "
+                f"cannot read {wanted} from {first} on",
+                hint=f"num_tokens must be between 0 and {table.num_tokens}, first at most that",
+            )
+        indices = self._indices(first, wanted)
+        if not table.blocks.keys() >= set(indices):
+            raise self._gone(layer_idx, sequence, f"read {wanted} from {first} on")
+        self._storage.check()
+        num_sealed = table.num_tokens // self.block_size
+        sealed = [table.blocks[index] for index in indices if index < num_sealed]
+        tail = () if table.tail is None or num_sealed not in indices else (table.tail,)
+        blocks: Iterator[Tensor] = itertools.chain(self._storage.read(layer_idx, sealed), tail)
         if self._uploads is not None:
             blocks = self._on_device(layer_idx, blocks, self._uploads)
-        return ((view[0], view[1]) for view in self._views(blocks, first, wanted))
-
-    def kept(self, layer_idx: int, sequence: int, num_tokens: int, first: int) -> list[Tensor]:
-        assert self.in_place, "blocks are elsewhere"
-        blocks = self._read(layer_idx, sequence, num_tokens, first)
-        return list(self._views(blocks, first, num_tokens))
+        return self._views(blocks, first, wanted)
 
     @property
     def in_place(self) -> bool:
@@ -231,30 +240,14 @@ class BlockKVStore(KVStore):
             del self._tables[sequence]
         self._num_sharers.clear()
 
-    def _read(self, layer_idx: int, sequence: int, num_tokens: int, first: int) -> Iterator[Tensor]:
-        """The blocks of positions `first` to `num_tokens`, where they are."""
-        table = self._table(layer_idx, sequence)
-        if not 0 <= first <= num_tokens <= table.num_tokens:
-            raise KVStoreError(
-                f"sequence {sequence} has {table.num_tokens} tokens in layer {layer_idx}; "
-                f"cannot read {num_tokens} from {first} on",
-                hint=f"num_tokens must be between 0 and {table.num_tokens}, first at most that",
-            )
-        indices = self._indices(first, num_tokens)
-        if not table.blocks.keys() >= set(indices):
-            raise self._gone(layer_idx, sequence, f"read {num_tokens} from {first} on")
-        self._storage.check()
-        num_sealed = table.num_tokens // self.block_size
-        sealed = [table.blocks[index] for index in indices if index < num_sealed]
-        tail = () if table.tail is None or num_sealed not in indices else (table.tail,)
-        return itertools.chain(self._storage.read(layer_idx, sealed), tail)
-
-    def _views(self, blocks: Iterator[Tensor], first: int, num_tokens: int) -> Iterator[Tensor]:
-        """Of each block the part that lies between positions `first` and `num_tokens`."""
+    def _views(
+        self, blocks: Iterator[Tensor], first: int, num_tokens: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         begin = first - first % self.block_size
         for block in blocks:
             start, end = max(first - begin, 0), min(num_tokens - begin, self.block_size)
-            yield block.narrow(2, start, end - start)
+            keys, values = block.narrow(2, start, end - start).unbind()
+            yield keys, values
             begin += self.block_size
             self._check_open()
 

@@ -57,9 +57,6 @@ class HybridKVStore(KVStore):
     def in_place(self) -> bool:
         return self._attention.in_place
 
-    def kept(self, layer_idx: int, sequence: int, num_tokens: int, first: int) -> list[Tensor]:
-        return self._attention.kept(self._place(layer_idx), sequence, num_tokens, first)
-
     def expect(self, sequence: int, num_drafted: int) -> None:
         """See KeepsStates."""
         self._states.expect(sequence, num_drafted)

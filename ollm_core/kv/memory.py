@@ -112,7 +112,8 @@ class MemoryStorage(BlockStorage):
         shape, dtype = self._geometry.block_shape(layer_idx), self._geometry.dtype
         if self._bus is not None:
             return host_tensor(shape, dtype, self._bus)
-        return torch.empty(shape, dtype=dtype, device=self._device)
+        with torch.inference_mode(mode=False):  # it outlives the pass
+            return torch.empty(shape, dtype=dtype, device=self._device)
 
 
 class DeviceKVStore(BlockKVStore):

@@ -61,6 +61,25 @@ class KVContent(KVStoreSuite):
             same_bits(opened.content(0, sequence), new, "after the given tensors were reused")
 
     @check(
+        "kv-store.in-place",
+        "The blocks of a store that is in_place are all valid together, and inference mode does "
+        "not mark what it keeps.",
+        look="blocks(), and what append() allocates",
+    )
+    def test_in_place(self) -> None:
+        with self.opened() as opened:
+            store, sequence = opened.store, opened.store.new_sequence()
+            with torch.inference_mode(store.in_place):
+                expected = opened.fill(sequence, 6)
+                for layer_idx in range(SMALL.num_layers if store.in_place else 0):
+                    pairs = zip(*list(store.blocks(layer_idx, sequence)), strict=True)
+                    found = torch.stack([torch.cat(parts, dim=1) for parts in pairs])
+                    same_bits(found, expected[layer_idx], f"all at once, layer {layer_idx}")
+            more = opened.fill(sequence, 9, 1)
+            whole = [torch.cat(pair, dim=2) for pair in zip(expected, more, strict=True)]
+            opened.expect(sequence, whole, "after a pass outside of inference mode")
+
+    @check(
         "kv-store.prefix",
         "Asked for the first tokens only, the store gives those and no more.",
         look="blocks(): num_tokens",
