@@ -27,6 +27,9 @@ _ELEMENTWISE = frozenset(
 """Those that take most of a trace: torch's own meta functions need some 0.3 ms for each."""
 
 
+_COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
+
+
 class AllocationTracker(TorchDispatchMode):
     """Bytes of live tensor storages of one device type that were made inside the `with` block.
 
@@ -50,11 +53,9 @@ class AllocationTracker(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if torch.is_inference_mode_enabled():  # else operations come here in their parts
-            with self:
-                result = func.decompose(*args, **kwargs)
-            if result is not NotImplemented:
-                return result
+        if torch.is_inference_mode_enabled() and _is_composite(func):
+            with self:  # its parts come here; outside of inference mode they do by themselves
+                return func._op_dk(_COMPOSITE, *args, **kwargs)
         for tensor in _tensors((args, kwargs)):
             self._count(tensor.untyped_storage(), made_here=False)
         result = self._call(func, args, kwargs)
@@ -146,6 +147,13 @@ class OneExpertTaken(TorchDispatchMode):
         if func is _ATEN._local_scalar_dense.default:
             return args[0].dtype != torch.bool and 0
         return func(*args, **(kwargs or {}))
+
+
+def _is_composite(func: Any) -> bool:
+    """Whether torch makes an operation from others. Its own code for that is meant: what there is
+    of it in Python, as `decompose` finds, copies where that does not.
+    """
+    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), _COMPOSITE.name)
 
 
 def _tensors(value: object) -> Iterator[Tensor]:

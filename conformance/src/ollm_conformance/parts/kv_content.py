@@ -75,7 +75,12 @@ class KVContent(KVStoreSuite):
                     pairs = zip(*list(store.blocks(layer_idx, sequence)), strict=True)
                     found = torch.stack([torch.cat(parts, dim=1) for parts in pairs])
                     same_bits(found, expected[layer_idx], f"all at once, layer {layer_idx}")
-            more = opened.fill(sequence, 9, 1)
+            try:
+                more = opened.fill(sequence, 9, 1)
+            except RuntimeError as error:
+                raise AssertionError(
+                    f"expected room that can be filled outside of inference mode: {error}"
+                ) from error
             whole = [torch.cat(pair, dim=2) for pair in zip(expected, more, strict=True)]
             opened.expect(sequence, whole, "after a pass outside of inference mode")
 
