@@ -24,6 +24,7 @@ from ollm_core.cli.output import (
 from ollm_core.cli.profile import profile_table
 from ollm_core.cli.refused import PLANNED, what_would_do
 from ollm_core.cli.streaming import ProgressBar, TextStream
+from ollm_core.cli.waiting import wait_asleep_beside_others
 from ollm_core.errors import DoesNotFitError, InputError
 from ollm_core.memory import format_size
 
@@ -117,6 +118,8 @@ def run(
         raise InputError(f"cannot write {profile}: its directory is not there")
     text = _user_text(prompt, file)
     drafting = options["draft"] != "none"
+    if not options["device"].startswith("cuda"):
+        wait_asleep_beside_others()
     progress = ProgressBar(Path(model).name)
     prompt_ids: Tensor | None = None
     try:
