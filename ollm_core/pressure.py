@@ -158,6 +158,7 @@ class Pressure:
         if now - self._looked < LOOK_SECONDS:
             return
         self._looked = now
+        self._enough = -math.inf  # the next pass looks for itself
         one_memory, freed = self._weights.one_memory, 0
         if self._host.is_short():
             freed += self._weights.let_go(num_done, host=not one_memory)
