@@ -113,8 +113,13 @@ class Timing(Generic[Snapshot]):
         return self.ends[0] - self.started
 
     @property
+    def step_seconds(self) -> list[float]:
+        """Of each token after the first."""
+        return [end - start for end, start in zip(self.ends[1:], self.starts, strict=False)]
+
+    @property
     def decode_seconds(self) -> float:
-        return sum(end - start for end, start in zip(self.ends[1:], self.starts, strict=False))
+        return sum(self.step_seconds)
 
     @property
     def dropping_seconds(self) -> float:

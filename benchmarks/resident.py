@@ -61,8 +61,7 @@ def timed(model: Any, contest: Contest) -> tuple[float, float, list[int]]:
         eos_token_id=None,
         pad_token_id=0,
     )
-    steps = [end - start for start, end in zip(timing.starts[:-1], timing.ends[1:], strict=True)]
-    return timing.prefill_seconds, median(steps), timing.tokens
+    return timing.prefill_seconds, median(timing.step_seconds), timing.tokens
 
 
 def compare(checkpoint: Path, dtype: str, contest: Contest) -> dict[str, Any]:

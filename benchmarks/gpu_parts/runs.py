@@ -75,7 +75,6 @@ def measured(
     found = peaks.beside(model, plan)
     first, last = timing.snapshots[0], timing.snapshots[-1]
     passes = last.weight_passes - first.weight_passes
-    steps = [end - start for start, end in zip(timing.starts[:-1], timing.ends[1:], strict=True)]
     weight_bytes = last.weight_bytes_read - first.weight_bytes_read
     kv_bytes = last.kv_bytes_read - first.kv_bytes_read
     return {
@@ -86,7 +85,7 @@ def measured(
         "prefill_seconds": round(timing.prefill_seconds, 4),
         "planned_prefill_seconds": round(plan.prefill_seconds, 4),
         "planned_prefill_limited_by": plan.prefill_limited_by,
-        "step_seconds": [round(seconds, 5) for seconds in steps],
+        "step_seconds": [round(seconds, 5) for seconds in timing.step_seconds],
         "tokens_per_second": round(timing.decode_tokens_per_second, 4),
         "planned_tokens_per_second": round(plan.tokens_per_second, 4),
         "planned_limited_by": plan.limited_by,
