@@ -35,8 +35,10 @@ def wait_asleep_beside_others(
     if "torch" in sys.modules or any(name in environ for name in _SETTINGS):
         return
     usable = os.sched_getaffinity(0) if sys.platform == "linux" else set()
+    if len(usable) < 2:  # a thread alone waits for nobody
+        return
     others = _num_others(proc / "stat")
-    if others and others + _num_threads(environ, cpus, usable) > len(usable) > 1:
+    if others and others + _num_threads(environ, cpus, usable) > len(usable):
         environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 
