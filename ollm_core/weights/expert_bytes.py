@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from ollm_core.buffers import round_up
 from ollm_core.bus import Bus, host_buffer
-from ollm_core.weights.units import ALIGNMENT, TORCH_DTYPES, Parameter, WeightUnit
+from ollm_core.weights.units import TORCH_DTYPES, Parameter, WeightUnit
 
 
 def finished_bytes(unit: WeightUnit, dtype: torch.dtype) -> int:
@@ -43,14 +41,9 @@ def _converted_bytes(parameter: Parameter, dtype: torch.dtype) -> int:
     return 0
 
 
-def packed_bytes(unit: WeightUnit) -> int:
-    """Of its tensors side by side, as stored."""
-    return sum(round_up(tensor.num_bytes, ALIGNMENT) for tensor in unit.tensors)
-
-
 def fitting(old: tuple[Tensor, Sequence[int]] | None, unit: WeightUnit) -> Tensor | None:
     """The memory of what was kept before, if the unit fits it."""
-    return old[0] if old and old[0].numel() == packed_bytes(unit) else None
+    return old[0] if old and old[0].numel() == unit.packed_bytes else None
 
 
 def pack(
@@ -63,11 +56,9 @@ def pack(
     """The bytes of a unit's tensors side by side in `packed`, or in memory of their own, and where
     each begins.
     """
-    sizes = [round_up(tensor.num_bytes, ALIGNMENT) for tensor in unit.tensors]
-    ends = list(accumulate(sizes))
     if packed is None:
-        packed = host_buffer(ends[-1], bus)
-    places = [end - size for end, size in zip(ends, sizes, strict=True)]
+        packed = host_buffer(unit.packed_bytes, bus)
+    places = unit.packed_places
     for tensor, place, offset in zip(unit.tensors, places, offsets, strict=True):
         packed[place : place + tensor.num_bytes] = buffer[offset : offset + tensor.num_bytes]
     return packed, places

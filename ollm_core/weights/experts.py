@@ -22,7 +22,6 @@ from ollm_core.weights.expert_bytes import (
     made_bytes,
     owned,
     pack,
-    packed_bytes,
 )
 from ollm_core.weights.expert_cache import ExpertId, ExpertShares, ExpertTier, Kept
 from ollm_core.weights.groups import Filled, GroupReader, cut_groups
@@ -108,7 +107,7 @@ class ExpertStore(Closing):
         self._num_experts = len(every)
         # Each expert counts as the largest one, unless all are kept.
         finished = [finished_bytes(unit, dtype) for unit in every]
-        as_packed = [packed_bytes(unit) for unit in every]
+        as_packed = [unit.packed_bytes for unit in every]
         self._finished = max(finished, default=0), sum(finished)
         self._packed = max(as_packed, default=0), sum(as_packed)
         self._shares = ExpertShares({i: len(layer) for i, layer in units.items()})

@@ -20,6 +20,7 @@ from ollm_core.bus import Bus, bus_of
 from ollm_core.interfaces import ByteSource, TierBytes
 from ollm_core.memory import MemoryAccount
 from ollm_core.weights.experts import ExpertPlacement, ExpertStore
+from ollm_core.weights.staging import staging_bytes
 from ollm_core.weights.units import Units
 
 HELD_KINDS = (
@@ -31,6 +32,7 @@ HELD_KINDS = (
 )
 """What `fit` decides on, as the accounts name it."""
 
+_STAGED = "weights as they are loaded"
 _UPLOADS = 2
 _SLOTS = 3  # two suffice when disk and compute are even; the third takes up jitter
 
@@ -84,14 +86,18 @@ class HeldWeights:
         self._priority = spread_order(len(self.units))
         self.buffer_bytes = [source.buffer_bytes(unit.tensors) for unit in self.units]
         """Of each unit, as it is read."""
+        self.staging_bytes = 0
+        """Held on the host whatever the placement: what is kept on a device comes through it."""
+        if not self.one_memory:
+            self.staging_bytes = staging_bytes((*self.units, units.norm), source)
         self.copied_bytes = [unit.copied_bytes(dtype) for unit in self.units]
         """Of each unit: new tensors that are made whenever it is streamed."""
         self._kept_bytes = [self._bytes_when_kept(i) for i in range(len(self.units))]
         self.experts = ExpertStore(
             units.experts, source, dtype, device, accounts, bus=bus, timed=timed
         )
-        sizes = zip(self.copied_bytes, self.buffer_bytes, strict=True)
-        copied = max((max(pair) for pair in sizes if pair[0]), default=0)
+        as_read = zip(self.copied_bytes, self.buffer_bytes, self.units, strict=True)
+        copied = max((max(n, m, unit.packed_bytes) for n, m, unit in as_read if n), default=0)
         copied += max(unit.scratch_bytes for unit in (*self.units, units.norm))
         norm_bytes = sum(p.num_bytes(dtype) for p in units.norm.parameters)
         self.fixed_device_bytes = (
@@ -111,7 +117,7 @@ class HeldWeights:
         self._host: set[int] = set()
         self._num_slots = 0
         self._num_uploads = 1
-        self._fixed_held = 0
+        self._fixed_held = self._staging_held = 0
 
     @property
     def slot_bytes(self) -> int:
@@ -174,9 +180,17 @@ class HeldWeights:
         return ring_bytes + experts
 
     def reserve(self) -> None:
-        """Take `fixed_device_bytes`. Raises DoesNotFitError."""
+        """Take `fixed_device_bytes` and `staging_bytes`. Raises DoesNotFitError with nothing
+        taken.
+        """
         self._device_account.reserve("weights", self.fixed_device_bytes)
         self._fixed_held = self.fixed_device_bytes
+        try:
+            self._host_account.reserve(_STAGED, self.staging_bytes)
+        except BaseException:
+            self.unreserve()
+            raise
+        self._staging_held = self.staging_bytes
 
     def fit(self, device_bytes: int, host_bytes: int) -> None:
         """Hold at most that much beside `fixed_device_bytes`. Raises DoesNotFitError."""
@@ -246,7 +260,8 @@ class HeldWeights:
     def unreserve(self) -> None:
         """Give back what `reserve` took."""
         self._device_account.release("weights", self._fixed_held)
-        self._fixed_held = 0
+        self._host_account.release(_STAGED, self._staging_held)
+        self._fixed_held = self._staging_held = 0
 
     def _place(self, device_bytes: int, host_bytes: int) -> Placement:
         everything = frozenset(range(len(self.units)))
@@ -288,9 +303,10 @@ class HeldWeights:
         return [i for i in priority if i >= self._num_layers or i in layers]
 
     def _bytes_when_kept(self, unit_idx: int) -> int:
+        unit = self.units[unit_idx]
         if self.copied_bytes[unit_idx] == 0:  # all are views of the buffer
-            return self.buffer_bytes[unit_idx]
-        return sum(p.num_bytes(self.dtype) for p in self.units[unit_idx].parameters)
+            return self.buffer_bytes[unit_idx] if self.one_memory else unit.packed_bytes
+        return sum(p.num_bytes(self.dtype) for p in unit.parameters)
 
 
 def _first_that_fit(budget: int, sizes: Sequence[int], priority: Sequence[int]) -> frozenset[int]:

@@ -22,6 +22,7 @@ from ollm_core.weights.experts import ExpertCounters
 from ollm_core.weights.held import HeldWeights, Placement
 from ollm_core.weights.ring import Ring, Slot
 from ollm_core.weights.rows import EmbeddingRows
+from ollm_core.weights.staging import Staging
 from ollm_core.weights.units import Units, WeightUnit
 
 
@@ -73,9 +74,11 @@ class TieredWeights(WeightStreamer):
         self._read_seconds = 0.0
         self._experts = self.held.experts
         self._arrivals: Arrivals | None = None
+        self._staging: Staging | None = None
         if self.bus is not None:
             slot_bytes, timed = self.held.slot_bytes, span is not no_span
             self._arrivals = Arrivals(self.bus, slot_bytes, self._begin, timed=timed)
+            self._staging = Staging(source, self.bus, self.held.staging_bytes)
         self.norm: list[Tensor] = []
         try:
             self.held.reserve()
@@ -240,6 +243,8 @@ class TieredWeights(WeightStreamer):
         self.norm = []
         if self._arrivals is not None:
             self._arrivals.close()
+        if self._staging is not None:
+            self._staging.close()
         self.held.close()
         self._source.close()
 
@@ -273,7 +278,7 @@ class TieredWeights(WeightStreamer):
             if kept is None:
                 if not wait:
                     return None
-                kept = self._host_units[unit_idx] = self._read(self.units[unit_idx], self.bus)
+                kept = self._host_units[unit_idx] = self._read(self.units[unit_idx])
             return self._sent(send, kept[0]), kept[1]
         ring = self._ring
         assert ring is not None, "fit() makes it before anything is streamed"
@@ -308,14 +313,16 @@ class TieredWeights(WeightStreamer):
             self._read_seconds += self._ring.read_seconds
             self._ring = None
 
-    def _read(self, unit: WeightUnit, bus: Bus | None = None) -> tuple[Tensor, Sequence[int]]:
-        buffer = host_buffer(self._source.buffer_bytes(unit.tensors), bus)
+    def _read(self, unit: WeightUnit) -> tuple[Tensor, Sequence[int]]:
+        """Into host memory."""
+        buffer = host_buffer(self._source.buffer_bytes(unit.tensors), self.bus)
         return buffer, self._source.read(unit.tensors, as_memoryview(buffer))
 
     def _load(self, unit: WeightUnit) -> list[Tensor]:
-        """To be kept. Views of the buffer stay views only where all are: it is freed otherwise."""
-        buffer, offsets = self._read(unit)
-        buffer = buffer.to(self.device)
+        """To be kept on the device. Views of the buffer stay views only where all are: it is freed
+        otherwise.
+        """
+        buffer, offsets = self._staging.read(unit) if self._staging else self._read(unit)
         found = unit.build(buffer, offsets, self.dtype)
         if unit.copied_bytes(self.dtype) == 0:
             return found

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 
+from ollm_core.buffers import round_up
 from ollm_core.errors import CheckpointError
 from ollm_core.types import Layout, ParameterSource, TensorInfo, WeightPlan
 
@@ -86,6 +88,17 @@ class WeightUnit:
     def file_bytes(self) -> int:
         """Bytes of its tensors as stored."""
         return sum(tensor.num_bytes for tensor in self.tensors)
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of its tensors side by side, as stored."""
+        return sum(round_up(tensor.num_bytes, ALIGNMENT) for tensor in self.tensors)
+
+    @property
+    def packed_places(self) -> Sequence[int]:
+        """Where each of its tensors begins there."""
+        sizes = [round_up(tensor.num_bytes, ALIGNMENT) for tensor in self.tensors]
+        return [0, *accumulate(sizes)][:-1]
 
     def copied_bytes(self, dtype: torch.dtype) -> int:
         """Bytes of new tensors made each time it is acquired from a streaming buffer."""
