@@ -14,7 +14,10 @@ from torch import Tensor
 
 PAGE = 4096
 HUGE_PAGE = 2 << 20
-
+ALIGNMENT = 64
+"""Of a tensor in memory. On a CPU matrix libraries give other last bits in float32 for data that is
+not aligned to it; on CUDA they choose their kernels by it, up to 16 bytes.
+"""
 
 Lock = Callable[[int, int], Callable[[], None] | None]
 """Locks the pages at an address, so many bytes: what is to be called before they go back to the

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ollm_core.buffers import ALIGNMENT, round_up
 from ollm_core.bus import Bus, Event
 
 
@@ -79,9 +80,9 @@ class Upload:
             self.close()
             self.num_buffers = num_buffers
 
-    def send(self, host: Tensor) -> Sent:
-        """Begin to copy the bytes of `host`, which stay as they are until `copied`. `release` gives
-        the buffer back.
+    def send(self, *parts: Tensor) -> Sent:
+        """Begin to copy `parts`, bytes in host memory that stay as they are until `copied`: side by
+        side, each to a multiple of ALIGNMENT. `release` gives the buffer back.
         """
         if not self.has_room:
             raise RuntimeError(f"all {self.num_buffers} upload buffers are in use")
@@ -90,11 +91,15 @@ class Upload:
         sent = self._vacant[0]
         self._bus.copying.wait_event(sent.free)
         begin = self._bus.copied(timed=True) if self._timed else None
-        sent.content = sent.buffer[: host.numel()]
-        self._bus.copy(sent.content, host)
+        end = 0
+        for part in parts:
+            begin_at = round_up(end, ALIGNMENT)
+            end = begin_at + part.numel()
+            self._bus.copy(sent.buffer[begin_at:end], part)
+        sent.content = sent.buffer[:end]
         sent.copied = self._bus.copied(timed=self._timed)
         sent.times = (begin, sent.copied) if begin is not None else None
-        self._counters.num_bytes += host.numel()
+        self._counters.num_bytes += sum(part.numel() for part in parts)
         self._num_taken += 1
         return self._vacant.popleft()
 

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from simulated_bus import CPU, SimulatedBus
 
 from ollm_core import ParameterSource
+from ollm_core.buffers import ALIGNMENT
 from ollm_core.checkpoint import open_checkpoint
 from ollm_core.memory import MemoryAccount
 from ollm_core.weights.experts import ExpertStore
@@ -69,6 +70,7 @@ def test_every_operator_sees_its_expert(stored, seed):
                 wanted = {e: chosen.randint(1, 9) for e in range(count) if chosen.random() < 0.6}
                 with store.experts(i, wanted) as experts:
                     for e, (value,) in experts:
+                        assert value.data_ptr() % ALIGNMENT == 0
                         for _ in range(2):
                             bus.compute(
                                 lambda value=value, name=f"{i}.{e}": found.append(

@@ -15,10 +15,11 @@ from ollm_core.profiling import Span
 from ollm_core.upload import Sent, Upload, UploadCounters
 
 Packed = tuple[Tensor, Sequence[int]]
-"""Bytes of a unit, and where in them its tensors begin."""
+"""Bytes of a unit, its tensors side by side, and where these begin."""
 Arriving = tuple[Sent, Sequence[int]]
 """The same on its way to the device."""
-Send = Callable[[Tensor], Sent]
+Send = Callable[..., Sent]
+"""`Upload.send`."""
 
 
 class Begin(Protocol):
@@ -34,7 +35,7 @@ class Arrivals:
     """
 
     def __init__(self, bus: Bus, num_bytes: int, begin: Begin, *, timed: bool = False) -> None:
-        """`num_bytes` are those of the largest unit."""
+        """`num_bytes` are those of the largest unit, packed."""
         self._bus = bus
         self._upload = Upload(bus, num_bytes, timed=timed)
         self._begin = begin

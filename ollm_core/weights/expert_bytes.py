@@ -16,26 +16,28 @@ def finished_bytes(unit: WeightUnit, dtype: torch.dtype) -> int:
     return sum(parameter.num_bytes(dtype) for parameter in unit.parameters)
 
 
-def made_bytes(unit: WeightUnit, dtype: torch.dtype) -> int:
+def made_bytes(unit: WeightUnit, dtype: torch.dtype, *, packed: bool = False) -> int:
     """The most that building holds beside the buffer, results included: parameters are made one
-    after another.
+    after another. The buffer is as read, page for page, or `packed`.
     """
     most = made = 0
     for parameter in unit.parameters:
-        made += parameter.num_bytes(dtype) if parameter.needs_copy(dtype) else 0
-        scratch, converted = parameter.source.scratch_bytes, _converted_bytes(parameter, dtype)
+        made += parameter.num_bytes(dtype) if parameter.needs_copy(dtype, packed=packed) else 0
+        scratch = parameter.source.scratch_bytes
+        converted = _converted_bytes(parameter, dtype, packed=packed)
         # Where it is known what the transform makes, scratch is gone when that is converted.
         both = max(scratch, converted) if parameter.source.makes else scratch + converted
         most = max(most, made + both)
     return most
 
 
-def _converted_bytes(parameter: Parameter, dtype: torch.dtype) -> int:
+def _converted_bytes(parameter: Parameter, dtype: torch.dtype, *, packed: bool) -> int:
     """Bytes of a parameter in another form, from which it is then converted."""
     if made := parameter.source.makes:
         return parameter.num_bytes(TORCH_DTYPES[made]) if TORCH_DTYPES[made] != dtype else 0
     stored = [TORCH_DTYPES[tensor.dtype] for tensor in parameter.tensors]
-    unaligned = any(t.offset % d.itemsize for t, d in zip(parameter.tensors, stored, strict=True))
+    pairs = zip(parameter.tensors, stored, strict=True)
+    unaligned = not packed and any(tensor.offset % d.itemsize for tensor, d in pairs)
     if unaligned or (parameter.source.transform and stored[0] != dtype):
         return sum(tensor.num_bytes for tensor in parameter.tensors) * (1 + unaligned)
     return 0
@@ -58,10 +60,9 @@ def pack(
     """
     if packed is None:
         packed = host_buffer(unit.packed_bytes, bus)
-    places = unit.packed_places
-    for tensor, place, offset in zip(unit.tensors, places, offsets, strict=True):
-        packed[place : place + tensor.num_bytes] = buffer[offset : offset + tensor.num_bytes]
-    return packed, places
+    for place, part in zip(unit.packed_places, unit.parts(buffer, offsets), strict=True):
+        packed[place : place + part.numel()] = part
+    return packed, unit.packed_places
 
 
 def owned(

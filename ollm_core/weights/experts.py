@@ -101,7 +101,8 @@ class ExpertStore(Closing):
         self._device_account, self._host_account = accounts
         self._buffer_account = accounts[0] if self._one_memory else accounts[1]
         every = [unit for layer in units.values() for unit in layer]
-        self._one_bytes = max((source.buffer_bytes(unit.tensors) for unit in every), default=0)
+        as_read = (max(source.buffer_bytes(unit.tensors), unit.packed_bytes) for unit in every)
+        self._one_bytes = max(as_read, default=0)
         most = max(map(len, units.values()), default=0)
         self._group_bytes = max(self._one_bytes, min(_GROUP_BYTES, most * self._one_bytes))
         self._num_experts = len(every)
@@ -118,7 +119,8 @@ class ExpertStore(Closing):
         self._placement = ExpertPlacement()
         self._reader: GroupReader | None = None
         self._uploads: tuple[Upload, Upload] | None = None
-        self.fixed_device_bytes = max((made_bytes(unit, dtype) for unit in every), default=0)
+        made = (made_bytes(unit, dtype, packed=bus is not None) for unit in every)
+        self.fixed_device_bytes = max(made, default=0)
         """Held on the device whatever the placement, reserved by the owner: one expert in
         conversion, and what is uploaded.
         """
@@ -302,12 +304,13 @@ class ExpertStore(Closing):
                     came = next(filled)
                     buffer = came.buffer
                     if self._uploads is not None:
-                        sent = self._uploads[0].send(buffer[: came.group.num_bytes])
+                        sent = self._uploads[0].send(*came.parts)
                         group = self._uploads[0], sent
                         came.copied = sent.copied
                     waiting = dict(self._received(came, layer))
                     if group is not None:
                         buffer = group[0].receive(group[1])
+                        waiting = dict(came.group.packed)
                 offsets = waiting.pop(expert)
                 yield expert, self._given(layer, expert, buffer, offsets)
         finally:

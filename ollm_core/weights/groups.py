@@ -30,6 +30,14 @@ class Group:
     num_bytes: int
     """Bytes of buffer."""
 
+    @property
+    def packed(self) -> Iterator[tuple[int, Sequence[int]]]:
+        """Each member, and where its tensors begin when all of the group's are side by side."""
+        begin = 0
+        for member, unit in zip(self.members, self.units, strict=True):
+            yield member, [begin + place for place in unit.packed_places]
+            begin += unit.packed_bytes
+
 
 @dataclass(slots=True, eq=False)
 class Filled:
@@ -42,6 +50,12 @@ class Filled:
     seconds: float
     copied: Event | None = None
     """To be set by who copies it to a device: the buffer is not filled again before."""
+
+    @property
+    def parts(self) -> list[Tensor]:
+        """The bytes of all tensors, in order."""
+        pairs = zip(self.group.units, self.offsets, strict=True)
+        return [part for unit, offsets in pairs for part in unit.parts(self.buffer, offsets)]
 
 
 class GroupReader(Closing):
@@ -104,12 +118,13 @@ class GroupReader(Closing):
 def cut_groups(
     members: Sequence[int], units: Sequence[WeightUnit], source: ByteSource, slot_bytes: int
 ) -> Iterator[Group]:
-    """Cut `members`, numbers in `units`, into groups that fit into `slot_bytes`, in their order.
+    """Cut `members`, numbers in `units`, into groups that fit into `slot_bytes`, both as read and
+    packed, in their order.
 
     Bytes of neighbours are read at once, so a group may take less than its members, or a little
     more.
     """
-    sizes = {i: source.buffer_bytes(units[i].tensors) for i in members}
+    sizes = {i: max(source.buffer_bytes(units[i].tensors), units[i].packed_bytes) for i in members}
     left = list(members)
     while left:
         count, total = 0, 0

@@ -90,22 +90,22 @@ class HeldWeights:
         """Held on the host whatever the placement: what is kept on a device comes through it."""
         if not self.one_memory:
             self.staging_bytes = staging_bytes((*self.units, units.norm), source)
-        self.copied_bytes = [unit.copied_bytes(dtype) for unit in self.units]
+        packed = not self.one_memory
+        self.copied_bytes = [unit.copied_bytes(dtype, packed=packed) for unit in self.units]
         """Of each unit: new tensors that are made whenever it is streamed."""
+        self.upload_bytes = max(unit.packed_bytes for unit in self.units) * packed
+        """Of a buffer on a device with memory of its own: the largest unit, packed."""
         self._kept_bytes = [self._bytes_when_kept(i) for i in range(len(self.units))]
         self.experts = ExpertStore(
             units.experts, source, dtype, device, accounts, bus=bus, timed=timed
         )
-        as_read = zip(self.copied_bytes, self.buffer_bytes, self.units, strict=True)
-        copied = max((max(n, m, unit.packed_bytes) for n, m, unit in as_read if n), default=0)
+        arrived = [unit.packed_bytes for unit in self.units] if packed else self.buffer_bytes
+        sizes = zip(self.copied_bytes, arrived, strict=True)
+        copied = max((max(pair) for pair in sizes if pair[0]), default=0)
         copied += max(unit.scratch_bytes for unit in (*self.units, units.norm))
         norm_bytes = sum(p.num_bytes(dtype) for p in units.norm.parameters)
         self.fixed_device_bytes = (
-            norm_bytes
-            + buffer_bytes
-            + copied
-            + self.experts.fixed_device_bytes
-            + (0 if self.one_memory else self.slot_bytes)
+            norm_bytes + buffer_bytes + copied + self.experts.fixed_device_bytes + self.upload_bytes
         )
         """Held on the device whatever the placement: norm, rotary frequencies, parameters in
         conversion, the one upload buffer that must be.
@@ -268,7 +268,7 @@ class HeldWeights:
         if self._all_fit(device_bytes):
             return Placement(everything)
         # The second buffer makes the copy of a layer run beside the compute of another.
-        num_uploads = 1 if self.one_memory or device_bytes < self.slot_bytes else _UPLOADS
+        num_uploads = 1 if self.one_memory or device_bytes < self.upload_bytes else _UPLOADS
         device_bytes -= self._more_uploads(num_uploads)
         ring_budget = device_bytes if self.one_memory else host_bytes
         num_slots = _SLOTS if ring_budget >= 2 * _SLOTS * self.slot_bytes else 2
@@ -286,7 +286,7 @@ class HeldWeights:
 
     def _more_uploads(self, num_uploads: int) -> int:
         """Bytes of the upload buffers that need not be."""
-        return (num_uploads - 1) * self.slot_bytes
+        return (num_uploads - 1) * self.upload_bytes
 
     def _all_fit(self, device_bytes: int) -> bool:
         """Whether all units can be kept on the device."""

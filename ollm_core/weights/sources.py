@@ -10,14 +10,13 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from ollm_core.buffers import PAGE, aligned_buffer, as_memoryview
+from ollm_core.buffers import ALIGNMENT, PAGE, aligned_buffer, as_memoryview
 from ollm_core.errors import InputError, ReadError
 from ollm_core.interfaces import ByteSource
 from ollm_core.types import TensorInfo
 from ollm_core.weights.kvikio_source import KvikioSource
 from ollm_core.weights.paged import PagedSource, Run
 
-_ALIGNMENT = 64  # what ByteSource.read promises, so that a parameter can be a view
 _MAX_READ = 1 << 30  # the kernel caps one call just below 2 GiB
 
 READERS = ("direct", "mmap", "kvikio")
@@ -112,10 +111,10 @@ def check_source(source: ByteSource, tensors: Iterable[TensorInfo]) -> None:
             expected = os.pread(file.fileno(), tensor.num_bytes, tensor.offset)
         if bytes(as_memoryview(buffer)[offset : offset + tensor.num_bytes]) != expected:
             raise ReadError(f"{tensor.path}: other bytes of {tensor.name} than the file has")
-        if (offset - tensor.offset) % _ALIGNMENT:
+        if (offset - tensor.offset) % ALIGNMENT:
             raise ReadError(
                 f"{tensor.name} was put at {offset}, expected the offset in its file, "
-                f"{tensor.offset}, modulo {_ALIGNMENT}"
+                f"{tensor.offset}, modulo {ALIGNMENT}"
             )
 
 

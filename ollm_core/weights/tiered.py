@@ -16,7 +16,7 @@ from ollm_core.bus import Bus, bus_of, host_buffer
 from ollm_core.interfaces import ByteSource, TierBytes, WeightStreamer
 from ollm_core.memory import MemoryAccount
 from ollm_core.profiling import Span, no_span
-from ollm_core.upload import Sent, UploadCounters
+from ollm_core.upload import UploadCounters
 from ollm_core.weights.arrivals import Arrivals, Arriving, Packed, Send
 from ollm_core.weights.experts import ExpertCounters
 from ollm_core.weights.held import HeldWeights, Placement
@@ -76,8 +76,8 @@ class TieredWeights(WeightStreamer):
         self._arrivals: Arrivals | None = None
         self._staging: Staging | None = None
         if self.bus is not None:
-            slot_bytes, timed = self.held.slot_bytes, span is not no_span
-            self._arrivals = Arrivals(self.bus, slot_bytes, self._begin, timed=timed)
+            num_bytes, timed = self.held.upload_bytes, span is not no_span
+            self._arrivals = Arrivals(self.bus, num_bytes, self._begin, timed=timed)
             self._staging = Staging(source, self.bus, self.held.staging_bytes)
         self.norm: list[Tensor] = []
         try:
@@ -279,24 +279,25 @@ class TieredWeights(WeightStreamer):
                 if not wait:
                     return None
                 kept = self._host_units[unit_idx] = self._read(self.units[unit_idx])
-            return self._sent(send, kept[0]), kept[1]
+            return self._sent(send, unit_idx, *kept)
         ring = self._ring
         assert ring is not None, "fit() makes it before anything is streamed"
         slot = ring.take(unit_idx) if wait else ring.take_ready(unit_idx)
         if slot is None:
             return None
-        offsets, copied = slot.offsets, None
+        copied = None
         try:
-            sent = self._sent(send, slot.buffer)
-            copied = sent.copied
+            arriving = self._sent(send, unit_idx, slot.buffer, slot.offsets)
+            copied = arriving[0].copied
         finally:
             ring.give_back(slot, copied)
-        return sent, offsets
+        return arriving
 
-    def _sent(self, send: Send, buffer: Tensor) -> Sent:
+    def _sent(self, send: Send, unit_idx: int, buffer: Tensor, offsets: Sequence[int]) -> Arriving:
         """In a span, for memory that could not be locked is copied by the host."""
-        with self._span("send to the device", num_bytes=buffer.numel()):
-            return send(buffer)
+        unit = self.units[unit_idx]
+        with self._span("send to the device", num_bytes=unit.file_bytes):
+            return send(*unit.parts(buffer, offsets)), unit.packed_places
 
     def _streamed(self, unit_idx: int, slot: Slot) -> Sequence[Tensor]:
         unit = self.units[unit_idx]
@@ -324,7 +325,7 @@ class TieredWeights(WeightStreamer):
         """
         buffer, offsets = self._staging.read(unit) if self._staging else self._read(unit)
         found = unit.build(buffer, offsets, self.dtype)
-        if unit.copied_bytes(self.dtype) == 0:
+        if unit.copied_bytes(self.dtype, packed=self._staging is not None) == 0:
             return found
         memory = buffer.untyped_storage().data_ptr()
         return [v.clone() if v.untyped_storage().data_ptr() == memory else v for v in found]

@@ -12,12 +12,9 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
-from ollm_core.buffers import round_up
+from ollm_core.buffers import ALIGNMENT, round_up
 from ollm_core.errors import CheckpointError
 from ollm_core.types import Layout, ParameterSource, TensorInfo, WeightPlan
-
-ALIGNMENT = 64
-"""Bytes. Matrix libraries give other last bits in float32 for data that is not aligned to it."""
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
@@ -44,11 +41,15 @@ class Parameter:
     source: ParameterSource
     tensors: tuple[TensorInfo, ...]
 
-    def needs_copy(self, dtype: torch.dtype) -> bool:
-        """Whether it cannot simply be a view of the bytes as read, page for page, from the file."""
+    def needs_copy(self, dtype: torch.dtype, *, packed: bool = False) -> bool:
+        """Whether it cannot simply be a view of the bytes, which are as read, page for page, from
+        the file, or `packed`.
+        """
         tensor = self.tensors[0]
         if self.source.transform or TORCH_DTYPES[tensor.dtype] != dtype:
             return True
+        if packed:
+            return False
         alignment = ALIGNMENT if dtype == torch.float32 else dtype.itemsize
         return tensor.offset % alignment != 0
 
@@ -91,7 +92,7 @@ class WeightUnit:
 
     @property
     def packed_bytes(self) -> int:
-        """Bytes of its tensors side by side, as stored."""
+        """Bytes of its tensors side by side, as stored, each at a multiple of ALIGNMENT."""
         return sum(round_up(tensor.num_bytes, ALIGNMENT) for tensor in self.tensors)
 
     @property
@@ -100,9 +101,15 @@ class WeightUnit:
         sizes = [round_up(tensor.num_bytes, ALIGNMENT) for tensor in self.tensors]
         return [0, *accumulate(sizes)][:-1]
 
-    def copied_bytes(self, dtype: torch.dtype) -> int:
+    def parts(self, buffer: Tensor, offsets: Sequence[int]) -> list[Tensor]:
+        """The bytes of its tensors, which begin at `offsets` in `buffer`."""
+        pairs = zip(self.tensors, offsets, strict=True)
+        return [buffer[offset : offset + tensor.num_bytes] for tensor, offset in pairs]
+
+    def copied_bytes(self, dtype: torch.dtype, *, packed: bool = False) -> int:
         """Bytes of new tensors made each time it is acquired from a streaming buffer."""
-        return sum(p.num_bytes(dtype) for p in self.parameters if p.needs_copy(dtype))
+        made = (p for p in self.parameters if p.needs_copy(dtype, packed=packed))
+        return sum(p.num_bytes(dtype) for p in made)
 
     @property
     def scratch_bytes(self) -> int:
