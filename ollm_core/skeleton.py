@@ -86,9 +86,10 @@ class Skeleton:
         self.layers: Sequence[nn.Module] = list(model.get_submodule(layout.layers))
         self.norm = model.get_submodule(layout.norm)
         self.meta_rotary = model.get_submodule(layout.rotary)
-        # Rotary frequencies are in no checkpoint: a fresh module computes them.
-        with torch.device(device):
-            self.rotary: nn.Module = type(self.meta_rotary)(self.config)
+        # Rotary frequencies are in no checkpoint: a fresh module computes them. On the CPU, as
+        # transformers does for any device: a GPU's powers and quotients have other last bits.
+        with torch.device("meta" if device.type == "meta" else "cpu"):
+            self.rotary: nn.Module = type(self.meta_rotary)(self.config).to(device)
         self._rotary_axes = layout.rotary_axes
         self.rotary_types = _rotary_types(self.rotary, self.config, len(self.layers))
         self.mixtures: Mapping[int, Mixture] = dict(_mixtures(self.layers, layout))
