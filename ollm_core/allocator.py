@@ -12,7 +12,7 @@ import torch
 
 from ollm_core.memory import MemoryAccount
 
-_SLACK_BYTES = 64 << 20
+_SLACK_BYTES = 128 << 20
 """Allowed beside the budget: workspaces of matrix libraries, which the allocator makes for them."""
 _SLACK_PART = 16
 """And this part of the budget, for gaps between blocks, which count as taken."""

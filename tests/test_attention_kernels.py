@@ -314,18 +314,21 @@ def test_products_take_what_is_traced(num_new):
 def test_a_flash_kernel_is_traced_with_its_splits():
     """Few queries over many keys: a float32 result for each split, until they are merged."""
 
-    def peak(num_new, num_keys):
+    def peak(num_new, num_keys, head_dim=128):
         def work():
-            query = torch.empty(2, 4, num_new, 128, dtype=torch.float16, device="meta")
-            keys = torch.empty(2, num_keys, 128, dtype=torch.float16, device="meta")
+            query = torch.empty(2, 4, num_new, head_dim, dtype=torch.float16, device="meta")
+            keys = torch.empty(2, num_keys, head_dim, dtype=torch.float16, device="meta")
             return PACKAGE(query, keys, keys, 1.0)
 
-        return traced_peak(work) - 2 * (2 * num_keys + 8 * num_new) * 128
+        return traced_peak(work) - 2 * (2 * num_keys + 8 * num_new) * head_dim
 
     few = 8 * 64 * (2 * 128 + 4)
     assert peak(64, 128) == few
     assert peak(64, 512) == few + 4 * 8 * 64 * 129 * 4
     assert peak(64 * 40, 512) == 40 * few
+    for head_dim, splits, rounded in ((16, 2, 32), (80, 4, 96), (192, 8, 192), (200, 8, 256)):
+        least = 8 * 64 * (2 * head_dim + 4)
+        assert peak(64, 512, head_dim) == least + splits * 8 * 64 * (rounded + 1) * 4
 
 
 def test_the_doctor_tells(monkeypatch, tmp_path):

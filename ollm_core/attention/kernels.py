@@ -13,12 +13,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ollm_core.buffers import round_up
+
 HALF = frozenset({torch.float16, torch.bfloat16})
 _MOST_HEAD_DIM = 256  # of the flash kernels
 _HEAD_UNIT = 8  # they take heads of a multiple of it
 _SPLIT_ROWS = 64  # queries of one block of threads, where the kernels split keys among several
 _SPLIT_KEYS = {64: 256, 128: 128, _MOST_HEAD_DIM: 64}  # by head size, the fewest of one split
 _MOST_SPLITS = 128
+_LARGEST_ROUNDED = 192  # up to it heads take a multiple of 32 in a split, others the most
 _MOST_BLOCKS = 320  # from there on a device of 200 multiprocessors does not split
 
 
@@ -126,9 +129,11 @@ def masked_products(
     scores = torch.matmul(part.float(), keys.float().transpose(1, 2)).mul_(scaling)
     if hidden is not None:
         scores.masked_fill_(hidden.repeat(query.shape[1], 1), -torch.inf)
-    lse = scores.logsumexp(-1)
-    weights = scores.sub_(lse[..., None]).exp_()
-    output = torch.matmul(weights, values.float())
+    # In place: torch's own log-sum-exp holds another copy of the scores, which no trace sees.
+    most = scores.amax(-1, keepdim=True)
+    total = scores.sub_(most).exp_().sum(-1, keepdim=True)
+    output = torch.matmul(scores.div_(total), values.float())
+    lse = most.add_(total.log_())
     return output.reshape(query.shape), lse.reshape(query.shape[:3])
 
 
@@ -222,9 +227,10 @@ def _described(query: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Ten
     shape = (1, num_heads, num_new)
     split_keys = next(count for most, count in _SPLIT_KEYS.items() if head_dim <= most)
     splits = min(-(-keys.shape[1] // split_keys), _MOST_SPLITS)
+    rounded = round_up(head_dim, 32) if head_dim <= _LARGEST_ROUNDED else _MOST_HEAD_DIM
     partial: Tensor | None = None
     if splits > 1 and num_heads * -(-num_new // _SPLIT_ROWS) < _MOST_BLOCKS:
-        partial = query.new_empty(splits, *shape, head_dim + 1, dtype=torch.float32)
+        partial = query.new_empty(splits, *shape, rounded + 1, dtype=torch.float32)
     output = torch.empty_like(query)
     lse = query.new_empty(shape, dtype=torch.float32)
     del partial
