@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+import sysconfig
+from pathlib import Path
+
 import compiled as layers
 import torch
 
@@ -10,6 +14,9 @@ from gpu_parts.work import OutOfTime, Tell, Work
 
 def run(work: Work, tell: Tell, _: str = "") -> None:
     """A finding for each shape. Raises OutOfTime."""
+    if missing := _missing():
+        tell("compiler", f"nothing was compiled: {missing}")
+        return
     names = list(layers.SHAPES)[:1] if work.small else list(layers.SHAPES)
     for name in names:
         if work.seconds_left < 8:
@@ -17,3 +24,12 @@ def run(work: Work, tell: Tell, _: str = "") -> None:
         torch.compiler.reset()
         found = layers.compare(layers.SHAPES[name], torch.bfloat16, work.device, rounds=3)
         tell(name, layers.told(found), **found)
+
+
+def _missing() -> str:
+    """What there must be to compile, beside torch."""
+    if not any(map(shutil.which, ("cc", "gcc", "clang"))):
+        return "there is no C compiler here"
+    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        return "Python's headers are not here"
+    return ""

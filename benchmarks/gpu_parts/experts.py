@@ -71,9 +71,13 @@ def _compare(
 ) -> None:
     """The tokens of the un-offloaded model on the same device."""
     num_tokens = found["prompt_tokens"]
-    reference = Reference(checkpoint.path, torch.bfloat16, work.device, num_tokens)
-    prompt = prompt_of(reference.model, num_tokens)[0]  # type: ignore[arg-type]
-    tokens, logits = reference.greedy(prompt, num_new)
+    try:
+        reference = Reference(checkpoint.path, torch.bfloat16, work.device, num_tokens)
+        prompt = prompt_of(reference.model, num_tokens)[0]  # type: ignore[arg-type]
+        tokens, logits = reference.greedy(prompt, num_new)
+    except torch.OutOfMemoryError:
+        tell("transformers", "tokens not compared: its model does not fit on the card")
+        return
     best = logits.float().topk(2, dim=-1).values
     same = tokens == found["tokens"]
     tell(

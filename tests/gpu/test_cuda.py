@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from contextlib import closing
 
 import pytest
@@ -48,6 +49,35 @@ def test_greedy_tokens_are_those_of_transformers(
     ) as model:
         found = model.generate(prompt, max_new_tokens=64, **GREEDY)
     assert found.tolist() == expected.tolist()
+
+
+def test_rotary_frequencies_are_those_of_transformers(device, make_llama):
+    """It computes them on the CPU, whatever the device, and a GPU's have other last bits."""
+    directory = make_llama(torch.bfloat16)
+    theirs = AutoModelForCausalLM.from_pretrained(directory).to(device).model.rotary_emb
+    with ollm.load(directory, device=device) as model:
+        assert torch.equal(model.engine._skeleton.rotary.inv_freq, theirs.inv_freq)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_where_tensors_begin_in_their_file_is_of_no_account(
+    device, streamed, make_llama, ids, tmp_path, dtype
+):
+    """Data at 8 modulo 16, as headers of safetensors often leave it: the same logits."""
+    directory = make_llama(getattr(torch, dtype))
+    moved = tmp_path / "moved"
+    shutil.copytree(directory, moved)
+    file = moved / "model.safetensors"
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    padding = b" " * ((-length) % 16)  # the header ends at 8 modulo 16
+    header = content[8 : 8 + length] + padding
+    file.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + length :])
+    found = []
+    for place in (directory, moved):
+        with ollm.load(place, device=device, attention="exact", **streamed) as model:
+            found.append(model(input_ids=ids(100)[None].to(device)).logits)
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
