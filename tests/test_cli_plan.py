@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 
@@ -46,6 +48,17 @@ def test_json_is_one_object(ollm):
     assert found.keys() >= FIELDS
     assert found["fits"] is True
     assert found["moments"][0]["name"] == "opened"
+
+
+def test_the_readme_shows_what_is_printed(ollm):
+    """Its plans, line by line."""
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    shown = re.findall(r"^    \$ ollm (plan .*)\n((?:    .*\n|\n)+)", readme, re.MULTILINE)
+    assert len(shown) == 2
+    for command, expected in shown:
+        _, out, err = ollm(*command.split())
+        found = [line.strip() for line in (out + err).splitlines() if line.strip()]
+        assert found == [line.strip() for line in expected.splitlines() if line.strip()]
 
 
 def test_table_and_plot(ollm):
