@@ -5,6 +5,7 @@ before use.
 from __future__ import annotations
 
 import copy
+import importlib.util
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -18,6 +19,8 @@ from ollm_core.attention import ATTENTION_NAME, register_attention
 from ollm_core.errors import ConfigError, UnsupportedError
 from ollm_core.mlp import Mixture
 from ollm_core.types import Config, Layout
+
+_RECURRENT_KERNELS = {"fla": "flash-linear-attention", "causal_conv1d": "causal-conv1d"}
 
 
 class _Slots(AbstractContextManager[nn.Module]):
@@ -59,8 +62,15 @@ class Skeleton:
         self, config: Config, layout: Layout, dtype: torch.dtype, device: torch.device
     ) -> None:
         """Raises ConfigError if transformers cannot build a model from `config`. However its
-        weights are stored, the model is a plain one.
+        weights are stored, the model is a plain one. Raises UnsupportedError if transformers would
+        compute its recurrent layers by another package.
         """
+        self.recurrent = frozenset(
+            i for i, mixer in enumerate(layout.mixers) if mixer == "recurrent"
+        )
+        """Layers with a state in place of keys and values."""
+        if self.recurrent:
+            _refuse_kernels()
         register_attention()
         self.config: PreTrainedConfig
         plain = {key: value for key, value in config.items() if key != "quantization_config"}
@@ -94,10 +104,6 @@ class Skeleton:
         self.rotary_types = _rotary_types(self.rotary, self.config, len(self.layers))
         self.mixtures: Mapping[int, Mixture] = dict(_mixtures(self.layers, layout))
         """Layers with routed experts, which are run in two halves."""
-        self.recurrent = frozenset(
-            i for i, mixer in enumerate(layout.mixers) if mixer == "recurrent"
-        )
-        """Layers with a state in place of keys and values."""
         self._slots = [_Slots(layer) for layer in self.layers]
         if getattr(model.get_submodule(layout.head), "bias", None) is not None:
             raise ConfigError("a head with a bias is not supported")
@@ -160,6 +166,19 @@ def _rotary_types(rotary: nn.Module, config: PreTrainedConfig, num_layers: int) 
             hint="rotary embeddings may depend on layer_types, and on nothing else",
         )
     return types
+
+
+def _refuse_kernels() -> None:
+    """Packages that transformers takes for recurrent layers as soon as they are there. They give
+    other bits than its own code, only on a GPU, and cannot be traced for a plan.
+    """
+    for package, distribution in _RECURRENT_KERNELS.items():
+        if importlib.util.find_spec(package) is not None:
+            raise UnsupportedError(
+                f"{distribution} is installed, and transformers computes recurrent layers with it: "
+                "what they give and hold is then not known",
+                hint=f"pip uninstall {distribution}, or use an environment without it",
+            )
 
 
 def _mixtures(layers: Sequence[nn.Module], layout: Layout) -> Iterator[tuple[int, Mixture]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from importlib.metadata import entry_points
 
 import pytest
@@ -93,6 +94,26 @@ def test_what_drafts_is_ignored_and_what_is_foreign_is_not():
         NEXT.weights(NEXT.tiny_config(), names | {"model.layers.0.mlp.experts.99.up_proj.weight"})
     with pytest.raises(CheckpointError, match="lacks tensor"):
         NEXT.weights(NEXT.tiny_config(), names - {"model.layers.0.linear_attn.A_log"})
+
+
+@pytest.mark.parametrize("package", ["fla", "causal_conv1d"])
+def test_kernels_that_transformers_would_take_are_refused(monkeypatch, tmp_path, package):
+    """Where a package is installed that gives other bits; a model without such layers does not
+    mind.
+    """
+    place = tmp_path / "packages" / package
+    place.mkdir(parents=True)
+    (place / "__init__.py").touch()
+    monkeypatch.syspath_prepend(place.parent)
+    for adapter in (NEXT, Qwen3MoeAdapter()):
+        config = tmp_path / f"{adapter.name}.json"
+        config.write_text(json.dumps(adapter.tiny_config()))
+        if adapter is NEXT:
+            with pytest.raises(UnsupportedError, match="is installed") as refused:
+                ollm.plan(config)
+            assert "pip uninstall" in refused.value.hint
+        else:
+            assert ollm.plan(config).fits
 
 
 def stored_names(model):
