@@ -18,6 +18,7 @@ _COLOURS = {  # weights blue, KV green, what a pass takes for itself in warm col
     "weights": "#9ecae1",
     "resident weights": "#3182bd",
     "weight ring": "#6baed6",
+    "weight staging": "#4292c6",
     "upload buffers": "#deebf7",
     "resident experts": "#08519c",
     "expert buffers": "#c6dbef",

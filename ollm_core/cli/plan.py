@@ -33,6 +33,7 @@ KINDS = {
     "weights": "norm, rotary, buffers for a layer",
     "resident weights": "weights kept",
     "weight ring": "weights streamed",
+    "weight staging": "weights as they are loaded",
     "upload buffers": "weights on their way",
     "resident experts": "experts kept",
     "expert buffers": "experts streamed",

@@ -32,7 +32,7 @@ HELD_KINDS = (
 )
 """What `fit` decides on, as the accounts name it."""
 
-_STAGED = "weights as they are loaded"
+_STAGED = "weight staging"
 _UPLOADS = 2
 _SLOTS = 3  # two suffice when disk and compute are even; the third takes up jitter
 
