@@ -36,6 +36,7 @@ from ollm_core.interfaces import (
     KVView,
     ModelAdapter,
     TierBytes,
+    TiledBlocks,
     WeightStreamer,
 )
 from ollm_core.requests import CodecRequest, DraftRequest, KVRequest
@@ -96,6 +97,7 @@ __all__ = [
     "StoredForm",
     "TensorInfo",
     "TierBytes",
+    "TiledBlocks",
     "UnknownModelError",
     "UnsupportedError",
     "WeightPlan",

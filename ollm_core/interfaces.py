@@ -191,6 +191,18 @@ class TierBytes:
     disk: int = 0
 
 
+class TiledBlocks(ABC, Iterator["tuple[Tensor, Tensor]"]):
+    """What `KVStore.blocks` may give out where blocks of one length lie side by side: they can be
+    taken together. A store that changes or checks what another's `blocks` gives needs not know.
+    """
+
+    @abstractmethod
+    def tiles(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The same blocks in the same order, in place of them, as pairs of [B, G, n, D], each valid
+        until the next step. To be asked for before the first step.
+        """
+
+
 class KVStore(Closing):
     """Keys and values of every layer for any number of sequences, stored per KV head, never
     repeated to query heads.
@@ -237,8 +249,8 @@ class KVStore(Closing):
         """Keys and values of positions `first` to `num_tokens` (default: all) in order, as pairs of
         [G, n, D].
 
-        They are on the compute device and valid until the next step of the iterator. Raises
-        KVStoreError for positions that a sliding layer no longer has.
+        They are on the compute device and valid until the next step of the iterator, which may be
+        a TiledBlocks. Raises KVStoreError for positions that a sliding layer no longer has.
         """
 
     @property

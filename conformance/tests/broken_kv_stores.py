@@ -49,6 +49,12 @@ class LastBlockDropped(DeviceKVStore):
         return iter(found[:-1] or found)
 
 
+class TilesReversed(DiskKVStore):
+    def _tiles(self, *arguments):
+        for keys, values in super()._tiles(*arguments):
+            yield keys.flip(0), values.flip(0)
+
+
 class FirstKeyDropped(DeviceKVStore):
     def blocks(self, *arguments):
         for keys, values in super().blocks(*arguments):
@@ -301,6 +307,8 @@ BROKEN_KV_STORES = [
          disk_suite_of(LeavesAFile), "closed"),
         ("counts-no-reads", "Bytes read from disk are not counted.",
          disk_suite_of(CountsNoReads), "bytes-read"),
+        ("tiles-reversed", "Several blocks at a time come in reverse.",
+         disk_suite_of(TilesReversed), "tiles"),
     ]
 ]  # fmt: skip
 

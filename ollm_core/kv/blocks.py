@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ollm_core.bus import Bus
 from ollm_core.errors import KVStoreError
-from ollm_core.interfaces import KVStore, TierBytes
+from ollm_core.interfaces import KVStore, TierBytes, TiledBlocks
 from ollm_core.kv.lanes import Charges, Lanes
 from ollm_core.kv.storage import BlockStorage, KVGeometry
 from ollm_core.memory import MemoryAccount
@@ -47,6 +47,24 @@ class _Table:
     def end(self) -> int:
         """Index of the block after the last."""
         return next(reversed(self.blocks), -1) + 1
+
+
+class _Tiled(TiledBlocks):
+    """Two ways through the same blocks, of which one is taken."""
+
+    def __init__(
+        self,
+        pairs: Iterator[tuple[Tensor, Tensor]],
+        tiles: Iterator[tuple[Tensor, Tensor]],
+    ) -> None:
+        self._pairs = pairs
+        self._tiles = tiles
+
+    def __next__(self) -> tuple[Tensor, Tensor]:
+        return next(self._pairs)
+
+    def tiles(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return self._tiles
 
 
 class BlockKVStore(KVStore):
@@ -144,7 +162,13 @@ class BlockKVStore(KVStore):
         blocks: Iterator[Tensor] = itertools.chain(self._storage.read(layer_idx, sealed), tail)
         if self._uploads is not None:
             blocks = self._on_device(layer_idx, blocks, self._uploads)
-        return self._views(blocks, first, wanted)
+            return self._views(blocks, first, wanted)
+        pairs = self._views(blocks, first, wanted)
+        runs = self._storage.read_runs(layer_idx, sealed)
+        if runs is None:
+            return pairs
+        tails = (block[None] for block in tail)
+        return _Tiled(pairs, self._tiles(itertools.chain(runs, tails), first, wanted))
 
     @property
     def in_place(self) -> bool:
@@ -250,6 +274,27 @@ class BlockKVStore(KVStore):
             yield keys, values
             begin += self.block_size
             self._check_open()
+
+    def _tiles(
+        self, runs: Iterator[Tensor], first: int, num_tokens: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """As `_views`, of runs [B, 2, G, block_size, D]: whole blocks together, one that is cut
+        alone.
+        """
+        begin = first - first % self.block_size
+        for run in runs:
+            done = 0
+            while done < len(run):
+                start, end = max(first - begin, 0), min(num_tokens - begin, self.block_size)
+                count = 1
+                if end - start == self.block_size:
+                    count = min((num_tokens - begin) // self.block_size, len(run) - done)
+                tile = run[done : done + count].narrow(3, start, end - start)
+                keys, values = tile.unbind(1)
+                yield keys, values
+                begin += count * self.block_size
+                done += count
+                self._check_open()
 
     def _on_device(
         self, layer_idx: int, blocks: Iterator[Tensor], uploads: Lanes[Upload]

@@ -60,10 +60,10 @@ class DiskSizes:
 
 @dataclass(frozen=True, slots=True)
 class _Staging:
-    """A buffer for a run of slots of a layer, and its blocks [2, G, block_size, D]."""
+    """A buffer for a run of slots of a layer, and its blocks [B, 2, G, block_size, D]."""
 
     buffer: memoryview
-    blocks: list[Tensor]
+    blocks: Tensor
 
 
 class DiskStorage(BlockStorage):
@@ -197,6 +197,10 @@ class DiskStorage(BlockStorage):
         self._forget(layer_idx, block)
 
     def read(self, layer_idx: int, blocks: Sequence[int]) -> Iterator[Tensor]:
+        for run in self.read_runs(layer_idx, blocks):
+            yield from run.unbind()
+
+    def read_runs(self, layer_idx: int, blocks: Sequence[int]) -> Iterator[Tensor]:
         run_slots = self._sizes.run_slots[layer_idx]
         runs = [
             run[start : start + run_slots]
@@ -214,7 +218,7 @@ class DiskStorage(BlockStorage):
                     coming.result()
                     if i + 1 < len(runs):
                         coming = self._read_ahead(layer_idx, runs[i + 1], stagings[(i + 1) % 2])
-                    yield from stagings[i % 2].blocks[: len(run)]
+                    yield stagings[i % 2].blocks[: len(run)]
             finally:
                 _finish(coming)  # before others get the staging
 
@@ -363,8 +367,9 @@ class DiskStorage(BlockStorage):
         return host_buffer(num_bytes, self._geometry.bus)
 
     def _staging(self, layer_idx: int, buffer: Tensor, num_slots: int) -> _Staging:
-        slots = buffer.split(self._slot_bytes[layer_idx])[:num_slots]
-        blocks = [self._geometry.as_block(layer_idx, slot) for slot in slots]
+        first = self._geometry.as_block(layer_idx, buffer)
+        slot = self._slot_bytes[layer_idx] // first.itemsize  # elements from block to block
+        blocks = first.as_strided((num_slots, *first.shape), (slot, *first.stride()))
         return _Staging(as_memoryview(buffer), blocks)
 
     def _give_spare(self, layer_idx: int, tail: Tensor) -> None:

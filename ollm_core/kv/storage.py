@@ -154,6 +154,12 @@ class BlockStorage(Closing):
         ReadError.
         """
 
+    def read_runs(self, layer_idx: int, blocks: Sequence[int]) -> Iterator[Tensor] | None:
+        """As `read`, but [B, 2, G, block_size, D], where blocks lie side by side. None, as by
+        default, if they never do.
+        """
+        return None
+
     def check(self) -> None:
         """Raise what a write in the background met."""
         return

@@ -7,12 +7,12 @@ from functools import partial
 import pytest
 import torch
 
-from ollm_conformance.checks import check
+from ollm_conformance.checks import check, does_not_apply
 from ollm_conformance.compare import same_bits
 from ollm_conformance.parts.base import refusal
 from ollm_conformance.parts.kv_suite import SMALL, KVStoreSuite
 from ollm_conformance.parts.lists import KVShape
-from ollm_core import KVStoreError
+from ollm_core import KVStoreError, TiledBlocks
 
 
 class KVContent(KVStoreSuite):
@@ -119,6 +119,41 @@ class KVContent(KVStoreSuite):
             for layer_idx in range(2):
                 found = torch.cat([pair[layer_idx] for pair in copies], dim=2)
                 same_bits(found, expected[layer_idx], f"layer {layer_idx} of two readers")
+
+    @check(
+        "kv-store.tiles",
+        "Where blocks are given out several at a time, they are those that come one by one.",
+        look="tiles() of what blocks() returns",
+    )
+    def test_tiles(self) -> None:
+        with self.opened() as opened:
+            store = opened.store
+            sequences = [store.new_sequence() for _ in range(2)]
+            for seed, length in enumerate([9, 30, 1, 60, 2]):
+                for sequence in sequences:
+                    opened.fill(sequence, length, seed)
+            store.truncate(sequences[0], 50)
+            for sequence in reversed(sequences):  # one goes on where the other was
+                opened.fill(sequence, 33, 9)
+            for first, end in ((0, 83), (0, 80), (3, 83), (4, 81), (5, 6), (41, 79), (7, 7)):
+                for sequence in sequences:
+                    told = f"positions {first} to {end}"
+                    blocks = store.blocks(1, sequence, end, first)
+                    if not isinstance(blocks, TiledBlocks):
+                        does_not_apply("it gives out blocks one by one")
+                    expected = [torch.stack(pair) for pair in store.blocks(1, sequence, end, first)]
+                    found = [
+                        part
+                        for keys, values in blocks.tiles()
+                        for part in torch.stack([keys, values], dim=1).unbind()
+                    ]
+                    lengths = [part.shape[2] for part in found]
+                    assert lengths == [part.shape[2] for part in expected], (
+                        f"{told}: expected blocks of {[part.shape[2] for part in expected]} "
+                        f"tokens, got {lengths}"
+                    )
+                    for number, (one, other) in enumerate(zip(found, expected, strict=True)):
+                        same_bits(one, other, f"{told}, block {number}")
 
     @check(
         "kv-store.num-tokens",
