@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ollm_core.attention import find_attention
+from ollm_core.attention import find_attention, most_blocks
 from ollm_core.buffers import round_up
 from ollm_core.calls import StateCache, run_layer
 from ollm_core.interfaces import KVStore, KVView
@@ -20,8 +20,6 @@ from ollm_core.mlp import Mixture, RoutedChunk
 from ollm_core.parking import Parking
 from ollm_core.skeleton import Skeleton
 from ollm_core.tracing import OneExpertTaken, traced_peak
-
-_BLOCKWISE_BLOCKS = 2  # block-wise attention takes as much for two earlier blocks as for any number
 
 _Shape = tuple[int, int, int, int, str]
 """layer_idx, num_rows, num_new, num_past, attention"""
@@ -69,7 +67,8 @@ class Workspace:
             # As many as are ever seen: their first block is then as long as any that is cut.
             return self._remembered(*shape, min(above, window - 1), attention)
         if attention != "exact":
-            return self._remembered(*shape, min(above, _BLOCKWISE_BLOCKS * block_size), attention)
+            most = most_blocks(num_new) * block_size
+            return self._remembered(*shape, min(above, most), attention)
         # What an operation takes is a line in num_past. The peak is the highest of such lines, so
         # between two lengths it lies on or below the straight line from one peak to the other.
         least = self._remembered(*shape, below, attention)

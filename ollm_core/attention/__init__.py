@@ -17,6 +17,7 @@ from ollm_core.attention.blockwise import (
     BlockwiseAttention,
     blockwise_attention,
     kernels_on,
+    most_blocks,
 )
 from ollm_core.attention.exact import exact_attention
 from ollm_core.attention.kernels import Products
@@ -67,5 +68,6 @@ __all__ = [
     "blockwise_attention",
     "exact_attention",
     "find_attention",
+    "most_blocks",
     "register_attention",
 ]

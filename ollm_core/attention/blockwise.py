@@ -24,10 +24,12 @@ from ollm_core.attention.kernels import (
 )
 from ollm_core.attention.options import CARRIED
 from ollm_core.errors import UnsupportedError
-from ollm_core.interfaces import KVView
+from ollm_core.interfaces import KVView, TiledBlocks
 
 _TILE = 256  # tokens that are attended to together where a mask is made for them
 _FLASH_CAPABILITY = (8, 0)  # of a CUDA device
+_FEW = 16  # new tokens, of a step or a draft: their parts are small
+_WAITING = 8  # parts of few tokens that are merged together
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +75,11 @@ def kernels_on(device: torch.device, *, package: bool = False) -> tuple[Kernel, 
     return (*(FlashKernel(name, call) for name, call in calls.items()), Products())
 
 
+def most_blocks(num_new: int) -> int:
+    """So many earlier blocks take as much memory as any number, where `num_new` tokens attend."""
+    return _WAITING if num_new <= _FEW else 2
+
+
 def blockwise_attention(
     module: torch.nn.Module, query: Tensor, view: KVView, *, scaling: float, **options: Any
 ) -> Tensor:
@@ -106,14 +113,26 @@ class _Partials:
         self._kernel = kernel
         self._total: Tensor | None = None  # [G, H / G, T, D] float32
         self._lse: Tensor | None = None  # [G, H / G, T]
+        # Parts [n, G, H / G, T, D] and [n, G, H / G, T] that are not merged yet.
+        self._waiting: list[tuple[Tensor, Tensor]] = []
+        self._num_waiting = 0  # blocks, whatever number of calls they came from
+        self._few = num_new <= _FEW
         step = num_new if self._hides(num_new) else _TILE
         for begin in range(0, num_new, step):
             tile = slice(begin, begin + step)
             self._add_new(keys[:, tile], values[:, tile], begin)
         position = view.first(row, window) - view.starts[row]
-        for past_keys, past_values in view.past(row, window):
-            self._add_before(past_keys, past_values, position, 0)
-            position += past_keys.shape[1]
+        past = view.past(row, window)
+        if self._few and isinstance(past, TiledBlocks):
+            for past_keys, past_values in past.tiles():
+                self._add_tile(past_keys, past_values, position)
+                position += past_keys.shape[0] * past_keys.shape[2]
+        else:
+            for past_keys, past_values in past:
+                self._add_before(past_keys, past_values, position, 0)
+                position += past_keys.shape[1]
+        if self._waiting:
+            self._merge_waiting()
 
     def result(self, sinks: Tensor | None) -> Tensor:
         """[T, H, D]."""
@@ -144,6 +163,27 @@ class _Partials:
             self._add_masked(keys, values, begin, begin, end)
         if end < self._query.shape[2]:
             self._add_before(keys, values, begin, end)
+
+    def _add_tile(self, keys: Tensor, values: Tensor, begin: int) -> None:
+        """Blocks of earlier keys [B, G, n, D], of which the first is at `begin`. The parts are
+        those of the blocks one by one, and so are the groups that they are merged in.
+        """
+        num_blocks, num_keys = keys.shape[0], keys.shape[2]
+        done = 0
+        while done < num_blocks:
+            at = begin + done * num_keys
+            seen = self._window is None or at + self._window >= self._query.shape[2]
+            count = min(num_blocks - done, _WAITING - self._num_waiting) if seen else 1
+            tile = slice(done, done + count)
+            found = None
+            if count > 1:
+                found = self._kernel.several(self._query, keys[tile], values[tile], self._scaling)
+            if found is None:
+                self._add_before(keys[done], values[done], at, 0)
+                done += 1
+            else:
+                self._let_wait(*found)
+                done += count
 
     def _add_before(self, keys: Tensor, values: Tensor, begin: int, first: int) -> None:
         """Keys from `begin` on, all before the query `first`, seen from there on as far as the
@@ -201,6 +241,36 @@ class _Partials:
 
     def _merge(self, output: Tensor, lse: Tensor, first: int, end: int) -> None:
         """Add a part for the queries from `first` to `end`."""
+        if self._few and self._total is not None and end - first == self._query.shape[2]:
+            self._let_wait(output[None], lse[None])
+        else:
+            self._merge_now(output, lse, first, end)
+
+    def _let_wait(self, outputs: Tensor, lses: Tensor) -> None:
+        """Add parts [n, G, H / G, T, D] and [n, G, H / G, T], of all queries, when there are some.
+
+        Which are merged together is a matter of their number alone, not of how they came: bits do
+        not depend on where a store has its blocks.
+        """
+        self._waiting.append((outputs, lses))
+        self._num_waiting += len(outputs)
+        if self._num_waiting == _WAITING:
+            self._merge_waiting()
+
+    def _merge_waiting(self) -> None:
+        # In one layout: sums depend on it, and `cat` takes one that suits its parts.
+        outputs, lses = (
+            torch.cat(parts).contiguous() for parts in zip(*self._waiting, strict=True)
+        )
+        highest = lses.amax(0)
+        weights = (lses - highest).exp_()
+        whole = weights.sum(0)
+        output = outputs.float().mul_(weights[..., None]).sum(0).div_(whole[..., None])
+        self._merge_now(output, whole.log_().add_(highest), 0, self._query.shape[2])
+        self._waiting.clear()  # only now: what is planned for are all of them, whoever holds some
+        self._num_waiting = 0
+
+    def _merge_now(self, output: Tensor, lse: Tensor, first: int, end: int) -> None:
         whole = end - first == self._query.shape[2]
         if self._total is None or self._lse is None:
             if whole:

@@ -16,6 +16,7 @@ from torch import Tensor
 from ollm_core.buffers import round_up
 
 HALF = frozenset({torch.float16, torch.bfloat16})
+_UNPACKED = 23  # queries of a head; for more, torch on a CPU looks at the number of heads in all
 _MOST_HEAD_DIM = 256  # of the flash kernels
 _HEAD_UNIT = 8  # they take heads of a multiple of it
 _SPLIT_ROWS = 64  # queries of one block of threads, where the kernels split keys among several
@@ -61,6 +62,15 @@ class Kernel(ABC):
         `before` has no more queries than keys, and sees all keys behind.
         """
 
+    def several(
+        self, query: Tensor, keys: Tensor, values: Tensor, scaling: float
+    ) -> tuple[Tensor, Tensor] | None:
+        """What so many calls for one of B blocks each would give, bit for bit, in one: `keys` and
+        `values` [B, G, n, D] -> [B, G, P, T, D] and [B, G, P, T]. None, as by default, if it
+        cannot.
+        """
+        return None
+
 
 class CpuFlash(Kernel):
     """torch's fused kernel on a CPU. It repeats keys where it hides some."""
@@ -92,6 +102,21 @@ class CpuFlash(Kernel):
             part[None], keys[None], values[None], 0.0, causal, scale=scaling
         )
         return output[0].reshape(query.shape), lse[0].float().reshape(query.shape[:3])
+
+    def several(
+        self, query: Tensor, keys: Tensor, values: Tensor, scaling: float
+    ) -> tuple[Tensor, Tensor] | None:
+        """See Kernel. In half precision torch packs keys first where a head has many queries and
+        the processor multiplies packed ones, unless there are too many keys in all.
+        """
+        part = query.flatten(1, 2)  # [G, P * T, D]
+        if query.dtype in HALF and part.shape[1] > _UNPACKED:
+            return None
+        shape = len(keys), *query.shape[:3]
+        output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            part.expand(len(keys), *part.shape), keys, values, 0.0, False, scale=scaling
+        )
+        return output.reshape(*shape, -1), lse.float().reshape(shape)
 
 
 class Products(Kernel):
