@@ -6,7 +6,7 @@ import torch
 from broken import BrokenPart
 
 from ollm_conformance import KVStoreConformance
-from ollm_core import DoesNotFitError, TierBytes
+from ollm_core import DoesNotFitError, TierBytes, TiledBlocks
 from ollm_core.kv import DeviceKVStore, DiskKVStore, KVGeometry
 
 
@@ -49,10 +49,21 @@ class LastBlockDropped(DeviceKVStore):
         return iter(found[:-1] or found)
 
 
-class TilesReversed(DiskKVStore):
-    def _tiles(self, *arguments):
-        for keys, values in super()._tiles(*arguments):
+class Reversed(TiledBlocks):
+    def __init__(self, blocks):
+        self.blocks = blocks
+
+    def __next__(self):
+        return next(self.blocks)
+
+    def tiles(self):
+        for keys, values in self.blocks.tiles():
             yield keys.flip(0), values.flip(0)
+
+
+class TilesReversed(DiskKVStore):
+    def blocks(self, *arguments):
+        return Reversed(super().blocks(*arguments))
 
 
 class FirstKeyDropped(DeviceKVStore):

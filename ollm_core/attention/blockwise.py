@@ -241,10 +241,21 @@ class _Partials:
 
     def _merge(self, output: Tensor, lse: Tensor, first: int, end: int) -> None:
         """Add a part for the queries from `first` to `end`."""
-        if self._few and self._total is not None and end - first == self._query.shape[2]:
+        whole = end - first == self._query.shape[2]
+        if self._few and whole and self._total is not None:
             self._let_wait(output[None], lse[None])
-        else:
-            self._merge_now(output, lse, first, end)
+            return
+        if self._total is None or self._lse is None:
+            if whole:
+                self._total, self._lse = output.float(), lse
+                return
+            self._total = self._query.new_zeros(self._query.shape, dtype=torch.float32)
+            self._lse = self._total.new_full(self._query.shape[:3], -torch.inf)
+        total, old = self._total[:, :, first:end], self._lse[:, :, first:end]
+        merged = torch.logaddexp(old, lse)
+        total.mul_((old - merged).exp_()[..., None])
+        total.addcmul_(output.float(), (lse - merged).exp_()[..., None])
+        self._lse[:, :, first:end] = merged
 
     def _let_wait(self, outputs: Tensor, lses: Tensor) -> None:
         """Add parts [n, G, H / G, T, D] and [n, G, H / G, T], of all queries, when there are some.
@@ -258,28 +269,16 @@ class _Partials:
             self._merge_waiting()
 
     def _merge_waiting(self) -> None:
+        """Make one of the parts that wait and of what there is, which is seen by all queries."""
+        assert self._total is not None
+        assert self._lse is not None
+        parts = [(self._total[None], self._lse[None]), *self._waiting]
         # In one layout: sums depend on it, and `cat` takes one that suits its parts.
-        outputs, lses = (
-            torch.cat(parts).contiguous() for parts in zip(*self._waiting, strict=True)
-        )
+        outputs, lses = (torch.cat(alike).contiguous() for alike in zip(*parts, strict=True))
         highest = lses.amax(0)
         weights = (lses - highest).exp_()
         whole = weights.sum(0)
-        output = outputs.float().mul_(weights[..., None]).sum(0).div_(whole[..., None])
-        self._merge_now(output, whole.log_().add_(highest), 0, self._query.shape[2])
+        self._total = outputs.mul_(weights[..., None]).sum(0).div_(whole[..., None])
+        self._lse = whole.log_().add_(highest)
         self._waiting.clear()  # only now: what is planned for are all of them, whoever holds some
         self._num_waiting = 0
-
-    def _merge_now(self, output: Tensor, lse: Tensor, first: int, end: int) -> None:
-        whole = end - first == self._query.shape[2]
-        if self._total is None or self._lse is None:
-            if whole:
-                self._total, self._lse = output.float(), lse
-                return
-            self._total = self._query.new_zeros(self._query.shape, dtype=torch.float32)
-            self._lse = self._total.new_full(self._query.shape[:3], -torch.inf)
-        total, old = self._total[:, :, first:end], self._lse[:, :, first:end]
-        merged = torch.logaddexp(old, lse)
-        total.mul_((old - merged).exp_()[..., None])
-        total.addcmul_(output.float(), (lse - merged).exp_()[..., None])
-        self._lse[:, :, first:end] = merged

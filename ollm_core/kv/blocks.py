@@ -16,9 +16,10 @@ from torch import Tensor
 
 from ollm_core.bus import Bus
 from ollm_core.errors import KVStoreError
-from ollm_core.interfaces import KVStore, TierBytes, TiledBlocks
+from ollm_core.interfaces import KVStore, TierBytes
 from ollm_core.kv.lanes import Charges, Lanes
 from ollm_core.kv.storage import BlockStorage, KVGeometry
+from ollm_core.kv.tiles import Cut, CutBlocks
 from ollm_core.memory import MemoryAccount
 from ollm_core.upload import Upload
 
@@ -47,24 +48,6 @@ class _Table:
     def end(self) -> int:
         """Index of the block after the last."""
         return next(reversed(self.blocks), -1) + 1
-
-
-class _Tiled(TiledBlocks):
-    """Two ways through the same blocks, of which one is taken."""
-
-    def __init__(
-        self,
-        pairs: Iterator[tuple[Tensor, Tensor]],
-        tiles: Iterator[tuple[Tensor, Tensor]],
-    ) -> None:
-        self._pairs = pairs
-        self._tiles = tiles
-
-    def __next__(self) -> tuple[Tensor, Tensor]:
-        return next(self._pairs)
-
-    def tiles(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return self._tiles
 
 
 class BlockKVStore(KVStore):
@@ -160,15 +143,14 @@ class BlockKVStore(KVStore):
         sealed = [table.blocks[index] for index in indices if index < num_sealed]
         tail = () if table.tail is None or num_sealed not in indices else (table.tail,)
         blocks: Iterator[Tensor] = itertools.chain(self._storage.read(layer_idx, sealed), tail)
+        cut = Cut(first, wanted, self.block_size, self._check_open)
         if self._uploads is not None:
-            blocks = self._on_device(layer_idx, blocks, self._uploads)
-            return self._views(blocks, first, wanted)
-        pairs = self._views(blocks, first, wanted)
+            return cut.pairs(self._on_device(layer_idx, blocks, self._uploads))
         runs = self._storage.read_runs(layer_idx, sealed)
         if runs is None:
-            return pairs
-        tails = (block[None] for block in tail)
-        return _Tiled(pairs, self._tiles(itertools.chain(runs, tails), first, wanted))
+            return cut.pairs(blocks)
+        runs = itertools.chain(runs, (block[None] for block in tail))
+        return CutBlocks(cut.pairs(blocks), cut.tiles(runs))
 
     @property
     def in_place(self) -> bool:
@@ -263,38 +245,6 @@ class BlockKVStore(KVStore):
         for sequence in sequences:
             del self._tables[sequence]
         self._num_sharers.clear()
-
-    def _views(
-        self, blocks: Iterator[Tensor], first: int, num_tokens: int
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        begin = first - first % self.block_size
-        for block in blocks:
-            start, end = max(first - begin, 0), min(num_tokens - begin, self.block_size)
-            keys, values = block.narrow(2, start, end - start).unbind()
-            yield keys, values
-            begin += self.block_size
-            self._check_open()
-
-    def _tiles(
-        self, runs: Iterator[Tensor], first: int, num_tokens: int
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """As `_views`, of runs [B, 2, G, block_size, D]: whole blocks together, one that is cut
-        alone.
-        """
-        begin = first - first % self.block_size
-        for run in runs:
-            done = 0
-            while done < len(run):
-                start, end = max(first - begin, 0), min(num_tokens - begin, self.block_size)
-                count = 1
-                if end - start == self.block_size:
-                    count = min((num_tokens - begin) // self.block_size, len(run) - done)
-                tile = run[done : done + count].narrow(3, start, end - start)
-                keys, values = tile.unbind(1)
-                yield keys, values
-                begin += count * self.block_size
-                done += count
-                self._check_open()
 
     def _on_device(
         self, layer_idx: int, blocks: Iterator[Tensor], uploads: Lanes[Upload]
