@@ -173,7 +173,8 @@ def _refuse_kernels() -> None:
     other bits than its own code, only on a GPU, and cannot be traced for a plan.
     """
     for package, distribution in _RECURRENT_KERNELS.items():
-        if importlib.util.find_spec(package) is not None:
+        found = importlib.util.find_spec(package)
+        if found is not None and found.origin is not None:  # a mere directory has none
             raise UnsupportedError(
                 f"{distribution} is installed, and transformers computes recurrent layers with it: "
                 "what they give and hold is then not known",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
+import sys
 from importlib.metadata import entry_points
 
 import pytest
@@ -103,8 +105,13 @@ def test_kernels_that_transformers_would_take_are_refused(monkeypatch, tmp_path,
     """
     place = tmp_path / "packages" / package
     place.mkdir(parents=True)
-    (place / "__init__.py").touch()
     monkeypatch.syspath_prepend(place.parent)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(NEXT.tiny_config()))
+    assert ollm.plan(config).fits  # a directory of that name is no package
+    (place / "__init__.py").touch()
+    importlib.invalidate_caches()
+    monkeypatch.delitem(sys.modules, package, raising=False)  # transformers has tried it
     for adapter in (NEXT, Qwen3MoeAdapter()):
         config = tmp_path / f"{adapter.name}.json"
         config.write_text(json.dumps(adapter.tiny_config()))
