@@ -80,26 +80,25 @@ class WeightUnit:
     name: str
     parameters: tuple[Parameter, ...]
     tensors: tuple[TensorInfo, ...] = field(init=False)
+    packed_places: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    """Where each of its tensors begins when they are side by side, as stored, each at a multiple of
+    ALIGNMENT.
+    """
+    packed_bytes: int = field(init=False, repr=False, compare=False)
+    """Bytes of all of that."""
 
     def __post_init__(self) -> None:
         distinct = {tensor.name: tensor for p in self.parameters for tensor in p.tensors}
         object.__setattr__(self, "tensors", tuple(distinct.values()))
+        sizes = (round_up(tensor.num_bytes, ALIGNMENT) for tensor in self.tensors)
+        *places, end = accumulate(sizes, initial=0)
+        object.__setattr__(self, "packed_places", tuple(places))
+        object.__setattr__(self, "packed_bytes", end)
 
     @property
     def file_bytes(self) -> int:
         """Bytes of its tensors as stored."""
         return sum(tensor.num_bytes for tensor in self.tensors)
-
-    @property
-    def packed_bytes(self) -> int:
-        """Bytes of its tensors side by side, as stored, each at a multiple of ALIGNMENT."""
-        return sum(round_up(tensor.num_bytes, ALIGNMENT) for tensor in self.tensors)
-
-    @property
-    def packed_places(self) -> Sequence[int]:
-        """Where each of its tensors begins there."""
-        sizes = [round_up(tensor.num_bytes, ALIGNMENT) for tensor in self.tensors]
-        return [0, *accumulate(sizes)][:-1]
 
     def parts(self, buffer: Tensor, offsets: Sequence[int]) -> list[Tensor]:
         """The bytes of its tensors, which begin at `offsets` in `buffer`."""
