@@ -24,7 +24,7 @@ from ollm_core.weights.expert_bytes import (
     pack,
 )
 from ollm_core.weights.expert_cache import ExpertId, ExpertShares, ExpertTier, Kept
-from ollm_core.weights.groups import Filled, GroupReader, cut_groups
+from ollm_core.weights.groups import Filled, GroupReader, cut_groups, member_bytes
 from ollm_core.weights.units import WeightUnit
 
 _STAYS_OUT = -1, -1  # no expert at all
@@ -101,8 +101,7 @@ class ExpertStore(Closing):
         self._device_account, self._host_account = accounts
         self._buffer_account = accounts[0] if self._one_memory else accounts[1]
         every = [unit for layer in units.values() for unit in layer]
-        as_read = (max(source.buffer_bytes(unit.tensors), unit.packed_bytes) for unit in every)
-        self._one_bytes = max(as_read, default=0)
+        self._one_bytes = max((member_bytes(unit, source) for unit in every), default=0)
         most = max(map(len, units.values()), default=0)
         self._group_bytes = max(self._one_bytes, min(_GROUP_BYTES, most * self._one_bytes))
         self._num_experts = len(every)

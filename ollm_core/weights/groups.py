@@ -115,6 +115,11 @@ class GroupReader(Closing):
         return Filled(group, buffer, parts, time.perf_counter() - start)
 
 
+def member_bytes(unit: WeightUnit, source: ByteSource) -> int:
+    """What a unit takes of a buffer for groups, as read or packed."""
+    return max(source.buffer_bytes(unit.tensors), unit.packed_bytes)
+
+
 def cut_groups(
     members: Sequence[int], units: Sequence[WeightUnit], source: ByteSource, slot_bytes: int
 ) -> Iterator[Group]:
@@ -124,7 +129,7 @@ def cut_groups(
     Bytes of neighbours are read at once, so a group may take less than its members, or a little
     more.
     """
-    sizes = {i: max(source.buffer_bytes(units[i].tensors), units[i].packed_bytes) for i in members}
+    sizes = {i: member_bytes(units[i], source) for i in members}
     left = list(members)
     while left:
         count, total = 0, 0

@@ -86,11 +86,9 @@ class HeldWeights:
         self._priority = spread_order(len(self.units))
         self.buffer_bytes = [source.buffer_bytes(unit.tensors) for unit in self.units]
         """Of each unit, as it is read."""
-        self.staging_bytes = 0
-        """Held on the host whatever the placement: what is kept on a device comes through it."""
-        if not self.one_memory:
-            self.staging_bytes = staging_bytes((*self.units, units.norm), source)
         packed = not self.one_memory
+        self.staging_bytes = staging_bytes((*self.units, units.norm), source) if packed else 0
+        """Held on the host whatever the placement: what is kept on a device comes through it."""
         self.copied_bytes = [unit.copied_bytes(dtype, packed=packed) for unit in self.units]
         """Of each unit: new tensors that are made whenever it is streamed."""
         self.upload_bytes = max(unit.packed_bytes for unit in self.units) * packed
