@@ -31,7 +31,14 @@ from typing import Any
 
 import torch
 from full_shape import write_checkpoint
-from measure import PeakAnonymousMemory, environment, memory_cap, random_prompt, timed_generate
+from measure import (
+    PeakAnonymousMemory,
+    environment,
+    finish,
+    memory_cap,
+    random_prompt,
+    timed_generate,
+)
 
 import ollm
 from ollm_core.machine import peak_process_bytes
@@ -244,9 +251,7 @@ def main() -> None:
         "plain_malloc": args.plain_malloc,
         "runs": runs,
     }
-    if args.json:
-        args.json.write_text(json.dumps(record, indent=1) + "\n")
-    print(json.dumps(record))
+    finish(record, args.json)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ The last line on stdout is the record as JSON; the report for people goes to std
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import environment
+from measure import environment, finish
 from torch import Tensor
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
@@ -156,9 +155,7 @@ def main() -> None:
         "past_tokens": PAST,
         "runs": compared(list(SHAPES), args.device, args.rounds),
     }
-    if args.json:
-        args.json.write_text(json.dumps(record, indent=1) + "\n")
-    print(json.dumps(record))
+    finish(record, args.json)
 
 
 if __name__ == "__main__":

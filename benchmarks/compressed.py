@@ -25,7 +25,14 @@ from typing import Any
 
 import torch
 from make_checkpoint import Shape, write_checkpoint
-from measure import checkpoint_files, drop_from_cache, environment, random_prompt, timed_generate
+from measure import (
+    checkpoint_files,
+    drop_from_cache,
+    environment,
+    finish,
+    random_prompt,
+    timed_generate,
+)
 from throttle import throttled
 
 import ollm
@@ -138,10 +145,7 @@ def main() -> None:
                 print(json.dumps(run), file=sys.stderr, flush=True)
     result["same_tokens"] = len({tuple(run["tokens"]) for run in result["runs"]}) == 1
     result["times_as_fast"] = {str(rate): _ratio(result["runs"], rate) for rate in args.rates}
-    text = json.dumps(result)
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
-    print(text)
+    finish(result, args.json)
     if not result["same_tokens"]:
         raise SystemExit("the tokens differ")
 

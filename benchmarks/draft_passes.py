@@ -18,7 +18,6 @@ as JSON.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import tempfile
@@ -29,7 +28,7 @@ from typing import Any
 import copying
 import torch
 from drafts import PASSAGE
-from measure import environment
+from measure import environment, finish
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -189,9 +188,7 @@ def main() -> None:
             record[family] = trained(family, into, args.training_seconds)
     record["load_average"] = round(os.getloadavg()[0], 2)
     record["note"] = "a busy machine: counts do not depend on it, but for those of the gate"
-    if args.json:
-        args.json.write_text(json.dumps(record, indent=1) + "\n")
-    print(json.dumps(record))
+    finish(record, args.json)
 
 
 if __name__ == "__main__":

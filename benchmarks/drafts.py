@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import os
 import random
 import statistics
@@ -32,7 +31,7 @@ from typing import Any
 
 import torch
 from disk import probe
-from measure import checkpoint_files, environment, random_prompt
+from measure import checkpoint_files, environment, finish, random_prompt
 from torch import Tensor
 
 import ollm
@@ -229,9 +228,7 @@ def main() -> None:
         "draft": args.draft_model.name if args.draft_model else "lookup",
         "prompts": found,
     }
-    if args.json:
-        args.json.write_text(json.dumps(record, indent=1) + "\n")
-    print(json.dumps(record))
+    finish(record, args.json)
 
 
 if __name__ == "__main__":

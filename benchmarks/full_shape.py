@@ -36,6 +36,7 @@ from measure import (
     checkpoint_files,
     drop_from_cache,
     environment,
+    finish,
     random_prompt,
     read_from_storage,
     timed_generate,
@@ -264,9 +265,7 @@ def main() -> None:
         "disk_limit_gb_s": [round(rate.gb_per_second, 3) for rate in (before, after)],
         "runs": runs,
     }
-    if args.json:
-        args.json.write_text(json.dumps(record, indent=1) + "\n")
-    print(json.dumps(record))
+    finish(record, args.json)
     if any(abs(run["read_to_needed"] - 1) > 0.05 for run in runs.values()):
         raise SystemExit("what was read is more than 5% off what had to be")
 

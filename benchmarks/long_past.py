@@ -16,7 +16,6 @@ The last line on stdout is the record as JSON; the report for people goes to std
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -28,7 +27,7 @@ from typing import Any
 
 import torch
 from disk import probe
-from measure import checkpoint_files, environment
+from measure import checkpoint_files, environment, finish
 
 import ollm
 from ollm_core.chunks import NewTokens
@@ -129,9 +128,7 @@ def main() -> None:
         "load_average": round(os.getloadavg()[0], 2),
         "runs": runs,
     }
-    if args.json:
-        args.json.write_text(json.dumps(record, indent=1) + "\n")
-    print(json.dumps(record))
+    finish(record, args.json)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import time
@@ -31,6 +32,7 @@ __all__ = [
     "checkpoint_files",
     "drop_from_cache",
     "environment",
+    "finish",
     "memory_cap",
     "random_prompt",
     "read_from_storage",
@@ -111,6 +113,13 @@ def environment(checkpoint: Path) -> dict[str, Any]:
             **{name: _version(name) for name in ("ollm-core", "torch", "transformers")},
         },
     }
+
+
+def finish(record: dict[str, Any], path: Path | None) -> None:
+    """Write a record to `path`, if there is one, and as the last line on stdout."""
+    if path:
+        path.write_text(json.dumps(record, indent=1) + "\n")
+    print(json.dumps(record))
 
 
 def _cpu_model() -> str:

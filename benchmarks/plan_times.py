@@ -13,7 +13,6 @@ The last line on stdout is the record as JSON; the report for people goes to std
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import environment, random_prompt, timed_generate
+from measure import environment, finish, random_prompt, timed_generate
 
 import ollm
 from ollm_core.parts import DTYPES
@@ -133,9 +132,7 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "runs": list(compared(args.checkpoint)),
     }
-    if args.json:
-        args.json.write_text(json.dumps(record, indent=1) + "\n")
-    print(json.dumps(record))
+    finish(record, args.json)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ The last line on stdout is the record as JSON; the report for people goes to std
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import sys
@@ -23,7 +22,7 @@ from statistics import mean, median
 from typing import Any
 
 import torch
-from measure import environment, random_prompt, timed_generate
+from measure import environment, finish, random_prompt, timed_generate
 from transformers import AutoModelForCausalLM
 
 import ollm
@@ -143,9 +142,7 @@ def main() -> None:
         "new_tokens": args.new,
         "runs": runs,
     }
-    if args.json:
-        args.json.write_text(json.dumps(record, indent=1) + "\n")
-    print(json.dumps(record))
+    finish(record, args.json)
     if not all(run["same_tokens"] for run in runs):
         raise SystemExit("the tokens differ")
 

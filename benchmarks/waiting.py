@@ -127,14 +127,12 @@ def main() -> None:
     if args.child:
         print(json.dumps(child(Path(args.child[0]), args.child[1], args.new)))
         return
-    from measure import environment
+    from measure import environment, finish
 
     runs = list(measured(args))
     same = report(runs)
     record = {**environment(args.streamed), "same_tokens": same, "runs": runs}
-    if args.json:
-        args.json.write_text(json.dumps(record, indent=1) + "\n")
-    print(json.dumps(record))
+    finish(record, args.json)
     sys.exit(0 if same else 1)
 
 
