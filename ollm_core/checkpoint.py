@@ -7,10 +7,9 @@ excepted, and needs no torch.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -18,6 +17,7 @@ from typing import Any
 
 from ollm_core.errors import CheckpointError, ConfigError, ReadError
 from ollm_core.types import DTYPE_BYTES, TensorInfo
+from ollm_core.untrusted_json import parse_object, show
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -122,7 +122,7 @@ def open_checkpoint(directory: Path) -> Checkpoint:
         for tensor in found:
             if other := tensors.get(tensor.name):
                 raise CheckpointError(
-                    f"{path}: tensor {_show(tensor.name)} is also in {other.path.name}",
+                    f"{path}: tensor {show(tensor.name)} is also in {other.path.name}",
                     hint=_FETCH_AGAIN,
                 )
             tensors[tensor.name] = tensor
@@ -155,12 +155,12 @@ def read_config(directory: Path, name: str = "config.json") -> dict[str, Any]:
     if not os.path.isfile(path):
         raise ConfigError(f"{path}: no such file", hint="give the directory of a model")
     try:
-        config = _parse_object(_read_small(path, MAX_CONFIG_BYTES, ConfigError))
+        config = parse_object(_read_small(path, MAX_CONFIG_BYTES, ConfigError))
     except ValueError as error:
         raise ConfigError(f"{path}: {error}", hint=_FETCH_AGAIN) from error
     if not isinstance(config.get("model_type"), str):
         raise ConfigError(
-            f"{path}: `model_type` must be a string, got {_show(config.get('model_type'))}",
+            f"{path}: `model_type` must be a string, got {show(config.get('model_type'))}",
             hint="it names the model's family, for instance `llama`",
         )
     return config
@@ -170,7 +170,7 @@ def _read_index(path: Path) -> dict[str, str]:
     """Tensor name to file name."""
     try:
         raw = _read_small(path, MAX_HEADER_BYTES, CheckpointError)
-        listed = _parse_object(raw, object_pairs_hook=_unique).get("weight_map")
+        listed = parse_object(raw, strict=True).get("weight_map")
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}", hint=_FETCH_AGAIN) from error
     if not isinstance(listed, dict) or not listed:
@@ -181,7 +181,7 @@ def _read_index(path: Path) -> dict[str, str]:
     for name in listed.values():
         if not _is_plain_name(name):
             raise CheckpointError(
-                f"{path}: {_show(name)} is not the plain name of a file in the same directory",
+                f"{path}: {show(name)} is not the plain name of a file in the same directory",
                 hint=_FETCH_AGAIN,
             )
     return listed
@@ -193,13 +193,13 @@ def _check_listed(
     for name, file_name in listed.items():
         if name not in tensors or tensors[name].path.name != file_name:
             raise CheckpointError(
-                f"{index.with_name(file_name)}: lacks tensor {_show(name)}, which the index names",
+                f"{index.with_name(file_name)}: lacks tensor {show(name)}, which the index names",
                 hint=_FETCH_AGAIN,
             )
     for name, tensor in tensors.items():
         if name not in listed:
             raise CheckpointError(
-                f"{tensor.path}: tensor {_show(name)} is not in {index.name}",
+                f"{tensor.path}: tensor {show(name)} is not in {index.name}",
                 hint="the index is of another version of the model; " + _FETCH_AGAIN,
             )
 
@@ -242,7 +242,7 @@ def _parse_header(
     try:
         if not header.startswith(b"{"):
             raise ValueError("must start with '{'")
-        entries = _parse_object(header, object_pairs_hook=_unique, parse_constant=_refuse_constant)
+        entries = parse_object(header, strict=True)
         metadata = entries.pop("__metadata__", {})
         _check_metadata(metadata)
         tensors = [_tensor(path, name, entry, data_start) for name, entry in entries.items()]
@@ -251,7 +251,7 @@ def _parse_header(
         for tensor in tensors:
             if tensor.offset != end:
                 what = "overlaps the one before" if tensor.offset < end else "leaves a hole before"
-                raise ValueError(f"tensor {_show(tensor.name)} {what}")
+                raise ValueError(f"tensor {show(tensor.name)} {what}")
             end += tensor.num_bytes
     except ValueError as error:
         raise CheckpointError(f"{path}: damaged header: {error}", hint=_FETCH_AGAIN) from error
@@ -267,50 +267,25 @@ def _parse_header(
 def _tensor(path: Path, name: str, entry: object, data_start: int) -> TensorInfo:
     """One entry of a header. Raises ValueError for one that contradicts the format."""
     if not isinstance(entry, dict):
-        raise ValueError(f"tensor {_show(name)} must be an object")
+        raise ValueError(f"tensor {show(name)} must be an object")
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
-        raise ValueError(f"tensor {_show(name)} has the unknown dtype {_show(dtype)}")
+        raise ValueError(f"tensor {show(name)} has the unknown dtype {show(dtype)}")
     if not isinstance(shape, list) or not all(map(_is_size, shape)):
-        raise ValueError(f"tensor {_show(name)} needs a shape of non-negative integers")
+        raise ValueError(f"tensor {show(name)} needs a shape of non-negative integers")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
-        raise ValueError(f"tensor {_show(name)} needs two non-negative data_offsets")
+        raise ValueError(f"tensor {show(name)} needs two non-negative data_offsets")
     num_bytes = DTYPE_BYTES[dtype]
     for size in shape:
         num_bytes *= size
         if num_bytes > _MAX_INT:
-            raise ValueError(f"tensor {_show(name)} is larger than any file")
+            raise ValueError(f"tensor {show(name)} is larger than any file")
     begin, end = offsets
     if end - begin != num_bytes:
         raise ValueError(
-            f"tensor {_show(name)} has {end - begin} bytes, dtype and shape need {num_bytes}"
+            f"tensor {show(name)} has {end - begin} bytes, dtype and shape need {num_bytes}"
         )
     return TensorInfo(name, dtype, tuple(shape), path, data_start + begin, num_bytes)
-
-
-def _parse_object(raw: bytes, **options: Any) -> dict[str, Any]:
-    """Strict UTF-8 JSON that is an object. Raises ValueError with a reason of one line."""
-    try:
-        parsed = json.loads(raw.decode("utf-8"), **options)
-    except RecursionError:
-        raise ValueError("JSON nested too deeply") from None
-    if not isinstance(parsed, dict):
-        raise ValueError("must be a JSON object")
-    return parsed
-
-
-def _unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for key, value in pairs:
-        key.encode()  # a lone surrogate is no Unicode text: raises a ValueError
-        if key in result:
-            raise ValueError(f"{_show(key)} is there twice")
-        result[key] = value
-    return result
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
 
 
 def _check_metadata(metadata: object) -> None:
@@ -359,12 +334,6 @@ def _cut_short(path: Path, missing: str, file_bytes: int) -> CheckpointError:
         f"{path}: truncated: {missing} bytes are missing after the {file_bytes} that are there",
         hint="the download was cut short; " + _FETCH_AGAIN,
     )
-
-
-def _show(value: object) -> str:
-    """A value from a file, safe on one line of a terminal."""
-    text = ascii(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _reason(error: OSError) -> str:

@@ -16,6 +16,8 @@ import torch
 from ollm_core.attention_rates import blocks_work, flash_works, measure_attention
 from ollm_core.bus import bus_of, host_buffer
 from ollm_core.disk_rates import measure_readers
+from ollm_core.untrusted_json import parse_object
+from ollm_core.user_files import cache_directory
 from ollm_core.weights.sources import READERS
 
 _REPEATS = 5
@@ -60,7 +62,7 @@ class Rates:
 
 def rates_file() -> Path:
     """Where measured rates are kept."""
-    return Path.home() / ".cache" / "ollm" / "rates.json"
+    return cache_directory() / "rates.json"
 
 
 def find_rates(directory: Path, device: torch.device, dtype: torch.dtype) -> Rates:
@@ -163,10 +165,8 @@ def _by_name(found: object) -> Mapping[str, float]:
 def _read() -> dict[str, dict[str, Any]]:
     """What was kept; nothing if that cannot be read."""
     try:
-        kept = json.loads(rates_file().read_text())
+        kept = parse_object(rates_file().read_bytes())
     except (OSError, ValueError):
-        return {}
-    if not isinstance(kept, dict):
         return {}
     return {key: value for key, value in kept.items() if isinstance(value, dict)}
 

@@ -30,6 +30,7 @@ from ollm_core.kv.room import check_room
 from ollm_core.registry import Registry, require, supports
 from ollm_core.requests import KVRequest
 from ollm_core.types import Config
+from ollm_core.user_files import cache_directory
 
 logger = logging.getLogger("ollm")
 
@@ -149,4 +150,4 @@ def _open(tier: str, request: KVRequest) -> KVStore:
 
 def _home(request: KVRequest) -> Path:
     """Where KV on disk goes."""
-    return request.directory or Path.home() / ".cache" / "ollm" / "kv"
+    return request.directory or cache_directory() / "kv"

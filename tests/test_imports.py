@@ -12,7 +12,7 @@ import ollm_core
 
 ROOT = Path(ollm_core.__file__).parent
 ORDER = [
-    {"errors", "types", "buffers", "host_memory", "draft_gate"},
+    {"errors", "types", "buffers", "host_memory", "draft_gate", "untrusted_json", "user_files"},
     {"interfaces", "memory", "machine", "allocator", "budgets", "parking", "bus", "upload"},
     {
         "declarations",

@@ -21,6 +21,7 @@ from ollm_core.buffers import PAGE, aligned_buffer, as_memoryview, round_up
 from ollm_core.errors import DoesNotFitError, KVStoreError, OllmError, ReadError
 from ollm_core.interfaces import Closing
 from ollm_core.kv.storage import KVGeometry
+from ollm_core.untrusted_json import parse_object
 
 MAGIC = b"OLLMKV\0\1"
 VERSION = 1
@@ -42,13 +43,13 @@ def read_header(page: bytes, path: Path) -> dict[str, Any]:
     if len(page) < PAGE or not page.startswith(MAGIC):
         raise KVStoreError(f"{path}: not a KV file")
     try:
-        fields = json.loads(page[len(MAGIC) : PAGE].rstrip(b"\0"))
+        fields = parse_object(page[len(MAGIC) : PAGE].rstrip(b"\0"), strict=True)
     except ValueError as error:
         raise KVStoreError(f"{path}: the header of the KV file is damaged") from error
-    version = fields.get("version") if isinstance(fields, dict) else None
+    version = fields.get("version")
     if version != VERSION:
         raise KVStoreError(f"{path}: KV format version {version}, expected {VERSION}")
-    return dict(fields)
+    return fields
 
 
 def open_own(path: Path, flags: int) -> int:
