@@ -23,6 +23,7 @@ from ollm_core.calls import LayerCall
 from ollm_core.chunks import Chunk, NewTokens
 from ollm_core.errors import DoesNotFitError
 from ollm_core.interfaces import KeepsStates, KVStore, TierBytes
+from ollm_core.outside import apply
 from ollm_core.parking import Parking
 from ollm_core.plugins import one_line
 from ollm_core.pressure import Pressure
@@ -197,7 +198,8 @@ class Engine:
 
     def _embed(self, work: Sequence[NewTokens], chunk: Chunk) -> Tensor:
         ids = torch.cat([work[row].token_ids[chunk.begin : chunk.end] for row in chunk.rows])
-        return self._weights.embed(ids).view(len(chunk.rows), chunk.num_tokens, -1)
+        rows = apply(self._skeleton.outside.after_embedding, self._weights.embed(ids))
+        return rows.view(len(chunk.rows), chunk.num_tokens, -1)
 
     def _rotary(
         self, layer_idx: int, hidden: Tensor, call: LayerCall, *, keep: bool
@@ -223,12 +225,14 @@ class Engine:
         report: Callable[[], None],
     ) -> list[Tensor]:
         """Logits [num_logits, V] per item. The head is walked once, in parts, for all of them."""
+        outside = self._skeleton.outside
         wanted: list[tuple[Chunk, Tensor]] = []  # normalised states [R, t, C]
         for chunk, states in zip(plan.chunks, hidden, strict=True):
             first = min(len(work[row].token_ids) - work[row].num_logits for row in chunk.rows)
             if first < chunk.end:
-                normalised = self._skeleton.norm(parking.fetch(states))
-                wanted.append((chunk, normalised[:, max(first - chunk.begin, 0) :]))
+                normalised = self._skeleton.norm(apply(outside.before_norm, parking.fetch(states)))
+                normalised = normalised[:, max(first - chunk.begin, 0) :]
+                wanted.append((chunk, apply(outside.before_head, normalised)))
         parts: list[list[Tensor]] = [[] for _ in wanted]
         for unit_idx in range(len(self._skeleton.layers), len(self._weights.units)):
             with self._weights.acquire(unit_idx) as (weight,), self._span("head"):
@@ -239,6 +243,7 @@ class Engine:
         found: list[list[Tensor]] = [[] for _ in work]
         for part, (chunk, _) in zip(parts, wanted, strict=True):
             logits = torch.cat(part, dim=-1) if len(part) > 1 else part[0]  # [R, t, V]
+            apply(outside.after_head, logits)
             for place, row in enumerate(chunk.rows):
                 found[row].append(logits[place])
         rows = [torch.cat(pieces) if len(pieces) > 1 else pieces[0] for pieces in found]

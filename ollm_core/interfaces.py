@@ -174,7 +174,9 @@ class WeightStreamer(Closing):
 
     @abstractmethod
     def embed(self, token_ids: Tensor) -> Tensor:
-        """Rows of the input embedding, [N] -> [N, C], in the compute dtype on the device."""
+        """Rows of the input embedding, [N] -> [N, C], in the compute dtype on the device: a copy,
+        which the caller may change.
+        """
 
     @property
     @abstractmethod

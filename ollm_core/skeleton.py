@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from ollm_core.attention import ATTENTION_NAME, register_attention
 from ollm_core.errors import ConfigError, UnsupportedError
 from ollm_core.mlp import Mixture
+from ollm_core.outside import OutsideLayers, watch_outside
 from ollm_core.types import Config, Layout
 
 _RECURRENT_KERNELS = {"fla": "flash-linear-attention", "causal_conv1d": "causal-conv1d"}
@@ -105,8 +106,8 @@ class Skeleton:
         self.mixtures: Mapping[int, Mixture] = dict(_mixtures(self.layers, layout))
         """Layers with routed experts, which are run in two halves."""
         self._slots = [_Slots(layer) for layer in self.layers]
-        if getattr(model.get_submodule(layout.head), "bias", None) is not None:
-            raise ConfigError("a head with a bias is not supported")
+        self.outside: OutsideLayers = watch_outside(model, layout, self.rotary_types)
+        """What the family computes between embedding, layers, norm and head."""
 
     def embeddings(
         self, rotary: nn.Module, layer_idx: int, hidden: Tensor, positions: Tensor
