@@ -55,8 +55,12 @@ class ModelParts:
         return KVGeometry(self.kinds, self.dtype, self.device, bus=bus)
 
     def workspace(self) -> Workspace:
-        """Tells what layers take; remembers what it has traced."""
-        return Workspace(self.skeleton, self.geometry)
+        """Tells what layers take; remembers what it has traced. Raises UnsupportedError for a
+        layout whose halves of a layer are not the layer.
+        """
+        workspace = Workspace(self.skeleton, self.geometry)
+        workspace.check_halves()
+        return workspace
 
     def admission(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -126,6 +126,46 @@ def traced_peak(work: Callable[[], object]) -> int:
         del result
     peak: int = tracker.peak
     return peak
+
+
+class _OperationLog(TorchDispatchMode):
+    """Writes down operations, what they are called with, and which parameters they take."""
+
+    def __init__(self, names: Mapping[int, str]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.lines: list[str] = []
+        self._names = names
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        self.lines.append(f"{func}{self._told(args)}{self._told(kwargs or {})}")
+        return func(*args, **(kwargs or {}))
+
+    def _told(self, value: object) -> str:
+        if isinstance(value, Tensor):
+            name = self._names.get(value.untyped_storage()._cdata, "")
+            return f"{name}{list(value.shape)}"
+        if isinstance(value, (tuple, list)):
+            return f"({', '.join(map(self._told, value))})"
+        if isinstance(value, dict):
+            return "".join(f" {key}={self._told(one)}" for key, one in value.items())
+        return str(value)
+
+
+def called_operations(work: Callable[[], object], parameters: Mapping[str, Tensor]) -> list[str]:
+    """Each operation of `work`, with its constants, the shapes of its tensors, and the names of
+    those that are `parameters`.
+    """
+    names = {value.untyped_storage()._cdata: name for name, value in parameters.items()}
+    with torch.no_grad(), _OperationLog(names) as log:
+        work()
+    lines: list[str] = log.lines
+    return lines
 
 
 class OneExpertTaken(TorchDispatchMode):

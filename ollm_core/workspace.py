@@ -4,7 +4,8 @@ and quick.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+import functools
+from collections.abc import Callable, Hashable, Iterator
 from typing import cast
 
 import torch
@@ -19,7 +20,7 @@ from ollm_core.kv import KVGeometry
 from ollm_core.mlp import Mixture, RoutedChunk
 from ollm_core.parking import Parking
 from ollm_core.skeleton import Skeleton
-from ollm_core.tracing import OneExpertTaken, traced_peak
+from ollm_core.tracing import OneExpertTaken, called_operations, traced_peak
 
 _Shape = tuple[int, int, int, int, str]
 """layer_idx, num_rows, num_new, num_past, attention"""
@@ -43,6 +44,24 @@ class Workspace:
             experts = mixture and mixture.slice_shapes
             kinds.setdefault((cache, type(layer), made_of, experts), layer_idx)
         self._distinct = tuple(kinds.values())
+
+    def check_halves(self) -> None:
+        """Raises UnsupportedError if the two halves of a layer with routed experts compute anything
+        else than the layer, as where a multiplier on its residual stream was left out.
+        """
+        for layer_idx in self._distinct:
+            mixture = self._skeleton.mixtures.get(layer_idx)
+            if mixture is None:
+                continue
+            whole, halves = (
+                called_operations(
+                    functools.partial(self._call, layer_idx, 1, 3, 0, "blockwise", step),
+                    mixture.dense_parameters,
+                )
+                for step in (mixture.whole, mixture.halves)
+            )
+            if whole != halves:
+                raise mixture.not_the_layer(whole, halves)
 
     def layer_bytes(self, num_rows: int, num_new: int, num_past: int, attention: str) -> int:
         """Peak bytes of a layer for `num_new` tokens in each of `num_rows`, after `num_past`
@@ -129,6 +148,21 @@ class Workspace:
     def _trace(
         self, layer_idx: int, num_rows: int, num_new: int, num_past: int, attention: str
     ) -> int:
+        step = self._skeleton.step(layer_idx)
+        return traced_peak(
+            lambda: self._call(layer_idx, num_rows, num_new, num_past, attention, step)
+        )
+
+    def _call(
+        self,
+        layer_idx: int,
+        num_rows: int,
+        num_new: int,
+        num_past: int,
+        attention: str,
+        step: Callable[..., Tensor],
+    ) -> Tensor:
+        """`step` of a layer on the meta device."""
         hidden_size: int = self._skeleton.config.hidden_size
         hidden = torch.empty(
             num_rows, num_new, hidden_size, dtype=self._geometry.dtype, device="meta"
@@ -137,20 +171,15 @@ class Workspace:
             torch.empty(shape, dtype=dtype, device="meta")
             for shape, dtype in self._geometry.state_shapes(layer_idx)
         ]
-
-        def run() -> Tensor:
-            cache: object = _TracedCache(self._geometry, num_past, attention)
-            if states:
-                past = states if num_past else None
-                cache = StateCache(layer_idx, [past] * num_rows, hidden.device)
-            positions = torch.arange(num_new, device="meta").expand(num_rows, num_new)
-            embeddings = self._skeleton.embeddings(
-                self._skeleton.meta_rotary, layer_idx, hidden, positions
-            )
-            step = self._skeleton.step(layer_idx)
-            return run_layer(step, hidden, positions, embeddings, cache)
-
-        return traced_peak(run)
+        cache: object = _TracedCache(self._geometry, num_past, attention)
+        if states:
+            past = states if num_past else None
+            cache = StateCache(layer_idx, [past] * num_rows, hidden.device)
+        positions = torch.arange(num_new, device="meta").expand(num_rows, num_new)
+        embeddings = self._skeleton.embeddings(
+            self._skeleton.meta_rotary, layer_idx, hidden, positions
+        )
+        return run_layer(step, hidden, positions, embeddings, cache)
 
 
 class _TracedCache:

@@ -366,6 +366,41 @@ def test_a_layer_that_passes_its_experts_by_is_refused(make_moe, ids, num_tokens
             model(input_ids=ids(num_tokens)[None])
 
 
+def test_halves_that_leave_something_out_are_refused(make_moe):
+    """A residual multiplier that the standard halves know nothing of, by its value."""
+
+    class Scaled(Qwen3Moe):
+        def layout(self, config):
+            return replace(super().layout(config), mixer=scaled_mixer)
+
+    def scaled_mixer(layer, hidden, **options):
+        return (
+            hidden
+            + 0.22 * layer.self_attn(hidden_states=layer.input_layernorm(hidden), **options)[0]
+        )
+
+    told = r"aten.add.Tensor.* gives aten.mul.Tensor\(\[1, 3, 64\], 0.22\)"
+    with pytest.raises(UnsupportedError, match=told):
+        open_moe(make_moe("qwen3_moe"), Scaled())
+
+
+def test_halves_with_another_norm_are_refused(make_moe):
+    """By the name of the parameter."""
+
+    class Swapped(Qwen3Moe):
+        def layout(self, config):
+            return replace(super().layout(config), mixer=swapped_mixer)
+
+    def swapped_mixer(layer, hidden, **options):
+        normed = layer.post_attention_layernorm(hidden)
+        return hidden + layer.self_attn(hidden_states=normed, **options)[0]
+
+    with pytest.raises(
+        UnsupportedError, match=r"input_layernorm.* gives .*post_attention_layernorm"
+    ):
+        open_moe(make_moe("qwen3_moe"), Swapped())
+
+
 class Reads:
     """Counts how often each tensor, or row of one, is asked of a model's byte source."""
 

@@ -71,6 +71,21 @@ class TiedHeadLoadedTwice(LlamaAdapter):
         return super().weights({**config, "tie_word_embeddings": tied}, names)
 
 
+class AnotherNorm(LlamaAdapter):
+    def layout(self, config):
+        return replace(super().layout(config), norm="model.layers.0.input_layernorm")
+
+
+class AnotherHalf(Qwen3Moe):
+    def layout(self, config):
+        return replace(super().layout(config), mixer=_half_of_the_residual)
+
+
+def _half_of_the_residual(layer, hidden, **options):
+    normed = layer.input_layernorm(hidden)
+    return 0.5 * hidden + layer.self_attn(hidden_states=normed, **options)[0]
+
+
 class TransposedProjection(LlamaAdapter):
     def source(self, config, parameter):
         if parameter.endswith("k_proj.weight"):
@@ -394,6 +409,8 @@ BROKEN_ADAPTERS = [
     broken_adapter("weights.every-tensor-once", "Layer 1 is layer 0 again.", DuplicatedLayer),
     broken_adapter("declaration.layout", "The last layer is left out.", LastLayerDropped),
     broken_adapter("declaration.layout", "The head is looked for elsewhere.", WrongHeadPath),
+    broken_adapter("declaration.outside-layers", "Its final norm is another one.", AnotherNorm),
+    broken_adapter("declaration.halves", "The mixer scales the residual.", AnotherHalf),
     broken_adapter("weights.every-tensor-once", "Biases are left out.", BiasesForgotten),
     broken_adapter(
         "weights.catalog-complete", "Biases are asked for that no real model has.", BiasesAlways

@@ -8,15 +8,17 @@ import contextlib
 import functools
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from broken import broken_adapter
-from families import Limited, Qwen3Moe
+from families import Granite, Limited, Qwen3Moe
 
 import ollm
 from ollm_adapter_llama import LlamaAdapter
 from ollm_core import ReadError
+from ollm_core.outside import OutsideLayers
 from ollm_core.registry import Registry
 
 _ONLY = {}
@@ -413,6 +415,20 @@ def lookup_costs_passes(*args, **options):
     return model
 
 
+def outside_left_out(*args, **options):
+    """What a family computes outside its layers."""
+    model = ollm.load(*args, **options)
+    model.engine._skeleton.outside = OutsideLayers()
+    return model
+
+
+def logits_left_as_they_are(*args, **options):
+    model = ollm.load(*args, **options)
+    skeleton = model.engine._skeleton
+    skeleton.outside = replace(skeleton.outside, after_head=())
+    return model
+
+
 def limits_ignored(path, **options):
     """What the adapter declares unsupported is done all the same."""
     return ollm.load(path, **{**options, "registry": Registry.of(LlamaAdapter())})
@@ -427,6 +443,10 @@ def _broken_experts(check, sentence, load):
 
 
 BROKEN_MODELS = [
+    broken_adapter("exact.resident", "Rows are not multiplied.", Granite, load=outside_left_out),
+    broken_adapter(
+        "exact.decode", "Logits are not divided.", Granite, load=logits_left_as_they_are
+    ),
     _broken_experts("experts.routed-only", "Experts are read twice.", experts_read_twice),
     _broken_experts("experts.routed-only", "All experts are read.", all_experts_read),
     _broken_experts("experts.kept", "Experts are read again in each pass.", experts_never_kept),

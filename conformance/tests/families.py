@@ -37,6 +37,27 @@ class Qwen3(DecoderAdapter):
         }
 
 
+class Granite(DecoderAdapter):
+    """Rows of the embedding are multiplied and logits divided, outside the layers."""
+
+    name = "granite"
+    model_types = ("granite",)
+
+    def layer_parameters(self, config, layer_idx):
+        return LlamaAdapter().layer_parameters(config, layer_idx)
+
+    def tiny_config(self):
+        return {
+            **LlamaAdapter().tiny_config(),
+            "architectures": ["GraniteForCausalLM"],
+            "attention_multiplier": 0.25,
+            "embedding_multiplier": 3.0,
+            "logits_scaling": 2.0,
+            "model_type": "granite",
+            "residual_multiplier": 0.5,
+        }
+
+
 class Qwen3Moe(Qwen3):
     """Experts that are read one by one; the middle layer has none."""
 

@@ -9,6 +9,7 @@ per chunk in the order of the experts. So every bit is that of the un-offloaded 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -86,6 +87,10 @@ def _leave(states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     raise _Asked(states, index, weights)
 
 
+def _do_nothing(states: Tensor, *_: Tensor) -> Tensor:
+    return torch.empty_like(states)
+
+
 class _Slice:
     """A stacked parameter of which one expert's slice is there."""
 
@@ -128,6 +133,44 @@ class Mixture:
     def mixer(self, hidden: Tensor, **options: Any) -> Tensor:
         """The first half of the layer, with the layer's own arguments: [R, T, C] -> the same."""
         return self._mixer(self._layer, hidden, **options)
+
+    def whole(self, hidden: Tensor, **options: Any) -> Tensor:
+        """The layer as transformers calls it, [R, T, C] -> the same, with experts that do
+        nothing.
+        """
+        with self._stand_in.answering(_do_nothing):
+            output: Tensor = self._layer(hidden, **options)
+        return output
+
+    def halves(self, hidden: Tensor, **options: Any) -> Tensor:
+        """The same by its two halves. Raises UnsupportedError if they do without the experts."""
+        called: list[Tensor] = []
+
+        def answer(states: Tensor, *others: Tensor) -> Tensor:
+            called.append(states)
+            return _do_nothing(states, *others)
+
+        with self._stand_in.answering(answer):
+            output = self._mlp(self._layer, self.mixer(hidden, **options))
+        if not called:
+            raise self._not_called()
+        return output
+
+    @property
+    def dense_parameters(self) -> Mapping[str, Tensor]:
+        """The layer's parameters without those of its experts, by name."""
+        return dict(self._layer.named_parameters())
+
+    def not_the_layer(self, whole: Sequence[str], halves: Sequence[str]) -> UnsupportedError:
+        """The error for halves whose operations are not those of the layer."""
+        both = itertools.zip_longest(whole, halves, fillvalue="nothing")
+        expected, found = next(pair for pair in both if pair[0] != pair[1])
+        return UnsupportedError(
+            f"{type(self._layer).__name__} computes {expected}, the halves of it that the layout "
+            f"gives {found}",
+            hint="mixer and mlp of the layout must together be the layer's own forward: norms, "
+            "residuals and multipliers included",
+        )
 
     def run(
         self,

@@ -198,18 +198,21 @@ class Subject:
         """What plans runs of the model in `directory` on a CPU."""
         key = directory, dtype
         if key not in self._rehearsals:
-            parts = take_apart(
-                self.adapter,
-                read_config(directory),
-                open_checkpoint(directory),
-                self.registry.offers("ollm_weight_codecs"),
-                dtype=dtype,
-                device=torch.device("cpu"),
-                where=directory,
-                bare=True,
-            )
-            self._rehearsals[key] = self._rehearse(parts)
+            self._rehearsals[key] = self._rehearse(self.parts(directory, dtype))
         return self._rehearsals[key]
+
+    def parts(self, directory: Path, dtype: str = "auto") -> ModelParts:
+        """The model in `directory` taken apart, nothing of it read."""
+        return take_apart(
+            self.adapter,
+            read_config(directory),
+            open_checkpoint(directory),
+            self.registry.offers("ollm_weight_codecs"),
+            dtype=dtype,
+            device=torch.device("cpu"),
+            where=directory,
+            bare=True,
+        )
 
     def new_directory(self) -> Path:
         """A path that nothing has used."""

@@ -10,6 +10,7 @@ import sys
 from typing import Any
 
 import pytest
+import torch
 
 from ollm_conformance import probe
 from ollm_conformance.adapter.asks import ASKS
@@ -17,8 +18,9 @@ from ollm_conformance.adapter.base import AdapterSuite
 from ollm_conformance.checks import check, does_not_apply
 from ollm_conformance.naming import parameter_names, stored_shapes
 from ollm_conformance.subject import PROMPT, Subject, meta_model, model_config
-from ollm_core import ModelAdapter, OllmError, UnsupportedError
+from ollm_core import Config, ModelAdapter, OllmError, UnsupportedError
 from ollm_core.registry import CAPABILITIES, Registry
+from ollm_core.skeleton import Skeleton
 
 _BAD_VALUES: tuple[Any, ...] = (
     None, -1, 0, 1.5, 10**30, "x", [], {}, True, [1, 2], {"a": []},
@@ -158,6 +160,32 @@ class Declaration(AdapterSuite):
         assert model.get_submodule(layout.head) is model.get_output_embeddings(), (
             f"expected the output head at {layout.head}, got another module"
         )
+
+    @check(
+        "declaration.outside-layers",
+        "Core runs all that transformers computes, in the tiny model and every one of the catalog.",
+        look="layout(); what core cannot run is named, and needs another adapter or a newer core",
+    )
+    def test_outside_layers(self, subject: Subject) -> None:
+        adapter = subject.adapter
+        configs: list[tuple[str, Config]] = [("tiny_config()", subject.config)]
+        configs += [(entry.id, entry.config) for entry in adapter.catalog()]
+        for name, whole in configs:
+            config = adapter.text_config(whole)
+            try:
+                Skeleton(config, adapter.layout(config), torch.bfloat16, torch.device("meta"))
+            except OllmError as error:
+                raise AssertionError(f"{name}: {error}") from error
+
+    @check(
+        "declaration.halves",
+        "Where a layer is run in two halves, they compute what transformers' layer does.",
+        look="mixer and mlp of layout(): norms, residuals and multipliers included",
+    )
+    def test_halves(self, subject: Subject) -> None:
+        if not subject.adapter.layout(subject.config).experts:
+            does_not_apply("no layer has routed experts")
+        subject.parts(subject.tiny()).workspace()
 
     @check(
         "declaration.catalog",
