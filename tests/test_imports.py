@@ -29,7 +29,7 @@ ORDER = [
         "profiling",
         "chunks",
     },
-    {"hub", "gguf_import", "weights", "skeleton", "drafts", "calls"},
+    {"hub", "gguf_import", "text", "weights", "skeleton", "drafts", "calls"},
     {"workspace", "cache", "pressure", "disk_rates", "attention_rates"},
     {"admission", "stores"},
     {"engine", "parts"},
