@@ -222,6 +222,9 @@ def test_marks_are_of_no_text(tokenizer):
     control = ControlTokens(tokenizer)
     marks = Marks(tokenizer, control, ["<|im_end|>"], ["\U000f0000\U000f0002"])
     assert marks.mark("a<|im_end|>") == "a\U000f0001<|im_end|>\U000f0003"
+    torn = marks.encode("<|im_\U000f0003end|>")  # a template has taken the rest away
+    assert not control.among(torn)
+    assert tokenizer.decode(torn) == "<|im_end|>"
     everything = "".join(map(chr, [*range(0xF0000, 0xFFFFE), *range(0x100000, 0x10FFFE)]))
     with pytest.raises(InputError, match="private-use"):
         Marks(tokenizer, control, ["<|im_end|>"], [everything])

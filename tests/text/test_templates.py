@@ -6,6 +6,8 @@ import time
 from datetime import datetime
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import AutoTokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -152,3 +154,23 @@ def test_which_template(smollm2, tmp_path):
         found(several)
     (tmp_path / "chat_template.jinja").write_text("{{ bos_token }}")
     assert found(None).where.endswith("chat_template.jinja")
+
+
+PIECES = st.sampled_from(
+    [
+        *("{{ ", " }}", "{% ", " %}", "{# ", " #}", "{%- for m in messages %}", "{% endfor %}"),
+        *("{% if x %}", "{% else %}", "{% endif %}", "{% set x = ", "messages[0].content", "'a'"),
+        *(" * 10**9", " | tojson", " | trim", "range(99999)", "[", "(", ")", "]", "\x00", "loop"),
+    ]
+)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(PIECES | st.text(max_size=3), max_size=12).map("".join))
+def test_anything_is_rendered_or_refused(source):
+    """Whatever a template is made of: texts, or a ConfigError, within the limits."""
+    try:
+        (text,) = template(source).render([MESSAGES], limits=Limits(64 << 20, 1, 30))
+    except ConfigError:
+        return
+    assert len(text) < 2_000_000
