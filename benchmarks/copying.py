@@ -90,7 +90,10 @@ def train(family: str, directory: Path, *, steps: int, seconds: float) -> dict[s
     torch.manual_seed(0)
     draw = torch.Generator().manual_seed(0)
     model = AutoModelForCausalLM.from_config(
-        FAMILIES[family](), attn_implementation="eager", experts_implementation="eager"
+        FAMILIES[family](),
+        attn_implementation="eager",
+        experts_implementation="eager",
+        trust_remote_code=False,
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0.01)
     start, right, step = time.perf_counter(), 0.0, 0

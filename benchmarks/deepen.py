@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--times", type=int, default=3)
     args = parser.parse_args()
-    model = AutoModelForCausalLM.from_pretrained(args.model)
+    model = AutoModelForCausalLM.from_pretrained(args.model, trust_remote_code=False)
     layers = model.model.layers
     added = [copy.deepcopy(layer) for _ in range(args.times - 1) for layer in layers]
     with torch.no_grad():
@@ -34,7 +34,7 @@ def main() -> None:
     layers.extend(added)
     model.config.num_hidden_layers = len(layers)
     model.save_pretrained(args.out)
-    AutoTokenizer.from_pretrained(args.model).save_pretrained(args.out)
+    AutoTokenizer.from_pretrained(args.model, trust_remote_code=False).save_pretrained(args.out)
 
 
 if __name__ == "__main__":

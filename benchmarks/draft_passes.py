@@ -55,11 +55,13 @@ def copies(model: Path, into: Path) -> Iterator[tuple[str, Path]]:
 
     def kept(loaded: Any, name: str) -> Path:
         loaded.save_pretrained(into / name)
-        AutoTokenizer.from_pretrained(model).save_pretrained(into / name)
+        AutoTokenizer.from_pretrained(model, trust_remote_code=False).save_pretrained(into / name)
         return into / name
 
     for share in NOISE:
-        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            model, dtype=torch.float32, trust_remote_code=False
+        )
         torch.manual_seed(0)
         with torch.no_grad():
             for weight in loaded.parameters():
@@ -67,7 +69,9 @@ def copies(model: Path, into: Path) -> Iterator[tuple[str, Path]]:
                     weight += share * weight.std() * torch.randn_like(weight)
         yield f"model, noise of {share}", kept(loaded, f"noise-{share}")
     for number in DROPPED:
-        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            model, dtype=torch.float32, trust_remote_code=False
+        )
         layers = loaded.model.layers
         middle = len(layers) // 2
         gone = {middle + 2 * (i - number // 2) for i in range(number)}
@@ -135,7 +139,7 @@ def table(
 
 def llama(directory: Path, into: Path, num_new: int) -> dict[str, Any]:
     """A real model and its copies."""
-    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     prompts = {
         name: [
             tokenizer.apply_chat_template(

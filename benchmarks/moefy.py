@@ -197,8 +197,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1000, help="of each calibration text")
     options = parser.parse_args()
     root = Path(__file__).parents[1]
-    tokenizer = AutoTokenizer.from_pretrained(options.dense)
-    model = AutoModelForCausalLM.from_pretrained(options.dense, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(options.dense, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(
+        options.dense, dtype=torch.float32, trust_remote_code=False
+    ).eval()
 
     def ids_of(path: Path) -> Tensor:
         return tokenizer(path.read_text(), return_tensors="pt").input_ids[0, : options.tokens]
@@ -222,7 +224,7 @@ def main() -> None:
         shares.append((used.max() / used.mean()).item())
     test = ids_of(root / "ollm_core" / "engine.py")
     mixture = AutoModelForCausalLM.from_pretrained(
-        options.out, dtype=torch.float32, experts_implementation="eager"
+        options.out, dtype=torch.float32, experts_implementation="eager", trust_remote_code=False
     ).eval()
     report = {
         "experts": options.experts,

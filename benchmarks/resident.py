@@ -70,6 +70,7 @@ def compare(checkpoint: Path, dtype: str, contest: Contest) -> dict[str, Any]:
         dtype=DTYPES[dtype],
         attn_implementation="eager",
         experts_implementation="eager",
+        trust_remote_code=False,
         **reference_options(read_config(checkpoint)),
     )
     plain = plain.eval().to(contest.device)

@@ -130,7 +130,7 @@ def open_checkpoint(directory: Path) -> Checkpoint:
         _check_listed(index, listed, tensors)
     config = directory / "config.json"
     if os.path.isfile(config):
-        digest.update(_read_small(config, MAX_CONFIG_BYTES, CheckpointError))
+        digest.update(read_small(config, MAX_CONFIG_BYTES, CheckpointError))
     return Checkpoint(
         directory,
         MappingProxyType(tensors),
@@ -155,7 +155,7 @@ def read_config(directory: Path, name: str = "config.json") -> dict[str, Any]:
     if not os.path.isfile(path):
         raise ConfigError(f"{path}: no such file", hint="give the directory of a model")
     try:
-        config = parse_object(_read_small(path, MAX_CONFIG_BYTES, ConfigError))
+        config = parse_object(read_small(path, MAX_CONFIG_BYTES, ConfigError))
     except ValueError as error:
         raise ConfigError(f"{path}: {error}", hint=_FETCH_AGAIN) from error
     if not isinstance(config.get("model_type"), str):
@@ -169,7 +169,7 @@ def read_config(directory: Path, name: str = "config.json") -> dict[str, Any]:
 def _read_index(path: Path) -> dict[str, str]:
     """Tensor name to file name."""
     try:
-        raw = _read_small(path, MAX_HEADER_BYTES, CheckpointError)
+        raw = read_small(path, MAX_HEADER_BYTES, CheckpointError)
         listed = parse_object(raw, strict=True).get("weight_map")
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}", hint=_FETCH_AGAIN) from error
@@ -306,7 +306,8 @@ def _is_plain_name(value: object) -> bool:
     )
 
 
-def _read_small(path: Path, limit: int, error_type: type[CheckpointError | ConfigError]) -> bytes:
+def read_small(path: Path, limit: int, error_type: type[CheckpointError | ConfigError]) -> bytes:
+    """The content of a regular file of at most `limit` bytes. Raises `error_type`, naming it."""
     try:
         _check_regular(path, path.stat().st_mode, error_type)
         with path.open("rb") as file:

@@ -12,6 +12,7 @@ import importlib.util
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from ollm_core.checkpoint import open_checkpoint
 from ollm_core.errors import DoesNotFitError, InputError, OllmError, UnsupportedError
@@ -72,12 +73,22 @@ def _convert(gguf_file: Path, directory: Path, dtype: str) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    source = {"pretrained_model_name_or_path": str(gguf_file.parent), "gguf_file": gguf_file.name}
+    from ollm_core.text.tokenizer import refuse_code
+
+    refuse_code(gguf_file.parent)
+    source: dict[str, Any] = {
+        "pretrained_model_name_or_path": str(gguf_file.parent),
+        "gguf_file": gguf_file.name,
+        "local_files_only": True,
+    }
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            **source, dtype=getattr(torch, dtype), quantization_config=GgufConfig(dequantize=True)
+            **source,
+            trust_remote_code=False,
+            dtype=getattr(torch, dtype),
+            quantization_config=GgufConfig(dequantize=True),
         )
-        tokenizer = AutoTokenizer.from_pretrained(**source)
+        tokenizer = AutoTokenizer.from_pretrained(**source, trust_remote_code=False)
     except Exception as error:
         cause = (str(error).splitlines() or [""])[0] or type(error).__name__
         raise InputError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections.abc
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -51,6 +52,7 @@ def load(
     draft: str = "none",
     draft_model: str | Path | None = None,
     num_draft_tokens: int | None = None,
+    trust_remote_code: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
     profile: Profile | None = None,
     registry: Registry | None = None,
@@ -88,6 +90,9 @@ def load(
     - `num_draft_tokens`: how many tokens are drafted at a time. Default: as many as pay, up to 10,
       by what drafts have cost and brought so far; none while they do not. With sampling 10, so
       that a seed repeats a text.
+    - `trust_remote_code`: run Python code that lies in the directory, where its tokenizer is such
+      code. It may do all that you may do: read it first. False refuses such a tokenizer. Models
+      that are code of their own are never run.
     - `profile`: where the time goes is counted in it; see `ollm_core.profiling`.
 
     `kv`, `reader` and `draft` also take a name that a plugin offers; "auto" never takes one.
@@ -103,12 +108,14 @@ def load(
     one_of("dtype", dtype, ("auto", *DTYPES))
     if chunk_size is not None and chunk_size < 1:
         raise InputError(f"chunk_size is {chunk_size}, expected at least 1")
+    if not isinstance(trust_remote_code, bool):  # "no" is true
+        raise InputError(f"trust_remote_code is {trust_remote_code!r}, expected True or False")
     _check_drafts(draft, num_draft_tokens, draft_model)
     target = pick_device(device)
     layers = layer_limits(target, device_layers, host_layers)
     accounts = _accounts(target, device_memory, host_memory)
     cap = AllocatorCap(accounts.device, target) if target.type == "cuda" else nullcontext
-    opening = Opening(registry, reader, dtype, target, cap, bus_of(target))
+    opening = Opening(registry, reader, dtype, target, cap, bus_of(target), trust_remote_code)
     parts = opening.take_apart(resolve(str(path_or_id), registry, models_dir))
     for capability, wanted in (
         ("drafts", draft != "none"),
@@ -151,7 +158,8 @@ def load(
         drafter: Drafter | None = None
         if draft == "model":
             directory = resolve(str(draft_model), registry, models_dir)
-            drafter = open_drafter(opening, model, directory)
+            no_code = replace(opening, trust_remote_code=False)  # it was said of the model
+            drafter = open_drafter(no_code, model, directory)
         elif draft == "lookup":
             drafter = LookupDrafter()
         elif draft_source is not None:

@@ -7,17 +7,15 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import AutoTokenizer, GenerationConfig
 
 from ollm_core.admission import Accounts, Admission
 from ollm_core.allocator import free_device_bytes
 from ollm_core.bus import Bus
 from ollm_core.checkpoint import Checkpoint, open_checkpoint, read_config
 from ollm_core.engine import Engine
-from ollm_core.errors import ConfigError, InputError, PluginError
+from ollm_core.errors import InputError, PluginError
 from ollm_core.generation import StreamedModel
 from ollm_core.host_memory import HostMemory
 from ollm_core.interfaces import ByteSource
@@ -29,6 +27,8 @@ from ollm_core.rates import fastest_blocks, fastest_reader
 from ollm_core.registry import Registry, require
 from ollm_core.requests import KVRequest
 from ollm_core.stores import StoreOpener
+from ollm_core.text.generation_config import read_generation_config
+from ollm_core.text.tokenizer import open_tokenizer
 from ollm_core.types import Progress
 from ollm_core.weights.sources import check_source, open_source
 from ollm_core.weights.tiered import TieredWeights
@@ -46,6 +46,8 @@ class Opening:
     """Held during each pass of either."""
     bus: Bus | None = None
     """That of the device, if it has memory of its own."""
+    trust_remote_code: bool = False
+    """Whether a tokenizer may run Python code of its checkpoint."""
 
     def take_apart(self, directory: Path) -> ModelParts:
         """The model in `directory`. Raises ConfigError, CheckpointError, UnknownModelError."""
@@ -116,8 +118,8 @@ class Opening:
                 StoreOpener(kv, kv_request, parts.adapter, self.registry),
                 parts.kinds,
                 weight_bytes=parts.checkpoint.total_bytes,
-                generation_config=_generation_config(directory),
-                tokenizer=_tokenizer(directory),
+                generation_config=read_generation_config(directory, skeleton.config.to_dict()),
+                tokenizer=open_tokenizer(directory, trust_remote_code=self.trust_remote_code),
                 demand=functools.partial(require, parts.adapter),
             )
             opened.pop_all()
@@ -138,26 +140,3 @@ def _open_source(checkpoint: Checkpoint, reader: str, engine: Offer | None) -> B
             f"{engine} failed its test read: {one_line(error)}", hint="use reader='auto'"
         ) from error
     return source
-
-
-def _generation_config(directory: Path) -> GenerationConfig | None:
-    if not (directory / "generation_config.json").is_file():
-        return None
-    try:
-        return GenerationConfig.from_pretrained(directory)
-    except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(f"{directory / 'generation_config.json'}: {error}") from error
-
-
-def _tokenizer(directory: Path) -> Any:
-    """The tokenizer of the directory, or None if it has none: token ids are enough to run a
-    model.
-    """
-    if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
-        return None
-    try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except Exception as error:
-        raise ConfigError(
-            f"{directory}: the tokenizer cannot be opened: {' '.join(str(error).split())}"
-        ) from error

@@ -83,6 +83,7 @@ class Skeleton:
                     dtype=dtype,
                     attn_implementation=ATTENTION_NAME,
                     experts_implementation="eager",  # the others give other last bits
+                    trust_remote_code=False,
                 )
         except Exception as error:
             raise ConfigError(

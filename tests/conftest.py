@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,33 @@ def smollm2() -> Path:
     if not (SMOLLM2 / "config.json").is_file():
         pytest.fail(f"{SMOLLM2} is not there: run `make model`, or set OLLM_TEST_MODEL")
     return SMOLLM2
+
+
+@pytest.fixture(scope="session")
+def _speaking(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("speaking")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        initializer_range=0.5,
+        bos_token_id=1,
+        eos_token_id=None,
+    )
+    LlamaForCausalLM(config).save_pretrained(directory)
+    (directory / "generation_config.json").unlink()
+    for path in [*smollm2.glob("tokenizer*"), *smollm2.glob("*.jinja")]:
+        shutil.copy(path, directory)
+    return directory
+
+
+@pytest.fixture
+def speaking(_speaking: Path, tmp_path: Path) -> Path:
+    """A tiny random Llama with SmolLM2's tokenizer and chat template, to be changed at will."""
+    return Path(shutil.copytree(_speaking, tmp_path / "speaking"))
 
 
 @pytest.fixture

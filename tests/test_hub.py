@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub.errors import GatedRepoError
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import save_file
 
 from ollm_core import CatalogEntry, DoesNotFitError, InputError, OllmError, UnknownModelError
@@ -112,6 +113,9 @@ def test_pull_goes_on_after_a_break(monkeypatch, tmp_path):
     assert len(hub.calls) == 2
     assert hub.calls[0]["revision"] == "abc"
     assert not any("bin" in name or "pt" in name for name in hub.calls[0]["allow_patterns"])
+    patterns = {name: hub.calls[0][name] for name in ("allow_patterns", "ignore_patterns")}
+    code = ["tokenization_x.py", "custom_generate/generate.py", "vocab.pkl", "vocab.json"]
+    assert list(filter_repo_objects(code, **patterns)) == ["vocab.json"]
 
 
 def test_pull_twice_asks_once(monkeypatch, tmp_path):

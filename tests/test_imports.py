@@ -29,7 +29,7 @@ ORDER = [
         "profiling",
         "chunks",
     },
-    {"hub", "gguf_import", "weights", "skeleton", "outside", "drafts", "calls"},
+    {"hub", "gguf_import", "text", "weights", "skeleton", "outside", "drafts", "calls"},
     {"workspace", "cache", "pressure", "disk_rates", "attention_rates"},
     {"admission", "stores"},
     {"engine", "parts"},
@@ -96,3 +96,37 @@ def test_nothing_of_transformers_is_replaced():
             for target in targets:
                 text = ast.unparse(target)
                 assert not text.startswith(("transformers.", "modeling_")), f"{path}: {text}"
+
+
+def test_every_opening_says_whose_code_may_run():
+    """Each call of transformers that could run a checkpoint's code names trust_remote_code: left
+    out, transformers asks on stdin.
+    """
+    root = ROOT.parent
+    directories = [
+        ROOT,
+        root / "conformance/src",
+        root / "benchmarks",
+        *root.glob("adapters/*/src"),
+    ]
+    found = 0
+    for path in (file for directory in directories for file in directory.rglob("*.py")):
+        tree = ast.parse(path.read_text())
+        modules = {
+            alias.asname or alias.name: node.module
+            for node in ast.walk(tree)
+            if isinstance(node, ast.ImportFrom)
+            for alias in node.names
+        }
+        for node in ast.walk(tree):
+            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+                continue
+            owner = ast.unparse(node.func.value)
+            if node.func.attr not in ("from_pretrained", "from_config") or (
+                modules.get(owner) == "airllm"  # another program's class of that name
+            ):
+                continue
+            names = [keyword.arg for keyword in node.keywords]
+            assert "trust_remote_code" in names, f"{path}:{node.lineno}: {owner} does not say"
+            found += 1
+    assert found > 10

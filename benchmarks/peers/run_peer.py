@@ -55,11 +55,12 @@ def open_accelerate(checkpoint: Path) -> Generate:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    num_layers = AutoConfig.from_pretrained(checkpoint).num_hidden_layers
+    num_layers = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False).num_hidden_layers
     kept = ("model.embed_tokens", "model.norm", "model.rotary_emb")
     on_disk = ("lm_head", *(f"model.layers.{layer_idx}" for layer_idx in range(num_layers)))
     model = AutoModelForCausalLM.from_pretrained(
         checkpoint,
+        trust_remote_code=False,
         dtype=torch.bfloat16,
         device_map=dict.fromkeys(kept, "cpu") | dict.fromkeys(on_disk, "disk"),
         offload_folder=str(checkpoint / "peers" / "accelerate"),

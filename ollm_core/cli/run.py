@@ -33,10 +33,11 @@ if TYPE_CHECKING:
 
     from ollm_core.types import Stats
 
-_LOADING = [*PLANNED, "kv_dir", "keep_kv", "reader", "draft", "draft_model", "num_draft_tokens"]
-_GREEDY = dict.fromkeys(
-    ["temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"]
-)  # None each: what a checkpoint says about sampling is not for greedy decoding
+_LOADING = [
+    *PLANNED,
+    *("kv_dir", "keep_kv", "reader", "draft", "draft_model", "num_draft_tokens"),
+    "trust_remote_code",
+]
 _SAMPLING = ("top_p", "top_k", "seed")
 
 
@@ -51,6 +52,17 @@ _SAMPLING = ("top_p", "top_k", "seed")
     help="How long to think, where the model's chat template asks.  [default: the template's]",
 )
 @click.option("--raw", is_flag=True, help="Continue the text as it is, without a chat template.")
+@click.option(
+    "--allow-special-tokens",
+    is_flag=True,
+    help="Let your text contain control tokens, as <|im_end|>.  [default: they are plain text]",
+)
+@click.option(
+    "--trust-remote-code",
+    is_flag=True,
+    help="Run Python code in the model's directory, where its tokenizer is such code. Read it "
+    "first: it can do all that you can.  [default: refuse]",
+)
 @max_new_tokens_option
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda:0, ...")
 @dtype_option
@@ -93,6 +105,7 @@ def run(
     system: str | None,
     reasoning_effort: str | None,
     raw: bool,
+    allow_special_tokens: bool,
     as_json: bool,
     max_new_tokens: int,
     temperature: float,
@@ -125,6 +138,7 @@ def run(
     try:
         from ollm_core.loading import load
         from ollm_core.profiling import Profile
+        from ollm_core.text.generation_config import for_run
 
         measured = Profile() if profile else None
         loading = {name: options[name] for name in _LOADING}
@@ -132,9 +146,10 @@ def run(
         with load(model, **loading, on_progress=progress, profile=measured) as opened:
             if opened.tokenizer is None:
                 raise InputError(f"{model} has no tokenizer", hint="add its tokenizer.json")
-            if reasoning_effort:
-                _check_effort(opened.tokenizer, model)
-            prompt_ids = _encode(opened.tokenizer, text, system, raw, reasoning_effort)
+            prompt_ids = _encode(
+                opened.tokenizer, text, system, raw, reasoning_effort, allow_special_tokens
+            )
+            opened.generation_config = for_run(opened.generation_config)
             streamer = TextStream(opened.tokenizer, progress, silent=as_json)
             start = time.perf_counter()
             output = opened.generate(
@@ -195,30 +210,38 @@ def _read(file: str) -> str:
         raise InputError(f"{file} is not UTF-8 text", hint="convert it to plain text") from error
 
 
-def _check_effort(tokenizer: Any, model: str) -> None:
-    """Raises InputError if the chat template would not notice a reasoning effort."""
-    if not tokenizer.chat_template or "reasoning_effort" not in str(tokenizer.chat_template):
-        raise InputError(
-            f"the chat template of {model} has no reasoning effort",
-            hint="leave --reasoning-effort out",
-        )
-
-
 def _encode(
-    tokenizer: Any, text: str, system: str | None, raw: bool, reasoning_effort: str | None = None
+    tokenizer: Any,
+    text: str,
+    system: str | None,
+    raw: bool,
+    reasoning_effort: str | None = None,
+    allow_special_tokens: bool = False,
 ) -> Tensor:
     """Token ids [1, T] of what the model is to read."""
-    if raw or not tokenizer.chat_template:
-        encoded = tokenizer(text, return_tensors="pt")
+    import torch
+
+    from ollm_core.text.chat import encode_chat, encode_text
+    from ollm_core.text.templates import ChatTemplate
+
+    template = None if raw else ChatTemplate.of(tokenizer)
+    if system and template is None:
+        raise InputError("the model has no chat template", hint="leave --system out")
+    if reasoning_effort and (template is None or "reasoning_effort" not in template.source):
+        raise InputError(
+            "the model's chat template has no reasoning effort",
+            hint="leave --reasoning-effort out",
+        )
+    if template is None:
+        token_ids = encode_text(tokenizer, text, allow_special_tokens=allow_special_tokens)
     else:
         messages = [{"role": "system", "content": system}] if system else []
         messages.append({"role": "user", "content": text})
         options = {"reasoning_effort": reasoning_effort} if reasoning_effort else {}
-        encoded = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True, **options
+        token_ids = encode_chat(
+            tokenizer, template, messages, options, allow_special_tokens=allow_special_tokens
         )
-    token_ids: Tensor = encoded["input_ids"]
-    return token_ids
+    return torch.tensor([token_ids], dtype=torch.long)
 
 
 def _generation(
@@ -229,13 +252,12 @@ def _generation(
 ) -> dict[str, Any]:
     """The arguments of `generate` that choose tokens."""
     if not temperature:
-        return {"do_sample": False, "num_beams": 1, **_GREEDY}
+        return {"do_sample": False}
     if seed is not None:
         import torch
 
         torch.manual_seed(seed)
-    chosen = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
-    return {"do_sample": True, "num_beams": 1, **_GREEDY, **chosen}
+    return {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}
 
 
 def _report(

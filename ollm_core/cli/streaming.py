@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ollm_core.memory import format_size
+from ollm_core.text.detokenizer import Detokenizer
 from ollm_core.types import Progress
 
 if TYPE_CHECKING:
@@ -69,13 +70,10 @@ class TextStream:
     """A streamer for `generate`: writes text to stdout as soon as its characters are whole."""
 
     def __init__(self, tokenizer: Any, progress: ProgressBar, silent: bool) -> None:
-        self._tokenizer = tokenizer
+        self._detokenizer = Detokenizer(tokenizer)
         self._progress = progress
         self._silent = silent
         self._seen_prompt = False
-        self._token_ids: list[int] = []
-        self._shown = 0  # tokens whose text is out
-        self._context = 0  # where decoding starts: a token's text depends on the one before
 
     def put(self, token_ids: Tensor) -> None:
         """The prompt first, then each new token."""
@@ -83,23 +81,11 @@ class TextStream:
             self._seen_prompt = True
             return
         self._progress.close()
-        self._token_ids += token_ids.flatten().tolist()
-        self._write(self._pending())
+        self._write(self._detokenizer.add(token_ids.flatten().tolist()))
 
     def end(self) -> None:
         """Write what is left."""
-        self._write(self._pending(last=True) + "\n")
-
-    def _pending(self, last: bool = False) -> str:
-        before = self._decode(self._token_ids[self._context : self._shown])
-        text = self._decode(self._token_ids[self._context :])
-        if text.endswith("\ufffd") and not last:  # in the middle of a character
-            return ""
-        self._context, self._shown = self._shown, len(self._token_ids)
-        return text[len(before) :]
-
-    def _decode(self, token_ids: list[int]) -> str:
-        return str(self._tokenizer.decode(token_ids, skip_special_tokens=True))
+        self._write(self._detokenizer.finish() + "\n")
 
     def _write(self, text: str) -> None:
         if text and not self._silent:

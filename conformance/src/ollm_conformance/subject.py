@@ -44,6 +44,7 @@ class Reference:
             dtype=dtype,
             attn_implementation="eager",
             experts_implementation="eager",
+            trust_remote_code=False,
             **reference_options(read_config(directory)),
         )
         self.model: PreTrainedModel = model.eval().to(device)
@@ -254,7 +255,7 @@ def generate(model: StreamedModel, ids: Tensor, num_new: int, **options: Any) ->
     """
     options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0} | options
     ids = ids.to(model.device)  # generate warns of another one
-    return model.generate(ids, max_new_tokens=num_new, **options)  # type: ignore[misc]
+    return model.generate(ids, max_new_tokens=num_new, **options)
 
 
 def greedy(model: StreamedModel, ids: Tensor, num_new: int) -> tuple[list[int], Tensor]:
@@ -268,11 +269,16 @@ def model_config(config: Config) -> Any:
     return AutoConfig.for_model(**copy.deepcopy(dict(config)))
 
 
+def _plain_model(config: Config) -> PreTrainedModel:
+    known = model_config(config)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(known, trust_remote_code=False)
+    return model
+
+
 def meta_model(config: Config) -> PreTrainedModel:
     """The transformers model of a config.json, without data."""
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(model_config(config))
-    return model
+        return _plain_model(config)
 
 
 def random_model(config: Config) -> PreTrainedModel:
@@ -282,7 +288,7 @@ def random_model(config: Config) -> PreTrainedModel:
     that the greedy token is rarely near a tie.
     """
     torch.manual_seed(0)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(model_config(config)).float().eval()
+    model: PreTrainedModel = _plain_model(config).float().eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():

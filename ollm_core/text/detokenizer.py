@@ -1,0 +1,36 @@
+"""Token ids into text, as they come: characters appear once they are whole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+
+class Detokenizer:
+    """The text of one answer, without its special tokens."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._token_ids: list[int] = []
+        self._given = 0  # tokens whose text is out
+        self._context = 0  # where decoding starts: a token's text depends on the one before
+
+    def add(self, token_ids: Sequence[int]) -> str:
+        """The text that is whole with `token_ids`, after what was given before."""
+        self._token_ids += token_ids
+        return self._next(last=False)
+
+    def finish(self) -> str:
+        """What is left, whole or not."""
+        return self._next(last=True)
+
+    def _next(self, *, last: bool) -> str:
+        before = self._decode(self._token_ids[self._context : self._given])
+        text = self._decode(self._token_ids[self._context :])
+        if text.endswith("\ufffd") and not last:  # in the middle of a character
+            return ""
+        self._context, self._given = self._given, len(self._token_ids)
+        return text[len(before) :]
+
+    def _decode(self, token_ids: list[int]) -> str:
+        return str(self._tokenizer.decode(token_ids, skip_special_tokens=True))
