@@ -50,7 +50,8 @@ class SequenceCache(Cache):
         self.finalizer()
 
     def begin(self, num_rows: int) -> None:
-        """Make sure that there are `num_rows` rows. Raises InputError if there are others
+        """Make sure that there are `num_rows` rows, each with just the tokens that were noted: what
+        an interrupted pass has left beyond them is dropped. Raises InputError if there are others
         already.
         """
         if not self.rows:
@@ -58,6 +59,10 @@ class SequenceCache(Cache):
             self.kept = [torch.zeros(0, dtype=torch.bool)] * num_rows
         if len(self.rows) != num_rows:
             raise InputError(f"the cache has {len(self.rows)} rows, the batch has {num_rows}")
+        for sequence, kept in zip(self.rows, self.kept, strict=True):
+            noted = int(kept.count_nonzero())
+            if self.store.num_tokens(sequence) != noted:
+                self.store.truncate(sequence, noted)
 
     def restore(self, prompts: Sequence[Tensor]) -> None:
         """Let each row, which is empty, begin with what the store has kept of its prompt [T]."""

@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -121,12 +121,7 @@ class Engine:
         with self._cap(), self._admission.admit(store, work) as plan:
             on_disk = store.tier_bytes().disk  # all that the pass may take is reserved
             self.counters.kv_disk_bytes = max(self.counters.kv_disk_bytes, on_disk)
-            try:
-                logits = self._run(store, work, plan)
-            except BaseException:
-                for item in work:
-                    store.truncate(item.sequence, item.start)
-                raise
+            logits = self._run(store, work, plan)
             for item in work:
                 store.commit(item.sequence)
         self._count(store, work, plan, time.perf_counter() - start, read_before)
@@ -149,15 +144,13 @@ class Engine:
         """Raises DoesNotFitError if there is no memory for the step that takes new sequences to
         their `lengths`, so that a run does not find out when it gets there.
         """
-        sequences = [store.new_sequence() for _ in lengths]
-        try:
-            with self._lock, torch.inference_mode(False), torch.no_grad():
-                ids = torch.zeros(1, dtype=torch.long)
-                pairs = zip(sequences, lengths, strict=True)
-                self._admission.choose(store, [NewTokens(s, ids, n - 1) for s, n in pairs])
-        finally:
-            for sequence in sequences:
-                store.release(sequence)
+        ids = torch.zeros(1, dtype=torch.long)
+        work: list[NewTokens] = []
+        with self._lock, torch.inference_mode(False), torch.no_grad(), ExitStack() as stack:
+            for length in lengths:
+                work.append(NewTokens(store.new_sequence(), ids, length - 1))
+                stack.callback(store.release, work[-1].sequence)
+            self._admission.choose(store, work)
 
     def _expect(self, store: KVStore, work: Sequence[NewTokens]) -> None:
         if self._skeleton.recurrent and isinstance(store, KeepsStates):
