@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ollm_core.admission import Admission, PassPlan
+from ollm_core.ambient import own_torch_state
 from ollm_core.calls import LayerCall
 from ollm_core.chunks import Chunk, NewTokens
 from ollm_core.errors import DoesNotFitError
@@ -89,12 +90,10 @@ class Engine:
         Raises DoesNotFitError before anything is read. If a pass fails or is interrupted, the store
         is as before.
         """
-        # A caller's inference mode would mark what stays: KV, weights, and the tracing of a plan.
         with (
             self._lock,
             self._span(_stage(work), num_new=sum(len(item.token_ids) for item in work)),
-            torch.inference_mode(False),
-            torch.no_grad(),
+            own_torch_state(),
         ):
             try:
                 return self._attempt(store, work)
@@ -129,7 +128,7 @@ class Engine:
 
     def fits(self, store: KVStore, work: Sequence[NewTokens]) -> bool:
         """Whether there is memory for a pass over `work`; of its tokens only the number counts."""
-        with self._lock, torch.inference_mode(False), torch.no_grad():
+        with self._lock, own_torch_state():
             self._expect(store, work)
             return self._admission.fits(store, work)
 
@@ -144,9 +143,9 @@ class Engine:
         """Raises DoesNotFitError if there is no memory for the step that takes new sequences to
         their `lengths`, so that a run does not find out when it gets there.
         """
-        ids = torch.zeros(1, dtype=torch.long)
         work: list[NewTokens] = []
-        with self._lock, torch.inference_mode(False), torch.no_grad(), ExitStack() as stack:
+        with self._lock, own_torch_state(), ExitStack() as stack:
+            ids = torch.zeros(1, dtype=torch.long)
             for length in lengths:
                 work.append(NewTokens(store.new_sequence(), ids, length - 1))
                 stack.callback(store.release, work[-1].sequence)

@@ -28,6 +28,7 @@ ORDER = [
         "tracing",
         "profiling",
         "chunks",
+        "ambient",
     },
     {"hub", "gguf_import", "weights", "skeleton", "drafts", "calls"},
     {"workspace", "cache", "pressure", "disk_rates", "attention_rates"},
