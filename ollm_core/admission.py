@@ -227,8 +227,9 @@ class Admission:
         largest = max(len(chunk.rows) * chunk.num_tokens for chunk in chunks)
         experts, parked = self._workspace.mixture_bytes(num_tokens, len(chunks), largest)
         num_logits = sum(item.num_logits for item in work)
-        # Logits in parts and whole, the normalised rows, float32 copies to choose tokens from.
-        head = num_logits * (2 * self._vocab_size + self._hidden_size) * self._itemsize
+        # Logits in parts and whole, the highest, the normalised rows, float32 copies to choose
+        # tokens from.
+        head = num_logits * (2 * self._vocab_size + 1 + self._hidden_size) * self._itemsize
         head += len(work) * self._vocab_size * 2 * torch.float32.itemsize
         head += 4 * largest * self._hidden_size * torch.float32.itemsize  # the norm's own
         tokens = num_tokens * (_POSITION_BYTES + (_TOKEN_BYTES if self._one_memory else 0))

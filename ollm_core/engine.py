@@ -23,6 +23,7 @@ from ollm_core.ambient import own_torch_state
 from ollm_core.calls import LayerCall
 from ollm_core.chunks import Chunk, NewTokens
 from ollm_core.errors import DoesNotFitError
+from ollm_core.finite import require_finite
 from ollm_core.interfaces import KeepsStates, KVStore, TierBytes
 from ollm_core.parking import Parking
 from ollm_core.plugins import one_line
@@ -87,8 +88,8 @@ class Engine:
     def run(self, store: KVStore, work: Sequence[NewTokens]) -> list[Tensor]:
         """Logits [num_logits, V] of each item of `work`; the store then holds its new tokens.
 
-        Raises DoesNotFitError before anything is read. If a pass fails or is interrupted, the store
-        is as before.
+        Raises DoesNotFitError before anything is read, NotFiniteError for logits that are no
+        numbers. If a pass fails or is interrupted, the store is as before.
         """
         with (
             self._lock,
@@ -121,6 +122,7 @@ class Engine:
             on_disk = store.tier_bytes().disk  # all that the pass may take is reserved
             self.counters.kv_disk_bytes = max(self.counters.kv_disk_bytes, on_disk)
             logits = self._run(store, work, plan)
+            require_finite(logits)
             for item in work:
                 store.commit(item.sequence)
         self._count(store, work, plan, time.perf_counter() - start, read_before)

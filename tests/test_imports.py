@@ -29,6 +29,7 @@ ORDER = [
         "profiling",
         "chunks",
         "ambient",
+        "finite",
     },
     {"hub", "gguf_import", "weights", "skeleton", "drafts", "calls"},
     {"workspace", "cache", "pressure", "disk_rates", "attention_rates"},
