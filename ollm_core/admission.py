@@ -5,7 +5,7 @@ all.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -110,6 +110,9 @@ class Admission:
     def admit(self, store: KVStore, work: Sequence[NewTokens]) -> Iterator[PassPlan]:
         """Hold the memory of a pass over `work`. Raises DoesNotFitError, naming what would do,
         before anything runs.
+
+        A pass that is refused, fails or is interrupted leaves each sequence of the store as long as
+        it was, and gives back what was reserved for it.
         """
         plan, growth = self.choose(store, work)
         needed = _sum(plan.needed, growth)
@@ -117,14 +120,17 @@ class Admission:
         if self.pressure is not None:
             budgets = self.pressure.within(*budgets, needed)
         self._weights.fit(*budgets)
-        for item in work:
-            store.reserve(item.sequence, item.start + len(item.token_ids), plan.chunk_size)
         device, host = self._accounts.device, self._accounts.host
-        with (
-            device.holding("activations", plan.needed.device),
-            host.holding("activations", plan.needed.host),
-        ):
-            yield plan
+        with ExitStack() as undo:
+            for item in work:
+                undo.callback(store.truncate, item.sequence, item.start)
+                store.reserve(item.sequence, item.start + len(item.token_ids), plan.chunk_size)
+            with (
+                device.holding("activations", plan.needed.device),
+                host.holding("activations", plan.needed.host),
+            ):
+                yield plan
+            undo.pop_all()
 
     def choose(self, store: KVStore, work: Sequence[NewTokens]) -> tuple[PassPlan, TierBytes]:
         """How a pass over `work` would run, and what its KV would take. Holds nothing. Raises
@@ -171,8 +177,11 @@ class Admission:
         device, host = self._accounts.device, self._accounts.host
         if num_bytes.device > device.free or num_bytes.host > host.free:
             self._weights.fit(*self._weight_budgets(num_bytes))
-        device.reserve(kind, num_bytes.device)
-        host.reserve(kind, num_bytes.host)
+        with ExitStack() as undo:
+            device.reserve(kind, num_bytes.device)
+            undo.callback(device.release, kind, num_bytes.device)
+            host.reserve(kind, num_bytes.host)
+            undo.pop_all()
 
     def _candidates(self, work: Sequence[NewTokens]) -> Iterator[PassPlan]:
         context = max(item.start + len(item.token_ids) for item in work)
@@ -218,8 +227,9 @@ class Admission:
         largest = max(len(chunk.rows) * chunk.num_tokens for chunk in chunks)
         experts, parked = self._workspace.mixture_bytes(num_tokens, len(chunks), largest)
         num_logits = sum(item.num_logits for item in work)
-        # Logits in parts and whole, the normalised rows, float32 copies to choose tokens from.
-        head = num_logits * (2 * self._vocab_size + self._hidden_size) * self._itemsize
+        # Logits in parts and whole, the highest, the normalised rows, float32 copies to choose
+        # tokens from.
+        head = num_logits * (2 * self._vocab_size + 1 + self._hidden_size) * self._itemsize
         head += len(work) * self._vocab_size * 2 * torch.float32.itemsize
         head += 4 * largest * self._hidden_size * torch.float32.itemsize  # the norm's own
         tokens = num_tokens * (_POSITION_BYTES + (_TOKEN_BYTES if self._one_memory else 0))

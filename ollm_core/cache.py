@@ -50,14 +50,19 @@ class SequenceCache(Cache):
         self.finalizer()
 
     def begin(self, num_rows: int) -> None:
-        """Make sure that there are `num_rows` rows. Raises InputError if there are others
+        """Make sure that there are `num_rows` rows, each with just the tokens that were noted: what
+        an interrupted pass has left beyond them is dropped. Raises InputError if there are others
         already.
         """
         if not self.rows:
             self.rows.extend(self.store.new_sequence() for _ in range(num_rows))
-            self.kept = [torch.zeros(0, dtype=torch.bool)] * num_rows
+            self.kept = [torch.zeros(0, dtype=torch.bool, device="cpu")] * num_rows
         if len(self.rows) != num_rows:
             raise InputError(f"the cache has {len(self.rows)} rows, the batch has {num_rows}")
+        for sequence, kept in zip(self.rows, self.kept, strict=True):
+            noted = int(kept.count_nonzero())
+            if self.store.num_tokens(sequence) != noted:
+                self.store.truncate(sequence, noted)
 
     def restore(self, prompts: Sequence[Tensor]) -> None:
         """Let each row, which is empty, begin with what the store has kept of its prompt [T]."""
@@ -90,7 +95,7 @@ class SequenceCache(Cache):
         """What the only row would bring to a pass that checks `num_drafted` tokens, which are not
         known yet.
         """
-        ids = torch.zeros(num_drafted + 1, dtype=torch.long)
+        ids = torch.zeros(num_drafted + 1, dtype=torch.long, device="cpu")
         return NewTokens(self.rows[0], ids, self.num_tokens(0), len(ids), num_drafted)
 
     @property
@@ -153,7 +158,7 @@ class SequenceCache(Cache):
         self._pick([row for row in range(len(self.rows)) for _ in range(repeats)])
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        picked = torch.arange(len(self.rows))[indices.cpu()]
+        picked = torch.arange(len(self.rows), device="cpu")[indices.cpu()]
         self._pick(picked.tolist())
 
     def activate_past_recording(self) -> None:

@@ -14,7 +14,7 @@ from ollm_core.cache import SequenceCache
 from ollm_core.chunks import NewTokens
 from ollm_core.draft_room import DraftPart, DraftRoom
 from ollm_core.drafts import NUM_DRAFT_TOKENS
-from ollm_core.errors import InputError, KVStoreError
+from ollm_core.errors import InputError, KVStoreError, NotFiniteError
 from ollm_core.generation import StreamedModel
 from ollm_core.interfaces import Closing, FollowsText
 from ollm_core.memory import format_size
@@ -150,7 +150,10 @@ class ModelDrafter(Closing, FollowsText):
         """One pass over `token_ids` [T] of `sequence`; -> the likeliest next token, [1]."""
         assert self._cache is not None, "closed models take no passes"
         work = NewTokens(sequence, token_ids, start)
-        (logits,) = self.model.engine.run(self._cache.store, [work])
+        try:
+            (logits,) = self.model.engine.run(self._cache.store, [work])
+        except NotFiniteError as error:
+            raise NotFiniteError(f"the draft model: {error.message}", hint=error.hint) from error
         return logits[-1:].argmax(dim=-1).cpu()
 
 

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 import torch
 
 from ollm_core.admission import Accounts, Admission
+from ollm_core.ambient import own_torch_state
 from ollm_core.chunks import NewTokens
 from ollm_core.interfaces import ByteSource, Closing, TierBytes
 from ollm_core.kv.planned import planned_store
@@ -66,6 +67,7 @@ class DraftRoom:
             pressure=pressure,
         )
 
+    @own_torch_state()
     def needed(self, num_tokens: int) -> TierBytes:
         """The most that is held of each memory while a text grows to `num_tokens`, at least one,
         with all weights kept.

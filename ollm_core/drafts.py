@@ -141,11 +141,11 @@ class DraftCandidates(CandidateGenerator):
     def _checked(self, draft: object) -> Tensor:
         """A draft as token ids, [n] int64."""
         try:
-            found = torch.as_tensor(draft)
+            found = torch.as_tensor(draft, device="cpu")
         except (TypeError, ValueError, RuntimeError) as error:
             raise PluginError(f"the draft source gave {draft!a:.60}, expected token ids") from error
         if found.numel() == 0:
-            return torch.zeros(0, dtype=torch.long)
+            return torch.zeros(0, dtype=torch.long, device="cpu")
         if found.ndim != 1 or found.is_floating_point() or found.dtype == torch.bool:
             raise PluginError(
                 f"the draft source gave {found.dtype} {list(found.shape)}, expected integers [n]"

@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,9 +19,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from ollm_core.admission import Admission, PassPlan
+from ollm_core.ambient import own_torch_state
 from ollm_core.calls import LayerCall
 from ollm_core.chunks import Chunk, NewTokens
 from ollm_core.errors import DoesNotFitError
+from ollm_core.finite import require_finite
 from ollm_core.interfaces import KeepsStates, KVStore, TierBytes
 from ollm_core.outside import apply
 from ollm_core.parking import Parking
@@ -87,15 +89,13 @@ class Engine:
     def run(self, store: KVStore, work: Sequence[NewTokens]) -> list[Tensor]:
         """Logits [num_logits, V] of each item of `work`; the store then holds its new tokens.
 
-        Raises DoesNotFitError before anything is read. If a pass fails or is interrupted, the store
-        is as before.
+        Raises DoesNotFitError before anything is read, NotFiniteError for logits that are no
+        numbers. If a pass fails or is interrupted, the store is as before.
         """
-        # A caller's inference mode would mark what stays: KV, weights, and the tracing of a plan.
         with (
             self._lock,
             self._span(_stage(work), num_new=sum(len(item.token_ids) for item in work)),
-            torch.inference_mode(False),
-            torch.no_grad(),
+            own_torch_state(),
         ):
             try:
                 return self._attempt(store, work)
@@ -122,12 +122,8 @@ class Engine:
         with self._cap(), self._admission.admit(store, work) as plan:
             on_disk = store.tier_bytes().disk  # all that the pass may take is reserved
             self.counters.kv_disk_bytes = max(self.counters.kv_disk_bytes, on_disk)
-            try:
-                logits = self._run(store, work, plan)
-            except BaseException:
-                for item in work:
-                    store.truncate(item.sequence, item.start)
-                raise
+            logits = self._run(store, work, plan)
+            require_finite(logits)
             for item in work:
                 store.commit(item.sequence)
         self._count(store, work, plan, time.perf_counter() - start, read_before)
@@ -135,7 +131,7 @@ class Engine:
 
     def fits(self, store: KVStore, work: Sequence[NewTokens]) -> bool:
         """Whether there is memory for a pass over `work`; of its tokens only the number counts."""
-        with self._lock, torch.inference_mode(False), torch.no_grad():
+        with self._lock, own_torch_state():
             self._expect(store, work)
             return self._admission.fits(store, work)
 
@@ -150,15 +146,13 @@ class Engine:
         """Raises DoesNotFitError if there is no memory for the step that takes new sequences to
         their `lengths`, so that a run does not find out when it gets there.
         """
-        sequences = [store.new_sequence() for _ in lengths]
-        try:
-            with self._lock, torch.inference_mode(False), torch.no_grad():
-                ids = torch.zeros(1, dtype=torch.long)
-                pairs = zip(sequences, lengths, strict=True)
-                self._admission.choose(store, [NewTokens(s, ids, n - 1) for s, n in pairs])
-        finally:
-            for sequence in sequences:
-                store.release(sequence)
+        work: list[NewTokens] = []
+        with self._lock, own_torch_state(), ExitStack() as stack:
+            ids = torch.zeros(1, dtype=torch.long)
+            for length in lengths:
+                work.append(NewTokens(store.new_sequence(), ids, length - 1))
+                stack.callback(store.release, work[-1].sequence)
+            self._admission.choose(store, work)
 
     def _expect(self, store: KVStore, work: Sequence[NewTokens]) -> None:
         if self._skeleton.recurrent and isinstance(store, KeepsStates):

@@ -10,6 +10,7 @@
     ├── DoesNotFitError       3   more memory or disk than was allowed or is there
     ├── UnknownModelError     4   no installed adapter knows the model
     ├── PluginError           4   a plugin that is broken or missing
+    ├── NotFiniteError        1   the model computes what is no number
     └── ReadError             1   the storage failed, or a file changed under a running model
         └── DamagedKVError        a block of KV on disk is not what was written
 
@@ -86,6 +87,10 @@ class PluginError(OllmError):
     """A plugin that is broken, clashes with another, or is missing."""
 
     exit_code = 4
+
+
+class NotFiniteError(OllmError):
+    """A model's logits are NaN or infinite: its weights are damaged, or overflow in its dtype."""
 
 
 class ReadError(OllmError):

@@ -6,36 +6,30 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    Cache,
-    GenerationConfig,
-    GenerationMixin,
-    LogitsProcessorList,
-    PreTrainedModel,
-    StoppingCriteriaList,
-)
-from transformers.generation.candidate_generator import CandidateGenerator
-from transformers.generation.configuration_utils import GenerationMode
-from transformers.generation.streamers import BaseStreamer
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ollm_core.admission import Accounts
+from ollm_core.arguments import refuse_others
 from ollm_core.budgets import layer_limits
 from ollm_core.cache import SequenceCache
 from ollm_core.chunks import NewTokens
-from ollm_core.draft_gate import draft_length
-from ollm_core.drafts import NUM_DRAFT_TOKENS, DraftCandidates, begin_text
 from ollm_core.engine import Engine
 from ollm_core.errors import DamagedKVError, InputError, UnsupportedError
+from ollm_core.generation_hooks import GenerationHooks
 from ollm_core.interfaces import Closing, Drafter, KVStore
+from ollm_core.loss import check_labels, loss_bytes
+from ollm_core.padding import PaddedBatch, padded_batch
 from ollm_core.run_stats import gather_stats
 from ollm_core.skeleton import Skeleton
+from ollm_core.surface import FixedModel, only_what_works
 from ollm_core.types import CacheKind, Progress, Stats
 from ollm_core.weights.tiered import TieredWeights
 
@@ -43,12 +37,15 @@ OpenStore = Callable[[str, "Path | None", int, int], tuple[str, KVStore]]
 """(tier or "auto", directory, tokens to expect, at least) -> (tier, store)."""
 
 
-class StreamedModel(PreTrainedModel, GenerationMixin, Closing):
+@only_what_works
+class StreamedModel(  # type: ignore[misc]  # torch overloads `to`
+    FixedModel, GenerationHooks, PreTrainedModel, GenerationMixin, Closing
+):
     """A causal language model whose weights are streamed. Open it with `ollm.load`, close it after
     use.
 
-    `generate`, `forward` and the caches work as in transformers; there are no parameters to look
-    at.
+    `generate`, `forward` and the caches work as in transformers. There are no parameters to look
+    at: what `ollm_core.surface` does not list raises UnsupportedError.
     """
 
     _supports_sdpa = True
@@ -84,6 +81,8 @@ class StreamedModel(PreTrainedModel, GenerationMixin, Closing):
         self._kinds = kinds
         self._demand = demand
         self.draft_with(None)
+        self.training = False
+        self.loss_type = "ForCausalLM"
         self.weight_bytes = weight_bytes
         self._kv_tier = ""
         self._closed = False
@@ -93,78 +92,94 @@ class StreamedModel(PreTrainedModel, GenerationMixin, Closing):
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        *,
         past_key_values: SequenceCache | None = None,
+        labels: Tensor | None = None,
+        shift_labels: Tensor | None = None,
+        num_items_in_batch: int | Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        inputs_embeds: Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-        **_: Any,
-    ) -> CausalLMOutputWithPast:
+        **others: Any,
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """One weight pass over a batch: `input_ids` [B, T] after what the cache has -> logits [B,
         n, V].
 
-        `attention_mask` [B, past + T] marks padding with 0, anywhere; such positions are left out
-        of the pass and their logits are 0. n is T, or `logits_to_keep` last positions.
+        - `attention_mask` [B, past + T] marks padding with 0, anywhere; such positions are left out
+          of the pass and their logits are 0. Without it, nothing new is padding.
+        - `logits_to_keep`: a number n of last positions, or which, [n]. Default: all T.
+        - `labels`, `shift_labels` [B, T], `num_items_in_batch`: for transformers' own loss.
+        - `use_cache` makes a cache and returns it where none is given; by default it does not.
+        - `return_dict` False returns a tuple; the default is the config's.
+
+        Of transformers' other arguments, those that say what happens anyway are taken, as
+        `ollm_core.arguments` lists them. Raises InputError for any other, UnsupportedError for one
+        that transformers knows, and what `Engine.run` does.
         """
         if self._closed:
             raise InputError("the model is closed", hint="open it again with ollm.load")
-        if input_ids is None or inputs_embeds is not None:
-            raise UnsupportedError("a streamed model takes input_ids, not inputs_embeds")
-        if output_attentions or output_hidden_states:
-            raise UnsupportedError("a streamed model returns neither attentions nor hidden states")
+        if input_ids is None:
+            raise UnsupportedError("a streamed model takes input_ids, not inputs_embeds or nothing")
         if past_key_values is not None and not isinstance(past_key_values, SequenceCache):
             raise InputError(
                 f"past_key_values is a {type(past_key_values).__name__}",
                 hint="leave it out, or make one with model.new_cache()",
             )
-        cache = past_key_values
-        if cache is None:
-            num_tokens = input_ids.numel()
-            mask = input_ids.new_ones(0) if attention_mask is None else attention_mask
-            padding = int((mask[..., -input_ids.shape[1] :] == 0).sum())
-            cache = self.new_cache(num_tokens=num_tokens, at_least=num_tokens - padding)
-        try:
-            logits = self._pass(input_ids, attention_mask, cache, logits_to_keep)
-        finally:
-            if past_key_values is None and not use_cache:
-                cache.close()
+        past = [] if past_key_values is None else past_key_values.kept
+        batch = padded_batch(input_ids, attention_mask, past, logits_to_keep)
+        refuse_others(others, batch)
+        self._check(batch)
+        options = {"shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch}
+        with ExitStack() as stack:
+            if labels is not None:
+                stack.enter_context(self._room_for_loss(labels, shift_labels, batch))
+            elif any(value is not None for value in options.values()):
+                raise InputError("shift_labels and num_items_in_batch need labels")
+            cache = past_key_values
+            if cache is None:
+                num_real = int(batch.kept.sum())
+                cache = self.new_cache(num_tokens=batch.ids.numel(), at_least=num_real)
+                if not use_cache:
+                    stack.callback(cache.close)
+            logits = self._pass(batch, cache)
+            loss = None
+            if labels is not None:
+                size = self.config.vocab_size
+                loss = self.loss_function(logits=logits, labels=labels, vocab_size=size, **options)
         keep = cache if past_key_values is not None or use_cache else None
-        return CausalLMOutputWithPast(logits=logits, past_key_values=keep)
+        found = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=keep)
+        as_dict = self.config.return_dict if return_dict is None else return_dict
+        return found if as_dict else found.to_tuple()
 
-    def _pass(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        cache: SequenceCache,
-        logits_to_keep: int | Tensor,
-    ) -> Tensor:
-        num_rows, num_new = input_ids.shape
-        if num_rows > 1:
+    @contextmanager
+    def _room_for_loss(
+        self, labels: Tensor, shift_labels: Tensor | None, batch: PaddedBatch
+    ) -> Iterator[None]:
+        """Check labels, and hold the memory that their loss takes."""
+        check_labels(labels, shift_labels, batch, self.config.vocab_size)
+        if getattr(self.config, "output_router_logits", False):
+            raise UnsupportedError(
+                "labels: this model's loss counts how its routers choose, too",
+                hint="set model.config.output_router_logits = False for the loss of the text alone",
+            )
+        needed = loss_bytes(batch, self.config.vocab_size, self.dtype)
+        self.engine.set_aside("loss", needed)
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.accounts.device.release("loss", needed.device)
+
+    def _pass(self, batch: PaddedBatch, cache: SequenceCache) -> Tensor:
+        """The logits of a batch; the cache then has its tokens."""
+        if len(batch.ids) > 1:
             self._demand("batch")
-        ids = input_ids.cpu()
-        kept = torch.ones_like(ids, dtype=torch.bool)
-        if attention_mask is not None:
-            kept = attention_mask[:, -num_new:].cpu().bool()
-        num_last = num_new
-        if isinstance(logits_to_keep, int) and logits_to_keep:
-            num_last = min(logits_to_keep, num_new)
-        self._check(ids, kept, cache)
-        cache.begin(num_rows)
-        tokens = [ids[row][kept[row]] for row in range(num_rows)]
-        num_logits = [max(int(kept[row, -num_last:].sum()), 1) for row in range(num_rows)]
+        cache.begin(len(batch.ids))
+        tokens = batch.tokens
         run = self._continue if cache.get_seq_length() else self._start
-        found = run(cache, tokens, num_logits)
-        cache.extend(kept, tokens)
-        if bool(kept[:, -num_last:].all()):
-            logits = found[0][None] if num_rows == 1 else torch.stack(found)
-        else:
-            logits = found[0].new_zeros(num_rows, num_last, found[0].shape[-1])
-            for row, values in enumerate(found):
-                where = kept[row, -num_last:].to(values.device)
-                logits[row, where] = values[: int(where.sum())]
-        return logits if isinstance(logits_to_keep, int) else logits[:, logits_to_keep]
+        rows = run(cache, tokens, batch.num_logits)
+        cache.extend(batch.kept, tokens)
+        return batch.spread(rows)
 
     def _start(
         self, cache: SequenceCache, tokens: Sequence[Tensor], num_logits: Sequence[int]
@@ -199,20 +214,20 @@ class StreamedModel(PreTrainedModel, GenerationMixin, Closing):
             work.append(NewTokens(cache.rows[row], ids, cache.num_tokens(row), n, num_drafted))
         return self.engine.run(cache.store, work)
 
-    def _check(self, ids: Tensor, kept: Tensor, cache: SequenceCache) -> None:
-        if ids.numel() == 0 or not bool(kept.any(dim=1).all()):
-            raise InputError("the prompt is empty", hint="give at least one token per row")
-        lowest, highest = int(ids.min()), int(ids.max())
+    def _check(self, batch: PaddedBatch) -> None:
+        """Raise InputError for tokens that are none, and for too many."""
+        lowest, highest = int(batch.ids.min()), int(batch.ids.max())
         if lowest < 0 or highest >= self.config.vocab_size:
             wrong = lowest if lowest < 0 else highest
             raise InputError(
                 f"token id {wrong} is not in the vocabulary of {self.config.vocab_size}",
                 hint="the tokenizer is not this model's",
             )
-        past = max((cache.num_tokens(row) for row in range(len(cache.rows))), default=0)
-        self._check_length(past + int(kept.sum(dim=1).max()))
+        counts = batch.kept.sum(dim=1).tolist()
+        self.check_length(max(map(sum, zip(batch.starts, counts, strict=True))))
 
-    def _check_length(self, length: int) -> None:
+    def check_length(self, length: int) -> None:
+        """Raise InputError for more tokens than the model has positions."""
         limit = self.config.max_position_embeddings
         if length > limit:
             raise InputError(
@@ -302,108 +317,3 @@ class StreamedModel(PreTrainedModel, GenerationMixin, Closing):
 
     def get_experts_implementation(self) -> dict[str, str | None]:
         return {}
-
-    def _prepare_cache_for_generation(
-        self,
-        generation_config: GenerationConfig,
-        model_kwargs: dict[str, Any],
-        generation_mode: Any,
-        batch_size: int,
-        max_cache_length: int,
-    ) -> bool:
-        if generation_config.cache_implementation is not None:
-            raise UnsupportedError(
-                "cache_implementation is for transformers' caches",
-                hint="choose with kv='device', 'host' or 'disk' when loading",
-            )
-        if generation_mode == GenerationMode.ASSISTED_GENERATION:
-            self._demand("drafts")
-        copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
-        one_row = copies * batch_size == 1 and generation_config.use_cache is not False
-        begin_text(self._drafter, max_cache_length + 1 if one_row else 0)
-        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
-            mask = model_kwargs.get("attention_mask")
-            mask = torch.ones(batch_size, 0) if mask is None else mask
-            lengths = (max_cache_length - (mask == 0).sum(dim=1)).tolist()
-            if (num_new := generation_config.max_new_tokens) is not None:
-                self._check_length(max(lengths) + 1 - num_new)  # no memory would do
-            # Copies of a prompt share its blocks; how many rows come in is not told.
-            at_least = sum(lengths) if copies == 1 else max(lengths)
-            num_tokens = copies * batch_size * max_cache_length
-            cache = self.new_cache(num_tokens=num_tokens, at_least=at_least)
-            model_kwargs["past_key_values"] = cache
-            if copies == 1:
-                self.engine.demand_room(cache.store, lengths)
-        return True
-
-    def _sample(
-        self,
-        input_ids: Tensor,
-        logits_processor: LogitsProcessorList,
-        stopping_criteria: StoppingCriteriaList,
-        generation_config: GenerationConfig,
-        synced_gpus: bool = False,
-        streamer: BaseStreamer | None = None,
-        **options: Any,
-    ) -> Any:
-        """Greedy decoding and sampling. Where there is a draft source, transformers' assisted
-        decoding, which knows one row only and needs a cache; anything else is decoded plainly.
-        """
-        mixin: Any = super()  # transformers types `self` for its own classes only
-        arguments = input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus
-        if self._drafter is None or input_ids.shape[0] > 1 or not options.get("use_cache"):
-            return mixin._sample(*arguments, streamer, **options)
-        cache: SequenceCache = options["past_key_values"]
-        sampling = generation_config.do_sample
-        candidates = DraftCandidates(
-            self._drafter,
-            draft_length(NUM_DRAFT_TOKENS, self._num_draft_tokens, sampling=sampling),
-            self.engine.counters,
-            stopping_criteria,
-            self._count_accepted,
-            lambda number: self.engine.fits(cache.store, [cache.drafted(number)]),
-            max_positions=self.config.max_position_embeddings,
-            vocab_size=self.config.vocab_size,
-        )
-        # The assistant model is only handed on, to _get_candidate_generator.
-        return mixin._assisted_decoding(*arguments, streamer, assistant_model=candidates, **options)
-
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: Tensor,
-        next_sequence_length: int | None = None,
-        past_key_values: Cache | None = None,
-        attention_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        is_first_iteration: bool | None = False,
-        **kwargs: Any,  # by this name transformers knows that forward takes the rest
-    ) -> dict[str, Any]:
-        """See GenerationMixin, whose assisted decoding gives a cache the tokens that it already
-        has in a second turn.
-        """
-        mixin: Any = super()
-        if next_sequence_length is None and past_key_values is not None:
-            next_sequence_length = input_ids.shape[1] - past_key_values.get_seq_length()
-        inputs: dict[str, Any] = mixin.prepare_inputs_for_generation(
-            input_ids,
-            next_sequence_length,
-            past_key_values,
-            attention_mask,
-            inputs_embeds,
-            is_first_iteration,
-            **kwargs,
-        )
-        return inputs
-
-    def _get_candidate_generator(self, *arguments: Any, **options: Any) -> CandidateGenerator:
-        candidates = options.get("assistant_model")
-        if isinstance(candidates, DraftCandidates):
-            return candidates
-        mixin: Any = super()
-        generator: CandidateGenerator = mixin._get_candidate_generator(*arguments, **options)
-        return generator
-
-    def _count_accepted(self, num_tokens: int) -> None:
-        """A pass has given `num_tokens` more than the one that it was counted for."""
-        self.engine.counters.decode_tokens += num_tokens
-        self.engine.counters.accepted_tokens += num_tokens

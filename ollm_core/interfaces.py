@@ -229,7 +229,8 @@ class KVStore(Closing):
     @abstractmethod
     def reserve(self, sequence: int, num_tokens: int, longest: int | None = None) -> None:
         """Make sure that `sequence` can grow to `num_tokens` in every layer, by at most `longest`
-        (default: all) in one `append`. Until `commit`, it can be truncated to its length now.
+        (default: all) in one `append`. Until `commit`, it can be truncated to its length now, which
+        gives back all that was reserved and not used.
 
         Raises DoesNotFitError, with nothing changed, if memory or disk does not allow it.
         """
@@ -270,8 +271,9 @@ class KVStore(Closing):
 
     @abstractmethod
     def truncate(self, sequence: int, num_tokens: int) -> None:
-        """Drop positions >= `num_tokens` from every layer. Idempotent. Raises KVStoreError, with
-        nothing changed, if a layer has fewer, or slides and has let go of what it would need.
+        """Drop positions >= `num_tokens` from every layer, and what `reserve` took for more: also
+        where there are no such positions. Idempotent. Raises KVStoreError, with nothing changed, if
+        a layer has fewer, or slides and has let go of what it would need.
         """
 
     @abstractmethod

@@ -12,6 +12,7 @@ import torch
 
 from ollm_core.admission import Accounts
 from ollm_core.allocator import AllocatorCap
+from ollm_core.ambient import own_torch_state
 from ollm_core.attention import ATTENTIONS
 from ollm_core.attention_rates import require_flash
 from ollm_core.budgets import layer_limits, stated_budgets
@@ -33,6 +34,7 @@ from ollm_core.stores import fingerprinter
 from ollm_core.types import Progress
 
 
+@own_torch_state()
 def load(
     path_or_id: str | Path,
     *,

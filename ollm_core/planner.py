@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ollm_core.ambient import own_torch_state
 from ollm_core.attention import ATTENTIONS
 from ollm_core.budgets import layer_limits, stated_budgets
 from ollm_core.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, open_checkpoint, read_config
@@ -27,6 +28,7 @@ DEFAULT_CONTEXT = 8192
 _COUNT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kKmM]?)\s*")
 
 
+@own_torch_state()
 def plan(
     path_or_id: str | Path,
     *,

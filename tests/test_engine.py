@@ -9,7 +9,11 @@ import pytest
 import torch
 
 import ollm
-from ollm_core import DoesNotFitError, InputError, ReadError
+from ollm_adapter_gpt_oss import GptOssAdapter
+from ollm_adapter_llama import LlamaAdapter
+from ollm_adapter_qwen3_next import Qwen3NextAdapter
+from ollm_conformance.subject import Subject
+from ollm_core import DoesNotFitError, InputError, ReadError, TierBytes
 from ollm_core.chunks import NewTokens, cut_chunks
 from ollm_core.tracing import AllocationTracker
 
@@ -124,6 +128,90 @@ def test_interrupted_pass_is_undone(tiny, ids):
         model.on_progress(None)
         assert cache.get_seq_length() == 50
         assert cache.store.num_tokens(cache.rows[0], 0) == 50
+
+
+class FailingStep:
+    """Raises `error` at the `at`-th call of a method, then lets it be as it was."""
+
+    def __init__(self, patch, owner, name, at, error):
+        self.real, self.left, self.error = getattr(owner, name), at, error
+        patch.setattr(owner, name, self)
+
+    def __call__(self, *arguments, **options):
+        self.left -= 1
+        if self.left == 0:
+            raise self.error
+        return self.real(*arguments, **options)
+
+
+FAILURES = {
+    "no room for the second row": ("reserve", 2, DoesNotFitError("the disk is full")),
+    "Ctrl-C between two reservations": ("reserve", 2, KeyboardInterrupt()),
+    "a write that fails in a layer": ("append", 3, ReadError("the disk is gone")),
+    "Ctrl-C when one row is committed": ("commit", 2, KeyboardInterrupt()),
+}
+
+
+@pytest.mark.parametrize(
+    ("adapter", "kv"),
+    [
+        (LlamaAdapter, "device"),
+        (LlamaAdapter, "host"),
+        (LlamaAdapter, "disk"),
+        (GptOssAdapter, "device"),
+        (Qwen3NextAdapter, "disk"),
+    ],
+)
+def test_a_batch_that_fails_leaves_each_row_as_it_was(tmp_path, monkeypatch, adapter, kv):
+    """Tokens, room and what comes next of both rows are those from before, wherever it stops."""
+    subject = Subject(adapter(), tmp_path / "model")
+    first, second = subject.prompt(100), subject.prompt(200)[100:]
+    with subject.open(subject.tiny(), kv=kv, kv_dir=tmp_path / "kv") as model:
+        cache = model.new_cache()
+        store, run = cache.store, model.engine.run
+        rows = [store.new_sequence(), store.new_sequence()]
+        run(store, [NewTokens(rows[0], first[:20], 0)])
+        store.truncate(rows[0], 20)  # without the room that stood ready for the next token
+        before = store.tier_bytes()
+        work = [NewTokens(rows[0], first[20:], 20), NewTokens(rows[1], second, 0)]
+        for name, at, error in FAILURES.values():
+            with monkeypatch.context() as patch:
+                FailingStep(patch, store, name, at, error)
+                with pytest.raises(type(error)):
+                    run(store, work)
+            assert [store.num_tokens(row) for row in rows] == [20, 0]
+            assert store.tier_bytes() == before
+        found = run(store, work)
+        store.truncate(rows[1], 0)
+        fresh = store.new_sequence()
+        run(store, [NewTokens(fresh, first[:20], 0)])
+        expected = run(store, [NewTokens(fresh, first[20:], 20), NewTokens(rows[1], second, 0)])
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def test_what_is_set_aside_is_so_in_both_memories_or_in_none(tiny, monkeypatch):
+    """A host that has less than it seemed to have leaves the device as it was."""
+    with ollm.load(tiny, device="cpu") as model:
+        device, host = model.accounts.device, model.accounts.host
+        used = device.used
+        FailingStep(monkeypatch, host, "reserve", 1, DoesNotFitError("taken by others"))
+        with pytest.raises(DoesNotFitError, match="taken by others"):
+            model.engine.set_aside("draft model", TierBytes(1000, 1000))
+        assert device.used == used
+
+
+def test_rows_that_were_left_longer_are_cut(tiny, ids):
+    """A cache whose store has tokens that were never noted goes on as if it had not."""
+    prompt = ids(60)[None]
+    with ollm.load(tiny, device="cpu") as model:
+        caches = [model.new_cache("host") for _ in range(2)]
+        for cache in caches:
+            model(input_ids=prompt[:, :50], past_key_values=cache)
+        model.engine.run(caches[0].store, [NewTokens(caches[0].rows[0], ids(7, seed=2), 50)])
+        found, expected = (
+            model(input_ids=prompt[:, 50:], past_key_values=cache).logits for cache in caches
+        )
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize(("dtype", "attention"), [("float32", "exact"), ("bfloat16", "blockwise")])

@@ -207,3 +207,58 @@ def test_a_config_without_cache_still_uses_one(make_llama, reference, ids):
         found = model.generate(prompt[None], max_new_tokens=4, do_sample=False, eos_token_id=None)
         assert found[0, 40:].tolist() == expected
         assert model.stats.prefill_tokens == 40
+
+
+def test_a_batch_padded_on_the_right_is_refused(model, ids):
+    """Before anything runs: a row that ends in padding has no logits to choose a token from."""
+    batch, mask = left_padded([ids(9, seed=1), ids(31, seed=2)])
+    right = {"attention_mask": mask.flip(1), "max_new_tokens": 3}
+    for options in ({}, {"num_beams": 2}, {"use_cache": False}, {"logits_to_keep": 0}):
+        with pytest.raises(InputError, match=r"row 0 .* ends in padding.*padding_side = 'left'"):
+            model.generate(batch.flip(1), **right, **options, **GREEDY)
+    assert model.stats.weight_passes == 0
+    logits = model(batch.flip(1), mask.flip(1)).logits  # what is scored may end in it
+    single = model(ids(9, seed=1).flip(0)[None]).logits[0]
+    assert torch.allclose(logits[0, :9], single, atol=1e-4)
+    assert not logits[0, 9:].any()
+
+
+def test_options_of_other_models_are_refused(model, ids):
+    """What transformers' own layers and caches would do with it, and what there is instead."""
+    for option in (
+        {"cache_implementation": "static"},
+        {"prefill_chunk_size": 8},
+        {"prompt_lookup_num_tokens": 2, "assistant_early_exit": 1},
+    ):
+        with pytest.raises(UnsupportedError, match=f"takes no {list(option)[-1]}.*loading"):
+            model.generate(ids(20)[None], max_new_tokens=3, **option)
+    for name, option in (
+        ("generate_batch", {"cache_implementation": "paged", "num_beams": 1}),
+        ("load_custom_generate", {"custom_generate": "a/b", "trust_remote_code": True}),
+        ("load_custom_generate", {"penalty_alpha": 0.6, "top_k": 4, "trust_remote_code": True}),
+    ):
+        with pytest.raises(UnsupportedError, match=f"has no {name}"):
+            model.generate(ids(20)[None], max_new_tokens=3, **option)
+
+
+def test_a_generation_loop_of_the_caller(model, ids):
+    """A function in place of transformers' loop is called with the model."""
+
+    def loop(model, input_ids, logits_processor, stopping_criteria, generation_config, **options):
+        return model._sample(
+            input_ids, logits_processor, stopping_criteria, generation_config, **options
+        )
+
+    prompt = ids(20)
+    found = model.generate(prompt[None], max_new_tokens=4, custom_generate=loop, **GREEDY)
+    assert found[0, 20:].tolist() == alone(model, prompt, 4)
+
+
+def test_a_tokenizer_is_for_generate_itself(model, ids):
+    """As for stop strings: transformers hands it on to `forward`, where it says nothing."""
+    prompt = ids(20)
+    for more in ({}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 3}):
+        options = {"max_new_tokens": 4, **GREEDY, **more}
+        expected = model.generate(prompt[None], **options)
+        found = model.generate(prompt[None], tokenizer=object(), **options)
+        assert torch.equal(found, expected)

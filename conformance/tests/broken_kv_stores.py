@@ -224,6 +224,12 @@ class RefusalKeepsSome(DeviceKVStore):
             raise
 
 
+class ReservationStays(DeviceKVStore):
+    def truncate(self, sequence, num_tokens):
+        if num_tokens != max(self.num_tokens(sequence, i) for i in range(self.geometry.num_layers)):
+            super().truncate(sequence, num_tokens)
+
+
 class GrowthForgotten(DeviceKVStore):
     def growth_bytes(self, sequence, num_tokens):
         growth = super().growth_bytes(sequence, num_tokens)
@@ -306,6 +312,8 @@ BROKEN_KV_STORES = [
          suite_of(ReserveIgnoresTheAccount), "reserve-refused"),
         ("refusal-keeps-some", "A refused reservation keeps some of what it tried to take.",
          suite_of(RefusalKeepsSome), "reserve-refused"),
+        ("reservation-stays", "Truncating to the length that is there does nothing.",
+         suite_of(ReservationStays), "reserve-undone"),
         ("growth-halved", "The growth that is told is half of what is taken.",
          suite_of(GrowthForgotten), "growth"),
         ("cut-drops-first", "Truncating drops the whole block before it looks for a copy of it.",

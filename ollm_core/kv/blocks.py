@@ -297,9 +297,14 @@ class BlockKVStore(KVStore):
                 tables[layer_idx].spares += blocks
         for table in tables.values():
             table.num_reserved = max(table.num_reserved, num_tokens)
-        for layer_idx in tails:
-            table = tables[layer_idx]
-            table.tail = self._storage.open(layer_idx, self._next_block(table))
+        try:
+            for layer_idx in tails:
+                table = tables[layer_idx]
+                table.tail = self._storage.open(layer_idx, self._next_block(table))
+        finally:
+            for layer_idx in tails:
+                if tables[layer_idx].tail is None:
+                    self._storage.drop(layer_idx)
 
     def _next_block(self, table: _Table) -> int:
         """The block of the next token, which `_grow` has made sure of."""
@@ -358,11 +363,11 @@ class BlockKVStore(KVStore):
             self._disown(layer_idx, [block])
             return
         self._storage.allocate({}, [layer_idx])
-        tail = self._storage.open(layer_idx, block)
         try:
+            tail = self._storage.open(layer_idx, block)
             self._storage.unseal(layer_idx, block, tail)
         except BaseException:
-            self._storage.drop(layer_idx, tail)
+            self._storage.drop(layer_idx)
             raise
         table.tail = tail
 
@@ -382,14 +387,14 @@ class BlockKVStore(KVStore):
     ) -> tuple[int, Tensor]:
         """A new block and its tail, which holds what `held` does, or else the sealed `block`."""
         new = self._storage.allocate({layer_idx: 1}, [layer_idx])[layer_idx][0]
-        tail = self._storage.open(layer_idx, new)
         try:
+            tail = self._storage.open(layer_idx, new)
             if held is None:
                 self._storage.load(layer_idx, block, tail)
             else:
                 tail.copy_(held)
         except BaseException:
-            self._storage.drop(layer_idx, tail)
+            self._storage.drop(layer_idx)
             self._storage.free(layer_idx, [new])
             raise
         return new, tail
@@ -408,7 +413,7 @@ class BlockKVStore(KVStore):
 
     def _drop_tail(self, layer_idx: int, table: _Table) -> None:
         if table.tail is not None:
-            self._storage.drop(layer_idx, table.tail)
+            self._storage.drop(layer_idx)
             table.tail = None
 
     def _room(self, layer_idx: int, table: _Table, num_new: int) -> Iterator[Tensor]:

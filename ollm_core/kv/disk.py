@@ -149,11 +149,11 @@ class DiskStorage(BlockStorage):
             for layer_idx, number in num_blocks.items():
                 file = self._files[layer_idx]
                 file.grow(number - file.num_free)
-        except (OSError, ReadError) as error:
+        except BaseException as error:
             for layer_idx in num_blocks:
                 self._files[layer_idx].give_back(())
             self._charges.give("kv tails", needed.host)
-            if isinstance(error, ReadError):
+            if not isinstance(error, OSError):
                 raise
             raise self._no_space(error, needed.disk) from error
         return {
@@ -173,7 +173,7 @@ class DiskStorage(BlockStorage):
     def open(self, layer_idx: int, block: int) -> Tensor:
         return self._geometry.as_block(layer_idx, self._new_buffer(self._slot_bytes[layer_idx]))
 
-    def drop(self, layer_idx: int, tail: Tensor) -> None:
+    def drop(self, layer_idx: int) -> None:
         self._charges.give("kv tails", self._slot_bytes[layer_idx])
 
     def seal(self, layer_idx: int, block: int, tail: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
-from ollm_core.errors import DoesNotFitError, KVStoreError
+from ollm_core.errors import KVStoreError
 from ollm_core.interfaces import KVStore, TierBytes
 from ollm_core.kv.states import StateStore
 from ollm_core.kv.storage import KVGeometry
@@ -38,7 +38,7 @@ class HybridKVStore(KVStore):
         self._attention.reserve(sequence, num_tokens, longest)
         try:
             self._states.reserve(sequence, num_tokens)
-        except DoesNotFitError:
+        except BaseException:
             self._attention.truncate(sequence, self._attention.num_tokens(sequence))
             raise
 

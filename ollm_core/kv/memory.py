@@ -55,8 +55,10 @@ class MemoryStorage(BlockStorage):
                 layer_idx: [self._new_block(layer_idx) for _ in range(number)]
                 for layer_idx, number in num_blocks.items()
             }
-        except RuntimeError as error:  # torch's out of memory; it has no other cause here
+        except BaseException as error:
             self._charges.give(_KIND, num_bytes)
+            if not isinstance(error, RuntimeError):  # torch's out of memory; it has no other cause
+                raise
             raise DoesNotFitError(
                 f"{self._charges.account.name} has no {num_bytes} bytes left for KV",
                 hint="allow less of it, or keep KV on disk",
@@ -78,7 +80,7 @@ class MemoryStorage(BlockStorage):
     def open(self, layer_idx: int, block: int) -> Tensor:
         return self._blocks[block]
 
-    def drop(self, layer_idx: int, tail: Tensor) -> None:
+    def drop(self, layer_idx: int) -> None:
         """Nothing to do: the block stays."""
 
     def seal(self, layer_idx: int, block: int, tail: Tensor) -> Tensor | None:

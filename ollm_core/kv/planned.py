@@ -69,7 +69,7 @@ class PlannedDiskStorage(BlockStorage):
         shape = self._geometry.block_shape(layer_idx)
         return torch.empty(shape, dtype=self._geometry.dtype, device=_META)
 
-    def drop(self, layer_idx: int, tail: Tensor) -> None:
+    def drop(self, layer_idx: int) -> None:
         self._charges.give("kv tails", self._sizes.slot_bytes[layer_idx])
 
     def seal(self, layer_idx: int, block: int, tail: Tensor) -> Tensor:

@@ -143,7 +143,7 @@ class KeepingKVStore(DiskKVStore):
         super().close()
 
     def _known(self, sequence: int, num_tokens: int | None = None) -> Tensor:
-        none = torch.zeros(0, dtype=torch.int32)
+        none = torch.zeros(0, dtype=torch.int32, device="cpu")
         return self._token_ids.get(sequence, none)[:num_tokens]
 
     def _guarded(self, sequence: int, num_tokens: int) -> None:

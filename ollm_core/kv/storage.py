@@ -129,8 +129,8 @@ class BlockStorage(Closing):
         """A tail for `block`, its content undefined. `allocate` has made the room."""
 
     @abstractmethod
-    def drop(self, layer_idx: int, tail: Tensor) -> None:
-        """Give back the room of a tail."""
+    def drop(self, layer_idx: int) -> None:
+        """Give back the room of a tail, opened or not."""
 
     @abstractmethod
     def seal(self, layer_idx: int, block: int, tail: Tensor) -> Tensor | None:

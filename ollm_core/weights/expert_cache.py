@@ -31,9 +31,8 @@ class ExpertShares:
         ends = list(accumulate(num_experts.values(), initial=0))
         self.first = dict(zip(num_experts, ends, strict=False))
         """Where each layer begins in `values`."""
-        self.values = torch.cat(
-            [torch.empty(0), *(torch.ones(n) / n for n in num_experts.values())]
-        )
+        equal = [1 / n for n in num_experts.values() for _ in range(n)]
+        self.values = torch.tensor(equal, dtype=torch.float32)
         self._num_experts = num_experts
 
     def of(self, layer_idx: int) -> list[float]:

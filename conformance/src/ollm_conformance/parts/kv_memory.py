@@ -107,6 +107,30 @@ class KVMemory(KVStoreSuite):
             opened.expect(other, new, "in the reserved room")
 
     @check(
+        "kv-store.reserve-undone",
+        "Truncating to the length that is there gives back all that a reservation took, used in "
+        "some layers or in none, and loses no token.",
+        look="truncate(): it undoes a pass that was refused before anything was appended",
+    )
+    def test_reserve_undone(self) -> None:
+        for length in (0, 21, 32):
+            with self.opened(WIDE) as opened:
+                store, account = opened.store, opened.account
+                sequence = store.new_sequence()
+                expected = opened.fill(sequence, length)
+                store.truncate(sequence, length)  # what stood ready for the next token may go
+                told, used = store.tier_bytes(), account.used
+                for num_new in (0, 1, 40):
+                    store.reserve(sequence, length + 300)
+                    opened.append(0, sequence, num_new, seed=1)
+                    store.truncate(sequence, length)
+                    assert (account.used, store.tier_bytes()) == (used, told), (
+                        f"expected {used} bytes and {told} when a reservation after {length} is "
+                        f"undone, got {account.used} and {store.tier_bytes()}"
+                    )
+                    opened.expect(sequence, expected, "after a reservation was undone")
+
+    @check(
         "kv-store.growth",
         "A reservation takes no more than growth_bytes said, and what is then appended takes no "
         "more memory.",
