@@ -292,15 +292,6 @@ class StreamedModel(  # type: ignore[misc]  # torch overloads `to`
         if isinstance(drafter, Closing):
             drafter.close()
 
-    def generate(self, *arguments: Any, **options: Any) -> Any:
-        """See GenerationMixin. Stop strings are found by the checkpoint's own tokenizer, unless
-        `tokenizer` is another.
-        """
-        mixin: Any = super()  # transformers types `self` for its own classes only
-        if options.get("tokenizer") is None:
-            options["tokenizer"] = self.tokenizer
-        return mixin.generate(*arguments, **options)
-
     # What GenerationMixin asks of a model that has no parameters to look at.
 
     @property

@@ -23,9 +23,10 @@ from ollm_core.cache import SequenceCache
 from ollm_core.draft_gate import draft_length
 from ollm_core.drafts import NUM_DRAFT_TOKENS, DraftCandidates, begin_text
 from ollm_core.engine import Engine
-from ollm_core.errors import UnsupportedError
+from ollm_core.errors import InputError, UnsupportedError
 from ollm_core.interfaces import Drafter
 from ollm_core.padding import refuse_padded_end
+from ollm_core.plugins import one_line
 
 _NOT_HERE = {
     "cache_implementation": "choose with kv='device', 'host' or 'disk' when loading",
@@ -43,6 +44,7 @@ class GenerationHooks(ABC):
 
     engine: Engine
     config: PreTrainedConfig
+    tokenizer: Any
     _demand: Callable[[str], None]
     _drafter: Drafter | None
     _num_draft_tokens: int | None
@@ -97,6 +99,33 @@ class GenerationHooks(ABC):
             if copies == 1:
                 self.engine.demand_room(cache.store, lengths)
         return True
+
+    def _get_stopping_criteria(
+        self,
+        generation_config: GenerationConfig,
+        stopping_criteria: StoppingCriteriaList | None,
+        tokenizer: Any = None,
+    ) -> StoppingCriteriaList:
+        """See GenerationMixin. Stop strings are found by the checkpoint's own tokenizer, unless
+        `tokenizer` is another.
+        """
+        mixin: Any = super()
+        if tokenizer is None:
+            tokenizer = self.tokenizer
+        try:
+            criteria: StoppingCriteriaList = mixin._get_stopping_criteria(
+                generation_config, stopping_criteria, tokenizer=tokenizer
+            )
+        except (ValueError, TypeError) as error:
+            if generation_config.stop_strings is None:
+                raise
+            raise InputError(
+                f"stop strings {generation_config.stop_strings!a:.60}, given or those of "
+                f"generation_config.json, cannot be looked for: {one_line(error)}",
+                hint="transformers needs to take the tokenizer's vocabulary apart for them; "
+                "stop_strings=None goes without",
+            ) from error
+        return criteria
 
     def _sample(
         self,
