@@ -33,16 +33,22 @@ _FETCH_AGAIN = "fetch the model again, for instance with `ollm pull`"
 
 @dataclass(frozen=True, slots=True)
 class FileState:
-    """What shows that a file was replaced or written to."""
+    """What shows that a file was replaced or written to.
+
+    The time of its last change, `ctime_ns`, is the one that matters: every write sets it, and no
+    program can set it back, as `cp -p` and `rsync -t` do with the modification time. It also moves
+    when a file gets another name, link or mode, which is then taken for a change of its content.
+    """
 
     num_bytes: int
     mtime_ns: int
+    ctime_ns: int
     inode: int
 
     @classmethod
     def of(cls, status: os.stat_result) -> FileState:
         """The state that `stat` found."""
-        return cls(status.st_size, status.st_mtime_ns, status.st_ino)
+        return cls(status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,19 +72,8 @@ class Checkpoint:
         return sum(tensor.num_bytes for tensor in self.tensors.values())
 
     def check_unchanged(self) -> None:
-        """Raises ReadError if a file is gone or has another size, modification time or inode."""
-        for path, state in self.files.items():
-            try:
-                now = FileState.of(path.stat())
-            except OSError as error:
-                raise ReadError(
-                    f"{path}: cannot be read any more ({_reason(error)})",
-                    hint="do not move the files of a model that is open",
-                ) from error
-            if now != state:
-                raise ReadError(
-                    f"{path}: changed since the model was opened", hint="open the model again"
-                )
+        """Raises ReadError if a file is gone, or is not as it was when its header was read."""
+        check_unchanged(self.files)
 
     def content_fingerprint(self) -> str:
         """16 hex digits of `fingerprint` and of the first and last 512 bytes of every tensor.
@@ -95,6 +90,23 @@ class Checkpoint:
             except OSError as error:
                 raise ReadError(f"{path}: {_reason(error)}") from error
         return digest.hexdigest()[:16]
+
+
+def check_unchanged(files: Mapping[Path, FileState]) -> None:
+    """Raises ReadError if a file is gone or in another state. Takes a few microseconds for each."""
+    for path, state in files.items():
+        try:
+            now = FileState.of(path.stat())
+        except OSError as error:
+            raise ReadError(
+                f"{path}: cannot be read any more ({_reason(error)})",
+                hint="do not move the files of a model that is open",
+            ) from error
+        if now != state:
+            raise ReadError(
+                f"{path}: changed while the model was open",
+                hint="open the model again; its files must stay as they are until it is closed",
+            )
 
 
 def open_checkpoint(directory: Path) -> Checkpoint:

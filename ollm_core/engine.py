@@ -34,6 +34,10 @@ from ollm_core.weights.tiered import TieredWeights
 logger = logging.getLogger("ollm")
 
 
+def _no_files() -> None:
+    """Weights that are in no file stay as they are."""
+
+
 @dataclass(slots=True)
 class Counters:
     """What an engine has done so far."""
@@ -63,13 +67,18 @@ class Engine:
         on_progress: Callable[[Progress], None] | None = None,
         cap: Callable[[], AbstractContextManager[None]] = nullcontext,
         span: Span = no_span,
+        check_files: Callable[[], None] = _no_files,
     ) -> None:
-        """`cap` is held during each pass: a limit that the device's allocator keeps."""
+        """`cap` is held during each pass: a limit that the device's allocator keeps. `check_files`
+        raises ReadError if the weights are not those any more that were opened: what a pass has
+        computed counts only after that.
+        """
         self.counters = Counters()
         self._skeleton = skeleton
         self._weights = weights
         self._admission = admission
         self._cap = cap
+        self._check_files = check_files
         self._span = span
         self.on_progress = on_progress
         self._lock = threading.RLock()
@@ -86,8 +95,8 @@ class Engine:
     def run(self, store: KVStore, work: Sequence[NewTokens]) -> list[Tensor]:
         """Logits [num_logits, V] of each item of `work`; the store then holds its new tokens.
 
-        Raises DoesNotFitError before anything is read. If a pass fails or is interrupted, the store
-        is as before.
+        Raises DoesNotFitError before anything is read, and ReadError if the weights cannot be read
+        or were changed. If a pass fails or is interrupted, the store is as before.
         """
         # A caller's inference mode would mark what stays: KV, weights, and the tracing of a plan.
         with (
@@ -123,6 +132,7 @@ class Engine:
             self.counters.kv_disk_bytes = max(self.counters.kv_disk_bytes, on_disk)
             try:
                 logits = self._run(store, work, plan)
+                self._check_files()
             except BaseException:
                 for item in work:
                     store.truncate(item.sequence, item.start)

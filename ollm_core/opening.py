@@ -111,7 +111,15 @@ class Opening:
             model = StreamedModel(
                 skeleton,
                 weights,
-                Engine(skeleton, weights, admission(weights), on_progress, self.cap, span),
+                Engine(
+                    skeleton,
+                    weights,
+                    admission(weights),
+                    on_progress,
+                    self.cap,
+                    span,
+                    parts.checkpoint.check_unchanged,
+                ),
                 accounts,
                 StoreOpener(kv, kv_request, parts.adapter, self.registry),
                 parts.kinds,

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -388,6 +389,34 @@ def test_changed_files_are_noticed(tmp_path):
         found.check_unchanged()
     with pytest.raises(ReadError, match=r"two\.safetensors"):
         found.content_fingerprint()
+
+
+def test_a_time_that_is_set_back_hides_nothing(tmp_path):
+    """A file written in place, with the modification time that it had, raises ReadError."""
+    two_shards(tmp_path)
+    found = open_checkpoint(tmp_path)
+    path = tmp_path / "two.safetensors"
+    raw, status = path.read_bytes(), path.stat()
+    while path.stat().st_ctime_ns == status.st_ctime_ns:  # within one tick of the clock
+        with path.open("r+b") as file:
+            file.write(raw)
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert path.stat().st_mtime_ns == status.st_mtime_ns
+    with pytest.raises(ReadError, match=r"two\.safetensors: changed while"):
+        found.check_unchanged()
+
+
+def test_looking_at_the_files_is_quick(tmp_path):
+    """Well below a tenth of a millisecond for each, so that it can be done after every pass."""
+    two_shards(tmp_path)
+    found = open_checkpoint(tmp_path)
+    took = []
+    for _ in range(5):
+        start = time.perf_counter()
+        for _ in range(20):
+            found.check_unchanged()
+        took.append(time.perf_counter() - start)
+    assert min(took) / 20 / len(found.files) < 50e-6
 
 
 def test_needs_no_torch():
