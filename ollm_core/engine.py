@@ -88,6 +88,12 @@ class Engine:
         """What notices that memory runs short, if anything does."""
         return self._admission.pressure
 
+    def report_check(self, bytes_done: int, bytes_total: int) -> None:
+        """Tell `on_progress` how many bytes of the model's files have been hashed."""
+        if self.on_progress:
+            passes = self.counters.weight_passes
+            self.on_progress(Progress("check", bytes_done, bytes_total, 0, passes, bytes_done))
+
     def close(self) -> None:
         """Hold nothing on the device any more."""
         self._skeleton.close()

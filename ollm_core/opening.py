@@ -20,6 +20,7 @@ from ollm_core.engine import Engine
 from ollm_core.errors import ConfigError, InputError, PluginError
 from ollm_core.generation import StreamedModel
 from ollm_core.host_memory import HostMemory
+from ollm_core.identity import identity
 from ollm_core.interfaces import ByteSource
 from ollm_core.parts import ModelParts, take_apart
 from ollm_core.plugins import Offer, one_line
@@ -87,13 +88,14 @@ class Opening:
         source: ByteSource,
         accounts: Accounts,
         admission: Callable[[TieredWeights], Admission],
-        kv_request: KVRequest,
         kv: str,
+        kv_dir: Path | None = None,
+        keep_kv: bool = False,
         on_progress: Callable[[Progress], None] | None = None,
         span: Span = no_span,
     ) -> StreamedModel:
         """The model, without a draft source; it closes `source`. Raises DoesNotFitError."""
-        skeleton, directory = parts.skeleton, parts.checkpoint.directory
+        skeleton, checkpoint = parts.skeleton, parts.checkpoint
         with ExitStack() as opened:  # what fails from here on leaves nothing open
             weights = opened.enter_context(
                 TieredWeights(
@@ -108,24 +110,35 @@ class Opening:
                 )
             )
             skeleton.bind_norm(weights.norm)
+            engine = Engine(
+                skeleton,
+                weights,
+                admission(weights),
+                on_progress,
+                self.cap,
+                span,
+                checkpoint.check_unchanged,
+            )
+            kv_request = KVRequest(
+                parts.geometry,
+                accounts.device,
+                accounts.host,
+                kv_dir,
+                functools.cache(
+                    functools.partial(identity, checkpoint, parts.config, engine.report_check)
+                ),
+                keep_kv,
+            )
             model = StreamedModel(
                 skeleton,
                 weights,
-                Engine(
-                    skeleton,
-                    weights,
-                    admission(weights),
-                    on_progress,
-                    self.cap,
-                    span,
-                    parts.checkpoint.check_unchanged,
-                ),
+                engine,
                 accounts,
                 StoreOpener(kv, kv_request, parts.adapter, self.registry),
                 parts.kinds,
-                weight_bytes=parts.checkpoint.total_bytes,
-                generation_config=_generation_config(directory),
-                tokenizer=_tokenizer(directory),
+                weight_bytes=checkpoint.total_bytes,
+                generation_config=_generation_config(checkpoint.directory),
+                tokenizer=_tokenizer(checkpoint.directory),
                 demand=functools.partial(require, parts.adapter),
             )
             opened.pop_all()

@@ -30,7 +30,7 @@ ORDER = [
         "chunks",
     },
     {"hub", "gguf_import", "weights", "skeleton", "drafts", "calls"},
-    {"workspace", "cache", "pressure", "disk_rates", "attention_rates"},
+    {"identity", "workspace", "cache", "pressure", "disk_rates", "attention_rates"},
     {"admission", "stores"},
     {"engine", "parts"},
     {"rehearsal", "rates", "draft_room", "convert"},
