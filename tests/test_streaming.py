@@ -45,4 +45,6 @@ def test_the_bar_shows_each_stage(monkeypatch: pytest.MonkeyPatch, terminal: boo
     assert "B/s" in shown[1]
     assert "prefill 300 tokens   0%" in shown[2]
     assert " 50%" in shown[3]
+    first = next(frame for frame in screen.getvalue().split("\r") if "prefill" in frame)
+    assert "B/s" not in first  # that of the check
     assert screen.getvalue().endswith("\r")

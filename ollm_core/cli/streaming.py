@@ -55,6 +55,7 @@ class ProgressBar:
                 what = "checking weights"
             self._bar.bar_format = _BAR
             self._bar.set_description_str(what, False)
+            self._bar.set_postfix_str("", False)
             self._bar.reset(progress.steps_total)
         seconds = now - self._start[0]
         if seconds > 0:
