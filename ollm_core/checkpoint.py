@@ -1,12 +1,10 @@
 """Where each tensor of a checkpoint is: safetensors headers, read as the hostile input they are.
 
-Knows files, names and byte ranges, but no model family. Reads no tensor data, `content_fingerprint`
-excepted, and needs no torch.
+Knows files, names and byte ranges, but no model family. Reads no tensor data and needs no torch.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import stat
 from collections.abc import Mapping
@@ -27,22 +25,27 @@ MAX_CONFIG_BYTES = 16 << 20
 
 _LENGTH_BYTES = 8
 _MAX_INT = (1 << 63) - 1
-_SAMPLE_BYTES = 512
 _FETCH_AGAIN = "fetch the model again, for instance with `ollm pull`"
 
 
 @dataclass(frozen=True, slots=True)
 class FileState:
-    """What shows that a file was replaced or written to."""
+    """What shows that a file was replaced or written to.
+
+    The time of its last change, `ctime_ns`, is the one that matters: every write sets it, and no
+    program can set it back, as `cp -p` and `rsync -t` do with the modification time. It also moves
+    when a file gets another name, link or mode, which is then taken for a change of its content.
+    """
 
     num_bytes: int
     mtime_ns: int
+    ctime_ns: int
     inode: int
 
     @classmethod
     def of(cls, status: os.stat_result) -> FileState:
         """The state that `stat` found."""
-        return cls(status.st_size, status.st_mtime_ns, status.st_ino)
+        return cls(status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +56,6 @@ class Checkpoint:
     tensors: Mapping[str, TensorInfo] = field(repr=False)
     """By name, in the order of the files and of the bytes in them."""
     files: Mapping[Path, FileState] = field(repr=False)
-    fingerprint: str
-    """16 hex digits of headers, file sizes and config.json. Blind to the values of the weights."""
     metadata: Mapping[Path, Mapping[str, str]] = field(
         default_factory=lambda: MappingProxyType({}), repr=False
     )
@@ -66,35 +67,25 @@ class Checkpoint:
         return sum(tensor.num_bytes for tensor in self.tensors.values())
 
     def check_unchanged(self) -> None:
-        """Raises ReadError if a file is gone or has another size, modification time or inode."""
-        for path, state in self.files.items():
-            try:
-                now = FileState.of(path.stat())
-            except OSError as error:
-                raise ReadError(
-                    f"{path}: cannot be read any more ({_reason(error)})",
-                    hint="do not move the files of a model that is open",
-                ) from error
-            if now != state:
-                raise ReadError(
-                    f"{path}: changed since the model was opened", hint="open the model again"
-                )
+        """Raises ReadError if a file is gone, or is not as it was when its header was read."""
+        check_unchanged(self.files)
 
-    def content_fingerprint(self) -> str:
-        """16 hex digits of `fingerprint` and of the first and last 512 bytes of every tensor.
 
-        Tells fine-tunes of one model apart, whose headers are equal. Raises ReadError.
-        """
-        digest = hashlib.sha256(self.fingerprint.encode())
-        for path in self.files:
-            try:
-                with path.open("rb") as file:
-                    for tensor in self.tensors.values():
-                        if tensor.path == path:
-                            _hash_ends(digest, file.fileno(), tensor)
-            except OSError as error:
-                raise ReadError(f"{path}: {_reason(error)}") from error
-        return digest.hexdigest()[:16]
+def check_unchanged(files: Mapping[Path, FileState]) -> None:
+    """Raises ReadError if a file is gone or in another state. Takes a few microseconds for each."""
+    for path, state in files.items():
+        try:
+            now = FileState.of(path.stat())
+        except OSError as error:
+            raise ReadError(
+                f"{path}: cannot be read any more ({_reason(error)})",
+                hint="do not move the files of a model that is open",
+            ) from error
+        if now != state:
+            raise ReadError(
+                f"{path}: changed while the model was open",
+                hint="open the model again; its files must stay as they are until it is closed",
+            )
 
 
 def open_checkpoint(directory: Path) -> Checkpoint:
@@ -110,14 +101,11 @@ def open_checkpoint(directory: Path) -> Checkpoint:
             f"{directory}: neither {INDEX_FILE} nor {SINGLE_FILE} is there",
             hint="give the directory of a safetensors checkpoint",
         )
-    digest = hashlib.sha256()
     tensors: dict[str, TensorInfo] = {}
     files: dict[Path, FileState] = {}
     metadata: dict[Path, Mapping[str, str]] = {}
     for path in (directory / name for name in names):
         header, files[path] = _read_header(path)
-        digest.update(b"%d %d " % (files[path].num_bytes, len(header)))
-        digest.update(header)
         found, metadata[path] = _parse_header(path, header, files[path].num_bytes)
         for tensor in found:
             if other := tensors.get(tensor.name):
@@ -128,14 +116,10 @@ def open_checkpoint(directory: Path) -> Checkpoint:
             tensors[tensor.name] = tensor
     if listed is not None:
         _check_listed(index, listed, tensors)
-    config = directory / "config.json"
-    if os.path.isfile(config):
-        digest.update(read_small(config, MAX_CONFIG_BYTES, CheckpointError))
     return Checkpoint(
         directory,
         MappingProxyType(tensors),
         MappingProxyType(files),
-        digest.hexdigest()[:16],
         MappingProxyType(metadata),
     )
 
@@ -322,12 +306,6 @@ def read_small(path: Path, limit: int, error_type: type[CheckpointError | Config
 def _check_regular(path: Path, mode: int, error_type: type[CheckpointError | ConfigError]) -> None:
     if not stat.S_ISREG(mode):  # opening a pipe would wait for ever
         raise error_type(f"{path}: is not a regular file", hint=_FETCH_AGAIN)
-
-
-def _hash_ends(digest: hashlib._Hash, file: int, tensor: TensorInfo) -> None:
-    digest.update(os.pread(file, min(_SAMPLE_BYTES, tensor.num_bytes), tensor.offset))
-    last = max(0, tensor.num_bytes - _SAMPLE_BYTES)
-    digest.update(os.pread(file, tensor.num_bytes - last, tensor.offset + last))
 
 
 def _cut_short(path: Path, missing: str, file_bytes: int) -> CheckpointError:

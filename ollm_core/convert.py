@@ -1,14 +1,16 @@
 """A checkpoint written again with its weights compressed, losslessly; see `weights.compressed`.
 
 The original is only read. Each file gets its name when it is whole, on the disk and checked against
-the original bit for bit, and config.json comes last: a conversion that was killed goes on with the
-files that are missing, and half a model is never opened.
+the original bit for bit, and config.json comes last: half a model is never opened. A conversion
+that was killed goes on with the files that are missing, once those that it finds are checked in the
+same way: nothing that a file says of itself is believed, for the original may be another one since.
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import filecmp
 import functools
 import json
 import os
@@ -20,8 +22,16 @@ from pathlib import Path
 
 import torch
 
-from ollm_core.checkpoint import INDEX_FILE, Checkpoint, open_checkpoint, read_config, read_tensors
-from ollm_core.errors import CheckpointError, DoesNotFitError, InputError
+from ollm_core.checkpoint import (
+    INDEX_FILE,
+    Checkpoint,
+    FileState,
+    check_unchanged,
+    open_checkpoint,
+    read_config,
+    read_tensors,
+)
+from ollm_core.errors import DoesNotFitError, InputError, OllmError, ReadError
 from ollm_core.memory import format_size
 from ollm_core.parts import ModelParts, take_apart
 from ollm_core.registry import Registry
@@ -29,8 +39,6 @@ from ollm_core.types import TensorInfo
 from ollm_core.weights.compressed import DTYPES, FORMAT_KEY, require_zstandard
 from ollm_core.weights.packing import check_packed, write_packed
 
-SOURCE_KEY = "ollm_compressed_from"
-"""In a file's metadata: the content fingerprint of the checkpoint that it was made from."""
 MIN_BYTES = 64 << 10
 """A smaller tensor stays as it is."""
 
@@ -83,8 +91,9 @@ def convert(
     experts, that are read whole and become at least a tenth smaller.
 
     Raises UnknownModelError, CheckpointError, ConfigError for a model that cannot be opened;
-    InputError where `out` cannot be used or there is nothing to compress; DoesNotFitError where the
-    disk is too small; UnsupportedError where the package that compresses is missing.
+    InputError where `out` cannot be used, holds what is not made from this model as it is now, or
+    there is nothing to compress; DoesNotFitError where the disk is too small; UnsupportedError
+    where the package that compresses is missing; ReadError if the model changes meanwhile.
     """
     require_zstandard()
     registry = registry or Registry.discover()
@@ -148,9 +157,10 @@ class _Conversion:
         self._out = out
         self._chosen = chosen
         self._on_progress = on_progress
-        self._source = checkpoint.content_fingerprint()
         names = _small_files(checkpoint.directory)
         self._copies = sorted(names, key=lambda name: (name == _CONFIG, name))
+        small = (checkpoint.directory / name for name in self._copies)
+        self._sources = {**checkpoint.files, **{p: FileState.of(p.stat()) for p in small}}
         self._files: dict[Path, list[TensorInfo]] = {path: [] for path in checkpoint.files}
         for info in checkpoint.tensors.values():
             self._files[info.path].append(info)
@@ -161,7 +171,7 @@ class _Conversion:
     @contextmanager
     def directory(self) -> Iterator[None]:
         """Make `out` and keep other conversions away from it. Raises InputError where it is in
-        use, or holds something else.
+        use, or holds something else: what it has is checked.
         """
         if self._out.resolve() == self._checkpoint.directory.resolve():
             raise InputError(f"{self._out} is the model itself", hint="choose another --out")
@@ -189,12 +199,8 @@ class _Conversion:
         missing = [path for path in self._files if not self._target(path).exists()]
         self._num_found = len(self._files) - len(missing)
         self._check_room(missing)
-        for path, infos in self._files.items():
-            if path in missing:
-                self._convert(path, infos)
-            else:
-                self._report(path)(2 * sum(info.num_bytes for info in infos))
-        self._checkpoint.check_unchanged()
+        for path in missing:
+            self._convert(path, self._files[path])
         stored = {path: read_tensors(self._target(path))[0] for path in self._files}
         if len(stored) > 1 or (self._checkpoint.directory / INDEX_FILE).exists():
             self._write(INDEX_FILE, _index(stored))
@@ -217,7 +223,7 @@ class _Conversion:
 
     def _convert(self, path: Path, infos: list[TensorInfo]) -> None:
         partial = self._partial(path.name)
-        metadata = {**self._checkpoint.metadata[path], SOURCE_KEY: self._source}
+        metadata = self._checkpoint.metadata[path]
         try:
             if infos:
                 write_packed(infos, partial, metadata, self._chosen, self._report(path))
@@ -225,6 +231,9 @@ class _Conversion:
             else:
                 shutil.copyfile(path, partial)
             self._rename(partial, path.name)
+        except OllmError:
+            check_unchanged(self._sources)  # a better reason for what differs
+            raise
         finally:
             partial.unlink(missing_ok=True)
 
@@ -240,6 +249,8 @@ class _Conversion:
             partial.unlink(missing_ok=True)
 
     def _rename(self, partial: Path, name: str) -> None:
+        """Give a file its name. Raises ReadError if the original is not what it was."""
+        check_unchanged(self._sources)
         partial.rename(self._out / name)
         directory = os.open(self._out, os.O_RDONLY)
         try:
@@ -269,7 +280,7 @@ class _Conversion:
             if found.name in partial:
                 continue
             if found.name in weights:
-                fits = _made_from(found) == self._source or not self._files[weights[found.name]]
+                fits = self._is_made(found, weights[found.name])
             elif found.name in self._copies:
                 original = self._checkpoint.directory / found.name
                 fits = found.is_file() and found.read_bytes() == original.read_bytes()
@@ -278,8 +289,25 @@ class _Conversion:
             if not fits:
                 raise InputError(
                     f"{self._out} holds {found.name!a}, which is not of this conversion",
-                    hint="choose an --out that is new or empty",
+                    hint="choose an --out that is new or empty, or remove what was made from "
+                    "another state of the model",
                 )
+
+    def _is_made(self, found: Path, original: Path) -> bool:
+        """Whether a file holds what `original` does, bit for bit. Raises ReadError."""
+        infos = self._files[original]
+        if not infos:
+            return filecmp.cmp(found, original, shallow=False)
+        report = self._report(original)
+        try:
+            check_packed(infos, found, report)
+        except ReadError:
+            raise
+        except OllmError:  # it differs, or cannot be such a file
+            check_unchanged(self._sources)
+            return False
+        report(sum(info.num_bytes for info in infos))  # it need not be written
+        return True
 
     def _check_room(self, missing: list[Path]) -> None:
         """Raises DoesNotFitError if the disk cannot hold what is missing, at the very best."""
@@ -309,13 +337,6 @@ def _errors_of(out: Path) -> Iterator[None]:
                 hint="make room and run it again: what is finished stays, and is not done again",
             ) from error
         raise InputError(f"cannot write to {out}: {reason}", hint="choose another --out") from error
-
-
-def _made_from(path: Path) -> str | None:
-    try:
-        return read_tensors(path)[1].get(SOURCE_KEY)
-    except CheckpointError:
-        return None
 
 
 def _small_files(directory: Path) -> Iterator[str]:

@@ -63,7 +63,7 @@ def describe_checkpoint(
         num_bytes = prod(shape) * DTYPE_BYTES[kind]
         tensors[name] = TensorInfo(name, kind, shape, path, place, num_bytes)
         place += num_bytes
-    return Checkpoint(where, MappingProxyType(tensors), MappingProxyType({}), "")
+    return Checkpoint(where, MappingProxyType(tensors), MappingProxyType({}))
 
 
 def infer_tensors(

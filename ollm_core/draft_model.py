@@ -21,8 +21,6 @@ from ollm_core.memory import format_size
 from ollm_core.opening import Opening
 from ollm_core.parts import ModelParts
 from ollm_core.registry import require
-from ollm_core.requests import KVRequest
-from ollm_core.stores import fingerprinter
 
 logger = logging.getLogger("ollm")
 
@@ -176,14 +174,6 @@ def open_drafter(opening: Opening, main: StreamedModel, directory: Path) -> Mode
                 source,
                 accounts,
                 lambda weights: room.admission(accounts, weights, opening.pressure(weights)),
-                KVRequest(
-                    parts.geometry,
-                    accounts.device,
-                    accounts.host,
-                    None,
-                    fingerprinter(parts.checkpoint, parts.config),
-                    keep=False,
-                ),
                 "device",
             )
         )

@@ -37,6 +37,10 @@ from ollm_core.weights.tiered import TieredWeights
 logger = logging.getLogger("ollm")
 
 
+def _no_files() -> None:
+    """Weights that are in no file stay as they are."""
+
+
 @dataclass(slots=True)
 class Counters:
     """What an engine has done so far."""
@@ -66,13 +70,18 @@ class Engine:
         on_progress: Callable[[Progress], None] | None = None,
         cap: Callable[[], AbstractContextManager[None]] = nullcontext,
         span: Span = no_span,
+        check_files: Callable[[], None] = _no_files,
     ) -> None:
-        """`cap` is held during each pass: a limit that the device's allocator keeps."""
+        """`cap` is held during each pass: a limit that the device's allocator keeps. `check_files`
+        raises ReadError if the weights are not those any more that were opened: what a pass has
+        computed counts only after that.
+        """
         self.counters = Counters()
         self._skeleton = skeleton
         self._weights = weights
         self._admission = admission
         self._cap = cap
+        self._check_files = check_files
         self._span = span
         self.on_progress = on_progress
         self._lock = threading.RLock()
@@ -82,6 +91,12 @@ class Engine:
         """What notices that memory runs short, if anything does."""
         return self._admission.pressure
 
+    def report_check(self, bytes_done: int, bytes_total: int) -> None:
+        """Tell `on_progress` how many bytes of the model's files have been hashed."""
+        if self.on_progress:
+            passes = self.counters.weight_passes
+            self.on_progress(Progress("check", bytes_done, bytes_total, 0, passes, bytes_done))
+
     def close(self) -> None:
         """Hold nothing on the device any more."""
         self._skeleton.close()
@@ -89,8 +104,9 @@ class Engine:
     def run(self, store: KVStore, work: Sequence[NewTokens]) -> list[Tensor]:
         """Logits [num_logits, V] of each item of `work`; the store then holds its new tokens.
 
-        Raises DoesNotFitError before anything is read, NotFiniteError for logits that are no
-        numbers. If a pass fails or is interrupted, the store is as before.
+        Raises DoesNotFitError before anything is read, ReadError if the weights cannot be read or
+        were changed, NotFiniteError for logits that are no numbers. If a pass fails or is
+        interrupted, the store is as before.
         """
         with (
             self._lock,
@@ -123,6 +139,7 @@ class Engine:
             on_disk = store.tier_bytes().disk  # all that the pass may take is reserved
             self.counters.kv_disk_bytes = max(self.counters.kv_disk_bytes, on_disk)
             logits = self._run(store, work, plan)
+            self._check_files()
             require_finite(logits)
             for item in work:
                 store.commit(item.sequence)

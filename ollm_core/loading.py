@@ -29,8 +29,7 @@ from ollm_core.opening import Opening
 from ollm_core.parts import DTYPES, one_of
 from ollm_core.profiling import Profile, no_span
 from ollm_core.registry import Registry, require
-from ollm_core.requests import DraftRequest, KVRequest
-from ollm_core.stores import fingerprinter
+from ollm_core.requests import DraftRequest
 from ollm_core.types import Progress
 
 
@@ -74,7 +73,8 @@ def load(
       room.
     - `kv_dir`: the directory for KV on disk. Only files made by this model are ever removed from
       it. What it holds is kept there when a cache is closed, and a later prompt on the same model
-      that begins alike continues from there. Nothing is kept in the default directory.
+      that begins alike continues from there. Nothing is kept in the default directory. To know the
+      model, all bytes of its files are hashed when a directory is first used with it.
     - `keep_kv`: False neither keeps KV in `kv_dir` nor looks for any.
     - `attention`: "exact" (bit for bit transformers' eager attention; memory grows with the
       context), "blockwise" (it does not), "flash" (the same by the package flash-attn, on CUDA), or
@@ -95,6 +95,7 @@ def load(
     - `trust_remote_code`: run Python code that lies in the directory, where its tokenizer is such
       code. It may do all that you may do: read it first. False refuses such a tokenizer. Models
       that are code of their own are never run.
+    - `on_progress`: told of every step of a weight pass, and of that hashing.
     - `profile`: where the time goes is counted in it; see `ollm_core.profiling`.
 
     `kv`, `reader` and `draft` also take a name that a plugin offers; "auto" never takes one.
@@ -143,15 +144,9 @@ def load(
                     chunk_size=chunk_size,
                     pressure=opening.pressure(weights),
                 ),
-                KVRequest(
-                    parts.geometry,
-                    accounts.device,
-                    accounts.host,
-                    Path(kv_dir) if kv_dir is not None else None,
-                    fingerprinter(parts.checkpoint, parts.config),
-                    keep_kv,
-                ),
                 kv,
+                Path(kv_dir) if kv_dir is not None else None,
+                keep_kv,
                 on_progress,
                 profile.span if profile else no_span,
             )

@@ -18,6 +18,7 @@ from ollm_core.engine import Engine
 from ollm_core.errors import InputError, PluginError
 from ollm_core.generation import StreamedModel
 from ollm_core.host_memory import HostMemory
+from ollm_core.identity import identity
 from ollm_core.interfaces import ByteSource
 from ollm_core.parts import ModelParts, take_apart
 from ollm_core.plugins import Offer, one_line
@@ -89,13 +90,15 @@ class Opening:
         source: ByteSource,
         accounts: Accounts,
         admission: Callable[[TieredWeights], Admission],
-        kv_request: KVRequest,
         kv: str,
+        kv_dir: Path | None = None,
+        keep_kv: bool = False,
         on_progress: Callable[[Progress], None] | None = None,
         span: Span = no_span,
     ) -> StreamedModel:
         """The model, without a draft source; it closes `source`. Raises DoesNotFitError."""
-        skeleton, directory = parts.skeleton, parts.checkpoint.directory
+        skeleton, checkpoint = parts.skeleton, parts.checkpoint
+        directory = checkpoint.directory
         with ExitStack() as opened:  # what fails from here on leaves nothing open
             weights = opened.enter_context(
                 TieredWeights(
@@ -110,14 +113,33 @@ class Opening:
                 )
             )
             skeleton.bind_norm(weights.norm)
+            engine = Engine(
+                skeleton,
+                weights,
+                admission(weights),
+                on_progress,
+                self.cap,
+                span,
+                checkpoint.check_unchanged,
+            )
+            kv_request = KVRequest(
+                parts.geometry,
+                accounts.device,
+                accounts.host,
+                kv_dir,
+                functools.cache(
+                    functools.partial(identity, checkpoint, parts.config, engine.report_check)
+                ),
+                keep_kv,
+            )
             model = StreamedModel(
                 skeleton,
                 weights,
-                Engine(skeleton, weights, admission(weights), on_progress, self.cap, span),
+                engine,
                 accounts,
                 StoreOpener(kv, kv_request, parts.adapter, self.registry),
                 parts.kinds,
-                weight_bytes=parts.checkpoint.total_bytes,
+                weight_bytes=checkpoint.total_bytes,
                 generation_config=read_generation_config(directory, skeleton.config.to_dict()),
                 tokenizer=open_tokenizer(directory, trust_remote_code=self.trust_remote_code),
                 demand=functools.partial(require, parts.adapter),

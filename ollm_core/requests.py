@@ -33,7 +33,9 @@ class KVRequest:
     directory: Path | None
     """The user's `kv_dir`; None if none was given."""
     fingerprint: Callable[[], str]
-    """Names the model's weights. Reads a little of every tensor when it is first called."""
+    """Names the model by all bytes of its weights and its config: 64 hex digits. The first call may
+    read every file, so only what keeps KV, or looks for some, asks. Raises ReadError.
+    """
     keep: bool = True
     """Whether what is in `directory` may stay for the next run; see KeepsPrefixes."""
 

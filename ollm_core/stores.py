@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 import logging
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,7 +10,6 @@ from pathlib import Path
 
 import torch
 
-from ollm_core.checkpoint import Checkpoint
 from ollm_core.errors import KVStoreError
 from ollm_core.interfaces import KVStore, ModelAdapter
 from ollm_core.kv import (
@@ -29,12 +26,13 @@ from ollm_core.kv import (
 from ollm_core.kv.room import check_room
 from ollm_core.registry import Registry, require, supports
 from ollm_core.requests import KVRequest
-from ollm_core.types import Config
 from ollm_core.user_files import cache_directory
 
 logger = logging.getLogger("ollm")
 
 TIERS = ("device", "host", "disk")
+_NOBODY = "not kept"
+"""The fingerprint of KV that no other run will look for."""
 
 
 class StoreOpener:
@@ -103,20 +101,6 @@ def choose_tier(
     return (*fitting, *reversed(able), *TIERS)[0]
 
 
-def fingerprinter(checkpoint: Checkpoint, config: Config) -> Callable[[], str]:
-    """Tells 16 hex digits of all that keys and values depend on: the weights, of which a little of
-    every tensor is read when it is first called, and the config.
-    """
-
-    @functools.cache
-    def fingerprint() -> str:
-        digest = hashlib.sha256(checkpoint.content_fingerprint().encode())
-        digest.update(json.dumps(dict(config), sort_keys=True, default=str).encode())
-        return digest.hexdigest()[:16]
-
-    return fingerprint
-
-
 def _hybrid(
     tier: str, request: KVRequest, open_store: Callable[[KVRequest], KVStore]
 ) -> HybridKVStore:
@@ -145,7 +129,7 @@ def _open(tier: str, request: KVRequest) -> KVStore:
         return HostKVStore(geometry, host, device)
     if request.directory and request.keep:
         return KeepingKVStore(geometry, host, request.directory, request.fingerprint(), device)
-    return DiskKVStore(geometry, host, _home(request), request.fingerprint(), device)
+    return DiskKVStore(geometry, host, _home(request), _NOBODY, device)
 
 
 def _home(request: KVRequest) -> Path:

@@ -214,21 +214,25 @@ class CatalogEntry:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Where a weight pass is. Sent to `on_progress` after every step of work; cheap to ignore."""
+    """Where a weight pass is, or a reading of the model's files before one. Sent to `on_progress`
+    after every step of work; cheap to ignore.
+    """
 
-    stage: Literal["prefill", "decode"]
-    """"prefill" while a pass brings more than one new token per sequence."""
+    stage: Literal["check", "prefill", "decode"]
+    """"prefill" while a pass brings more than one new token per sequence. "check" while files are
+    hashed, to know the model's KV in a `kv_dir`: once for each model, then their hashes are known.
+    """
     steps_done: int
     steps_total: int
     """A step is one chunk of tokens through one layer, or one part of the head. A layer with routed
-    experts is two: its mixer and its MLP.
+    experts is two: its mixer and its MLP. In "check", a byte.
     """
     num_new_tokens: int
     """New tokens in this pass, over all sequences."""
     weight_passes: int
     """Passes finished before this one."""
     weight_bytes_read: int
-    """Since the model was opened."""
+    """Since the model was opened; in "check", of those that are hashed."""
     given_up_bytes: int = 0
     """Of weights that are not kept in this pass, because others took the machine's memory."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import tempfile
 from pathlib import Path
 
@@ -16,6 +17,12 @@ def cache_directory() -> Path:
         return Path.home() / ".cache" / "ollm"
     except RuntimeError:  # no HOME, and no entry in the password database
         return Path(tempfile.gettempdir()) / f"ollm-{os.getuid()}"
+
+
+def is_private(found: os.stat_result) -> bool:
+    """Whether that is a directory which only this user may enter."""
+    mine = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
+    return mine and not found.st_mode & 0o077
 
 
 def absolute(path: str | os.PathLike[str]) -> Path:

@@ -36,7 +36,7 @@ ORDER = [
         "surface",
     },
     {"hub", "gguf_import", "text", "weights", "skeleton", "outside", "drafts", "calls"},
-    {"workspace", "cache", "pressure", "disk_rates", "attention_rates"},
+    {"identity", "workspace", "cache", "pressure", "disk_rates", "attention_rates"},
     {"admission", "stores"},
     {"engine", "parts"},
     {"rehearsal", "rates", "draft_room", "convert"},

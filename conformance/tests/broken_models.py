@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import threading
 import time
 from dataclasses import replace
@@ -18,6 +19,7 @@ from families import Granite, Limited, Qwen3Moe
 import ollm
 from ollm_adapter_llama import LlamaAdapter
 from ollm_core import ReadError
+from ollm_core.checkpoint import open_checkpoint
 from ollm_core.outside import OutsideLayers
 from ollm_core.registry import Registry
 
@@ -144,8 +146,31 @@ def errors_swallowed(*args, **options):
     return model
 
 
-def zeros_for_missing_bytes(*args, **options):
+def never_looks(*args, **options):
     model = ollm.load(*args, **options)
+    model.engine._check_files = lambda: None
+    return model
+
+
+def keyed_by_a_sample(directory, **options):
+    """The first and last 512 bytes of every tensor stand for the weights."""
+    model = ollm.load(directory, **options)
+
+    def sampled():
+        digest = hashlib.sha256()
+        for tensor in open_checkpoint(directory).tensors.values():
+            raw = tensor.path.read_bytes()[tensor.offset :][: tensor.num_bytes]
+            digest.update(raw[:512] + raw[-512:])
+        return digest.hexdigest()
+
+    opener = model._open_store
+    opener._request = replace(opener._request, fingerprint=sampled)
+    return model
+
+
+def zeros_for_missing_bytes(*args, **options):
+    """And nothing looks at the file afterwards."""
+    model = never_looks(*args, **options)
     source = model.weights._source
     real = source.read
 
@@ -488,6 +513,8 @@ BROKEN_MODELS = [
     _broken("isolation.transformers", "transformers is changed.", transformers_replaced),
     _broken("failure.read-error", "Errors are swallowed.", errors_swallowed),
     _broken("failure.short-read", "Missing bytes are zeros.", zeros_for_missing_bytes),
+    _broken("failure.overwritten", "Nothing looks whether files were changed.", never_looks),
+    _broken("caches.other-weights", "KV is keyed by a sample of the weights.", keyed_by_a_sample),
     _broken("failure.cancelled", "A broken-off pass leaves its tokens.", failed_pass_stays),
     _broken("language.stop", "Generation does not stop.", never_stops),
 ]

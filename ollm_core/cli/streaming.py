@@ -20,7 +20,8 @@ _LOADING = "{desc} {elapsed}"
 
 
 class ProgressBar:
-    """Loading, then the prefill with rate and time left, on stderr if that is a terminal.
+    """Loading, then the check of the model's files, if there is one, and the prefill, with rate and
+    time left, on stderr if that is a terminal.
 
     Call it with each `Progress`. It takes itself off the screen at the first decode step, or by
     `close`, so that the text after it stands alone.
@@ -30,7 +31,8 @@ class ProgressBar:
         """`model` is the name to show while nothing has been computed."""
         from tqdm import tqdm
 
-        self._start: tuple[float, int] | None = None
+        self._stage = ""
+        self._start = 0.0, 0
         self._bar = tqdm(
             desc=f"opening {model}",
             bar_format=_LOADING,
@@ -47,10 +49,14 @@ class ProgressBar:
             self.close()
             return
         now = time.monotonic()
-        if self._start is None:
-            self._start = (now, progress.weight_bytes_read)
+        if progress.stage != self._stage:
+            self._stage, self._start = progress.stage, (now, progress.weight_bytes_read)
+            what = f"prefill {progress.num_new_tokens} tokens"
+            if progress.stage == "check":
+                what = "checking weights"
             self._bar.bar_format = _BAR
-            self._bar.set_description_str(f"prefill {progress.num_new_tokens} tokens", False)
+            self._bar.set_description_str(what, False)
+            self._bar.set_postfix_str("", False)
             self._bar.reset(progress.steps_total)
         seconds = now - self._start[0]
         if seconds > 0:

@@ -10,7 +10,6 @@ import hashlib
 import itertools
 import logging
 import os
-import stat
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
@@ -22,6 +21,7 @@ from ollm_core.interfaces import Closing
 from ollm_core.kv.files import MAGIC, LayerFile, header_fields, open_own, storage_error
 from ollm_core.kv.journal import NAME, Journal, Prefix, read_journal
 from ollm_core.kv.storage import KVGeometry
+from ollm_core.user_files import is_private
 
 PREFIX = "ollm-kv-"
 
@@ -266,12 +266,6 @@ def _lock(directory: int) -> bool:
     except OSError:
         return False
     return True
-
-
-def is_private(found: os.stat_result) -> bool:
-    """Whether that is a directory which only this user may enter."""
-    mine = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
-    return mine and not found.st_mode & 0o077
 
 
 def _last_written(directory: Path) -> float:

@@ -23,8 +23,8 @@ from torch import Tensor
 from ollm_core.buffers import PAGE, aligned_buffer, as_memoryview
 from ollm_core.errors import KVStoreError
 from ollm_core.kv.files import header_fields, open_own, read_header, write_header
-from ollm_core.kv.home import is_private
 from ollm_core.kv.storage import KVGeometry
+from ollm_core.user_files import is_private
 
 _PREFIX = "ollm-states-"
 

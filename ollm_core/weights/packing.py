@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from ollm_core.checkpoint import read_tensors
-from ollm_core.errors import OllmError, ReadError
+from ollm_core.errors import CheckpointError, OllmError, ReadError
 from ollm_core.requests import CodecRequest
 from ollm_core.types import TensorInfo
 from ollm_core.weights import planes
@@ -96,13 +96,18 @@ def check_packed(tensors: Sequence[TensorInfo], packed: Path, report: Report) ->
     """Read `packed` as a run would, and compare each of `tensors` with what it was made from, bit
     for bit. Returns how many are compressed.
 
-    Holds the largest tensor about twice. Raises OllmError where one differs.
+    Holds the largest tensor about twice. Raises OllmError where one differs, or `packed` is no such
+    file or holds something else.
     """
     stored, metadata = read_tensors(packed)
+    if FORMAT_KEY not in metadata:
+        raise CheckpointError(f"{packed}: is not compressed")
+    others = set(stored)
     encoded = compressed_weights(CodecRequest({}, stored, {packed: metadata}))
     with packed.open("rb") as file, tensors[0].path.open("rb") as source:
         for info in tensors:
             found = encoded.get(info.name)
+            others -= {info.name} if found is None else set(found.tensors)
             if found is None:
                 same = info.name in stored and _form(stored[info.name]) == _form(info)
                 pieces = _pieces(stored[info.name], file) if same else iter(())
@@ -118,6 +123,8 @@ def check_packed(tensors: Sequence[TensorInfo], packed: Path, report: Report) ->
                     f"{packed}: {info.name} is not what was written",
                     hint="the disk or the memory of this machine is not to be trusted",
                 )
+    if others:
+        raise CheckpointError(f"{packed}: holds {min(others)!a}, which the original does not")
     return len(encoded)
 
 

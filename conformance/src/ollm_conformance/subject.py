@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
 import re
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from ollm_core.generation import StreamedModel
 from ollm_core.parts import ModelParts, take_apart
 from ollm_core.registry import Registry, supports
 from ollm_core.rehearsal import Rehearsal
+from ollm_core.types import DTYPE_BYTES
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 CHUNK = 96
@@ -215,6 +218,28 @@ class Subject:
             bare=True,
         )
 
+    def copy(self, directory: Path) -> Path:
+        """The directory of a copy of a checkpoint, with its times, to be changed."""
+        return Path(shutil.copytree(directory, self.new_directory()))
+
+    def overwrite(self, directory: Path) -> None:
+        """Give a checkpoint other weights, in place: the middle half of its embedding, reversed.
+        Headers, sizes, modification times and both ends of every tensor stay as they are.
+        """
+        checkpoint, config = open_checkpoint(directory), read_config(directory)
+        layout = self.adapter.layout(config)
+        plan = self.adapter.weights(config, checkpoint.tensors)
+        table = checkpoint.tensors[plan.parameters[f"{layout.embedding}.weight"].tensors[0]]
+        size = DTYPE_BYTES[table.dtype]
+        start, count = table.offset + table.num_bytes // size // 4 * size, table.num_bytes // 2
+        status = table.path.stat()
+        with table.path.open("r+b") as file:
+            file.seek(start)
+            numbers = torch.frombuffer(bytearray(file.read(count)), dtype=torch.uint8)
+            file.seek(start)
+            file.write(numbers.view(-1, size).flip(0).numpy().tobytes())
+        os.utime(table.path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
     def new_directory(self) -> Path:
         """A path that nothing has used."""
         self._num_kv_directories += 1
@@ -255,7 +280,7 @@ def generate(model: StreamedModel, ids: Tensor, num_new: int, **options: Any) ->
     """
     options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0} | options
     ids = ids.to(model.device)  # generate warns of another one
-    return model.generate(ids, max_new_tokens=num_new, **options)
+    return model.generate(ids, max_new_tokens=num_new, **options)  # type: ignore[misc]
 
 
 def greedy(model: StreamedModel, ids: Tensor, num_new: int) -> tuple[list[int], Tensor]:

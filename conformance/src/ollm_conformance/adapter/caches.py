@@ -190,6 +190,27 @@ class Caches(AdapterSuite):
         same_within(found, whole, 1e-4 if dtype == "float32" else 0.1, "logits after damage")
 
     @check(
+        "caches.other-weights",
+        "KV on disk of other weights is not found, where headers, sizes, times and the ends of "
+        "every tensor are the same.",
+        look=_LOOK,
+        needs=["kv-disk"],
+    )
+    def test_other_weights(self, subject: Subject) -> None:
+        prompt, kv_dir = subject.prompt(300), subject.new_directory()
+        other = subject.copy(subject.tiny())
+        subject.overwrite(other)
+        options = {"kv": "disk", "kv_dir": kv_dir, "keep_kv": True}
+        with subject.open(subject.tiny(), **options) as model:
+            model(input_ids=prompt[None], logits_to_keep=1)
+        with subject.open(other, **options) as model:
+            found = model(input_ids=prompt[None], logits_to_keep=1).logits[0]
+            cached = model.stats.cached_tokens
+        assert cached == 0, f"expected no token of the other weights to be found, got {cached}"
+        expected = subject.reference(directory=other).run(prompt, last_only=True)
+        same_bits(found, expected, "logits beside KV of other weights")
+
+    @check(
         "caches.bytes",
         "Stored keys and values take the bytes of the KV heads, rounded up to blocks.",
         look=_LOOK,
