@@ -19,6 +19,7 @@ from ollm_core.errors import InputError, PluginError, UnknownModelError, Unsuppo
 from ollm_core.interfaces import ADAPTER_API, ModelAdapter
 from ollm_core.plugins import KINDS, Offer, ask, one_line
 from ollm_core.types import Capability, CatalogEntry, Config
+from ollm_core.untrusted_json import show
 
 ENTRY_POINT_GROUP = "ollm.adapters"
 LOAD_PLUGINS = "OLLM_LOAD_PLUGINS"
@@ -123,13 +124,11 @@ class Registry:
             if model_type in adapter.model_types:
                 return adapter
         installed = ", ".join(sorted(t for a in self._adapters.values() for t in a.model_types))
-        hint = "install the adapter of its family"
-        if isinstance(model_type, str) and re.fullmatch(r"[A-Za-z0-9_]{1,64}", model_type):
-            hint = f"pip install ollm-adapter-{_normalised(model_type)}"
         raise UnknownModelError(
-            f"no adapter opens model_type {model_type!a}; installed ones open: "
+            f"no adapter opens model_type {show(model_type)}; installed ones open: "
             f"{installed or 'nothing'}{self._failures()}",
-            hint=hint,
+            # No name of a distribution made from model_type: whoever wrote the file could choose it.
+            hint="install the adapter of its family; `ollm plugins` shows the installed ones",
         )
 
     def find(self, model_id: str) -> tuple[ModelAdapter, CatalogEntry]:
