@@ -127,7 +127,7 @@ class Registry:
         raise UnknownModelError(
             f"no adapter opens model_type {show(model_type)}; installed ones open: "
             f"{installed or 'nothing'}{self._failures()}",
-            # No name of a distribution made from model_type: whoever wrote the file could choose it.
+            # Names no distribution: whoever wrote model_type could choose which.
             hint="install the adapter of its family; `ollm plugins` shows the installed ones",
         )
 
@@ -229,6 +229,11 @@ def _check(adapter: ModelAdapter, models: Iterable[CatalogEntry]) -> str:
         raise PluginError(f"adapter name must be a string, got {name!r}")
     if not isinstance(types, tuple) or not all(isinstance(t, str) for t in types):
         raise PluginError(f"adapter {name}: model_types must be a tuple of strings, got {types!r}")
+    methods = adapter.quantizations
+    if not isinstance(methods, tuple) or not all(isinstance(m, str) for m in methods):
+        raise PluginError(
+            f"adapter {name}: quantizations must be a tuple of strings, got {methods!r}"
+        )
     if not all(isinstance(model, CatalogEntry) for model in models):
         raise PluginError(f"adapter {name}: catalog() must give CatalogEntry objects")
     major, minor = _api_version(api)
