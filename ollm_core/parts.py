@@ -24,6 +24,7 @@ from ollm_core.types import CacheKind, Config, Layout
 from ollm_core.untrusted_json import show
 from ollm_core.weights.codecs import LogicalTensors
 from ollm_core.weights.held import HeldWeights
+from ollm_core.weights.tied import untie_head
 from ollm_core.weights.tiered import TieredWeights
 from ollm_core.weights.units import Units, cut_units
 from ollm_core.workspace import Workspace
@@ -135,7 +136,10 @@ def take_apart(
         stored = str(declared["dtype"])
         checkpoint = describe_checkpoint(adapter, config, skeleton.shapes, stored, where)
         tensors = LogicalTensors(checkpoint, config, {})
-    plan = adapter.weights(config, tensors.names)
+        plan = adapter.weights(config, tensors.names)
+    else:
+        plan = adapter.weights(config, tensors.names)
+        plan = untie_head(plan, adapter, config, layout, checkpoint, tensors, compute_dtype)
     units = cut_units(
         layout,
         tensors.compose(plan, skeleton.shapes, compute_dtype),

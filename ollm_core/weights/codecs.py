@@ -67,6 +67,10 @@ class LogicalTensors:
             encoded = self._encoded.get(name)
             yield encoded.dtype if encoded else stored[name].dtype
 
+    def is_encoded(self, name: str) -> bool:
+        """Whether a codec makes the tensor of this logical name."""
+        return name in self._encoded
+
     def check_device(self, device: torch.device) -> None:
         """Raises UnsupportedError if a tensor can only be decoded elsewhere than on `device`."""
         for name, encoded in self._encoded.items():
