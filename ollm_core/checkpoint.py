@@ -16,6 +16,7 @@ from typing import Any
 from ollm_core.errors import CheckpointError, ConfigError, ReadError
 from ollm_core.types import DTYPE_BYTES, TensorInfo
 from ollm_core.untrusted_json import parse_object, show
+from ollm_core.what_is_there import check_alone, no_config, no_weights
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -60,6 +61,10 @@ class Checkpoint:
         default_factory=lambda: MappingProxyType({}), repr=False
     )
     """The `__metadata__` of each file."""
+    index_dtype: object = None
+    """`dtype` in the metadata of the index, None without one: transformers goes by it where
+    config.json states no dtype. As found, so not to be relied on.
+    """
 
     @property
     def total_bytes(self) -> int:
@@ -89,18 +94,22 @@ def check_unchanged(files: Mapping[Path, FileState]) -> None:
 
 
 def open_checkpoint(directory: Path) -> Checkpoint:
-    """Read and check the headers of the safetensors files: those of the index, else the single one.
+    """Read and check the headers of the safetensors files: the single one, as transformers does
+    where it is there, else those of the index.
 
     Raises CheckpointError, naming the file, for anything missing, damaged or contradictory.
     """
     index = directory / INDEX_FILE
-    listed = _read_index(index) if os.path.lexists(index) else None
-    names = sorted(set(listed.values())) if listed is not None else [SINGLE_FILE]
-    if listed is None and not os.path.lexists(directory / SINGLE_FILE):
-        raise CheckpointError(
-            f"{directory}: neither {INDEX_FILE} nor {SINGLE_FILE} is there",
-            hint="give the directory of a safetensors checkpoint",
-        )
+    listed: dict[str, str] | None = None
+    index_dtype: object = None
+    if os.path.lexists(directory / SINGLE_FILE):
+        names = [SINGLE_FILE]
+    elif os.path.lexists(index):
+        listed, index_dtype = _read_index(index)
+        names = sorted(set(listed.values()))
+    else:
+        raise no_weights(directory, (INDEX_FILE, SINGLE_FILE))
+    check_alone(directory)
     tensors: dict[str, TensorInfo] = {}
     files: dict[Path, FileState] = {}
     metadata: dict[Path, Mapping[str, str]] = {}
@@ -121,6 +130,7 @@ def open_checkpoint(directory: Path) -> Checkpoint:
         MappingProxyType(tensors),
         MappingProxyType(files),
         MappingProxyType(metadata),
+        index_dtype,
     )
 
 
@@ -137,7 +147,7 @@ def read_config(directory: Path, name: str = "config.json") -> dict[str, Any]:
     """The model's config.json. Raises ConfigError if missing, damaged or without `model_type`."""
     path = directory / name
     if not os.path.isfile(path):
-        raise ConfigError(f"{path}: no such file", hint="give the directory of a model")
+        raise no_config(path)
     try:
         config = parse_object(read_small(path, MAX_CONFIG_BYTES, ConfigError))
     except ValueError as error:
@@ -147,16 +157,22 @@ def read_config(directory: Path, name: str = "config.json") -> dict[str, Any]:
             f"{path}: `model_type` must be a string, got {show(config.get('model_type'))}",
             hint="it names the model's family, for instance `llama`",
         )
+    if (named := config.get("transformers_weights")) is not None:
+        raise ConfigError(
+            f"{path}: `transformers_weights` must be absent, got {show(named)}",
+            hint=f"name the file of the weights {SINGLE_FILE}, and remove the key",
+        )
     return config
 
 
-def _read_index(path: Path) -> dict[str, str]:
-    """Tensor name to file name."""
+def _read_index(path: Path) -> tuple[dict[str, str], object]:
+    """Tensor name to file name, and the dtype that its metadata state."""
     try:
         raw = read_small(path, MAX_HEADER_BYTES, CheckpointError)
-        listed = parse_object(raw, strict=True).get("weight_map")
+        index = parse_object(raw, strict=True)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}", hint=_FETCH_AGAIN) from error
+    listed, metadata = index.get("weight_map"), index.get("metadata")
     if not isinstance(listed, dict) or not listed:
         raise CheckpointError(
             f"{path}: `weight_map` must be an object of tensor names and file names",
@@ -168,7 +184,7 @@ def _read_index(path: Path) -> dict[str, str]:
                 f"{path}: {show(name)} is not the plain name of a file in the same directory",
                 hint=_FETCH_AGAIN,
             )
-    return listed
+    return listed, metadata.get("dtype") if isinstance(metadata, dict) else None
 
 
 def _check_listed(

@@ -133,12 +133,14 @@ class DecoderAdapter(ModelAdapter):
         experts = {name: slices for name, slices in experts.items() if slices}
         parameters = {name: self.source(config, name) for name in names if name not in experts}
         unused_head: tuple[str, ...] = ()
+        present = frozenset(tensor_names)
         if config.get("tie_word_embeddings"):
             unused_head = parameters[head].tensors
+            if present.issuperset(unused_head) and not present & {*parameters[embedding].tensors}:
+                parameters[embedding] = parameters[head]  # stored under the head's name alone
             parameters[head] = parameters[embedding]
         plan = WeightPlan(parameters, experts=experts)
         used = {tensor for source in plan.sources() for tensor in source.tensors}
-        present = frozenset(tensor_names)
         ignored = frozenset(
             tensor
             for tensor in present - used

@@ -45,6 +45,10 @@ class ModelAdapter(ABC):
     adapter_api: str = ADAPTER_API
     model_types: tuple[str, ...]
     """The `model_type` values in config.json that this adapter opens."""
+    quantizations: tuple[str, ...] = ()
+    """The values of `quant_method` in config.json's `quantization_config` whose checkpoints it
+    opens. A checkpoint with another is refused before `layout` is asked.
+    """
     unstated_dtype: str = ""
     """What the family's checkpoints hold where config.json states no dtype, for instance
     `bfloat16`. Only for plans of models that are not on disk.

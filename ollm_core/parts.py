@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from ollm_core.attention_rates import require_flash
 from ollm_core.bus import Bus, bus_of
 from ollm_core.checkpoint import Checkpoint
 from ollm_core.description import describe_checkpoint
-from ollm_core.errors import ConfigError, InputError
+from ollm_core.errors import ConfigError, InputError, UnsupportedError
 from ollm_core.interfaces import ModelAdapter
 from ollm_core.kv import KVGeometry
 from ollm_core.plugins import Offer
@@ -21,13 +21,16 @@ from ollm_core.pressure import Pressure
 from ollm_core.registry import require, supports
 from ollm_core.skeleton import Skeleton
 from ollm_core.types import CacheKind, Config, Layout
+from ollm_core.untrusted_json import show
 from ollm_core.weights.codecs import LogicalTensors
 from ollm_core.weights.held import HeldWeights
+from ollm_core.weights.tied import untie_head
 from ollm_core.weights.tiered import TieredWeights
 from ollm_core.weights.units import Units, cut_units
 from ollm_core.workspace import Workspace
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -121,13 +124,15 @@ def take_apart(
     """
     config = adapter.text_config(whole_config)
     declared: Config = {**config, **whole_config}
+    _check_quantization(adapter, declared, where)
     if checkpoint is None:
         stated = declared.get("dtype") or declared.get("torch_dtype") or adapter.unstated_dtype
-        declared = {**declared, "dtype": stated or dtype}
+        declared = {**declared, "dtype": stated or (None if dtype == "auto" else dtype)}
     tensors = None if checkpoint is None else LogicalTensors(checkpoint, config, codecs)
     if tensors is not None:
         tensors.check_device(device)
-    compute_dtype = _compute_dtype(dtype, declared, where, tensors.dtypes() if tensors else ())
+    indexed = checkpoint.index_dtype if checkpoint else None
+    compute_dtype = _compute_dtype(dtype, declared, where, tensors, indexed)
     layout = adapter.layout(config)
     kinds = _cache_kinds(adapter, config, layout)
     skeleton = Skeleton(config, layout, compute_dtype, torch.device("meta") if bare else device)
@@ -135,7 +140,10 @@ def take_apart(
         stored = str(declared["dtype"])
         checkpoint = describe_checkpoint(adapter, config, skeleton.shapes, stored, where)
         tensors = LogicalTensors(checkpoint, config, {})
-    plan = adapter.weights(config, tensors.names)
+        plan = adapter.weights(config, tensors.names)
+    else:
+        plan = adapter.weights(config, tensors.names)
+        plan = untie_head(plan, adapter, config, layout, checkpoint, tensors, compute_dtype)
     units = cut_units(
         layout,
         tensors.compose(plan, skeleton.shapes, compute_dtype),
@@ -157,22 +165,47 @@ def take_apart(
     )
 
 
+def _check_quantization(adapter: ModelAdapter, config: Config, where: Path) -> None:
+    """Raises UnsupportedError for a model that is quantised in a way that the adapter does not
+    declare: its tensors would be taken for plain ones.
+    """
+    stated = config.get("quantization_config")
+    if stated is None:
+        return
+    method = stated.get("quant_method") if isinstance(stated, Mapping) else stated
+    if method not in adapter.quantizations:
+        known = ", ".join(adapter.quantizations)
+        raise UnsupportedError(
+            f"{where}: quantization_config of config.json: quant_method {show(method)} is not "
+            f"supported by adapter {adapter.name}",
+            hint=f"it opens {known}, and models that are not quantised"
+            if known
+            else "open the model as it was before it was quantised",
+        )
+
+
 def _compute_dtype(
-    dtype: str, config: Config, directory: Path, stored_dtypes: Iterable[str]
+    dtype: str, config: Config, directory: Path, tensors: LogicalTensors | None, indexed: object
 ) -> torch.dtype:
+    """What transformers computes in by default: as config.json says, else as the index does
+    (`indexed`), else the dtype of the first tensor of floats that it comes upon.
+    """
     if dtype != "auto":
         return DTYPES[dtype]
-    declared = config.get("dtype") or config.get("torch_dtype")
-    if declared in DTYPES:
-        return DTYPES[declared]
-    stored = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    for name in stored_dtypes:
-        if name in stored:
-            return stored[name]
-    raise ConfigError(
-        f"{directory}: no dtype in config.json and no float tensor in the checkpoint",
-        hint="give dtype, for instance bfloat16",
-    )
+    stated = config.get("dtype") or config.get("torch_dtype") or indexed
+    if stated is None and tensors is not None:
+        stated = next((_FLOATS[name] for name in tensors.dtypes() if name in _FLOATS), None)
+    if stated is None:
+        raise ConfigError(
+            f"{directory}: no dtype in config.json and no float tensor in the checkpoint",
+            hint="give dtype, for instance bfloat16",
+        )
+    if not isinstance(stated, str) or stated not in DTYPES:
+        raise ConfigError(
+            f"{directory}: the model's dtype is {show(stated)}, need {', '.join(DTYPES)}",
+            hint="give dtype, for instance float32",
+        )
+    return DTYPES[stated]
 
 
 def _cache_kinds(adapter: ModelAdapter, config: Config, layout: Layout) -> tuple[CacheKind, ...]:

@@ -19,6 +19,7 @@ from ollm_core.errors import InputError, PluginError, UnknownModelError, Unsuppo
 from ollm_core.interfaces import ADAPTER_API, ModelAdapter
 from ollm_core.plugins import KINDS, Offer, ask, one_line
 from ollm_core.types import Capability, CatalogEntry, Config
+from ollm_core.untrusted_json import show
 
 ENTRY_POINT_GROUP = "ollm.adapters"
 LOAD_PLUGINS = "OLLM_LOAD_PLUGINS"
@@ -123,13 +124,11 @@ class Registry:
             if model_type in adapter.model_types:
                 return adapter
         installed = ", ".join(sorted(t for a in self._adapters.values() for t in a.model_types))
-        hint = "install the adapter of its family"
-        if isinstance(model_type, str) and re.fullmatch(r"[A-Za-z0-9_]{1,64}", model_type):
-            hint = f"pip install ollm-adapter-{_normalised(model_type)}"
         raise UnknownModelError(
-            f"no adapter opens model_type {model_type!a}; installed ones open: "
+            f"no adapter opens model_type {show(model_type)}; installed ones open: "
             f"{installed or 'nothing'}{self._failures()}",
-            hint=hint,
+            # Names no distribution: whoever wrote model_type could choose which.
+            hint="install the adapter of its family; `ollm plugins` shows the installed ones",
         )
 
     def find(self, model_id: str) -> tuple[ModelAdapter, CatalogEntry]:
@@ -230,6 +229,11 @@ def _check(adapter: ModelAdapter, models: Iterable[CatalogEntry]) -> str:
         raise PluginError(f"adapter name must be a string, got {name!r}")
     if not isinstance(types, tuple) or not all(isinstance(t, str) for t in types):
         raise PluginError(f"adapter {name}: model_types must be a tuple of strings, got {types!r}")
+    methods = adapter.quantizations
+    if not isinstance(methods, tuple) or not all(isinstance(m, str) for m in methods):
+        raise PluginError(
+            f"adapter {name}: quantizations must be a tuple of strings, got {methods!r}"
+        )
     if not all(isinstance(model, CatalogEntry) for model in models):
         raise PluginError(f"adapter {name}: catalog() must give CatalogEntry objects")
     major, minor = _api_version(api)

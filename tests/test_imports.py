@@ -13,6 +13,7 @@ import ollm_core
 ROOT = Path(ollm_core.__file__).parent
 ORDER = [
     {"errors", "types", "buffers", "host_memory", "draft_gate", "untrusted_json", "user_files"},
+    {"what_is_there"},
     {"interfaces", "memory", "machine", "allocator", "budgets", "parking", "bus", "upload"},
     {
         "declarations",

@@ -86,6 +86,15 @@ def _half_of_the_residual(layer, hidden, **options):
     return 0.5 * hidden + layer.self_attn(hidden_states=normed, **options)[0]
 
 
+class EmbeddingOfTheStoredHead(LlamaAdapter):
+    def weights(self, config, tensor_names):
+        names = set(tensor_names)
+        if config.get("tie_word_embeddings") and "lm_head.weight" in names:
+            plan = super().weights(config, names - {"model.embed_tokens.weight"})
+            return replace(plan, ignored=plan.ignored | {"model.embed_tokens.weight"})
+        return super().weights(config, names)
+
+
 class TransposedProjection(LlamaAdapter):
     def source(self, config, parameter):
         if parameter.endswith("k_proj.weight"):
@@ -402,6 +411,11 @@ BROKEN_ADAPTERS = [
     broken_adapter("weights.tied-head", "A tied head is taken for its own tensor.", NeverTied),
     broken_adapter(
         "weights.tied-head", "A tied head that is stored is loaded again.", TiedHeadLoadedTwice
+    ),
+    broken_adapter(
+        "weights.head-differs",
+        "A tied model takes a stored head for its embedding too.",
+        EmbeddingOfTheStoredHead,
     ),
     broken_adapter("weights.values", "A projection is transposed.", TransposedProjection),
     broken_adapter("weights.values", "Gate and up projections are swapped.", GateAndUpSwapped),

@@ -54,10 +54,22 @@ class LogicalTensors:
         """Logical names, in no order that matters."""
 
     def dtypes(self) -> Iterator[str]:
-        """safetensors dtype names of the tensors, decoded."""
-        for name in self.names:
+        """safetensors dtype names of the tensors, decoded, in the order in which transformers looks
+        at them: by the name of the file, then by that of the tensor.
+        """
+        stored = self._checkpoint.tensors
+
+        def place(name: str) -> tuple[str, str]:
             encoded = self._encoded.get(name)
-            yield encoded.dtype if encoded else self._checkpoint.tensors[name].dtype
+            return stored[encoded.tensors[0] if encoded else name].path.name, name
+
+        for name in sorted(self.names, key=place):
+            encoded = self._encoded.get(name)
+            yield encoded.dtype if encoded else stored[name].dtype
+
+    def is_encoded(self, name: str) -> bool:
+        """Whether a codec makes the tensor of this logical name."""
+        return name in self._encoded
 
     def check_device(self, device: torch.device) -> None:
         """Raises UnsupportedError if a tensor can only be decoded elsewhere than on `device`."""

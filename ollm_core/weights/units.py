@@ -30,6 +30,10 @@ TORCH_DTYPES: Mapping[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+PLAIN_FLOATS = ("F64", "F32", "F16", "BF16")
+"""What a parameter may be stored in as it is. One of 8 bits is half of a quantised one: its scales
+are elsewhere, or lost.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,9 +233,10 @@ def _parameter(
                 f"config.json asks for {list(shape)}",
                 hint="config.json and the weights are of different models",
             )
-        if source.transform is None and not TORCH_DTYPES[tensor.dtype].is_floating_point:
+        if source.transform is None and tensor.dtype not in PLAIN_FLOATS:
             raise CheckpointError(
-                f"{tensor.path}: {tensor.name} has dtype {tensor.dtype}, expected floats",
+                f"{tensor.path}: {tensor.name} has dtype {tensor.dtype}, need one of "
+                f"{', '.join(PLAIN_FLOATS)}",
                 hint="quantised checkpoints need an adapter that knows them",
             )
     return Parameter(name, shape, source, found)

@@ -37,6 +37,7 @@ class GptOssAdapter(DecoderAdapter):
 
     name = "gpt-oss"
     model_types = ("gpt_oss",)
+    quantizations = ("mxfp4",)
     unstated_dtype = "bfloat16"
     defaults = MappingProxyType(
         {

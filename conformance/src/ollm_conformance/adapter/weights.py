@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,7 @@ from ollm_conformance.adapter.base import AdapterSuite
 from ollm_conformance.checks import check, does_not_apply
 from ollm_conformance.compare import same_bits
 from ollm_conformance.naming import parameter_names, stored_shapes
-from ollm_conformance.subject import Subject
+from ollm_conformance.subject import Subject, meta_model
 from ollm_core import CheckpointError, Config, Layout, ModelAdapter
 from ollm_core.checkpoint import open_checkpoint
 from ollm_core.generation import StreamedModel
@@ -111,7 +111,7 @@ class Weights(AdapterSuite):
         if tied:
             stored = subject.adapter.weights(config, open_checkpoint(directory).tensors)
             (table,) = stored.parameters[embedding].tensors
-            directories.append(_with_head(directory, table, head))
+            directories.append(_with_head(directory, "same", head, lambda ts: ts[table].clone()))
         prompt = subject.prompt(40)
         expected = subject.reference(directory=directory).run(prompt)
         for place in directories:
@@ -122,6 +122,30 @@ class Weights(AdapterSuite):
             )
             with subject.open(place) as model:
                 same_bits(model(input_ids=prompt[None]).logits[0], expected, f"logits, tied={tied}")
+
+    @check(
+        "weights.head-differs",
+        "A tied model whose checkpoint holds another head than its embedding has both, as "
+        "transformers has it.",
+        look="weights(): with tie_word_embeddings the embedding keeps its own tensor, and the "
+        "head's own one is ignored",
+    )
+    def test_head_differs(self, subject: Subject) -> None:
+        changes = {"tie_word_embeddings": True}
+        config = {**subject.config, **changes}
+        layout = subject.adapter.layout(config)
+        embedding, head = f"{layout.embedding}.weight", f"{layout.head}.weight"
+        model = meta_model(config)
+        if model.get_parameter(head) is not model.get_parameter(embedding):
+            does_not_apply("transformers ties no head of this family")
+        directory = subject.tiny(changes=changes)
+        stored = subject.adapter.weights(config, open_checkpoint(directory).tensors)
+        (table,) = stored.parameters[embedding].tensors
+        directory = _with_head(directory, "other", head, lambda ts: ts[table].flip(0).clone())
+        prompt = subject.prompt(40)
+        expected = subject.reference(directory=directory).run(prompt)
+        with subject.open(directory) as opened:
+            same_bits(opened(input_ids=prompt[None]).logits[0], expected, "logits, another head")
 
     @check(
         "weights.sharded",
@@ -218,12 +242,16 @@ def _one_of_each(names: set[str]) -> list[str]:
     return sorted({re.sub(r"\d+", "0", name): name for name in sorted(names)}.values())
 
 
-def _with_head(directory: Path, embedding: str, head: str) -> Path:
-    """A copy of a checkpoint that also holds the tied head's tensor, as older ones do."""
-    copy = directory.with_name(f"{directory.name}-with-head")
+def _with_head(
+    directory: Path, kind: str, head: str, make: Callable[[dict[str, Tensor]], Tensor]
+) -> Path:
+    """A copy of a checkpoint that also holds a tensor for the tied head, as some do, made from the
+    others.
+    """
+    copy = directory.with_name(f"{directory.name}-{kind}-head")
     if not copy.is_dir():
         shutil.copytree(directory, copy)
         (file,) = copy.glob("*.safetensors")
         tensors = load_file(file)
-        save_file({**tensors, head: tensors[embedding].clone()}, file, metadata={"format": "pt"})
+        save_file({**tensors, head: make(tensors)}, file, metadata={"format": "pt"})
     return copy
