@@ -4,7 +4,6 @@ and quick.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Hashable, Iterator
 from typing import cast
 
@@ -55,8 +54,7 @@ class Workspace:
                 continue
             whole, halves = (
                 called_operations(
-                    functools.partial(self._call, layer_idx, 1, 3, 0, "blockwise", step),
-                    mixture.dense_parameters,
+                    self._call(layer_idx, 1, 3, 0, "blockwise", step), mixture.dense_parameters
                 )
                 for step in (mixture.whole, mixture.halves)
             )
@@ -149,9 +147,7 @@ class Workspace:
         self, layer_idx: int, num_rows: int, num_new: int, num_past: int, attention: str
     ) -> int:
         step = self._skeleton.step(layer_idx)
-        return traced_peak(
-            lambda: self._call(layer_idx, num_rows, num_new, num_past, attention, step)
-        )
+        return traced_peak(self._call(layer_idx, num_rows, num_new, num_past, attention, step))
 
     def _call(
         self,
@@ -161,8 +157,10 @@ class Workspace:
         num_past: int,
         attention: str,
         step: Callable[..., Tensor],
-    ) -> Tensor:
-        """`step` of a layer on the meta device."""
+    ) -> Callable[[], Tensor]:
+        """A call of `step` of a layer on the meta device, to be traced; what it is given is there
+        before.
+        """
         hidden_size: int = self._skeleton.config.hidden_size
         hidden = torch.empty(
             num_rows, num_new, hidden_size, dtype=self._geometry.dtype, device="meta"
@@ -171,15 +169,19 @@ class Workspace:
             torch.empty(shape, dtype=dtype, device="meta")
             for shape, dtype in self._geometry.state_shapes(layer_idx)
         ]
-        cache: object = _TracedCache(self._geometry, num_past, attention)
-        if states:
-            past = states if num_past else None
-            cache = StateCache(layer_idx, [past] * num_rows, hidden.device)
-        positions = torch.arange(num_new, device="meta").expand(num_rows, num_new)
-        embeddings = self._skeleton.embeddings(
-            self._skeleton.meta_rotary, layer_idx, hidden, positions
-        )
-        return run_layer(step, hidden, positions, embeddings, cache)
+
+        def run() -> Tensor:
+            cache: object = _TracedCache(self._geometry, num_past, attention)
+            if states:
+                past = states if num_past else None
+                cache = StateCache(layer_idx, [past] * num_rows, hidden.device)
+            positions = torch.arange(num_new, device="meta").expand(num_rows, num_new)
+            embeddings = self._skeleton.embeddings(
+                self._skeleton.meta_rotary, layer_idx, hidden, positions
+            )
+            return run_layer(step, hidden, positions, embeddings, cache)
+
+        return run
 
 
 class _TracedCache:
