@@ -34,9 +34,11 @@ from ollm_core.drafts import NUM_DRAFT_TOKENS, DraftCandidates, begin_text
 from ollm_core.engine import Engine
 from ollm_core.errors import DamagedKVError, InputError, UnsupportedError
 from ollm_core.interfaces import Closing, Drafter, KVStore
+from ollm_core.options import Count, PathLike
 from ollm_core.run_stats import gather_stats
 from ollm_core.skeleton import Skeleton
 from ollm_core.types import CacheKind, Progress, Stats
+from ollm_core.user_files import absolute
 from ollm_core.weights.tiered import TieredWeights
 
 OpenStore = Callable[[str, "Path | None", int, int], tuple[str, KVStore]]
@@ -223,7 +225,7 @@ class StreamedModel(PreTrainedModel, GenerationMixin, Closing):
     def new_cache(
         self,
         kv: str | None = None,
-        kv_dir: str | Path | None = None,
+        kv_dir: PathLike | None = None,
         *,
         num_tokens: int = 0,
         at_least: int = 0,
@@ -234,7 +236,7 @@ class StreamedModel(PreTrainedModel, GenerationMixin, Closing):
         `num_tokens` to expect, over all rows, helps to choose the tier when it is "auto". Raises
         DoesNotFitError if a disk has no room for `at_least` so many.
         """
-        directory = Path(kv_dir) if kv_dir is not None else None
+        directory = None if kv_dir is None else absolute(kv_dir)
         self._kv_tier, store = self._open_store(kv or "", directory, num_tokens, at_least)
         cache = SequenceCache(store, self._kinds, self._demand)
         self._caches = [finalizer for finalizer in self._caches if finalizer.alive]
@@ -247,7 +249,7 @@ class StreamedModel(PreTrainedModel, GenerationMixin, Closing):
         parts = self.engine, self.weights, self.accounts
         return gather_stats(*parts, weight_bytes=self.weight_bytes, kv_tier=self._kv_tier)
 
-    def keep_layers(self, device: int | None = None, host: int | None = None) -> None:
+    def keep_layers(self, device: Count | None = None, host: Count | None = None) -> None:
         """From the next pass on keep at most so many layers on the device and in host memory; None
         is as many as the budgets allow, which they never exceed. Raises InputError.
         """
