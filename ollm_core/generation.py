@@ -29,6 +29,7 @@ from ollm_core.admission import Accounts
 from ollm_core.budgets import layer_limits
 from ollm_core.cache import SequenceCache
 from ollm_core.chunks import NewTokens
+from ollm_core.closing import Belongings, close_outside
 from ollm_core.draft_gate import draft_length
 from ollm_core.drafts import NUM_DRAFT_TOKENS, DraftCandidates, begin_text
 from ollm_core.engine import Engine
@@ -85,11 +86,12 @@ class StreamedModel(PreTrainedModel, GenerationMixin, Closing):
         self._open_store = open_store
         self._kinds = kinds
         self._demand = demand
+        self._belongings = Belongings(weights.close, engine.close)
+        # Also runs when nobody closed the model, and at exit.
+        self._close = weakref.finalize(self, close_outside, self._belongings.close)
         self.draft_with(None)
         self.weight_bytes = weight_bytes
         self._kv_tier = ""
-        self._closed = False
-        self._caches: list[weakref.finalize[Any, Any]] = []
 
     def forward(
         self,
@@ -110,7 +112,7 @@ class StreamedModel(PreTrainedModel, GenerationMixin, Closing):
         `attention_mask` [B, past + T] marks padding with 0, anywhere; such positions are left out
         of the pass and their logits are 0. n is T, or `logits_to_keep` last positions.
         """
-        if self._closed:
+        if not self._close.alive:
             raise InputError("the model is closed", hint="open it again with ollm.load")
         if input_ids is None or inputs_embeds is not None:
             raise UnsupportedError("a streamed model takes input_ids, not inputs_embeds")
@@ -239,8 +241,8 @@ class StreamedModel(PreTrainedModel, GenerationMixin, Closing):
         directory = None if kv_dir is None else absolute(kv_dir)
         self._kv_tier, store = self._open_store(kv or "", directory, num_tokens, at_least)
         cache = SequenceCache(store, self._kinds, self._demand)
-        self._caches = [finalizer for finalizer in self._caches if finalizer.alive]
-        self._caches.append(cache.finalizer)
+        caches = self._belongings.caches
+        caches[:] = [*(finalizer for finalizer in caches if finalizer.alive), cache.finalizer]
         return cache
 
     @property
@@ -260,6 +262,7 @@ class StreamedModel(PreTrainedModel, GenerationMixin, Closing):
         so many tokens at a time; None: as many as pay.
         """
         self._drafter, self._num_draft_tokens = drafter, num_draft_tokens
+        self._belongings.drafter = drafter
 
     def on_progress(self, report: Callable[[Progress], None] | None) -> None:
         """Call `report` after every step of a weight pass; None stops it."""
@@ -269,15 +272,7 @@ class StreamedModel(PreTrainedModel, GenerationMixin, Closing):
         """Stop reading, close all files, remove KV files that are not to be kept, and free all
         memory. May be called twice.
         """
-        self._closed = True
-        for finalizer in self._caches:
-            finalizer()
-        self._caches.clear()
-        self.weights.close()
-        self.engine.close()
-        drafter: object = self._drafter
-        if isinstance(drafter, Closing):
-            drafter.close()
+        self._close()
 
     # What GenerationMixin asks of a model that has no parameters to look at.
 

@@ -12,9 +12,30 @@ import ollm_core
 
 ROOT = Path(ollm_core.__file__).parent
 ORDER = [
-    {"errors", "types", "buffers", "host_memory", "draft_gate", "untrusted_json", "user_files"},
-    {"interfaces", "memory", "machine", "allocator", "budgets", "parking", "bus", "upload"},
     {
+        "errors",
+        "types",
+        "buffers",
+        "host_memory",
+        "draft_gate",
+        "untrusted_json",
+        "user_files",
+        "scratch",
+        "options",
+    },
+    {
+        "interfaces",
+        "closing",
+        "memory",
+        "machine",
+        "allocator",
+        "budgets",
+        "parking",
+        "bus",
+        "upload",
+    },
+    {
+        "closing",
         "declarations",
         "checkpoint",
         "description",
