@@ -27,7 +27,7 @@ from ollm_core.options import Count, Device, DType, PathLike, Size, count, dtype
 from ollm_core.profiling import Profile, no_span
 from ollm_core.registry import Registry, require
 from ollm_core.requests import DraftRequest, KVRequest
-from ollm_core.stores import fingerprinter, open_directory
+from ollm_core.stores import find_directory, fingerprinter
 from ollm_core.types import Progress
 
 
@@ -106,7 +106,7 @@ def load(
     layers = layer_limits(target, device_layers, host_layers)
     accounts = _accounts(target, device_memory, host_memory)
     cap = AllocatorCap(accounts.device, target) if target.type == "cuda" else nullcontext
-    kv_directory = open_directory(kv_dir)
+    kv_directory = find_directory(kv_dir)
     opening = Opening(registry, reader, computing, target, cap, bus_of(target))
     parts = opening.take_apart(resolve(path_or_id, registry, models_dir))
     for capability, wanted in (

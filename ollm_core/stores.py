@@ -83,9 +83,9 @@ class StoreOpener:
         return tier, open_store(request)
 
 
-def open_directory(kv_dir: str | os.PathLike[str] | None) -> Path | None:
-    """`kv_dir`, made absolute, and made if it is not there. What killed runs left in it, and in the
-    default directory, is removed.
+def find_directory(kv_dir: str | os.PathLike[str] | None) -> Path | None:
+    """`kv_dir`, made absolute. What killed runs left in it, and in the default directory, is
+    removed.
 
     Raises InputError for what is no path, KVStoreError if KV cannot be kept there.
     """

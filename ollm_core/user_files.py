@@ -5,12 +5,17 @@ from __future__ import annotations
 import os
 import stat
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import takewhile
 from pathlib import Path
+from typing import TypeVar
 
 from ollm_core.errors import InputError
+
+Made = TypeVar("Made")
+
+_TRIES = 20
 
 
 def cache_directory() -> Path:
@@ -75,19 +80,34 @@ def check_writable_file(path: Path) -> None:
 
 def check_writable_directory(path: Path) -> None:
     """Raise InputError unless files can be made in the directory `path`, which need not be there.
-    Leaves all as it was.
+    Leaves all as it was; an empty directory may stay if several look at once.
     """
-    missing = list(takewhile(lambda one: not os.path.isdir(one), [path, *path.parents]))
-    made: list[Path] = []
-    with _writing_to(path):
-        try:
-            for directory in reversed(missing):
-                directory.mkdir(0o700)
-                made.append(directory)
+
+    def check() -> None:
+        missing = takewhile(lambda one: not os.path.isdir(one), [path, *path.parents])
+        with ExitStack() as made:
+            for directory in reversed(list(missing)):
+                directory.mkdir(0o700, exist_ok=True)
+                made.callback(_remove_empty, directory)
             os.rmdir(tempfile.mkdtemp(dir=path))
-        finally:
-            for directory in reversed(made):
-                directory.rmdir()
+
+    with _writing_to(path):
+        retrying(check)
+
+
+def retrying(make: Callable[[], Made]) -> Made:
+    """What `make` returns. It is tried again where another process removes a directory that it has
+    just found, as `check_writable_directory` does. Raises OSError.
+    """
+    for _ in range(_TRIES):
+        with suppress(FileNotFoundError):
+            return make()
+    return make()
+
+
+def _remove_empty(directory: Path) -> None:
+    with suppress(OSError):  # another process has found it, too
+        directory.rmdir()
 
 
 def _private_directory(path: Path) -> Path:

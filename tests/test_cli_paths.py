@@ -43,7 +43,7 @@ def outcome(capsys, *arguments: object) -> tuple[int, str, str]:
         (["run", "x", "--file", "/dev/zero"], "more than the 100 MB"),
         (["run", "x", "--file", "n" * 300], "name too long"),
         (["run", "x", "--prompt", "5", "--kv-dir", "file"], "not a directory"),
-        (["run", "x", "--prompt", "5", "--kv-dir", "~/file/kv"], "Not a directory"),
+        (["run", "x", "--prompt", "5", "--kv-dir", "~/file/kv"], "not a directory"),
         (["run", "x", "--prompt", "5", "--profile", "."], "Is a directory"),
         (["run", "x", "--prompt", "5", "--profile", "file/x"], "Not a directory"),
         (["cache", "list", "--kv-dir", "file"], "is not a directory"),

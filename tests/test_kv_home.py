@@ -20,7 +20,7 @@ from ollm_core.cli.main import main
 from ollm_core.kv.files import MAGIC
 from ollm_core.kv.home import make_home, reap_homes
 from ollm_core.kv.journal import Prefix
-from ollm_core.stores import open_directory
+from ollm_core.stores import find_directory
 
 NESTED = (MAGIC + b'{"version": ' + b"[" * 4000).ljust(PAGE, b"\0")
 
@@ -58,7 +58,7 @@ def test_what_a_killed_run_left_goes_with_the_next(tmp_path: Path):
     foreign.mkdir(0o700)
     (foreign / "letter.txt").write_text("mine")
     with make_home(directory, GEOMETRY, "f00d", keeping=False) as home:
-        open_directory(directory)
+        find_directory(directory)
         assert set(homes(directory)) == {stays, home.directory, foreign}
         assert not new.exists()
     with open_store(directory) as store:
@@ -119,7 +119,7 @@ def test_a_state_of_nested_brackets_is_not_found(tmp_path: Path):
     ("name", "reason"),
     [
         ("file", "not a directory"),
-        ("file/kv", "Not a directory"),
+        ("file/kv", "not a directory"),
         ("dangling", "not a directory"),
         ("n" * 300, "name too long"),
         ("/proc/kv", "No such file"),

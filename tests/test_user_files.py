@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -109,3 +110,10 @@ def test_a_file_is_no_directory_and_a_directory_no_file(tmp_path: Path):
         check_writable_directory(tmp_path / "file")
     with pytest.raises(InputError, match="Is a directory"):
         check_writable_file(tmp_path)
+
+
+def test_many_look_at_a_new_directory_at_once(tmp_path: Path):
+    """Each finds that it can be written, whatever the others remove of it."""
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(check_writable_directory, [tmp_path / "a" / "b"] * 100))
+    assert not [path for path in tmp_path.rglob("*") if path.name not in ("a", "b")]

@@ -15,15 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from ollm_core.buffers import PAGE
-from ollm_core.errors import KVStoreError
+from ollm_core.errors import InputError, KVStoreError
 from ollm_core.interfaces import Closing
 from ollm_core.kv.files import MAGIC, LayerFile, header_fields, open_own, storage_error
 from ollm_core.kv.journal import NAME, Journal, Prefix, read_journal
 from ollm_core.kv.storage import KVGeometry
 from ollm_core.scratch import Scratch, make_directory, reap, take_over
-from ollm_core.user_files import is_private
+from ollm_core.user_files import check_writable_directory, is_private, retrying
 
 PREFIX = "ollm-kv-"
+
+_ELSEWHERE = "name a directory for KV that can be written"
 
 logger = logging.getLogger("ollm")
 
@@ -136,10 +138,11 @@ def find_homes(parent: Path) -> Iterator[Path]:
 
 
 def check_parent(parent: Path) -> None:
-    """Make `parent`, and raise KVStoreError unless homes can be made in it."""
-    made = _make_directory(parent)
-    made.path.rmdir()
-    os.close(made.descriptor)
+    """Raise KVStoreError unless homes can be made in `parent`, which need not be there."""
+    try:
+        check_writable_directory(parent)
+    except InputError as error:
+        raise KVStoreError(error.message, hint=_ELSEWHERE) from error
 
 
 def reap_homes(parent: Path) -> None:
@@ -255,15 +258,16 @@ def _layer_files(
 
 def _make_directory(parent: Path) -> Scratch:
     """One of ours in `parent`, which is made too. Raises KVStoreError."""
-    try:
+
+    def make() -> Scratch:
         parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         return make_directory(parent, PREFIX)
+
+    try:
+        return retrying(make)
     except OSError as error:
-        reason = "it is not a directory" if isinstance(error, FileExistsError) else error.strerror
-        raise KVStoreError(
-            f"{parent}: cannot keep KV there: {reason}",
-            hint="name a directory that can be written",
-        ) from error
+        message = f"{parent}: cannot keep KV there: {error.strerror}"
+        raise KVStoreError(message, hint=_ELSEWHERE) from error
 
 
 def _last_written(directory: Path) -> float:
