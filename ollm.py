@@ -12,13 +12,14 @@ Names are imported when they are first used, so that `import ollm` does not load
 from __future__ import annotations
 
 import importlib
+import os
+import signal
 from typing import TYPE_CHECKING, Any
-
-from ollm_core import __version__
 
 if TYPE_CHECKING:
     from transformers import TextStreamer
 
+    from ollm_core import __version__
     from ollm_core.inference import AutoInference, Inference, file_get_contents
     from ollm_core.loading import load
     from ollm_core.planner import plan
@@ -32,6 +33,12 @@ _HOMES = {
     "AutoInference": "ollm_core.inference",
     "file_get_contents": "ollm_core.inference",
     "TextStreamer": "transformers",
+    "__version__": "ollm_core",
+}
+_SIGNALS = {
+    signal.SIGINT: "interrupted",
+    signal.SIGTERM: "terminated",
+    signal.SIGHUP: "terminated",
 }
 
 __all__ = [
@@ -51,3 +58,28 @@ def __getattr__(name: str) -> Any:
     if home is None:
         raise AttributeError(f"module 'ollm' has no attribute {name!r}")
     return getattr(importlib.import_module(home), name)
+
+
+def main() -> None:
+    """The command `ollm`. A signal while it is being imported ends it at once: there is nothing to
+    close yet. After it, signals are ignored, and Python ends in peace.
+    """
+
+    def leave(number: int, _: object) -> None:
+        os.write(2, f"error: {_SIGNALS[signal.Signals(number)]}\n".encode())
+        os._exit(128 + number)
+
+    taken = [number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    for number in taken:
+        signal.signal(number, leave)
+    try:
+        from ollm_core.cli.main import main
+
+        main()
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_IGN)
+
+
+if __name__ == "__main__":
+    main()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from ollm_core.errors import DoesNotFitError, InputError
 from ollm_core.host_memory import HostMemory
 from ollm_core.memory import format_size, parse_size
+from ollm_core.options import Count, Size, count
 
 if TYPE_CHECKING:
     import torch
@@ -44,20 +45,21 @@ class LayerLimits:
 
 
 def layer_limits(
-    device: torch.device, device_layers: int | None, host_layers: int | None
+    device: torch.device, device_layers: Count | None, host_layers: Count | None
 ) -> LayerLimits:
     """What the user states. Raises InputError for a number below zero, and for the host's where
     the CPU is the device.
     """
-    for name, number in (("device_layers", device_layers), ("host_layers", host_layers)):
-        if number is not None and number < 0:
-            raise InputError(f"{name} is {number}", hint="it must be at least 0")
+    limits = LayerLimits(
+        None if device_layers is None else count("device_layers", device_layers, 0),
+        None if host_layers is None else count("host_layers", host_layers, 0),
+    )
     if host_layers is not None and device.type == "cpu":
         raise InputError(
             "host_layers is for a device beside the CPU",
             hint="on a CPU, layers in memory are the device's: device_layers",
         )
-    return LayerLimits(device_layers, host_layers)
+    return limits
 
 
 def default_budgets(device: torch.device) -> Budgets:
@@ -74,8 +76,8 @@ def default_budgets(device: torch.device) -> Budgets:
 
 def stated_budgets(
     device: torch.device,
-    device_memory: str | int | None,
-    host_memory: str | int | None,
+    device_memory: Size | None,
+    host_memory: Size | None,
     *,
     must_be_there: bool = True,
 ) -> Budgets:

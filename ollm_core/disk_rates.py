@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import os
-import tempfile
 import time
+from contextlib import ExitStack
 from itertools import cycle
 from pathlib import Path
 
 from ollm_core.buffers import aligned_buffer, as_memoryview
 from ollm_core.errors import InputError, OllmError
 from ollm_core.interfaces import ByteSource
+from ollm_core.scratch import leftovers, make_file, reap
 from ollm_core.types import TensorInfo
 from ollm_core.weights.sources import READERS, open_source
 
@@ -18,6 +20,7 @@ _PIECE_BYTES = 32 << 20
 _NUM_BUFFERS = 4  # more than a processor's cache holds, as the buffers of a run are
 _READ_BYTES = 2 << 30
 _READ_SECONDS = 3.0
+_TRIAL = "ollm-doctor-"
 _TRIAL_BYTES = 512 << 20
 _LEAST_FILE_BYTES = 256 << 20
 
@@ -33,14 +36,18 @@ def measure_readers(directory: Path) -> dict[str, float]:
     num_bytes, largest = max(files, default=(0, directory))
     if num_bytes >= _LEAST_FILE_BYTES:
         return _rates(largest)
+    reap(leftovers(directory, _TRIAL))
     try:
-        with tempfile.NamedTemporaryFile(dir=directory, prefix="ollm-doctor-") as trial:
+        with ExitStack() as stack:
+            trial = make_file(directory, _TRIAL)
+            stack.callback(os.close, trial.descriptor)
+            stack.callback(trial.path.unlink)
             block = os.urandom(1 << 20)
             for _ in range(_TRIAL_BYTES // len(block)):
-                trial.write(block)
-            trial.flush()
-            os.fsync(trial.fileno())
-            return _rates(Path(trial.name))
+                if os.write(trial.descriptor, block) < len(block):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(trial.descriptor)
+            return _rates(trial.path)
     except OSError as error:
         raise InputError(
             f"{directory}: no large model file is there to read, and none can be made: "

@@ -21,16 +21,19 @@ from ollm_core.arguments import refuse_others
 from ollm_core.budgets import layer_limits
 from ollm_core.cache import SequenceCache
 from ollm_core.chunks import NewTokens
+from ollm_core.closing import Belongings, close_outside
 from ollm_core.engine import Engine
 from ollm_core.errors import DamagedKVError, InputError, UnsupportedError
 from ollm_core.generation_hooks import GenerationHooks
 from ollm_core.interfaces import Closing, Drafter, KVStore
 from ollm_core.loss import check_labels, loss_bytes
+from ollm_core.options import Count, PathLike
 from ollm_core.padding import PaddedBatch, padded_batch
 from ollm_core.run_stats import gather_stats
 from ollm_core.skeleton import Skeleton
 from ollm_core.surface import FixedModel, only_what_works
 from ollm_core.types import CacheKind, Progress, Stats
+from ollm_core.user_files import absolute
 from ollm_core.weights.tiered import TieredWeights
 
 OpenStore = Callable[[str, "Path | None", int, int], tuple[str, KVStore]]
@@ -80,13 +83,14 @@ class StreamedModel(  # type: ignore[misc]  # torch overloads `to`
         self._open_store = open_store
         self._kinds = kinds
         self._demand = demand
+        self._belongings = Belongings(weights.close, engine.close)
+        # Also runs when nobody closed the model, and at exit.
+        self._close = weakref.finalize(self, close_outside, self._belongings.close)
         self.draft_with(None)
         self.training = False
         self.loss_type = "ForCausalLM"
         self.weight_bytes = weight_bytes
         self._kv_tier = ""
-        self._closed = False
-        self._caches: list[weakref.finalize[Any, Any]] = []
 
     def forward(
         self,
@@ -116,7 +120,7 @@ class StreamedModel(  # type: ignore[misc]  # torch overloads `to`
         `ollm_core.arguments` lists them. Raises InputError for any other, UnsupportedError for one
         that transformers knows, and what `Engine.run` does.
         """
-        if self._closed:
+        if not self._close.alive:
             raise InputError("the model is closed", hint="open it again with ollm.load")
         if input_ids is None:
             raise UnsupportedError("a streamed model takes input_ids, not inputs_embeds or nothing")
@@ -238,7 +242,7 @@ class StreamedModel(  # type: ignore[misc]  # torch overloads `to`
     def new_cache(
         self,
         kv: str | None = None,
-        kv_dir: str | Path | None = None,
+        kv_dir: PathLike | None = None,
         *,
         num_tokens: int = 0,
         at_least: int = 0,
@@ -249,11 +253,11 @@ class StreamedModel(  # type: ignore[misc]  # torch overloads `to`
         `num_tokens` to expect, over all rows, helps to choose the tier when it is "auto". Raises
         DoesNotFitError if a disk has no room for `at_least` so many.
         """
-        directory = Path(kv_dir) if kv_dir is not None else None
+        directory = None if kv_dir is None else absolute(kv_dir)
         self._kv_tier, store = self._open_store(kv or "", directory, num_tokens, at_least)
         cache = SequenceCache(store, self._kinds, self._demand)
-        self._caches = [finalizer for finalizer in self._caches if finalizer.alive]
-        self._caches.append(cache.finalizer)
+        caches = self._belongings.caches
+        caches[:] = [*(finalizer for finalizer in caches if finalizer.alive), cache.finalizer]
         return cache
 
     @property
@@ -262,7 +266,7 @@ class StreamedModel(  # type: ignore[misc]  # torch overloads `to`
         parts = self.engine, self.weights, self.accounts
         return gather_stats(*parts, weight_bytes=self.weight_bytes, kv_tier=self._kv_tier)
 
-    def keep_layers(self, device: int | None = None, host: int | None = None) -> None:
+    def keep_layers(self, device: Count | None = None, host: Count | None = None) -> None:
         """From the next pass on keep at most so many layers on the device and in host memory; None
         is as many as the budgets allow, which they never exceed. Raises InputError.
         """
@@ -273,6 +277,7 @@ class StreamedModel(  # type: ignore[misc]  # torch overloads `to`
         so many tokens at a time; None: as many as pay.
         """
         self._drafter, self._num_draft_tokens = drafter, num_draft_tokens
+        self._belongings.drafter = drafter
 
     def on_progress(self, report: Callable[[Progress], None] | None) -> None:
         """Call `report` after every step of a weight pass; None stops it."""
@@ -282,15 +287,7 @@ class StreamedModel(  # type: ignore[misc]  # torch overloads `to`
         """Stop reading, close all files, remove KV files that are not to be kept, and free all
         memory. May be called twice.
         """
-        self._closed = True
-        for finalizer in self._caches:
-            finalizer()
-        self._caches.clear()
-        self.weights.close()
-        self.engine.close()
-        drafter: object = self._drafter
-        if isinstance(drafter, Closing):
-            drafter.close()
+        self._close()
 
     # What GenerationMixin asks of a model that has no parameters to look at.
 

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import errno
 import importlib.util
+import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from ollm_core.checkpoint import open_checkpoint
 from ollm_core.errors import DoesNotFitError, InputError, OllmError, UnsupportedError
+from ollm_core.scratch import leftovers, make_directory, reap
+from ollm_core.user_files import check_writable_directory
 
 DTYPES = ("float32", "float16", "bfloat16")
 _MAGIC = b"GGUF"
@@ -34,7 +36,7 @@ def import_gguf(
     if dtype not in DTYPES:
         raise InputError(f"{dtype!r} is not one of {', '.join(DTYPES)}")
     _check_file(gguf_file)
-    taken = out.is_symlink() or (any(out.iterdir()) if out.is_dir() else out.exists())
+    taken = out.is_symlink() or (any(out.iterdir()) if out.is_dir() else os.path.lexists(out))
     if taken and not force:
         raise InputError(f"{out} exists", hint="choose another --out, or move it aside by --force")
     for package in ("gguf", "accelerate"):  # transformers asks for both
@@ -43,11 +45,15 @@ def import_gguf(
                 f"reading GGUF files needs the {package} package",
                 hint="pip install 'ollm-core[gguf]'",
             )
+    name = f".{out.name}.", ".import"
+    check_writable_directory(out.parent)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".import", dir=out.parent))
+        reap(leftovers(out.parent, *name), shutil.rmtree)
+        made = make_directory(out.parent, *name)
     except OSError as error:
         raise InputError(f"cannot write to {out.parent}: {error.strerror}") from error
+    scratch = made.path
     try:
         _convert(gguf_file, scratch, dtype)
         open_checkpoint(scratch)
@@ -56,6 +62,7 @@ def import_gguf(
         scratch.rename(out)  # replaces an empty directory
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+        os.close(made.descriptor)
     return aside
 
 

@@ -14,6 +14,7 @@ from ollm_core.checkpoint import open_checkpoint
 from ollm_core.errors import DoesNotFitError, InputError, OllmError
 from ollm_core.memory import format_size
 from ollm_core.types import CatalogEntry
+from ollm_core.user_files import absolute, cache_directory, check_directory
 
 if TYPE_CHECKING:
     from ollm_core.registry import Registry
@@ -26,9 +27,13 @@ _SUBFOLDERS = "*/*"  # other formats of the same model: original/, onnx/
 
 
 def models_root(models_dir: str | os.PathLike[str] | None = None) -> Path:
-    """The directory of models: the argument, else `OLLM_MODELS`, else `~/.cache/ollm/models`."""
-    chosen = models_dir or os.environ.get("OLLM_MODELS") or "~/.cache/ollm/models"
-    return Path(chosen).expanduser()
+    """The directory of models: the argument, else `OLLM_MODELS`, else `~/.cache/ollm/models`. It
+    need not be there. Raises InputError if something else is.
+    """
+    chosen = models_dir or os.environ.get("OLLM_MODELS")
+    root = absolute(chosen) if chosen else cache_directory() / "models"
+    check_directory(root, "--models-dir or OLLM_MODELS names it")
+    return root
 
 
 def local_path(model_id: str, models_dir: str | os.PathLike[str] | None = None) -> Path:
@@ -36,6 +41,11 @@ def local_path(model_id: str, models_dir: str | os.PathLike[str] | None = None) 
     if model_id in ("", ".", "..") or "/" in model_id or os.sep in model_id:
         raise InputError(f"{model_id!r} is not a model id", hint="see `ollm list-models`")
     return models_root(models_dir) / model_id
+
+
+def may_be_id(name: str) -> bool:
+    """Whether this is a plain name, as ids are, and not a path."""
+    return os.sep not in name and not name.startswith(("~", "."))
 
 
 def is_on_disk(model_id: str, models_dir: str | os.PathLike[str] | None = None) -> bool:
@@ -54,15 +64,15 @@ def resolve(
     Raises InputError for a path that is no directory or an id that is not on disk yet,
     UnknownModelError for an id that no adapter offers.
     """
-    path = Path(path_or_id).expanduser()
-    if path.is_dir():
+    path = absolute(path_or_id)
+    if os.path.isdir(path):
         return path
-    if path.is_file():
+    if os.path.isfile(path):
         gguf = path.suffix.lower() == ".gguf"
         hint = f"ollm import {path}" if gguf else "name the directory that holds config.json"
         raise InputError(f"{path} is a file, and a model is a directory", hint=hint)
     name = os.fspath(path_or_id)
-    if len(path.parts) != 1 or name.startswith(("~", ".")) or name.endswith(os.sep):
+    if not may_be_id(name):
         raise InputError(f"there is no directory {path}", hint="ollm list-models shows known ids")
     imported = local_path(name, models_dir)
     if _is_model(imported):
@@ -118,7 +128,7 @@ def pull(
 
 
 def _is_model(directory: Path) -> bool:
-    if not (directory / "config.json").is_file():
+    if not os.path.isfile(directory / "config.json"):
         return False
     try:
         open_checkpoint(directory)

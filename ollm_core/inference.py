@@ -17,6 +17,7 @@ from ollm_core.generation import StreamedModel
 from ollm_core.hub import local_path, pull
 from ollm_core.loading import load
 from ollm_core.machine import pick_device
+from ollm_core.options import Device
 from ollm_core.registry import Registry
 
 logger = logging.getLogger("ollm")
@@ -35,7 +36,7 @@ class Inference:
     """
 
     def __init__(
-        self, model_id: str, device: str = "cuda:0", logging: bool = True, **load_options: Any
+        self, model_id: str, device: Device = "cuda:0", logging: bool = True, **load_options: Any
     ) -> None:
         """Raises DeviceError, naming what there is, if this machine does not have `device`."""
         self.model_id = model_id
@@ -87,7 +88,7 @@ class Inference:
         self._log("at most so many layers are kept, inside the budgets: %s", told)
 
     def _open(self, directory: str | Path) -> None:
-        self.model = load(directory, device=str(self.device), **self._load_options)
+        self.model = load(directory, device=self.device, **self._load_options)
         self.tokenizer = self.model.tokenizer
         if self.tokenizer is not None:
             # transformers 5 returns a mapping where 4 returned the tensor of token ids.
@@ -113,7 +114,7 @@ class AutoInference(Inference):
     def __init__(
         self,
         model_dir: str | Path,
-        device: str = "cuda:0",
+        device: Device = "cuda:0",
         logging: bool = True,
         **load_options: Any,
     ) -> None:

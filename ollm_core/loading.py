@@ -6,7 +6,6 @@ import collections.abc
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
@@ -26,33 +25,34 @@ from ollm_core.interfaces import Drafter
 from ollm_core.machine import pick_device
 from ollm_core.memory import MemoryAccount
 from ollm_core.opening import Opening
-from ollm_core.parts import DTYPES, one_of
+from ollm_core.options import Count, Device, DType, PathLike, Size, count, dtype_name, one_of
 from ollm_core.profiling import Profile, no_span
 from ollm_core.registry import Registry, require
 from ollm_core.requests import DraftRequest
+from ollm_core.stores import find_directory
 from ollm_core.types import Progress
 
 
 @own_torch_state()
 def load(
-    path_or_id: str | Path,
+    path_or_id: PathLike,
     *,
-    device: str = "auto",
-    dtype: str = "auto",
-    device_memory: str | int | None = None,
-    host_memory: str | int | None = None,
-    device_layers: int | None = None,
-    host_layers: int | None = None,
+    device: Device = "auto",
+    dtype: DType = "auto",
+    device_memory: Size | None = None,
+    host_memory: Size | None = None,
+    device_layers: Count | None = None,
+    host_layers: Count | None = None,
     kv: str = "auto",
-    kv_dir: str | Path | None = None,
+    kv_dir: PathLike | None = None,
     keep_kv: bool = True,
-    models_dir: str | Path | None = None,
-    chunk_size: int | None = None,
+    models_dir: PathLike | None = None,
+    chunk_size: Count | None = None,
     attention: str = "auto",
     reader: str = "auto",
     draft: str = "none",
-    draft_model: str | Path | None = None,
-    num_draft_tokens: int | None = None,
+    draft_model: PathLike | None = None,
+    num_draft_tokens: Count | None = None,
     trust_remote_code: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
     profile: Profile | None = None,
@@ -61,9 +61,9 @@ def load(
     """Open the model in a directory, or one that is known by id, for running inside a bounded
     memory.
 
-    - `device`: "auto", "cpu", "cuda" or "cuda:N". `dtype`: "auto" (the checkpoint's), or a key of
-      `DTYPES`.
-    - `device_memory`, `host_memory`: the most bytes to hold there, as `8GB`, `512MiB` or an int.
+    - `device`: "auto", "cpu", "cuda", "cuda:N", a `torch.device`, or N (-1 is the CPU).
+    - `dtype`: "auto" (the checkpoint's), a key of `DTYPES`, or a `torch.dtype`.
+    - `device_memory`, `host_memory`: the most bytes to hold there, as `8GB`, `512MiB` or a number.
       Default: what is free now less a reserve, as `ollm_core.budgets` says. More than the machine
       has in all is refused. On a CPU, weights and activations count as device memory, KV on the
       host as host memory.
@@ -108,22 +108,22 @@ def load(
     registry.check_name("ollm_reading_engines", reader)
     draft_source = registry.check_name("ollm_draft_sources", draft)
     one_of("attention", attention, ("auto", *ATTENTIONS))
-    one_of("dtype", dtype, ("auto", *DTYPES))
-    if chunk_size is not None and chunk_size < 1:
-        raise InputError(f"chunk_size is {chunk_size}, expected at least 1")
     if not isinstance(trust_remote_code, bool):  # "no" is true
         raise InputError(f"trust_remote_code is {trust_remote_code!r}, expected True or False")
-    _check_drafts(draft, num_draft_tokens, draft_model)
+    computing = dtype_name(dtype)
+    chunk = None if chunk_size is None else count("chunk_size", chunk_size, 1)
+    num_drafted = _check_drafts(draft, num_draft_tokens, draft_model)
     target = pick_device(device)
     layers = layer_limits(target, device_layers, host_layers)
     accounts = _accounts(target, device_memory, host_memory)
     cap = AllocatorCap(accounts.device, target) if target.type == "cuda" else nullcontext
-    opening = Opening(registry, reader, dtype, target, cap, bus_of(target), trust_remote_code)
-    parts = opening.take_apart(resolve(str(path_or_id), registry, models_dir))
+    kv_directory = find_directory(kv_dir)
+    opening = Opening(registry, reader, computing, target, cap, bus_of(target), trust_remote_code)
+    parts = opening.take_apart(resolve(path_or_id, registry, models_dir))
     for capability, wanted in (
         ("drafts", draft != "none"),
         ("blockwise-attention", attention not in ("auto", "exact")),
-        ("chunked-prefill", chunk_size is not None),
+        ("chunked-prefill", chunk is not None),
     ):
         if wanted:
             require(parts.adapter, capability)
@@ -141,11 +141,11 @@ def load(
                     weights,
                     parts.workspace(),
                     attention=attention,
-                    chunk_size=chunk_size,
+                    chunk_size=chunk,
                     pressure=opening.pressure(weights),
                 ),
                 kv,
-                Path(kv_dir) if kv_dir is not None else None,
+                kv_directory,
                 keep_kv,
                 on_progress,
                 profile.span if profile else no_span,
@@ -153,8 +153,8 @@ def load(
         )
         model.weights.held.layer_limits = layers
         drafter: Drafter | None = None
-        if draft == "model":
-            directory = resolve(str(draft_model), registry, models_dir)
+        if draft_model is not None:
+            directory = resolve(draft_model, registry, models_dir)
             no_code = replace(opening, trust_remote_code=False)  # it was said of the model
             drafter = open_drafter(no_code, model, directory)
         elif draft == "lookup":
@@ -171,12 +171,15 @@ def load(
             )
             # A Drafter is anything that can be called, which is what the answer is held against.
             drafter = draft_source.make(collections.abc.Callable, request)  # type: ignore[arg-type]
-        model.draft_with(drafter, num_draft_tokens)
+        model.draft_with(drafter, num_drafted)
         opened.pop_all()
     return model
 
 
-def _check_drafts(draft: str, num_draft_tokens: int | None, draft_model: object) -> None:
+def _check_drafts(
+    draft: str, num_draft_tokens: Count | None, draft_model: PathLike | None
+) -> int | None:
+    """`num_draft_tokens`. Raises InputError for options that do not go together."""
     if draft == "model" and draft_model is None:
         raise InputError(
             "draft is 'model', and no model is named for it",
@@ -187,18 +190,14 @@ def _check_drafts(draft: str, num_draft_tokens: int | None, draft_model: object)
             f"a draft model is named, and draft is {draft!r}", hint="draft='model' (--draft model)"
         )
     if num_draft_tokens is None:
-        return
-    if num_draft_tokens < 1:
-        raise InputError(
-            f"num_draft_tokens is {num_draft_tokens}, expected at least 1",
-            hint="draft='none' drafts nothing",
-        )
+        return None
     if draft == "none":
         raise InputError("num_draft_tokens needs a draft source", hint="add draft='lookup'")
+    return count("num_draft_tokens", num_draft_tokens, 1)
 
 
 def _accounts(
-    device: torch.device, device_memory: str | int | None, host_memory: str | int | None
+    device: torch.device, device_memory: Size | None, host_memory: Size | None
 ) -> Accounts:
     budgets = stated_budgets(device, device_memory, host_memory)
     return Accounts(

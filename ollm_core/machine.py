@@ -8,6 +8,7 @@ import torch
 
 from ollm_core.errors import DeviceError
 from ollm_core.host_memory import HostMemory
+from ollm_core.options import Device, device_name
 
 
 def available_devices() -> list[str]:
@@ -15,11 +16,12 @@ def available_devices() -> list[str]:
     return ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
 
 
-def pick_device(name: str) -> torch.device:
-    """The device called `name`; "auto" is the first GPU, or else the CPU.
+def pick_device(device: Device) -> torch.device:
+    """What `device` names (see `device_name`); "auto" is the first GPU, or else the CPU.
 
     Raises DeviceError, naming what there is, for a device that this machine does not have.
     """
+    name = device_name(device)
     devices = available_devices()
     if name == "auto":
         return torch.device(devices[1] if len(devices) > 1 else "cpu")
@@ -31,8 +33,9 @@ def pick_device(name: str) -> torch.device:
     return torch.device(f"{name}:0" if name == "cuda" else name)
 
 
-def planned_device(name: str) -> torch.device:
-    """The device called `name`, as `pick_device`; one of CUDA need not be here."""
+def planned_device(device: Device) -> torch.device:
+    """What `device` names, as `pick_device`; one of CUDA need not be here."""
+    name = device_name(device)
     if re.fullmatch(r"cuda(:\d{1,3})?", name):
         return torch.device(name if ":" in name else "cuda:0")
     return pick_device(name)

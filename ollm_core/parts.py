@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from ollm_core import options
 from ollm_core.admission import Accounts, Admission, Policy
 from ollm_core.attention_rates import require_flash
 from ollm_core.bus import Bus, bus_of
 from ollm_core.checkpoint import Checkpoint
 from ollm_core.description import describe_checkpoint
-from ollm_core.errors import ConfigError, InputError, UnsupportedError
+from ollm_core.errors import ConfigError, UnsupportedError
 from ollm_core.interfaces import ModelAdapter
 from ollm_core.kv import KVGeometry
 from ollm_core.plugins import Offer
@@ -29,7 +30,7 @@ from ollm_core.weights.tiered import TieredWeights
 from ollm_core.weights.units import Units, cut_units
 from ollm_core.workspace import Workspace
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in options.DTYPES}
 _FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -230,9 +231,3 @@ def _cache_kinds(adapter: ModelAdapter, config: Config, layout: Layout) -> tuple
         if kind.kind == "full" and kind.window is not None:
             raise ConfigError(f"layer {layer_idx} keeps all tokens, and yet has a window")
     return kinds
-
-
-def one_of(what: str, value: str, allowed: Sequence[str]) -> None:
-    """Raises InputError for an option's value that is not among those `allowed`."""
-    if value not in allowed:
-        raise InputError(f"{what} is {value!r}", hint=f"one of: {', '.join(allowed)}")

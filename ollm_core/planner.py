@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from pathlib import Path
 
 from ollm_core.ambient import own_torch_state
@@ -12,10 +14,11 @@ from ollm_core.budgets import layer_limits, stated_budgets
 from ollm_core.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, open_checkpoint, read_config
 from ollm_core.errors import InputError
 from ollm_core.estimate import Estimate
-from ollm_core.hub import is_on_disk, local_path, models_root
+from ollm_core.hub import is_on_disk, local_path, may_be_id, models_root
 from ollm_core.interfaces import ModelAdapter
 from ollm_core.machine import planned_device
-from ollm_core.parts import DTYPES, one_of, take_apart
+from ollm_core.options import Count, Device, DType, PathLike, Size, count, dtype_name, one_of
+from ollm_core.parts import take_apart
 from ollm_core.plans import Plan
 from ollm_core.question import Question
 from ollm_core.rates import Rates, fastest_blocks, find_rates
@@ -23,6 +26,7 @@ from ollm_core.registry import Registry
 from ollm_core.rehearsal import Rehearsal, Scenario
 from ollm_core.stores import TIERS
 from ollm_core.types import Config
+from ollm_core.user_files import absolute
 
 DEFAULT_CONTEXT = 8192
 _COUNT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kKmM]?)\s*")
@@ -30,21 +34,21 @@ _COUNT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kKmM]?)\s*")
 
 @own_torch_state()
 def plan(
-    path_or_id: str | Path,
+    path_or_id: PathLike,
     *,
-    device: str = "auto",
-    dtype: str = "auto",
-    device_memory: str | int | None = None,
-    host_memory: str | int | None = None,
-    context: str | int | None = None,
-    batch: int = 1,
-    max_new_tokens: int = 256,
+    device: Device = "auto",
+    dtype: DType = "auto",
+    device_memory: Size | None = None,
+    host_memory: Size | None = None,
+    context: str | Count | None = None,
+    batch: Count = 1,
+    max_new_tokens: Count = 256,
     kv: str = "auto",
-    device_layers: int | None = None,
-    host_layers: int | None = None,
+    device_layers: Count | None = None,
+    host_layers: Count | None = None,
     attention: str = "auto",
-    chunk_size: int | None = None,
-    models_dir: str | Path | None = None,
+    chunk_size: Count | None = None,
+    models_dir: PathLike | None = None,
     registry: Registry | None = None,
     rates: Rates | None = None,
 ) -> Plan:
@@ -86,25 +90,25 @@ class Planner:
 
     def __init__(
         self,
-        path_or_id: str | Path,
+        path_or_id: PathLike,
         *,
-        device: str = "auto",
-        dtype: str = "auto",
-        models_dir: str | Path | None = None,
+        device: Device = "auto",
+        dtype: DType = "auto",
+        models_dir: PathLike | None = None,
         registry: Registry | None = None,
         rates: Rates | None = None,
     ) -> None:
         """See `plan`."""
         registry = registry or Registry.discover()
         self._target = planned_device(device)
-        one_of("dtype", dtype, ("auto", *DTYPES))
+        computing = dtype_name(dtype)
         found = _find(path_or_id, registry, models_dir)
         parts = take_apart(
             found.adapter,
             found.config,
             found.checkpoint,
             registry.offers("ollm_weight_codecs"),
-            dtype=dtype,
+            dtype=computing,
             device=self._target,
             where=found.where,
             bare=True,
@@ -119,16 +123,16 @@ class Planner:
     def plan(
         self,
         *,
-        device_memory: str | int | None = None,
-        host_memory: str | int | None = None,
-        context: str | int | None = None,
-        batch: int = 1,
-        max_new_tokens: int = 256,
+        device_memory: Size | None = None,
+        host_memory: Size | None = None,
+        context: str | Count | None = None,
+        batch: Count = 1,
+        max_new_tokens: Count = 256,
         kv: str = "auto",
-        device_layers: int | None = None,
-        host_layers: int | None = None,
+        device_layers: Count | None = None,
+        host_layers: Count | None = None,
         attention: str = "auto",
-        chunk_size: int | None = None,
+        chunk_size: Count | None = None,
         compare: bool = True,
     ) -> Plan:
         """See `plan`. Without `compare` neither the largest context nor changes are looked for,
@@ -136,24 +140,23 @@ class Planner:
         """
         one_of("kv", kv, ("auto", *TIERS))
         one_of("attention", attention, ("auto", *ATTENTIONS))
-        counts = {"batch": batch, "max_new_tokens": max_new_tokens, "chunk_size": chunk_size}
-        for name, count in counts.items():
-            if count is not None and count < 1:
-                raise InputError(f"{name} is {count}", hint="it must be at least 1")
+        num_rows = count("batch", batch, 1)
+        num_new = count("max_new_tokens", max_new_tokens, 1)
+        chunk = None if chunk_size is None else count("chunk_size", chunk_size, 1)
         budgets = stated_budgets(self._target, device_memory, host_memory, must_be_there=False)
         layers = layer_limits(self._target, device_layers, host_layers)
-        length = self._length(context, max_new_tokens)
+        length = self._length(context, num_new)
         question = Question(
             self._rehearsal,
             self._estimate,
             self._rates,
             budgets,
-            Scenario(length, max_new_tokens, batch, kv, attention, chunk_size, layers),
+            Scenario(length, num_new, num_rows, kv, attention, chunk, layers),
             self._positions,
         )
         return question.answer(self._model, from_files=self._from_files, compare=compare)
 
-    def _length(self, context: str | int | None, max_new_tokens: int) -> int:
+    def _length(self, context: str | Count | None, max_new_tokens: int) -> int:
         positions = self._positions
         length = min(DEFAULT_CONTEXT, positions) if context is None else parse_tokens(context)
         if length > positions:
@@ -170,17 +173,17 @@ class Planner:
         return length
 
 
-def parse_tokens(text: str | int) -> int:
+def parse_tokens(text: str | Count) -> int:
     """A number of tokens from `100k` (100,000), `1M`, or a plain number. Raises InputError."""
     match = _COUNT.fullmatch(str(text))
-    count = 0
+    number = 0
     if match:
-        count = int(float(match[1]) * {"": 1, "k": 1000, "m": 1_000_000}[match[2].lower()])
-    if count < 1:
+        number = int(Decimal(match[1]) * {"": 1, "k": 1000, "m": 1_000_000}[match[2].lower()])
+    if number < 1:
         raise InputError(
             f"{str(text)!r} is not a number of tokens", hint="write it as in 8192 or 100k"
         )
-    return count
+    return number
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,15 +194,15 @@ class _Found:
     where: Path
 
 
-def _find(path_or_id: str | Path, registry: Registry, models_dir: str | Path | None) -> _Found:
+def _find(path_or_id: PathLike, registry: Registry, models_dir: PathLike | None) -> _Found:
     """The model's config, and its files if they are there."""
-    path = Path(path_or_id).expanduser()
-    if path.is_dir():
+    path = absolute(path_or_id)
+    if os.path.isdir(path):
         directory = path
-    elif path.is_file() or path.suffix == ".json":
+    elif os.path.isfile(path) or path.suffix == ".json":
         config = read_config(path.parent, path.name)
         return _Found(registry.adapter_for(config), config, None, path)
-    elif len(path.parts) != 1:
+    elif not may_be_id(os.fspath(path_or_id)):
         raise InputError(f"there is no directory {path}", hint="ollm list-models shows known ids")
     elif is_on_disk(str(path_or_id), models_dir):
         directory = local_path(str(path_or_id), models_dir)

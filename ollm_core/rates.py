@@ -16,6 +16,8 @@ import torch
 from ollm_core.attention_rates import blocks_work, flash_works, measure_attention
 from ollm_core.bus import bus_of, host_buffer
 from ollm_core.disk_rates import measure_readers
+from ollm_core.errors import InputError
+from ollm_core.scratch import replace_file
 from ollm_core.untrusted_json import parse_object
 from ollm_core.user_files import cache_directory
 from ollm_core.weights.sources import READERS
@@ -93,7 +95,7 @@ def measure_rates(directory: Path, device: torch.device, dtype: torch.dtype) -> 
     """Measure, which takes some seconds, and keep what was found. `device` must be here.
 
     Reads the largest model file in `directory`, or one that is made there for it and removed.
-    Raises InputError if there is none and none can be made.
+    Raises InputError if there is none and none can be made, or the rates cannot be kept.
     """
     kept = _read()
     today = date.today().isoformat()
@@ -108,10 +110,11 @@ def measure_rates(directory: Path, device: torch.device, dtype: torch.dtype) -> 
         here[f"attention {name}"] = measure_attention(device, dtype)
     here["date"] = today
     path = rates_file()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}")
-    partial.write_text(json.dumps(kept, indent=1) + "\n")
-    partial.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, (json.dumps(kept, indent=1) + "\n").encode())
+    except OSError as error:
+        raise InputError(f"cannot keep the rates in {path}: {error.strerror}") from error
     return find_rates(directory, device, dtype)
 
 

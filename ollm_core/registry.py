@@ -157,7 +157,7 @@ class Registry:
         Raises InputError, naming what there is, for a name that is neither.
         """
         kind, offers = KINDS[hook], self.offers(hook)
-        if name not in kind.built_in and name not in offers:
+        if not isinstance(name, str) or (name not in kind.built_in and name not in offers):
             raise InputError(
                 f"there is no {kind.title} {name!a}{self._failures()}",
                 hint=f"one of: {', '.join((*kind.built_in, *offers))}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,10 +24,12 @@ from ollm_core.kv import (
     StateFiles,
     StateStore,
 )
+from ollm_core.kv.home import check_parent, reap_homes
 from ollm_core.kv.room import check_room
+from ollm_core.kv.state_files import reap_states
 from ollm_core.registry import Registry, require, supports
 from ollm_core.requests import KVRequest
-from ollm_core.user_files import cache_directory
+from ollm_core.user_files import absolute, cache_directory
 
 logger = logging.getLogger("ollm")
 
@@ -76,6 +79,21 @@ class StoreOpener:
         if any(kind.kind == "recurrent" for kind in request.geometry.kinds):
             return tier, _hybrid(tier, request, open_store)
         return tier, open_store(request)
+
+
+def find_directory(kv_dir: str | os.PathLike[str] | None) -> Path | None:
+    """`kv_dir`, made absolute. What killed runs left in it, and in the default directory, is
+    removed.
+
+    Raises InputError for what is no path, KVStoreError if KV cannot be kept there.
+    """
+    directory = None if kv_dir is None else absolute(kv_dir)
+    if directory is not None:
+        check_parent(directory)
+    for parent in {directory or _default_directory(), _default_directory()}:
+        reap_homes(parent)
+        reap_states(parent)
+    return directory
 
 
 def choose_tier(
@@ -134,4 +152,8 @@ def _open(tier: str, request: KVRequest) -> KVStore:
 
 def _home(request: KVRequest) -> Path:
     """Where KV on disk goes."""
-    return request.directory or cache_directory() / "kv"
+    return request.directory or _default_directory()
+
+
+def _default_directory() -> Path:
+    return cache_directory() / "kv"

@@ -38,10 +38,10 @@ def test_engines_read_a_model_file_or_a_trial(monkeypatch, tmp_path):
 def test_nowhere_to_measure(tmp_path, monkeypatch):
     """One line that says so."""
 
-    def refuse(**_):
+    def refuse(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(disk_rates.tempfile, "NamedTemporaryFile", refuse)
+    monkeypatch.setattr(disk_rates, "make_file", refuse)
     with pytest.raises(InputError, match="none can be made: No space"):
         measure_readers(tmp_path)
 

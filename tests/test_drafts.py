@@ -23,8 +23,7 @@ def drafted(tiny, monkeypatch):
 
     def open_model(drafter=None, **options):
         model = ollm.load(tiny, device="cpu", chunk_size=64, **options)
-        model._drafter = drafter or model._drafter
-        model._num_draft_tokens = NUM_DRAFT_TOKENS
+        model.draft_with(drafter or model._drafter, NUM_DRAFT_TOKENS)
         opened.append(model)
         return model
 

@@ -12,9 +12,29 @@ import ollm_core
 
 ROOT = Path(ollm_core.__file__).parent
 ORDER = [
-    {"errors", "types", "buffers", "host_memory", "draft_gate", "untrusted_json", "user_files"},
+    {
+        "errors",
+        "types",
+        "buffers",
+        "host_memory",
+        "draft_gate",
+        "untrusted_json",
+        "user_files",
+        "scratch",
+        "options",
+    },
     {"what_is_there"},
-    {"interfaces", "memory", "machine", "allocator", "budgets", "parking", "bus", "upload"},
+    {
+        "interfaces",
+        "closing",
+        "memory",
+        "machine",
+        "allocator",
+        "budgets",
+        "parking",
+        "bus",
+        "upload",
+    },
     {
         "declarations",
         "checkpoint",

@@ -125,11 +125,15 @@ def test_unknown_model_id():
 
 
 def test_unwritable_kv_directory(tiny, tmp_path, ids):
-    """A KV directory that cannot be made is one line, and the model can still be used."""
+    """A KV directory that cannot be made is one line before anything is read, and a model that is
+    open can still be used.
+    """
     (tmp_path / "file").write_text("")
-    with ollm.load(tiny, device="cpu", kv="disk", kv_dir=tmp_path / "file/kv") as model:
+    with pytest.raises(KVStoreError, match="file/kv"):
+        ollm.load(tmp_path, device="cpu", kv="disk", kv_dir=tmp_path / "file/kv")
+    with ollm.load(tiny, device="cpu") as model:
         with pytest.raises(KVStoreError, match="file/kv"):
-            model(input_ids=ids(10)[None])
+            model.new_cache("disk", tmp_path / "file/kv")
         cache = model.new_cache("device")
         assert model(input_ids=ids(10)[None], past_key_values=cache).logits.shape == (1, 10, 199)
 

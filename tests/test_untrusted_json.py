@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import math
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import ollm_conformance
+import ollm_core
 from ollm_core.untrusted_json import parse_object, show
 
 JSON = st.recursive(
@@ -75,3 +80,19 @@ def test_shown_values_are_short_and_plain():
     """One line of ASCII, whatever they hold."""
     assert show("\x1b[31m\n") == repr("\x1b[31m\n")
     assert len(show("x" * 1000)) == 80
+
+
+@pytest.mark.parametrize("package", [ollm_core, ollm_conformance])
+def test_nobody_else_parses_json(package: ModuleType):
+    """A file that a user may have from anybody is read through `untrusted_json`, or not at all."""
+    root = Path(str(package.__file__)).parent
+    found = [
+        f"{path.relative_to(root)}: {ast.unparse(node)}"
+        for path in root.rglob("*.py")
+        if path.name != "untrusted_json.py"
+        for node in ast.walk(ast.parse(path.read_text()))
+        if (isinstance(node, ast.ImportFrom) and node.module == "json")
+        or (isinstance(node, ast.Call) and ast.unparse(node.func) in ("json.load", "json.loads"))
+    ]
+    # The suite's own argument, from the process that started it.
+    assert found in ([], ["probe.py: json.loads(path)"])

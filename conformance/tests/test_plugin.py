@@ -114,7 +114,7 @@ def test_the_support_table_is_checked(tmp_path):
     ran = ollm("run", "llama", "--checks", NAMES, "--report", "json")
     fields = json.loads(ran.stdout)["results"][0]
     fields["subject"] = fields.pop("adapter")
-    found.write_text(json.dumps([fields]))
+    found.write_text(json.dumps({"results": [fields]}))
     table = tmp_path / "support.md"
     assert ollm("table", str(found), "--out", str(table)).returncode == 0
     assert ollm("table", str(found), "--check", str(table)).returncode == 0

@@ -1,5 +1,5 @@
 """`python -m ollm_core.cli` is `ollm`."""
 
-from ollm_core.cli.main import main
+from ollm import main
 
 main()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import datetime
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from ollm_core.cli.output import debug_option, json_option, print_json, print_table
+from ollm_core.cli.output import debug_option, json_option, print_json, print_table, user_path
 from ollm_core.errors import InputError, KVStoreError
 from ollm_core.memory import format_size
 
@@ -23,8 +24,9 @@ _SHOWN = 12  # digits of an id or fingerprint
 
 def _kv_dir_option(command: Command) -> Command:
     text = "What was given to `ollm run --kv-dir`."
-    path = click.Path(path_type=Path)
-    return click.option("--kv-dir", metavar="DIR", type=path, required=True, help=text)(command)
+    return click.option("--kv-dir", metavar="DIR", type=user_path, required=True, help=text)(
+        command
+    )
 
 
 @click.group()
@@ -106,8 +108,8 @@ def remove(prefix_id: str | None, everything: bool, kv_dir: Path, as_json: bool)
 def _kept(kv_dir: Path) -> tuple[list[Kept], list[Path]]:
     from ollm_core.kv.inventory import list_kept
 
-    if not kv_dir.is_dir():
-        raise InputError(f"{kv_dir} is no directory")
+    if not os.path.isdir(kv_dir):
+        raise InputError(f"{kv_dir} is not a directory")
     return list_kept(kv_dir)
 
 

@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ollm_core.cli.output import debug_option, json_option, models_dir_option, print_json
+from ollm_core.cli.output import (
+    debug_option,
+    json_option,
+    models_dir_option,
+    print_json,
+    user_path,
+)
 from ollm_core.memory import format_size
 
 if TYPE_CHECKING:
@@ -23,7 +29,7 @@ if TYPE_CHECKING:
     "--out",
     metavar="DIR",
     required=True,
-    type=click.Path(path_type=Path),
+    type=user_path,
     help="Where the compressed model goes.",
 )
 @models_dir_option
@@ -38,9 +44,11 @@ def convert(model: str, out: Path, models_dir: str | None, as_json: bool) -> Non
     from ollm_core.convert import convert
     from ollm_core.hub import resolve
     from ollm_core.registry import Registry
+    from ollm_core.user_files import check_writable_directory
 
     registry = Registry.discover()
     directory = resolve(model, registry, models_dir)
+    check_writable_directory(out)
     started = time.perf_counter()
     bar = _Bar()
     try:

@@ -16,6 +16,7 @@ from ollm_core.cli.output import (
     models_dir_option,
     print_json,
     print_table,
+    user_path,
 )
 from ollm_core.memory import format_size
 
@@ -132,11 +133,11 @@ def pull(model_id: str, models_dir: str | None, force: bool, as_json: bool) -> N
 
 
 @click.command("import")
-@click.argument("gguf_file", metavar="FILE.gguf", type=click.Path(path_type=Path))
+@click.argument("gguf_file", metavar="FILE.gguf", type=user_path)
 @click.option(
     "--out",
     metavar="DIR",
-    type=click.Path(path_type=Path),
+    type=user_path,
     help="Where the model goes.  [default: the file's name, in the models directory]",
 )
 @click.option(

@@ -6,14 +6,26 @@ import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
 from ollm_core.budgets import DEFAULTS
+from ollm_core.user_files import absolute
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+
+STDIN = "-"
+"""What stands for it where a file is named."""
+
+
+def user_path(value: str) -> Path:
+    """The type of options that name a file or directory: `~` is expanded, and the path holds
+    wherever the process goes. `-` stays as it is. Raises InputError.
+    """
+    return Path(value) if value == STDIN else absolute(value)
 
 
 def json_option(command: Command) -> Command:
@@ -110,7 +122,10 @@ def print_table(rows: Sequence[Sequence[str]]) -> None:
 
 
 def print_error(message: str, hint: str = "") -> None:
-    """The form of every error: one line on stderr, and one more for what can be done."""
-    click.echo(f"error: {' '.join(message.split())}", err=True)
-    if hint:
-        click.echo(f"hint: {' '.join(hint.split())}", err=True)
+    """The form of every error: one line on stderr, and one more for what can be done. Where stderr
+    takes nothing, as that of a terminal that is gone, nobody can be told.
+    """
+    with suppress(OSError):
+        click.echo(f"error: {' '.join(message.split())}", err=True)
+        if hint:
+            click.echo(f"hint: {' '.join(hint.split())}", err=True)

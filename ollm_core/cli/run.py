@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ollm_core.cli.inputs import read_text
 from ollm_core.cli.offered import offered_name
 from ollm_core.cli.output import (
+    STDIN,
     attention_option,
     chunk_size_option,
     debug_option,
@@ -20,6 +22,7 @@ from ollm_core.cli.output import (
     memory_options,
     models_dir_option,
     print_json,
+    user_path,
 )
 from ollm_core.cli.profile import profile_table
 from ollm_core.cli.refused import PLANNED, what_would_do
@@ -27,6 +30,7 @@ from ollm_core.cli.streaming import ProgressBar, TextStream
 from ollm_core.cli.waiting import wait_asleep_beside_others
 from ollm_core.errors import DoesNotFitError, InputError
 from ollm_core.memory import format_size
+from ollm_core.user_files import check_writable_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,7 +48,12 @@ _SAMPLING = ("top_p", "top_k", "seed")
 @click.command()
 @click.argument("model")
 @click.option("--prompt", metavar="TEXT", help="What to ask. Without --prompt and --file: stdin.")
-@click.option("--file", metavar="FILE", help="A document to put before the prompt; - is stdin.")
+@click.option(
+    "--file",
+    metavar="FILE",
+    type=user_path,
+    help="A document to put before the prompt; - is stdin.",
+)
 @click.option("--system", metavar="TEXT", help="A system message for the chat template.")
 @click.option(
     "--reasoning-effort",
@@ -93,6 +102,7 @@ _SAMPLING = ("top_p", "top_k", "seed")
 @click.option(
     "--profile",
     metavar="FILE",
+    type=user_path,
     help="Tell where the time went, and write it as a trace that ui.perfetto.dev opens.",
 )
 @models_dir_option
@@ -101,7 +111,7 @@ _SAMPLING = ("top_p", "top_k", "seed")
 def run(
     model: str,
     prompt: str | None,
-    file: str | None,
+    file: Path | None,
     system: str | None,
     reasoning_effort: str | None,
     raw: bool,
@@ -109,7 +119,7 @@ def run(
     as_json: bool,
     max_new_tokens: int,
     temperature: float,
-    profile: str | None,
+    profile: Path | None,
     **options: Any,
 ) -> None:
     """Answer a prompt with MODEL, an id or a directory.
@@ -127,8 +137,8 @@ def run(
         raise click.UsageError(f"{given} needs a --temperature above 0")
     if options["num_draft_tokens"] and options["draft"] == "none":
         raise click.UsageError("--num-draft-tokens needs --draft")
-    if profile and not Path(profile).absolute().parent.is_dir():
-        raise InputError(f"cannot write {profile}: its directory is not there")
+    if profile:
+        check_writable_file(profile)
     text = _user_text(prompt, file)
     drafting = options["draft"] != "none"
     if not options["device"].startswith("cuda"):
@@ -171,8 +181,8 @@ def run(
         raise
     finally:
         progress.close()
-    if measured is not None:
-        measured.write(Path(str(profile)))
+    if profile and measured:
+        measured.write(profile)
     if as_json:
         print_json(_report(answer, new_ids, prompt_ids.shape[1], stats, drafting))
     else:
@@ -182,13 +192,13 @@ def run(
         click.echo("\n" + profile_table(measured, seconds, stats), err=True)
 
 
-def _user_text(prompt: str | None, file: str | None) -> str:
+def _user_text(prompt: str | None, file: Path | None) -> str:
     """The document, then the prompt. Raises InputError if there is nothing to read."""
-    parts = [_read(file)] if file else []
+    parts = [read_text(file)] if file else []
     if prompt is not None:
         parts.append(prompt)
     if not parts and not sys.stdin.isatty():
-        parts.append(_read("-"))
+        parts.append(read_text(Path(STDIN)))
     text = "\n\n".join(part for part in parts if part.strip())
     if not text:
         raise InputError("the prompt is empty", hint="give --prompt, --file or stdin")
@@ -197,17 +207,6 @@ def _user_text(prompt: str | None, file: str | None) -> str:
     except UnicodeEncodeError as error:
         raise InputError("the prompt is not UTF-8 text") from error
     return text
-
-
-def _read(file: str) -> str:
-    """The text of a file, or of stdin for `-`, without the newlines at its end."""
-    try:
-        data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
-        return data.decode("utf-8-sig").rstrip("\n")
-    except OSError as error:
-        raise InputError(f"cannot read {file}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{file} is not UTF-8 text", hint="convert it to plain text") from error
 
 
 def _encode(

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ollm_core.buffers import as_memoryview, round_up
 from ollm_core.bus import Event, host_buffer
+from ollm_core.closing import close_outside
 from ollm_core.errors import DamagedKVError, DoesNotFitError, OllmError, ReadError
 from ollm_core.interfaces import TierBytes
 from ollm_core.kv.blocks import BlockKVStore
@@ -113,7 +114,7 @@ class DiskStorage(BlockStorage):
             stack.callback(self._writer.shutdown, cancel_futures=True)
             stack.callback(self._reader.shutdown, cancel_futures=True)
             # Also runs when nobody closed the store, and at exit: the files are the user's text.
-            self._close = weakref.finalize(self, _close, stack.pop_all())
+            self._close = weakref.finalize(self, close_outside, stack.pop_all().close)
 
     @property
     def home(self) -> Home:
@@ -409,19 +410,6 @@ class DiskKVStore(BlockKVStore):
 
 def _close_home(homes: list[Home]) -> None:
     homes[0].close()
-
-
-def in_kv_thread() -> bool:
-    """Whether this is a thread of a store, in which nothing may wait for the store."""
-    return threading.current_thread().name.startswith(_THREAD_NAME)
-
-
-def _close(stack: ExitStack) -> None:
-    """Closing waits for the threads; the garbage collector may ask for it in one of them."""
-    if in_kv_thread():
-        threading.Thread(target=stack.close).start()
-    else:
-        stack.close()
 
 
 def _consecutive(numbers: Sequence[int]) -> list[list[int]]:

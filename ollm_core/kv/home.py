@@ -5,25 +5,27 @@ One process owns a directory, by flock on it, for as long as it is open. Anybody
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import itertools
 import logging
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
-from ollm_core.errors import KVStoreError
+from ollm_core.buffers import PAGE
+from ollm_core.errors import InputError, KVStoreError
 from ollm_core.interfaces import Closing
 from ollm_core.kv.files import MAGIC, LayerFile, header_fields, open_own, storage_error
 from ollm_core.kv.journal import NAME, Journal, Prefix, read_journal
 from ollm_core.kv.storage import KVGeometry
-from ollm_core.user_files import is_private
+from ollm_core.scratch import Scratch, make_directory, reap, take_over
+from ollm_core.user_files import check_writable_directory, is_private, retrying
 
 PREFIX = "ollm-kv-"
+
+_ELSEWHERE = "name a directory for KV that can be written"
 
 logger = logging.getLogger("ollm")
 
@@ -57,14 +59,13 @@ class Home(Closing):
     def close(self) -> None:
         if self._lock < 0:
             return
-        for file in self.files:
-            file.close()
-        if self.journal:
-            self.journal.close()
-        if not self.prefixes:
-            remove_files(self.directory)
-        os.close(self._lock)
-        self._lock = -1
+        lock, self._lock = self._lock, -1
+        with ExitStack() as stack:
+            stack.callback(os.close, lock)
+            if not self.prefixes:
+                stack.callback(remove_files, self.directory)
+            for part in (*self.files, *([self.journal] if self.journal else [])):
+                stack.callback(part.close)
 
 
 def make_home(parent: Path, geometry: KVGeometry, fingerprint: str, *, keeping: bool) -> Home:
@@ -72,21 +73,14 @@ def make_home(parent: Path, geometry: KVGeometry, fingerprint: str, *, keeping: 
 
     Raises KVStoreError if `parent` cannot be written, DoesNotFitError if it is full.
     """
-    try:
-        parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        directory = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
-    except OSError as error:
-        raise KVStoreError(
-            f"{parent}: cannot keep KV there: {error.strerror}",
-            hint="name a directory that can be written",
-        ) from error
+    made = _make_directory(parent)
+    directory = made.path
     with ExitStack() as stack:
+        stack.callback(os.close, made.descriptor)
         stack.callback(remove_files, directory)
-        lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-        stack.callback(os.close, lock)
-        locked = _lock(lock)
-        home = Home(directory, lock, _layer_files(directory, geometry, fingerprint, stack))
-        if keeping and locked:
+        files = _layer_files(directory, geometry, fingerprint, stack)
+        home = Home(directory, made.descriptor, files)
+        if keeping and made.locked:
             try:
                 home.journal = Journal(directory, _fields(geometry, fingerprint), create=True)
             except OSError as error:
@@ -103,7 +97,7 @@ def open_home(directory: Path, geometry: KVGeometry, fingerprint: str) -> Home |
     """
     with ExitStack() as stack:
         try:
-            lock = lock_home(directory)
+            lock = take_over(directory)
             if lock is None:
                 return None
             stack.callback(os.close, lock)
@@ -143,33 +137,24 @@ def find_homes(parent: Path) -> Iterator[Path]:
     yield from (path for _, path in sorted(found, reverse=True))
 
 
+def check_parent(parent: Path) -> None:
+    """Raise KVStoreError unless homes can be made in `parent`, which need not be there."""
+    try:
+        check_writable_directory(parent)
+    except InputError as error:
+        raise KVStoreError(error.message, hint=_ELSEWHERE) from error
+
+
+def reap_homes(parent: Path) -> None:
+    """Remove what killed processes left in `parent`, but for what they have kept."""
+    reap(find_homes(parent), _remove_unkept)
+
+
 def is_home(directory: Path) -> bool:
     """Whether files of ours are in a directory."""
     with suppress(OSError):
         return any(_is_kv_file(path) for path in _files_in(directory))
     return False
-
-
-def lock_home(directory: Path) -> int | None:
-    """A file descriptor that owns a directory for as long as it is open, or None if another has it.
-    Raises OSError; KVStoreError if it is not a private directory of this user.
-    """
-    lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    found = os.fstat(lock)
-    if not is_private(found):
-        os.close(lock)
-        raise KVStoreError(f"{directory}: not a private directory of this user")
-    if not _lock(lock):
-        os.close(lock)
-        return None
-    try:
-        there = os.path.samestat(found, directory.lstat())
-    except OSError:
-        there = False
-    if not there:  # its last owner has just removed it
-        os.close(lock)
-        return None
-    return lock
 
 
 def remove_files(directory: Path) -> None:
@@ -179,6 +164,17 @@ def remove_files(directory: Path) -> None:
             if _is_kv_file(path):
                 path.unlink(missing_ok=True)
         directory.rmdir()
+
+
+def _remove_unkept(directory: Path) -> None:
+    try:
+        if (directory / NAME).lstat().st_size > PAGE and read_journal(directory)[1]:
+            return
+    except FileNotFoundError:
+        pass
+    except KVStoreError:  # that of another version may have kept something
+        return
+    remove_files(directory)
 
 
 def _files_in(directory: Path) -> list[Path]:
@@ -260,12 +256,18 @@ def _layer_files(
     return files
 
 
-def _lock(directory: int) -> bool:
+def _make_directory(parent: Path) -> Scratch:
+    """One of ours in `parent`, which is made too. Raises KVStoreError."""
+
+    def make() -> Scratch:
+        parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return make_directory(parent, PREFIX)
+
     try:
-        fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
+        return retrying(make)
+    except OSError as error:
+        message = f"{parent}: cannot keep KV there: {error.strerror}"
+        raise KVStoreError(message, hint=_ELSEWHERE) from error
 
 
 def _last_written(directory: Path) -> float:

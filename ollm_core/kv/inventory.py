@@ -14,9 +14,10 @@ import torch
 from ollm_core.buffers import PAGE, round_up
 from ollm_core.errors import InputError, KVStoreError
 from ollm_core.kv.files import open_own
-from ollm_core.kv.home import find_homes, is_home, lock_home, remove_files
+from ollm_core.kv.home import find_homes, is_home, remove_files
 from ollm_core.kv.journal import Journal, LayerBlocks, Prefix, checksum, read_journal
 from ollm_core.kv.state_files import remove_states
+from ollm_core.scratch import take_over
 
 _MAX_BLOCK_BYTES = 1 << 30
 _MAX_LAYERS = 10_000
@@ -145,7 +146,7 @@ def pick(kept: Sequence[Kept], beginning: str) -> list[Kept]:
 def _owning(directory: Path) -> Iterator[bool]:
     """Owns a directory inside the `with`, which gives False if another process does."""
     try:
-        lock = lock_home(directory)
+        lock = take_over(directory)
     except OSError as error:
         raise KVStoreError(f"{directory}: {error.strerror}") from error
     try:

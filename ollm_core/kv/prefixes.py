@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ollm_core.closing import in_own_thread
 from ollm_core.errors import DamagedKVError, DoesNotFitError, KVStoreError, OllmError, ReadError
-from ollm_core.kv.disk import STAGING_BYTES, DiskKVStore, in_kv_thread
+from ollm_core.kv.disk import STAGING_BYTES, DiskKVStore
 from ollm_core.kv.home import Home, find_homes, make_home, open_home
 from ollm_core.kv.journal import LayerBlocks, Prefix, read_journal
 from ollm_core.kv.storage import KVGeometry
@@ -132,7 +133,7 @@ class KeepingKVStore(DiskKVStore):
 
     def close(self) -> None:
         """See KVStore. Before that, keeps what the sequences hold, their unfinished blocks too."""
-        if in_kv_thread():  # the garbage collector may ask for it there, and keeping waits for it
+        if in_own_thread():  # the garbage collector may ask for it there, and keeping waits for it
             threading.Thread(target=self.close).start()
             return
         if not self._closed and self._keeps:

@@ -11,7 +11,6 @@ import hashlib
 import itertools
 import logging
 import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -24,9 +23,11 @@ from ollm_core.buffers import PAGE, aligned_buffer, as_memoryview
 from ollm_core.errors import KVStoreError
 from ollm_core.kv.files import header_fields, open_own, read_header, write_header
 from ollm_core.kv.storage import KVGeometry
+from ollm_core.scratch import leftovers, make_file, reap
 from ollm_core.user_files import is_private
 
 _PREFIX = "ollm-states-"
+_NEW = "new-"
 
 logger = logging.getLogger("ollm")
 
@@ -40,8 +41,8 @@ class StateWriter:
         self._files = files
         self._left = set(files.offsets)
         self._checksums: dict[int, int] = {}
-        self._file, name = tempfile.mkstemp(prefix="new-", dir=files.directory)
-        self._path = Path(name)
+        scratch = make_file(files.directory, _NEW)
+        self._file, self._path = scratch.descriptor, scratch.path
 
     def write(self, layer_idx: int, state: Sequence[Tensor]) -> None:
         """Write the state of one layer. Raises OSError."""
@@ -171,6 +172,14 @@ def remove_states(
                 path.unlink()
     with suppress(OSError):
         directory.rmdir()
+
+
+def reap_states(parent: Path) -> None:
+    """Remove what killed processes were writing in `parent`, whatever the model."""
+    with suppress(OSError):
+        for directory in parent.glob(f"{_PREFIX}*"):
+            if is_private(directory.lstat()):
+                reap(leftovers(directory, _NEW))
 
 
 def _state_files(directory: Path) -> list[Path]:

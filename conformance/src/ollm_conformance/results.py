@@ -8,6 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from ollm_core import InputError
+from ollm_core.untrusted_json import parse_object
+
 Outcome = Literal["passed", "failed", "expected failure", "unsupported", "does not apply"]
 _WORST: tuple[Outcome, ...] = (
     "failed", "expected failure", "unsupported", "passed", "does not apply",
@@ -45,12 +48,21 @@ def merged(results: Iterable[Result]) -> list[Result]:
 
 def write_json(results: Iterable[Result], path: Path) -> None:
     """Write results for `read_json`."""
-    path.write_text(json.dumps([asdict(result) for result in results], indent=1) + "\n")
+    fields = {"results": [asdict(result) for result in results]}
+    path.write_text(json.dumps(fields, indent=1) + "\n")
 
 
 def read_json(path: Path) -> list[Result]:
-    """What `write_json` wrote."""
-    return [Result(**fields) for fields in json.loads(path.read_text())]
+    """What `write_json` wrote. Raises InputError for anything else."""
+    try:
+        found = [Result(**fields) for fields in parse_object(path.read_bytes())["results"]]
+        merged(found)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(
+            f"{path}: these are no results of the suite: {error}",
+            hint="make them with pytest --ollm-results FILE",
+        ) from error
+    return found
 
 
 def support_table(results: Sequence[Result]) -> str:
