@@ -77,7 +77,7 @@ def test_a_run_is_ended_at_any_moment(chat: Path, tmp_path: Path):
     began = time.monotonic()
     start("run", chat, *arguments).communicate(timeout=120)
     whole, chance = time.monotonic() - began, random.Random(5)
-    for _ in range(40):
+    for _ in range(12):
         with start("run", chat, *arguments) as process:
             time.sleep(chance.random() * whole)
             number = chance.choice(ENDING)

@@ -189,11 +189,10 @@ def failed_pass_stays(*args, **options):
     model = ollm.load(*args, **options)
 
     def run(store, work):
-        with contextlib.ExitStack() as undone:
-            truncate = store.truncate
-            store.truncate = lambda *_: None
-            undone.callback(setattr, store, "truncate", truncate)
-            return real(store, work)
+        truncate, store.truncate = store.truncate, lambda *_: None
+        found = real(store, work)
+        store.truncate = truncate  # not after a failure: nothing later drops the tokens either
+        return found
 
     real, model.engine.run = model.engine.run, run
     return model

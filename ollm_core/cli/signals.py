@@ -5,6 +5,7 @@ open, and the command ends with the exit code that shells give for the signal.
 from __future__ import annotations
 
 import _thread
+import os
 import signal
 import sys
 import threading
@@ -21,6 +22,10 @@ ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _PATIENCE_SECONDS = 10.0
 """A signal that comes so soon after the one that is being obeyed is one too many."""
 _AGAIN_SECONDS = 0.01
+_OPENS = "ollm_core.loading"
+"""Before this module is there, a verb that is importing has nothing open, and need not be waited
+for.
+"""
 
 
 class Ended(KeyboardInterrupt):
@@ -92,7 +97,11 @@ class Signals:
         self.received = self.received or number
         if not self._raising or time.monotonic() < self._quiet_until:
             return
-        if _is_closing(frame):
+        importing = _is_importing(frame)
+        if importing and not hasattr(sys.modules.get(_OPENS), "load"):
+            os.write(2, f"error: {self.word}\n".encode())
+            os._exit(self.exit_code)
+        if importing or _is_closing(frame):
             self._send_again()
         else:
             self._quiet_until = time.monotonic() + _PATIENCE_SECONDS
@@ -122,12 +131,23 @@ class Signals:
         return dropped
 
 
+def _frames(frame: FrameType | None) -> Iterator[FrameType]:
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    """Whether a module is being imported there: what is raised in the C++ of one ends the process
+    with a core dump.
+    """
+    return any("importlib._bootstrap" in one.f_code.co_filename for one in _frames(frame))
+
+
 def _is_closing(frame: FrameType | None) -> bool:
     """Whether something is being closed there: it would stay half open."""
-    while frame is not None:
-        if frame.f_code is weakref.finalize.__call__.__code__:
-            return True
-        if frame.f_code.co_name == "close" and isinstance(frame.f_locals.get("self"), Closing):
-            return True
-        frame = frame.f_back
-    return False
+    return any(
+        one.f_code is weakref.finalize.__call__.__code__
+        or (one.f_code.co_name == "close" and isinstance(one.f_locals.get("self"), Closing))
+        for one in _frames(frame)
+    )
