@@ -50,9 +50,9 @@ class SequenceCache(Cache):
         self.finalizer()
 
     def begin(self, num_rows: int) -> None:
-        """Make sure that there are `num_rows` rows, each with just the tokens that were noted: what
-        an interrupted pass has left beyond them is dropped. Raises InputError if there are others
-        already.
+        """Make sure that there are `num_rows` rows, each with just the tokens that were noted, in
+        every layer: what an interrupted pass has left beyond them is dropped. Raises InputError if
+        there are others already.
         """
         if not self.rows:
             self.rows.extend(self.store.new_sequence() for _ in range(num_rows))
@@ -60,8 +60,8 @@ class SequenceCache(Cache):
         if len(self.rows) != num_rows:
             raise InputError(f"the cache has {len(self.rows)} rows, the batch has {num_rows}")
         for sequence, kept in zip(self.rows, self.kept, strict=True):
-            noted = int(kept.count_nonzero())
-            if self.store.num_tokens(sequence) != noted:
+            noted, layers = int(kept.count_nonzero()), range(len(self._kinds))
+            if any(self.store.num_tokens(sequence, layer_idx) != noted for layer_idx in layers):
                 self.store.truncate(sequence, noted)
 
     def restore(self, prompts: Sequence[Tensor]) -> None:

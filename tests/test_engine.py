@@ -200,14 +200,18 @@ def test_what_is_set_aside_is_so_in_both_memories_or_in_none(tiny, monkeypatch):
         assert device.used == used
 
 
-def test_rows_that_were_left_longer_are_cut(tiny, ids):
-    """A cache whose store has tokens that were never noted goes on as if it had not."""
+@pytest.mark.parametrize("layers", [(0,), (0, 1, 2)], ids=["torn", "whole"])
+def test_rows_that_were_left_longer_are_cut(tiny, ids, layers):
+    """A cache whose store has tokens that were never noted, in some layers or in all, goes on as if
+    it had not.
+    """
     prompt = ids(60)[None]
     with ollm.load(tiny, device="cpu") as model:
         caches = [model.new_cache("host") for _ in range(2)]
         for cache in caches:
             model(input_ids=prompt[:, :50], past_key_values=cache)
-        model.engine.run(caches[0].store, [NewTokens(caches[0].rows[0], ids(7, seed=2), 50)])
+        for layer_idx in layers:
+            caches[0].store.append(layer_idx, caches[0].rows[0], *torch.randn(2, 2, 7, 16))
         found, expected = (
             model(input_ids=prompt[:, 50:], past_key_values=cache).logits for cache in caches
         )

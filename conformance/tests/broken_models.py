@@ -107,7 +107,7 @@ def rows_mixed_up(*args, **options):
 def padding_is_seen(*args, **options):
     model = ollm.load(*args, **options)
     real = model._pass
-    model._pass = lambda ids, mask, *rest: real(ids, None, *rest)
+    model._pass = lambda batch, cache: real(replace(batch, kept=torch.ones_like(batch.kept)), cache)
     return model
 
 

@@ -214,6 +214,9 @@ def _goes_on(
     """The cache has 300 tokens, and the rest of the prompt gives the bits of an untroubled run."""
     length = cache.get_seq_length()
     assert length == 300, f"expected the 300 tokens from before, got {length}"
+    for layer_idx in range(len(cache)):
+        stored = cache.store.num_tokens(cache.rows[0], layer_idx)
+        assert stored == 300, f"expected 300 tokens stored in layer {layer_idx}, got {stored}"
     found = model(input_ids=prompt[None, 300:], past_key_values=cache).logits[0]
     reference = subject.reference("bfloat16")
     mine = reference.new_cache()
