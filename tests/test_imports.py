@@ -30,7 +30,7 @@ ORDER = [
         "profiling",
         "chunks",
     },
-    {"hub", "gguf_import", "weights", "skeleton", "drafts", "calls"},
+    {"hub", "gguf", "gguf_import", "weights", "skeleton", "drafts", "calls"},
     {"workspace", "cache", "pressure", "disk_rates", "attention_rates"},
     {"admission", "stores"},
     {"engine", "parts"},
