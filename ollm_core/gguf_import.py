@@ -2,7 +2,8 @@
 template.
 
 The unpacking is transformers' own, with the whole model in host memory. Quantised weights keep the
-values that they were quantised to.
+values that they were quantised to. What of the file does not come out in the model is named, and
+nothing is written.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ from typing import Any
 
 from ollm_core.checkpoint import open_checkpoint
 from ollm_core.errors import DoesNotFitError, InputError, OllmError, UnsupportedError
+from ollm_core.gguf.header import GGUFHeader, check_magic, read_header
 from ollm_core.scratch import leftovers, make_directory, reap
+from ollm_core.untrusted_json import show
 from ollm_core.user_files import check_writable_directory
 
 DTYPES = ("float32", "float16", "bfloat16")
-_MAGIC = b"GGUF"
 
 
 def import_gguf(
@@ -30,12 +32,12 @@ def import_gguf(
 
     `force` moves what has the name `out` aside, and the new name of that is returned; nothing is
     ever deleted. Raises InputError for a file that is not a whole GGUF, an `out` that is taken, or
-    a dtype that is not one of `DTYPES`; UnsupportedError if a package for GGUF is missing;
-    DoesNotFitError if the disk is full.
+    a dtype that is not one of `DTYPES`; UnsupportedError if a package for GGUF is missing, or for a
+    key or tensor of the file that would not be in the model; DoesNotFitError if the disk is full.
     """
     if dtype not in DTYPES:
         raise InputError(f"{dtype!r} is not one of {', '.join(DTYPES)}")
-    _check_file(gguf_file)
+    check_magic(gguf_file)
     taken = out.is_symlink() or (any(out.iterdir()) if out.is_dir() else os.path.lexists(out))
     if taken and not force:
         raise InputError(f"{out} exists", hint="choose another --out, or move it aside by --force")
@@ -45,6 +47,7 @@ def import_gguf(
                 f"reading GGUF files needs the {package} package",
                 hint="pip install 'ollm-core[gguf]'",
             )
+    header = read_header(gguf_file)
     name = f".{out.name}.", ".import"
     check_writable_directory(out.parent)
     try:
@@ -55,7 +58,7 @@ def import_gguf(
         raise InputError(f"cannot write to {out.parent}: {error.strerror}") from error
     scratch = made.path
     try:
-        _convert(gguf_file, scratch, dtype)
+        _convert(header, scratch, dtype)
         open_checkpoint(scratch)
         scratch.chmod(out.parent.stat().st_mode & 0o777)
         aside = _move_aside(out) if taken else None
@@ -66,49 +69,77 @@ def import_gguf(
     return aside
 
 
-def _check_file(gguf_file: Path) -> None:
-    try:
-        with gguf_file.open("rb") as file:
-            magic = file.read(len(_MAGIC))
-    except OSError as error:
-        raise InputError(f"cannot read {gguf_file}: {error.strerror}") from error
-    if magic != _MAGIC:
-        raise InputError(f"{gguf_file} is not a GGUF file: it starts with {magic!r}")
+def _convert(header: GGUFHeader, directory: Path, dtype: str) -> None:
+    from ollm_core.gguf.model import check_config, check_keys, check_tensors
+    from ollm_core.gguf.rope import set_rope
+    from ollm_core.gguf.tokenizer import (
+        check_tokenizer,
+        correct_tokenizer,
+        drop_foreign_tokens,
+        stopping_tokens,
+    )
 
-
-def _convert(gguf_file: Path, directory: Path, dtype: str) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    from ollm_core.text.tokenizer import refuse_code
-
-    refuse_code(gguf_file.parent)
-    source: dict[str, Any] = {
-        "pretrained_model_name_or_path": str(gguf_file.parent),
-        "gguf_file": gguf_file.name,
-        "local_files_only": True,
-    }
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            **source,
-            trust_remote_code=False,
-            dtype=getattr(torch, dtype),
-            quantization_config=GgufConfig(dequantize=True),
-        )
-        tokenizer = AutoTokenizer.from_pretrained(**source, trust_remote_code=False)
-    except Exception as error:
-        cause = (str(error).splitlines() or [""])[0] or type(error).__name__
-        raise InputError(
-            f"{gguf_file} is truncated, damaged or of an unknown kind: {cause}"
-        ) from error
+    check_keys(header)
+    model, loading_info, tokenizer = _open(header, directory, dtype)
+    check_config(header, model)
+    check_tensors(header, model, loading_info)
+    set_rope(header, model)
+    correct_tokenizer(header, tokenizer)
+    check_tokenizer(header, tokenizer)
+    ends = stopping_tokens(header, model.generation_config.eos_token_id)
+    model.generation_config.eos_token_id = ends
     try:
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
+        drop_foreign_tokens(header, directory / "tokenizer.json")
     except Exception as error:  # safetensors has its own error for a failed write
-        cause = (str(error).splitlines() or [""])[0] or type(error).__name__
+        cause = _cause(error)
         if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in cause:
             raise DoesNotFitError(f"the disk of {directory.parent} is full: {cause}") from error
         raise OllmError(f"cannot write to {directory.parent}: {cause}") from error
+
+
+def _open(header: GGUFHeader, directory: Path, dtype: str) -> tuple[Any, dict[str, Any], Any]:
+    """The model of the file, what transformers says of the loading, and the tokenizer.
+
+    The file is opened by a link in a directory of its own: transformers would also take configs,
+    tokenizers and adapters that lie beside it.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    alone = directory / ".source"
+    alone.mkdir()
+    link = alone / "model.gguf"
+    source: dict[str, Any] = {
+        "pretrained_model_name_or_path": str(alone),
+        "gguf_file": link.name,
+        "trust_remote_code": False,
+    }
+    try:
+        link.symlink_to(header.path.resolve())
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            **source,
+            dtype=getattr(torch, dtype),
+            quantization_config=GgufConfig(dequantize=True),
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are in the info, and named from there
+        )
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+    except Exception as error:
+        cause = _cause(error)
+        raise InputError(
+            f"{header.path} is truncated, damaged or of an unknown kind: {cause}"
+        ) from error
+    finally:
+        shutil.rmtree(alone)
+    return *loaded, tokenizer
+
+
+def _cause(error: Exception) -> str:
+    """Its first line, safe on a terminal: libraries put names from the file into it."""
+    line = (str(error).splitlines() or [""])[0] or type(error).__name__
+    return line if line.isprintable() else show(line)
 
 
 def _move_aside(path: Path) -> Path:

@@ -56,7 +56,7 @@ ORDER = [
         "loss",
         "surface",
     },
-    {"hub", "gguf_import", "text", "weights", "skeleton", "outside", "drafts", "calls"},
+    {"hub", "gguf", "gguf_import", "text", "weights", "skeleton", "outside", "drafts", "calls"},
     {"identity", "workspace", "cache", "pressure", "disk_rates", "attention_rates"},
     {"admission", "stores"},
     {"engine", "parts"},
