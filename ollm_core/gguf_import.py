@@ -114,18 +114,19 @@ def _open(header: GGUFHeader, directory: Path, dtype: str) -> tuple[Any, dict[st
     source: dict[str, Any] = {
         "pretrained_model_name_or_path": str(alone),
         "gguf_file": link.name,
-        "trust_remote_code": False,
+        "local_files_only": True,
     }
     try:
         link.symlink_to(header.path.resolve())
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             **source,
+            trust_remote_code=False,
             dtype=getattr(torch, dtype),
             quantization_config=GgufConfig(dequantize=True),
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are in the info, and named from there
         )
-        tokenizer = AutoTokenizer.from_pretrained(**source)
+        tokenizer = AutoTokenizer.from_pretrained(**source, trust_remote_code=False)
     except Exception as error:
         cause = _cause(error)
         raise InputError(

@@ -94,5 +94,8 @@ def test_nobody_else_parses_json(package: ModuleType):
         if (isinstance(node, ast.ImportFrom) and node.module == "json")
         or (isinstance(node, ast.Call) and ast.unparse(node.func) in ("json.load", "json.loads"))
     ]
-    # The suite's own argument, from the process that started it.
-    assert found in ([], ["probe.py: json.loads(path)"])
+    # What a process of our own is told by the one that started it.
+    assert found in (
+        ["text/template_process.py: json.load(sys.stdin)"],
+        ["probe.py: json.loads(path)"],
+    )

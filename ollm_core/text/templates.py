@@ -19,7 +19,7 @@ from typing import Any
 
 from ollm_core.errors import ConfigError, OllmError
 from ollm_core.text import template_process
-from ollm_core.untrusted_json import show
+from ollm_core.untrusted_json import parse_object, show
 
 Message = Mapping[str, str]
 """`role` and `content`."""
@@ -128,8 +128,7 @@ class ChatTemplate:
         if done.returncode:
             last = (done.stderr.decode(errors="replace").strip().splitlines() or [""])[-1]
             raise self._error(f"rendering it ended with code {done.returncode} {last}".strip())
-        answer: dict[str, Any] = json.loads(done.stdout)
-        return answer
+        return parse_object(done.stdout)
 
     def _error(self, reason: str) -> ConfigError:
         return ConfigError(
