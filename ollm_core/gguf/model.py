@@ -170,7 +170,7 @@ def check_tensors(
     `from_pretrained`.
     """
     with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(model.config).state_dict()
+        empty = AutoModelForCausalLM.from_config(model.config, trust_remote_code=False).state_dict()
     state = model.state_dict()
     other = [name for name, value in state.items() if value.shape != empty[name].shape]
     for what, found in {**loading_info, "other_shapes": other}.items():

@@ -43,7 +43,7 @@ def open_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Any:
     if not any((directory / name).is_file() for name in _VOCABULARIES):
         return None
     _check_sizes(directory)
-    refuse_code(directory, trust_remote_code=trust_remote_code)
+    _refuse_code(directory, trust_remote_code=trust_remote_code)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             directory, local_files_only=True, trust_remote_code=trust_remote_code
@@ -61,7 +61,7 @@ def open_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Any:
     return tokenizer
 
 
-def refuse_code(directory: Path, *, trust_remote_code: bool = False) -> None:
+def _refuse_code(directory: Path, *, trust_remote_code: bool = False) -> None:
     """Raises ConfigError if transformers would open something else than a tokenizer for that of
     `directory`, or would need code of the checkpoint, which may give other tokens than a class of
     its own: without `trust_remote_code` that is refused.
