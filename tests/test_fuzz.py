@@ -300,41 +300,18 @@ def test_template(chat: Path) -> None:
     assert not list(Path().glob("HACKED"))
 
 
-def test_kept_kv(sharded: Path, tmp_path: Path) -> None:
-    """The journal and the layers of a KV directory: the right tokens, whatever became of it."""
-    kept = tmp_path / "kept"
-    options: dict[str, Any] = {"kv": "disk", "keep_kv": True}
-    right = ours(sharded, LONG_PROMPT, kv_dir=kept, **options)
-    files = sorted(path.relative_to(kept) for path in kept.rglob("*") if path.is_file())
-    assert right is not None
-
-    @fuzz(30)
-    @given(st.sampled_from(files), EDITS, st.sampled_from([256, 4096, None]))
-    def each(file: Path, edits: list[tuple[int, str]], limit: int | None) -> None:
-        again = tmp_path / "again"
-        shutil.rmtree(again, ignore_errors=True)
-        shutil.copytree(kept, again)
-        path = again / file
-        path.write_bytes(damage(path.read_bytes(), edits, limit))
-        assert ours(sharded, LONG_PROMPT, kv_dir=again, **options) == right
-
-    each()
-
-
-def test_kept_states(tmp_path: Path) -> None:
-    """The same of recurrent states."""
-    adapter, directory, kept = Qwen3NextAdapter(), tmp_path / "model", tmp_path / "kept"
-    random_model(adapter.tiny_config()).save_pretrained(directory)
+def kept_then_damaged(directory: Path, parent: Path, pattern: str, examples: int) -> None:
+    """A run keeps its KV; the next finds it with a file of that `pattern` damaged, and is right."""
+    kept, again = parent / "kept", parent / "again"
     options: dict[str, Any] = {"kv": "disk", "keep_kv": True}
     right = ours(directory, LONG_PROMPT, kv_dir=kept, **options)
-    files = sorted(path.relative_to(kept) for path in kept.rglob("*.state"))
+    files = [path.relative_to(kept) for path in sorted(kept.rglob(pattern)) if path.is_file()]
     assert right is not None
     assert files
 
-    @fuzz(8)
+    @fuzz(examples)
     @given(st.sampled_from(files), EDITS, st.sampled_from([256, 4096, None]))
     def each(file: Path, edits: list[tuple[int, str]], limit: int | None) -> None:
-        again = tmp_path / "again"
         shutil.rmtree(again, ignore_errors=True)
         shutil.copytree(kept, again)
         path = again / file
@@ -342,3 +319,14 @@ def test_kept_states(tmp_path: Path) -> None:
         assert ours(directory, LONG_PROMPT, kv_dir=again, **options) == right
 
     each()
+
+
+def test_kept_kv(sharded: Path, tmp_path: Path) -> None:
+    """The journal and the layers of a KV directory: the right tokens, whatever became of it."""
+    kept_then_damaged(sharded, tmp_path, "*", 30)
+
+
+def test_kept_states(tmp_path: Path) -> None:
+    """The same of recurrent states."""
+    random_model(Qwen3NextAdapter().tiny_config()).save_pretrained(tmp_path / "model")
+    kept_then_damaged(tmp_path / "model", tmp_path, "*.state", 8)
