@@ -47,9 +47,9 @@ def import_gguf(
                 f"reading GGUF files needs the {package} package",
                 hint="pip install 'ollm-core[gguf]'",
             )
+    check_writable_directory(out.parent)
     header = read_header(gguf_file)
     name = f".{out.name}.", ".import"
-    check_writable_directory(out.parent)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         reap(leftovers(out.parent, *name), shutil.rmtree)

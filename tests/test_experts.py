@@ -39,7 +39,7 @@ from ollm_core import (
 from ollm_core.checkpoint import open_checkpoint
 from ollm_core.chunks import NewTokens
 from ollm_core.cli.run import _report, _summary
-from ollm_core.loading import DTYPES
+from ollm_core.parts import DTYPES
 from ollm_core.plugins import Offer
 from ollm_core.registry import Registry
 from ollm_core.tracing import AllocationTracker

@@ -30,8 +30,8 @@ from ollm_core.attention import blockwise_attention, find_attention
 from ollm_core.chunks import NewTokens
 from ollm_core.interfaces import KVView
 from ollm_core.kv import DeviceKVStore, KVGeometry
-from ollm_core.loading import DTYPES
 from ollm_core.memory import MemoryAccount
+from ollm_core.parts import DTYPES
 from ollm_core.registry import Registry
 from ollm_core.skeleton import Skeleton
 from ollm_core.tracing import AllocationTracker
