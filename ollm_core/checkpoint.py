@@ -48,6 +48,16 @@ class FileState:
         """The state that `stat` found."""
         return cls(status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
 
+    def told(self, now: FileState) -> str:
+        """What is another in the state of `now`, in words."""
+        pairs = {
+            "size": (self.num_bytes, now.num_bytes),
+            "modification time": (self.mtime_ns, now.mtime_ns),
+            "change time": (self.ctime_ns, now.ctime_ns),
+            "inode": (self.inode, now.inode),
+        }
+        return ", ".join(name for name, (before, after) in pairs.items() if before != after)
+
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
@@ -88,7 +98,7 @@ def check_unchanged(files: Mapping[Path, FileState]) -> None:
             ) from error
         if now != state:
             raise ReadError(
-                f"{path}: changed while the model was open",
+                f"{path}: changed while the model was open ({state.told(now)})",
                 hint="open the model again; its files must stay as they are until it is closed",
             )
 
