@@ -18,11 +18,10 @@ from typing import Any
 from ollm_core.checkpoint import open_checkpoint
 from ollm_core.errors import DoesNotFitError, InputError, OllmError, UnsupportedError
 from ollm_core.gguf.header import GGUFHeader, check_magic, read_header
+from ollm_core.options import DTYPES
 from ollm_core.scratch import leftovers, make_directory, reap
 from ollm_core.untrusted_json import show
 from ollm_core.user_files import check_writable_directory
-
-DTYPES = ("float32", "float16", "bfloat16")
 
 
 def import_gguf(

@@ -16,17 +16,17 @@ import os
 import queue
 import re
 import stat
-import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 from ollm_core.buffers import aligned_buffer, as_memoryview
 from ollm_core.checkpoint import Checkpoint, FileState
 from ollm_core.interfaces import ByteSource
+from ollm_core.scratch import replace_file
 from ollm_core.types import Config, TensorInfo
 from ollm_core.untrusted_json import parse_object
 from ollm_core.user_files import cache_directory, is_private
@@ -125,15 +125,7 @@ class FileHashes:
             raise PermissionError("it is not a private directory of this user")
         old = {key: digest for key, digest in self._read().items() if key not in new}
         entries = list({**old, **new}.items())[-_MOST_ENTRIES:]
-        file, name = tempfile.mkstemp(prefix="new-", dir=directory)
-        try:
-            with open(file, "w") as opened:
-                json.dump(dict(entries), opened)
-            os.replace(name, self._path)
-        except BaseException:
-            with suppress(OSError):
-                os.unlink(name)
-            raise
+        replace_file(self._path, json.dumps(dict(entries)).encode())
 
 
 def identity(
