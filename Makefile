@@ -68,7 +68,7 @@ memory: install ## write docs/memory.md again, when a plan or a catalog changes
 	$(BIN)/python docs/memory_table.py > docs/.memory.md && mv docs/.memory.md docs/memory.md
 
 template: install ## an adapter from the template: made, installed, tested and listed, all afresh
-	adapters/template/check.sh $(BIN)/python
+	tests/check_wheels.sh $(BIN)/python
 
 bench: install ## decode and prefill against the disk's own limit
 	$(BIN)/python benchmarks/decode.py
