@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import select
 import shutil
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -139,6 +141,21 @@ def test_answers_are_remembered(new, tmp_path):
         "repo": "mistralai/Mistral-7B-Instruct-v0.3",
         "url": "https://example.org/me/x",
     }
+
+
+@pytest.mark.parametrize("url", ["", "https://example.org/me/ollm-adapter-x"])
+def test_what_pypi_shows_of_it(new, tmp_path, url):
+    """With an address of its own it has all of them; its README links to no file beside it."""
+    assert new("x", "--url", url)[0] == 0
+    project = tmp_path / "ollm-adapter-x"
+    urls = tomllib.loads((project / "pyproject.toml").read_text())["project"]["urls"]
+    own = {"Homepage", "Documentation", "Source", "Issues", "Changelog"}
+    assert urls.keys() == {"oLLM"} | (own if url else set())
+    assert all(urls[name].startswith(url) for name in own & urls.keys())
+    targets = re.findall(r"\]\(([^)]*)", (project / "README.md").read_text())
+    assert targets
+    assert all(target.startswith("https://") for target in targets)
+    assert f"{url}/blob/main/SUPPORT.md" in targets or not url
 
 
 def test_a_directory_in_use_is_refused(new, tmp_path):
