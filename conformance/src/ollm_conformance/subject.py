@@ -134,6 +134,7 @@ class Subject:
         self._rehearse = rehearse
         self._rehearsals: dict[tuple[Path, str], Rehearsal] = {}
         self._references: dict[tuple[Path, str], Reference] = {}
+        self._traced: dict[tuple[str, ...], Any] = {}
         self._num_kv_directories = 0
 
     @functools.cached_property
@@ -196,7 +197,19 @@ class Subject:
         } | options  # fmt: skip
         if options.get("kv") == "disk":
             options.setdefault("kv_dir", self.new_directory())
-        return self._load(directory or self.tiny(), **options)
+        directory = directory or self.tiny()
+        model = self._load(directory, **options)
+        self._share_traces(model, directory)
+        return model
+
+    def _share_traces(self, model: StreamedModel, directory: Path) -> None:
+        """Let models of one config and dtype use what was traced for another: most of the time that
+        it takes to open a tiny model goes into that.
+        """
+        workspace = model.engine._admission._workspace
+        config = (directory / "config.json").read_text()
+        key = config, str(model.dtype), str(model.device)
+        workspace._known = self._traced.setdefault(key, workspace._known)
 
     def rehearsal(self, directory: Path, dtype: str = "auto") -> Rehearsal:
         """What plans runs of the model in `directory` on a CPU."""
