@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrai
 
 import ollm
 from ollm_conformance.forms import as_published, reference_options
+from ollm_conformance.seeds import drawn, run_seed
 from ollm_core import Config, DoesNotFitError, ModelAdapter
 from ollm_core.checkpoint import open_checkpoint, read_config
 from ollm_core.generation import StreamedModel
@@ -260,7 +261,7 @@ class Subject:
 
     def prompt(self, num_tokens: int, seed: int = 0) -> Tensor:
         """Random token ids [num_tokens] without the first few, which are often special."""
-        generator = torch.Generator().manual_seed(seed)
+        generator = drawn(seed)
         return torch.randint(5, self.vocab_size, (num_tokens,), generator=generator)
 
     def least_memory(
@@ -325,9 +326,9 @@ def random_model(config: Config) -> PreTrainedModel:
     Norms, biases and sinks too: one that is dropped or swapped must show. Logits are peaked, so
     that the greedy token is rarely near a tie.
     """
-    torch.manual_seed(0)
+    torch.manual_seed(run_seed())
     model: PreTrainedModel = _plain_model(config).float().eval()
-    generator = torch.Generator().manual_seed(1)
+    generator = drawn(1)
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
