@@ -149,6 +149,8 @@ class _OperationLog(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         self.lines.append(f"{func}{self._told(args)}{self._told(kwargs or {})}")
+        if func in _ELEMENTWISE and (result := elementwise(args)) is not None:
+            return result
         return func(*args, **(kwargs or {}))
 
     def _told(self, value: object) -> str:

@@ -60,6 +60,7 @@ class Reference:
                 parameter.data = parameter.data.to(wanted, copy=True)
         self._chunk_size = chunk_size
         self._known: dict[tuple[tuple[int, ...], int, bool], Tensor] = {}
+        self._continued: dict[tuple[tuple[int, ...], int], Tensor] = {}
 
     def new_cache(self) -> DynamicCache:
         """An empty cache of the right kind for each layer."""
@@ -104,11 +105,15 @@ class Reference:
         """Greedy tokens after a prompt [T], EOS ignored, and the logits [num_new, V] behind
         them.
         """
-        cache = self.new_cache()
-        found = [self.run(ids, chunk_size, cache, last_only=True)]
-        while len(found) < num_new:
-            found.append(self.run(found[-1].argmax(-1), cache=cache))
-        logits = torch.cat(found)
+        key = tuple(ids.tolist()), chunk_size or self._chunk_size
+        logits = self._continued.get(key)
+        if logits is None or len(logits) < num_new:
+            cache = self.new_cache()
+            found = [self.run(ids, chunk_size, cache, last_only=True)]
+            while len(found) < num_new:
+                found.append(self.run(found[-1].argmax(-1), cache=cache))
+            logits = self._continued[key] = torch.cat(found)
+        logits = logits[:num_new]
         return logits.argmax(-1).tolist(), logits
 
 
@@ -135,7 +140,8 @@ class Subject:
         self._rehearse = rehearse
         self._rehearsals: dict[tuple[Path, str], Rehearsal] = {}
         self._references: dict[tuple[Path, str], Reference] = {}
-        self._traced: dict[tuple[str, ...], Any] = {}
+        self._traced: dict[tuple[str, ...], tuple[Any, Any]] = {}
+        self._least_to_open: dict[tuple[str, ...], int] = {}
         self._num_kv_directories = 0
 
     @functools.cached_property
@@ -210,7 +216,8 @@ class Subject:
         workspace = model.engine._admission._workspace
         config = (directory / "config.json").read_text()
         key = config, str(model.dtype), str(model.device)
-        workspace._known = self._traced.setdefault(key, workspace._known)
+        mine = workspace._known, workspace._known_mixtures
+        workspace._known, workspace._known_mixtures = self._traced.setdefault(key, mine)
 
     def rehearsal(self, directory: Path, dtype: str = "auto") -> Rehearsal:
         """What plans runs of the model in `directory` on a CPU."""
@@ -271,8 +278,9 @@ class Subject:
         **options: Any,
     ) -> int:
         """The smallest `device_memory` that `work` runs in, by following what refusals name."""
-        num_bytes = 1
-        for _ in range(10):
+        form = str(directory), *(f"{key}={options[key]}" for key in sorted(options))
+        num_bytes = self._least_to_open.get(form, 1)
+        for attempt in range(10):
             try:
                 with self.open(directory, device_memory=num_bytes, **options) as model:
                     work(model)
@@ -285,6 +293,8 @@ class Subject:
                         f"would do, got: {error}"
                     ) from error
                 num_bytes = int(named[1])
+                if not attempt:  # one byte is too little to open it, whatever the work
+                    self._least_to_open.setdefault(form, num_bytes)
         raise AssertionError(f"expected refusals to name what would do, still refused: {num_bytes}")
 
 
