@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrai
 
 import ollm
 from ollm_conformance.forms import as_published, reference_options
+from ollm_conformance.seeds import drawn, run_seed
 from ollm_core import Config, DoesNotFitError, ModelAdapter
 from ollm_core.checkpoint import open_checkpoint, read_config
 from ollm_core.generation import StreamedModel
@@ -59,6 +60,7 @@ class Reference:
                 parameter.data = parameter.data.to(wanted, copy=True)
         self._chunk_size = chunk_size
         self._known: dict[tuple[tuple[int, ...], int, bool], Tensor] = {}
+        self._continued: dict[tuple[tuple[int, ...], int], Tensor] = {}
 
     def new_cache(self) -> DynamicCache:
         """An empty cache of the right kind for each layer."""
@@ -103,11 +105,15 @@ class Reference:
         """Greedy tokens after a prompt [T], EOS ignored, and the logits [num_new, V] behind
         them.
         """
-        cache = self.new_cache()
-        found = [self.run(ids, chunk_size, cache, last_only=True)]
-        while len(found) < num_new:
-            found.append(self.run(found[-1].argmax(-1), cache=cache))
-        logits = torch.cat(found)
+        key = tuple(ids.tolist()), chunk_size or self._chunk_size
+        logits = self._continued.get(key)
+        if logits is None or len(logits) < num_new:
+            cache = self.new_cache()
+            found = [self.run(ids, chunk_size, cache, last_only=True)]
+            while len(found) < num_new:
+                found.append(self.run(found[-1].argmax(-1), cache=cache))
+            logits = self._continued[key] = torch.cat(found)
+        logits = logits[:num_new]
         return logits.argmax(-1).tolist(), logits
 
 
@@ -134,6 +140,8 @@ class Subject:
         self._rehearse = rehearse
         self._rehearsals: dict[tuple[Path, str], Rehearsal] = {}
         self._references: dict[tuple[Path, str], Reference] = {}
+        self._traced: dict[tuple[str, ...], tuple[Any, Any]] = {}
+        self._least_to_open: dict[tuple[str, ...], int] = {}
         self._num_kv_directories = 0
 
     @functools.cached_property
@@ -196,7 +204,20 @@ class Subject:
         } | options  # fmt: skip
         if options.get("kv") == "disk":
             options.setdefault("kv_dir", self.new_directory())
-        return self._load(directory or self.tiny(), **options)
+        directory = directory or self.tiny()
+        model = self._load(directory, **options)
+        self._share_traces(model, directory)
+        return model
+
+    def _share_traces(self, model: StreamedModel, directory: Path) -> None:
+        """Let models of one config and dtype use what was traced for another: most of the time that
+        it takes to open a tiny model goes into that.
+        """
+        workspace = model.engine._admission._workspace
+        config = (directory / "config.json").read_text()
+        key = config, str(model.dtype), str(model.device)
+        mine = workspace._known, workspace._known_mixtures
+        workspace._known, workspace._known_mixtures = self._traced.setdefault(key, mine)
 
     def rehearsal(self, directory: Path, dtype: str = "auto") -> Rehearsal:
         """What plans runs of the model in `directory` on a CPU."""
@@ -247,7 +268,7 @@ class Subject:
 
     def prompt(self, num_tokens: int, seed: int = 0) -> Tensor:
         """Random token ids [num_tokens] without the first few, which are often special."""
-        generator = torch.Generator().manual_seed(seed)
+        generator = drawn(seed)
         return torch.randint(5, self.vocab_size, (num_tokens,), generator=generator)
 
     def least_memory(
@@ -257,8 +278,9 @@ class Subject:
         **options: Any,
     ) -> int:
         """The smallest `device_memory` that `work` runs in, by following what refusals name."""
-        num_bytes = 1
-        for _ in range(10):
+        form = str(directory), *(f"{key}={options[key]}" for key in sorted(options))
+        num_bytes = self._least_to_open.get(form, 1)
+        for attempt in range(10):
             try:
                 with self.open(directory, device_memory=num_bytes, **options) as model:
                     work(model)
@@ -271,6 +293,8 @@ class Subject:
                         f"would do, got: {error}"
                     ) from error
                 num_bytes = int(named[1])
+                if not attempt:  # one byte is too little to open it, whatever the work
+                    self._least_to_open.setdefault(form, num_bytes)
         raise AssertionError(f"expected refusals to name what would do, still refused: {num_bytes}")
 
 
@@ -312,9 +336,9 @@ def random_model(config: Config) -> PreTrainedModel:
     Norms, biases and sinks too: one that is dropped or swapped must show. Logits are peaked, so
     that the greedy token is rarely near a tie.
     """
-    torch.manual_seed(0)
+    torch.manual_seed(run_seed())
     model: PreTrainedModel = _plain_model(config).float().eval()
-    generator = torch.Generator().manual_seed(1)
+    generator = drawn(1)
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)

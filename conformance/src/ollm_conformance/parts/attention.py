@@ -19,6 +19,7 @@ from ollm_conformance.checks import UNSUPPORTED, check, does_not_apply
 from ollm_conformance.compare import same_bits, same_within
 from ollm_conformance.parts.base import PartSuite, refusal
 from ollm_conformance.parts.lists import KVShape, ListKVStore
+from ollm_conformance.seeds import drawn
 from ollm_core import Attention, KVView, UnsupportedError
 
 BLOCK = 16
@@ -51,7 +52,7 @@ class Case:
         seed: int = 0,
     ) -> Case:
         """`heads` are H and G. Keys are large enough that it matters which of them is seen."""
-        generator = torch.Generator().manual_seed(1000 * seed + 10 * num_new + sum(starts))
+        generator = drawn(1000 * seed + 10 * num_new + sum(starts))
 
         def random(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator).to(dtype)

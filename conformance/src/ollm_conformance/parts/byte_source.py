@@ -24,6 +24,7 @@ from ollm_conformance.parts.base import (
     refusal,
     unreadable,
 )
+from ollm_conformance.seeds import drawn
 from ollm_core import ByteSource, OllmError, ReadError, TensorInfo
 from ollm_core.buffers import PAGE, aligned_buffer, as_memoryview
 
@@ -56,7 +57,7 @@ class Files:
     """Files of random bytes, and what a source should read of them."""
 
     def __init__(self, directory: Path) -> None:
-        generator = torch.Generator().manual_seed(3)
+        generator = drawn(3)
         self.content = [
             torch.randint(0, 256, (size,), generator=generator, dtype=torch.uint8) for size in SIZES
         ]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ollm_conformance.seeds import drawn
 from ollm_core import KVStore, KVStoreError, TierBytes
 
 
@@ -29,7 +30,7 @@ class KVShape:
 
     def random(self, num_tokens: int, seed: int) -> Tensor:
         """Random keys and values [2, G, T, D]."""
-        generator = torch.Generator().manual_seed(seed)
+        generator = drawn(seed)
         shape = 2, self.num_kv_heads, num_tokens, self.head_dim
         return torch.randn(shape, generator=generator).to(self.dtype)
 

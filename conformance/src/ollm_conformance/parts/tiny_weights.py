@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ollm_conformance.compare import same_bits
+from ollm_conformance.seeds import drawn
 from ollm_core import ParameterSource, WeightStreamer
 from ollm_core.checkpoint import Checkpoint, open_checkpoint
 from ollm_core.weights.units import Parameter, Units, WeightUnit
@@ -38,7 +39,7 @@ class Model:
     @classmethod
     def write(cls, directory: Path, dtype: torch.dtype = torch.float32) -> Model:
         """Write random tensors of odd sizes, most in `dtype`, some stored the other way round."""
-        generator = torch.Generator().manual_seed(11)
+        generator = drawn(11)
 
         def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.randn(shape, generator=generator).to(dtype)
