@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ollm_conformance.new_adapter import OPTIONS, PUBLISHED, TEMPLATE
+from ollm_conformance.new_adapter import CHOICES, OPTIONS, PUBLISHED, TEMPLATE
 from ollm_core.cli.main import main
 
 ROOT = Path(__file__).parents[1]
@@ -104,6 +104,8 @@ def files(directory):
 def test_every_question_can_be_answered_by_an_option():
     """A question that is added to the template gets an option, or FAMILY's place."""
     assert ["family", *OPTIONS] == list(QUESTIONS)
+    choices = {name: q["choices"] for name, q in QUESTIONS.items() if "choices" in q}
+    assert {name: list(offered) for name, offered in CHOICES.items()} == choices
 
 
 def test_a_project_is_made_and_what_comes_next_is_told(new, tmp_path):
@@ -188,8 +190,9 @@ def test_an_empty_directory_is_filled(new, tmp_path, monkeypatch):
     [
         (["My-Family"], "FAMILY 'My-Family': use small letters"),
         (["../x"], "FAMILY '../x': use small letters"),
+        (["x" * 300], "cannot be written: File name too long"),
         (["class"], "FAMILY 'class': class is a keyword"),
-        (["x", "--license", "GPL-3.0"], "--license 'GPL-3.0': 'GPL-3.0' is not in"),
+        (["x", "--license", "GPL-3.0"], "Invalid value for '--license': 'GPL-3.0' is not one of"),
         (["x", "--model-type", "a b"], "--model-type 'a b': use what config.json says"),
         (["x", "--class-name", "x"], "--class-name 'x': use letters"),
         (["x", "--repo", "x"], "--repo 'x': use owner/name"),

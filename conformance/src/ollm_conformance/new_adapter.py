@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import shlex
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TypeVar
@@ -28,13 +28,13 @@ OPTIONS: Mapping[str, str] = {
     "class_name": "The name of the adapter's class.  [default: made from FAMILY]",
     "repo": "A hub repository of the family, OWNER/NAME.  [default: one of Mistral 7B]",
     "author": "Your name.",
-    "license": "Apache-2.0 or MIT.  [default: Apache-2.0]",
+    "license": "The license of the adapter.  [default: Apache-2.0]",
     "url": "The address of the adapter's own repository, if it has one already.",
 }
 """By question of the template: what its option is for. FAMILY is an argument."""
-_REFUSED = re.compile(
-    r"(?:Validation error for question|Invalid choice for) '(\w+)': (.*)", re.DOTALL
-)
+CHOICES: Mapping[str, Sequence[str]] = {"license": ("Apache-2.0", "MIT")}
+"""The questions that have some."""
+_REFUSED = re.compile(r"Validation error for question '(\w+)': (.*)", re.DOTALL)
 
 Command = TypeVar("Command", bound=Callable[..., object])
 
@@ -47,10 +47,9 @@ def adapter() -> None:
 def _options(command: Command) -> Command:
     """One option for each question."""
     for question, text in reversed(list(OPTIONS.items())):
-        option = click.option(
-            f"--{question.replace('_', '-')}", question, metavar="TEXT", help=text
-        )
-        command = option(command)
+        name = f"--{question.replace('_', '-')}"
+        kind = click.Choice(CHOICES[question]) if question in CHOICES else click.STRING
+        command = click.option(name, question, type=kind, help=text)(command)
     return command
 
 
@@ -89,11 +88,11 @@ def make_project(directory: Path, answers: Mapping[str, str], *, parent: Path, a
 
     Raises InputError for an answer that the template refuses, and for a directory in use.
     """
-    _must_be_free(directory, parent)
-    import copier  # slow, as is what it imports
-
-    place = directory if directory.is_dir() else parent  # on the file system of `directory`
     try:
+        _must_be_free(directory, parent)
+        import copier  # slow, as is what it imports
+
+        place = directory if directory.is_dir() else parent  # on the file system of `directory`
         with TemporaryDirectory(prefix=".ollm-adapter-", dir=place) as scratch:
             made = Path(scratch) / "project"
             copier.run_copy(
