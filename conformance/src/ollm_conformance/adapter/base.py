@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import ClassVar
@@ -47,7 +46,7 @@ class AdapterSuite:
     @classmethod
     def subject(
         cls, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-    ) -> Iterator[Subject]:
+    ) -> Subject:
         """The adapter under test, one for the class, so that what it makes is made once."""
         if cls.adapter is None:
             adapter = installed_adapter(request.config.getoption("ollm_adapter"))
@@ -55,10 +54,7 @@ class AdapterSuite:
             adapter = cls.adapter() if isinstance(cls.adapter, type) else cls.adapter
         directory = tmp_path_factory.mktemp(adapter.name)
         checkpoint = cls.checkpoint or request.config.getoption("ollm_checkpoint")
-        gc.collect()
-        gc.freeze()  # the modules of torch and transformers: most of what a collection looks at
-        yield Subject(adapter, directory, cls.load, checkpoint, cls.tiny_config, cls.rehearse)
-        gc.unfreeze()
+        return Subject(adapter, directory, cls.load, checkpoint, cls.tiny_config, cls.rehearse)
 
     @pytest.fixture(autouse=True)
     def _one_thread(self) -> Iterator[None]:
