@@ -55,6 +55,6 @@ def outcomes(suite: type, checks: Sequence[str] = ()) -> dict[str, Outcome]:
 
 
 def first_failure(suite: type, check: str) -> Result | None:
-    """What the first of a check's cases to fail said, None if none did; no other is run after it."""
+    """What the first case of a check to fail said; None if none did. None is run after it."""
     (result,) = results(suite, [check], ["--exitfirst"])
     return result if result.outcome == "failed" else None
