@@ -57,6 +57,20 @@ def refusal(kind: type[Exception], request: Callable[[], object], what: str) -> 
     return line
 
 
+@contextmanager
+def goes_through(error: BaseException, what: str) -> Iterator[None]:
+    """For a block that raises `error` in the part's hands, as Ctrl-C would: raises AssertionError
+    unless that very error leaves the block.
+    """
+    try:
+        yield
+    except BaseException as found:
+        if found is error:
+            return
+        raise AssertionError(f"{what}: expected {error!r} to go on, got {found!r}") from found
+    raise AssertionError(f"{what}: expected {error!r} to go on, got no error")
+
+
 def open_files() -> dict[int, str]:
     """What the process has open: descriptor to what it is, pipes and the like included."""
     found = {}
@@ -100,3 +114,14 @@ def unreadable(numbers: Iterable[int]) -> Iterator[None]:
             os.dup2(copy, number, inheritable=False)
             os.close(copy)
         os.close(writable)
+
+
+def fills_memory(directory: Path) -> bool:
+    """Whether files of `directory` are kept in memory, so that a large one would fill it."""
+    device = directory.stat().st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        fields, _, rest = line.partition(" - ")
+        if fields.split()[2] == number:
+            return rest.split()[0] in ("tmpfs", "ramfs")
+    return False
