@@ -57,18 +57,25 @@ def refusal(kind: type[Exception], request: Callable[[], object], what: str) -> 
     return line
 
 
-@contextmanager
-def goes_through(error: BaseException, what: str) -> Iterator[None]:
-    """For a block that raises `error` in the part's hands, as Ctrl-C would: raises AssertionError
-    unless that very error leaves the block.
+class GoesThrough:
+    """A context manager for a block that raises an error in the part's hands, as Ctrl-C would:
+    raises AssertionError unless that very error leaves the block.
     """
-    try:
-        yield
-    except BaseException as found:
-        if found is error:
-            return
-        raise AssertionError(f"{what}: expected {error!r} to go on, got {found!r}") from found
-    raise AssertionError(f"{what}: expected {error!r} to go on, got no error")
+
+    def __init__(self, error: BaseException, what: str) -> None:
+        self._error = error
+        self._what = what
+
+    def __enter__(self) -> None:
+        """Nothing to do."""
+
+    def __exit__(self, kind: object, found: BaseException | None, traceback: object) -> bool:
+        if found is not self._error:
+            got = "no error" if found is None else repr(found)
+            raise AssertionError(
+                f"{self._what}: expected {self._error!r} to go on, got {got}"
+            ) from found
+        return True
 
 
 def open_files() -> dict[int, str]:

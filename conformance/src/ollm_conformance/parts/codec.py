@@ -213,13 +213,13 @@ class CodecConformance(PartSuite):
         for what, tensors in foreign.items():
             for metadata in ({}, {"format": "pt"}):
                 with plain(tensors, metadata) as directory:
-                    claimed = sorted(Stored.open(directory, type(self).codec).encoded)
+                    claimed = self.claimed(Stored.request_of(directory), what)
                     assert not claimed, f"{what}: expected nothing claimed, got {claimed}"
-        empty: Mapping[str, EncodedTensor] = type(self).codec(CodecRequest({}, {}, {}))
-        assert not empty, f"no tensors: expected nothing claimed, got {sorted(empty)}"
+        claimed = self.claimed(CodecRequest({}, {}, {}), "no tensors")
+        assert not claimed, f"no tensors: expected nothing claimed, got {claimed}"
         with self.stored(originals) as stored:
             found = sorted(stored.encoded)
-        again = sorted(type(self).codec(stored.request))
+        again = self.claimed(stored.request, "when files are gone")
         assert again == found, f"when files are gone: expected {found} claimed, got {again}"
 
     @check(
@@ -232,8 +232,8 @@ class CodecConformance(PartSuite):
         dtype = DTYPES[self.dtypes[0]]
         name, original = "large", weights(dtype, LARGE, 0)
         with self.stored({name: original, "other": weights(dtype, (64, 64), 1)}) as stored:
-            for tensor in stored.encoded:
-                stored.decode(tensor, tensor)  # what is made once is made here
+            if "other" in stored.encoded:
+                stored.decode("other", "other")  # what is made once is made here
             if name not in stored.encoded:
                 does_not_apply("it leaves a tensor of many random numbers as it is")
             with process_memory() as memory:
@@ -246,6 +246,7 @@ class CodecConformance(PartSuite):
                     f"scratch_bytes, and {SLACK} for the rest, got {peak}"
                 )
                 memory.expect(result, "after decode", "the result")
+                same_pattern(made[0], original, f"a tensor {list(LARGE)}")
                 made.clear()
                 for _ in range(2):
                     stored.decode(name, name)
@@ -290,6 +291,14 @@ class CodecConformance(PartSuite):
             same_bits(found.logits, expected.logits, "logits of the encoded model")
 
     @classmethod
+    def claimed(cls, request: CodecRequest, what: str) -> list[str]:
+        """The names that the codec claims. Raises AssertionError if it raises anything."""
+        try:
+            return sorted(cls.codec(request))
+        except Exception as error:
+            raise AssertionError(f"{what}: expected an answer, got {error!r}") from error
+
+    @classmethod
     def small(cls, dtype: str) -> dict[str, Tensor]:
         """A few tensors with names of models."""
         return {
@@ -307,6 +316,8 @@ class CodecConformance(PartSuite):
                 changed.zero_()
             elif 0 <= place < count:
                 changed[place] ^= 0x10
+            else:
+                continue
             arguments = [
                 changed.view(whole.dtype).view(whole.shape) if one == name else stored.tensors[one]
                 for one in encoded.tensors

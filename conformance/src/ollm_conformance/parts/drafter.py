@@ -18,7 +18,7 @@ from ollm_conformance.checks import check, does_not_apply
 from ollm_conformance.compare import same_tokens
 from ollm_conformance.parts.base import PartSuite, nothing_left, refusal
 from ollm_conformance.parts.held import process_memory
-from ollm_conformance.parts.texts import OpenDrafter, closing, random_text, texts
+from ollm_conformance.parts.texts import OpenDrafter, answer, closing, random_text, texts
 from ollm_core import DoesNotFitError, DraftRequest
 from ollm_core.interfaces import Drafter, FollowsText
 from ollm_core.memory import MemoryAccount
@@ -26,6 +26,7 @@ from ollm_core.memory import MemoryAccount
 LIMIT = 1 << 30
 MOST = 10
 """The most tokens that core asks for by itself."""
+SOME = 4
 QUICK_SECONDS = 2.0
 """Of CPU, for one draft after a long text: as long as many weight passes."""
 
@@ -69,12 +70,6 @@ class DrafterConformance(PartSuite):
         request = DraftRequest(config, directory, cls.vocab_size, None, "cpu", device, host)
         return OpenDrafter(cls.open_drafter(request), request)
 
-    @classmethod
-    def fresh(cls, token_ids: Tensor, num_tokens: int, what: str) -> list[int]:
-        """What a source drafts that was asked nothing before."""
-        with cls.opened() as opened:
-            return opened.draft(token_ids, num_tokens, f"{what}, asked first")
-
     @check(
         "drafter.answer",
         "A draft is at most as many token ids of the vocabulary as were asked for, or none, "
@@ -102,10 +97,10 @@ class DrafterConformance(PartSuite):
         look="windows and slices of a text that is shorter than they are",
     )
     def test_short_texts(self) -> None:
-        for length in (0, 1, 2, 3, 4):
-            text = random_text(length, self.vocab_size, length)
-            for num_tokens in (1, MOST):
-                with self.opened() as opened:
+        with self.opened() as opened:
+            for length in (0, 1, 2, 3, 4, 0):
+                text = random_text(length, self.vocab_size, length)
+                for num_tokens in (1, MOST):
                     what = f"{num_tokens} tokens after a text of {length}"
                     found = opened.draft(text, num_tokens, what)
                     assert len(found) <= num_tokens, (
@@ -131,13 +126,15 @@ class DrafterConformance(PartSuite):
     )
     def test_repeatable(self) -> None:
         self._must_not_learn()
-        for name, text in texts(self.vocab_size).items():
+        wanted = list(texts(self.vocab_size).items())
+        first: dict[str, list[int]] = {}
+        for order, source in ((wanted, "one source"), (wanted[::-1], "another source")):
             with self.opened() as opened:
-                first = opened.draft(text, MOST, name)
-                for _ in range(2):
-                    again = opened.draft(text, MOST, name)
-                    same_tokens(again, first, f"{name}, asked again")
-            same_tokens(self.fresh(text, MOST, name), first, f"{name}, of another source")
+                for time in ("once", "again"):
+                    for name, text in order:
+                        found = opened.draft(text, SOME, name)
+                        told = f"{name}, asked {time} of {source}"
+                        same_tokens(found, first.setdefault(name, found), told)
 
     @check(
         "drafter.follows",
@@ -149,22 +146,24 @@ class DrafterConformance(PartSuite):
         self._must_not_learn()
         for name in ("a phrase that comes back", "counting down to token 0"):
             text = texts(self.vocab_size)[name]
-            other = random_text(len(text), self.vocab_size, 8)
-            branch = torch.cat([text[:-8], text[:7]])
-            with self.opened() as opened:
-                for what, asked in (
-                    ("as it begins", text[:-3]),
-                    ("one token later", text[:-2]),
-                    ("two tokens later", text),
-                    ("cut back", text[:-6]),
-                    ("with another end", branch),
-                    ("after another text of its length", other),
-                    ("again", text),
-                    ("after a shorter one", text[len(text) // 2 :]),
-                ):
-                    told = f"{name}, {what}"
-                    found = opened.draft(asked, MOST, told)
-                    same_tokens(found, self.fresh(asked, MOST, told), told)
+            asked = [
+                ("as it begins", text[:-3]),
+                ("one token later", text[:-2]),
+                ("two tokens later", text),
+                ("cut back", text[:-6]),
+                ("with another end", torch.cat([text[:-8], text[:7]])),
+                ("after another text of its length", random_text(len(text), self.vocab_size, 8)),
+                ("again", text),
+                ("after a shorter one", text[len(text) // 2 :]),
+            ]
+            first: dict[str, list[int]] = {}
+            other = asked.pop(5)
+            for order in ([*asked, other], [other, *asked[::-1]]):  # another one begins each
+                with self.opened() as opened:
+                    for what, ids in order:
+                        told = f"{name}, {what}"
+                        found = opened.draft(ids, SOME, told)
+                        same_tokens(found, first.setdefault(what, found), told)
 
     @check(
         "drafter.begin",
@@ -231,6 +230,7 @@ class DrafterConformance(PartSuite):
         size = 500_000  # 4 MB of ids
         with self.opened() as opened:  # what is made once is made here
             opened.draft(random_text(60, self.vocab_size, 6), MOST, "at first")
+        del opened
         with process_memory() as memory:
             with self.opened() as opened:
                 for seed in range(8):
@@ -269,19 +269,18 @@ class DrafterConformance(PartSuite):
         self._must_not_learn()
         wanted = list(texts(self.vocab_size).items())
 
-        def ask(order: list[tuple[str, Tensor]]) -> dict[str, list[int]]:
-            with self.opened() as opened:
-                return {name: opened.draft(text, MOST, name) for name, text in order * 2}
+        def ask(source: OpenDrafter, order: list[tuple[str, Tensor]]) -> dict[str, list[int]]:
+            return {name: source.draft(text, SOME, name) for name, text in order * 2}
 
-        alone = ask(wanted)
-        with ThreadPoolExecutor(2) as pool:
-            both = list(pool.map(ask, (wanted, wanted[::-1])))
-        with self.opened() as first, self.opened() as second:
+        with self.opened() as opened:
+            alone = ask(opened, wanted)
+        with self.opened() as one, self.opened() as other, ThreadPoolExecutor(2) as pool:
+            both = list(pool.map(ask, (one, other), (wanted, wanted[::-1])))
             turns: dict[str, list[int]] = {}
-            for (name, text), (_, other) in zip(wanted, wanted[::-1], strict=True):
-                first.catch_up(text)
-                second.draft(other, MOST, name)
-                turns[name] = first.draft(text, MOST, name)
+            for (name, text), (_, second) in zip(wanted, wanted[::-1], strict=True):
+                one.catch_up(text)
+                other.draft(second, SOME, name)
+                turns[name] = answer(one.drafter, text, SOME, name)
         for what, found in (("at once", both[0]), ("at once", both[1]), ("in turn", turns)):
             for name, expected in alone.items():
                 same_tokens(found[name], expected, f"{name}, asked {what} with another source")

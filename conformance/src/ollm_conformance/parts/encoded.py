@@ -81,10 +81,16 @@ class Stored:
     @classmethod
     def open(cls, directory: Path, codec: WeightCodec) -> Stored:
         """Ask the codec about the checkpoint in a directory."""
-        checkpoint = open_checkpoint(directory)
-        request = CodecRequest(dict(CONFIG), checkpoint.tensors, checkpoint.metadata)
-        tensors = {name: t for path in checkpoint.files for name, t in load_file(path).items()}
+        request = cls.request_of(directory)
+        files = map(load_file, request.metadata)
+        tensors = {name: t.clone() for file in files for name, t in file.items()}  # no maps
         return cls(directory, request, tensors, codec(request))
+
+    @staticmethod
+    def request_of(directory: Path) -> CodecRequest:
+        """What a codec is told of the checkpoint in a directory."""
+        checkpoint = open_checkpoint(directory)
+        return CodecRequest(dict(CONFIG), checkpoint.tensors, checkpoint.metadata)
 
     def arguments(self, name: str) -> list[Tensor]:
         """What `decode` of a logical tensor is given."""

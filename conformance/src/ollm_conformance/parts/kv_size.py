@@ -104,6 +104,7 @@ class KVSize(KVStoreSuite):
         pieces = [LARGE.random(PIECE, seed) for seed in range(3)]
         with self.opened(LARGE) as opened:  # what is made once is made here
             Pieces(opened, pieces).add(opened.store.new_sequence(), 1)
+        del opened
         with process_memory() as memory:
             with self.opened(LARGE) as opened:
                 used = "which the account has reserved"

@@ -133,7 +133,12 @@ class KVSliding(KVStoreSuite):
                         text.run((start,), what)
                         opened.store.commit(text.sequence)
                         text.run(chunks, what, num_layers)
-                        text.cut(start, what)
+                        try:
+                            text.cut(start, what)
+                        except KVStoreError as error:
+                            raise AssertionError(
+                                f"{what}: expected it undone, got {error}"
+                            ) from error
                         text.run((2, WINDOW + 1), f"after {what}")
                         opened.store.commit(text.sequence)
                         self._go_back(text, start // 2, what)

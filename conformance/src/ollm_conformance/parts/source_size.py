@@ -155,6 +155,7 @@ class SourceSize(PartSuite):
                 buffers = [
                     aligned_buffer(source.buffer_bytes(asked)).fill_(CANARY) for asked in tensors
                 ]
+            del source
             with process_memory() as memory:
                 with self.open_source([file.path]) as source:
                     for number in range(3):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -46,10 +47,17 @@ def answer(drafter: Drafter, token_ids: Tensor, num_tokens: int, what: str) -> l
         plain = found.ndim == 1 and not found.is_floating_point() and found.dtype != torch.bool
         assert plain, f"{what}: expected integers [n], got {found.dtype} {list(found.shape)}"
         return [int(token) for token in found]
-    numbers = list(found)
-    wrong = [one for one in numbers if not isinstance(one, int) or isinstance(one, bool)]
-    assert not wrong, f"{what}: expected token ids, got {wrong[0]!r:.60}"
-    return numbers
+    return [_token(one, what) for one in found]
+
+
+def _token(one: object, what: str) -> int:
+    """A token id as a plain number. Raises AssertionError for what is none."""
+    try:
+        if not isinstance(one, bool):
+            return operator.index(one)  # type: ignore[arg-type]
+    except TypeError:
+        pass
+    raise AssertionError(f"{what}: expected token ids, got {one!r:.60}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,8 +16,8 @@ import torch
 from ollm_conformance.checks import check
 from ollm_conformance.compare import same_bits
 from ollm_conformance.parts.base import (
+    GoesThrough,
     PartSuite,
-    goes_through,
     nothing_left,
     open_files,
     refusal,
@@ -165,7 +165,7 @@ class WeightStreamerConformance(PartSuite):
                 model.walk(streamer, f"before stopping at {stop}", order=range(stop))
                 interrupt = KeyboardInterrupt()
                 told = f"leaving unit {stop} by an exception"
-                with goes_through(interrupt, told), streamer.acquire(stop):
+                with GoesThrough(interrupt, told), streamer.acquire(stop):
                     raise interrupt
                 model.walk(streamer, f"after a pass that stopped at {stop}")
 
