@@ -7,6 +7,7 @@ from ollm_conformance.adapter.caches import Caches
 from ollm_conformance.adapter.declaration import Declaration
 from ollm_conformance.adapter.exact import Exact
 from ollm_conformance.adapter.experts import Experts
+from ollm_conformance.adapter.failures import BatchFailure
 from ollm_conformance.adapter.hardware import Gpu, Speed
 from ollm_conformance.adapter.language import Language
 from ollm_conformance.adapter.memory import Memory
@@ -28,6 +29,7 @@ class AdapterConformance(
     Planned,
     Isolation,
     Failure,
+    BatchFailure,
     Language,
     Gpu,
     Speed,

@@ -8,7 +8,7 @@ import torch
 from ollm_conformance.adapter.base import AdapterSuite
 from ollm_conformance.checks import check
 from ollm_conformance.compare import same_tokens, same_within
-from ollm_conformance.subject import Subject, generate, greedy
+from ollm_conformance.subject import Subject, generate, greedy, left_padded
 from ollm_core.chunks import NewTokens
 
 _LOOK = "caches() and, if declared, how the layer is split: positions and caches are per row"
@@ -51,17 +51,12 @@ class Batches(AdapterSuite):
     )
     def test_left_padded(self, subject: Subject) -> None:
         prompts = [subject.prompt(n, seed=i) for i, n in enumerate((300, 20, 111))]
-        longest = max(map(len, prompts))
-        ids = torch.zeros(len(prompts), longest, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for row, prompt in enumerate(prompts):
-            ids[row, longest - len(prompt) :] = prompt
-            mask[row, longest - len(prompt) :] = 1
+        ids, mask = left_padded(prompts)
         with subject.open() as model:
             found = generate(model, ids, 12, attention_mask=mask)
         for row, prompt in enumerate(prompts):
             expected = subject.reference().greedy(prompt, 12)[0]
-            same_tokens(found[row, longest:].tolist(), expected, f"tokens of row {row}")
+            same_tokens(found[row, ids.shape[1] :].tolist(), expected, f"tokens of row {row}")
 
 
 class Drafts(AdapterSuite):
