@@ -8,7 +8,9 @@ from ollm_conformance.adapter.declaration import Declaration
 from ollm_conformance.adapter.exact import Exact
 from ollm_conformance.adapter.experts import Experts
 from ollm_conformance.adapter.failures import BatchFailure
+from ollm_conformance.adapter.generation import Stops
 from ollm_conformance.adapter.hardware import Gpu, Speed
+from ollm_conformance.adapter.kept import KeptKV
 from ollm_conformance.adapter.language import Language
 from ollm_conformance.adapter.memory import Memory
 from ollm_conformance.adapter.planned import Planned
@@ -22,6 +24,7 @@ class AdapterConformance(
     Weights,
     Exact,
     Caches,
+    KeptKV,
     Batches,
     Drafts,
     Experts,
@@ -31,6 +34,7 @@ class AdapterConformance(
     Failure,
     BatchFailure,
     Language,
+    Stops,
     Gpu,
     Speed,
 ):

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from ollm_conformance.adapter.base import AdapterSuite
 from ollm_conformance.checks import check
 from ollm_conformance.compare import same_bits, same_tokens
+from ollm_conformance.held import same_columns, same_lengths
 from ollm_conformance.subject import Subject, generate, left_padded
 from ollm_core import ReadError
 from ollm_core.cache import SequenceCache
@@ -53,7 +53,7 @@ class BatchFailure(AdapterSuite):
                 with pytest.raises(KeyboardInterrupt):
                     model.engine.run(cache.store, work)
                 model.on_progress(None)
-                _same_rows(cache.store, work, len(cache), f"after Ctrl-C {stage}")
+                _same_rows(cache, work, f"after Ctrl-C {stage}")
             found = model.engine.run(cache.store, work)
             for row, (logits, wanted) in enumerate(zip(found, expected, strict=True)):
                 same_bits(logits, wanted, f"logits of row {row} after Ctrl-C")
@@ -85,7 +85,7 @@ class BatchFailure(AdapterSuite):
                     _fail_reads(model, patch, after=num_read)
                     with pytest.raises(ReadError, match="the disk is gone"):
                         model.engine.run(cache.store, work)
-                _same_rows(cache.store, work, len(cache), f"after read {num_read + 1} failed")
+                _same_rows(cache, work, f"after read {num_read + 1} failed")
             found = model.engine.run(cache.store, work)
         for row, (logits, wanted) in enumerate(zip(found, expected, strict=True)):
             same_bits(logits, wanted, f"logits of row {row} after failed reads")
@@ -107,15 +107,10 @@ def _rows(subject: Subject, model: StreamedModel, store: KVStore) -> list[NewTok
     return work
 
 
-def _same_rows(store: KVStore, work: Sequence[NewTokens], num_layers: int, when: str) -> None:
+def _same_rows(cache: SequenceCache, work: Sequence[NewTokens], when: str) -> None:
     """Each row of `work` must have its past in every layer, and nothing else."""
-    for row, item in enumerate(work):
-        for layer_idx in range(num_layers):
-            found = store.num_tokens(item.sequence, layer_idx)
-            assert found == item.start, (
-                f"row {row}, layer {layer_idx}, {when}: expected the {item.start} tokens from "
-                f"before, got {found}"
-            )
+    sequences, starts = [item.sequence for item in work], [item.start for item in work]
+    same_lengths(cache.store, sequences, starts, len(cache), when)
 
 
 def _generate_in_two(subject: Subject, model: StreamedModel) -> None:
@@ -133,7 +128,7 @@ def _generate_in_two(subject: Subject, model: StreamedModel) -> None:
         model.on_progress(None)
         what = f"`generate` broken off in pass {num_before + 1}"
         stored = length + num_before - 1 if num_before else 0
-        _same_columns(cache, mask, stored, what)
+        same_columns(cache, mask, stored, what)
         given = whole[:, : stored + 1] if stored else ids
         grown = torch.nn.functional.pad(mask, (0, given.shape[1] - length), value=1)
         found = generate(
@@ -143,20 +138,6 @@ def _generate_in_two(subject: Subject, model: StreamedModel) -> None:
         for row in range(len(ids)):
             same_tokens(found[row].tolist(), whole[row].tolist(), f"{what}: row {row}")
         cache.close()
-
-
-def _same_columns(cache: SequenceCache, mask: Tensor, num_columns: int, what: str) -> None:
-    """The cache must have the first `num_columns` of a batch that goes on from `mask` [B, S]."""
-    found = cache.get_seq_length()
-    assert found == num_columns, f"{what}: expected {num_columns} positions, got {found}"
-    padding = (mask == 0).sum(dim=1).tolist()
-    for row, sequence in enumerate(cache.rows):
-        expected = max(num_columns - padding[row], 0)
-        for layer_idx in range(len(cache)):
-            held = cache.store.num_tokens(sequence, layer_idx)
-            assert held == expected, (
-                f"{what}: row {row}, layer {layer_idx}: expected {expected} tokens, got {held}"
-            )
 
 
 def _interrupt_at(part: float, num_before: int = 0) -> Callable[[Progress], None]:
