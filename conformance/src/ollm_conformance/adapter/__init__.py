@@ -14,6 +14,7 @@ from ollm_conformance.adapter.kept import KeptKV
 from ollm_conformance.adapter.language import Language
 from ollm_conformance.adapter.memory import Memory
 from ollm_conformance.adapter.planned import Planned
+from ollm_conformance.adapter.released import Released
 from ollm_conformance.adapter.robust import Failure, Isolation
 from ollm_conformance.adapter.weights import Weights
 from ollm_conformance.checks import MARK, Check
@@ -25,6 +26,7 @@ class AdapterConformance(
     Exact,
     Caches,
     KeptKV,
+    Released,
     Batches,
     Drafts,
     Experts,
