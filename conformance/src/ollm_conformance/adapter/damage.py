@@ -25,8 +25,8 @@ class Damage:
 
 
 def damages(directory: Path) -> Iterator[Damage]:
-    """Damages to the files that are in `directory`: one or two files of each kind, and where there
-    are two of a kind and a size, both exchanged.
+    """Damages to the files that are in `directory`: to the last of each kind, and where there are
+    two of a kind and a size, both exchanged.
     """
     kinds: dict[str, list[Path]] = {}
     for path in sorted(path for path in directory.rglob("*") if path.is_file()):
@@ -34,15 +34,15 @@ def damages(directory: Path) -> Iterator[Damage]:
     for paths in kinds.values():
         first, last = paths[0], paths[-1]
         size = (directory / last).stat().st_size
-        yield Damage(f"{_told(last)} changed in its last bit", _flip(last, _end), True)
-        yield Damage(f"{_told(first)} changed in the first bit of its content", _flip(first, _PAGE))
-        yield Damage(f"{_told(last)} with another number in its header", _edit_header(last))
-        yield Damage(f"{_told(first)} cut to half", _cut(first, size // 2))
-        yield Damage(f"{_told(last)} cut by one byte", _cut(last, size - 1))
-        yield Damage(f"{_told(last)} with bytes after its end", _append(last))
-        yield Damage(f"{_told(last)} with its two halves exchanged", _exchange_halves(last))
+        told, inside = _told(last), _PAGE + (size - _PAGE) // 8
+        yield Damage(f"{told} changed in its last bit", _flip(last, None), again=True)
+        yield Damage(f"{told} changed in one bit at byte {inside}", _flip(last, inside))
+        yield Damage(f"{told} with another number in its header", _edit_header(last))
+        yield Damage(f"{told} cut by one byte", _cut(last, size - 1))
+        yield Damage(f"{told} with bytes after its end", _append(last))
+        yield Damage(f"{told} with its two halves exchanged", _exchange_halves(last))
         if first != last and (directory / first).stat().st_size == size:
-            yield Damage(f"{_told(first)} and {_told(last)} exchanged", _exchange(first, last))
+            yield Damage(f"{_told(first)} and {told} exchanged", _exchange(first, last))
 
 
 def _told(path: Path) -> str:
@@ -50,15 +50,14 @@ def _told(path: Path) -> str:
     return path.name if len(path.name) < 20 else f"a file *{path.suffix}"
 
 
-def _end(size: int) -> int:
-    return size - 1
+def _flip(path: Path, place: int | None) -> Callable[[Path], None]:
+    """One high bit of a byte, that of the exponent where it ends a number; None: of the last byte
+    that is not zero.
+    """
 
-
-def _flip(path: Path, at: int | Callable[[int], int]) -> Callable[[Path], None]:
     def apply(directory: Path) -> None:
         data = bytearray((directory / path).read_bytes())
-        place = at if isinstance(at, int) else at(len(data.rstrip(b"\0")) or len(data))
-        data[place] ^= 1
+        data[len(data.rstrip(b"\0")) - 1 if place is None else place] ^= 64
         (directory / path).write_bytes(data)
 
     return apply

@@ -23,7 +23,7 @@ from ollm_core.types import Progress
 
 _LOOK = "layout().mixer and other code of the adapter that keeps tokens or state beside the cache"
 _TIERS = pytest.mark.parametrize("kv", ["device", "disk"])
-_ROWS = ((110, 20), (37, 1), (0, 100), (61, 1))
+_ROWS = ((110, 8), (37, 1), (0, 100), (61, 1))
 """Tokens that each row has, and tokens that it brings: a prompt after a past, a new one of two
 chunks, and two rows that share a call.
 """

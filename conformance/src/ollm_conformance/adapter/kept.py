@@ -70,11 +70,12 @@ class KeptKV(AdapterSuite):
         directory = subject.tiny("bfloat16")
         options = {"kv": "disk", "kv_dir": kv_dir, "keep_kv": True}
         for dtype, first, num_expected in (
-            ("bfloat16", 96, 0), ("float32", 96, 0), ("float32", 130, 96), ("bfloat16", 130, 96)
+            ("bfloat16", 96, 0), ("float16", 96, 0), ("float32", 96, 0),
+            ("float32", 130, 96), ("bfloat16", 130, 96),
         ):  # fmt: skip
             with subject.open(directory, dtype=dtype, **options) as model:
                 found, num_cached = _last_logits(model, prompt[:first])
-            what = f"{first} tokens in {dtype} in a directory with both dtypes"
+            what = f"{first} tokens in {dtype} in a directory with other dtypes"
             assert num_cached == num_expected, (
                 f"{what}: expected {num_expected} tokens to be found, got {num_cached}"
             )
