@@ -6,15 +6,26 @@ python conformance/tests/power_table.py > docs/conformance-power.md
 from __future__ import annotations
 
 from broken_adapters import BROKEN_ADAPTERS
+from broken_kept import BROKEN_KEPT
 from broken_models import BROKEN_MODELS
 from broken_parts import BROKEN_PARTS
 from broken_plans import BROKEN_PLANS
 from broken_recurrent import BROKEN_RECURRENT
+from broken_runs import BROKEN_RUNS
+from broken_stops import BROKEN_STOPS
 
 
 def power_table():
     """The page, from the lists that the tests run."""
-    broken = [*BROKEN_ADAPTERS, *BROKEN_MODELS, *BROKEN_PLANS, *BROKEN_RECURRENT]
+    broken = [
+        *BROKEN_ADAPTERS,
+        *BROKEN_MODELS,
+        *BROKEN_PLANS,
+        *BROKEN_RECURRENT,
+        *BROKEN_RUNS,
+        *BROKEN_STOPS,
+        *BROKEN_KEPT,
+    ]
     rows = [(one.check, one.name, one.sentence) for one in broken]
     rows += [(one.check, one.name, one.fault) for one in BROKEN_PARTS]
     lines = [

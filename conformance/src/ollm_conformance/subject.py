@@ -9,7 +9,7 @@ import functools
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -311,6 +311,17 @@ def greedy(model: StreamedModel, ids: Tensor, num_new: int) -> tuple[list[int], 
     """Greedy tokens of `generate` after a prompt [T], EOS ignored, and the logits behind them."""
     found = generate(model, ids[None], num_new, return_dict_in_generate=True, output_logits=True)
     return found.sequences[0, len(ids) :].tolist(), torch.cat(found.logits)
+
+
+def left_padded(prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Prompts [T] as one batch [B, S], padded on the left with 0, and its attention mask."""
+    longest = max(map(len, prompts))
+    ids = torch.zeros(len(prompts), longest, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = prompt
+        mask[row, longest - len(prompt) :] = 1
+    return ids, mask
 
 
 def model_config(config: Config) -> Any:

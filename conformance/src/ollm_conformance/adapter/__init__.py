@@ -7,10 +7,14 @@ from ollm_conformance.adapter.caches import Caches
 from ollm_conformance.adapter.declaration import Declaration
 from ollm_conformance.adapter.exact import Exact
 from ollm_conformance.adapter.experts import Experts
+from ollm_conformance.adapter.failures import BatchFailure
+from ollm_conformance.adapter.generation import Stops
 from ollm_conformance.adapter.hardware import Gpu, Speed
+from ollm_conformance.adapter.kept import KeptKV
 from ollm_conformance.adapter.language import Language
 from ollm_conformance.adapter.memory import Memory
 from ollm_conformance.adapter.planned import Planned
+from ollm_conformance.adapter.released import Released
 from ollm_conformance.adapter.robust import Failure, Isolation
 from ollm_conformance.adapter.weights import Weights
 from ollm_conformance.checks import MARK, Check
@@ -21,6 +25,8 @@ class AdapterConformance(
     Weights,
     Exact,
     Caches,
+    KeptKV,
+    Released,
     Batches,
     Drafts,
     Experts,
@@ -28,7 +34,9 @@ class AdapterConformance(
     Planned,
     Isolation,
     Failure,
+    BatchFailure,
     Language,
+    Stops,
     Gpu,
     Speed,
 ):
