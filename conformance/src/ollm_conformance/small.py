@@ -31,8 +31,8 @@ EXPERT_GROUPS = ("n_group",)
 _INNER = re.compile(r"(^|_)(intermediate_size|n_inner|ffn_dim)(_mlp)?$")
 _WINDOW = re.compile(r"^(sliding_window(_size)?|attention_window(_size)?|attention_chunk_size)$")
 _TOKENS = re.compile(r"_token_(id|ids|index)$")
-_LINEAR_HEADS = ("linear_num_key_heads", "linear_num_value_heads")
-_LINEAR_DIMS = ("linear_key_head_dim", "linear_value_head_dim")
+LINEAR_HEADS = ("linear_num_key_heads", "linear_num_value_heads")
+LINEAR_DIMS = ("linear_key_head_dim", "linear_value_head_dim")
 _ROPES = ("rope_scaling", "rope_parameters")
 _LARGEST_GROUP = 16
 _HEAD_DIMS = (8, 16, 32, 64, 128)
@@ -190,15 +190,15 @@ def _expert_counts(config: Config) -> dict[str, Any]:
 def _linear_sizes(config: Config) -> dict[str, Any]:
     """Heads of linear attention in their ratio, and their dimensions, equal or not."""
     changed: dict[str, Any] = {}
-    heads = [first_of(config, (key,)) or 0 for key in _LINEAR_HEADS]
+    heads = [first_of(config, (key,)) or 0 for key in LINEAR_HEADS]
     if all(heads):
         least = min(2, *heads)
         ratio = max(heads) // min(heads)
         small = [least if count == min(heads) else least * ratio for count in heads]
-        changed |= zip(_LINEAR_HEADS, small, strict=True)
-    dims = [first_of(config, (key,)) or 0 for key in _LINEAR_DIMS]
+        changed |= zip(LINEAR_HEADS, small, strict=True)
+    dims = [first_of(config, (key,)) or 0 for key in LINEAR_DIMS]
     if all(dims):
-        changed |= zip(_LINEAR_DIMS, (8 if d == min(dims) else 12 for d in dims), strict=True)
+        changed |= zip(LINEAR_DIMS, (8 if d == min(dims) else 12 for d in dims), strict=True)
     return changed
 
 

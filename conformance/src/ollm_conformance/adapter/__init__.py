@@ -4,6 +4,7 @@ import inspect
 
 from ollm_conformance.adapter.batches import Batches, Drafts
 from ollm_conformance.adapter.caches import Caches
+from ollm_conformance.adapter.configs import Configs
 from ollm_conformance.adapter.declaration import Declaration
 from ollm_conformance.adapter.exact import Exact
 from ollm_conformance.adapter.experts import Experts
@@ -19,6 +20,7 @@ from ollm_conformance.checks import MARK, Check
 class AdapterConformance(
     Declaration,
     Weights,
+    Configs,
     Exact,
     Caches,
     Batches,
