@@ -21,7 +21,7 @@ _STEPS = 3
 
 @dataclass(frozen=True, slots=True)
 class ShortRun:
-    """What transformers makes of a prompt of 50 tokens and of three steps after it."""
+    """What transformers makes of a prompt of 50 tokens and of some steps after it."""
 
     reference: Reference
     cache: DynamicCache
@@ -31,12 +31,12 @@ class ShortRun:
     """[T, V] for each of them."""
 
 
-def same_model(subject: Subject, config: Config, what: str) -> None:
+def same_model(subject: Subject, config: Config, what: str, steps: int = _STEPS) -> None:
     """Raises AssertionError unless a random checkpoint with `config` as its config.json is, bit for
-    bit, what transformers makes of it: caches, ties, every parameter, and logits of a short run.
+    bit, what transformers makes of it: caches, every parameter, and the logits of a short run.
     """
     directory = subject.checkpoint(config)
-    expected = _run(Reference(directory, torch.float32), subject)
+    expected = _run(Reference(directory, torch.float32), subject, steps)
     try:
         text = subject.adapter.text_config(config)
         same_kinds(subject.adapter.caches(text), expected.cache, what)
@@ -57,11 +57,11 @@ def same_model(subject: Subject, config: Config, what: str) -> None:
         ) from error
 
 
-def _run(reference: Reference, subject: Subject) -> ShortRun:
+def _run(reference: Reference, subject: Subject, steps: int) -> ShortRun:
     vocab_size = reference.model.config.get_text_config().vocab_size
     found = ShortRun(reference, reference.new_cache(), [], [])
     ids = subject.prompt(_PROMPT, vocab_size=vocab_size)
-    for _ in range(1 + _STEPS):
+    for _ in range(1 + steps):
         found.inputs.append(ids)
         found.logits.append(reference.run(ids, cache=found.cache))
         ids = found.logits[-1][-1:].argmax(-1)

@@ -12,7 +12,8 @@ from ollm_conformance.layer_cut import is_size, layer_count, layers_kept, with_l
 from ollm_core import Config
 
 LAYERS = 12
-"""Kept, or more: some numbers have two digits, and periods of 2, 3, 4 and 6 end with the last."""
+"""Some numbers have two digits, and periods of 2, 3, 4 and 6 end with the last."""
+FEW_LAYERS = 3
 WINDOW = 20
 """Tokens of a small window: a short prompt crosses it."""
 VOCABULARY = 330
@@ -28,7 +29,7 @@ EXPERTS_CHOSEN = (
     "num_experts_per_tok", "experts_per_token", "moe_k", "moe_topk", "moe_top_k", "top_k_experts",
 )  # fmt: skip
 EXPERT_GROUPS = ("n_group",)
-_INNER = re.compile(r"(^|_)(intermediate_size|n_inner|ffn_dim)(_mlp)?$")
+INNER = re.compile(r"(^|_)(intermediate_size|n_inner|ffn_dim)(_mlp)?$")
 _WINDOW = re.compile(r"^(sliding_window(_size)?|attention_window(_size)?|attention_chunk_size)$")
 _TOKENS = re.compile(r"_token_(id|ids|index)$")
 LINEAR_HEADS = ("linear_num_key_heads", "linear_num_value_heads")
@@ -50,8 +51,9 @@ class Widths:
     """Sizes between are multiples of it: mxfp4 packs 32 numbers together."""
 
 
-def make_small(config: Config) -> dict[str, Any]:
-    """A config.json with small sizes; what is not a size stays as it is, word for word.
+def make_small(config: Config, layers: int = LAYERS) -> dict[str, Any]:
+    """A config.json with small sizes and `layers` layers or a few more; what is not a size stays as
+    it is, word for word.
 
     Kept: query heads to KV heads up to 16 to one, which of two widths is larger or that they are
     equal, tokens that are the same, every kind of layer and a period of them, and experts to
@@ -59,7 +61,7 @@ def make_small(config: Config) -> dict[str, Any]:
     A config that does not say its sizes by known names is returned as it is.
     """
     numbers = {token: number for number, token in enumerate(sorted(set(_token_ids(config))))}
-    return _with_tokens(_with_sizes(config), numbers)
+    return _with_tokens(_with_sizes(config, layers), numbers)
 
 
 def first_of(config: Config, keys: Iterable[str]) -> int | None:
@@ -76,13 +78,13 @@ def head_dim(config: Config) -> int | None:
     return hidden // heads if hidden and heads else None
 
 
-def _with_sizes(config: Config) -> dict[str, Any]:
+def _with_sizes(config: Config, layers: int) -> dict[str, Any]:
     changed = copy.deepcopy(dict(config))
     if isinstance(changed.get("text_config"), dict):
-        changed["text_config"] = _with_sizes(changed["text_config"])
+        changed["text_config"] = _with_sizes(changed["text_config"], layers)
     if not layer_count(changed) or not first_of(changed, HIDDEN) or not first_of(changed, HEADS):
         return changed
-    changed = with_layers(changed, layers_kept(changed, LAYERS))
+    changed = with_layers(changed, layers_kept(changed, layers))
     widths = _widths(config)
     changed |= _attention_sizes(config, widths)
     changed |= _inner_sizes(changed, config, widths)
@@ -161,7 +163,7 @@ def _shared_out(parts: list[int], total: int) -> list[int]:
 def _inner_sizes(changed: Config, config: Config, widths: Widths) -> dict[str, Any]:
     """Widths inside an MLP: equal to the hidden size, above or below it, each a size of its own."""
     hidden = first_of(config, HIDDEN) or 1
-    stated = {key: value for key, value in changed.items() if _INNER.search(key)}
+    stated = {key: value for key, value in changed.items() if INNER.search(key)}
     sizes = {one for value in stated.values() for one in _listed(value) if is_size(one)}
     small = {hidden: widths.hidden}
     for place, size in enumerate(sorted(size for size in sizes if size > hidden), start=1):

@@ -306,6 +306,12 @@ def model_config(config: Config) -> Any:
     return AutoConfig.for_model(**copy.deepcopy(dict(config)))
 
 
+def text_view(config: Config) -> dict[str, Any]:
+    """The text of a config.json as transformers' config class tells it, absent keys filled in."""
+    told: dict[str, Any] = model_config(config).get_text_config().to_dict()
+    return told
+
+
 def _plain_model(config: Config) -> PreTrainedModel:
     known = model_config(config)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(known, trust_remote_code=False)

@@ -13,6 +13,7 @@ from ollm_conformance.adapter.language import Language
 from ollm_conformance.adapter.memory import Memory
 from ollm_conformance.adapter.planned import Planned
 from ollm_conformance.adapter.robust import Failure, Isolation
+from ollm_conformance.adapter.unstated import Unstated
 from ollm_conformance.adapter.weights import Weights
 from ollm_conformance.checks import MARK, Check
 
@@ -21,6 +22,7 @@ class AdapterConformance(
     Declaration,
     Weights,
     Configs,
+    Unstated,
     Exact,
     Caches,
     Batches,

@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import DynamicCache
 
 from ollm_conformance.adapter.base import AdapterSuite
 from ollm_conformance.alike import same_model
 from ollm_conformance.checks import check, does_not_apply
 from ollm_conformance.features import features
-from ollm_conformance.kinds import kind_of, same_kinds, same_shapes
-from ollm_conformance.layer_cut import with_layers
+from ollm_conformance.kinds import same_kinds
 from ollm_conformance.small_catalog import SmallEntry, small_catalog
-from ollm_conformance.subject import Subject, meta_model, model_config
+from ollm_conformance.subject import Subject, meta_model, model_config, text_view
+from ollm_conformance.without_data import same_full_size
 from ollm_core import Config, DecoderAdapter
 
 _MOST_BYTES = 64_000_000
@@ -65,9 +64,11 @@ class Configs(AdapterSuite):
     )
     def test_active(self, subject: Subject) -> None:
         run = [subject.config, *(small.config for small in _small(subject))]
-        seen = set[str]().union(*(features(_text_view(subject, config)) for config in run))
+        seen = set[str]().union(
+            *(features(text_view(subject.adapter.text_config(config))) for config in run)
+        )
         for entry in subject.adapter.catalog():
-            unseen = sorted(features(_text_view(subject, entry.config)) - seen)
+            unseen = sorted(features(text_view(subject.adapter.text_config(entry.config))) - seen)
             assert not unseen, (
                 f"{entry.id}: expected a config that is run with all that is active in it, got "
                 f"none with {'; '.join(unseen[:3])} ({len(unseen)} in all)"
@@ -84,13 +85,10 @@ class Configs(AdapterSuite):
         if not entries:
             does_not_apply("the catalog is empty")
         for entry in entries:
-            declared = subject.adapter.caches(subject.adapter.text_config(entry.config))
+            config = subject.adapter.text_config(entry.config)
+            declared = subject.adapter.caches(config)
             same_kinds(declared, DynamicCache(config=model_config(entry.config)), entry.id)
-            for layer in _filled(_text_view(subject, entry.config)):
-                expected = kind_of(layer)
-                for layer_idx, kind in enumerate(declared):
-                    if (kind.kind, kind.window) == expected:
-                        same_shapes(kind, layer, f"{entry.id}: layer {layer_idx}")
+            same_full_size(declared, text_view(config), entry.id)
 
     @check(
         "configs.rope-types",
@@ -108,7 +106,7 @@ class Configs(AdapterSuite):
             )
             config = with_rope(subject.config, rope_type)
             if config is not None:
-                same_model(subject, config, f"tiny_config() with rope type {rope_type}")
+                same_model(subject, config, f"tiny_config() with rope type {rope_type}", steps=1)
 
 
 def with_rope(config: Config, rope_type: str) -> dict[str, Any] | None:
@@ -143,41 +141,5 @@ def _small(subject: Subject) -> list[SmallEntry]:
     return found
 
 
-def _text_view(subject: Subject, config: Config) -> dict[str, Any]:
-    """A text config as transformers tells it, absent keys filled in."""
-    text = model_config(subject.adapter.text_config(config)).get_text_config()
-    found: dict[str, Any] = text.to_dict()
-    return found
-
-
-def _filled(config: Config) -> list[Any]:
-    """A layer of each kind of the cache of a full-size model, after a run of those layers alone,
-    without data. None where transformers cannot run without data.
-    """
-    first: dict[tuple[str, int | None], int] = {}
-    for layer_idx, layer in enumerate(DynamicCache(config=_plain(config)).layers):
-        first.setdefault(kind_of(layer), layer_idx)
-    kept = sorted(first.values())
-    known = _plain(with_layers(config, kept))
-    cache = DynamicCache(config=known)
-    with torch.device("meta"), torch.no_grad():
-        model = AutoModelForCausalLM.from_config(
-            known,
-            dtype=torch.bfloat16,
-            attn_implementation="eager",
-            experts_implementation="batched_mm",  # which asks no router for its choice
-            trust_remote_code=False,
-        )
-        ids = torch.zeros(1, 1, dtype=torch.long)
-        try:
-            model.eval()(input_ids=ids, past_key_values=cache, use_cache=True)
-        except (NotImplementedError, RuntimeError):
-            return []
-    return list(cache.layers)
-
-
-def _plain(config: Config) -> Any:
-    """The configuration object without packed weights."""
-    return AutoConfig.for_model(
-        **{key: value for key, value in config.items() if key != "quantization_config"}
-    )
+def _features(subject: Subject, config: Config) -> set[str]:
+    return features(text_view(subject.adapter.text_config(config)))
