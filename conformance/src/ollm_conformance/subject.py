@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import hashlib
+import json
 import os
 import re
 import shutil
@@ -128,12 +130,15 @@ class Subject:
         checkpoint: Path | None = None,
         tiny_config: Config | None = None,
         rehearse: Callable[[ModelParts], Rehearsal] = Rehearsal,
+        small_configs: Mapping[str, Config] | None = None,
     ) -> None:
         """`directory` is an empty one for files; `checkpoint` that of a real model, if there is
-        one; `tiny_config` stands for the adapter's own.
+        one; `tiny_config` stands for the adapter's own, `small_configs` for those that the suite
+        makes of entries of the catalog, by id.
         """
         self.adapter = adapter
         self._tiny_config = tiny_config
+        self.small_configs = small_configs or {}
         self.directory = directory
         self.real_checkpoint = checkpoint
         self._load = load
@@ -172,17 +177,22 @@ class Subject:
         told = "-".join(f"{key}={value}" for key, value in sorted((changes or {}).items()))
         directory = self.directory / re.sub(r"[^\w=.-]", "_", f"tiny-{dtype}-{shards}-{told}")
         if not directory.is_dir():
-            config = {**self.config, **(changes or {})}
-            model = random_model(config)
-            for parameter in model.parameters():
-                parameter.data = parameter.data.to(DTYPES[dtype])
-            model.config.dtype = DTYPES[dtype]
-            num_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-            model.save_pretrained(
-                directory,
-                state_dict=as_published(config, model.state_dict()),
-                max_shard_size=num_bytes // 5 if shards else "5GB",
-            )
+            _write_random(directory, {**self.config, **(changes or {})}, dtype, shards=shards)
+        return directory
+
+    def checkpoint(self, config: Config) -> Path:
+        """The directory of a random checkpoint in float32 whose config.json is `config`, word for
+        word but for its dtype: nothing that it does not state is filled in.
+        """
+        stated: dict[str, Any] = copy.deepcopy(dict(config))
+        stated.pop("torch_dtype", None)
+        stated["dtype"] = "float32"
+        words = json.dumps(stated)
+        name = hashlib.sha256(json.dumps(stated, sort_keys=True).encode()).hexdigest()[:16]
+        directory = self.directory / f"config-{name}"
+        if not directory.is_dir():
+            _write_random(directory, stated, "float32")
+            (directory / "config.json").write_text(words)
         return directory
 
     def reference(self, dtype: str = "float32", directory: Path | None = None) -> Reference:
@@ -266,10 +276,12 @@ class Subject:
         self._num_kv_directories += 1
         return self.directory / f"kv-{self._num_kv_directories}"
 
-    def prompt(self, num_tokens: int, seed: int = 0) -> Tensor:
-        """Random token ids [num_tokens] without the first few, which are often special."""
+    def prompt(self, num_tokens: int, seed: int = 0, vocab_size: int | None = None) -> Tensor:
+        """Random token ids [num_tokens] without the first few, which are often special. Default:
+        of the tiny model.
+        """
         generator = drawn(seed)
-        return torch.randint(5, self.vocab_size, (num_tokens,), generator=generator)
+        return torch.randint(5, vocab_size or self.vocab_size, (num_tokens,), generator=generator)
 
     def least_memory(
         self,
@@ -329,6 +341,12 @@ def model_config(config: Config) -> Any:
     return AutoConfig.for_model(**copy.deepcopy(dict(config)))
 
 
+def text_view(config: Config) -> dict[str, Any]:
+    """The text of a config.json as transformers' config class tells it, absent keys filled in."""
+    told: dict[str, Any] = model_config(config).get_text_config().to_dict()
+    return told
+
+
 def _plain_model(config: Config) -> PreTrainedModel:
     known = model_config(config)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(known, trust_remote_code=False)
@@ -358,3 +376,17 @@ def random_model(config: Config) -> PreTrainedModel:
             else:
                 parameter.add_(noise * 0.2)
     return model
+
+
+def _write_random(directory: Path, config: Config, dtype: str, *, shards: bool = False) -> None:
+    """What transformers writes of a random model, in several files or one."""
+    model = random_model(config)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(DTYPES[dtype])
+    model.config.dtype = DTYPES[dtype]
+    num_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    model.save_pretrained(
+        directory,
+        state_dict=as_published(config, model.state_dict()),
+        max_shard_size=num_bytes // 5 if shards else "5GB",
+    )

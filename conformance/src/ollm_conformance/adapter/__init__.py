@@ -4,6 +4,7 @@ import inspect
 
 from ollm_conformance.adapter.batches import Batches, Drafts
 from ollm_conformance.adapter.caches import Caches
+from ollm_conformance.adapter.configs import Configs
 from ollm_conformance.adapter.declaration import Declaration
 from ollm_conformance.adapter.exact import Exact
 from ollm_conformance.adapter.experts import Experts
@@ -16,6 +17,7 @@ from ollm_conformance.adapter.memory import Memory
 from ollm_conformance.adapter.planned import Planned
 from ollm_conformance.adapter.released import Released
 from ollm_conformance.adapter.robust import Failure, Isolation
+from ollm_conformance.adapter.unstated import Unstated
 from ollm_conformance.adapter.weights import Weights
 from ollm_conformance.checks import MARK, Check
 
@@ -23,6 +25,8 @@ from ollm_conformance.checks import MARK, Check
 class AdapterConformance(
     Declaration,
     Weights,
+    Configs,
+    Unstated,
     Exact,
     Caches,
     KeptKV,

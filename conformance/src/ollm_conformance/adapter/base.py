@@ -26,6 +26,8 @@ class AdapterSuite:
     """The adapter to test. None: the installed one that `--ollm-adapter` names."""
     tiny_config: ClassVar[Config | None] = None
     """A tiny config beside the adapter's own, for a family that is published in several forms."""
+    small_configs: ClassVar[Mapping[str, Config]] = {}
+    """Small configs of catalog entries by id, where those that the suite makes are none."""
     expected_failures: ClassVar[Mapping[str, str]] = {}
     """Check id to the reason why it fails. One that passes after all is a failure."""
     checkpoint: ClassVar[Path | None] = None
@@ -54,7 +56,15 @@ class AdapterSuite:
             adapter = cls.adapter() if isinstance(cls.adapter, type) else cls.adapter
         directory = tmp_path_factory.mktemp(adapter.name)
         checkpoint = cls.checkpoint or request.config.getoption("ollm_checkpoint")
-        return Subject(adapter, directory, cls.load, checkpoint, cls.tiny_config, cls.rehearse)
+        return Subject(
+            adapter,
+            directory,
+            cls.load,
+            checkpoint,
+            cls.tiny_config,
+            cls.rehearse,
+            cls.small_configs,
+        )
 
     @pytest.fixture(autouse=True)
     def _one_thread(self) -> Iterator[None]:
