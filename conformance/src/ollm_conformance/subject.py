@@ -9,7 +9,7 @@ import functools
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrai
 import ollm
 from ollm_conformance.forms import as_published, reference_options
 from ollm_core import Config, DoesNotFitError, ModelAdapter
+from ollm_core.cache import SequenceCache
 from ollm_core.checkpoint import open_checkpoint, read_config
 from ollm_core.generation import StreamedModel
 from ollm_core.parts import ModelParts, take_apart
@@ -60,6 +61,13 @@ class Reference:
         self._chunk_size = chunk_size
         self._known: dict[tuple[tuple[int, ...], int, bool], Tensor] = {}
 
+    @functools.cached_property
+    def in_float64(self) -> Reference:
+        """The same weights, computed with in float64: what rounding does shows against it."""
+        found = copy.copy(self)
+        found.model, found._known = copy.deepcopy(self.model).double(), {}
+        return found
+
     def new_cache(self) -> DynamicCache:
         """An empty cache of the right kind for each layer."""
         return DynamicCache(config=self.model.config)
@@ -95,6 +103,18 @@ class Reference:
         if cache is None:
             self._known[key] = logits
         return logits
+
+    def run_pieces(
+        self,
+        pieces: Sequence[Tensor],
+        chunk_size: int | None = None,
+        cache: DynamicCache | None = None,
+    ) -> Tensor:
+        """Logits [T, V] of `pieces` [n] of tokens, one after the other on one cache, each in chunks
+        of its own, after what is in `cache`.
+        """
+        cache = self.new_cache() if cache is None else cache
+        return torch.cat([self.run(piece, chunk_size, cache) for piece in pieces])
 
     @torch.no_grad()
     def greedy(
@@ -287,6 +307,14 @@ def greedy(model: StreamedModel, ids: Tensor, num_new: int) -> tuple[list[int], 
     """Greedy tokens of `generate` after a prompt [T], EOS ignored, and the logits behind them."""
     found = generate(model, ids[None], num_new, return_dict_in_generate=True, output_logits=True)
     return found.sequences[0, len(ids) :].tolist(), torch.cat(found.logits)
+
+
+def run_pieces(
+    model: StreamedModel, pieces: Sequence[Tensor], cache: SequenceCache | None = None
+) -> Tensor:
+    """Logits [T, V] of `pieces` [n] of tokens, each a pass, after what is in `cache`."""
+    cache = model.new_cache() if cache is None else cache
+    return torch.cat([model(input_ids=p[None], past_key_values=cache).logits[0] for p in pieces])
 
 
 def model_config(config: Config) -> Any:

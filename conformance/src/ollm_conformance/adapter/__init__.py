@@ -12,6 +12,7 @@ from ollm_conformance.adapter.language import Language
 from ollm_conformance.adapter.memory import Memory
 from ollm_conformance.adapter.planned import Planned
 from ollm_conformance.adapter.robust import Failure, Isolation
+from ollm_conformance.adapter.sizes import Sizes
 from ollm_conformance.adapter.weights import Weights
 from ollm_conformance.checks import MARK, Check
 
@@ -20,6 +21,7 @@ class AdapterConformance(
     Declaration,
     Weights,
     Exact,
+    Sizes,
     Caches,
     Batches,
     Drafts,
