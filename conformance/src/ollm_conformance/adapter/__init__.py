@@ -10,6 +10,7 @@ from ollm_conformance.adapter.experts import Experts
 from ollm_conformance.adapter.hardware import Gpu, Speed
 from ollm_conformance.adapter.language import Language
 from ollm_conformance.adapter.memory import Memory
+from ollm_conformance.adapter.packed import Numbers
 from ollm_conformance.adapter.planned import Planned
 from ollm_conformance.adapter.robust import Failure, Isolation
 from ollm_conformance.adapter.sizes import Sizes
@@ -20,6 +21,7 @@ from ollm_conformance.checks import MARK, Check
 class AdapterConformance(
     Declaration,
     Weights,
+    Numbers,
     Exact,
     Sizes,
     Caches,
