@@ -8,6 +8,7 @@ from ollm_conformance.adapter.declaration import Declaration
 from ollm_conformance.adapter.exact import Exact
 from ollm_conformance.adapter.experts import Experts
 from ollm_conformance.adapter.hardware import Gpu, Speed
+from ollm_conformance.adapter.hidden import Hidden
 from ollm_conformance.adapter.language import Language
 from ollm_conformance.adapter.memory import Memory
 from ollm_conformance.adapter.packed import Numbers
@@ -29,6 +30,7 @@ class AdapterConformance(
     Drafts,
     Experts,
     Memory,
+    Hidden,
     Planned,
     Isolation,
     Failure,
