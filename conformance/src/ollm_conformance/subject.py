@@ -23,6 +23,7 @@ import ollm
 from ollm_conformance.forms import as_published, reference_options
 from ollm_conformance.seeds import drawn, run_seed
 from ollm_core import Config, DoesNotFitError, ModelAdapter
+from ollm_core.cache import SequenceCache
 from ollm_core.checkpoint import open_checkpoint, read_config
 from ollm_core.generation import StreamedModel
 from ollm_core.parts import ModelParts, take_apart
@@ -64,6 +65,14 @@ class Reference:
         self._known: dict[tuple[tuple[int, ...], int, bool], Tensor] = {}
         self._continued: dict[tuple[tuple[int, ...], int], Tensor] = {}
 
+    @functools.cached_property
+    def in_float64(self) -> Reference:
+        """The same weights, computed with in float64: what rounding does shows against it."""
+        found = copy.copy(self)
+        found.model = copy.deepcopy(self.model).double()
+        found._known, found._continued = {}, {}
+        return found
+
     def new_cache(self) -> DynamicCache:
         """An empty cache of the right kind for each layer."""
         return DynamicCache(config=self.model.config)
@@ -99,6 +108,18 @@ class Reference:
         if cache is None:
             self._known[key] = logits
         return logits
+
+    def run_pieces(
+        self,
+        pieces: Sequence[Tensor],
+        chunk_size: int | None = None,
+        cache: DynamicCache | None = None,
+    ) -> Tensor:
+        """Logits [T, V] of `pieces` [n] of tokens, one after the other on one cache, each in chunks
+        of its own, after what is in `cache`.
+        """
+        cache = self.new_cache() if cache is None else cache
+        return torch.cat([self.run(piece, chunk_size, cache) for piece in pieces])
 
     @torch.no_grad()
     def greedy(
@@ -334,6 +355,14 @@ def left_padded(prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         ids[row, longest - len(prompt) :] = prompt
         mask[row, longest - len(prompt) :] = 1
     return ids, mask
+
+
+def run_pieces(
+    model: StreamedModel, pieces: Sequence[Tensor], cache: SequenceCache | None = None
+) -> Tensor:
+    """Logits [T, V] of `pieces` [n] of tokens, each a pass, after what is in `cache`."""
+    cache = model.new_cache() if cache is None else cache
+    return torch.cat([model(input_ids=p[None], past_key_values=cache).logits[0] for p in pieces])
 
 
 def model_config(config: Config) -> Any:

@@ -11,12 +11,15 @@ from ollm_conformance.adapter.experts import Experts
 from ollm_conformance.adapter.failures import BatchFailure
 from ollm_conformance.adapter.generation import Stops
 from ollm_conformance.adapter.hardware import Gpu, Speed
+from ollm_conformance.adapter.hidden import Hidden
 from ollm_conformance.adapter.kept import KeptKV
 from ollm_conformance.adapter.language import Language
 from ollm_conformance.adapter.memory import Memory
+from ollm_conformance.adapter.packed import Numbers
 from ollm_conformance.adapter.planned import Planned
 from ollm_conformance.adapter.released import Released
 from ollm_conformance.adapter.robust import Failure, Isolation
+from ollm_conformance.adapter.sizes import Sizes
 from ollm_conformance.adapter.unstated import Unstated
 from ollm_conformance.adapter.weights import Weights
 from ollm_conformance.checks import MARK, Check
@@ -27,7 +30,9 @@ class AdapterConformance(
     Weights,
     Configs,
     Unstated,
+    Numbers,
     Exact,
+    Sizes,
     Caches,
     KeptKV,
     Released,
@@ -35,6 +40,7 @@ class AdapterConformance(
     Drafts,
     Experts,
     Memory,
+    Hidden,
     Planned,
     Isolation,
     Failure,
