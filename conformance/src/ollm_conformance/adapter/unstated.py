@@ -89,20 +89,23 @@ def _changed_models(subject: Subject, config: Config) -> Iterator[_Changed]:
         try:
             text = adapter.text_config(one.config)
             adapter.layout(text)
-        except OllmError as error:
-            if one.is_size or taken is None or not _can_run(one.config):
+        except Exception as error:
+            may_refuse = one.is_size or taken is None or not _can_run(one.config)
+            if may_refuse and isinstance(error, OllmError):
                 continue
             raise AssertionError(
-                f"{what}: expected the model that transformers takes it for, got: {error}"
+                f"{what}: expected the model that transformers takes it for, got "
+                f"{type(error).__name__}: {error}"
             ) from error
         if taken is None:
             continue
         difference = first_difference(taken, taken_for(text) or {})
         assert not difference, f"{what}: text_config(): {difference}"
         if taken == whole:
-            assert _declared(subject, one.config, names) == declared, (
+            said = _declared(subject, one.config, names)
+            assert said == declared, (
                 f"{what}: expected what the adapter declares with it, as transformers takes both "
-                "for one model, got something else"
+                f"for one model, got {said if isinstance(said, str) else 'something else'}"
             )
             continue
         model = _model(one.config)
@@ -110,7 +113,7 @@ def _changed_models(subject: Subject, config: Config) -> Iterator[_Changed]:
             continue
         reshaped = _shapes(model) != shapes
         try:
-            said = _same_declarations(subject, one, what, model, reshaped=reshaped)
+            is_model = _same_declarations(subject, one, what, model, reshaped=reshaped)
         except Exception as error:
             if not _can_run(one.config):
                 continue
@@ -119,7 +122,7 @@ def _changed_models(subject: Subject, config: Config) -> Iterator[_Changed]:
             raise AssertionError(
                 f"{what}: expected declarations, got {type(error).__name__}: {error}"
             ) from error
-        if said:
+        if is_model:
             num_parameters = sum(p.numel() for p in model.parameters())
             yield _Changed(one.key, one.config, config, _words(taken), reshaped, num_parameters)
 
@@ -188,13 +191,13 @@ def _more_heads(config: Config) -> dict[str, Any]:
 
 
 def _declared(subject: Subject, config: Config, names: list[str]) -> Any:
-    """All that an adapter says of a checkpoint with `names`; an error's words where it refuses."""
+    """All that an adapter says of a checkpoint with `names`; the error where it says nothing."""
     adapter = subject.adapter
     try:
         text = adapter.text_config(config)
         plan = adapter.weights(text, names)
-    except OllmError as error:
-        return str(error)
+    except Exception as error:  # noqa: BLE001 - no plan, whatever it is
+        return f"{type(error).__name__}: {error}"
     sources = {**plan.parameters, **plan.experts}
     return adapter.layout(text), tuple(adapter.caches(text)), sources, plan.ignored
 
