@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from ollm_conformance.adapter.base import AdapterSuite
 from ollm_conformance.alike import same_model
 from ollm_conformance.checks import check
 from ollm_conformance.kinds import same_kinds
+from ollm_conformance.layer_cut import is_size
 from ollm_conformance.naming import stored_shapes
 from ollm_conformance.small import FEW_LAYERS, HEADS, HIDDEN, make_small
 from ollm_conformance.subject import Subject, meta_model, text_view
@@ -186,8 +187,12 @@ def _more_heads(config: Config) -> dict[str, Any]:
     """`config` with twice the query heads; where their dimension follows from the hidden size, with
     twice that.
     """
+    if isinstance(inner := config.get("text_config"), Mapping):
+        return {**config, "text_config": _more_heads(inner)}
     keys = (*HEADS, *(HIDDEN if config.get("head_dim") is None else ()))
-    return {key: 2 * value if key in keys else value for key, value in config.items()}
+    return {
+        key: 2 * value if key in keys and is_size(value) else value for key, value in config.items()
+    }
 
 
 def _declared(subject: Subject, config: Config, names: list[str]) -> Any:
