@@ -114,7 +114,12 @@ def with_rope(config: Config, rope_type: str) -> dict[str, Any] | None:
     those of most config.json files; in the words of 5 where layers have several. None if it has
     that type already.
     """
-    known = model_config(config).get_text_config().rope_parameters
+    if isinstance(inner := config.get("text_config"), Mapping):
+        changed = with_rope(inner, rope_type)
+        return changed and {**config, "text_config": changed}
+    known = getattr(model_config(config), "rope_parameters", None)
+    if not known:
+        return None
     several = all(isinstance(rope, Mapping) for rope in known.values())
     ropes = list(known.values()) if several else [known]
     if all(rope.get("rope_type", "default") == rope_type for rope in ropes):
