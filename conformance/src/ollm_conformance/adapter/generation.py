@@ -5,6 +5,7 @@ a draft.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from ollm_conformance.adapter.base import AdapterSuite
 from ollm_conformance.checks import check
 from ollm_conformance.compare import same_tokens, same_within
 from ollm_conformance.held import same_lengths
-from ollm_conformance.subject import Subject, generate, left_padded
+from ollm_conformance.subject import Reference, Subject, generate, left_padded
 from ollm_core.generation import StreamedModel
 
 _NUM_NEW = 12
@@ -31,9 +32,7 @@ class Stops(AdapterSuite):
         look="generation_config.json of the checkpoint; text_config() must keep eos_token_id",
     )
     def test_stop_list(self, subject: Subject) -> None:
-        prompt = subject.prompt(_PROMPT)
-        tokens = subject.reference().greedy(prompt, _NUM_NEW)[0]
-        early, late = _two_stops(tokens)
+        prompt, tokens, early, late = _text(subject, _PROMPT)
         with subject.open() as model:
             for stops in ([tokens[early], tokens[late]], [tokens[late], tokens[early]]):
                 found = generate(model, prompt[None], _NUM_NEW, eos_token_id=stops)
@@ -50,11 +49,9 @@ class Stops(AdapterSuite):
         needs=["batch"],
     )
     def test_stop_rows(self, subject: Subject) -> None:
-        prompts = [subject.prompt(n, seed=seed) for n, seed in ((_PROMPT, 0), (17, 1))]
-        rows = [subject.reference().greedy(prompt, _NUM_NEW)[0] for prompt in prompts]
-        early, _ = _two_stops(rows[0])
-        _, late = _two_stops(rows[1])
-        stops = {rows[0][early], rows[1][late]}
+        first, second = _text(subject, _PROMPT), _text(subject, 17, seed=1)
+        prompts, rows = [first[0], second[0]], [first[1], second[1]]
+        stops = {rows[0][first[2]], rows[1][second[3]]}
         ids, mask = left_padded(prompts)
         with subject.open() as model:
             found = generate(
@@ -72,9 +69,7 @@ class Stops(AdapterSuite):
         look="text_config() must keep eos_token_id; the checkpoint's generation_config.json",
     )
     def test_stop_config(self, subject: Subject) -> None:
-        prompt = subject.prompt(_PROMPT)
-        tokens = subject.reference().greedy(prompt, _NUM_NEW)[0]
-        early, late = _two_stops(tokens)
+        prompt, tokens, early, late = _text(subject, _PROMPT)
         directory = subject.copy(subject.tiny())
         said = directory / "generation_config.json"
         for stops in ([tokens[late], tokens[early]], tokens[late]):
@@ -98,9 +93,8 @@ class Stops(AdapterSuite):
         needs=["drafts", "truncate"],
     )
     def test_stop_in_draft(self, subject: Subject) -> None:
-        prompt, second = subject.prompt(_PROMPT), subject.prompt(9, seed=1)
-        tokens = subject.reference().greedy(prompt, _NUM_NEW)[0]
-        early, late = _two_stops(tokens)
+        prompt, tokens, early, late = _text(subject, _PROMPT)
+        second = subject.prompt(9, seed=1)
         with subject.open() as model:
             drafter = _Foresight(_PROMPT, tokens)
             for what, num_new, stops in (
@@ -119,9 +113,9 @@ class Stops(AdapterSuite):
             model.draft_with(None)
             looked_up = torch.cat([prompt[:20], torch.tensor(tokens), prompt[20:]])
             tokens = subject.reference().greedy(looked_up, _NUM_NEW)[0]
-            early, _ = _two_stops(tokens)
+            stop = max(i for i in range(_NUM_NEW // 2) if tokens[i] not in tokens[:i])
             _ends(
-                model, subject, looked_up, second, tokens[: early + 1], _NUM_NEW, tokens[early],
+                model, subject, looked_up, second, tokens[: stop + 1], _NUM_NEW, tokens[stop],
                 "a stop token with prompt lookup", prompt_lookup_num_tokens=4,
             )  # fmt: skip
 
@@ -162,17 +156,33 @@ def _ends(
     length, stored = len(prompt) + len(expected) - 1, cache.get_seq_length()
     assert stored == length, f"after {what}: expected {length} tokens stored, got {stored}"
     same_lengths(cache.store, cache.rows, [length], len(cache), f"after {what}")
-    text = torch.cat([found[0], second])
+    text, rest = torch.cat([found[0], second]), [len(expected) - 1, 1 + len(second)]
     logits = model(input_ids=text[None, length:], past_key_values=cache).logits[0]
-    wanted = subject.reference().run(text)[length:]
+    wanted = _in_pieces(subject.reference(), text.split([len(prompt), *rest]))
     same_within(logits, wanted, 1e-4, f"logits of a second turn after {what}")
     cache.close()
 
 
-def _two_stops(tokens: list[int]) -> tuple[int, int]:
-    """Where two tokens of a text are that have not come before, the first past its start."""
-    new = [i for i in range(2, len(tokens)) if tokens[i] not in tokens[:i]]
-    return new[len(new) // 3], new[2 * len(new) // 3]
+def _in_pieces(reference: Reference, pieces: Sequence[Tensor]) -> Tensor:
+    """Logits [t, V] of the last of pieces that come one after the other."""
+    cache = reference.new_cache()
+    return [reference.run(piece, cache=cache) for piece in pieces if len(piece)][-1]
+
+
+def _text(subject: Subject, num_tokens: int, seed: int = 0) -> tuple[Tensor, list[int], int, int]:
+    """A prompt, its greedy tokens, and where two of these are that have not come before, the first
+    past the start. Raises AssertionError if no text of the model has two.
+    """
+    for more in range(0, 80, 10):
+        prompt = subject.prompt(num_tokens, seed=seed + more)
+        tokens = subject.reference().greedy(prompt, _NUM_NEW)[0]
+        new = [i for i in range(2, len(tokens)) if tokens[i] not in tokens[:i]]
+        if len(new) >= 4:
+            return prompt, tokens, new[len(new) // 3], new[2 * len(new) // 3]
+    raise AssertionError(
+        f"expected a prompt after which the tiny model says other tokens, got {tokens} after the "
+        "last of eight"
+    )
 
 
 def _as_the_checkpoint_says(subject: Subject, directory: Path, prompt: Tensor) -> list[int]:
