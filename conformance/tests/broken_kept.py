@@ -7,6 +7,7 @@ from __future__ import annotations
 import functools
 import json
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,7 +17,9 @@ import ollm
 from ollm_adapter_llama import LlamaAdapter
 from ollm_adapter_qwen3_next import Qwen3NextAdapter
 from ollm_core.buffers import PAGE
+from ollm_core.checkpoint import open_checkpoint, read_config
 from ollm_core.errors import DamagedKVError, KVStoreError
+from ollm_core.identity import identity
 from ollm_core.kv import KeepingKVStore
 from ollm_core.kv.files import MAGIC, read_header
 
@@ -261,6 +264,15 @@ def damage_is_told_at_length(store):
     disk._read_slots = read_slots
 
 
+def attention_not_in_the_key(directory, **options):
+    """What a block-wise run has kept is found by an exact one."""
+    model = ollm.load(directory, **options)
+    checkpoint = open_checkpoint(directory)
+    name = functools.partial(identity, checkpoint, read_config(directory))
+    model._open_store._request = replace(model._open_store._request, fingerprint=name)
+    return model
+
+
 def _llama(check, sentence, load):
     return broken_adapter(check, sentence, LlamaAdapter, load=load)
 
@@ -280,6 +292,7 @@ BROKEN_KEPT = [
     _recurrent(
         "caches.other-dtype", "Dtypes share files of states.", states_of_all_dtypes_in_one_file
     ),
+    _llama("caches.other-attention", "The attention is not in the key.", attention_not_in_the_key),
     _recurrent("caches.damaged", "States are not checked.", states_not_checked),
     _recurrent("caches.damaged", "States have no checksum.", checksum_of_states_ignored),
     _recurrent("caches.damaged", "States of other tokens are taken.", tokens_of_states_ignored),

@@ -87,6 +87,22 @@ class KeptKV(AdapterSuite):
             same_bits(found, expected.float(), f"logits of {what}")
 
     @check(
+        "caches.other-attention",
+        "KV on disk of a run with block-wise attention is not used by one with exact attention.",
+        look="core: what the KV of a model is found by",
+        needs=["kv-disk", "blockwise-attention"],
+    )
+    def test_other_attention(self, subject: Subject) -> None:
+        prompt, kv_dir = subject.prompt(150), subject.new_directory()
+        options = {"kv": "disk", "kv_dir": kv_dir, "keep_kv": True}
+        with subject.open(attention="blockwise", **options) as model:
+            _last_logits(model, prompt)
+        with subject.open(attention="exact", **options) as model:
+            found, num_cached = _last_logits(model, prompt)
+        assert num_cached == 0, f"expected no token of the other run, got {num_cached}"
+        same_bits(found, subject.reference().run(prompt, last_only=True), "logits beside its KV")
+
+    @check(
         "caches.damaged",
         "KV, recurrent states and their index on disk that are cut, changed in one bit, exchanged "
         "or of another header are computed again or refused in one line; they never change a "
