@@ -10,11 +10,12 @@ from broken_models import BROKEN_MODELS
 from broken_parts import BROKEN_PARTS
 from broken_plans import BROKEN_PLANS
 from broken_recurrent import BROKEN_RECURRENT
+from broken_sizes import BROKEN_SIZES
 
 
 def power_table():
     """The page, from the lists that the tests run."""
-    broken = [*BROKEN_ADAPTERS, *BROKEN_MODELS, *BROKEN_PLANS, *BROKEN_RECURRENT]
+    broken = [*BROKEN_ADAPTERS, *BROKEN_MODELS, *BROKEN_PLANS, *BROKEN_RECURRENT, *BROKEN_SIZES]
     rows = [(one.check, one.name, one.sentence) for one in broken]
     rows += [(one.check, one.name, one.fault) for one in BROKEN_PARTS]
     lines = [

@@ -9,12 +9,13 @@ from broken_adapters import BROKEN_ADAPTERS
 from broken_models import BROKEN_MODELS
 from broken_plans import BROKEN_PLANS
 from broken_recurrent import BROKEN_RECURRENT
+from broken_sizes import BROKEN_SIZES
 from power import outcomes
 from power_table import power_table
 
 from ollm_conformance.adapter import adapter_checks
 
-BROKEN = [*BROKEN_ADAPTERS, *BROKEN_MODELS, *BROKEN_PLANS, *BROKEN_RECURRENT]
+BROKEN = [*BROKEN_ADAPTERS, *BROKEN_MODELS, *BROKEN_PLANS, *BROKEN_RECURRENT, *BROKEN_SIZES]
 
 
 @pytest.mark.parametrize("broken", BROKEN, ids=lambda broken: broken.name)
