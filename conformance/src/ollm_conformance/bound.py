@@ -1,4 +1,4 @@
-"""What the engine computes with: every parameter, as its layer gets it."""
+"""What the engine is given of a checkpoint."""
 
 from __future__ import annotations
 
