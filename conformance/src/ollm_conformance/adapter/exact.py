@@ -27,7 +27,8 @@ class Exact(AdapterSuite):
         prompt = subject.prompt(PROMPT)
         with subject.open(subject.tiny(dtype)) as model:
             found = model(input_ids=prompt[None]).logits[0]
-            assert model.stats.weight_bytes_read == 0, "expected all weights resident"
+            read = model.stats.weight_bytes_read
+            assert read == 0, f"weights in {dtype}: expected all in memory, got {read} bytes read"
         same_bits(found, subject.reference(dtype).run(prompt), f"logits in {dtype}")
 
     @check(
@@ -51,7 +52,8 @@ class Exact(AdapterSuite):
             for number in range(3):
                 found = model(input_ids=prompt[None], logits_to_keep=1).logits[0]
                 same_bits(found, expected, f"last logits in {dtype}, pass {number + 1}")
-            assert model.stats.weight_bytes_read > 0, "expected weights to be streamed"
+            streamed = model.stats.weight_bytes_read
+            assert streamed > 0, f"weights in {dtype}: expected some to be streamed, got none read"
 
     @check(
         "exact.decode",
@@ -83,7 +85,11 @@ class Exact(AdapterSuite):
         whole = reference.run(prompt, PROMPT)
         tolerance = 1e-4 * _rounding(subject)
         same_within(found, whole, tolerance, f"chunks of {chunk_size} against one chunk")
-        same_tokens(found.argmax(-1).tolist(), whole.argmax(-1).tolist(), "most likely tokens")
+        same_tokens(
+            found.argmax(-1).tolist(),
+            whole.argmax(-1).tolist(),
+            f"most likely tokens in chunks of {chunk_size}",
+        )
 
     @check(
         "exact.blockwise",
@@ -101,7 +107,12 @@ class Exact(AdapterSuite):
         expected = subject.reference().run(prompt, chunk_size)
         tolerance = 1e-5 * _rounding(subject)
         same_within(found, expected, tolerance, f"block-wise logits in chunks of {chunk_size}")
-        same_within(steps[:1], expected[-1:], tolerance, "block-wise logits of a step")
+        same_within(
+            steps[:1],
+            expected[-1:],
+            tolerance,
+            f"block-wise logits of a step after chunks of {chunk_size}",
+        )
 
 
 def _rounding(subject: Subject) -> int:
