@@ -31,7 +31,7 @@ def test_a_refusal_must_name_what_it_refuses():
 
 def test_other_failures_pass_through():
     """An assertion speaks for itself; Ctrl-C stops the run."""
-    with pytest.raises(AssertionError, match="^another$"), refused(ConfigError, "key q"):
+    with pytest.raises(AssertionError, match=r"^another$"), refused(ConfigError, "key q"):
         raise AssertionError("another")
     with pytest.raises(KeyboardInterrupt), refused(ConfigError, "key q"):
         raise KeyboardInterrupt
