@@ -236,6 +236,8 @@ class CatalogEntry:
     config: Config = field(repr=False)
     chat: bool = True
     license: str = ""
+    ignored_bytes: int = 0
+    """Of `weight_bytes`, those of tensors that the adapter ignores."""
 
 
 @dataclass(frozen=True, slots=True)

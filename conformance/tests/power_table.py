@@ -6,6 +6,7 @@ python conformance/tests/power_table.py > docs/conformance-power.md
 from __future__ import annotations
 
 from broken_adapters import BROKEN_ADAPTERS
+from broken_declarations import BROKEN_DECLARATIONS
 from broken_models import BROKEN_MODELS
 from broken_parts import BROKEN_PARTS
 from broken_plans import BROKEN_PLANS
@@ -14,7 +15,13 @@ from broken_recurrent import BROKEN_RECURRENT
 
 def power_table():
     """The page, from the lists that the tests run."""
-    broken = [*BROKEN_ADAPTERS, *BROKEN_MODELS, *BROKEN_PLANS, *BROKEN_RECURRENT]
+    broken = [
+        *BROKEN_ADAPTERS,
+        *BROKEN_DECLARATIONS,
+        *BROKEN_MODELS,
+        *BROKEN_PLANS,
+        *BROKEN_RECURRENT,
+    ]
     rows = [(one.check, one.name, one.sentence) for one in broken]
     rows += [(one.check, one.name, one.fault) for one in BROKEN_PARTS]
     lines = [

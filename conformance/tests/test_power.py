@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from broken_adapters import BROKEN_ADAPTERS
+from broken_declarations import BROKEN_DECLARATIONS
 from broken_models import BROKEN_MODELS
 from broken_plans import BROKEN_PLANS
 from broken_recurrent import BROKEN_RECURRENT
@@ -14,7 +15,13 @@ from power_table import power_table
 
 from ollm_conformance.adapter import adapter_checks
 
-BROKEN = [*BROKEN_ADAPTERS, *BROKEN_MODELS, *BROKEN_PLANS, *BROKEN_RECURRENT]
+BROKEN = [
+    *BROKEN_ADAPTERS,
+    *BROKEN_DECLARATIONS,
+    *BROKEN_MODELS,
+    *BROKEN_PLANS,
+    *BROKEN_RECURRENT,
+]
 
 
 @pytest.mark.parametrize("broken", BROKEN, ids=lambda broken: broken.name)

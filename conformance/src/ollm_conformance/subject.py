@@ -9,7 +9,7 @@ import functools
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +134,7 @@ class Subject:
         self._rehearse = rehearse
         self._rehearsals: dict[tuple[Path, str], Rehearsal] = {}
         self._references: dict[tuple[Path, str], Reference] = {}
+        self._made: dict[tuple[Hashable, ...], Any] = {}
         self._num_kv_directories = 0
 
     @functools.cached_property
@@ -145,6 +146,12 @@ class Subject:
     def config(self) -> dict[str, Any]:
         """A copy of the tiny config."""
         return copy.deepcopy(dict(self._tiny_config or self.adapter.tiny_config()))
+
+    def once(self, key: tuple[Hashable, ...], make: Callable[[], Any]) -> Any:
+        """What `make` gave when it was called for this `key`, the first time alone."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
     @property
     def vocab_size(self) -> int:

@@ -7,18 +7,22 @@ from ollm_conformance.adapter.caches import Caches
 from ollm_conformance.adapter.declaration import Declaration
 from ollm_conformance.adapter.exact import Exact
 from ollm_conformance.adapter.experts import Experts
+from ollm_conformance.adapter.foreign import Foreign
 from ollm_conformance.adapter.hardware import Gpu, Speed
 from ollm_conformance.adapter.language import Language
 from ollm_conformance.adapter.memory import Memory
 from ollm_conformance.adapter.planned import Planned
 from ollm_conformance.adapter.robust import Failure, Isolation
+from ollm_conformance.adapter.stored import Stored
 from ollm_conformance.adapter.weights import Weights
 from ollm_conformance.checks import MARK, Check
 
 
 class AdapterConformance(
     Declaration,
+    Stored,
     Weights,
+    Foreign,
     Exact,
     Caches,
     Batches,
