@@ -298,7 +298,7 @@ class DecoderAdapter(ModelAdapter):
             raise CheckpointError(
                 f"the checkpoint lacks tensor {lacks[0]} ({len(lacks)} are missing in all)"
                 + (f" and has {has[0]!a}, {also}" if has else ""),
-                hint="config.json and the checkpoint are of different models, or "
+                hint="config.json and the checkpoint are of different models, or layout(), "
                 f"layer_parameters(), source(), experts() or defaults of adapter {self.name} are "
                 "wrong",
             )

@@ -92,7 +92,7 @@ class Skeleton:
                 f"{' '.join(str(error).split())}"
             ) from error
         model.eval()
-        _check_paths(model, layout)
+        check_paths(model, layout)
         self.shapes = {
             name: tuple(parameter.shape)
             for name, parameter in model.named_parameters(remove_duplicate=False)
@@ -172,7 +172,7 @@ def _rotary_types(rotary: nn.Module, config: PreTrainedConfig, num_layers: int) 
     return types
 
 
-def _check_paths(model: nn.Module, layout: Layout) -> None:
+def check_paths(model: nn.Module, layout: Layout) -> None:
     """Raises PluginError for a path of the layout that leads nowhere."""
     known = [name for name, _ in model.named_modules() if ".0" not in name]
     for part in ("embedding", "layers", "norm", "head", "rotary"):

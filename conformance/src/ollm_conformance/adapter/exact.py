@@ -10,7 +10,7 @@ from ollm_conformance.compare import same_bits, same_tokens, same_within
 from ollm_conformance.subject import PROMPT, Subject, greedy
 from ollm_core.generation import StreamedModel
 
-_LOOK = "layout(), weights() (run weights.values first), and text_config()"
+_LOOK = "run weights.values first; then layout(), layer_types(), and text_config()"
 _DTYPES = pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 
 
@@ -34,7 +34,7 @@ class Exact(AdapterSuite):
     @check(
         "exact.streamed",
         "In the smallest memory that it runs in, with each reading engine, the bits are the same.",
-        look="weights(): transforms must not keep or change what they are given",
+        look="transforms of source() must not keep or change what they are given",
     )
     @pytest.mark.parametrize("reader", ["direct", "mmap"])
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -18,7 +18,7 @@ from ollm_conformance.subject import Subject, generate
 from ollm_core import DoesNotFitError
 from ollm_core.generation import StreamedModel
 
-_LOOK = "weights(): transforms that allocate more than their result; caches(): sizes"
+_LOOK = "transforms of source() that allocate more than their scratch_bytes; caches(): sizes"
 
 
 class Memory(AdapterSuite):
@@ -137,7 +137,7 @@ class Memory(AdapterSuite):
     @check(
         "memory.freed",
         "After close no tensor, file, thread or KV directory is left.",
-        look="weights(): transforms that keep what they are given",
+        look="transforms of source() that keep what they are given",
     )
     @pytest.mark.parametrize("kv", ["device", "host", "disk"])
     def test_freed(self, subject: Subject, kv: str) -> None:
