@@ -56,7 +56,7 @@ class ModelAdapter(ABC):
 
     @property
     def capabilities(self) -> Mapping[str, Capability]:
-        """Ability name to what is supported. Names: see `ollm_core.registry.CAPABILITIES`. Missing
+        """Ability name to what is supported. Names: see `ollm_core.CAPABILITIES`. Missing
         means full.
         """
         return {}

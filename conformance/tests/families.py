@@ -31,6 +31,8 @@ class Qwen3(DecoderAdapter):
         yield from ("input_layernorm.weight", "post_attention_layernorm.weight")
         for leaf in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"):
             yield f"self_attn.{leaf}.weight"
+            if config.get("attention_bias") and leaf.endswith("proj"):
+                yield f"self_attn.{leaf}.bias"
         for leaf in ("gate_proj", "up_proj", "down_proj"):
             yield f"mlp.{leaf}.weight"
 
@@ -140,7 +142,9 @@ class GptOss(DecoderAdapter):
         yield from ("input_layernorm.weight", "post_attention_layernorm.weight")
         yield "self_attn.sinks"
         for leaf in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            yield from (f"self_attn.{leaf}.weight", f"self_attn.{leaf}.bias")
+            yield f"self_attn.{leaf}.weight"
+            if config.get("attention_bias", True):
+                yield f"self_attn.{leaf}.bias"
         yield from ("mlp.router.weight", "mlp.router.bias")
         for leaf in ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias"):
             yield f"mlp.experts.{leaf}"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from types import TracebackType
 
 import torch
 from torch import Tensor
@@ -62,3 +63,44 @@ def _same_form(found: Tensor, expected: Tensor, what: str) -> None:
             f"{what}: expected {expected.dtype} {list(expected.shape)}, "
             f"got {found.dtype} {list(found.shape)}"
         )
+
+
+class Refusal(AbstractContextManager["Refusal"]):
+    """What `refused` gives out. After the `with` block, `error` is what the block raised."""
+
+    error: BaseException
+
+    def __init__(self, expected: type[BaseException], what: str) -> None:
+        self._expected = expected
+        self._what = what
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> bool:
+        name = self._expected.__name__
+        wanted = f"{self._what}: expected {'an' if name[0] in 'AEIOU' else 'a'} {name}"
+        if exc is None:
+            raise AssertionError(f"{wanted}, got no error")
+        if isinstance(exc, self._expected):
+            self.error = exc
+            return True
+        if isinstance(exc, AssertionError) or not isinstance(exc, Exception):
+            return False  # speaks for itself, or is Ctrl-C
+        raise AssertionError(f"{wanted}, got {type(exc).__name__}: {exc}") from exc
+
+    def says(self, words: str) -> None:
+        """Raises AssertionError unless the error's message holds `words`."""
+        if words not in str(self.error):
+            raise AssertionError(
+                f"{self._what}: expected an error that says {words!r}, got: {self.error}"
+            )
+
+
+def refused(expected: type[BaseException], what: str) -> Refusal:
+    """Raises AssertionError unless its `with` block raises `expected`. `what` names what should
+    have been refused: entry, tensor, row, size.
+    """
+    return Refusal(expected, what)

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +168,7 @@ class Subject:
         self._references: dict[tuple[Path, str], Reference] = {}
         self._traced: dict[tuple[str, ...], tuple[Any, Any]] = {}
         self._least_to_open: dict[tuple[str, ...], int] = {}
+        self._made: dict[tuple[Hashable, ...], Any] = {}
         self._num_kv_directories = 0
 
     @functools.cached_property
@@ -178,7 +179,18 @@ class Subject:
     @property
     def config(self) -> dict[str, Any]:
         """A copy of the tiny config."""
-        return copy.deepcopy(dict(self._tiny_config or self.adapter.tiny_config()))
+        return copy.deepcopy(dict(self.given_config))
+
+    @property
+    def given_config(self) -> Config:
+        """The tiny config as the adapter, or the test class, gives it."""
+        return self._tiny_config or self.adapter.tiny_config()
+
+    def once(self, key: tuple[Hashable, ...], make: Callable[[], Any]) -> Any:
+        """What `make` gave when it was called for this `key`, the first time alone."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
     @property
     def vocab_size(self) -> int:

@@ -148,7 +148,7 @@ class Qwen35MoeAdapter(QwenHybrid):
     def experts(self, config: Config, parameter: str) -> Sequence[ParameterSource]:
         """See DecoderAdapter."""
         apart = super().experts(config, parameter)
-        if apart and config[STACKED]:
+        if apart and config.get(STACKED):
             return [ParameterSource((parameter,), row=number) for number in range(len(apart))]
         return apart
 

@@ -9,6 +9,7 @@ from ollm_conformance.adapter.declaration import Declaration
 from ollm_conformance.adapter.exact import Exact
 from ollm_conformance.adapter.experts import Experts
 from ollm_conformance.adapter.failures import BatchFailure
+from ollm_conformance.adapter.foreign import Foreign
 from ollm_conformance.adapter.generation import Stops
 from ollm_conformance.adapter.hardware import Gpu, Speed
 from ollm_conformance.adapter.hidden import Hidden
@@ -20,6 +21,7 @@ from ollm_conformance.adapter.planned import Planned
 from ollm_conformance.adapter.released import Released
 from ollm_conformance.adapter.robust import Failure, Isolation
 from ollm_conformance.adapter.sizes import Sizes
+from ollm_conformance.adapter.stored import Stored
 from ollm_conformance.adapter.unstated import Unstated
 from ollm_conformance.adapter.weights import Weights
 from ollm_conformance.checks import MARK, Check
@@ -27,10 +29,12 @@ from ollm_conformance.checks import MARK, Check
 
 class AdapterConformance(
     Declaration,
+    Stored,
     Weights,
     Configs,
     Unstated,
     Numbers,
+    Foreign,
     Exact,
     Sizes,
     Caches,

@@ -45,10 +45,15 @@ class Batches(AdapterSuite):
             passes = model.stats.weight_passes
             found = model.engine.run(store, work)
             passes = model.stats.weight_passes - passes
-        assert passes == 1, f"expected one weight pass, got {passes}"
+        assert passes == 1, f"{len(work)} rows: expected one weight pass, got {passes}"
         for row, (prompt, logits) in enumerate(zip(prompts, found, strict=True)):
             expected = subject.reference().run(prompt)[-len(logits) :]
-            same_within(logits, expected, 1e-4, f"logits of row {row}")
+            same_within(
+                logits,
+                expected,
+                1e-4,
+                f"logits of row {row}, {news[row]} new of {lengths[row]} tokens",
+            )
 
     @check(
         "batches.left-padded",
@@ -127,7 +132,7 @@ class Drafts(AdapterSuite):
                 draft = [tokens[0], *tokens[1 : num_right + 1], *wrong[num_right + 1 :]]
                 draft = draft[: num_drafted + 1]
                 found = model(input_ids=torch.tensor([draft]), past_key_values=cache).logits[0]
-                what = f"{num_right} of {num_drafted} right"
+                what = f"{num_right} of {num_drafted} right, KV on {kv}"
                 same_within(
                     found[: num_right + 1], logits[1 : num_right + 2], 1e-4, f"logits, {what}"
                 )

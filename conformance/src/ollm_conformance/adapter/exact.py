@@ -11,7 +11,7 @@ from ollm_conformance.rounding import rounded_alike
 from ollm_conformance.subject import PROMPT, Subject, greedy, run_pieces
 from ollm_core.generation import StreamedModel
 
-_LOOK = "layout(), weights() (run weights.values first), and text_config()"
+_LOOK = "run weights.values first; then layout(), layer_types(), and text_config()"
 _DTYPES = pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 
 
@@ -28,13 +28,14 @@ class Exact(AdapterSuite):
         prompt = subject.prompt(PROMPT)
         with subject.open(subject.tiny(dtype)) as model:
             found = model(input_ids=prompt[None]).logits[0]
-            assert model.stats.weight_bytes_read == 0, "expected all weights resident"
+            read = model.stats.weight_bytes_read
+            assert read == 0, f"weights in {dtype}: expected all in memory, got {read} bytes read"
         same_bits(found, subject.reference(dtype).run(prompt), f"logits in {dtype}")
 
     @check(
         "exact.streamed",
         "In the smallest memory that it runs in, with each reading engine, the bits are the same.",
-        look="weights(): transforms must not keep or change what they are given",
+        look="transforms of source() must not keep or change what they are given",
     )
     @pytest.mark.parametrize("reader", ["direct", "mmap"])
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -52,7 +53,8 @@ class Exact(AdapterSuite):
             for number in range(3):
                 found = model(input_ids=prompt[None], logits_to_keep=1).logits[0]
                 same_bits(found, expected, f"last logits in {dtype}, pass {number + 1}")
-            assert model.stats.weight_bytes_read > 0, "expected weights to be streamed"
+            streamed = model.stats.weight_bytes_read
+            assert streamed > 0, f"weights in {dtype}: expected some to be streamed, got none read"
 
     @check(
         "exact.decode",
@@ -84,7 +86,11 @@ class Exact(AdapterSuite):
         whole = reference.run(prompt, PROMPT)
         tolerance = 1e-4 * _rounding(subject)
         same_within(found, whole, tolerance, f"chunks of {chunk_size} against one chunk")
-        same_tokens(found.argmax(-1).tolist(), whole.argmax(-1).tolist(), "most likely tokens")
+        same_tokens(
+            found.argmax(-1).tolist(),
+            whole.argmax(-1).tolist(),
+            f"most likely tokens in chunks of {chunk_size}",
+        )
 
     @check(
         "exact.blockwise",

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -94,7 +95,7 @@ class KeptKV(AdapterSuite):
     )
     def test_other_attention(self, subject: Subject) -> None:
         prompt, kv_dir = subject.prompt(150), subject.new_directory()
-        options = {"kv": "disk", "kv_dir": kv_dir, "keep_kv": True}
+        options: dict[str, Any] = {"kv": "disk", "kv_dir": kv_dir, "keep_kv": True}
         with subject.open(attention="blockwise", **options) as model:
             _last_logits(model, prompt)
         with subject.open(attention="exact", **options) as model:

@@ -25,7 +25,7 @@ class Planned(AdapterSuite):
         "In the least memory and in more, with KV anywhere, in the stored dtype and another, the "
         "peaks that a plan tells of device and host are never below what the run really allocates, "
         "and within 10% of it.",
-        look="weights(), caches(): sizes that differ from what is made; what a store holds",
+        look="source() and its scratch_bytes, caches(): sizes that differ from what is made",
     )
     @pytest.mark.parametrize(
         ("kv", "roomy", "dtype"),
