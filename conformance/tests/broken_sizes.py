@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import mmap
 from dataclasses import replace
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -17,7 +18,8 @@ import ollm
 from ollm_adapter_gpt_oss import GptOssAdapter
 from ollm_adapter_llama import LlamaAdapter
 from ollm_adapter_qwen3_next import Qwen3NextAdapter
-from ollm_core import KVStoreError, ParameterSource
+from ollm_core import KVStoreError, ParameterSource, calls
+from ollm_core.attention import find_attention
 
 
 def _with_positions(change):
@@ -39,10 +41,13 @@ def _with_attention(change, only="blockwise"):
     def load(*args, **options):
         model = ollm.load(*args, **options)
         real = model.engine._run
+
+        def run(*parts):
+            with patch.object(calls, "find_attention", lambda *of: change(find_attention(*of))):
+                return real(*parts)
+
         if options.get("attention") == only:
-            model.engine._run = lambda store, work, plan: real(
-                store, work, replace(plan, attention=change(plan.attention))
-            )
+            model.engine._run = run
         return model
 
     return load
@@ -132,15 +137,12 @@ def undo_past_the_window_ignored(cache):
 @with_cache
 def refused_undo_half_done(cache):
     """The positions are forgotten before the store says no."""
-    real = cache.crop
 
     def crop(tokens_to_remove):
-        before = cache.kept
-        cache.kept = [kept[:tokens_to_remove] for kept in before]
+        cache.kept = [kept[:tokens_to_remove] for kept in cache.kept]
         for row, sequence in enumerate(cache.rows):
             cache.store.truncate(sequence, len(cache.kept[row]))
 
-    assert callable(real)
     cache.crop = crop
 
 
@@ -189,23 +191,26 @@ def small_blockwise_scale_off(*args, **options):
     return _with_attention(_blockwise_scale_off)(*args, **options)
 
 
+class _Rounded:
+    """A kernel whose sums are told in eight bits."""
+
+    def __init__(self, real):
+        self._real = real
+        self.takes, self.causal, self.windows = real.takes, real.causal, real.windows
+
+    def __call__(self, *parts, **rest):
+        output, lse = self._real(*parts, **rest)
+        return output, lse.bfloat16().float()
+
+    def several(self, *_):
+        return None
+
+
 def blockwise_weights_in_bfloat16(*args, **options):
     """Parts are weighed by numbers of eight bits."""
-
-    def change(real):
-        def kernel(one):
-            def call(*parts, **rest):
-                output, lse = one(*parts, **rest)
-                return output, lse.bfloat16().float()
-
-            return type("Rounded", (), {
-                "takes": one.takes, "causal": one.causal, "windows": one.windows,
-                "several": lambda *_: None, "__call__": lambda _, *parts, **rest: call(*parts, **rest),
-            })()  # fmt: skip
-
-        return replace(real, kernels=tuple(kernel(one) for one in real.kernels))
-
-    return _with_attention(change)(*args, **options)
+    return _with_attention(lambda real: replace(real, kernels=tuple(map(_Rounded, real.kernels))))(
+        *args, **options
+    )
 
 
 def blockwise_window_off(*args, **options):
