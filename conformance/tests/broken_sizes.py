@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from broken import broken_adapter
 from broken_models import with_cache
-from families import GptOss, Granite, Qwen3
+from families import GptOss, GraniteOne, GraniteSmall, Qwen3
 
 import ollm
 from ollm_adapter_gpt_oss import GptOssAdapter
@@ -228,20 +228,6 @@ def blockwise_sinks_ignored(*args, **options):
     return _with_attention(
         lambda real: lambda *parts, s_aux=None, **rest: real(*parts, s_aux=None, **rest)
     )(*args, **options)
-
-
-class GraniteOne(Granite):
-    """Scores are not made smaller, and softmax is sharp."""
-
-    def tiny_config(self):
-        return {**super().tiny_config(), "attention_multiplier": 1.0}
-
-
-class GraniteSmall(Granite):
-    """As published: scores are small, and softmax is flat."""
-
-    def tiny_config(self):
-        return {**super().tiny_config(), "attention_multiplier": 0.015625}
 
 
 class _Decoded(GptOssAdapter):
