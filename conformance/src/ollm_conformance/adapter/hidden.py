@@ -21,8 +21,8 @@ from ollm_core import KVStore
 from ollm_core.generation import StreamedModel
 from ollm_core.registry import supports
 
-_VOCABULARY = 40_000
-_SLACK = 2 << 20
+_VOCABULARY = 50_000
+_SLACK = 4 << 20  # where the system gives huge pages, a buffer may take two MiB more
 _GROWN_IN_PROCESS = 3 << 19
 _GROWN_IN_PYTHON = 64 << 10
 _ROUNDS = 2
