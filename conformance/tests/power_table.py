@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from broken_adapters import BROKEN_ADAPTERS
 from broken_models import BROKEN_MODELS
+from broken_numbers import BROKEN_NUMBERS
 from broken_parts import BROKEN_PARTS
 from broken_plans import BROKEN_PLANS
 from broken_recurrent import BROKEN_RECURRENT
@@ -15,7 +16,14 @@ from broken_sizes import BROKEN_SIZES
 
 def power_table():
     """The page, from the lists that the tests run."""
-    broken = [*BROKEN_ADAPTERS, *BROKEN_MODELS, *BROKEN_PLANS, *BROKEN_RECURRENT, *BROKEN_SIZES]
+    broken = [
+        *BROKEN_ADAPTERS,
+        *BROKEN_MODELS,
+        *BROKEN_PLANS,
+        *BROKEN_RECURRENT,
+        *BROKEN_SIZES,
+        *BROKEN_NUMBERS,
+    ]
     rows = [(one.check, one.name, one.sentence) for one in broken]
     rows += [(one.check, one.name, one.fault) for one in BROKEN_PARTS]
     lines = [

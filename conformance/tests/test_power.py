@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from broken_adapters import BROKEN_ADAPTERS
 from broken_models import BROKEN_MODELS
+from broken_numbers import BROKEN_NUMBERS
 from broken_plans import BROKEN_PLANS
 from broken_recurrent import BROKEN_RECURRENT
 from broken_sizes import BROKEN_SIZES
@@ -15,7 +16,14 @@ from power_table import power_table
 
 from ollm_conformance.adapter import adapter_checks
 
-BROKEN = [*BROKEN_ADAPTERS, *BROKEN_MODELS, *BROKEN_PLANS, *BROKEN_RECURRENT, *BROKEN_SIZES]
+BROKEN = [
+    *BROKEN_ADAPTERS,
+    *BROKEN_MODELS,
+    *BROKEN_PLANS,
+    *BROKEN_RECURRENT,
+    *BROKEN_SIZES,
+    *BROKEN_NUMBERS,
+]
 
 
 @pytest.mark.parametrize("broken", BROKEN, ids=lambda broken: broken.name)
