@@ -21,6 +21,7 @@ import ollm
 from ollm_conformance.forms import as_published, reference_options
 from ollm_core import Config, DoesNotFitError, ModelAdapter
 from ollm_core.checkpoint import open_checkpoint, read_config
+from ollm_core.declared import told
 from ollm_core.generation import StreamedModel
 from ollm_core.parts import ModelParts, take_apart
 from ollm_core.registry import Registry, supports
@@ -144,8 +145,10 @@ class Subject:
 
     @property
     def config(self) -> dict[str, Any]:
-        """A copy of the tiny config."""
-        return copy.deepcopy(dict(self._tiny_config or self.adapter.tiny_config()))
+        """A copy of the tiny config. Raises AssertionError if it is none."""
+        found: object = self._tiny_config or self.adapter.tiny_config()
+        assert isinstance(found, Mapping), f"tiny_config(): expected a mapping, got {told(found)}"
+        return copy.deepcopy(dict(found))
 
     def once(self, key: tuple[Hashable, ...], make: Callable[[], Any]) -> Any:
         """What `make` gave when it was called for this `key`, the first time alone."""
