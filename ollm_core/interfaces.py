@@ -390,7 +390,7 @@ class Drafter(Protocol):
 
     def __call__(self, token_ids: Tensor, num_tokens: int) -> Tensor | Sequence[int]:
         """`token_ids` [S], all so far, on the CPU -> at most `num_tokens` ids [n] that may come
-        next; none is allowed.
+        next; none is allowed. The text may be another one than before, or empty.
         """
 
 

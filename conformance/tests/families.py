@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import MappingProxyType
 
 from ollm_adapter_llama import LlamaAdapter
 from ollm_core import Capability, DecoderAdapter, ParameterSource, bad_config, read_size
@@ -16,6 +17,15 @@ class Qwen3(DecoderAdapter):
 
     name = "qwen3"
     model_types = ("qwen3",)
+    defaults = MappingProxyType(
+        {
+            "head_dim": 128,
+            "max_window_layers": 28,
+            "num_key_value_heads": 32,
+            "sliding_window": 4096,
+            "use_sliding_window": False,
+        }
+    )
 
     def layer_parameters(self, config, layer_idx):
         yield from ("input_layernorm.weight", "post_attention_layernorm.weight")
@@ -65,6 +75,7 @@ class Qwen3Moe(Qwen3):
 
     name = "qwen3-moe"
     model_types = ("qwen3_moe",)
+    defaults = MappingProxyType({"num_key_value_heads": 4})
 
     def layout(self, config):
         return replace(super().layout(config), experts="mlp.experts")
@@ -123,6 +134,9 @@ class GptOss(DecoderAdapter):
 
     name = "gpt-oss"
     model_types = ("gpt_oss",)
+    defaults = MappingProxyType(
+        {"head_dim": 64, "num_key_value_heads": 8, "num_local_experts": 128, "sliding_window": 128}
+    )
 
     def layer_parameters(self, config, layer_idx):
         yield from ("input_layernorm.weight", "post_attention_layernorm.weight")
@@ -134,6 +148,12 @@ class GptOss(DecoderAdapter):
         yield from ("mlp.router.weight", "mlp.router.bias")
         for leaf in ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias"):
             yield f"mlp.experts.{leaf}"
+
+    def layer_types(self, config):
+        if config.get("layer_types") is not None:
+            return super().layer_types(config)
+        whole = super().layer_types({**config, "sliding_window": None})
+        return tuple("full_attention" if i % 2 else "sliding_attention" for i in range(len(whole)))
 
     def tiny_config(self):
         config = LlamaAdapter().tiny_config()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
 
 import torch
@@ -44,6 +45,16 @@ def same_tokens(found: list[int], expected: list[int], what: str) -> None:
             raise AssertionError(f"{what}: token {place}: expected {other}, got {one}")
     if len(found) != len(expected):
         raise AssertionError(f"{what}: expected {len(expected)} tokens, got {len(found)}")
+
+
+@contextmanager
+def must_raise(error: type[BaseException], what: str) -> Iterator[None]:
+    """Raises AssertionError unless the `with` block raises `error`; another one goes on."""
+    try:
+        yield
+    except error:
+        return
+    raise AssertionError(f"{what}: expected {error.__name__}, got no error")
 
 
 def _same_form(found: Tensor, expected: Tensor, what: str) -> None:

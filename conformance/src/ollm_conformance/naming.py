@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from ollm_conformance.forms import as_published
@@ -40,9 +41,11 @@ class Names:
         return any(re.search(pattern, tensor) for pattern in self.ignored)
 
 
-def names_of(config: Config) -> Names:
-    """See Names. Raises whatever transformers does for a config that makes no model."""
-    model = meta_model(config)
+def names_of(config: Config, model: PreTrainedModel | None = None) -> Names:
+    """See Names; `model` is that of `meta_model`, if there is one already. Raises whatever
+    transformers does for a config that makes no model.
+    """
+    model = model or meta_model(config)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     state = {name: p.data for name, p in model.named_parameters()}  # each shared one once
     published = as_published(config, revert_weight_conversion(model, state))
@@ -66,9 +69,13 @@ def parameter_names(config: Config) -> list[str]:
     return list(names_of(config).parameters)
 
 
-def stored_shapes(config: Config) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the checkpoint as published: a tied head's is left out."""
-    return {name: shape for name, (_, shape) in names_of(config).forms.items()}
+def stored_shapes(
+    config: Config, model: PreTrainedModel | None = None
+) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the checkpoint as published: a tied head's is left out. `model` is that of
+    `meta_model`, if there is one already.
+    """
+    return {name: shape for name, (_, shape) in names_of(config, model).forms.items()}
 
 
 def one_of_each(names: Iterable[str]) -> list[str]:

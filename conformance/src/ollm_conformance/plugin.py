@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from ollm_conformance import seeds
 from ollm_conformance.blame import packages_of, raised_at, what_is_wrong
 from ollm_conformance.checks import (
     LEVELS,
@@ -48,14 +49,30 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption("--ollm-checks", metavar="ID,ID", help="run only these checks")
     group.addoption(
+        "--ollm-seed",
+        metavar="N",
+        type=int,
+        default=0,
+        help="draw other random weights, prompts and examples (default: 0)",
+    )
+    group.addoption(
         "--ollm-results", metavar="FILE", type=Path, help="write the outcome of each check as JSON"
     )
 
 
+@pytest.hookimpl(tryfirst=True)  # before Hypothesis is given its seed
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", f"{MARK}(check): a check of the oLLM conformance suite")
+    seed: int = config.getoption("ollm_seed")
+    seeds.begin(seed)
+    if seed and config.getoption("--hypothesis-seed", None) is None:
+        config.option.hypothesis_seed = str(seed)
     config.stash[_RESULTS] = []
     config.pluginmanager.register(_Collector(config.stash[_RESULTS]))
+
+
+def pytest_unconfigure() -> None:
+    seeds.end()
 
 
 class _Collector:
@@ -134,6 +151,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
                 counts[result.outcome] = counts.get(result.outcome, 0) + 1
         told = ", ".join(f"{number} {outcome}" for outcome, number in sorted(counts.items()))
         terminalreporter.line(f"{subject}: {told}")
+    terminalreporter.line(f"seed {seeds.run_seed()} (--ollm-seed N draws others)")
 
 
 def _wanted(config: pytest.Config, items: list[pytest.Item]) -> set[str] | None:
@@ -191,7 +209,8 @@ def _explanation(item: pytest.Item, found: Check, call: pytest.CallInfo[None]) -
         f"  must hold: {found.reason}\n"
         f"  found:     {what_is_wrong(error)}\n"
         + (f"  raised at: {place}\n" if place else "")
-        + f"  look at:   {look}"
+        + f"  look at:   {look}\n"
+        f"  again by:  --ollm-checks {found.id} --ollm-seed {seeds.run_seed()}"
     )
 
 

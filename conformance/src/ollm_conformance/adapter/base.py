@@ -28,6 +28,8 @@ class AdapterSuite:
     """The adapter to test. None: the installed one that `--ollm-adapter` names."""
     tiny_config: ClassVar[Config | None] = None
     """A tiny config beside the adapter's own, for a family that is published in several forms."""
+    small_configs: ClassVar[Mapping[str, Config]] = {}
+    """Small configs of catalog entries by id, where those that the suite makes are none."""
     expected_failures: ClassVar[Mapping[str, str]] = {}
     """Check id to the reason why it fails. One that passes after all is a failure."""
     checkpoint: ClassVar[Path | None] = None
@@ -56,7 +58,15 @@ class AdapterSuite:
             adapter = cls.adapter() if isinstance(cls.adapter, type) else cls.adapter
         directory = tmp_path_factory.mktemp("adapter")
         checkpoint = cls.checkpoint or request.config.getoption("ollm_checkpoint")
-        subject = Subject(adapter, directory, cls.load, checkpoint, cls.tiny_config, cls.rehearse)
+        subject = Subject(
+            adapter,
+            directory,
+            cls.load,
+            checkpoint,
+            cls.tiny_config,
+            cls.rehearse,
+            cls.small_configs,
+        )
         check_usable(subject)
         return subject
 
@@ -101,7 +111,7 @@ def check_usable(subject: Subject) -> None:
     adapter = subject.adapter
     try:
         adapter_name(adapter)
-        check_tiny(subject.config)
+        check_tiny(subject.given_config)
         Registry.of(adapter)
         config = text_config_of(adapter, subject.config)
         layout = layout_of(adapter, config)
@@ -113,8 +123,10 @@ def check_usable(subject: Subject) -> None:
         return  # a check says which
 
 
-def check_tiny(config: Config) -> None:
+def check_tiny(config: object) -> None:
     """Raises AssertionError unless `config` is one that transformers makes a model of."""
+    got = told(config)
+    assert isinstance(config, Mapping), f"tiny_config(): expected a mapping, got {got}"
     family = config.get("model_type")
     assert isinstance(family, str), (
         f"tiny_config(): expected a `model_type`, as config.json has it, got {told(family)}"

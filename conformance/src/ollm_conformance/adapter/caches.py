@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers.cache_utils import LinearAttentionLayer
 
 from ollm_conformance.adapter.base import AdapterSuite
 from ollm_conformance.checks import check
 from ollm_conformance.compare import same_bits, same_tokens, same_within
+from ollm_conformance.kinds import same_kinds
 from ollm_conformance.subject import PROMPT, Subject, generate, greedy
-from ollm_core import CacheKind
 
 _LOOK = "caches(): kind, num_kv_heads, head_dim and window of each layer"
 _TIERS = pytest.mark.parametrize(
@@ -36,25 +35,7 @@ class Caches(AdapterSuite):
         cache = reference.new_cache()
         reference.run(subject.prompt(PROMPT), cache=cache)
         declared = subject.adapter.caches(subject.config)
-        assert len(declared) == len(cache.layers), (
-            f"caches(): expected {len(cache.layers)} layers, got {len(declared)}"
-        )
-        for layer_idx, (kind, layer) in enumerate(zip(declared, cache.layers, strict=True)):
-            if isinstance(layer, LinearAttentionLayer):
-                _check_state(kind, layer, layer_idx)
-                continue
-            window = getattr(layer, "sliding_window", None)
-            name = "sliding" if window else "full"
-            assert (kind.kind, kind.window) == (name, window), (
-                f"layer {layer_idx}: expected {name} {window}, got {kind.kind} {kind.window}"
-            )
-            keys = getattr(layer, "keys", None)
-            assert keys is not None, f"layer {layer_idx}: expected keys, got {type(layer).__name__}"
-            _, heads, _, dim = keys.shape
-            assert (kind.num_kv_heads, kind.head_dim) == (heads, dim), (
-                f"layer {layer_idx}: expected {heads} KV heads of {dim}, "
-                f"got {kind.num_kv_heads} of {kind.head_dim}"
-            )
+        same_kinds(declared, cache, "tiny_config()")
 
     @check(
         "caches.tiers",
@@ -239,16 +220,3 @@ class Caches(AdapterSuite):
         staging = 64 << 20 if kv == "disk" else 0
         most += staging
         assert 0 < found <= most, f"KV on {kv}: expected 1 to {most} bytes, got {found}"
-
-
-def _check_state(kind: CacheKind, layer: LinearAttentionLayer, layer_idx: int) -> None:
-    """The declared state must have the shapes of that in transformers, and be in float32 where that
-    is, in a bfloat16 model.
-    """
-    states = layer.conv_states[0], layer.recurrent_states[0]
-    found = [(tuple(s.shape[1:]), s.dtype == torch.float32) for s in states if s is not None]
-    declared = [(state.shape, state.float32) for state in kind.states]
-    assert (kind.kind, declared) == ("recurrent", found), (
-        f"layer {layer_idx}: expected recurrent {found} (shape, float32), "
-        f"got {kind.kind} {declared}"
-    )

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ollm_conformance.adapter.base import AdapterSuite
-from ollm_conformance.allocated import TierTracker, live_bytes
+from ollm_conformance.allocated import TierTracker, live_bytes, only_new_objects
 from ollm_conformance.checks import check
 from ollm_conformance.compare import refused
 from ollm_conformance.subject import Subject, generate
@@ -72,15 +72,15 @@ class Memory(AdapterSuite):
         budget = 1 << 30
         if not resident:
             budget = subject.least_memory(work, directory, **options)
-        gc.collect()
-        before = live_bytes()
-        with subject.open(directory, device_memory=budget, **options) as model:
-            work(model)
-            gc.collect()
-            held = live_bytes() - before
-            with TierTracker(kv_on_device=True) as tracker:
+        with only_new_objects():
+            before = live_bytes()
+            with subject.open(directory, device_memory=budget, **options) as model:
                 work(model)
-            planned = model.stats.device_peak_bytes
+                gc.collect()
+                held = live_bytes() - before
+                with TierTracker(kv_on_device=True) as tracker:
+                    work(model)
+                planned = model.stats.device_peak_bytes
         measured = held + tracker.peak
         assert measured <= planned <= 1.1 * measured, (
             f"attention {attention}, budget {budget}: expected a plan from {measured} to "
@@ -143,19 +143,19 @@ class Memory(AdapterSuite):
     def test_freed(self, subject: Subject, kv: str) -> None:
         directory, kv_dir = subject.tiny("bfloat16"), subject.new_directory()
         prompt = subject.prompt(300)
-        gc.collect()
-        before = live_bytes(), _open_files(), _threads()
-        model = subject.open(directory, kv=kv, kv_dir=kv_dir)
-        for _ in range(2):
-            generate(model, prompt[None], 3)
-        model.close()
-        model.close()
+        with only_new_objects():
+            before = live_bytes(), _open_files(), _threads()
+            model = subject.open(directory, kv=kv, kv_dir=kv_dir)
+            for _ in range(2):
+                generate(model, prompt[None], 3)
+            model.close()
+            model.close()
+            gc.collect()
+            after = live_bytes(), _open_files(), _threads()
         for account in (model.accounts.device, model.accounts.host):
             assert not account.used, (
                 f"{account.name}, KV on {kv}: expected nothing held, got {account.kinds}"
             )
-        gc.collect()
-        after = live_bytes(), _open_files(), _threads()
         for what, one, other in zip(("bytes", "open files", "threads"), before, after, strict=True):
             assert other <= one, f"KV on {kv}: expected {one} {what} as before, got {other}"
         left = [path.name for path in kv_dir.iterdir()] if kv_dir.is_dir() else []

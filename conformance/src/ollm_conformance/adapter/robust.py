@@ -13,6 +13,7 @@ from ollm_conformance.adapter.base import AdapterSuite
 from ollm_conformance.checks import check
 from ollm_conformance.compare import refused, same_bits, same_tokens
 from ollm_conformance.subject import Reference, Subject, greedy
+from ollm_conformance.untouched import untouched
 from ollm_core import ReadError
 from ollm_core.cache import SequenceCache
 from ollm_core.generation import StreamedModel
@@ -89,7 +90,8 @@ class Isolation(AdapterSuite):
     def test_transformers(self, subject: Subject) -> None:
         prompt, directory = subject.prompt(100), subject.tiny()
         expected = subject.reference().run(prompt, 100)
-        with subject.open(directory) as model:
+        modeling = type(subject.reference().model).__module__
+        with untouched(modeling), subject.open(directory) as model:
             model(input_ids=prompt[None])
             during = Reference(directory, torch.float32).run(prompt, 100)
         after = Reference(directory, torch.float32).run(prompt, 100)

@@ -5,20 +5,20 @@ from __future__ import annotations
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ollm_conformance.adapter.base import AdapterSuite
+from ollm_conformance.bound import bound_parameters
 from ollm_conformance.checks import check, does_not_apply
 from ollm_conformance.compare import refused, same_bits
 from ollm_conformance.naming import kept_names, one_of_each
 from ollm_conformance.subject import Subject, meta_model
-from ollm_core import CheckpointError, Config, Layout, ModelAdapter, OllmError
+from ollm_core import CheckpointError, Config, ModelAdapter, OllmError
 from ollm_core.checkpoint import open_checkpoint
 from ollm_core.generation import StreamedModel
 
@@ -65,7 +65,7 @@ class Weights(AdapterSuite):
         layout = subject.adapter.layout(subject.config)
         with subject.open(subject.tiny(dtype)) as model:
             model(input_ids=subject.prompt(4)[None])
-            for name, found in _bound(model, layout):
+            for name, found in bound_parameters(model, layout):
                 same_bits(found, expected.pop(name).data, f"{dtype}, parameter {name}")
         assert not expected, (
             f"{dtype}, parameter {sorted(expected)[0]}: expected to be given out, got none"
@@ -226,31 +226,6 @@ def _used_once(
             raise AssertionError(
                 f"{what}, tensor {tensor}: expected to be used or ignored once, got {times} times"
             )
-
-
-def _bound(model: StreamedModel, layout: Layout) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter as the engine gets it, whole."""
-    vocab_size = model.config.get_text_config().vocab_size
-    yield f"{layout.embedding}.weight", model.weights.embed(torch.arange(vocab_size))
-    yield f"{layout.norm}.weight", model.weights.norm[0]
-    head: list[Tensor] = []
-    for unit_idx, unit in enumerate(model.weights.units):
-        with model.weights.acquire(unit_idx) as parameters:
-            for parameter, value in zip(unit.parameters, parameters, strict=True):
-                if unit_idx < layout.num_layers:
-                    yield parameter.name, value.clone()
-                else:
-                    head.append(value.clone())
-    yield f"{layout.head}.weight", torch.cat(head)
-    for layer_idx, experts in model.weights.expert_units.items():
-        slices: dict[str, list[Tensor]] = {}
-        with model.weights.experts(layer_idx, range(len(experts))) as found:
-            for i, parameters in found:
-                for parameter, value in zip(experts[i].parameters, parameters, strict=True):
-                    name = parameter.name.removesuffix(f"[{i}]")
-                    slices.setdefault(name, []).append(value.clone())
-        for name, values in slices.items():
-            yield name, torch.stack(values)
 
 
 def _with_head(
