@@ -103,13 +103,6 @@ def test_its_model_is_exact(installed, reference, ids, tmp_path):
         assert torch.equal(opened(input_ids=ids(100)[None]).logits[0], expected)
 
 
-@pytest.mark.slow
-def test_types_of_the_default_answers(installed):
-    """What it makes passes mypy --strict with this repository's configuration."""
-    project, _ = installed
-    run_tool(project, "mypy", "--config-file", str(ROOT / "pyproject.toml"), "src")
-
-
 @pytest.mark.parametrize("answers", [{}, LONGEST], ids=["default", "longest"])
 @pytest.mark.parametrize("config", [[], ["--config", str(ROOT / "pyproject.toml")]])
 def test_style(tmp_path, answers, config):

@@ -5,16 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from broken_adapters import BROKEN_ADAPTERS
-from broken_models import BROKEN_MODELS
-from broken_plans import BROKEN_PLANS
-from broken_recurrent import BROKEN_RECURRENT
 from power import first_failure
-from power_table import power_table
+from power_table import BROKEN, power_table
 
 from ollm_conformance.adapter import adapter_checks
-
-BROKEN = [*BROKEN_ADAPTERS, *BROKEN_MODELS, *BROKEN_PLANS, *BROKEN_RECURRENT]
 
 
 @pytest.mark.parametrize("broken", BROKEN, ids=lambda broken: broken.name)

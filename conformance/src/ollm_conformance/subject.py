@@ -6,10 +6,12 @@ from __future__ import annotations
 
 import copy
 import functools
+import hashlib
+import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ import ollm
 from ollm_conformance.forms import as_published, reference_options
 from ollm_conformance.seeds import drawn, run_seed
 from ollm_core import Config, DoesNotFitError, ModelAdapter
+from ollm_core.cache import SequenceCache
 from ollm_core.checkpoint import open_checkpoint, read_config
 from ollm_core.generation import StreamedModel
 from ollm_core.parts import ModelParts, take_apart
@@ -62,6 +65,14 @@ class Reference:
         self._known: dict[tuple[tuple[int, ...], int, bool], Tensor] = {}
         self._continued: dict[tuple[tuple[int, ...], int], Tensor] = {}
 
+    @functools.cached_property
+    def in_float64(self) -> Reference:
+        """The same weights, computed with in float64: what rounding does shows against it."""
+        found = copy.copy(self)
+        found.model = copy.deepcopy(self.model).double()
+        found._known, found._continued = {}, {}
+        return found
+
     def new_cache(self) -> DynamicCache:
         """An empty cache of the right kind for each layer."""
         return DynamicCache(config=self.model.config)
@@ -98,6 +109,18 @@ class Reference:
             self._known[key] = logits
         return logits
 
+    def run_pieces(
+        self,
+        pieces: Sequence[Tensor],
+        chunk_size: int | None = None,
+        cache: DynamicCache | None = None,
+    ) -> Tensor:
+        """Logits [T, V] of `pieces` [n] of tokens, one after the other on one cache, each in chunks
+        of its own, after what is in `cache`.
+        """
+        cache = self.new_cache() if cache is None else cache
+        return torch.cat([self.run(piece, chunk_size, cache) for piece in pieces])
+
     @torch.no_grad()
     def greedy(
         self, ids: Tensor, num_new: int, chunk_size: int | None = None
@@ -128,12 +151,15 @@ class Subject:
         checkpoint: Path | None = None,
         tiny_config: Config | None = None,
         rehearse: Callable[[ModelParts], Rehearsal] = Rehearsal,
+        small_configs: Mapping[str, Config] | None = None,
     ) -> None:
         """`directory` is an empty one for files; `checkpoint` that of a real model, if there is
-        one; `tiny_config` stands for the adapter's own.
+        one; `tiny_config` stands for the adapter's own, `small_configs` for those that the suite
+        makes of entries of the catalog, by id.
         """
         self.adapter = adapter
         self._tiny_config = tiny_config
+        self.small_configs = small_configs or {}
         self.directory = directory
         self.real_checkpoint = checkpoint
         self._load = load
@@ -142,6 +168,7 @@ class Subject:
         self._references: dict[tuple[Path, str], Reference] = {}
         self._traced: dict[tuple[str, ...], tuple[Any, Any]] = {}
         self._least_to_open: dict[tuple[str, ...], int] = {}
+        self._made: dict[tuple[Hashable, ...], Any] = {}
         self._num_kv_directories = 0
 
     @functools.cached_property
@@ -152,7 +179,18 @@ class Subject:
     @property
     def config(self) -> dict[str, Any]:
         """A copy of the tiny config."""
-        return copy.deepcopy(dict(self._tiny_config or self.adapter.tiny_config()))
+        return copy.deepcopy(dict(self.given_config))
+
+    @property
+    def given_config(self) -> Config:
+        """The tiny config as the adapter, or the test class, gives it."""
+        return self._tiny_config or self.adapter.tiny_config()
+
+    def once(self, key: tuple[Hashable, ...], make: Callable[[], Any]) -> Any:
+        """What `make` gave when it was called for this `key`, the first time alone."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
     @property
     def vocab_size(self) -> int:
@@ -172,17 +210,22 @@ class Subject:
         told = "-".join(f"{key}={value}" for key, value in sorted((changes or {}).items()))
         directory = self.directory / re.sub(r"[^\w=.-]", "_", f"tiny-{dtype}-{shards}-{told}")
         if not directory.is_dir():
-            config = {**self.config, **(changes or {})}
-            model = random_model(config)
-            for parameter in model.parameters():
-                parameter.data = parameter.data.to(DTYPES[dtype])
-            model.config.dtype = DTYPES[dtype]
-            num_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-            model.save_pretrained(
-                directory,
-                state_dict=as_published(config, model.state_dict()),
-                max_shard_size=num_bytes // 5 if shards else "5GB",
-            )
+            _write_random(directory, {**self.config, **(changes or {})}, dtype, shards=shards)
+        return directory
+
+    def checkpoint(self, config: Config) -> Path:
+        """The directory of a random checkpoint in float32 whose config.json is `config`, word for
+        word but for its dtype: nothing that it does not state is filled in.
+        """
+        stated: dict[str, Any] = copy.deepcopy(dict(config))
+        stated.pop("torch_dtype", None)
+        stated["dtype"] = "float32"
+        words = json.dumps(stated)
+        name = hashlib.sha256(json.dumps(stated, sort_keys=True).encode()).hexdigest()[:16]
+        directory = self.directory / f"config-{name}"
+        if not directory.is_dir():
+            _write_random(directory, stated, "float32")
+            (directory / "config.json").write_text(words)
         return directory
 
     def reference(self, dtype: str = "float32", directory: Path | None = None) -> Reference:
@@ -266,10 +309,12 @@ class Subject:
         self._num_kv_directories += 1
         return self.directory / f"kv-{self._num_kv_directories}"
 
-    def prompt(self, num_tokens: int, seed: int = 0) -> Tensor:
-        """Random token ids [num_tokens] without the first few, which are often special."""
+    def prompt(self, num_tokens: int, seed: int = 0, vocab_size: int | None = None) -> Tensor:
+        """Random token ids [num_tokens] without the first few, which are often special. Default:
+        of the tiny model.
+        """
         generator = drawn(seed)
-        return torch.randint(5, self.vocab_size, (num_tokens,), generator=generator)
+        return torch.randint(5, vocab_size or self.vocab_size, (num_tokens,), generator=generator)
 
     def least_memory(
         self,
@@ -313,9 +358,34 @@ def greedy(model: StreamedModel, ids: Tensor, num_new: int) -> tuple[list[int], 
     return found.sequences[0, len(ids) :].tolist(), torch.cat(found.logits)
 
 
+def left_padded(prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Prompts [T] as one batch [B, S], padded on the left with 0, and its attention mask."""
+    longest = max(map(len, prompts))
+    ids = torch.zeros(len(prompts), longest, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = prompt
+        mask[row, longest - len(prompt) :] = 1
+    return ids, mask
+
+
+def run_pieces(
+    model: StreamedModel, pieces: Sequence[Tensor], cache: SequenceCache | None = None
+) -> Tensor:
+    """Logits [T, V] of `pieces` [n] of tokens, each a pass, after what is in `cache`."""
+    cache = model.new_cache() if cache is None else cache
+    return torch.cat([model(input_ids=p[None], past_key_values=cache).logits[0] for p in pieces])
+
+
 def model_config(config: Config) -> Any:
     """The transformers configuration object of a config.json."""
     return AutoConfig.for_model(**copy.deepcopy(dict(config)))
+
+
+def text_view(config: Config) -> dict[str, Any]:
+    """The text of a config.json as transformers' config class tells it, absent keys filled in."""
+    told: dict[str, Any] = model_config(config).get_text_config().to_dict()
+    return told
 
 
 def _plain_model(config: Config) -> PreTrainedModel:
@@ -347,3 +417,17 @@ def random_model(config: Config) -> PreTrainedModel:
             else:
                 parameter.add_(noise * 0.2)
     return model
+
+
+def _write_random(directory: Path, config: Config, dtype: str, *, shards: bool = False) -> None:
+    """What transformers writes of a random model, in several files or one."""
+    model = random_model(config)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(DTYPES[dtype])
+    model.config.dtype = DTYPES[dtype]
+    num_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    model.save_pretrained(
+        directory,
+        state_dict=as_published(config, model.state_dict()),
+        max_shard_size=num_bytes // 5 if shards else "5GB",
+    )

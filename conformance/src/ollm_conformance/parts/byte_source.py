@@ -17,13 +17,13 @@ from torch import Tensor
 
 from ollm_conformance.checks import check, does_not_apply
 from ollm_conformance.parts.base import (
-    PartSuite,
     examples,
     nothing_left,
     open_files,
     refusal,
     unreadable,
 )
+from ollm_conformance.parts.source_size import SourceSize
 from ollm_conformance.seeds import drawn
 from ollm_core import ByteSource, OllmError, ReadError, TensorInfo
 from ollm_core.buffers import PAGE, aligned_buffer, as_memoryview
@@ -106,13 +106,8 @@ def read(
     return buffer, offsets
 
 
-class ByteSourceConformance(PartSuite):
+class ByteSourceConformance(SourceSize):
     """Every check of a reading engine. Subclass it as `TestX` and write `open_source`."""
-
-    @classmethod
-    def open_source(cls, paths: Sequence[Path]) -> ByteSource:
-        """A source for files of the temporary directory."""
-        raise NotImplementedError
 
     @classmethod
     @contextmanager

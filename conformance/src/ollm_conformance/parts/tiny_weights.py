@@ -37,8 +37,10 @@ class Model:
     embedding: Tensor
 
     @classmethod
-    def write(cls, directory: Path, dtype: torch.dtype = torch.float32) -> Model:
-        """Write random tensors of odd sizes, most in `dtype`, some stored the other way round."""
+    def write(cls, directory: Path, dtype: torch.dtype = torch.float32, scale: int = 1) -> Model:
+        """Write random tensors of odd sizes, most in `dtype`, some stored the other way round. A
+        layer is about 0.2 MB in float32, or `scale` times that.
+        """
         generator = drawn(11)
 
         def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -50,7 +52,7 @@ class Model:
         plan: list[list[str]] = []
         for i in range(NUM_LAYERS):
             layer = {
-                f"{i}.weight": random(201 + i, 257, dtype=dtype),
+                f"{i}.weight": random(201 * scale + i, 257, dtype=dtype),
                 f"{i}.norm": random(64, dtype=torch.bfloat16),
                 f"{i}.half": random(31, 49, dtype=torch.float16),
                 f"{i}.turned": random(20, 30),
