@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from ollm_core import (
+    CAPABILITIES,
     CacheKind,
     CatalogEntry,
     DecoderAdapter,
@@ -19,7 +20,6 @@ from ollm_core import (
     StoredForm,
     WeightPlan,
 )
-from ollm_core.registry import CAPABILITIES
 
 PAGE = (Path(__file__).parents[1] / "docs/adapters.md").read_text()
 SECTIONS = dict(part.split("\n", 1) for part in PAGE.split("\n## ")[1:])

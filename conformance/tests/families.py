@@ -105,11 +105,11 @@ class Gemma2(DecoderAdapter):
         return {
             "architectures": ["Gemma2ForCausalLM"],
             "attention_bias": True,
-            "attn_logit_softcapping": 2.0,
+            "attn_logit_softcapping": 8.0,
             "bos_token_id": 2,
             "dtype": "bfloat16",
             "eos_token_id": 1,
-            "final_logit_softcapping": 1.5,
+            "final_logit_softcapping": 1.0,
             "head_dim": 32,
             "hidden_activation": "gelu_pytorch_tanh",
             "hidden_size": 64,
