@@ -9,7 +9,7 @@ from dataclasses import replace
 from types import MappingProxyType
 
 from broken import broken_adapter
-from families import Qwen3
+from families import Gemma2, Qwen3
 
 from ollm_adapter_gpt_oss import GptOssAdapter
 from ollm_adapter_llama import LlamaAdapter
@@ -62,6 +62,23 @@ class LayerTypesDemanded(GptOssAdapter):
         if config.get("layer_types") is None:
             raise ConfigError("config.json: layer_types must be a list")
         return super().layer_types(config)
+
+
+class EveryLayerSlidesUnlessListed(Gemma2):
+    def layer_types(self, config):
+        return super(Gemma2, self).layer_types(config)
+
+
+class UntiedUnlessStated(Gemma2):
+    defaults = MappingProxyType(
+        {key: value for key, value in Gemma2.defaults.items() if key != "tie_word_embeddings"}
+    )
+
+
+class SoftCapNotDeclared(Gemma2):
+    @property
+    def capabilities(self):
+        return {}
 
 
 class FlagDemanded(LlamaAdapter):
@@ -229,6 +246,13 @@ class GroupsNotRun(GptOssAdapter):
 
 BROKEN_CONFIGS = [
     broken_adapter("configs.unstated", "An unstated tie is assumed.", TieAssumed),
+    broken_adapter("configs.unstated", "An unstated tie is not assumed.", UntiedUnlessStated),
+    broken_adapter(
+        "configs.unstated",
+        "Every layer has a window where none are listed.",
+        EveryLayerSlidesUnlessListed,
+    ),
+    broken_adapter("exact.blockwise", "A soft cap is not declared.", SoftCapNotDeclared),
     broken_adapter(
         "configs.unstated", "An unstated head dimension is derived.", HeadDimFromHiddenSize
     ),

@@ -6,7 +6,7 @@ from dataclasses import replace
 from types import MappingProxyType
 
 from ollm_adapter_llama import LlamaAdapter
-from ollm_core import Capability, DecoderAdapter, ParameterSource, bad_config, read_size
+from ollm_core import Capability, Config, DecoderAdapter, ParameterSource, bad_config, read_size
 from ollm_core.registry import CAPABILITIES
 
 _NOT_HERE = sorted(CAPABILITIES.keys() - {"kv-device"})
@@ -82,6 +82,64 @@ class GraniteSmall(Granite):
 
     def tiny_config(self):
         return {**super().tiny_config(), "attention_multiplier": 0.015625}
+
+
+class Gemma2(DecoderAdapter):
+    """Norms on both sides of each half, soft caps, windows in every second layer, a tied head, and
+    keys that its config.json leaves out.
+    """
+
+    name = "gemma2"
+    model_types = ("gemma2",)
+    defaults: Config = MappingProxyType(
+        {
+            "head_dim": 256,
+            "num_key_value_heads": 4,
+            "sliding_window": 4096,
+            "tie_word_embeddings": True,
+        }
+    )
+
+    @property
+    def capabilities(self):
+        reason = "attention scores have a soft cap, which block-wise attention does not compute"
+        return {"blockwise-attention": Capability("unsupported", reason)}
+
+    def layer_parameters(self, config, layer_idx):
+        yield from LlamaAdapter().layer_parameters(config, layer_idx)
+        yield from ("pre_feedforward_layernorm.weight", "post_feedforward_layernorm.weight")
+
+    def layer_types(self, config):
+        if config.get("layer_types") is not None:
+            return super().layer_types(config)
+        kinds = ("sliding_attention", "full_attention")
+        return tuple(kinds[i % 2] for i in range(read_size(config, "num_hidden_layers", 1000)))
+
+    def tiny_config(self):
+        return {
+            "architectures": ["Gemma2ForCausalLM"],
+            "attention_bias": True,
+            "attn_logit_softcapping": 8.0,
+            "bos_token_id": 2,
+            "dtype": "bfloat16",
+            "eos_token_id": 1,
+            "final_logit_softcapping": 1.0,
+            "head_dim": 32,
+            "hidden_activation": "gelu_pytorch_tanh",
+            "hidden_size": 64,
+            "intermediate_size": 160,
+            "max_position_embeddings": 8192,
+            "model_type": "gemma2",
+            "num_attention_heads": 4,
+            "num_hidden_layers": 3,
+            "num_key_value_heads": 2,
+            "pad_token_id": 0,
+            "query_pre_attn_scalar": 24,
+            "rms_norm_eps": 1e-06,
+            "rope_theta": 10000.0,
+            "sliding_window": 100,
+            "vocab_size": 256,
+        }
 
 
 class Qwen3Moe(Qwen3):

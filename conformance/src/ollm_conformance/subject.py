@@ -36,6 +36,7 @@ CHUNK = 96
 """Tokens of a chunk in most checks: no divisor and no multiple of a KV block."""
 PROMPT = 600
 """Tokens of a long prompt: more than two KV blocks and six chunks."""
+_LOUD, _QUIET = 1.0, 0.3  # a layer adds numbers of about the size of 1
 
 
 class Reference:
@@ -416,7 +417,21 @@ def random_model(config: Config) -> PreTrainedModel:
                 parameter.copy_(noise * 0.2)
             else:
                 parameter.add_(noise * 0.2)
+        _quieten_tied_rows(model)
     return model
+
+
+def _quieten_tied_rows(model: PreTrainedModel) -> None:
+    """Make the rows of a tied embedding smaller where the model multiplies them so much that its
+    head would say the last token again, whatever the layers do.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is None or head.weight is not embedding.weight:
+        return
+    hidden = model(torch.arange(2)[None], output_hidden_states=True).hidden_states
+    size = float(hidden[0].square().mean().sqrt())  # of a number of what the first layer is given
+    if size > _LOUD:
+        embedding.weight.mul_(_QUIET / size)
 
 
 def _write_random(directory: Path, config: Config, dtype: str, *, shards: bool = False) -> None:
