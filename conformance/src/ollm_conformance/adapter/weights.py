@@ -99,7 +99,8 @@ class Weights(AdapterSuite):
 
     @check(
         "weights.tied-head",
-        "A tied head is the embedding's tensor, stored once or twice; an untied one its own.",
+        "A tied head is the embedding's tensor, stored under either name or both; an untied one "
+        "its own, without which a checkpoint is refused.",
         look=f"defaults, for tie_word_embeddings, and source() {_MINE}",
     )
     @pytest.mark.parametrize("tied", [False, True])
@@ -114,6 +115,12 @@ class Weights(AdapterSuite):
             stored = subject.adapter.weights(config, open_checkpoint(directory).tensors)
             (table,) = stored.parameters[embedding].tensors
             directories.append(_with_head(directory, "same", head, lambda ts: ts[table].clone()))
+            directories.append(_with_head(directory, "alone", head, lambda ts: ts.pop(table)))
+        else:
+            names = open_checkpoint(directory).tensors
+            own = subject.adapter.weights(config, names).parameters[head].tensors
+            with refused(CheckpointError, f"tie_word_embeddings = False, without {own[0]}"):
+                subject.adapter.weights(config, sorted(names.keys() - set(own)))
         prompt = subject.prompt(40)
         expected = subject.reference(directory=directory).run(prompt)
         for place in directories:
@@ -239,5 +246,6 @@ def _with_head(
         shutil.copytree(directory, copy)
         (file,) = copy.glob("*.safetensors")
         tensors = load_file(file)
-        save_file({**tensors, head: make(tensors)}, file, metadata={"format": "pt"})
+        made = make(tensors)
+        save_file({**tensors, head: made}, file, metadata={"format": "pt"})
     return copy
