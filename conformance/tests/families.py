@@ -70,6 +70,20 @@ class Granite(DecoderAdapter):
         }
 
 
+class GraniteOne(Granite):
+    """Scores are not made smaller, and softmax is sharp."""
+
+    def tiny_config(self):
+        return {**super().tiny_config(), "attention_multiplier": 1.0}
+
+
+class GraniteSmall(Granite):
+    """As published: scores are small, and softmax is flat."""
+
+    def tiny_config(self):
+        return {**super().tiny_config(), "attention_multiplier": 0.015625}
+
+
 class Gemma2(DecoderAdapter):
     """Norms on both sides of each half, soft caps, windows in every second layer, a tied head, and
     keys that its config.json leaves out.
