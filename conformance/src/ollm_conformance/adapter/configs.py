@@ -13,8 +13,9 @@ from ollm_conformance.checks import check, does_not_apply
 from ollm_conformance.compare import refused
 from ollm_conformance.features import features
 from ollm_conformance.kinds import same_kinds
+from ollm_conformance.models import meta_model, model_config, text_view
 from ollm_conformance.small_catalog import SmallEntry, small_catalog
-from ollm_conformance.subject import Subject, meta_model, model_config, text_view
+from ollm_conformance.subject import Subject
 from ollm_conformance.without_data import same_full_size
 from ollm_core import Config, DecoderAdapter, OllmError
 

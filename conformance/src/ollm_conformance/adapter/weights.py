@@ -16,8 +16,9 @@ from ollm_conformance.adapter.base import AdapterSuite
 from ollm_conformance.bound import bound_parameters
 from ollm_conformance.checks import check, does_not_apply
 from ollm_conformance.compare import refused, same_bits
+from ollm_conformance.models import meta_model
 from ollm_conformance.naming import kept_names, one_of_each
-from ollm_conformance.subject import Subject, meta_model
+from ollm_conformance.subject import Subject
 from ollm_core import CheckpointError, Config, ModelAdapter, OllmError
 from ollm_core.checkpoint import open_checkpoint
 from ollm_core.generation import StreamedModel
