@@ -286,14 +286,18 @@ class Subject:
         """The directory of a copy of a checkpoint, with its times, to be changed."""
         return Path(shutil.copytree(directory, self.new_directory()))
 
-    def overwrite(self, directory: Path) -> None:
-        """Give a checkpoint other weights, in place: the middle half of its embedding, reversed.
-        Headers, sizes, modification times and both ends of every tensor stay as they are.
+    def overwrite(self, directory: Path, *, last_file: bool = False) -> None:
+        """Give a checkpoint other weights, in place: the middle half of its embedding, or of the
+        largest tensor of its last file, reversed. Headers, sizes, modification times and both ends
+        of every tensor stay as they are.
         """
         checkpoint, config = open_checkpoint(directory), read_config(directory)
         layout = self.adapter.layout(config)
         plan = self.adapter.weights(config, checkpoint.tensors)
         table = checkpoint.tensors[plan.parameters[f"{layout.embedding}.weight"].tensors[0]]
+        if last_file:
+            used = [checkpoint.tensors[name] for one in plan.sources() for name in one.tensors]
+            table = max(used, key=lambda tensor: (tensor.path, tensor.num_bytes))
         size = DTYPE_BYTES[table.dtype]
         start, count = table.offset + table.num_bytes // size // 4 * size, table.num_bytes // 2
         status = table.path.stat()

@@ -66,9 +66,35 @@ class Batches(AdapterSuite):
         ids, mask = left_padded(prompts)
         with subject.open() as model:
             found = generate(model, ids, 12, attention_mask=mask)
+            others = [prompts[0], prompts[2][:70], prompts[0][:150]]
+            more_ids, more_mask = left_padded(others)
+            more = generate(model, more_ids, 4, attention_mask=more_mask)
+        for batch, rows, width, num_new in (
+            (found, prompts, ids.shape[1], 12),
+            (more, others, more_ids.shape[1], 4),
+        ):
+            for row, prompt in enumerate(rows):
+                expected = subject.reference().greedy(prompt, num_new)[0]
+                what = f"tokens of row {row} of {[len(one) for one in rows]}"
+                same_tokens(batch[row, width:].tolist(), expected, what)
+
+    @check(
+        "batches.right-padded",
+        "A batch that is padded on the right has the logits of each prompt alone.",
+        look=_LOOK,
+        needs=["batch"],
+    )
+    def test_right_padded(self, subject: Subject) -> None:
+        prompts = [subject.prompt(n, seed=i) for i, n in enumerate((120, 33))]
+        ids, mask = torch.zeros(2, 120, dtype=torch.long), torch.zeros(2, 120, dtype=torch.long)
         for row, prompt in enumerate(prompts):
-            expected = subject.reference().greedy(prompt, 12)[0]
-            same_tokens(found[row, ids.shape[1] :].tolist(), expected, f"tokens of row {row}")
+            ids[row, : len(prompt)], mask[row, : len(prompt)] = prompt, 1
+        with subject.open() as model:
+            found = model(input_ids=ids, attention_mask=mask).logits
+        for row, prompt in enumerate(prompts):
+            expected = subject.reference().run(prompt)
+            what = f"logits of row {row}, {len(prompt)} of 120 columns"
+            same_within(found[row, : len(prompt)], expected, 1e-4, what)
 
     @check(
         "batches.crop",

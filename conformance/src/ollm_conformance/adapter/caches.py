@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -180,7 +182,7 @@ class Caches(AdapterSuite):
     @check(
         "caches.other-weights",
         "KV on disk of other weights is not found, where headers, sizes, times and the ends of "
-        "every tensor are the same.",
+        "every tensor are the same, nor that of the same weights under another config.json.",
         look=_LOOK,
         needs=["kv-disk"],
     )
@@ -197,6 +199,16 @@ class Caches(AdapterSuite):
         assert cached == 0, f"cached_tokens: expected none of the other weights, got {cached}"
         expected = subject.reference(directory=other).run(prompt, last_only=True)
         same_bits(found, expected, "logits beside KV of other weights")
+        changed = subject.copy(subject.tiny())
+        config = json.loads((changed / "config.json").read_text())
+        text = config.get("text_config", config)
+        for key in [key for key in text if key.endswith(("norm_eps", "norm_epsilon"))][:1]:
+            text[key] *= 100
+            (changed / "config.json").write_text(json.dumps(config))
+            with subject.open(changed, **options) as model:
+                model(input_ids=prompt[None], logits_to_keep=1)
+                cached = model.stats.cached_tokens
+            assert cached == 0, f"cached_tokens with another {key}: expected none, got {cached}"
 
     @check(
         "caches.bytes",

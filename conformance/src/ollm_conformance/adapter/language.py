@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ollm_conformance.adapter.base import AdapterSuite
 from ollm_conformance.checks import check, does_not_apply
 from ollm_conformance.compare import same_tokens
@@ -20,8 +22,13 @@ class Language(AdapterSuite):
         prompt = subject.prompt(50)
         tokens = subject.reference().greedy(prompt, 20)[0]
         last = max(i for i in range(20) if tokens[i] not in tokens[:i])
+        plain: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
         with subject.open() as model:
+            before = model.generate(prompt[None], **plain)  # type: ignore[misc]
             found = generate(model, prompt[None], 20, eos_token_id=tokens[last])
+            generate(model, prompt[None], 4, eos_token_id=tokens[0], num_beams=2)
+            after = model.generate(prompt[None], **plain)  # type: ignore[misc]
+        same_tokens(after[0].tolist(), before[0].tolist(), "tokens after calls with other options")
         same_tokens(found[0, 50:].tolist(), tokens[: last + 1], "tokens up to the end")
 
     @check(

@@ -12,7 +12,7 @@ import torch
 
 from ollm_conformance.adapter.base import AdapterSuite
 from ollm_conformance.allocated import TierTracker, live_bytes, only_new_objects
-from ollm_conformance.checks import check
+from ollm_conformance.checks import check, does_not_apply
 from ollm_conformance.compare import refused
 from ollm_conformance.subject import Subject, generate
 from ollm_core import DoesNotFitError
@@ -135,6 +135,27 @@ class Memory(AdapterSuite):
             model(input_ids=prompt[None], logits_to_keep=1)
 
     @check(
+        "memory.generate",
+        "An answer that does not fit is refused before its first pass, not in the middle.",
+        look="caches(): what a layer remembers of each token",
+        needs=["kv-device"],
+    )
+    def test_generate(self, subject: Subject) -> None:
+        if all(kind.kind != "full" for kind in subject.adapter.caches(subject.config)):
+            does_not_apply("no layer remembers every token")
+        prompt, directory = subject.prompt(250), subject.tiny("bfloat16")
+
+        def work(model: StreamedModel) -> None:
+            generate(model, prompt[None], 12)  # into the second block of 256 tokens
+
+        least = subject.least_memory(work, directory, kv="device")
+        with subject.open(directory, device_memory=least - 1, kv="device") as model:
+            with refused(DoesNotFitError, f"12 tokens after 250 in {least - 1} bytes"):
+                work(model)
+            passes = model.stats.weight_passes
+        assert passes == 0, f"expected a refusal before any pass, got {passes} passes"
+
+    @check(
         "memory.freed",
         "After close no tensor, file, thread or KV directory is left.",
         look="transforms of source() that keep what they are given",
@@ -148,14 +169,17 @@ class Memory(AdapterSuite):
             model = subject.open(directory, kv=kv, kv_dir=kv_dir)
             for _ in range(2):
                 generate(model, prompt[None], 3)
+            cache = model.new_cache()  # which somebody still has when the model is closed
+            model(input_ids=prompt[None], past_key_values=cache, logits_to_keep=1)
             model.close()
             model.close()
+            for account in (model.accounts.device, model.accounts.host):
+                assert not account.used, (
+                    f"{account.name}, KV on {kv}: expected nothing held, got {account.kinds}"
+                )
+            del cache
             gc.collect()
             after = live_bytes(), _open_files(), _threads()
-        for account in (model.accounts.device, model.accounts.host):
-            assert not account.used, (
-                f"{account.name}, KV on {kv}: expected nothing held, got {account.kinds}"
-            )
         for what, one, other in zip(("bytes", "open files", "threads"), before, after, strict=True):
             assert other <= one, f"KV on {kv}: expected {one} {what} as before, got {other}"
         left = [path.name for path in kv_dir.iterdir()] if kv_dir.is_dir() else []

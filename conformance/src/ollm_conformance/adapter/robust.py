@@ -14,8 +14,9 @@ from ollm_conformance.checks import check
 from ollm_conformance.compare import refused, same_bits, same_tokens
 from ollm_conformance.subject import Reference, Subject, greedy
 from ollm_conformance.untouched import untouched
-from ollm_core import ReadError
+from ollm_core import NotFiniteError, ReadError
 from ollm_core.cache import SequenceCache
+from ollm_core.checkpoint import open_checkpoint, read_config
 from ollm_core.generation import StreamedModel
 from ollm_core.types import Progress
 
@@ -175,11 +176,11 @@ class Failure(AdapterSuite):
     )
     def test_overwritten(self, subject: Subject) -> None:
         prompt = subject.prompt(100)
-        directory = subject.copy(subject.tiny())
+        directory = subject.copy(subject.tiny(shards=True))
         with subject.open(directory) as model:
             cache = model.new_cache()
             model(input_ids=prompt[None, :60], past_key_values=cache, logits_to_keep=1)
-            subject.overwrite(directory)
+            subject.overwrite(directory, last_file=True)
             for number in range(2):
                 what = f"pass {number + 1} on weights that were overwritten"
                 with refused(ReadError, what):
@@ -190,6 +191,23 @@ class Failure(AdapterSuite):
             found = model(input_ids=prompt[None]).logits[0]
         expected = subject.reference(directory=directory).run(prompt)
         same_bits(found, expected, "logits of the new weights")
+
+    @check(
+        "failure.not-finite",
+        "Logits that are no numbers are an error in one line, never a token.",
+        look="source(): weights that overflow in another dtype",
+    )
+    def test_not_finite(self, subject: Subject) -> None:
+        directory = subject.copy(subject.tiny())
+        checkpoint, config = open_checkpoint(directory), read_config(directory)
+        norm = f"{subject.adapter.layout(config).norm}.weight"
+        plan = subject.adapter.weights(config, checkpoint.tensors)
+        stored = checkpoint.tensors[plan.parameters[norm].tensors[0]]
+        with stored.path.open("r+b") as file:
+            file.seek(stored.offset)
+            file.write(torch.tensor([float("nan")]).numpy().tobytes())
+        with subject.open(directory) as model, refused(NotFiniteError, f"{norm} with a NaN"):
+            model(input_ids=subject.prompt(20)[None])
 
     @check(
         "failure.cancelled",
