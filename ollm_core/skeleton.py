@@ -149,6 +149,7 @@ class Skeleton:
     def close(self) -> None:
         """Hold nothing on the device any more."""
         self.rotary = self.meta_rotary
+        self.outside = OutsideLayers()  # a scale that is a buffer is a tensor
         self.bind_norm([torch.empty_like(p, device="meta") for p in self.norm.parameters()])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import MappingProxyType
 
 from ollm_adapter_llama import LlamaAdapter
 from ollm_core import Capability, DecoderAdapter, ParameterSource, bad_config, read_size
@@ -55,6 +56,57 @@ class Granite(DecoderAdapter):
             "logits_scaling": 2.0,
             "model_type": "granite",
             "residual_multiplier": 0.5,
+        }
+
+
+class Gemma2(DecoderAdapter):
+    """Capped attention and logits, scaled embedding rows, every other layer with a window, a tied
+    head, and norms on both sides. transformers' layer caps attention itself, block-wise cannot.
+    """
+
+    name = "gemma2"
+    model_types = ("gemma2",)
+    defaults = MappingProxyType(
+        {
+            "head_dim": 256,
+            "num_key_value_heads": 4,
+            "sliding_window": 4096,
+            "tie_word_embeddings": True,
+        }
+    )
+    capabilities = MappingProxyType(
+        {"blockwise-attention": Capability("unsupported", "attention logits are capped")}
+    )
+
+    def layer_parameters(self, config, layer_idx):
+        for norm in ("input", "post_attention", "pre_feedforward", "post_feedforward"):
+            yield f"{norm}_layernorm.weight"
+        for leaf in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            yield f"self_attn.{leaf}.weight"
+            if config.get("attention_bias"):
+                yield f"self_attn.{leaf}.bias"
+        for leaf in ("gate_proj", "up_proj", "down_proj"):
+            yield f"mlp.{leaf}.weight"
+
+    def layer_types(self, config):
+        if config.get("layer_types") is not None:
+            return super().layer_types(config)
+        kinds = "sliding_attention", "full_attention"
+        return [kinds[i % 2] for i in range(read_size(config, "num_hidden_layers", 1000))]
+
+    def tiny_config(self):
+        dropped = ("layer_types", "tie_word_embeddings", "mlp_bias", "hidden_act")
+        config = {k: v for k, v in LlamaAdapter().tiny_config().items() if k not in dropped}
+        return {
+            **config,
+            "architectures": ["Gemma2ForCausalLM"],
+            "attn_logit_softcapping": 3.0,
+            "final_logit_softcapping": 5.0,
+            "hidden_activation": "gelu_pytorch_tanh",
+            "model_type": "gemma2",
+            "query_pre_attn_scalar": 24,
+            "rope_scaling": None,
+            "sliding_window": 100,
         }
 
 
