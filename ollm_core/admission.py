@@ -106,6 +106,11 @@ class Admission:
         self._itemsize = weights.dtype.itemsize
         self._one_memory = weights.one_memory
 
+    @property
+    def exact(self) -> bool:
+        """Whether every pass has exact attention, whatever it takes."""
+        return self._policy.attention == "exact"
+
     @contextmanager
     def admit(self, store: KVStore, work: Sequence[NewTokens]) -> Iterator[PassPlan]:
         """Hold the memory of a pass over `work`. Raises DoesNotFitError, naming what would do,

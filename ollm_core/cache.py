@@ -131,17 +131,19 @@ class SequenceCache(Cache):
         raise UnsupportedError("this cache belongs to a streamed model and works with no other")
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Drop the last `-tokens_to_remove` positions; a positive number is the length to keep.
+        """Drop the last `-tokens_to_remove` positions, all if there are fewer; a positive number is
+        the length to keep.
 
         Raises UnsupportedError for a family that cannot go back.
         """
         if self._demand:
             self._demand("truncate")
         length = self.get_seq_length()
-        wanted = tokens_to_remove if tokens_to_remove > 0 else length + tokens_to_remove
-        for row, kept in enumerate(self.kept):
-            self.store.truncate(self.rows[row], int(kept[:wanted].sum()))
-            self.kept[row] = kept[:wanted]
+        wanted = tokens_to_remove if tokens_to_remove > 0 else max(length + tokens_to_remove, 0)
+        kept = [row[:wanted] for row in self.kept]
+        for sequence, left in zip(self.rows, kept, strict=True):
+            self.store.truncate(sequence, int(left.sum()))
+        self.kept = kept  # only now: a store that refuses leaves the notes as they were
 
     def reset(self) -> None:
         """Forget all rows."""
@@ -168,7 +170,15 @@ class SequenceCache(Cache):
         self.drafting = True
 
     def _pick(self, sources: list[int]) -> None:
-        forks = [self.store.fork(self.rows[source]) for source in sources]
+        """Make the rows forks of those. Raises DoesNotFitError with nothing changed."""
+        forks: list[int] = []
+        try:
+            for source in sources:
+                forks.append(self.store.fork(self.rows[source]))  # noqa: PERF401 - undone one by one
+        except BaseException:
+            for fork in forks:
+                self.store.release(fork)
+            raise
         for sequence in self.rows:
             self.store.release(sequence)
         self.rows = forks

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
+from ollm_core.declared import told
 from ollm_core.description import infer_tensors
-from ollm_core.errors import CheckpointError, ConfigError, UnsupportedError
+from ollm_core.errors import CheckpointError, ConfigError, PluginError, UnsupportedError
 from ollm_core.interfaces import ModelAdapter
 from ollm_core.types import (
     CacheKind,
@@ -129,9 +131,9 @@ class DecoderAdapter(ModelAdapter):
         layout = self.layout(config)
         embedding, head = f"{layout.embedding}.weight", f"{layout.head}.weight"
         names = list(self._parameter_names(config, layout))
-        experts = {name: tuple(self.experts(config, name)) for name in names}
+        experts = {name: self._experts(config, name) for name in names}
         experts = {name: slices for name, slices in experts.items() if slices}
-        parameters = {name: self.source(config, name) for name in names if name not in experts}
+        parameters = {name: self._source(config, name) for name in names if name not in experts}
         unused_head: tuple[str, ...] = ()
         present = frozenset(tensor_names)
         if config.get("tie_word_embeddings"):
@@ -171,11 +173,12 @@ class DecoderAdapter(ModelAdapter):
                 raise ConfigError(
                     f"adapter {self.name} declares parameter {name}, which the model of "
                     "config.json does not have",
-                    hint="config.json is of another model, or the adapter is wrong",
+                    hint="config.json is of another model, or layer_parameters(), norm_parameters "
+                    f"or layout() of adapter {self.name} is wrong",
                 )
             shape = shapes[name]
-            slices = self.experts(config, name)
-            parts = [(one, shape[1:]) for one in slices] or [(self.source(config, name), shape)]
+            slices = self._experts(config, name)
+            parts = [(one, shape[1:]) for one in slices] or [(self._source(config, name), shape)]
             for source, part in parts:
                 found.update(infer_tensors(source, part, dtype, shape[0], tried))
         return found
@@ -200,11 +203,60 @@ class DecoderAdapter(ModelAdapter):
     def _parameter_names(self, config: Config, layout: Layout) -> Iterator[str]:
         yield f"{layout.embedding}.weight"
         for i in range(layout.num_layers):
-            for leaf in self.layer_parameters(config, i):
-                yield f"{layout.layers}.{i}.{leaf}"
+            path = f"{layout.layers}.{i}."
+            for leaf in self._layer_leaves(config, i, path):
+                yield path + leaf
         for leaf in self.norm_parameters:
             yield f"{layout.norm}.{leaf}"
         yield f"{layout.head}.weight"
+
+    def _layer_leaves(self, config: Config, layer_idx: int, path: str) -> Iterable[str]:
+        """`layer_parameters`. Raises PluginError for what are no names inside the layer at
+        `path`.
+        """
+        found: object = self.layer_parameters(config, layer_idx)
+        what = f"adapter {self.name}: layer_parameters() of layer {layer_idx}"
+        if isinstance(found, str) or not isinstance(found, Iterable):
+            raise PluginError(
+                f"{what} must give names, got {told(found)}",
+                hint="yield each name, or return a tuple of them, of one too: ('norm.weight',)",
+            )
+        leaves = tuple(found)
+        for leaf in leaves:
+            if not isinstance(leaf, str) or leaf.startswith(path):
+                raise PluginError(
+                    f"{what} must give names inside the layer, got {told(leaf)}",
+                    hint=f"leave out {path!a}: it is put before each name",
+                )
+        if twice := [leaf for leaf, count in Counter(leaves).items() if count > 1]:
+            raise PluginError(
+                f"{what} gives {twice[0]!a} more than once", hint="give each parameter once"
+            )
+        return leaves
+
+    def _source(self, config: Config, parameter: str) -> ParameterSource:
+        """`source`. Raises PluginError for what is none."""
+        found: object = self.source(config, parameter)
+        if not isinstance(found, ParameterSource):
+            raise PluginError(
+                f"adapter {self.name}: source() of {parameter} must return a ParameterSource, "
+                f"got {told(found)}",
+                hint="return ParameterSource((name,)), or super().source(config, parameter)",
+            )
+        return found
+
+    def _experts(self, config: Config, parameter: str) -> tuple[ParameterSource, ...]:
+        """`experts`. Raises PluginError for what are none."""
+        found: object = self.experts(config, parameter)
+        if isinstance(found, Iterable):
+            slices = tuple(found)
+            if all(isinstance(one, ParameterSource) for one in slices):
+                return slices
+        raise PluginError(
+            f"adapter {self.name}: experts() of {parameter} must return ParameterSource objects, "
+            f"got {told(found)}",
+            hint="return one for each expert, and () for a parameter that is none of theirs",
+        )
 
     def _mixers(self, config: Config) -> Iterator[str]:
         known = [
@@ -246,13 +298,16 @@ class DecoderAdapter(ModelAdapter):
             raise CheckpointError(
                 f"the checkpoint lacks tensor {lacks[0]} ({len(lacks)} are missing in all)"
                 + (f" and has {has[0]!a}, {also}" if has else ""),
-                hint="config.json and the checkpoint are of different models, or this adapter is "
+                hint="config.json and the checkpoint are of different models, or layout(), "
+                f"layer_parameters(), source(), experts() or defaults of adapter {self.name} are "
                 "wrong",
             )
         if has:
             raise CheckpointError(
                 f"the checkpoint has tensor {has[0]!a}, {also}",
-                hint="quantised checkpoints and LoRA files are not supported",
+                hint="quantised checkpoints and LoRA files are not supported; for its author: "
+                f"layer_parameters(), source() and experts() of adapter {self.name} name what is "
+                "used, ignores() what is not",
             )
 
 
@@ -298,18 +353,21 @@ def catalog_entry(
     license: str,
     chat: bool = True,
     weight_bytes: int | None = None,
+    ignored_bytes: int = 0,
 ) -> CatalogEntry:
     """A known model: its id, hub repository, the content of its config.json, and its size.
 
     `num_parameters` counts a tied head once, as the checkpoint does. `weight_bytes` are those of
-    all its tensors; None: every parameter is stored in the config's dtype. The config is copied,
-    so that what transformers does to it stays with that caller.
+    all its tensors; None: every parameter is stored in the config's dtype. `ignored_bytes` are,
+    of these, those of tensors that the adapter ignores. The config is copied, so that what
+    transformers does to it stays with that caller.
     """
     if weight_bytes is None:
         dtype = str(config.get("dtype") or config.get("torch_dtype"))
         if dtype not in _DTYPE_BYTES:
             raise bad_config("dtype", dtype, f"one of {', '.join(_DTYPE_BYTES)}")
         weight_bytes = num_parameters * _DTYPE_BYTES[dtype]
+    whole = copy.deepcopy(dict(config))
     return CatalogEntry(
-        model_id, repo, num_parameters, weight_bytes, copy.deepcopy(dict(config)), chat, license
+        model_id, repo, num_parameters, weight_bytes, whole, chat, license, ignored_bytes
     )

@@ -45,7 +45,7 @@ def describe_checkpoint(
     if stored is None:
         raise UnsupportedError(
             f"adapter {adapter.name} does not say what its checkpoints hold",
-            hint="plan a directory that holds the model's weights",
+            hint="plan a directory that holds the model's weights; an adapter says it by tensors()",
         )
     # As the library of the format does: the largest elements first, then by name.
     order = sorted(stored, key=lambda name: (-DTYPE_BYTES[stored[name][0]], name))
@@ -94,7 +94,8 @@ def infer_tensors(
     if part is None or (source.transform is None and len(source.tensors) > 1):
         raise UnsupportedError(
             f"what is stored for {source.tensors[0]} cannot be told from config.json",
-            hint="plan a directory that holds the weights, or let the adapter say what is `stored`",
+            hint="plan a directory that holds the weights; source() or experts() of the adapter "
+            "can say what is `stored`",
         )
     for name in source.tensors:
         yield name, (dtype, (*rows, *part))

@@ -77,7 +77,7 @@ class ModelDrafter(Closing, FollowsText):
         """See Drafter."""
         with self._lock:
             num_tokens = min(num_tokens, self._most - len(token_ids))
-            if num_tokens < 1 or self._cache is None:
+            if num_tokens < 1 or len(token_ids) == 0 or self._cache is None:
                 return token_ids[:0]
             guesses = [self._read_up_to(token_ids)]
             store, sequence = self._cache.store, self._sequence

@@ -45,6 +45,8 @@ class LookupDrafter:
 
     def __call__(self, token_ids: Tensor, num_tokens: int) -> Tensor:
         """See Drafter."""
+        if num_tokens < 1:
+            return token_ids[:0]
         generator = PromptLookupCandidateGenerator(
             num_output_tokens=num_tokens, max_length=sys.maxsize
         )

@@ -133,9 +133,12 @@ def identity(
     config: Config,
     report: Report | None = None,
     hashes: FileHashes | None = None,
+    *,
+    exact: bool = False,
 ) -> str:
     """64 hex digits that name a model by its content: those of its config as parsed, and of each of
-    its files as it was when the checkpoint was opened.
+    its files as it was when the checkpoint was opened. Others if it is `exact`: what another
+    attention gave has other last bits.
 
     Reads what `hashes` (default: this user's) does not know, and holds 16 MiB or less for it. Says
     nothing to `report` where nothing is read. Raises ReadError if a file cannot be read or is not
@@ -154,6 +157,8 @@ def identity(
     digest = hashlib.sha256(json.dumps(dict(config), sort_keys=True, default=str).encode())
     for path in sorted(files, key=lambda path: path.name):
         digest.update(bytes.fromhex(known[path]))
+    if exact:
+        digest.update(b"exact")
     return digest.hexdigest()
 
 

@@ -56,7 +56,7 @@ class ModelAdapter(ABC):
 
     @property
     def capabilities(self) -> Mapping[str, Capability]:
-        """Ability name to what is supported. Names: see `ollm_core.registry.CAPABILITIES`. Missing
+        """Ability name to what is supported. Names: see `ollm_core.CAPABILITIES`. Missing
         means full.
         """
         return {}
@@ -390,7 +390,7 @@ class Drafter(Protocol):
 
     def __call__(self, token_ids: Tensor, num_tokens: int) -> Tensor | Sequence[int]:
         """`token_ids` [S], all so far, on the CPU -> at most `num_tokens` ids [n] that may come
-        next; none is allowed.
+        next; none is allowed. The text may be another one than before, or empty.
         """
 
 

@@ -113,10 +113,11 @@ class Opening:
                 )
             )
             skeleton.bind_norm(weights.norm)
+            admitting = admission(weights)
             engine = Engine(
                 skeleton,
                 weights,
-                admission(weights),
+                admitting,
                 on_progress,
                 self.cap,
                 span,
@@ -128,7 +129,13 @@ class Opening:
                 accounts.host,
                 kv_dir,
                 functools.cache(
-                    functools.partial(identity, checkpoint, parts.config, engine.report_check)
+                    functools.partial(
+                        identity,
+                        checkpoint,
+                        parts.config,
+                        engine.report_check,
+                        exact=admitting.exact,
+                    )
                 ),
                 keep_kv,
             )

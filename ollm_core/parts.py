@@ -13,6 +13,7 @@ from ollm_core.admission import Accounts, Admission, Policy
 from ollm_core.attention_rates import require_flash
 from ollm_core.bus import Bus, bus_of
 from ollm_core.checkpoint import Checkpoint
+from ollm_core.declared import kinds_of, layout_of, plan_of, text_config_of
 from ollm_core.description import describe_checkpoint
 from ollm_core.errors import ConfigError, UnsupportedError
 from ollm_core.interfaces import ModelAdapter
@@ -21,7 +22,7 @@ from ollm_core.plugins import Offer
 from ollm_core.pressure import Pressure
 from ollm_core.registry import require, supports
 from ollm_core.skeleton import Skeleton
-from ollm_core.types import CacheKind, Config, Layout
+from ollm_core.types import CacheKind, Config
 from ollm_core.untrusted_json import show
 from ollm_core.weights.codecs import LogicalTensors
 from ollm_core.weights.held import HeldWeights
@@ -123,7 +124,7 @@ def take_apart(
     `device`, which then need not be there. `bus` is by default as `bus_of` says. Raises
     ConfigError, CheckpointError, UnsupportedError.
     """
-    config = adapter.text_config(whole_config)
+    config = text_config_of(adapter, whole_config)
     declared: Config = {**config, **whole_config}
     _check_quantization(adapter, declared, where)
     if checkpoint is None:
@@ -134,16 +135,16 @@ def take_apart(
         tensors.check_device(device)
     indexed = checkpoint.index_dtype if checkpoint else None
     compute_dtype = _compute_dtype(dtype, declared, where, tensors, indexed)
-    layout = adapter.layout(config)
-    kinds = _cache_kinds(adapter, config, layout)
+    layout = layout_of(adapter, config)
+    kinds = kinds_of(adapter, config, layout)
     skeleton = Skeleton(config, layout, compute_dtype, torch.device("meta") if bare else device)
     if checkpoint is None or tensors is None:
         stored = str(declared["dtype"])
         checkpoint = describe_checkpoint(adapter, config, skeleton.shapes, stored, where)
         tensors = LogicalTensors(checkpoint, config, {})
-        plan = adapter.weights(config, tensors.names)
+        plan = plan_of(adapter, config, tensors.names)
     else:
-        plan = adapter.weights(config, tensors.names)
+        plan = plan_of(adapter, config, tensors.names)
         plan = untie_head(plan, adapter, config, layout, checkpoint, tensors, compute_dtype)
     units = cut_units(
         layout,
@@ -207,27 +208,3 @@ def _compute_dtype(
             hint="give dtype, for instance float32",
         )
     return DTYPES[stated]
-
-
-def _cache_kinds(adapter: ModelAdapter, config: Config, layout: Layout) -> tuple[CacheKind, ...]:
-    kinds = tuple(adapter.caches(config))
-    if len(kinds) != layout.num_layers:
-        raise ConfigError(
-            f"adapter {adapter.name} gives {len(kinds)} caches, expected {layout.num_layers}"
-        )
-    mixers = layout.mixers or ("full",) * layout.num_layers
-    for layer_idx, (kind, mixer) in enumerate(zip(kinds, mixers, strict=True)):
-        if {kind.kind == "recurrent", mixer == "recurrent", bool(kind.states)} == {True, False}:
-            raise ConfigError(
-                f"adapter {adapter.name} says of layer {layer_idx} that it is recurrent, and yet "
-                "not",
-                hint="layout(), caches() and the states of a cache kind must agree",
-            )
-        if kind.kind == "sliding" and (kind.window is None or kind.window < 2):
-            raise ConfigError(
-                f"layer {layer_idx} has a sliding window of {kind.window} tokens, "
-                "expected at least 2"
-            )
-        if kind.kind == "full" and kind.window is not None:
-            raise ConfigError(f"layer {layer_idx} keeps all tokens, and yet has a window")
-    return kinds

@@ -5,8 +5,9 @@ Knows one plugin at a time; who may have which name is for the registry to say.
 
 from __future__ import annotations
 
+import difflib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint
 from types import MappingProxyType
@@ -15,6 +16,7 @@ from typing import Any
 import pluggy
 
 from ollm_core import hookspecs
+from ollm_core.declared import told
 from ollm_core.errors import OllmError, PluginError
 from ollm_core.interfaces import ModelAdapter
 
@@ -51,6 +53,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
 )  # fmt: skip
 """By hook. `ollm_adapters` is apart: adapters are objects that bring their own names."""
 
+_HOOKS = ("ollm_adapters", *KINDS)
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
 
 
@@ -95,20 +98,81 @@ def ask(entry_point: EntryPoint, plugin: str) -> tuple[list[ModelAdapter], list[
     """
     manager = pluggy.PluginManager(hookspecs.PROJECT)
     manager.add_hookspecs(hookspecs)
-    manager.register(entry_point.load(), entry_point.name)
+    module = entry_point.load()
+    manager.register(module, entry_point.name)
+    _check_hooks(manager, module)
     manager.check_pending()
-    hooks = ("ollm_adapters", *KINDS)
-    calls = {hook: getattr(manager.hook, hook) for hook in hooks}
-    if not any(call.get_hookimpls() for call in calls.values()):
-        raise PluginError(f"implements no hook; there are {', '.join(hooks)}")
-    adapters = [one for offered in calls["ollm_adapters"]() for one in offered]
-    for adapter in adapters:
-        if not isinstance(adapter, ModelAdapter):
-            raise PluginError(f"offers {adapter!r}, which is no ModelAdapter")
     offers = [
-        offer for hook in KINDS for offered in calls[hook]() for offer in _offers(hook, offered)
+        offer
+        for hook in KINDS
+        for offered in _called(manager, hook)
+        for offer in _offers(hook, offered)
     ]
-    return adapters, [Offer(hook, name, factory, plugin) for hook, name, factory in offers]
+    return (
+        [one for offered in _called(manager, "ollm_adapters") for one in _adapters(offered)],
+        [Offer(hook, name, factory, plugin) for hook, name, factory in offers],
+    )
+
+
+def _check_hooks(manager: pluggy.PluginManager, module: object) -> None:
+    """Raises PluginError for a hook that is not there, with the one that may be meant, and for a
+    module that implements none.
+    """
+    callers = manager.get_hookcallers(module) or []
+    for caller in callers:
+        if not caller.has_spec() and not all(one.optionalhook for one in caller.get_hookimpls()):
+            close = difflib.get_close_matches(caller.name, _HOOKS, n=1)
+            raise PluginError(
+                f"unknown hook {caller.name!r}",
+                hint=f"did you mean {close[0]}?" if close else f"there are {', '.join(_HOOKS)}",
+            )
+    if not callers:
+        unmarked = [hook for hook in _HOOKS if callable(getattr(module, hook, None))]
+        raise PluginError(
+            f"implements no hook; there are {', '.join(_HOOKS)}",
+            hint=f"write @hookimpl of ollm_core above {unmarked[0]}" if unmarked else "",
+        )
+
+
+def _called(manager: pluggy.PluginManager, hook: str) -> list[object]:
+    """What the plugin's hook returns, in a list; empty where it has none. Raises PluginError for
+    what it raises, and for None.
+    """
+    call = getattr(manager.hook, hook)
+    if not call.get_hookimpls():
+        return []
+    try:
+        found: list[object] = call()
+    except OllmError:
+        raise
+    except (Exception, SystemExit) as error:
+        abstract = isinstance(error, TypeError) and "abstract class" in str(error)
+        raise PluginError(
+            f"{hook}() raised {one_line(error)}",
+            hint="write what the class still lacks" if abstract else "",
+        ) from error
+    if not found:  # pluggy leaves None out
+        raise PluginError(f"{hook}() returned None", hint="it must return what it offers")
+    return found
+
+
+def _adapters(offered: object) -> Iterator[ModelAdapter]:
+    """Each adapter offered. Raises PluginError for anything else."""
+    if not isinstance(offered, Iterable):
+        fix = "(adapter,)" if isinstance(offered, ModelAdapter) else "(XAdapter(),)"
+        raise PluginError(
+            f"ollm_adapters() must return adapters, got {told(offered)}",
+            hint=f"return them in a tuple, of one too: {fix}",
+        )
+    for adapter in offered:
+        if not isinstance(adapter, ModelAdapter):
+            fix = "an adapter is a subclass of DecoderAdapter or ModelAdapter"
+            if isinstance(adapter, type) and issubclass(adapter, ModelAdapter):
+                fix = f"offer an object of the class: {adapter.__name__}()"
+            raise PluginError(
+                f"ollm_adapters() offers {told(adapter)}, which is no ModelAdapter", hint=fix
+            )
+        yield adapter
 
 
 def _offers(hook: str, offered: object) -> Iterator[tuple[str, str, Callable[..., Any]]]:

@@ -9,35 +9,27 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import EntryPoint, entry_points
 from types import MappingProxyType
 from typing import Literal
 
+from ollm_core.declared import CAPABILITIES as CAPABILITIES
+from ollm_core.declared import check_adapter
 from ollm_core.errors import InputError, PluginError, UnknownModelError, UnsupportedError
-from ollm_core.interfaces import ADAPTER_API, ModelAdapter
+from ollm_core.interfaces import ModelAdapter
 from ollm_core.plugins import KINDS, Offer, ask, one_line
-from ollm_core.types import Capability, CatalogEntry, Config
+from ollm_core.types import CatalogEntry, Config
 from ollm_core.untrusted_json import show
 
 ENTRY_POINT_GROUP = "ollm.adapters"
+_IMPORTS_TORCH = (
+    "imports torch when it is loaded, which slows every `ollm --help`: import it inside functions"
+)
 LOAD_PLUGINS = "OLLM_LOAD_PLUGINS"
 """Environment variable: the only distributions or entry points to load, comma separated."""
-
-CAPABILITIES: Mapping[str, str] = MappingProxyType(
-    {
-        "batch": "several sequences in one weight pass",
-        "chunked-prefill": "a prompt in chunks, bit for bit as transformers gives it so",
-        "kv-device": "KV cache on the device",
-        "kv-host": "KV cache in host memory",
-        "kv-disk": "KV cache on disk, found again by the next process",
-        "blockwise-attention": "attention over KV blocks, merged by log-sum-exp",
-        "truncate": "dropping the last tokens of a sequence",
-        "drafts": "checking several drafted tokens in one weight pass",
-    }
-)
-"""Every ability that an adapter can declare, and what it means. What is not declared is full."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,18 +161,24 @@ class Registry:
         return "".join(f"; plugin {plugin} failed to load: {plugin.reason}" for plugin in failed)
 
     def _load(self, info: PluginInfo, entry_point: EntryPoint) -> None:
-        """Take a plugin in whole, or record why not."""
+        """Take a plugin in whole, or record why not. One that brings torch in is warned of; where
+        torch was there already, nothing is known.
+        """
+        had_torch = "torch" in sys.modules
         try:
             adapters, offers = ask(entry_point, str(info))
-            self._take(replace(info, adapters=tuple(adapters), offers=tuple(offers)))
+            slow = not had_torch and "torch" in sys.modules
+            taken = replace(info, adapters=tuple(adapters), offers=tuple(offers))
+            self._take(replace(taken, reason=_IMPORTS_TORCH if slow else ""))
         except (Exception, SystemExit) as error:  # noqa: BLE001 (a plugin may raise anything)
             self._plugins.append(replace(info, status="failed", reason=one_line(error)))
 
     def _take(self, info: PluginInfo) -> None:
         """Add what a plugin brings. Raises PluginError, with nothing added, where it clashes."""
-        catalogs = [(adapter, tuple(adapter.catalog())) for adapter in info.adapters]
-        warnings = [_check(adapter, models) for adapter, models in catalogs]
-        info = replace(info, reason=" ".join(filter(None, warnings)))
+        checked = [(adapter, *check_adapter(adapter)) for adapter in info.adapters]
+        catalogs = [(adapter, models) for adapter, models, _ in checked]
+        warnings = [info.reason, *(warning for _, _, warning in checked)]
+        info = replace(info, reason="; ".join(filter(None, warnings)))
         claims: dict[tuple[str, str], PluginInfo] = {}
         wanted = [c for adapter, models in catalogs for c in _claims(adapter, models)]
         wanted += [(KINDS[offer.hook].title, offer.name) for offer in info.offers]
@@ -222,33 +220,6 @@ def require(adapter: ModelAdapter, capability: str) -> None:
         )
 
 
-def _check(adapter: ModelAdapter, models: Iterable[CatalogEntry]) -> str:
-    """A warning, or nothing. Raises PluginError for a declaration that cannot be used."""
-    name, types, api = adapter.name, adapter.model_types, adapter.adapter_api
-    if not isinstance(name, str) or not name:
-        raise PluginError(f"adapter name must be a string, got {name!r}")
-    if not isinstance(types, tuple) or not all(isinstance(t, str) for t in types):
-        raise PluginError(f"adapter {name}: model_types must be a tuple of strings, got {types!r}")
-    methods = adapter.quantizations
-    if not isinstance(methods, tuple) or not all(isinstance(m, str) for m in methods):
-        raise PluginError(
-            f"adapter {name}: quantizations must be a tuple of strings, got {methods!r}"
-        )
-    if not all(isinstance(model, CatalogEntry) for model in models):
-        raise PluginError(f"adapter {name}: catalog() must give CatalogEntry objects")
-    major, minor = _api_version(api)
-    core_major, core_minor = _api_version(ADAPTER_API)
-    if major != core_major:
-        raise PluginError(f"adapter {name} speaks adapter API {api}, this core {ADAPTER_API}")
-    if minor > core_minor:
-        return f"adapter {name} speaks adapter API {api}, newer than this core's {ADAPTER_API}"
-    if not all(isinstance(value, Capability) for value in adapter.capabilities.values()):
-        raise PluginError(f"adapter {name}: capabilities must be Capability objects")
-    if unknown := sorted(set(adapter.capabilities) - set(CAPABILITIES)):
-        raise PluginError(f"adapter {name} declares unknown capabilities: {', '.join(unknown)}")
-    return ""
-
-
 def _claims(adapter: ModelAdapter, models: Iterable[CatalogEntry]) -> Iterator[tuple[str, str]]:
     """What only one adapter may have."""
     yield "adapter name", adapter.name
@@ -256,12 +227,6 @@ def _claims(adapter: ModelAdapter, models: Iterable[CatalogEntry]) -> Iterator[t
         yield "model_type", model_type
     for model in models:
         yield "model id", model.id.casefold()
-
-
-def _api_version(text: str) -> tuple[int, int]:
-    if not isinstance(text, str) or not (match := re.fullmatch(r"(\d{1,6})\.(\d{1,6})", text)):
-        raise PluginError(f"adapter_api must look like {ADAPTER_API!r}, got {text!r}")
-    return int(match[1]), int(match[2])
 
 
 def _info(entry_point: EntryPoint) -> PluginInfo:

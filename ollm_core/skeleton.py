@@ -5,6 +5,7 @@ before use.
 from __future__ import annotations
 
 import copy
+import difflib
 import importlib.util
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from ollm_core.attention import ATTENTION_NAME, register_attention
-from ollm_core.errors import ConfigError, UnsupportedError
+from ollm_core.errors import ConfigError, PluginError, UnsupportedError
 from ollm_core.mlp import Mixture
 from ollm_core.outside import OutsideLayers, watch_outside
 from ollm_core.types import Config, Layout
@@ -91,6 +92,7 @@ class Skeleton:
                 f"{' '.join(str(error).split())}"
             ) from error
         model.eval()
+        check_paths(model, layout)
         self.shapes = {
             name: tuple(parameter.shape)
             for name, parameter in model.named_parameters(remove_duplicate=False)
@@ -169,6 +171,22 @@ def _rotary_types(rotary: nn.Module, config: PreTrainedConfig, num_layers: int) 
             hint="rotary embeddings may depend on layer_types, and on nothing else",
         )
     return types
+
+
+def check_paths(model: nn.Module, layout: Layout) -> None:
+    """Raises PluginError for a path of the layout that leads nowhere."""
+    known = [name for name, _ in model.named_modules() if ".0" not in name]
+    for part in ("embedding", "layers", "norm", "head", "rotary"):
+        path = getattr(layout, part)
+        try:
+            model.get_submodule(path)
+        except AttributeError as error:
+            close = difflib.get_close_matches(path, known, n=1)
+            raise PluginError(
+                f"layout().{part} is {path!a}, and transformers' {type(model).__name__} has no "
+                "such module",
+                hint=f"did you mean {close[0]!a}?" if close else f"there are {', '.join(known)}",
+            ) from error
 
 
 def _refuse_kernels() -> None:

@@ -96,6 +96,11 @@ class _MetaTracker(AllocationTracker):
         if func in _ELEMENTWISE and (result := elementwise(args)) is not None:
             return result
         if args and isinstance(args[0], Tensor) and args[0].device.type == "meta":
+            if func is _ATEN.addmm.default:  # a layer's products with a bias
+                _, left, right = args
+                return torch.empty(left.shape[0], right.shape[1], dtype=left.dtype, device="meta")
+            if func is _ATEN.triu_.default:
+                return args[0]
             if func is _ATEN.nonzero.default:  # a token chooses an expert once
                 shape = args[0].shape
                 return torch.empty(max(shape), len(shape), dtype=torch.int64, device="meta")
@@ -144,6 +149,8 @@ class _OperationLog(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         self.lines.append(f"{func}{self._told(args)}{self._told(kwargs or {})}")
+        if func in _ELEMENTWISE and (result := elementwise(args)) is not None:
+            return result
         return func(*args, **(kwargs or {}))
 
     def _told(self, value: object) -> str:

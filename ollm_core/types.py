@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from ollm_core.errors import PluginError
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
@@ -105,6 +107,30 @@ class ParameterSource:
     """What each tensor must be, held against the checkpoint when it is opened; empty: `transform`
     takes whatever is there.
     """
+
+    def __post_init__(self) -> None:
+        """Raises PluginError for what no parameter can be made of."""
+        given: object = self.tensors  # an author may not run a type checker
+        if not isinstance(given, tuple) or not given:
+            raise PluginError(
+                f"ParameterSource: tensors must be a tuple of names, got {given!a}",
+                hint=f"write ParameterSource(({given!a},))"
+                if isinstance(given, str)
+                else "write ParameterSource((first_name, second_name), transform)",
+            )
+        if self.transform is None and len(self.tensors) > 1:
+            raise PluginError(
+                f"ParameterSource: {len(self.tensors)} tensors, from {self.tensors[0]!a} on, "
+                "need a transform that makes one of them",
+                hint="give a function that takes them in this order, for instance one that calls "
+                "torch.cat",
+            )
+        if self.stored and len(self.stored) != len(self.tensors):
+            raise PluginError(
+                f"ParameterSource: stored has {len(self.stored)} forms for {len(self.tensors)} "
+                f"tensors, from {self.tensors[0]!a} on",
+                hint="stored must have one StoredForm for each tensor, or none",
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,6 +236,8 @@ class CatalogEntry:
     config: Config = field(repr=False)
     chat: bool = True
     license: str = ""
+    ignored_bytes: int = 0
+    """Of `weight_bytes`, those of tensors that the adapter ignores."""
 
 
 @dataclass(frozen=True, slots=True)

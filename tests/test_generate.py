@@ -7,7 +7,7 @@ import torch
 from transformers import StoppingCriteria, TextStreamer
 
 import ollm
-from ollm_core import InputError, UnsupportedError
+from ollm_core import DoesNotFitError, InputError, KVStoreError, UnsupportedError
 
 GREEDY = {"do_sample": False, "eos_token_id": None}
 
@@ -162,6 +162,42 @@ def test_crop_and_replay(model, ids):
     assert torch.allclose(found, expected, atol=1e-4)
     cache.crop(30)
     assert cache.get_seq_length() == 30
+
+
+def test_a_crop_past_the_start_empties(model, ids):
+    """As in transformers: of more positions than there are none is left, whatever the number."""
+    for number in (20, 25, 39, 40, 1000):
+        cache = model.new_cache("device")
+        model(input_ids=ids(20)[None], past_key_values=cache)
+        cache.crop(-number)
+        assert (cache.get_seq_length(), cache.num_tokens(0)) == (0, 0)
+
+
+def test_a_refused_crop_leaves_the_notes(model, ids):
+    """A store that cannot go back leaves a cache that says what it has."""
+    cache = model.new_cache("device")
+    model(input_ids=torch.stack([ids(20), ids(20, seed=1)]), past_key_values=cache)
+
+    def refuse(sequence, num_tokens):
+        raise KVStoreError("not so far back")
+
+    cache.store.truncate = refuse
+    with pytest.raises(KVStoreError, match="not so far back"):
+        cache.crop(-5)
+    assert [len(kept) for kept in cache.kept] == [20, 20]
+
+
+def test_refused_copies_of_rows_leak_nothing(model, ids):
+    """There is memory for one copy and not for three: the rows and the account stay as they are."""
+    cache, account = model.new_cache("device"), model.accounts.device
+    model(input_ids=ids(20)[None], past_key_values=cache)
+    used, rows = account.used, [*cache.rows]
+    copy = cache.store.fork(rows[0])
+    account.limit = account.used
+    cache.store.release(copy)
+    with pytest.raises(DoesNotFitError):
+        cache.batch_repeat_interleave(3)
+    assert (account.used, cache.rows) == (used, rows)
 
 
 def test_no_cache(model, ids):

@@ -32,10 +32,7 @@ def open_store(directory, limit=10**8):
 
 def geometry_of(shape):
     """A shape of the conformance suite as a geometry of core."""
-    heads, dim = shape.num_kv_heads, shape.head_dim
-    return KVGeometry.uniform(
-        shape.num_layers, heads, dim, shape.dtype, GEOMETRY.device, shape.block_size
-    )
+    return KVGeometry(shape.kinds, shape.dtype, GEOMETRY.device, shape.block_size)
 
 
 class TestDeviceStore(KVStoreConformance):

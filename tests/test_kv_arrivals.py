@@ -35,14 +35,7 @@ class TestHostStoreForADevice(KVStoreConformance):
 
     @classmethod
     def open_store(cls, shape, account, directory):
-        geometry = KVGeometry.uniform(
-            shape.num_layers,
-            shape.num_kv_heads,
-            shape.head_dim,
-            shape.dtype,
-            CPU,
-            shape.block_size,
-        )
+        geometry = KVGeometry(shape.kinds, shape.dtype, CPU, shape.block_size)
         return open_store(cls.kv, replace(geometry, bus=SimulatedBus(11)), account, directory)
 
 

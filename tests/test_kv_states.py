@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import settings
@@ -213,12 +215,12 @@ def test_a_state_of_another_shape_is_refused():
         store.append(0, sequence, torch.zeros(1, 1, 2), torch.zeros(1, 1, 2))
 
 
-def keeping(directory):
+def keeping(directory, geometry=GEOMETRY):
     account = MemoryAccount("memory", 64 << 20)
-    attention = KeepingKVStore(GEOMETRY.attention_layers(), account, directory, "model")
-    states = StateStore(GEOMETRY, account, "host", CPU)
+    attention = KeepingKVStore(geometry.attention_layers(), account, directory, "model")
+    states = StateStore(geometry, account, "host", CPU)
     return KeepingHybridKVStore(
-        GEOMETRY, attention, states, StateFiles(directory, GEOMETRY, "model")
+        geometry, attention, states, StateFiles(directory, geometry, "model")
     )
 
 
@@ -283,6 +285,19 @@ def test_a_damaged_state_is_not_believed(tmp_path, damage):
     path.write_bytes({"cut": data[:-1], "empty": b""}.get(damage, data))
     assert found(tmp_path, [*PROMPT, 60]) == 20
     assert not path.exists() or path.read_bytes() != data
+
+
+def test_states_of_another_dtype_have_files_of_their_own(tmp_path):
+    """A run in one dtype neither finds nor removes what one in another has kept."""
+    keep_a_run(tmp_path, PROMPT)
+    files = {path.name for path in tmp_path.glob("ollm-states-*/*.state")}
+    with keeping(tmp_path, replace(GEOMETRY, dtype=torch.float16)) as store:
+        for num_tokens in (20, 21):
+            tokens = torch.tensor(PROMPT[:num_tokens])
+            assert not store._files.has(tokens)
+            assert store._files.read(tokens) is None
+    assert {path.name for path in tmp_path.glob("ollm-states-*/*.state")} == files
+    assert found(tmp_path, [*PROMPT, 60]) == 21
 
 
 def test_a_pass_that_fails_leaves_no_file(tmp_path):

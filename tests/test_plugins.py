@@ -226,6 +226,17 @@ def test_ollm_commands(registry, tiny, capsys):
     assert err.startswith("error: Missing argument 'TEXT'")
 
 
+@pytest.mark.parametrize("verb", ["adapter", "conformance"])
+def test_a_verb_of_another_distribution(verb, monkeypatch, capsys):
+    """Without ollm-conformance its verbs say what to install; they are not in --help."""
+    monkeypatch.setenv("OLLM_LOAD_PLUGINS", "ollm-adapter-llama")
+    code, out, err = run_cli(capsys, verb, "new", "olmo2")
+    assert (code, out) == (4, "")
+    assert f"`ollm {verb}` is a verb of ollm-conformance" in err
+    assert "hint: pip install ollm-conformance" in err
+    assert f"  {verb} " not in run_cli(capsys, "--help")[1]
+
+
 def test_the_verb_counts(registry, tmp_path, capsys):
     """The example verb does what it says."""
     from tokenizers import Tokenizer, models, pre_tokenizers

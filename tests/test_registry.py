@@ -1,5 +1,6 @@
 """Discovery, with real plugins: modules and dist-info directories made for each test."""
 
+import json
 import subprocess
 import sys
 import textwrap
@@ -167,21 +168,42 @@ BROKEN = {
     "raises": ("raise RuntimeError('two\\nlines')", "RuntimeError: two lines"),
     "exits": ("raise SystemExit(3)", "SystemExit: 3"),
     "missing import": ("import nothing_of_this_name", "nothing_of_this_name"),
-    "misspelled hook": ("@hookimpl\ndef ollm_adaptors(): return ()", "'ollm_adaptors'"),
+    "misspelled hook": ("@hookimpl\ndef ollm_adaptors(): return ()", "did you mean ollm_adapters?"),
+    "unknown hook": (
+        "@hookimpl\ndef zzz(): return ()",
+        "unknown hook 'zzz'. hint: there are ollm_a",
+    ),
+    "unmarked hook": ("ollm_adapters = lambda: (Adapter(),)", "write @hookimpl of ollm_core above"),
     "wrong argument": ("@hookimpl\ndef ollm_adapters(x): return ()", "Argument(s)"),
     "no hook": ("del ollm_adapters", "implements no hook"),
     "hook raises": ("@hookimpl\ndef ollm_adapters(): 1 / 0", "ZeroDivisionError"),
     "hook exits": ("@hookimpl\ndef ollm_adapters(): raise SystemExit", "SystemExit"),
-    "not a sequence": ("@hookimpl\ndef ollm_adapters(): return 3", "TypeError"),
-    "not an adapter": ("@hookimpl\ndef ollm_adapters(): return [Adapter]", "no ModelAdapter"),
+    "not a sequence": ("@hookimpl\ndef ollm_adapters(): return 3", "in a tuple"),
+    "one adapter": ("@hookimpl\ndef ollm_adapters(): return Adapter()", "of one too: (adapter,)"),
+    "returns nothing": (
+        "@hookimpl\ndef ollm_adapters(): Adapter()",
+        "ollm_adapters() returned None",
+    ),
+    "not an adapter": ("@hookimpl\ndef ollm_adapters(): return [3]", "no ModelAdapter"),
+    "a class": (
+        "@hookimpl\ndef ollm_adapters(): return [Adapter]",
+        "an object of the class: Adapter()",
+    ),
     "abstract": ("del Adapter.caches; Adapter.__abstractmethods__ = {'caches'}", "caches"),
     "no name": ("Adapter.name = ''", "name must be"),
-    "types in a string": ("Adapter.model_types = 'bad'", "tuple of strings"),
+    "name forgotten": ("del Adapter.name", "give the class a name"),
+    "types in a string": ("Adapter.model_types = 'bad'", "hint: model_types = ('bad',)"),
     "other major": ("Adapter.adapter_api = '2.0'", "speaks adapter API 2.0, this core 1.0"),
     "no version": ("Adapter.adapter_api = 'new'", "adapter_api must look like"),
     "catalog raises": ("Adapter.catalog = lambda self: 1 / 0", "ZeroDivisionError"),
     "catalog of ids": ("Adapter.catalog = lambda self: ('a',)", "CatalogEntry"),
-    "unknown ability": ("Adapter.capabilities = {'dratfs': Capability()}", "capabilities: dratfs"),
+    "catalog of dicts": ("Adapter.catalog = lambda self: [{'id': 'x'}]", "with catalog_entry("),
+    "catalog of nothing": ("Adapter.catalog = lambda self: None", "catalog() must return"),
+    "abilities in a method": ("Adapter.capabilities = lambda self: {}", "a @property that"),
+    "unknown ability": (
+        "Adapter.capabilities = {'dratfs': Capability()}",
+        "'dratfs'. hint: did you mean 'drafts'? there are batch,",
+    ),
     "ability in words": ("Adapter.capabilities = {'drafts': 'full'}", "Capability objects"),
     "taken name": ("Adapter.name = 'alpha'", "adapter name 'alpha' is already taken by alpha"),
     "taken type": ("Adapter.model_types = ('bad', 'alpha')", "model_type 'alpha' is already taken"),
@@ -389,3 +411,39 @@ def test_discovery_imports_no_torch():
         [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False
     )
     assert (done.stdout.strip(), done.stderr) == ("[]", "")
+
+
+TORCH = {
+    "at the top": "import torch",
+    "in a hook": "@hookimpl\ndef ollm_kv_stores():\n    import torch\n    return {}",
+    "nowhere": "",
+}
+
+
+@pytest.mark.parametrize("case", TORCH)
+def test_an_adapter_that_imports_torch_is_told(site, case):
+    """In a fresh process, as it slows every verb; the plugins beside it are not blamed."""
+    site.install("alpha", TORCH[case])
+    site.install("beta")
+    code = """
+        import json, sys
+        from importlib.metadata import distributions
+        from ollm_core.registry import Registry
+        sys.path.insert(0, sys.argv[1])
+        found = [e for d in distributions(path=[sys.argv[1]]) for e in d.entry_points]
+        told = {one.name: [one.status, one.reason] for one in Registry.discover(found).plugins}
+        print(json.dumps(told))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code), str(site.path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    (status, told), beside = json.loads(done.stdout).values()
+    assert (status, beside) == ("ok", ["ok", ""])
+    assert ("slows every `ollm --help`" in told) is (case != "nowhere")
+
+
+def test_torch_that_was_there_is_not_told(site):
+    """Where torch is loaded already, who would have loaded it is not known."""
+    site.install("alpha", "import torch")
+    assert "torch" in sys.modules
+    (plugin,) = site.discover().plugins
+    assert (plugin.status, plugin.reason) == ("ok", "")

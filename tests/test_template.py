@@ -16,10 +16,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import ollm
+from ollm_conformance.new_adapter import TEMPLATE
 from ollm_core.registry import Registry
 
 ROOT = Path(__file__).parents[1]
-TEMPLATE = ROOT / "adapters/template"
 LONGEST = {
     "family": "a2345678901234567890_234",
     "model_type": "m" * 32,
@@ -103,13 +103,6 @@ def test_its_model_is_exact(installed, reference, ids, tmp_path):
         assert torch.equal(opened(input_ids=ids(100)[None]).logits[0], expected)
 
 
-@pytest.mark.slow
-def test_types_of_the_default_answers(installed):
-    """What it makes passes mypy --strict with this repository's configuration."""
-    project, _ = installed
-    run_tool(project, "mypy", "--config-file", str(ROOT / "pyproject.toml"), "src")
-
-
 @pytest.mark.parametrize("answers", [{}, LONGEST], ids=["default", "longest"])
 @pytest.mark.parametrize("config", [[], ["--config", str(ROOT / "pyproject.toml")]])
 def test_style(tmp_path, answers, config):
@@ -130,7 +123,7 @@ def test_longest_answers_make_valid_files(tmp_path):
     assert f"Copyright (c) {LONGEST['author']}\n" in (project / "LICENSE").read_text()
     for path in project.rglob("*"):
         assert "{{" not in path.name
-        if path.is_file() and path.name != "ci.yml":
+        if path.is_file() and path.parent.name != "workflows":
             assert "{{" not in path.read_text(), path
 
 

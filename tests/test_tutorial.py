@@ -41,25 +41,18 @@ class Reader:
     """Does what the tutorial says, in a workspace of its own."""
 
     def __init__(self, workspace):
-        clone = workspace / "ollm-core"
-        clone.mkdir()
-        (clone / "adapters").symlink_to(ROOT / "adapters")
-        self.directory = clone
+        self.directory = workspace
         self.site = workspace / "site"
         programs = workspace / "bin"
         programs.mkdir()
-        for name, module in {
-            "copier": "copier",
-            "pytest": "pytest",
-            "ollm": "ollm_core.cli",
-        }.items():
+        for name, module in {"pytest": "pytest", "ollm": "ollm_core.cli"}.items():
             program = programs / name
             program.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m {module} "$@"\n')
             program.chmod(0o755)
         self.environment = {
             **os.environ,
             "PATH": f"{programs}:{os.environ['PATH']}",
-            "OLLM_LOAD_PLUGINS": "ollm-adapter-olmo2",
+            "OLLM_LOAD_PLUGINS": "ollm-adapter-olmo2,ollm-conformance",
         }
 
     def run(self, command, expected):

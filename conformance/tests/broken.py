@@ -18,6 +18,15 @@ class Broken:
 
 
 @dataclass(frozen=True, slots=True)
+class Unseen:
+    """A test class for something broken of which no check is known that it must fail."""
+
+    name: str
+    sentence: str
+    suite: type
+
+
+@dataclass(frozen=True, slots=True)
 class BrokenPart:
     """A part with one fault."""
 
@@ -38,3 +47,9 @@ def broken_adapter(check, sentence, adapter, **attributes):
         attributes[replaced] = staticmethod(attributes[replaced])
     suite = type(f"Test{name}", (AdapterConformance,), {"adapter": adapter, **attributes})
     return Broken(name, sentence, suite, check)
+
+
+def unseen(sentence, adapter, **attributes):
+    """An `Unseen` for an adapter class; `attributes` go to its test class."""
+    made = broken_adapter("", sentence, adapter, **attributes)
+    return Unseen(made.name, made.sentence, made.suite)

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from broken import broken_adapter
 from families import GptOss, Qwen3, Qwen3Moe
+from unclean_adapters import ChangesTransformers, NeedsTorch, PrintsWhenAsked
 
 from ollm_adapter_llama import LlamaAdapter
 from ollm_core import CacheKind, Capability, ParameterSource, WeightPlan
@@ -280,30 +281,6 @@ class ExpertsWhole(Qwen3Moe):
 
     def experts(self, config, parameter):
         return ()
-
-
-class PrintsWhenAsked(LlamaAdapter):
-    def layout(self, config):
-        print("looking at the layout")  # noqa: T201
-        return super().layout(config)
-
-
-class NeedsTorch(LlamaAdapter):
-    def caches(self, config):
-        import torch
-
-        assert torch.__version__
-        return super().caches(config)
-
-
-class ChangesTransformers(LlamaAdapter):
-    def layout(self, config):
-        import sys
-
-        modeling = sys.modules.get("transformers.models.llama.modeling_llama")
-        if modeling and sys.argv[0].endswith("probe.py"):
-            modeling.LlamaMLP = type("LlamaMLP", (modeling.LlamaMLP,), {})
-        return super().layout(config)
 
 
 class ChangesItsConfig(LlamaAdapter):

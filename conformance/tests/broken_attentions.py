@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from broken import BrokenPart
 
@@ -164,6 +166,47 @@ class SinksByKVHead(PlainAttention):
         return sinks.float()[heads]
 
 
+class BlockNumbersInAByte(PlainAttention):
+    def past(self, view, row):
+        found = super().past(view, row)
+        return [
+            found[number % 256] if len(pair[0][0]) == 16 else pair
+            for number, pair in enumerate(found)
+        ]
+
+
+class LastPositionsOnly(PlainAttention):
+    def past(self, view, row):
+        return super().past(view, row)[-256:]
+
+
+class PositionsInFloat16(PlainAttention):
+    """A window that counts in float16 is right for short texts."""
+
+    def hidden(self, queries, keys, window):
+        return super().hidden(queries, keys.half().float(), window)
+
+
+class KeepsJoinedKeys(PlainAttention):
+    def __init__(self):
+        self.joined = {}
+
+    def gather(self, view, row):
+        found = super().gather(view, row)
+        self.joined[view.sequences, view.starts, len(self.joined)] = found
+        return found
+
+
+class KeepsBytes(PlainAttention):
+    kept: ClassVar = []
+
+    def gather(self, view, row):
+        keys, values = super().gather(view, row)
+        if keys.shape[1] > 10_000:
+            self.kept.append((keys.numpy().tobytes(), values.numpy().tobytes()))
+        return keys, values
+
+
 BROKEN_ATTENTIONS = [
     BrokenPart(name, fault, suite, f"attention.{check}")
     for name, fault, suite, check in [
@@ -188,6 +231,15 @@ BROKEN_ATTENTIONS = [
          suite_of(ThroughBfloat16), "dtypes"),
         ("overflow", "The largest score is not subtracted.",
          suite_of(NoLargestSubtracted), "large-scores"),
+        ("block-number-in-a-byte", "After 256 blocks the first ones are seen again.",
+         suite_of(BlockNumbersInAByte), "long"),
+        ("last-blocks-only", "The last 256 blocks are seen.", suite_of(LastPositionsOnly), "long"),
+        ("positions-in-float16", "Positions are rounded to float16.",
+         suite_of(PositionsInFloat16), "long"),
+        ("keeps-joined-keys", "Joined keys and values are kept.",
+         suite_of(KeepsJoinedKeys), "memory"),
+        ("keeps-bytes", "The bytes of keys and values are kept by the class.",
+         suite_of(KeepsBytes), "memory"),
         ("not-exact", "Other last bits where the same bits are promised.",
          suite_of(PlainAttention, exact=True), "exact"),
         ("in-place", "The query is scaled in place.", suite_of(ScalesInPlace), "pure"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from broken import BrokenPart
 
@@ -10,13 +12,10 @@ from ollm_core import DoesNotFitError, TierBytes, TiledBlocks
 from ollm_core.kv import DeviceKVStore, DiskKVStore, KVGeometry
 
 
-def geometry_of(shape, num_kv_heads=None):
-    """A shape of the conformance suite as a geometry of core."""
-    heads = num_kv_heads or shape.num_kv_heads
-    device = torch.device("cpu")
-    return KVGeometry.uniform(
-        shape.num_layers, heads, shape.head_dim, shape.dtype, device, shape.block_size
-    )
+def geometry_of(shape, repeat=1):
+    """A shape of the conformance suite as a geometry of core, with more KV heads."""
+    more = replace(shape, num_kv_heads=repeat * shape.num_kv_heads)
+    return KVGeometry(more.kinds, shape.dtype, torch.device("cpu"), shape.block_size)
 
 
 def suite_of(store, repeat=1):
@@ -27,7 +26,7 @@ def suite_of(store, repeat=1):
 
         @classmethod
         def open_store(cls, shape, account, directory):
-            return store(geometry_of(shape, repeat * shape.num_kv_heads), account)
+            return store(geometry_of(shape, repeat), account)
 
     return Suite
 

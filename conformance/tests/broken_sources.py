@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import threading
 import time
+from dataclasses import replace
 
+import torch
 from broken import BrokenPart
 
 from ollm_conformance import ByteSourceConformance
 from ollm_core import ByteSource, ReadError
 from ollm_core.buffers import PAGE, round_up
+from ollm_core.weights.sources import DirectSource
 
 
 class PlainSource(ByteSource):
@@ -74,6 +78,8 @@ def suite_of(source):
     """The suite for a reading engine."""
 
     class Suite(ByteSourceConformance):
+        over_2gib = issubclass(source, DirectSource)  # others would fill the page cache
+
         @classmethod
         def open_source(cls, paths):
             return source(paths)
@@ -192,6 +198,71 @@ class LeavesFilesOpenOnFailure(PlainSource):
             raise FileNotFoundError(paths[-1])
 
 
+class OffsetsOf31Bits(PlainSource):
+    def fetch(self, path, offset, part):
+        super().fetch(path, offset % (1 << 31), part)
+
+
+class OffsetsOf32Bits(PlainSource):
+    def fetch(self, path, offset, part):
+        super().fetch(path, offset % (1 << 32), part)
+
+
+class OffsetsInFloat32(PlainSource):
+    """Pages are counted in float32: far ones come in twos."""
+
+    def fetch(self, path, offset, part):
+        rounded = int(torch.tensor(offset, dtype=torch.float32))
+        super().fetch(path, rounded if offset > 1 << 24 else offset, part)
+
+
+class OneCall(DirectSource):
+    """What a second call would bring is left as it was."""
+
+    def _read_run(self, run, buffer):
+        if os.preadv(self._files[run.path], [buffer], run.offset) < min(run.needed, 1 << 20):
+            raise run.ended(run.offset)
+
+
+class TwoGigabytesAtMost(DirectSource):
+    def _read_run(self, run, buffer):
+        most = min(run.needed, (1 << 31) - 1)
+        super()._read_run(replace(run, needed=most), buffer)
+
+
+class RefusesMuch(DirectSource):
+    def _read_run(self, run, buffer):
+        count = os.preadv(self._files[run.path], [buffer], run.offset)
+        if count < run.needed:
+            raise run.ended(run.offset + count)
+
+
+class ReadsKept(PlainSource):
+    """Bytes of each reading are kept."""
+
+    def __init__(self, paths):
+        self.kept = []
+        super().__init__(paths)
+
+    def fetch(self, path, offset, part):
+        super().fetch(path, offset, part)
+        self.kept.append(bytearray(part))
+
+
+class FilesKept(PlainSource):
+    """A private copy of each file is held in a map."""
+
+    def __init__(self, paths):
+        super().__init__(paths)
+        self.copies = []
+        for path in paths:
+            if path.stat().st_size > 1 << 20:
+                with path.open("rb") as file:
+                    copy = mmap.mmap(-1, min(path.stat().st_size, 1 << 26))
+                    copy.write(file.read(len(copy)))
+                self.copies.append(copy)
+
+
 BROKEN_SOURCES = [
     BrokenPart(name, fault, suite_of(source), f"byte-source.{check}")
     for name, fault, source, check in [
@@ -214,6 +285,17 @@ BROKEN_SOURCES = [
         ("shared-staging", "Threads share a buffer without a lock.", SharedStaging, "threads"),
         ("counts-nothing", "No bytes are counted.", CountsNothing, "bytes-read"),
         ("counts-too-much", "More bytes are counted than are read.", CountsTwice, "bytes-read"),
+        ("offsets-of-31-bits", "Offsets have 31 bits.", OffsetsOf31Bits, "far-offsets"),
+        ("offsets-of-32-bits", "Offsets have 32 bits.", OffsetsOf32Bits, "far-offsets"),
+        ("offsets-in-float32", "Offsets are rounded to float32.",
+         OffsetsInFloat32, "far-offsets"),
+        ("one-call", "What one call does not bring is missing.", OneCall, "over-2gib"),
+        ("two-gigabytes", "No more than 2 GiB of a tensor are read.",
+         TwoGigabytesAtMost, "over-2gib"),
+        ("refuses-much", "A tensor that one call does not bring is an error.",
+         RefusesMuch, "over-2gib"),
+        ("reads-kept", "The bytes of all readings are kept.", ReadsKept, "memory"),
+        ("files-kept", "A copy of the files is held in memory.", FilesKept, "memory"),
         ("leaves-open", "A closed source leaves a file open.", LeavesAFileOpen, "closed"),
         ("leaves-open-on-failure", "Files stay open when opening fails.",
          LeavesFilesOpenOnFailure, "open-failed"),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import threading
+from collections import deque
 from contextlib import contextmanager
+from typing import ClassVar
 
 import torch
 from broken import BrokenPart
@@ -224,6 +226,42 @@ class KeepsTheAccount(Wrapped):
             self.account.reserve("forgotten", 1)
 
 
+class CopiesInNumpy(Wrapped):
+    """Each unit is kept once more, though it is read in each pass."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.copies = {}
+
+    def changed(self, unit_idx, parameters):
+        self.copies[unit_idx] = [p.float().numpy().copy() for p in parameters]
+        return parameters
+
+
+class KeptByTheClass(Wrapped):
+    """The bytes of units stay when the streamer is closed."""
+
+    units: ClassVar = {}
+
+    def changed(self, unit_idx, parameters):
+        self.units[unit_idx] = [
+            bytearray(p.contiguous().view(torch.uint8).numpy()) for p in parameters
+        ]
+        return parameters
+
+
+class SlowRelease(Wrapped):
+    """What was given out is held for four more passes."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.given = deque(maxlen=28)
+
+    def changed(self, unit_idx, parameters):
+        self.given.append([p.clone() for p in parameters])
+        return self.given[-1]
+
+
 BROKEN_STREAMERS = [
     BrokenPart(name, fault, suite_of(streamer), f"weight-streamer.{check}")
     for name, fault, streamer, check in [
@@ -243,6 +281,9 @@ BROKEN_STREAMERS = [
         ("zeros-for-errors", "A unit that cannot be read is zeros.",
          ZerosForErrors, "read-error"),
         ("fails-for-ever", "After one error every pass fails.", FailsForEver, "read-error"),
+        ("copies-in-numpy", "A copy of each unit is kept in numpy.", CopiesInNumpy, "memory"),
+        ("kept-by-the-class", "Bytes of units are kept by the class.", KeptByTheClass, "memory"),
+        ("slow-release", "What was given out is held much longer.", SlowRelease, "memory"),
         ("sorted-rows", "Embedding rows come in the order of the table.", SortedRows, "embed"),
         ("counts-nothing", "No bytes are counted.", CountsNothing, "bytes-read"),
         ("counts-twice", "Bytes are counted twice.", CountsTwice, "bytes-read"),

@@ -17,11 +17,22 @@ class Qwen3(DecoderAdapter):
 
     name = "qwen3"
     model_types = ("qwen3",)
+    defaults = MappingProxyType(
+        {
+            "head_dim": 128,
+            "max_window_layers": 28,
+            "num_key_value_heads": 32,
+            "sliding_window": 4096,
+            "use_sliding_window": False,
+        }
+    )
 
     def layer_parameters(self, config, layer_idx):
         yield from ("input_layernorm.weight", "post_attention_layernorm.weight")
         for leaf in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"):
             yield f"self_attn.{leaf}.weight"
+            if config.get("attention_bias") and leaf.endswith("proj"):
+                yield f"self_attn.{leaf}.bias"
         for leaf in ("gate_proj", "up_proj", "down_proj"):
             yield f"mlp.{leaf}.weight"
 
@@ -115,6 +126,7 @@ class Qwen3Moe(Qwen3):
 
     name = "qwen3-moe"
     model_types = ("qwen3_moe",)
+    defaults = MappingProxyType({"num_key_value_heads": 4})
 
     def layout(self, config):
         return replace(super().layout(config), experts="mlp.experts")
@@ -173,15 +185,26 @@ class GptOss(DecoderAdapter):
 
     name = "gpt-oss"
     model_types = ("gpt_oss",)
+    defaults = MappingProxyType(
+        {"head_dim": 64, "num_key_value_heads": 8, "num_local_experts": 128, "sliding_window": 128}
+    )
 
     def layer_parameters(self, config, layer_idx):
         yield from ("input_layernorm.weight", "post_attention_layernorm.weight")
         yield "self_attn.sinks"
         for leaf in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            yield from (f"self_attn.{leaf}.weight", f"self_attn.{leaf}.bias")
+            yield f"self_attn.{leaf}.weight"
+            if config.get("attention_bias", True):
+                yield f"self_attn.{leaf}.bias"
         yield from ("mlp.router.weight", "mlp.router.bias")
         for leaf in ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias"):
             yield f"mlp.experts.{leaf}"
+
+    def layer_types(self, config):
+        if config.get("layer_types") is not None:
+            return super().layer_types(config)
+        whole = super().layer_types({**config, "sliding_window": None})
+        return tuple("full_attention" if i % 2 else "sliding_attention" for i in range(len(whole)))
 
     def tiny_config(self):
         config = LlamaAdapter().tiny_config()

@@ -52,3 +52,9 @@ def results(suite: type, checks: Sequence[str] = (), options: Sequence[str] = ()
 def outcomes(suite: type, checks: Sequence[str] = ()) -> dict[str, Outcome]:
     """Check id to what became of it, of a run as in `results`."""
     return {result.check: result.outcome for result in results(suite, checks)}
+
+
+def first_failure(suite: type, check: str) -> Result | None:
+    """What the first case of a check to fail said; None if none did. None is run after it."""
+    (result,) = results(suite, [check], ["--exitfirst"])
+    return result if result.outcome == "failed" else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from broken_adapters import BROKEN_ADAPTERS
+from broken_declarations import BROKEN_DECLARATIONS
 from broken_models import BROKEN_MODELS
 from families import GptOss, Granite, Limited, Qwen3, Qwen3Moe
 from power import outcomes
@@ -33,7 +34,7 @@ def test_good_passes_what_its_broken_ones_fail(family):
     """So what fails there is the fault. All checks are run by the tests of adapters."""
     checks = {
         broken.check
-        for broken in [*BROKEN_ADAPTERS, *BROKEN_MODELS]
+        for broken in [*BROKEN_ADAPTERS, *BROKEN_DECLARATIONS, *BROKEN_MODELS]
         if issubclass(broken.suite.adapter, family)
     }
     found = outcomes(suite_of(family), sorted(checks))

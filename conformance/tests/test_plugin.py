@@ -72,7 +72,7 @@ def test_a_failure_says_what_and_where(capfd):
     told = capfd.readouterr().out
     assert "My Llama! fails check declaration.names" in told
     assert "must hold: The adapter has a proper name" in told
-    assert "found:     expected a name of small letters" in told
+    assert "found:     name: expected small letters" in told
     assert "look at:   `name`, `model_types`" in told
 
 

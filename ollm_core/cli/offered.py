@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NoReturn
 import click
 
 from ollm_core.cli.output import Command
-from ollm_core.errors import OllmError
+from ollm_core.errors import OllmError, PluginError
 from ollm_core.plugins import KINDS
 
 if TYPE_CHECKING:
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from ollm_core.registry import Registry
 
 _HOOK = "ollm_commands"
+_ELSEWHERE = {"adapter": "ollm-conformance", "conformance": "ollm-conformance"}
+"""Verbs that the documentation names, and the distributions that bring them."""
 
 
 def offered_name(option: str, hook: str, text: str) -> Callable[[Command], Command]:
@@ -58,7 +60,11 @@ class Verbs(click.Group):
         if command is not None:
             return command
         offer = _registry().offers(_HOOK).get(cmd_name)
-        return None if offer is None else _command(offer)
+        if offer is not None:
+            return _command(offer)
+        if cmd_name in _ELSEWHERE:
+            return _Broken(cmd_name, _not_here(cmd_name))
+        return None
 
     def invoke(self, ctx: click.Context) -> None:
         """Run a verb. What it returns is dropped: it is no exit code."""
@@ -74,8 +80,16 @@ def _command(offer: Offer) -> click.Command:
     return made
 
 
+def _not_here(verb: str) -> PluginError:
+    distribution = _ELSEWHERE[verb]
+    return PluginError(
+        f"`ollm {verb}` is a verb of {distribution}, which is not installed or not loaded",
+        hint=f"pip install {distribution}; `ollm plugins` shows what is loaded",
+    )
+
+
 class _Broken(click.Command):
-    """Stands for a verb whose plugin failed when it was asked for it."""
+    """Stands for a verb whose plugin failed when it was asked for it, or is not there."""
 
     def __init__(self, name: str, error: OllmError) -> None:
         super().__init__(name, short_help="(cannot be loaded)", add_help_option=False)

@@ -1,4 +1,4 @@
-"""Recurrent states on disk, a file each, named by the tokens that lead to it.
+"""Recurrent states on disk, a file each, named by the tokens that lead to it and the dtype.
 
 A header page as the layer files have, with a checksum of the rest: the states of all layers, raw
 and little-endian, in layer order. A file is there when it is whole, because it is renamed last, and
@@ -125,8 +125,9 @@ class StateFiles:
         }
 
     def path(self, token_ids: Tensor) -> Path:
-        """Where the state after these tokens is, if it is."""
-        return self.directory / f"{len(token_ids)}-{_key(token_ids)}.state"
+        """Where the state after these tokens is, if it is. A run in another dtype has its own."""
+        dtype = str(self._geometry.dtype).removeprefix("torch.")
+        return self.directory / f"{len(token_ids)}-{_key(token_ids)}-{dtype}.state"
 
     def _read(self, path: Path, token_ids: Tensor) -> dict[int, list[Tensor]]:
         file = open_own(path, os.O_RDONLY)

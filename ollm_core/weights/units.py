@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ollm_core.buffers import ALIGNMENT, round_up
-from ollm_core.errors import CheckpointError
+from ollm_core.declared import told
+from ollm_core.errors import CheckpointError, OllmError, PluginError
 from ollm_core.types import Layout, ParameterSource, TensorInfo, WeightPlan
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = {
@@ -64,16 +65,44 @@ class Parameter:
     def build(self, buffer: Tensor, offsets: Mapping[str, int], dtype: torch.dtype) -> Tensor:
         """The parameter from the bytes read: a view where it can be, else a new tensor."""
         raw = [_as_tensor(buffer, offsets[tensor.name], tensor) for tensor in self.tensors]
-        value = self.source.transform(*raw) if self.source.transform else raw[0]
+        value = self._transformed(raw) if self.source.transform else raw[0]
         if tuple(value.shape) != self.shape:
+            hint = "config.json and the weights are of different models"
+            if self.source.transform:
+                hint += ", or source() of the adapter is wrong"
             raise CheckpointError(
-                f"{self.tensors[0].path}: {self.tensors[0].name} has shape {list(value.shape)}, "
+                f"{self.tensors[0].path}: {self.tensors[0].name} has shape {list(value.shape)}"
+                f"{' after its transform' * bool(self.source.transform)}, "
                 f"{self.name} needs {list(self.shape)}",
-                hint="config.json and the weights are of different models",
+                hint=hint,
             )
         value = value.to(dtype)
         if dtype == torch.float32 and value.device.type == "cpu" and value.data_ptr() % ALIGNMENT:
             value = value.clone()
+        return value
+
+    def _transformed(self, raw: Sequence[Tensor]) -> Tensor:
+        """What the transform makes. Raises PluginError in place of what is no OllmError, and for
+        what is no tensor.
+        """
+        assert self.source.transform is not None, "asked for a transform only"
+        fix = "look at the ParameterSource that source() or experts() of the adapter gives"
+        try:
+            value: object = self.source.transform(*raw)
+        except OllmError:
+            raise
+        except Exception as error:
+            shapes = " and ".join(str(list(tensor.shape)) for tensor in raw)
+            raise PluginError(
+                f"parameter {self.name}: its transform, given {shapes}, raised "
+                f"{type(error).__name__}: {' '.join(str(error).split())}",
+                hint=fix,
+            ) from error
+        if not isinstance(value, Tensor):
+            raise PluginError(
+                f"parameter {self.name}: its transform must return a tensor, got {told(value)}",
+                hint=fix,
+            )
         return value
 
 
@@ -203,7 +232,11 @@ def _checked(
             continue
         source = plan.parameters.get(name)
         if source is None:
-            raise CheckpointError(f"no checkpoint tensor is planned for parameter {name}")
+            raise CheckpointError(
+                f"no checkpoint tensor is planned for parameter {name}",
+                hint="layer_parameters() of the adapter must name it, or weights(), where that is "
+                "its own",
+            )
         yield name, _parameter(name, shape, source, tensors)
 
 
@@ -225,7 +258,8 @@ def _parameter(
     for tensor in found:
         if tensor.dtype not in TORCH_DTYPES:
             raise CheckpointError(
-                f"{tensor.path}: {tensor.name} has dtype {tensor.dtype}, which is not supported"
+                f"{tensor.path}: {tensor.name} has dtype {tensor.dtype}, which is not supported",
+                hint=f"tensors must be of {', '.join(TORCH_DTYPES)}",
             )
         if source.transform is None and tensor.shape != shape:
             raise CheckpointError(
@@ -300,7 +334,7 @@ def _expert_units(
     if planned:
         raise CheckpointError(
             f"experts are planned for {min(planned)}, which is no parameter of an experts module",
-            hint="the adapter's layout says where that is",
+            hint="`experts` of layout() must be the path of that module inside a layer",
         )
 
 

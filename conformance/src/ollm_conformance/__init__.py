@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from ollm_conformance.adapter import AdapterConformance
     from ollm_conformance.parts.attention import AttentionConformance
     from ollm_conformance.parts.byte_source import ByteSourceConformance
+    from ollm_conformance.parts.codec import CodecConformance
+    from ollm_conformance.parts.drafter import DrafterConformance
     from ollm_conformance.parts.kv_store import KVStoreConformance
     from ollm_conformance.parts.weight_streamer import WeightStreamerConformance
 
@@ -27,6 +29,8 @@ _HOMES = {
     "AdapterConformance": "ollm_conformance.adapter",
     "AttentionConformance": "ollm_conformance.parts.attention",
     "ByteSourceConformance": "ollm_conformance.parts.byte_source",
+    "CodecConformance": "ollm_conformance.parts.codec",
+    "DrafterConformance": "ollm_conformance.parts.drafter",
     "KVStoreConformance": "ollm_conformance.parts.kv_store",
     "WeightStreamerConformance": "ollm_conformance.parts.weight_streamer",
 }
@@ -35,6 +39,8 @@ __all__ = [
     "AdapterConformance",
     "AttentionConformance",
     "ByteSourceConformance",
+    "CodecConformance",
+    "DrafterConformance",
     "KVStoreConformance",
     "WeightStreamerConformance",
 ]

@@ -35,6 +35,7 @@ def conformance() -> None:
     help="Write a report to --out, or to stdout.",
 )
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="File for the report.")
+@click.option("--seed", type=int, default=0, help="Draw other random weights and prompts.")
 @click.option(
     "--checkpoint",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
@@ -46,6 +47,7 @@ def run(
     checks: str | None,
     report: str | None,
     out: Path | None,
+    seed: int,
     checkpoint: Path | None,
 ) -> None:
     """Run the suite for the installed ADAPTER."""
@@ -56,8 +58,9 @@ def run(
         results, junit = Path(scratch) / "results.json", Path(scratch) / "junit.xml"
         arguments = [
             "--pyargs", "ollm_conformance.suite", "--ollm-adapter", adapter, "--ollm-level", level,
-            "--ollm-results", str(results), "--junit-xml", str(junit), "-p", "no:cacheprovider",
-            "--rootdir", scratch, "-c", "/dev/null", "--tb", "short", "-q",
+            "--ollm-seed", str(seed), "--ollm-results", str(results), "--junit-xml", str(junit),
+            "-p", "no:cacheprovider", "--rootdir", scratch, "-c", "/dev/null",
+            "--tb", "short", "-q",
         ]  # fmt: skip
         arguments += ["--ollm-checks", checks] if checks else []
         arguments += ["--ollm-checkpoint", str(checkpoint)] if checkpoint else []

@@ -1,4 +1,4 @@
-"""The plugin that brings the verb `ollm conformance`. Imports nothing that is slow."""
+"""The plugin that brings the verbs `ollm adapter` and `ollm conformance`. Imports nothing slow."""
 
 from __future__ import annotations
 
@@ -15,8 +15,14 @@ if TYPE_CHECKING:
 
 @hookimpl
 def ollm_commands() -> Mapping[str, CommandFactory]:
-    """The one verb of this distribution."""
-    return {"conformance": _conformance}
+    """The verbs of this distribution."""
+    return {"adapter": _adapter, "conformance": _conformance}
+
+
+def _adapter() -> click.Command:
+    from ollm_conformance.new_adapter import adapter
+
+    return adapter
 
 
 def _conformance() -> click.Command:

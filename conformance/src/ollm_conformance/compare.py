@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from types import TracebackType
+
 import torch
 from torch import Tensor
 
@@ -43,9 +47,60 @@ def same_tokens(found: list[int], expected: list[int], what: str) -> None:
         raise AssertionError(f"{what}: expected {len(expected)} tokens, got {len(found)}")
 
 
+@contextmanager
+def must_raise(error: type[BaseException], what: str) -> Iterator[None]:
+    """Raises AssertionError unless the `with` block raises `error`; another one goes on."""
+    try:
+        yield
+    except error:
+        return
+    raise AssertionError(f"{what}: expected {error.__name__}, got no error")
+
+
 def _same_form(found: Tensor, expected: Tensor, what: str) -> None:
     if found.shape != expected.shape or found.dtype != expected.dtype:
         raise AssertionError(
             f"{what}: expected {expected.dtype} {list(expected.shape)}, "
             f"got {found.dtype} {list(found.shape)}"
         )
+
+
+class Refusal(AbstractContextManager["Refusal"]):
+    """What `refused` gives out. After the `with` block, `error` is what the block raised."""
+
+    error: BaseException
+
+    def __init__(self, expected: type[BaseException], what: str) -> None:
+        self._expected = expected
+        self._what = what
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> bool:
+        name = self._expected.__name__
+        wanted = f"{self._what}: expected {'an' if name[0] in 'AEIOU' else 'a'} {name}"
+        if exc is None:
+            raise AssertionError(f"{wanted}, got no error")
+        if isinstance(exc, self._expected):
+            self.error = exc
+            return True
+        if isinstance(exc, AssertionError) or not isinstance(exc, Exception):
+            return False  # speaks for itself, or is Ctrl-C
+        raise AssertionError(f"{wanted}, got {type(exc).__name__}: {exc}") from exc
+
+    def says(self, words: str) -> None:
+        """Raises AssertionError unless the error's message holds `words`."""
+        if words not in str(self.error):
+            raise AssertionError(
+                f"{self._what}: expected an error that says {words!r}, got: {self.error}"
+            )
+
+
+def refused(expected: type[BaseException], what: str) -> Refusal:
+    """Raises AssertionError unless its `with` block raises `expected`. `what` names what should
+    have been refused: entry, tensor, row, size.
+    """
+    return Refusal(expected, what)

@@ -1,22 +1,83 @@
-"""Names of parameters in a model, and names and shapes of tensors in its checkpoint."""
+"""Names of parameters in a model, and names, shapes and dtypes of tensors in its checkpoint."""
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from ollm_conformance.forms import as_published
-from ollm_conformance.subject import meta_model
+from ollm_conformance.subject import Subject, meta_model
 from ollm_core import Config
+
+_INTEGERS = {"torch.uint8": "U8", "torch.int8": "I8", "torch.int32": "I32", "torch.int64": "I64"}
+Form = tuple[str, tuple[int, ...]]
+"""safetensors dtype name and shape of a tensor."""
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """What transformers makes of one config.json, nothing of it computed."""
+
+    parameters: Mapping[str, tuple[int, ...]]
+    """Shape of each parameter, a tied head included."""
+    forms: Mapping[str, Form]
+    """dtype and shape of each tensor of the checkpoint as published, a tied head left out. Empty
+    for the dtype of floats, which config.json does not fix.
+    """
+    ignored: tuple[str, ...]
+    """Patterns of the names of tensors that transformers itself ignores in a checkpoint."""
+
+    def stored(self, dtype: str) -> dict[str, Form]:
+        """`forms`, with floats in `dtype`, as safetensors names it."""
+        return {name: (kind or dtype, shape) for name, (kind, shape) in self.forms.items()}
+
+    def ignores(self, tensor: str) -> bool:
+        """Whether transformers would pass over a tensor without a word."""
+        return any(re.search(pattern, tensor) for pattern in self.ignored)
+
+
+def names_of(config: Config, model: PreTrainedModel | None = None) -> Names:
+    """See Names; `model` is that of `meta_model`, if there is one already. Raises whatever
+    transformers does for a config that makes no model.
+    """
+    model = model or meta_model(config)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    state = {name: p.data for name, p in model.named_parameters()}  # each shared one once
+    published = as_published(config, revert_weight_conversion(model, state))
+    forms = {
+        name: ("" if value.is_floating_point() else _INTEGERS[str(value.dtype)], tuple(value.shape))
+        for name, value in published.items()
+    }
+    ignored: Iterable[str] = model._keys_to_ignore_on_load_unexpected or ()
+    return Names({name: tuple(p.shape) for name, p in parameters.items()}, forms, tuple(ignored))
+
+
+def kept_names(subject: Subject, config: Config) -> Names:
+    """As `names_of`, asked of transformers once for a test class: large models take a while."""
+    key = "names", json.dumps(dict(config), sort_keys=True)
+    found: Names = subject.once(key, lambda: names_of(config))
+    return found
 
 
 def parameter_names(config: Config) -> list[str]:
     """Every parameter of the transformers model, a tied head included."""
-    return [name for name, _ in meta_model(config).named_parameters(remove_duplicate=False)]
+    return list(names_of(config).parameters)
 
 
-def stored_shapes(config: Config) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the checkpoint as published: a tied head's is left out."""
-    model = meta_model(config)
-    state = {name: p.data for name, p in model.named_parameters()}  # each shared one once
-    state = as_published(config, revert_weight_conversion(model, state))
-    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+def stored_shapes(
+    config: Config, model: PreTrainedModel | None = None
+) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the checkpoint as published: a tied head's is left out. `model` is that of
+    `meta_model`, if there is one already.
+    """
+    return {name: shape for name, (_, shape) in names_of(config, model).forms.items()}
+
+
+def one_of_each(names: Iterable[str]) -> list[str]:
+    """Names that differ in more than numbers, the last of each kind."""
+    return sorted({re.sub(r"\d+", "0", name): name for name in sorted(names)}.values())

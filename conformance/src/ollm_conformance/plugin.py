@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from ollm_conformance import seeds
+from ollm_conformance.blame import packages_of, raised_at, what_is_wrong
 from ollm_conformance.checks import (
     LEVELS,
     MARK,
@@ -47,14 +49,30 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption("--ollm-checks", metavar="ID,ID", help="run only these checks")
     group.addoption(
+        "--ollm-seed",
+        metavar="N",
+        type=int,
+        default=0,
+        help="draw other random weights, prompts and examples (default: 0)",
+    )
+    group.addoption(
         "--ollm-results", metavar="FILE", type=Path, help="write the outcome of each check as JSON"
     )
 
 
+@pytest.hookimpl(tryfirst=True)  # before Hypothesis is given its seed
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", f"{MARK}(check): a check of the oLLM conformance suite")
+    seed: int = config.getoption("ollm_seed")
+    seeds.begin(seed)
+    if seed and config.getoption("--hypothesis-seed", None) is None:
+        config.option.hypothesis_seed = str(seed)
     config.stash[_RESULTS] = []
     config.pluginmanager.register(_Collector(config.stash[_RESULTS]))
+
+
+def pytest_unconfigure() -> None:
+    seeds.end()
 
 
 class _Collector:
@@ -133,6 +151,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
                 counts[result.outcome] = counts.get(result.outcome, 0) + 1
         told = ", ".join(f"{number} {outcome}" for outcome, number in sorted(counts.items()))
         terminalreporter.line(f"{subject}: {told}")
+    terminalreporter.line(f"seed {seeds.run_seed()} (--ollm-seed N draws others)")
 
 
 def _wanted(config: pytest.Config, items: list[pytest.Item]) -> set[str] | None:
@@ -181,16 +200,29 @@ def _subject_name(item: pytest.Item) -> str:
 
 def _explanation(item: pytest.Item, found: Check, call: pytest.CallInfo[None]) -> str:
     error = call.excinfo.value if call.excinfo else None
-    if isinstance(error, AssertionError):
-        what = str(error).splitlines()[0] if str(error) else "see the assertion above"
-    else:
-        what = f"expected no error, got {type(error).__name__}: {error}"
+    place = raised_at(error, _authors(item), item.config.rootpath)
+    look = found.look
+    if call.when == "setup" and isinstance(error, AssertionError):
+        look = "what the line `found` names: no check can say more before that is right"
     return (
         f"{_subject_name(item)} fails check {found.id}\n"
         f"  must hold: {found.reason}\n"
-        f"  found:     {what}\n"
-        f"  look at:   {found.look}"
+        f"  found:     {what_is_wrong(error)}\n"
+        + (f"  raised at: {place}\n" if place else "")
+        + f"  look at:   {look}\n"
+        f"  again by:  --ollm-checks {found.id} --ollm-seed {seeds.run_seed()}"
     )
+
+
+def _authors(item: pytest.Item) -> frozenset[str]:
+    """Packages of whoever wrote what is tested: the adapter's, or those of the test class of
+    another part.
+    """
+    cls = getattr(item, "cls", object)
+    adapter = getattr(cls, "adapter", cls)
+    if adapter is None:  # the installed one that an option names
+        adapter = getattr(getattr(item, "funcargs", {}).get("subject"), "adapter", cls)
+    return packages_of(adapter)
 
 
 def _result(
@@ -200,7 +232,7 @@ def _result(
     detail = ""
     if report.failed:
         outcome = "failed"
-        detail = " ".join(str(call.excinfo.value).split()) if call.excinfo else str(report.longrepr)
+        detail = what_is_wrong(call.excinfo.value) if call.excinfo else str(report.longrepr)
         detail = detail[:300]
     elif _is_xfail(report):
         outcome, detail = "expected failure", str(getattr(report, "wasxfail", ""))

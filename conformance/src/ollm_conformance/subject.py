@@ -6,10 +6,12 @@ from __future__ import annotations
 
 import copy
 import functools
+import hashlib
+import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrai
 
 import ollm
 from ollm_conformance.forms import as_published, reference_options
+from ollm_conformance.seeds import drawn, run_seed
 from ollm_core import Config, DoesNotFitError, ModelAdapter
+from ollm_core.cache import SequenceCache
 from ollm_core.checkpoint import open_checkpoint, read_config
 from ollm_core.generation import StreamedModel
 from ollm_core.parts import ModelParts, take_apart
@@ -59,6 +63,15 @@ class Reference:
                 parameter.data = parameter.data.to(wanted, copy=True)
         self._chunk_size = chunk_size
         self._known: dict[tuple[tuple[int, ...], int, bool], Tensor] = {}
+        self._continued: dict[tuple[tuple[int, ...], int], Tensor] = {}
+
+    @functools.cached_property
+    def in_float64(self) -> Reference:
+        """The same weights, computed with in float64: what rounding does shows against it."""
+        found = copy.copy(self)
+        found.model = copy.deepcopy(self.model).double()
+        found._known, found._continued = {}, {}
+        return found
 
     def new_cache(self) -> DynamicCache:
         """An empty cache of the right kind for each layer."""
@@ -96,6 +109,18 @@ class Reference:
             self._known[key] = logits
         return logits
 
+    def run_pieces(
+        self,
+        pieces: Sequence[Tensor],
+        chunk_size: int | None = None,
+        cache: DynamicCache | None = None,
+    ) -> Tensor:
+        """Logits [T, V] of `pieces` [n] of tokens, one after the other on one cache, each in chunks
+        of its own, after what is in `cache`.
+        """
+        cache = self.new_cache() if cache is None else cache
+        return torch.cat([self.run(piece, chunk_size, cache) for piece in pieces])
+
     @torch.no_grad()
     def greedy(
         self, ids: Tensor, num_new: int, chunk_size: int | None = None
@@ -103,11 +128,15 @@ class Reference:
         """Greedy tokens after a prompt [T], EOS ignored, and the logits [num_new, V] behind
         them.
         """
-        cache = self.new_cache()
-        found = [self.run(ids, chunk_size, cache, last_only=True)]
-        while len(found) < num_new:
-            found.append(self.run(found[-1].argmax(-1), cache=cache))
-        logits = torch.cat(found)
+        key = tuple(ids.tolist()), chunk_size or self._chunk_size
+        logits = self._continued.get(key)
+        if logits is None or len(logits) < num_new:
+            cache = self.new_cache()
+            found = [self.run(ids, chunk_size, cache, last_only=True)]
+            while len(found) < num_new:
+                found.append(self.run(found[-1].argmax(-1), cache=cache))
+            logits = self._continued[key] = torch.cat(found)
+        logits = logits[:num_new]
         return logits.argmax(-1).tolist(), logits
 
 
@@ -122,18 +151,24 @@ class Subject:
         checkpoint: Path | None = None,
         tiny_config: Config | None = None,
         rehearse: Callable[[ModelParts], Rehearsal] = Rehearsal,
+        small_configs: Mapping[str, Config] | None = None,
     ) -> None:
         """`directory` is an empty one for files; `checkpoint` that of a real model, if there is
-        one; `tiny_config` stands for the adapter's own.
+        one; `tiny_config` stands for the adapter's own, `small_configs` for those that the suite
+        makes of entries of the catalog, by id.
         """
         self.adapter = adapter
         self._tiny_config = tiny_config
+        self.small_configs = small_configs or {}
         self.directory = directory
         self.real_checkpoint = checkpoint
         self._load = load
         self._rehearse = rehearse
         self._rehearsals: dict[tuple[Path, str], Rehearsal] = {}
         self._references: dict[tuple[Path, str], Reference] = {}
+        self._traced: dict[tuple[str, ...], tuple[Any, Any]] = {}
+        self._least_to_open: dict[tuple[str, ...], int] = {}
+        self._made: dict[tuple[Hashable, ...], Any] = {}
         self._num_kv_directories = 0
 
     @functools.cached_property
@@ -144,7 +179,18 @@ class Subject:
     @property
     def config(self) -> dict[str, Any]:
         """A copy of the tiny config."""
-        return copy.deepcopy(dict(self._tiny_config or self.adapter.tiny_config()))
+        return copy.deepcopy(dict(self.given_config))
+
+    @property
+    def given_config(self) -> Config:
+        """The tiny config as the adapter, or the test class, gives it."""
+        return self._tiny_config or self.adapter.tiny_config()
+
+    def once(self, key: tuple[Hashable, ...], make: Callable[[], Any]) -> Any:
+        """What `make` gave when it was called for this `key`, the first time alone."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
     @property
     def vocab_size(self) -> int:
@@ -164,17 +210,22 @@ class Subject:
         told = "-".join(f"{key}={value}" for key, value in sorted((changes or {}).items()))
         directory = self.directory / re.sub(r"[^\w=.-]", "_", f"tiny-{dtype}-{shards}-{told}")
         if not directory.is_dir():
-            config = {**self.config, **(changes or {})}
-            model = random_model(config)
-            for parameter in model.parameters():
-                parameter.data = parameter.data.to(DTYPES[dtype])
-            model.config.dtype = DTYPES[dtype]
-            num_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-            model.save_pretrained(
-                directory,
-                state_dict=as_published(config, model.state_dict()),
-                max_shard_size=num_bytes // 5 if shards else "5GB",
-            )
+            _write_random(directory, {**self.config, **(changes or {})}, dtype, shards=shards)
+        return directory
+
+    def checkpoint(self, config: Config) -> Path:
+        """The directory of a random checkpoint in float32 whose config.json is `config`, word for
+        word but for its dtype: nothing that it does not state is filled in.
+        """
+        stated: dict[str, Any] = copy.deepcopy(dict(config))
+        stated.pop("torch_dtype", None)
+        stated["dtype"] = "float32"
+        words = json.dumps(stated)
+        name = hashlib.sha256(json.dumps(stated, sort_keys=True).encode()).hexdigest()[:16]
+        directory = self.directory / f"config-{name}"
+        if not directory.is_dir():
+            _write_random(directory, stated, "float32")
+            (directory / "config.json").write_text(words)
         return directory
 
     def reference(self, dtype: str = "float32", directory: Path | None = None) -> Reference:
@@ -196,7 +247,20 @@ class Subject:
         } | options  # fmt: skip
         if options.get("kv") == "disk":
             options.setdefault("kv_dir", self.new_directory())
-        return self._load(directory or self.tiny(), **options)
+        directory = directory or self.tiny()
+        model = self._load(directory, **options)
+        self._share_traces(model, directory)
+        return model
+
+    def _share_traces(self, model: StreamedModel, directory: Path) -> None:
+        """Let models of one config and dtype use what was traced for another: most of the time that
+        it takes to open a tiny model goes into that.
+        """
+        workspace = model.engine._admission._workspace
+        config = (directory / "config.json").read_text()
+        key = config, str(model.dtype), str(model.device)
+        mine = workspace._known, workspace._known_mixtures
+        workspace._known, workspace._known_mixtures = self._traced.setdefault(key, mine)
 
     def rehearsal(self, directory: Path, dtype: str = "auto") -> Rehearsal:
         """What plans runs of the model in `directory` on a CPU."""
@@ -245,10 +309,12 @@ class Subject:
         self._num_kv_directories += 1
         return self.directory / f"kv-{self._num_kv_directories}"
 
-    def prompt(self, num_tokens: int, seed: int = 0) -> Tensor:
-        """Random token ids [num_tokens] without the first few, which are often special."""
-        generator = torch.Generator().manual_seed(seed)
-        return torch.randint(5, self.vocab_size, (num_tokens,), generator=generator)
+    def prompt(self, num_tokens: int, seed: int = 0, vocab_size: int | None = None) -> Tensor:
+        """Random token ids [num_tokens] without the first few, which are often special. Default:
+        of the tiny model.
+        """
+        generator = drawn(seed)
+        return torch.randint(5, vocab_size or self.vocab_size, (num_tokens,), generator=generator)
 
     def least_memory(
         self,
@@ -257,8 +323,9 @@ class Subject:
         **options: Any,
     ) -> int:
         """The smallest `device_memory` that `work` runs in, by following what refusals name."""
-        num_bytes = 1
-        for _ in range(10):
+        form = str(directory), *(f"{key}={options[key]}" for key in sorted(options))
+        num_bytes = self._least_to_open.get(form, 1)
+        for attempt in range(10):
             try:
                 with self.open(directory, device_memory=num_bytes, **options) as model:
                     work(model)
@@ -271,6 +338,8 @@ class Subject:
                         f"would do, got: {error}"
                     ) from error
                 num_bytes = int(named[1])
+                if not attempt:  # one byte is too little to open it, whatever the work
+                    self._least_to_open.setdefault(form, num_bytes)
         raise AssertionError(f"expected refusals to name what would do, still refused: {num_bytes}")
 
 
@@ -289,9 +358,34 @@ def greedy(model: StreamedModel, ids: Tensor, num_new: int) -> tuple[list[int], 
     return found.sequences[0, len(ids) :].tolist(), torch.cat(found.logits)
 
 
+def left_padded(prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Prompts [T] as one batch [B, S], padded on the left with 0, and its attention mask."""
+    longest = max(map(len, prompts))
+    ids = torch.zeros(len(prompts), longest, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = prompt
+        mask[row, longest - len(prompt) :] = 1
+    return ids, mask
+
+
+def run_pieces(
+    model: StreamedModel, pieces: Sequence[Tensor], cache: SequenceCache | None = None
+) -> Tensor:
+    """Logits [T, V] of `pieces` [n] of tokens, each a pass, after what is in `cache`."""
+    cache = model.new_cache() if cache is None else cache
+    return torch.cat([model(input_ids=p[None], past_key_values=cache).logits[0] for p in pieces])
+
+
 def model_config(config: Config) -> Any:
     """The transformers configuration object of a config.json."""
     return AutoConfig.for_model(**copy.deepcopy(dict(config)))
+
+
+def text_view(config: Config) -> dict[str, Any]:
+    """The text of a config.json as transformers' config class tells it, absent keys filled in."""
+    told: dict[str, Any] = model_config(config).get_text_config().to_dict()
+    return told
 
 
 def _plain_model(config: Config) -> PreTrainedModel:
@@ -312,9 +406,9 @@ def random_model(config: Config) -> PreTrainedModel:
     Norms, biases and sinks too: one that is dropped or swapped must show. Logits are peaked, so
     that the greedy token is rarely near a tie.
     """
-    torch.manual_seed(0)
+    torch.manual_seed(run_seed())
     model: PreTrainedModel = _plain_model(config).float().eval()
-    generator = torch.Generator().manual_seed(1)
+    generator = drawn(1)
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
@@ -323,3 +417,17 @@ def random_model(config: Config) -> PreTrainedModel:
             else:
                 parameter.add_(noise * 0.2)
     return model
+
+
+def _write_random(directory: Path, config: Config, dtype: str, *, shards: bool = False) -> None:
+    """What transformers writes of a random model, in several files or one."""
+    model = random_model(config)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(DTYPES[dtype])
+    model.config.dtype = DTYPES[dtype]
+    num_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    model.save_pretrained(
+        directory,
+        state_dict=as_published(config, model.state_dict()),
+        max_shard_size=num_bytes // 5 if shards else "5GB",
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 from ollm_adapter_qwen3_next.catalog import qwen3_moe, qwen3_next
@@ -71,6 +72,7 @@ class Qwen3MoeAdapter(QwenMoe):
 
     name = "qwen3-moe"
     model_types = ("qwen3_moe",)
+    defaults = MappingProxyType({"num_key_value_heads": 4})
 
     def layer_types(self, config: Config) -> Sequence[str]:
         """See DecoderAdapter. This family knows a window for all layers, or none."""
@@ -146,7 +148,7 @@ class Qwen35MoeAdapter(QwenHybrid):
     def experts(self, config: Config, parameter: str) -> Sequence[ParameterSource]:
         """See DecoderAdapter."""
         apart = super().experts(config, parameter)
-        if apart and config[STACKED]:
+        if apart and config.get(STACKED):
             return [ParameterSource((parameter,), row=number) for number in range(len(apart))]
         return apart
 
@@ -168,6 +170,7 @@ class Qwen35Adapter(QwenHybrid):
 
     name = "qwen3-5"
     model_types = ("qwen3_5", "qwen3_5_text")
+    defaults = MappingProxyType({"head_dim": 256, "num_key_value_heads": 4})
     sizes = ("vocab_size", "hidden_size", "intermediate_size", *LINEAR_SIZES)
     projections = Qwen35MoeAdapter.projections
 

@@ -77,6 +77,7 @@ def qwen3_next() -> tuple[CatalogEntry, ...]:
             _NEXT_80B,
             num_parameters=79_674_391_296,
             weight_bytes=2 * 81_324_862_720,
+            ignored_bytes=2 * 1_650_471_424,
             license="apache-2.0",
         )
         for model_id, kind in (

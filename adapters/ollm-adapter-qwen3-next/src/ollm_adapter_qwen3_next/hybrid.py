@@ -30,7 +30,7 @@ class QwenHybrid(QwenMoe):
     them; routed experts and one that every token goes to.
     """
 
-    defaults = MappingProxyType({"head_dim": 256})
+    defaults = MappingProxyType({"head_dim": 256, "num_key_value_heads": 2})
     sizes = (*QwenMoe.sizes, *LINEAR_SIZES)
     projections: tuple[str, ...]
     """Of the input of linear attention, by the names of transformers."""

@@ -8,7 +8,9 @@ from dataclasses import replace
 from ollm_core import Config, ConfigError, ParameterSource, WeightPlan
 
 STACKED = "experts are stacked"
-"""Key of a config, added by `as_stored`: whether one tensor holds all experts of a layer."""
+"""Key of a config, added by `as_stored`: whether one tensor holds all experts of a layer. Absent
+where the checkpoint is not there, which makes no difference to its size.
+"""
 
 _INNER, _VISION = "model.language_model.", "model.visual."
 

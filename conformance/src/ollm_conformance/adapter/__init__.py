@@ -4,31 +4,53 @@ import inspect
 
 from ollm_conformance.adapter.batches import Batches, Drafts
 from ollm_conformance.adapter.caches import Caches
+from ollm_conformance.adapter.configs import Configs
 from ollm_conformance.adapter.declaration import Declaration
 from ollm_conformance.adapter.exact import Exact
 from ollm_conformance.adapter.experts import Experts
+from ollm_conformance.adapter.failures import BatchFailure
+from ollm_conformance.adapter.foreign import Foreign
+from ollm_conformance.adapter.generation import Stops
 from ollm_conformance.adapter.hardware import Gpu, Speed
+from ollm_conformance.adapter.hidden import Hidden
+from ollm_conformance.adapter.kept import KeptKV
 from ollm_conformance.adapter.language import Language
 from ollm_conformance.adapter.memory import Memory
+from ollm_conformance.adapter.packed import Numbers
 from ollm_conformance.adapter.planned import Planned
+from ollm_conformance.adapter.released import Released
 from ollm_conformance.adapter.robust import Failure, Isolation
+from ollm_conformance.adapter.sizes import Sizes
+from ollm_conformance.adapter.stored import Stored
+from ollm_conformance.adapter.unstated import Unstated
 from ollm_conformance.adapter.weights import Weights
 from ollm_conformance.checks import MARK, Check
 
 
 class AdapterConformance(
     Declaration,
+    Stored,
     Weights,
+    Configs,
+    Unstated,
+    Numbers,
+    Foreign,
     Exact,
+    Sizes,
     Caches,
+    KeptKV,
+    Released,
     Batches,
     Drafts,
     Experts,
     Memory,
+    Hidden,
     Planned,
     Isolation,
     Failure,
+    BatchFailure,
     Language,
+    Stops,
     Gpu,
     Speed,
 ):

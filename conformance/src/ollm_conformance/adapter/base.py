@@ -11,8 +11,10 @@ import torch
 
 import ollm
 from ollm_conformance.checks import UNSUPPORTED, check_of
-from ollm_conformance.subject import Subject
-from ollm_core import Config, ModelAdapter
+from ollm_conformance.naming import kept_names
+from ollm_conformance.subject import Subject, meta_model
+from ollm_core import Config, ModelAdapter, OllmError, PluginError
+from ollm_core.declared import adapter_name, kinds_of, layout_of, plan_of, text_config_of, told
 from ollm_core.generation import StreamedModel
 from ollm_core.parts import ModelParts
 from ollm_core.registry import Registry, supports
@@ -26,6 +28,8 @@ class AdapterSuite:
     """The adapter to test. None: the installed one that `--ollm-adapter` names."""
     tiny_config: ClassVar[Config | None] = None
     """A tiny config beside the adapter's own, for a family that is published in several forms."""
+    small_configs: ClassVar[Mapping[str, Config]] = {}
+    """Small configs of catalog entries by id, where those that the suite makes are none."""
     expected_failures: ClassVar[Mapping[str, str]] = {}
     """Check id to the reason why it fails. One that passes after all is a failure."""
     checkpoint: ClassVar[Path | None] = None
@@ -40,7 +44,7 @@ class AdapterSuite:
         """The name that results carry."""
         if cls.adapter is None:
             return str(config.getoption("ollm_adapter"))
-        return cls.adapter.name
+        return str(getattr(cls.adapter, "name", cls.__name__))
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -52,9 +56,19 @@ class AdapterSuite:
             adapter = installed_adapter(request.config.getoption("ollm_adapter"))
         else:
             adapter = cls.adapter() if isinstance(cls.adapter, type) else cls.adapter
-        directory = tmp_path_factory.mktemp(adapter.name)
+        directory = tmp_path_factory.mktemp("adapter")
         checkpoint = cls.checkpoint or request.config.getoption("ollm_checkpoint")
-        return Subject(adapter, directory, cls.load, checkpoint, cls.tiny_config, cls.rehearse)
+        subject = Subject(
+            adapter,
+            directory,
+            cls.load,
+            checkpoint,
+            cls.tiny_config,
+            cls.rehearse,
+            cls.small_configs,
+        )
+        check_usable(subject)
+        return subject
 
     @pytest.fixture(autouse=True)
     def _one_thread(self) -> Iterator[None]:
@@ -87,6 +101,44 @@ def _needs_of_case(item: pytest.Function) -> Iterator[str]:
         yield f"kv-{parameters['kv']}"
     if parameters.get("attention") == "blockwise":
         yield "blockwise-attention"
+
+
+def check_usable(subject: Subject) -> None:
+    """Raises AssertionError, in a sentence, for an adapter of which no check could say more: one
+    that the registry refuses, or whose declarations of its own tiny config are not what they are
+    called.
+    """
+    adapter = subject.adapter
+    try:
+        adapter_name(adapter)
+        check_tiny(subject.given_config)
+        Registry.of(adapter)
+        config = text_config_of(adapter, subject.config)
+        layout = layout_of(adapter, config)
+        kinds_of(adapter, config, layout)
+        plan_of(adapter, config, sorted(kept_names(subject, config).forms))
+    except PluginError as error:
+        raise AssertionError(f"expected an adapter that can be used, got: {error}") from error
+    except OllmError:
+        return  # a check says which
+
+
+def check_tiny(config: object) -> None:
+    """Raises AssertionError unless `config` is one that transformers makes a model of."""
+    got = told(config)
+    assert isinstance(config, Mapping), f"tiny_config(): expected a mapping, got {got}"
+    family = config.get("model_type")
+    assert isinstance(family, str), (
+        f"tiny_config(): expected a `model_type`, as config.json has it, got {told(family)}"
+    )
+    try:
+        meta_model(config)
+    except Exception as error:
+        text = " ".join(str(error).split())
+        raise AssertionError(
+            f"tiny_config(): expected a config of which transformers makes a {family!a} model, "
+            f"got {type(error).__name__}: {text}"
+        ) from error
 
 
 def installed_adapter(name: str | None) -> ModelAdapter:

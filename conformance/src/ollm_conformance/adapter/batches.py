@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
+from torch import Tensor
+from torch.nn import functional
 
 from ollm_conformance.adapter.base import AdapterSuite
 from ollm_conformance.checks import check
-from ollm_conformance.compare import same_tokens, same_within
-from ollm_conformance.subject import Subject, generate, greedy
+from ollm_conformance.compare import same_bits, same_tokens, same_within
+from ollm_conformance.held import same_columns
+from ollm_conformance.subject import Subject, generate, greedy, left_padded
+from ollm_core.cache import SequenceCache
 from ollm_core.chunks import NewTokens
+from ollm_core.generation import StreamedModel
 
 _LOOK = "caches() and, if declared, how the layer is split: positions and caches are per row"
 
@@ -38,10 +45,15 @@ class Batches(AdapterSuite):
             passes = model.stats.weight_passes
             found = model.engine.run(store, work)
             passes = model.stats.weight_passes - passes
-        assert passes == 1, f"expected one weight pass, got {passes}"
+        assert passes == 1, f"{len(work)} rows: expected one weight pass, got {passes}"
         for row, (prompt, logits) in enumerate(zip(prompts, found, strict=True)):
             expected = subject.reference().run(prompt)[-len(logits) :]
-            same_within(logits, expected, 1e-4, f"logits of row {row}")
+            same_within(
+                logits,
+                expected,
+                1e-4,
+                f"logits of row {row}, {news[row]} new of {lengths[row]} tokens",
+            )
 
     @check(
         "batches.left-padded",
@@ -51,17 +63,50 @@ class Batches(AdapterSuite):
     )
     def test_left_padded(self, subject: Subject) -> None:
         prompts = [subject.prompt(n, seed=i) for i, n in enumerate((300, 20, 111))]
-        longest = max(map(len, prompts))
-        ids = torch.zeros(len(prompts), longest, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for row, prompt in enumerate(prompts):
-            ids[row, longest - len(prompt) :] = prompt
-            mask[row, longest - len(prompt) :] = 1
+        ids, mask = left_padded(prompts)
         with subject.open() as model:
             found = generate(model, ids, 12, attention_mask=mask)
         for row, prompt in enumerate(prompts):
             expected = subject.reference().greedy(prompt, 12)[0]
-            same_tokens(found[row, longest:].tolist(), expected, f"tokens of row {row}")
+            same_tokens(found[row, ids.shape[1] :].tolist(), expected, f"tokens of row {row}")
+
+    @check(
+        "batches.crop",
+        "Cutting columns off a left-padded batch cuts each row where those columns were in it, its "
+        "padding counted; going on then gives the bits of a batch that never had them, and a "
+        "`generate` that is replayed its tokens.",
+        look="caches(): what a layer remembers must be cut back to any earlier token",
+        needs=["batch", "truncate"],
+    )
+    @pytest.mark.parametrize("kv", ["device", "disk"])
+    def test_crop(self, subject: Subject, kv: str) -> None:
+        ids, mask = left_padded([subject.prompt(n, seed=n) for n in (60, 9, 33)])
+        longer = torch.cat([ids, torch.stack([subject.prompt(12, seed=s) for s in (1, 2, 3)])], 1)
+        parts = ids, longer[:, 60:62], longer[:, 62:66]
+        others = torch.stack([subject.prompt(4, seed=s) for s in (4, 5, 6)])
+        with subject.open(kv=kv) as model:
+            expected = _continued(model, model.new_cache(), mask, [*parts[:2], others])
+            cache = model.new_cache()
+            _continued(model, cache, mask, parts)
+            cache.crop(-4)
+            same_columns(cache, mask, 62, "after 4 of 66 columns were cut")
+            found = _continued(model, cache, mask, [others])
+            same_bits(found, expected, "logits of a padded batch after 4 columns were cut")
+            if all(kind.kind != "recurrent" for kind in subject.adapter.caches(subject.config)):
+                cache.crop(-31)  # two rows end in their padding
+                same_columns(cache, mask, 35, "after 31 of 66 columns were cut")
+                logits = _continued(model, cache, mask[:, :35], [others])
+                for row in range(len(ids)):
+                    left = ids[row, :35][mask[row, :35] == 1]
+                    wanted = subject.reference().run(torch.cat([left, others[row]]))[-4:]
+                    same_within(logits[row], wanted, 1e-4, f"row {row} cut to 35 columns")
+            cache.crop(-cache.get_seq_length() - 5)
+            same_columns(cache, mask, 0, "after more columns were cut than there are")
+            first = generate(model, ids, 5, attention_mask=mask, past_key_values=cache)
+            cache.crop(-cache.get_seq_length())
+            again = generate(model, ids, 5, attention_mask=mask, past_key_values=cache)
+        for row, (one, other) in enumerate(zip(first, again, strict=True)):
+            same_tokens(other.tolist(), one.tolist(), f"row {row} of a replayed `generate`")
 
 
 class Drafts(AdapterSuite):
@@ -87,7 +132,7 @@ class Drafts(AdapterSuite):
                 draft = [tokens[0], *tokens[1 : num_right + 1], *wrong[num_right + 1 :]]
                 draft = draft[: num_drafted + 1]
                 found = model(input_ids=torch.tensor([draft]), past_key_values=cache).logits[0]
-                what = f"{num_right} of {num_drafted} right"
+                what = f"{num_right} of {num_drafted} right, KV on {kv}"
                 same_within(
                     found[: num_right + 1], logits[1 : num_right + 2], 1e-4, f"logits, {what}"
                 )
@@ -117,3 +162,16 @@ class Drafts(AdapterSuite):
         same_tokens(plain, expected, "tokens without a draft")
         same_tokens(found[0, len(prompt) :].tolist(), expected, "tokens with prompt lookup")
         assert assisted <= 24, f"expected at most 24 weight passes for 24 tokens, got {assisted}"
+
+
+def _continued(
+    model: StreamedModel, cache: SequenceCache, mask: Tensor, parts: Sequence[Tensor]
+) -> Tensor:
+    """Logits [B, t, V] of the last of `parts` [B, t], which go on in `cache` one after the other;
+    `mask` [B, S] is that of its beginning.
+    """
+    for ids in parts:
+        length = cache.get_seq_length() + ids.shape[1]
+        grown = functional.pad(mask, (0, max(length - mask.shape[1], 0)), value=1)[:, :length]
+        logits: Tensor = model(input_ids=ids, attention_mask=grown, past_key_values=cache).logits
+    return logits

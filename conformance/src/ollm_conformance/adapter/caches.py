@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers.cache_utils import LinearAttentionLayer
 
 from ollm_conformance.adapter.base import AdapterSuite
 from ollm_conformance.checks import check
 from ollm_conformance.compare import same_bits, same_tokens, same_within
+from ollm_conformance.kinds import same_kinds
 from ollm_conformance.subject import PROMPT, Subject, generate, greedy
-from ollm_core import CacheKind
 
 _LOOK = "caches(): kind, num_kv_heads, head_dim and window of each layer"
 _TIERS = pytest.mark.parametrize(
@@ -36,25 +35,7 @@ class Caches(AdapterSuite):
         cache = reference.new_cache()
         reference.run(subject.prompt(PROMPT), cache=cache)
         declared = subject.adapter.caches(subject.config)
-        assert len(declared) == len(cache.layers), (
-            f"expected {len(cache.layers)} layers, got {len(declared)}"
-        )
-        for layer_idx, (kind, layer) in enumerate(zip(declared, cache.layers, strict=True)):
-            if isinstance(layer, LinearAttentionLayer):
-                _check_state(kind, layer, layer_idx)
-                continue
-            window = getattr(layer, "sliding_window", None)
-            name = "sliding" if window else "full"
-            assert (kind.kind, kind.window) == (name, window), (
-                f"layer {layer_idx}: expected {name} {window}, got {kind.kind} {kind.window}"
-            )
-            keys = getattr(layer, "keys", None)
-            assert keys is not None, f"layer {layer_idx}: expected keys, got {type(layer).__name__}"
-            _, heads, _, dim = keys.shape
-            assert (kind.num_kv_heads, kind.head_dim) == (heads, dim), (
-                f"layer {layer_idx}: expected {heads} KV heads of {dim}, "
-                f"got {kind.num_kv_heads} of {kind.head_dim}"
-            )
+        same_kinds(declared, cache, "tiny_config()")
 
     @check(
         "caches.tiers",
@@ -110,7 +91,8 @@ class Caches(AdapterSuite):
                 again = model.new_cache()
                 model(input_ids=prompt[None, :kept], past_key_values=again, logits_to_keep=1)
                 expected = model(input_ids=other[None, :9], past_key_values=again).logits[0]
-                same_bits(found, expected, f"logits after {num_dropped} tokens were dropped")
+                what = f"logits after {num_dropped} tokens were dropped, KV on {kv}"
+                same_bits(found, expected, what)
 
     @check(
         "caches.fork",
@@ -131,7 +113,9 @@ class Caches(AdapterSuite):
             swapped = torch.stack([tails[1], tails[0]])[:, 10:]
             found = model(input_ids=swapped, past_key_values=cache, logits_to_keep=1).logits
         for row, other in ((0, 1), (1, 0)):
-            same_within(found[row, -1], expected[other], 1e-4, f"logits of row {row}")
+            same_within(
+                found[row, -1], expected[other], 1e-4, f"logits of row {row} with KV on {kv}"
+            )
 
     @check(
         "caches.second-turn",
@@ -152,9 +136,11 @@ class Caches(AdapterSuite):
         with subject.open(kv=kv) as model:
             mine = model.new_cache()
             found = generate(model, first[None], 8, past_key_values=mine)
-            same_tokens(found[0, len(first) :].tolist(), said, "tokens of the first turn")
+            same_tokens(
+                found[0, len(first) :].tolist(), said, f"tokens of the first turn with KV on {kv}"
+            )
             logits = model(input_ids=turn[None], past_key_values=mine).logits[0]
-        same_bits(logits, expected, "logits of the second turn")
+        same_bits(logits, expected, f"logits of the second turn with KV on {kv}")
 
     @check(
         "caches.reopen",
@@ -177,7 +163,7 @@ class Caches(AdapterSuite):
             found = model(input_ids=prompt[None], logits_to_keep=1).logits[0]
             counts = model.stats.cached_tokens, model.stats.prefill_tokens
         assert counts == (500, 100), (
-            f"expected 500 tokens found and 100 computed, got {counts[0]} and {counts[1]}"
+            f"{dtype}: expected 500 tokens found and 100 computed, got {counts[0]} and {counts[1]}"
         )
         same_bits(found, expected, f"logits after 500 found tokens in {dtype}")
         for path in kv_dir.rglob("layer-*"):
@@ -187,7 +173,9 @@ class Caches(AdapterSuite):
         with subject.open(subject.tiny(dtype), **options) as model:
             found = model(input_ids=prompt[None, :500], logits_to_keep=1).logits[0]
         whole = reference.run(prompt[:500], last_only=True)
-        same_within(found, whole, 1e-4 if dtype == "float32" else 0.1, "logits after damage")
+        same_within(
+            found, whole, 1e-4 if dtype == "float32" else 0.1, f"logits after damage in {dtype}"
+        )
 
     @check(
         "caches.other-weights",
@@ -206,7 +194,7 @@ class Caches(AdapterSuite):
         with subject.open(other, **options) as model:
             found = model(input_ids=prompt[None], logits_to_keep=1).logits[0]
             cached = model.stats.cached_tokens
-        assert cached == 0, f"expected no token of the other weights to be found, got {cached}"
+        assert cached == 0, f"cached_tokens: expected none of the other weights, got {cached}"
         expected = subject.reference(directory=other).run(prompt, last_only=True)
         same_bits(found, expected, "logits beside KV of other weights")
 
@@ -230,17 +218,5 @@ class Caches(AdapterSuite):
             blocks = -(-tokens // block) + 2  # unfinished ones, and those being written
             most += blocks * -(-2 * 2 * kind.num_kv_heads * kind.head_dim * block // 4096) * 4096
         staging = 64 << 20 if kv == "disk" else 0
-        assert 0 < found <= most + staging, f"expected at most {most} bytes of KV, got {found}"
-
-
-def _check_state(kind: CacheKind, layer: LinearAttentionLayer, layer_idx: int) -> None:
-    """The declared state must have the shapes of that in transformers, and be in float32 where that
-    is, in a bfloat16 model.
-    """
-    states = layer.conv_states[0], layer.recurrent_states[0]
-    found = [(tuple(s.shape[1:]), s.dtype == torch.float32) for s in states if s is not None]
-    declared = [(state.shape, state.float32) for state in kind.states]
-    assert (kind.kind, declared) == ("recurrent", found), (
-        f"layer {layer_idx}: expected recurrent {found} (shape, float32), "
-        f"got {kind.kind} {declared}"
-    )
+        most += staging
+        assert 0 < found <= most, f"KV on {kv}: expected 1 to {most} bytes, got {found}"

@@ -7,20 +7,23 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 
 from ollm_conformance import probe
 from ollm_conformance.adapter.asks import ASKS
 from ollm_conformance.adapter.base import AdapterSuite
 from ollm_conformance.checks import check, does_not_apply
+from ollm_conformance.compare import refused
 from ollm_conformance.naming import parameter_names, stored_shapes
 from ollm_conformance.subject import PROMPT, Subject, meta_model, model_config
+from ollm_conformance.untouched import untouched
 from ollm_core import Config, ModelAdapter, OllmError, UnsupportedError
-from ollm_core.registry import CAPABILITIES, Registry
-from ollm_core.skeleton import Skeleton
+from ollm_core.declared import check_capability, told
+from ollm_core.registry import Registry
+from ollm_core.skeleton import Skeleton, check_paths
 
 _BAD_VALUES: tuple[Any, ...] = (
     None, -1, 0, 1.5, 10**30, "x", [], {}, True, [1, 2], {"a": []},
@@ -35,28 +38,17 @@ class Declaration(AdapterSuite):
         "Importing the adapter prints nothing, loads no torch, and leaves transformers as it was.",
         look="the adapter's module: import torch in functions, use transformers' registries",
     )
-    @pytest.mark.parametrize("beside", ["nothing", "transformers"])
-    def test_imports_clean(self, subject: Subject, beside: str) -> None:
+    def test_imports_clean(self, subject: Subject) -> None:
         cls = type(subject.adapter)
-        watched = ""
-        if beside == "transformers":
-            watched = type(meta_model(subject.config)).__module__
         if "<locals>" in cls.__qualname__:
             raise AssertionError(f"expected an adapter class of a module, got {cls.__qualname__}")
+        place = [cls.__module__, cls.__qualname__, json.dumps(sys.path)]
         ran = subprocess.run(
-            [
-                sys.executable,
-                probe.__file__,
-                cls.__module__,
-                cls.__qualname__,
-                json.dumps(sys.path),
-                watched,
-            ],
-            capture_output=True,
-            text=True,
-            check=False,
+            [sys.executable, probe.__file__, *place], capture_output=True, text=True, check=False
         )
         assert ran.returncode == 0, (ran.stderr.strip() or ran.stdout).splitlines()[-1]
+        with untouched(type(meta_model(subject.config)).__module__):
+            probe.read_declarations(subject.adapter)
 
     @check(
         "declaration.names",
@@ -66,12 +58,12 @@ class Declaration(AdapterSuite):
     def test_names(self, subject: Subject) -> None:
         adapter = subject.adapter
         assert re.fullmatch(r"[a-z0-9][a-z0-9-]*", adapter.name), (
-            f"expected a name of small letters, digits and hyphens, got {adapter.name!r}"
+            f"name: expected small letters, digits and hyphens, got {adapter.name!r}"
         )
-        assert adapter.model_types, "expected at least one model type, got none"
+        assert adapter.model_types, "model_types: expected at least one, got none"
         tiny_type = subject.config.get("model_type")
         assert tiny_type in adapter.model_types, (
-            f"expected tiny_config of a claimed model type, got {tiny_type!r}, "
+            f"tiny_config(): expected a model_type of model_types, got {tiny_type!r}, "
             f"claimed: {', '.join(adapter.model_types)}"
         )
         Registry.of(adapter)
@@ -83,9 +75,10 @@ class Declaration(AdapterSuite):
     )
     def test_capabilities(self, subject: Subject) -> None:
         for name, capability in subject.adapter.capabilities.items():
-            assert name in CAPABILITIES, f"expected one of {', '.join(CAPABILITIES)}, got {name!r}"
+            check_capability(subject.adapter.name, name)
             assert capability.support == "full" or len(capability.reason) > 10, (
-                f"expected a reason why {name} is {capability.support}, got {capability.reason!r}"
+                f"capabilities[{name!r}]: expected a reason why it is {capability.support}, "
+                f"got {capability.reason!r}"
             )
 
     @check(
@@ -97,29 +90,43 @@ class Declaration(AdapterSuite):
         for name, capability in subject.adapter.capabilities.items():
             if capability.support == "full":
                 continue
-            with pytest.raises(UnsupportedError) as refused:
+            with refused(UnsupportedError, f"a use of {name}") as refusal:
                 ASKS[name](subject)
-            assert capability.reason in str(refused.value), (
-                f"{name}: expected the reason {capability.reason!r}, got: {refused.value}"
-            )
+            refusal.says(capability.reason)
 
     @check(
         "declaration.pure",
         "A declaration says the same when asked again, and leaves the config that it reads alone.",
-        look="layout(), weights(), caches(), tiny_config(): return new objects, change no argument",
+        look="layout(), source(), experts(), caches(), tiny_config(): return new objects, change "
+        "no argument",
     )
     def test_pure(self, subject: Subject) -> None:
         adapter, config = subject.adapter, subject.config
         names = sorted(stored_shapes(config))
         before = copy.deepcopy(config)
-        first = adapter.layout(config), adapter.caches(config), _told(adapter, config, names)
-        second = adapter.layout(config), adapter.caches(config), _told(adapter, config, names)
-        assert first == second, "expected the same declarations twice, got others"
-        assert config == before, "expected the config unchanged, got a changed one"
+        declarations: dict[str, Callable[[dict[str, Any]], object]] = {
+            "layout": adapter.layout,
+            "caches": adapter.caches,
+            "weights": lambda config: _told(adapter, config, names),
+        }
+        for method, ask in declarations.items():
+            first, second = ask(config), ask(config)
+            assert first == second, (
+                f"{method}(): expected the same twice, got {told(first)}, then {told(second)}"
+            )
+            changed = [key for key in {**before, **config} if config.get(key) != before.get(key)]
+            assert not changed, (
+                f"{method}(): expected the config unchanged, got another {changed[0]!r}"
+            )
         tiny = copy.deepcopy(adapter.tiny_config())
-        assert adapter.tiny_config() == tiny, "expected the same tiny_config twice, got another"
+        again = adapter.tiny_config()
+        assert again == tiny, f"tiny_config(): expected the same twice, got {_differs(again, tiny)}"
         model_config(adapter.tiny_config())
-        assert adapter.tiny_config() == tiny, "expected a fresh tiny_config at each call"
+        again = adapter.tiny_config()
+        assert again == tiny, (
+            f"tiny_config(): expected a new object at each call, got {_differs(again, tiny)} "
+            "from transformers"
+        )
 
     @check(
         "declaration.tiny-config",
@@ -127,18 +134,24 @@ class Declaration(AdapterSuite):
         look="tiny_config() of the adapter",
     )
     def test_tiny_config(self, subject: Subject) -> None:
-        json.dumps(subject.config)
+        check_json(subject.config, "tiny_config()")
         model = meta_model(subject.config)
         num_bytes = 4 * sum(p.numel() for p in model.parameters())
-        assert num_bytes < 64_000_000, f"expected less than 64 MB in float32, got {num_bytes} bytes"
+        assert num_bytes < 64_000_000, (
+            f"tiny_config(): expected less than 64 MB in float32, got {num_bytes} bytes"
+        )
         positions = model.config.get_text_config().max_position_embeddings
-        assert positions >= 2 * PROMPT, f"expected {2 * PROMPT} positions or more, got {positions}"
+        assert positions >= 2 * PROMPT, (
+            f"tiny_config(), max_position_embeddings: expected {2 * PROMPT} or more, "
+            f"got {positions}"
+        )
         layers = subject.adapter.layout(subject.config).num_layers
-        assert layers >= 2, f"expected two layers or more, got {layers}"
+        assert layers >= 2, f"tiny_config(): expected two layers or more, got {layers}"
         kinds = {(k.kind, k.window) for k in subject.adapter.caches(subject.config)}
         for kind, window in kinds:
             assert window is None or window < PROMPT, (
-                f"expected {kind} windows below {PROMPT} tokens, so that prompts cross them, "
+                f"tiny_config(): expected {kind} windows below {PROMPT} tokens, so that prompts "
+                "cross them, "
                 f"got {window}"
             )
 
@@ -149,16 +162,19 @@ class Declaration(AdapterSuite):
     )
     def test_layout(self, subject: Subject) -> None:
         layout, model = subject.adapter.layout(subject.config), meta_model(subject.config)
-        for path in (layout.embedding, layout.norm, layout.head, layout.rotary):
-            model.get_submodule(path)
+        check_paths(model, layout)
         found = len(list(model.get_submodule(layout.layers).children()))
-        assert found == layout.num_layers, f"expected {found} layers, got {layout.num_layers}"
+        assert found == layout.num_layers, (
+            f"layout().num_layers: expected {found}, got {layout.num_layers}"
+        )
         embedding = model.get_submodule(layout.embedding)
         assert embedding is model.get_input_embeddings(), (
-            f"expected the input embedding at {layout.embedding}, got another module"
+            f"layout().embedding: expected the input embedding at {layout.embedding}, got "
+            f"{type(embedding).__name__}"
         )
-        assert model.get_submodule(layout.head) is model.get_output_embeddings(), (
-            f"expected the output head at {layout.head}, got another module"
+        head = model.get_submodule(layout.head)
+        assert head is model.get_output_embeddings(), (
+            f"layout().head: expected the output head at {layout.head}, got {type(head).__name__}"
         )
 
     @check(
@@ -197,8 +213,9 @@ class Declaration(AdapterSuite):
         if not entries:
             does_not_apply("the catalog is empty")
         for entry in entries:
-            json.dumps(dict(entry.config))
-            assert subject.registry.find(entry.id)[1] == entry
+            check_json(entry.config, entry.id)
+            found = subject.registry.find(entry.id)[1]
+            assert found == entry, f"{entry.id}: expected to be found by its id, got {found.id}"
             assert entry.config.get("model_type") in subject.adapter.model_types, (
                 f"{entry.id}: expected a claimed model type, got {entry.config.get('model_type')!r}"
             )
@@ -218,7 +235,8 @@ class Declaration(AdapterSuite):
     @check(
         "declaration.hostile-config",
         "A config.json with a missing, absurd or mistyped field is refused in one clear line.",
-        look="layout(), weights(), caches(): check each field before it is used, raise ConfigError",
+        look="layout(), layer_parameters(), source(), experts(), caches(): check each field before "
+        "it is used, by read_size or bad_config of ollm_core",
     )
     def test_hostile_config(self, subject: Subject) -> None:
         adapter, good = subject.adapter, subject.config
@@ -236,14 +254,30 @@ class Declaration(AdapterSuite):
             adapter.caches(config)
             adapter.weights(config, names)
         except OllmError as error:
-            told = str(error)
+            line = str(error)
         except Exception as error:
             raise AssertionError(
-                f"{what}: expected an OllmError or nothing, got {type(error).__name__}: {error}"
+                f"{what}: expected a ConfigError or nothing, got {type(error).__name__}: {error}"
             ) from error
         else:
             return
-        assert "\n" not in told, f"{what}: expected one line, got {told!r}"
+        assert "\n" not in line, f"{what}: expected one line, got {line!r}"
+
+
+def check_json(config: Config, what: str) -> None:
+    """Raises AssertionError for a config that no config.json can hold."""
+    try:
+        json.dumps(dict(config))
+    except (TypeError, ValueError) as error:
+        raise AssertionError(f"{what}: expected what JSON can hold, got: {error}") from error
+
+
+def _differs(found: Config, expected: Config) -> str:
+    """The first key whose value is another, with both."""
+    for key in sorted({*found, *expected}):
+        if found.get(key) != expected.get(key):
+            return f"{key} = {told(found.get(key))} in place of {told(expected.get(key))}"
+    return "an equal one"
 
 
 def _told(adapter: ModelAdapter, config: dict[str, Any], names: list[str]) -> Any:

@@ -17,7 +17,7 @@ from ollm_core import ParameterSource, TensorInfo, WeightPlan
 from ollm_core.checkpoint import open_checkpoint
 from ollm_core.generation import StreamedModel
 
-_LOOK = "layout().experts, and weights(): the sources of each expert's slices"
+_LOOK = "layout().experts, and experts() (weights() if you wrote your own): each expert's slices"
 Expert = tuple[int, int]
 """Layer and number."""
 
@@ -51,18 +51,24 @@ class Experts(AdapterSuite):
                 same_bits(found, expected, f"logits of tokens {begin} to {end}")
                 asked = {expert for expert, names in plan.items() if any(seen[n] for n in names)}
                 if stray := sorted(asked - wanted):
-                    raise AssertionError(f"expected only routed experts read, got {stray[0]} too")
+                    raise AssertionError(
+                        f"tokens {begin} to {end}: expected only routed experts to be read, got "
+                        f"expert {stray[0][1]} of layer {stray[0][0]} too"
+                    )
                 for expert in sorted(asked):
                     for name in plan[expert]:
                         assert seen[name] == 1, (
-                            f"{name}: expected to be read once in the pass, got {seen[name]}"
+                            f"tokens {begin} to {end}, {name}: expected to be read once in the "
+                            f"pass, got {seen[name]}"
                         )
                 hit = after.experts_hit - before.experts_hit
                 assert len(asked) + hit == len(wanted), (
-                    f"expected {len(wanted)} routed experts read or found in memory, "
+                    f"tokens {begin} to {end}: expected {len(wanted)} routed experts read or "
+                    "found in memory, "
                     f"got {len(asked)} read and {hit} found"
                 )
-            assert model.stats.experts_read > 0, "expected experts to be read"
+            read = model.stats.experts_read
+            assert read > 0, f"in {least} bytes: expected experts to be read, got {read}"
 
     @check(
         "experts.kept",
@@ -77,10 +83,12 @@ class Experts(AdapterSuite):
             first = model.stats
             model(input_ids=prompt[None], logits_to_keep=1)
             second = model.stats
-        assert first.experts_read > 0, "expected experts to be read in the first pass"
+        read = first.experts_read
+        assert read > 0, f"first pass: expected experts to be read, got {read}"
         again = second.experts_read - first.experts_read
-        assert again == 0, f"expected no expert to be read again, got {again}"
-        assert second.experts_hit > first.experts_hit, "expected experts to be found in memory"
+        assert again == 0, f"second pass: expected no expert to be read again, got {again}"
+        hits = second.experts_hit - first.experts_hit
+        assert hits > 0, f"second pass: expected experts to be found in memory, got {hits}"
 
 
 def _experts_of(subject: Subject) -> dict[Expert, list[str]]:
@@ -95,7 +103,10 @@ def _experts_of(subject: Subject) -> dict[Expert, list[str]]:
         for sources in _slices(plan, f"{layout.layers}.{layer_idx}.{layout.experts}."):
             for number, source in enumerate(sources):
                 found.setdefault((layer_idx, number), []).extend(_asked(source, names))
-    assert found, "expected sources of experts in the plan, got none"
+    assert found, (
+        f"layout().experts is {layout.experts!r}: expected experts() to give sources for the "
+        "parameters of that module, got none"
+    )
     return found
 
 

@@ -24,7 +24,7 @@ class Gpu(AdapterSuite):
     @check(
         "gpu.exact",
         "On a GPU, in the least memory, logits and tokens are those of transformers there.",
-        look="weights(): transforms run on the device",
+        look="transforms of source(), which run on the device",
         level="gpu",
     )
     @pytest.mark.parametrize("kv", ["device", "host", "disk"])
@@ -47,7 +47,7 @@ class Gpu(AdapterSuite):
     @check(
         "gpu.memory",
         "The planned device peak is never below what is asked of CUDA, and within 10% of it.",
-        look="weights(): transforms that allocate more than their result",
+        look="transforms of source() that allocate more than their scratch_bytes",
         level="gpu",
     )
     @pytest.mark.parametrize("attention", ["exact", "blockwise"])
@@ -62,7 +62,8 @@ class Gpu(AdapterSuite):
             planned = model.stats.device_peak_bytes
         measured = peak.requested_bytes
         assert measured <= planned <= 1.1 * measured, (
-            f"expected a plan from {measured} to {1.1 * measured:.0f} bytes, got {planned}"
+            f"attention {attention}: expected a plan from {measured} to {1.1 * measured:.0f} "
+            f"bytes, got {planned}"
         )
 
 
@@ -72,7 +73,7 @@ class Speed(AdapterSuite):
     @check(
         "speed.resident-decode",
         "With everything in memory, decoding keeps 80% of the speed of un-offloaded transformers.",
-        look="transforms of weights() that run at each pass; `ollm run` tells where time goes",
+        look="transforms of source(), which run at each pass; `ollm run` tells where time goes",
         level="speed",
     )
     def test_resident_decode(self, subject: Subject) -> None:

@@ -35,15 +35,16 @@ class Language(AdapterSuite):
             does_not_apply("no real checkpoint was named")
         with subject.open(subject.real_checkpoint) as model:
             tokenizer, config = model.tokenizer, model.generation_config
-        assert tokenizer is not None, "expected a tokenizer, got none"
+        assert tokenizer is not None, f"{subject.real_checkpoint}: expected a tokenizer, got none"
         question = [{"role": "user", "content": "What is one and one?"}]
         text = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
         assert question[0]["content"] in text, f"expected the question in the prompt, got {text!r}"
         shorter = tokenizer.apply_chat_template(question, tokenize=False)
-        assert text.startswith(shorter), "expected the prompt to end with the start of an answer"
-        assert len(text) > len(shorter), "expected the prompt to end with the start of an answer"
-        ids = tokenizer(text, add_special_tokens=False).input_ids
-        assert tokenizer.decode(ids) == text, "expected the template's text back from its tokens"
+        whole = f"expected {shorter!r} and the start of an answer, got {text!r}"
+        assert text.startswith(shorter), f"chat template: {whole}"
+        assert len(text) > len(shorter), f"chat template: {whole}"
+        back = tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids)
+        assert back == text, f"tokens of the chat template: expected {text!r} back, got {back!r}"
         stops = config.eos_token_id
         stops = stops if isinstance(stops, list) else [stops]
         assert tokenizer.eos_token_id in stops, (

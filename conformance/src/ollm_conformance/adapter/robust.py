@@ -11,8 +11,9 @@ import torch
 
 from ollm_conformance.adapter.base import AdapterSuite
 from ollm_conformance.checks import check
-from ollm_conformance.compare import same_bits, same_tokens
+from ollm_conformance.compare import refused, same_bits, same_tokens
 from ollm_conformance.subject import Reference, Subject, greedy
+from ollm_conformance.untouched import untouched
 from ollm_core import ReadError
 from ollm_core.cache import SequenceCache
 from ollm_core.generation import StreamedModel
@@ -73,7 +74,9 @@ class Isolation(AdapterSuite):
         for thread in threads:
             thread.join()
         for i in range(2):
-            assert len(found[i]) == 3, f"expected thread {i + 1} to finish, it did not"
+            assert len(found[i]) == 3, (
+                f"thread {i + 1}: expected 3 answers, got {len(found[i])}: it ended with an error"
+            )
             for tokens in found[i]:
                 same_tokens(tokens, expected[i], f"tokens of thread {i + 1}")
         for tokens in beside:
@@ -87,7 +90,8 @@ class Isolation(AdapterSuite):
     def test_transformers(self, subject: Subject) -> None:
         prompt, directory = subject.prompt(100), subject.tiny()
         expected = subject.reference().run(prompt, 100)
-        with subject.open(directory) as model:
+        modeling = type(subject.reference().model).__module__
+        with untouched(modeling), subject.open(directory) as model:
             model(input_ids=prompt[None])
             during = Reference(directory, torch.float32).run(prompt, 100)
         after = Reference(directory, torch.float32).run(prompt, 100)
@@ -121,9 +125,10 @@ class Failure(AdapterSuite):
                 _fail_all_reads(model, patch)
                 with contextlib.suppress(ReadError):  # uses up what was read ahead
                     model(input_ids=prompt[None, :1])
-                with pytest.raises(ReadError, match="the disk is gone"):
+                with refused(ReadError, f"a pass with KV on {kv} whose reads fail") as refusal:
                     model(input_ids=prompt[None, 300:], past_key_values=cache)
-            _goes_on(subject, model, cache, prompt)
+                refusal.says("the disk is gone")
+            _goes_on(subject, model, cache, prompt, f"after a read error, KV on {kv}")
 
     @check(
         "failure.short-read",
@@ -150,12 +155,13 @@ class Failure(AdapterSuite):
             expected = model(input_ids=prompt[None]).logits
             with file.open("r+b") as cut:
                 cut.truncate(len(whole) // 3)
-            with pytest.raises(ReadError):
+            with refused(ReadError, f"passes on a file cut short, read by {reader}"):
                 work_thrice(model)
             with file.open("r+b") as again:
                 again.write(whole)
-            for _ in range(3):  # what is in memory may be of either file
-                with pytest.raises(ReadError):
+            for number in range(3):  # what is in memory may be of either file
+                what = f"pass {number + 1} on a file that was cut short, read by {reader}"
+                with refused(ReadError, what):
                     work(model)
         with subject.open(directory, device_memory=least, reader=reader) as model:
             found = model(input_ids=prompt[None]).logits
@@ -174,11 +180,12 @@ class Failure(AdapterSuite):
             cache = model.new_cache()
             model(input_ids=prompt[None, :60], past_key_values=cache, logits_to_keep=1)
             subject.overwrite(directory)
-            for _ in range(2):
-                with pytest.raises(ReadError):
+            for number in range(2):
+                what = f"pass {number + 1} on weights that were overwritten"
+                with refused(ReadError, what):
                     model(input_ids=prompt[None, 60:], past_key_values=cache)
                 length = cache.get_seq_length()
-                assert length == 60, f"expected the 60 tokens from before, got {length}"
+                assert length == 60, f"{what}: expected the 60 tokens from before, got {length}"
         with subject.open(directory) as model:
             found = model(input_ids=prompt[None]).logits[0]
         expected = subject.reference(directory=directory).run(prompt)
@@ -202,26 +209,27 @@ class Failure(AdapterSuite):
                         raise KeyboardInterrupt
 
                 model.on_progress(interrupt)
-                with pytest.raises(KeyboardInterrupt):
+                what = f"a pass with KV on {kv}, stopped after {part:.0%} of its steps"
+                with refused(KeyboardInterrupt, what):
                     model(input_ids=prompt[None, 300:], past_key_values=cache)
                 model.on_progress(None)
-            _goes_on(subject, model, cache, prompt)
+            _goes_on(subject, model, cache, prompt, f"after Ctrl-C, KV on {kv}")
 
 
 def _goes_on(
-    subject: Subject, model: StreamedModel, cache: SequenceCache, prompt: torch.Tensor
+    subject: Subject, model: StreamedModel, cache: SequenceCache, prompt: torch.Tensor, what: str
 ) -> None:
     """The cache has 300 tokens, and the rest of the prompt gives the bits of an untroubled run."""
     length = cache.get_seq_length()
-    assert length == 300, f"expected the 300 tokens from before, got {length}"
+    assert length == 300, f"{what}: expected the 300 tokens from before, got {length}"
     for layer_idx in range(len(cache)):
         stored = cache.store.num_tokens(cache.rows[0], layer_idx)
-        assert stored == 300, f"expected 300 tokens stored in layer {layer_idx}, got {stored}"
+        assert stored == 300, f"{what}: layer {layer_idx}: expected 300 tokens, got {stored}"
     found = model(input_ids=prompt[None, 300:], past_key_values=cache).logits[0]
     reference = subject.reference("bfloat16")
     mine = reference.new_cache()
     reference.run(prompt[:300], cache=mine)
-    same_bits(found, reference.run(prompt[300:], cache=mine), "logits after the failure")
+    same_bits(found, reference.run(prompt[300:], cache=mine), f"logits {what}")
 
 
 def _fail_all_reads(model: StreamedModel, patch: pytest.MonkeyPatch) -> None:

@@ -5,24 +5,25 @@ from __future__ import annotations
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ollm_conformance.adapter.base import AdapterSuite
+from ollm_conformance.bound import bound_parameters
 from ollm_conformance.checks import check, does_not_apply
-from ollm_conformance.compare import same_bits
-from ollm_conformance.naming import parameter_names, stored_shapes
+from ollm_conformance.compare import refused, same_bits
+from ollm_conformance.naming import kept_names, one_of_each
 from ollm_conformance.subject import Subject, meta_model
-from ollm_core import CheckpointError, Config, Layout, ModelAdapter
+from ollm_core import CheckpointError, Config, ModelAdapter, OllmError
 from ollm_core.checkpoint import open_checkpoint
 from ollm_core.generation import StreamedModel
 
-_LOOK = "weights(): the tensors and the transform of the parameter"
+_MINE = "(weights() if you wrote your own)"
+_LOOK = f"layer_parameters(), source(), experts() {_MINE}: names, tensors and transforms"
 
 
 class Weights(AdapterSuite):
@@ -36,7 +37,8 @@ class Weights(AdapterSuite):
     @pytest.mark.parametrize("shards", [False, True])
     def test_every_tensor_once(self, subject: Subject, shards: bool) -> None:
         stored = open_checkpoint(subject.tiny(shards=shards)).tensors
-        _used_once(subject.adapter, subject.config, set(stored))
+        names = kept_names(subject, subject.config)
+        _used_once(subject.adapter, subject.config, set(stored), names.parameters, "tiny_config()")
 
     @check(
         "weights.catalog-complete",
@@ -48,7 +50,9 @@ class Weights(AdapterSuite):
         if not entries:
             does_not_apply("the catalog is empty")
         for entry in entries:
-            _used_once(subject.adapter, entry.config, set(stored_shapes(entry.config)))
+            names = kept_names(subject, entry.config)
+            stored = set(names.forms)
+            _used_once(subject.adapter, entry.config, stored, names.parameters, entry.id)
 
     @check(
         "weights.values",
@@ -61,44 +65,42 @@ class Weights(AdapterSuite):
         layout = subject.adapter.layout(subject.config)
         with subject.open(subject.tiny(dtype)) as model:
             model(input_ids=subject.prompt(4)[None])
-            for name, found in _bound(model, layout):
-                same_bits(found, expected.pop(name).data, f"parameter {name}")
-        assert not expected, f"expected every parameter, got none for {sorted(expected)[0]}"
+            for name, found in bound_parameters(model, layout):
+                same_bits(found, expected.pop(name).data, f"{dtype}, parameter {name}")
+        assert not expected, (
+            f"{dtype}, parameter {sorted(expected)[0]}: expected to be given out, got none"
+        )
 
     @check(
         "weights.missing-tensor",
         "A checkpoint that lacks a tensor is refused with an error that names it.",
-        look="weights(): raise CheckpointError for what is not in `tensor_names`",
+        look=f"layer_parameters() and source() {_MINE}: raise CheckpointError for what is missing",
     )
     def test_missing_tensor(self, subject: Subject) -> None:
-        names = set(stored_shapes(subject.config))
-        for name in _one_of_each(names):
-            with pytest.raises(CheckpointError) as refused:
+        names = kept_names(subject, subject.config).forms.keys()
+        for name in one_of_each(names):
+            with refused(CheckpointError, f"tiny_config(), without tensor {name}") as refusal:
                 subject.adapter.weights(subject.config, sorted(names - {name}))
-            assert name in str(refused.value), (
-                f"expected an error that names {name}, got: {refused.value}"
-            )
+            refusal.says(name)
 
     @check(
         "weights.foreign-tensor",
         "A checkpoint with a tensor that the family does not have is refused, not half used.",
-        look="weights(): raise CheckpointError for a name that is neither used nor known to ignore",
+        look=f"ignores() {_MINE}: raise CheckpointError for what is neither used nor superfluous",
     )
     def test_foreign_tensor(self, subject: Subject) -> None:
-        names = sorted(stored_shapes(subject.config))
+        names = sorted(kept_names(subject, subject.config).forms)
         layers = subject.adapter.layout(subject.config).num_layers
         beyond = re.sub(r"\.\d+\.", f".{layers}.", next(n for n in names if ".0." in n), count=1)
         for foreign in ("model.strange.weight", f"{names[0]}.lora_A", beyond):
-            with pytest.raises(CheckpointError) as refused:
+            with refused(CheckpointError, f"tiny_config(), with tensor {foreign}") as refusal:
                 subject.adapter.weights(subject.config, [*names, foreign])
-            assert foreign in str(refused.value), (
-                f"expected an error that names {foreign}, got: {refused.value}"
-            )
+            refusal.says(foreign)
 
     @check(
         "weights.tied-head",
         "A tied head is the embedding's tensor, stored once or twice; an untied one its own.",
-        look="weights(): tie_word_embeddings",
+        look=f"defaults, for tie_word_embeddings, and source() {_MINE}",
     )
     @pytest.mark.parametrize("tied", [False, True])
     def test_tied_head(self, subject: Subject, tied: bool) -> None:
@@ -127,8 +129,8 @@ class Weights(AdapterSuite):
         "weights.head-differs",
         "A tied model whose checkpoint holds another head than its embedding has both, as "
         "transformers has it.",
-        look="weights(): with tie_word_embeddings the embedding keeps its own tensor, and the "
-        "head's own one is ignored",
+        look=f"source() {_MINE}: with tie_word_embeddings the embedding keeps its own tensor, and "
+        "the head's own one is ignored",
     )
     def test_head_differs(self, subject: Subject) -> None:
         changes = {"tie_word_embeddings": True}
@@ -150,12 +152,12 @@ class Weights(AdapterSuite):
     @check(
         "weights.sharded",
         "A checkpoint in several files gives the logits of one in a single file.",
-        look="weights(): nothing in it may depend on files",
+        look=f"source() {_MINE}: nothing in it may depend on files",
     )
     def test_sharded(self, subject: Subject) -> None:
         directory = subject.tiny("bfloat16", shards=True)
         number = len(list(directory.glob("*.safetensors")))
-        assert number > 2, f"expected several shards to test with, got {number}"
+        assert number > 2, f"tiny_config(): expected a model of several shards, got {number}"
         prompt = subject.prompt(40)
         with subject.open(directory) as model:
             found = model(input_ids=prompt[None]).logits[0]
@@ -164,7 +166,7 @@ class Weights(AdapterSuite):
     @check(
         "weights.read-once",
         "A pass reads what is not kept in memory once, whatever the prompt, and not a byte more.",
-        look="weights(): a tensor that several layers name is read for each of them",
+        look=f"source() {_MINE}: a tensor that several layers name is read for each of them",
     )
     def test_read_once(self, subject: Subject) -> None:
         def work(model: StreamedModel) -> None:
@@ -186,12 +188,22 @@ class Weights(AdapterSuite):
         most = stored - after.resident_bytes + pages
         passes = after.weight_passes - before.weight_passes
         found = (after.weight_bytes_read - before.weight_bytes_read) / passes
-        assert passes == 4, f"expected one weight pass for each call, got {passes} for 4"
-        assert found <= most, f"expected at most {most} bytes read in a pass, got {found:.0f}"
+        assert passes == 4, f"4 calls: expected one weight pass for each, got {passes}"
+        assert found <= most, (
+            f"a pass in {least} bytes: expected at most {most} bytes read, got {found:.0f}"
+        )
 
 
-def _used_once(adapter: ModelAdapter, config: Config, stored: set[str]) -> None:
-    layout, plan = adapter.layout(config), adapter.weights(config, sorted(stored))
+def _used_once(
+    adapter: ModelAdapter, config: Config, stored: set[str], parameters: Iterable[str], what: str
+) -> None:
+    try:
+        layout, plan = adapter.layout(config), adapter.weights(config, sorted(stored))
+    except OllmError as error:
+        name = type(error).__name__
+        raise AssertionError(
+            f"{what}: expected its tensors to be taken, got {name}: {error}"
+        ) from error
     head, embedding = f"{layout.head}.weight", f"{layout.embedding}.weight"
     tied = plan.parameters.get(head) == plan.parameters.get(embedding)
     sources = [s for name, s in plan.parameters.items() if not (tied and name == head)]
@@ -200,46 +212,20 @@ def _used_once(adapter: ModelAdapter, config: Config, stored: set[str]) -> None:
     uses: Counter[str] = Counter()  # a tensor used row by row is used once
     for (tensor, row), count in parts.items():
         uses[tensor] = max(uses[tensor], count) if row is not None else uses[tensor] + count
-    expected = set(parameter_names(config))
+    expected = set(parameters)
     if wrong := sorted(expected ^ (plan.parameters.keys() | plan.experts.keys())):
-        state = "got none" if wrong[0] in expected else "which transformers does not have, got one"
-        raise AssertionError(f"expected a source for each parameter; {wrong[0]}: {state}")
+        state = "a source, got none"
+        if wrong[0] not in expected:
+            state = "none, as transformers has no such parameter, got a source"
+        raise AssertionError(f"{what}, parameter {wrong[0]}: expected {state}")
     for tensor in sorted(stored | uses.keys() | plan.ignored):
         times = uses[tensor] + (tensor in plan.ignored)
         if tensor not in stored and uses[tensor]:
-            raise AssertionError(f"expected tensors of the checkpoint, got {tensor}")
+            raise AssertionError(f"{what}: expected tensors of the checkpoint, got {tensor}")
         if tensor in stored and times != 1:
-            raise AssertionError(f"{tensor}: expected to be used or ignored once, got {times}")
-
-
-def _bound(model: StreamedModel, layout: Layout) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter as the engine gets it, whole."""
-    vocab_size = model.config.get_text_config().vocab_size
-    yield f"{layout.embedding}.weight", model.weights.embed(torch.arange(vocab_size))
-    yield f"{layout.norm}.weight", model.weights.norm[0]
-    head: list[Tensor] = []
-    for unit_idx, unit in enumerate(model.weights.units):
-        with model.weights.acquire(unit_idx) as parameters:
-            for parameter, value in zip(unit.parameters, parameters, strict=True):
-                if unit_idx < layout.num_layers:
-                    yield parameter.name, value.clone()
-                else:
-                    head.append(value.clone())
-    yield f"{layout.head}.weight", torch.cat(head)
-    for layer_idx, experts in model.weights.expert_units.items():
-        slices: dict[str, list[Tensor]] = {}
-        with model.weights.experts(layer_idx, range(len(experts))) as found:
-            for i, parameters in found:
-                for parameter, value in zip(experts[i].parameters, parameters, strict=True):
-                    name = parameter.name.removesuffix(f"[{i}]")
-                    slices.setdefault(name, []).append(value.clone())
-        for name, values in slices.items():
-            yield name, torch.stack(values)
-
-
-def _one_of_each(names: set[str]) -> list[str]:
-    """Names that differ in more than numbers, the last of each kind."""
-    return sorted({re.sub(r"\d+", "0", name): name for name in sorted(names)}.values())
+            raise AssertionError(
+                f"{what}, tensor {tensor}: expected to be used or ignored once, got {times} times"
+            )
 
 
 def _with_head(

@@ -18,7 +18,9 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 from ollm_conformance.checks import UNSUPPORTED, check, does_not_apply
 from ollm_conformance.compare import same_bits, same_within
 from ollm_conformance.parts.base import PartSuite, refusal
+from ollm_conformance.parts.held import process_memory
 from ollm_conformance.parts.lists import KVShape, ListKVStore
+from ollm_conformance.seeds import drawn
 from ollm_core import Attention, KVView, UnsupportedError
 
 BLOCK = 16
@@ -51,7 +53,7 @@ class Case:
         seed: int = 0,
     ) -> Case:
         """`heads` are H and G. Keys are large enough that it matters which of them is seen."""
-        generator = torch.Generator().manual_seed(1000 * seed + 10 * num_new + sum(starts))
+        generator = drawn(1000 * seed + 10 * num_new + sum(starts))
 
         def random(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator).to(dtype)
@@ -321,6 +323,39 @@ class AttentionConformance(PartSuite):
                 )
                 expected = case.expected(window=window, sinks=sinks)
                 same_within(found.double(), expected, ERRORS[torch.float32], what)
+
+    @check(
+        "attention.long",
+        "After five thousand tokens, in three hundred blocks, all of them are seen, and behind a "
+        "window of thousands just those in it.",
+        look="numbers of blocks and positions that are kept in one byte, rounded or limited; sums "
+        "that many terms are added to one by one",
+    )
+    def test_long(self) -> None:
+        past = 312 * BLOCK + 8
+        for window in (None, 4096) if self.windows else (None,):
+            for num_new in (1, 2, BLOCK + 1):
+                case = Case.random([past], num_new)
+                what = f"window {window}, {num_new} tokens after {past}"
+                found = self.attend(case, what, sliding_window=window)
+                expected = case.expected(window=window)
+                same_within(found.double(), expected, ERRORS[torch.float32], what)
+
+    @check(
+        "attention.memory",
+        "When a call is over, the process holds nothing of it.",
+        look="results, masks and joined keys that are kept for the next call: numpy arrays, bytes "
+        "and maps count too",
+    )
+    def test_memory(self) -> None:
+        past = 12_000  # 12 MB of keys and values
+        cases = [Case.random([past], 1, (4, 4), seed=seed) for seed in range(2)]
+        self.attend(cases[0], "the first call")
+        with process_memory() as memory:
+            for number, case in enumerate(cases):
+                what = f"call {number + 1} after {past} tokens"
+                self.attend(case, what)
+            memory.expect(0, what, "as before the calls")
 
 
 def llama_attention(num_heads: int, num_kv_heads: int) -> nn.Module:

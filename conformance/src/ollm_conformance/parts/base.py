@@ -12,6 +12,8 @@ from typing import ClassVar
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 
+from ollm_conformance.seeds import run_seed
+
 
 class PartSuite:
     """Base of the suites of parts."""
@@ -28,11 +30,11 @@ class PartSuite:
 
 
 def examples(number: int, num_steps: int = 20) -> settings:
-    """Hypothesis tries `number` examples, the same ones in each run, and writes no files."""
+    """Hypothesis tries `number` examples, the same ones for the same seed, and writes no files."""
     return settings(
         max_examples=number,
         stateful_step_count=num_steps,
-        derandomize=True,
+        derandomize=not run_seed(),  # the plugin gives Hypothesis any other seed,
         database=None,
         deadline=None,
         report_multiple_bugs=False,
@@ -55,6 +57,27 @@ def refusal(kind: type[Exception], request: Callable[[], object], what: str) -> 
         raise AssertionError(f"{what}: expected {kind.__name__}, got no error")
     assert "\n" not in line, f"{what}: expected one line, got {line}"
     return line
+
+
+class GoesThrough:
+    """A context manager for a block that raises an error in the part's hands, as Ctrl-C would:
+    raises AssertionError unless that very error leaves the block.
+    """
+
+    def __init__(self, error: BaseException, what: str) -> None:
+        self._error = error
+        self._what = what
+
+    def __enter__(self) -> None:
+        """Nothing to do."""
+
+    def __exit__(self, kind: object, found: BaseException | None, traceback: object) -> bool:
+        if found is not self._error:
+            got = "no error" if found is None else repr(found)
+            raise AssertionError(
+                f"{self._what}: expected {self._error!r} to go on, got {got}"
+            ) from found
+        return True
 
 
 def open_files() -> dict[int, str]:
@@ -100,3 +123,14 @@ def unreadable(numbers: Iterable[int]) -> Iterator[None]:
             os.dup2(copy, number, inheritable=False)
             os.close(copy)
         os.close(writable)
+
+
+def fills_memory(directory: Path) -> bool:
+    """Whether files of `directory` are kept in memory, so that a large one would fill it."""
+    device = directory.stat().st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        fields, _, rest = line.partition(" - ")
+        if fields.split()[2] == number:
+            return rest.split()[0] in ("tmpfs", "ramfs")
+    return False

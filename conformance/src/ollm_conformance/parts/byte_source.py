@@ -17,13 +17,14 @@ from torch import Tensor
 
 from ollm_conformance.checks import check, does_not_apply
 from ollm_conformance.parts.base import (
-    PartSuite,
     examples,
     nothing_left,
     open_files,
     refusal,
     unreadable,
 )
+from ollm_conformance.parts.source_size import SourceSize
+from ollm_conformance.seeds import drawn
 from ollm_core import ByteSource, OllmError, ReadError, TensorInfo
 from ollm_core.buffers import PAGE, aligned_buffer, as_memoryview
 
@@ -56,7 +57,7 @@ class Files:
     """Files of random bytes, and what a source should read of them."""
 
     def __init__(self, directory: Path) -> None:
-        generator = torch.Generator().manual_seed(3)
+        generator = drawn(3)
         self.content = [
             torch.randint(0, 256, (size,), generator=generator, dtype=torch.uint8) for size in SIZES
         ]
@@ -105,13 +106,8 @@ def read(
     return buffer, offsets
 
 
-class ByteSourceConformance(PartSuite):
+class ByteSourceConformance(SourceSize):
     """Every check of a reading engine. Subclass it as `TestX` and write `open_source`."""
-
-    @classmethod
-    def open_source(cls, paths: Sequence[Path]) -> ByteSource:
-        """A source for files of the temporary directory."""
-        raise NotImplementedError
 
     @classmethod
     @contextmanager

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import pytest
 import torch
 
 from ollm_conformance.checks import check, does_not_apply
@@ -93,8 +92,8 @@ class KVMemory(KVStoreSuite):
             told, used = store.tier_bytes(), account.used
             for short in (needed, needed // 2, 1):
                 account.limit = used + needed - short
-                with pytest.raises(DoesNotFitError):
-                    store.reserve(other, 300)
+                what = f"a reservation of {needed} bytes where {needed - short} are free"
+                refusal(DoesNotFitError, partial(store.reserve, other, 300), what)
                 assert (account.used, store.tier_bytes()) == (used, told), (
                     f"expected {used} bytes and {told} after a refusal, "
                     f"got {account.used} and {store.tier_bytes()}"

@@ -12,11 +12,13 @@ from ollm_conformance.parts.base import examples, refusal
 from ollm_conformance.parts.kv_content import KVContent
 from ollm_conformance.parts.kv_machine import KVStoreMachine
 from ollm_conformance.parts.kv_memory import KVMemory
+from ollm_conformance.parts.kv_size import KVSize
+from ollm_conformance.parts.kv_sliding import KVSliding
 from ollm_conformance.parts.kv_suite import SMALL
 from ollm_core import KVStoreError
 
 
-class KVStoreConformance(KVContent, KVMemory):
+class KVStoreConformance(KVContent, KVMemory, KVSize, KVSliding):
     """Every check of a KV store. Subclass it as `TestX` and write `open_store`."""
 
     @check(

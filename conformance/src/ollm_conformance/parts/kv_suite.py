@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import ClassVar
 
 from ollm_conformance.parts.base import PartSuite
 from ollm_conformance.parts.kv_machine import OpenStore
@@ -21,10 +22,13 @@ class KVStoreSuite(PartSuite):
 
     num_examples = 25
     """Sequences of calls that the state machine tries."""
+    slides: ClassVar[bool] = True
+    """Whether layers with a window let go of what is before it."""
 
     @classmethod
     def open_store(cls, shape: KVShape, account: MemoryAccount, directory: Path) -> KVStore:
-        """A new store for `shape` that computes on the CPU.
+        """A new store for `shape` that computes on the CPU; `shape.kinds` says what each layer
+        remembers.
 
         All its memory is reserved in `account`; its files, if it has any, are in `directory`, which
         is there and empty.

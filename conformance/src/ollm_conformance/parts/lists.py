@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ollm_core import KVStore, KVStoreError, TierBytes
+from ollm_conformance.seeds import drawn
+from ollm_core import CacheKind, KVStore, KVStoreError, TierBytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +22,20 @@ class KVShape:
     dtype: torch.dtype = torch.float32
     block_size: int = 4
     """Tokens per block."""
+    windows: tuple[int | None, ...] = ()
+    """Per layer: how many tokens it may see, the one that looks included; None: all before it.
+    Empty: None for each layer.
+    """
+
+    @property
+    def kinds(self) -> tuple[CacheKind, ...]:
+        """What each layer remembers, as a `KVGeometry` takes it."""
+        return tuple(
+            CacheKind(
+                "full" if window is None else "sliding", self.num_kv_heads, self.head_dim, window
+            )
+            for window in self.windows or (None,) * self.num_layers
+        )
 
     @property
     def token_bytes(self) -> int:
@@ -29,7 +44,7 @@ class KVShape:
 
     def random(self, num_tokens: int, seed: int) -> Tensor:
         """Random keys and values [2, G, T, D]."""
-        generator = torch.Generator().manual_seed(seed)
+        generator = drawn(seed)
         shape = 2, self.num_kv_heads, num_tokens, self.head_dim
         return torch.randn(shape, generator=generator).to(self.dtype)
 

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ollm_conformance.compare import same_bits
+from ollm_conformance.seeds import drawn
 from ollm_core import ParameterSource, WeightStreamer
 from ollm_core.checkpoint import Checkpoint, open_checkpoint
 from ollm_core.weights.units import Parameter, Units, WeightUnit
@@ -36,9 +37,11 @@ class Model:
     embedding: Tensor
 
     @classmethod
-    def write(cls, directory: Path, dtype: torch.dtype = torch.float32) -> Model:
-        """Write random tensors of odd sizes, most in `dtype`, some stored the other way round."""
-        generator = torch.Generator().manual_seed(11)
+    def write(cls, directory: Path, dtype: torch.dtype = torch.float32, scale: int = 1) -> Model:
+        """Write random tensors of odd sizes, most in `dtype`, some stored the other way round. A
+        layer is about 0.2 MB in float32, or `scale` times that.
+        """
+        generator = drawn(11)
 
         def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.randn(shape, generator=generator).to(dtype)
@@ -49,7 +52,7 @@ class Model:
         plan: list[list[str]] = []
         for i in range(NUM_LAYERS):
             layer = {
-                f"{i}.weight": random(201 + i, 257, dtype=dtype),
+                f"{i}.weight": random(201 * scale + i, 257, dtype=dtype),
                 f"{i}.norm": random(64, dtype=torch.bfloat16),
                 f"{i}.half": random(31, 49, dtype=torch.float16),
                 f"{i}.turned": random(20, 30),

@@ -15,7 +15,15 @@ import torch
 
 from ollm_conformance.checks import check
 from ollm_conformance.compare import same_bits
-from ollm_conformance.parts.base import PartSuite, nothing_left, open_files, refusal, unreadable
+from ollm_conformance.parts.base import (
+    GoesThrough,
+    PartSuite,
+    nothing_left,
+    open_files,
+    refusal,
+    unreadable,
+)
+from ollm_conformance.parts.held import process_memory
 from ollm_conformance.parts.tiny_weights import NUM_UNITS, Model
 from ollm_core import DoesNotFitError, ReadError, WeightStreamer
 from ollm_core.memory import MemoryAccount
@@ -23,6 +31,8 @@ from ollm_core.weights.units import Units
 
 PAGE_SLACK = 2 * 4096
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LARGE = 30
+"""Scale of a model of 31 MB."""
 
 
 class WeightStreamerConformance(PartSuite):
@@ -153,8 +163,10 @@ class WeightStreamerConformance(PartSuite):
         with self.opened() as (streamer, model, _):
             for stop in (0, 1, 3, 6):
                 model.walk(streamer, f"before stopping at {stop}", order=range(stop))
-                with pytest.raises(KeyboardInterrupt), streamer.acquire(stop):
-                    raise KeyboardInterrupt
+                interrupt = KeyboardInterrupt()
+                told = f"leaving unit {stop} by an exception"
+                with GoesThrough(interrupt, told), streamer.acquire(stop):
+                    raise interrupt
                 model.walk(streamer, f"after a pass that stopped at {stop}")
 
     @check(
@@ -257,6 +269,29 @@ class WeightStreamerConformance(PartSuite):
                 )
 
     @check(
+        "weight-streamer.memory",
+        "The process holds what the streamer has reserved and no more, pass after pass, and "
+        "nothing when it is closed.",
+        look="copies of weights that are in no account: numpy arrays, bytes and maps count too",
+    )
+    def test_memory(self) -> None:
+        with tempfile.TemporaryDirectory() as name:
+            model = Model.write(Path(name), scale=LARGE)
+            files, whole = list(model.checkpoint.files), model.streamed_bytes
+            for share in (4.0, self.least_share):
+                with process_memory() as memory:
+                    account = MemoryAccount("memory", int(share * whole))
+                    with self.open_streamer(model.units, files, torch.float32, account) as streamer:
+                        for number in range(2):
+                            what = f"pass {number + 1} over {whole} bytes in {account.limit}"
+                            model.walk(streamer, what)
+                            with streamer.acquire(0):
+                                _wait_for_readers(streamer)
+                                reserved = "which the account has reserved"
+                                memory.expect(account.used, what, reserved)
+                    memory.expect(0, "a closed streamer", "as before it was opened")
+
+    @check(
         "weight-streamer.does-not-fit",
         "A budget that is too small is refused, and nothing is left of the attempt.",
         look="opening: close what is open before the error goes on",
@@ -266,10 +301,12 @@ class WeightStreamerConformance(PartSuite):
             model = Model.write(Path(name))
             for limit in (1, 1000, 100_000):
                 account = MemoryAccount("memory", limit)
-                with pytest.raises(DoesNotFitError):
-                    self.open_streamer(
-                        model.units, list(model.checkpoint.files), torch.float32, account
-                    )
+                files = list(model.checkpoint.files)
+                refusal(
+                    DoesNotFitError,
+                    partial(self.open_streamer, model.units, files, torch.float32, account),
+                    f"a budget of {limit} bytes for a model of {model.streamed_bytes}",
+                )
                 assert account.used == 0, f"expected an empty account, got {account.used} bytes"
 
     @check(

@@ -1,0 +1,161 @@
+"""Checks at sizes where counting goes wrong: many positions, the edges of a window, passes of few
+tokens.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ollm_conformance.adapter.base import AdapterSuite
+from ollm_conformance.checks import check, does_not_apply
+from ollm_conformance.compare import same_bits, same_within
+from ollm_conformance.rounding import rounded_alike
+from ollm_conformance.subject import Reference, Subject, model_config, run_pieces
+from ollm_core import KVStoreError
+from ollm_core.registry import supports
+
+_LONG = 5000
+_LONG_CHUNK = 256
+_LOOK = "caches(): the window of each layer; layout(): masks that depend on more than the position"
+
+
+class Sizes(AdapterSuite):
+    """Bit for bit what transformers computes, where prompts and passes are long or short."""
+
+    @check(
+        "exact.long",
+        "After 5,000 tokens, or as many as the model has positions, a step and a short pass have "
+        "transformers' bits, and block-wise its values within 0.001 of the scale.",
+        look="layout(): rotary embeddings that are cut at a length, or made of rounded positions",
+        needs=["chunked-prefill"],
+    )
+    def test_long(self, subject: Subject) -> None:
+        directory = _long_model(subject)
+        config = subject.parts(directory).config
+        num_tokens = min(_LONG, int(model_config(config).get_text_config().max_position_embeddings))
+        first, *rest = subject.prompt(num_tokens).split([num_tokens - 4, 1, 3])
+        reference = Reference(directory, torch.float32)
+        past = reference.new_cache()
+        reference.run(first, _LONG_CHUNK, past, last_only=True)
+        expected = reference.run_pieces(rest, cache=past)
+        able = supports(subject.adapter, "blockwise-attention")
+        for attention in ("exact", "blockwise") if able else ("exact",):
+            with subject.open(directory, chunk_size=_LONG_CHUNK, attention=attention) as model:
+                cache = model.new_cache(num_tokens=num_tokens)
+                model(input_ids=first[None], past_key_values=cache, logits_to_keep=1)
+                found = run_pieces(model, rest, cache)
+            what = f"{attention} attention, logits after {len(first)} tokens"
+            if attention == "exact":
+                same_bits(found, expected, what)
+            else:
+                same_within(found, expected, 1e-3, what)
+
+    @check(
+        "exact.window-edges",
+        "Prompts of a window, one token less and one more, in chunks of a window and of one token "
+        "more, then steps and a pass of two tokens, are transformers'.",
+        look=_LOOK,
+        needs=["chunked-prefill"],
+    )
+    @pytest.mark.parametrize(
+        ("kv", "attention"), [("device", "exact"), ("disk", "exact"), ("device", "blockwise")]
+    )
+    def test_window_edges(self, subject: Subject, kv: str, attention: str) -> None:
+        reference = subject.reference()
+        for window in _windows(subject):
+            prompt = subject.prompt(2 * window + 8)
+            for chunk_size, lengths in (
+                (window, (window - 1, window, window + 1)),
+                (window + 1, (window + 1, 2 * window + 3)),
+            ):
+                with subject.open(chunk_size=chunk_size, kv=kv, attention=attention) as model:
+                    for length in lengths:
+                        pieces = prompt[: length + 5].split([length, 1, 2, 1, 1])
+                        found = run_pieces(model, pieces)
+                        expected = reference.run_pieces(pieces, chunk_size)
+                        what = (
+                            f"window of {window}, chunks of {chunk_size}, KV on {kv}: logits of "
+                            f"{length} tokens and what follows"
+                        )
+                        if attention == "exact":
+                            same_bits(found, expected, what)
+                        else:
+                            true = reference.in_float64.run(prompt)[: length + 5]
+                            rounded_alike(found, expected, true, what)
+
+    @check(
+        "exact.window-undo",
+        "A pass that is longer than a window is undone, and other tokens then give the bits of a "
+        "run that never had it; or that is refused with KVStoreError, and the cache is as it was.",
+        look=_LOOK,
+        needs=["truncate", "chunked-prefill"],
+    )
+    @pytest.mark.parametrize("kv", ["device", "disk"])
+    def test_window_undo(self, subject: Subject, kv: str) -> None:
+        reference, other = subject.reference(), subject.prompt(9, seed=1)
+        for window in _windows(subject):
+            for num_kept, num_undone in ((20, 7), (20, 300), (-window // 2, 7)):
+                num_kept, num_undone = window + num_kept, window + num_undone
+                pieces = subject.prompt(num_kept + num_undone).split([num_kept, num_undone])
+                with subject.open(kv=kv) as model:
+                    cache = model.new_cache()
+                    run_pieces(model, pieces, cache)
+                    undone = True
+                    try:
+                        cache.crop(-num_undone)
+                    except KVStoreError:
+                        undone = False
+                    length = cache.get_seq_length()
+                    found = run_pieces(model, [other], cache)
+                what = f"window of {window}: {num_undone} of {num_kept + num_undone} tokens undone"
+                kept = num_kept if undone else num_kept + num_undone
+                assert length == kept, f"{what}: expected {kept} to be left, got {length}"
+                expected = reference.run_pieces([*pieces[: 1 if undone else 2], other])
+                same_bits(found, expected[kept:], f"{what}: logits of other tokens")
+
+    @check(
+        "exact.short-passes",
+        "Passes of 1, 2, 63, 64 and 65 tokens one after another give transformers' bits.",
+        look="caches(): states; layout(): a mixer that starts anew or fills up its last tokens",
+    )
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    def test_short_passes(self, subject: Subject, dtype: str) -> None:
+        pieces = subject.prompt(199).split([1, 2, 63, 64, 65, 1, 2, 1])
+        with subject.open(subject.tiny(dtype)) as model:
+            found = run_pieces(model, pieces)
+        expected = subject.reference(dtype).run_pieces(pieces)
+        same_bits(found, expected, f"logits in {dtype} of passes of few tokens")
+
+
+def _windows(subject: Subject) -> list[int]:
+    """Of the sliding layers. Ends the check if there are none."""
+    config = subject.config
+    windows = sorted({k.window for k in subject.adapter.caches(config) if k.window is not None})
+    if not windows:
+        does_not_apply("no layer has a window")
+    positions = int(model_config(config).get_text_config().max_position_embeddings)
+    assert 2 * windows[-1] + 330 <= positions, (
+        f"tiny_config(): expected windows that are crossed twice in {positions} positions, "
+        f"got {windows}"
+    )
+    return windows
+
+
+def _long_model(subject: Subject) -> Path:
+    """A tiny model with enough positions, and no more layers than show every kind of cache."""
+    config = subject.config
+    changes: dict[str, Any] = {}
+    if "max_position_embeddings" in config:
+        changes["max_position_embeddings"] = max(_LONG + 120, config["max_position_embeddings"])
+    kinds = subject.adapter.caches(config)
+    num_layers = 1 + max(kinds.index(kind) for kind in kinds)
+    fewer: dict[str, Any] = {"num_hidden_layers": num_layers}
+    if isinstance(config.get("layer_types"), list):
+        fewer["layer_types"] = config["layer_types"][:num_layers]
+    if list(subject.adapter.caches({**config, **fewer})) == list(kinds[:num_layers]):
+        changes |= fewer
+    return subject.tiny(changes=changes)

@@ -1,0 +1,383 @@
+"""The contract of a weight codec."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ollm_conformance.checks import check, does_not_apply
+from ollm_conformance.compare import same_bits
+from ollm_conformance.parts.base import PartSuite, refusal
+from ollm_conformance.parts.encoded import (
+    DTYPES,
+    SHAPES,
+    Stored,
+    bits,
+    patterns,
+    plain,
+    same_pattern,
+    weights,
+)
+from ollm_conformance.parts.held import SLACK, peak_grown, process_memory
+from ollm_conformance.seeds import drawn
+from ollm_core import EncodedTensor, OllmError
+from ollm_core.requests import CodecRequest, WeightCodec
+
+LARGE = 3072, 4096
+"""Shape of a tensor beside which everything else in the process is small."""
+SMALL: dict[str, tuple[int, ...]] = {
+    "model.layers.0.mlp.up_proj.weight": (33, 64),
+    "model.layers.1.mlp.up_proj.weight": (33, 64),
+    "model.layers.1.input_layernorm.weight": (65,),
+}
+
+
+class CodecConformance(PartSuite):
+    """Every check of a weight codec. Subclass it as `TestX`, set `codec` to what the hook
+    `ollm_weight_codecs` offers, and write `write`, which encodes.
+    """
+
+    codec: ClassVar[WeightCodec]
+    """The factory: a request -> the encoded tensors by name."""
+    dtypes: ClassVar[Sequence[str]] = ("BF16",)
+    """safetensors names of the dtypes that it encodes, of BF16, F16 and F32."""
+    edges: ClassVar[Sequence[int]] = ()
+    """Numbers of elements at which the form changes, as the length of a block: one less, so many
+    and one more are tried.
+    """
+
+    @classmethod
+    def write(cls, tensors: Mapping[str, Tensor], directory: Path) -> None:
+        """Write a checkpoint of these tensors, in the codec's form, to `directory`, which is empty:
+        as `model.safetensors`, or as files with an index.
+
+        What the form cannot hold is stored as it is; of each dtype in `dtypes` it holds some.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def is_checked(cls, stored: str) -> bool:
+        """Whether damage to one bit of the stored tensor of this name is noticed, as by a checksum.
+        Default: of none.
+        """
+        return False
+
+    @classmethod
+    @contextmanager
+    def models(cls) -> Iterator[tuple[Any, Any] | None]:
+        """One model opened twice, from a plain checkpoint and from an encoded one, as `ollm.load`
+        does: their logits are compared. None, the default: they are not.
+        """
+        yield None
+
+    @classmethod
+    @contextmanager
+    def stored(cls, tensors: Mapping[str, Tensor]) -> Iterator[Stored]:
+        """A checkpoint of `tensors` and what the codec says of it."""
+        with tempfile.TemporaryDirectory() as name:
+            cls.write(tensors, Path(name))
+            yield Stored.open(Path(name), cls.codec)
+
+    @classmethod
+    def compare(cls, tensors: Mapping[str, Tensor], what: str) -> None:
+        """Raises AssertionError unless each of `tensors` comes back bit for bit, encoded or not."""
+        with cls.stored(tensors) as stored:
+            used = {name for encoded in stored.encoded.values() for name in encoded.tensors}
+            names = (stored.tensors.keys() - used) | stored.encoded.keys()
+            assert names == tensors.keys(), (
+                f"{what}: expected the tensors {sorted(tensors)}, got {sorted(names)}"
+            )
+            for name, expected in tensors.items():
+                told = f"{what}: {name}"
+                encoded = name in stored.encoded
+                found = stored.decode(name, told) if encoded else stored.tensors[name]
+                same_pattern(found, expected, told)
+
+    @check(
+        "codec.patterns",
+        "Every pattern of bits comes back: both zeros, subnormals, infinities, NaNs with their "
+        "payloads.",
+        look="decode: work on bits; arithmetic and conversions change some of them",
+    )
+    def test_patterns(self) -> None:
+        for name in self.dtypes:
+            every = patterns(DTYPES[name])
+            mixed = every[torch.randperm(len(every), generator=drawn(1))]
+            self.compare({"every": every, "mixed": mixed[: len(mixed) // 8 * 8].view(8, -1)}, name)
+
+    @check(
+        "codec.shapes",
+        "Tensors of any shape come back bit for bit: empty ones, single numbers, odd sizes, and "
+        "those around the length of a block.",
+        look="decode: what is left over when a size is divided; `edges` says where blocks end",
+    )
+    def test_shapes(self) -> None:
+        sizes = [edge + more for edge in self.edges for more in (-1, 0, 1)]
+        for name in self.dtypes:
+            shapes = [*SHAPES, *((size,) for size in sizes if size > 0)]
+            tensors = {
+                f"{i} {list(shape)}": weights(DTYPES[name], shape, i)
+                for i, shape in enumerate(shapes)
+            }
+            self.compare(tensors, name)
+
+    @check(
+        "codec.declared",
+        "Dtype and shape are those of what is returned, the rest is what it can be, and each dtype "
+        "that is told is encoded.",
+        look="the fields of EncodedTensor",
+    )
+    def test_declared(self) -> None:
+        for name in self.dtypes:
+            with self.stored(self.small(name)) as stored:
+                assert stored.encoded, f"{name}: expected some tensors encoded, got none"
+                for tensor, encoded in stored.encoded.items():
+                    told = f"{name} {tensor}"
+                    _check_fields(encoded, stored.tensors.keys(), told)
+                    found = stored.decode(tensor, told)
+                    form = encoded.dtype, encoded.shape
+                    got = _name_of(found.dtype), tuple(found.shape)
+                    assert got == form, f"{told}: expected {form} as declared, got {got}"
+
+    @check(
+        "codec.new-tensor",
+        "Each call gives a new tensor, which shares no memory with another result or the stored "
+        "bytes, and those stay as they were.",
+        look="decode: views of its arguments, work in place, results that are kept",
+    )
+    def test_new_tensor(self) -> None:
+        for name in self.dtypes:
+            originals = self.small(name)
+            with self.stored(originals) as stored:
+                for tensor in stored.encoded:
+                    before = [t.clone() for t in stored.arguments(tensor)]
+                    first = stored.decode(tensor, f"{tensor}, the first time")
+                    second = stored.decode(tensor, f"{tensor}, the second time")
+                    for time, other in (("first", first), ("second", second)):
+                        told = f"{name} {tensor}, the {time} result"
+                        same_pattern(other, originals[tensor], told)
+                        bits_of = other.detach().view(-1).view(torch.uint8)
+                        bits_of.bitwise_xor_(0xFF)
+                        for one, kept in zip(stored.arguments(tensor), before, strict=True):
+                            same_pattern(one, kept, f"{told} was changed: a stored tensor then")
+                    assert first.data_ptr() != second.data_ptr(), (
+                        f"{name} {tensor}: expected two tensors of two calls, got one"
+                    )
+                    third = stored.decode(tensor, tensor)
+                    told = f"{name} {tensor}, after other results were changed"
+                    same_pattern(third, originals[tensor], told)
+
+    @check(
+        "codec.threads",
+        "Several threads can decode at once, the same tensor or others.",
+        look="decode: buffers and decoders that calls share",
+    )
+    def test_threads(self) -> None:
+        originals = {
+            f"layer.{i}": weights(DTYPES[name], (200 + i, 257), i)
+            for name in self.dtypes
+            for i in range(4)
+        }
+        with self.stored(originals) as stored, ThreadPoolExecutor(4) as pool:
+            names = [*stored.encoded] * 8
+            found = pool.map(lambda name: stored.decode(name, f"{name}, beside others"), names)
+            for name, value in zip(names, found, strict=True):
+                same_pattern(value, originals[name], f"{name}, beside others")
+
+    @check(
+        "codec.foreign",
+        "Of checkpoints that are not in its form it claims nothing, and of those that are only "
+        "what they hold, from names, dtypes, shapes and metadata alone.",
+        look="the factory: it is asked about every checkpoint, and the files need not be there",
+    )
+    def test_foreign(self) -> None:
+        eight = torch.arange(64, dtype=torch.uint8).view(8, 8)
+        originals = self.small(self.dtypes[0])
+        foreign: dict[str, dict[str, Tensor]] = {
+            "the same tensors": originals,
+            "packed blocks": {"a.weight_blocks": eight, "a.weight_scales": eight[0]},
+            "quantised tensors": {
+                "a.qweight": eight.view(torch.int32), "a.scales": originals[next(iter(SMALL))],
+            },
+            "bytes": {name: eight for name in originals},
+            "one number": {"model.step": torch.tensor(3)},
+        }  # fmt: skip
+        for what, tensors in foreign.items():
+            for metadata in ({}, {"format": "pt"}):
+                with plain(tensors, metadata) as directory:
+                    claimed = self.claimed(Stored.request_of(directory), what)
+                    assert not claimed, f"{what}: expected nothing claimed, got {claimed}"
+        claimed = self.claimed(CodecRequest({}, {}, {}), "no tensors")
+        assert not claimed, f"no tensors: expected nothing claimed, got {claimed}"
+        with self.stored(originals) as stored:
+            found = sorted(stored.encoded)
+        again = self.claimed(stored.request, "when files are gone")
+        assert again == found, f"when files are gone: expected {found} claimed, got {again}"
+
+    @check(
+        "codec.memory",
+        "`decode` takes the memory of its result and scratch_bytes, whatever it is made with, and "
+        "afterwards the process holds the result alone.",
+        look="scratch_bytes; copies in numpy, bytes and libraries count; results that are kept",
+    )
+    def test_memory(self) -> None:
+        dtype = DTYPES[self.dtypes[0]]
+        name, original = "large", weights(dtype, LARGE, 0)
+        with self.stored({name: original, "other": weights(dtype, (64, 64), 1)}) as stored:
+            if "other" in stored.encoded:
+                stored.decode("other", "other")  # what is made once is made here
+            if name not in stored.encoded:
+                does_not_apply("it leaves a tensor of many random numbers as it is")
+            with process_memory() as memory:
+                result = original.numel() * original.element_size()
+                most = result + stored.encoded[name].scratch_bytes
+                made: list[Tensor] = []
+                peak = peak_grown(lambda: made.append(stored.decode(name, name)))
+                assert peak is None or peak <= most + SLACK, (
+                    f"decode: expected at most {most} bytes of the process, the result and "
+                    f"scratch_bytes, and {SLACK} for the rest, got {peak}"
+                )
+                memory.expect(result, "after decode", "the result")
+                same_pattern(made[0], original, f"a tensor {list(LARGE)}")
+                made.clear()
+                for _ in range(2):
+                    stored.decode(name, name)
+                memory.expect(0, "when the results are gone", "as before decode")
+
+    @check(
+        "codec.damage",
+        "Stored tensors that are damaged, missing or of another form are refused in one line, or "
+        "left alone; a damaged bit that the form can tell never becomes other numbers.",
+        look="raise CheckpointError, in the factory for what a header shows, else in decode",
+    )
+    def test_damage(self) -> None:
+        dtype = DTYPES[self.dtypes[0]]
+        with self.stored({"layer": weights(dtype, (160, 129), 3)}) as stored:
+            assert "layer" in stored.encoded, "expected a tensor [160, 129] encoded, got it plain"
+            for name in stored.encoded["layer"].tensors:
+                self.damage(stored, name)
+                info = stored.request.tensors[name]
+                requests = {
+                    f"without {name}": stored.without(name),
+                    f"with {name} in int32": stored.changed(
+                        name, dtype="I32", shape=(*info.shape[:-1], -(-info.shape[-1] // 4))
+                    ),
+                    f"with {name} empty": stored.changed(name, shape=(0,), num_bytes=0),
+                }
+                for what, request in requests.items():
+                    _refused_or_left(request, type(self).codec, what)
+
+    @check(
+        "codec.model",
+        "A model with encoded weights gives the logits of the plain one, bit for bit.",
+        look="the names that the factory gives, and `decode`",
+    )
+    def test_model(self) -> None:
+        with self.models() as models:
+            if models is None:
+                does_not_apply("models() gives none to compare")
+            original, encoded = models
+            ids = torch.arange(5, 25)[None] % original.config.vocab_size
+            with torch.no_grad():
+                expected, found = original(input_ids=ids), encoded(input_ids=ids)
+            same_bits(found.logits, expected.logits, "logits of the encoded model")
+
+    @classmethod
+    def claimed(cls, request: CodecRequest, what: str) -> list[str]:
+        """The names that the codec claims. Raises AssertionError if it raises anything."""
+        try:
+            return sorted(cls.codec(request))
+        except Exception as error:
+            raise AssertionError(f"{what}: expected an answer, got {error!r}") from error
+
+    @classmethod
+    def small(cls, dtype: str) -> dict[str, Tensor]:
+        """A few tensors with names of models."""
+        return {
+            name: weights(DTYPES[dtype], shape, i) for i, (name, shape) in enumerate(SMALL.items())
+        }
+
+    @classmethod
+    def damage(cls, stored: Stored, name: str) -> None:
+        """Flip a bit of a stored tensor in several places, and fill it with zeros."""
+        encoded, whole = stored.encoded["layer"], stored.tensors[name]
+        count = bits(whole).numel()
+        for place in (0, 5, 9, count // 3, count // 2, count - 70, None):
+            changed = bits(whole).clone()
+            if place is None:
+                changed.zero_()
+            elif 0 <= place < count:
+                changed[place] ^= 0x10
+            else:
+                continue
+            arguments = [
+                changed.view(whole.dtype).view(whole.shape) if one == name else stored.tensors[one]
+                for one in encoded.tensors
+            ]
+            what = f"{name} of zeros" if place is None else f"{name} with another bit in {place}"
+            if cls.is_checked(name):
+                refusal(OllmError, partial(encoded.decode, *arguments), what)
+            else:
+                _decoded_or_refused(encoded, arguments, what)
+
+
+def _check_fields(encoded: object, stored: Collection[str], what: str) -> None:
+    """Raises AssertionError for a field that core could not use."""
+    assert isinstance(encoded, EncodedTensor), f"{what}: expected an EncodedTensor, got {encoded!r}"
+    assert encoded.tensors, f"{what}: expected stored tensors, got none"
+    missing = sorted(set(encoded.tensors) - set(stored))
+    assert not missing, f"{what}: expected stored tensors, got {missing}, which are not stored"
+    scratch, seconds = encoded.scratch_bytes, encoded.decode_seconds
+    assert type(scratch) is int and scratch >= 0, (  # noqa: PT018 - one fact
+        f"{what}: expected whole bytes as scratch_bytes, got {scratch!r}"
+    )
+    assert math.isfinite(seconds) and 0 <= seconds < 60, (  # noqa: PT018 - one fact
+        f"{what}: expected seconds that a small tensor can take, got {seconds!r}"
+    )
+    assert type(encoded.cpu_only) is bool, (
+        f"{what}: expected a bool as cpu_only, got {encoded.cpu_only!r}"
+    )
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return next((name for name, one in DTYPES.items() if one == dtype), str(dtype))
+
+
+def _decoded_or_refused(encoded: EncodedTensor, arguments: Sequence[Tensor], what: str) -> None:
+    """Raises AssertionError unless there is a tensor as declared, or a refusal in one line."""
+    try:
+        found = encoded.decode(*arguments)
+    except OllmError as error:
+        found = None
+        line = str(error)
+        assert "\n" not in line, f"{what}: expected one line, got {line}"
+    except Exception as error:
+        raise AssertionError(f"{what}: expected an OllmError, got {error!r}") from error
+    if found is not None:
+        form, got = encoded.shape, tuple(found.shape)
+        assert got == form, f"{what}: expected shape {form} as declared, got {got}"
+
+
+def _refused_or_left(request: CodecRequest, codec: WeightCodec, what: str) -> None:
+    """Raises AssertionError unless the factory refuses in one line, or claims no tensor that it
+    does not have as it must be.
+    """
+    try:
+        found = codec(request)
+    except OllmError as error:
+        found = {}
+        line = str(error)
+        assert "\n" not in line, f"{what}: expected one line, got {line}"
+    except Exception as error:
+        raise AssertionError(f"{what}: expected an OllmError or nothing, got {error!r}") from error
+    claimed = sorted(found)
+    assert not claimed, f"{what}: expected it refused or left alone, got {claimed} claimed"

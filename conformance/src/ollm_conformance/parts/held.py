@@ -1,0 +1,84 @@
+"""What the process really holds in memory, whatever any account says: tensors, numpy arrays, bytes,
+maps and what libraries take for themselves.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+SLACK = 8 << 20
+"""Bytes that come and go with whatever else the process does: checks of what is held use much more
+than this.
+"""
+
+_HELD = ("RssAnon:", "RssShmem:", "VmSwap:")  # pages of files are the kernel's
+_STATUS = Path("/proc/self/status")
+_CLEAR = Path("/proc/self/clear_refs")
+_CLEAR_PEAK = "5"
+
+
+class ProcessMemory:
+    """Bytes that the process holds beyond what it held when this was made."""
+
+    def __init__(self) -> None:
+        self._start = _held()
+
+    def grown(self) -> int:
+        """Since then, without what is garbage."""
+        return _held() - self._start
+
+    def expect(self, most: int, what: str, reserved: str) -> None:
+        """Raises AssertionError if it has grown by more than `most` and SLACK. `reserved` says in
+        words what `most` is.
+        """
+        grown = self.grown()
+        assert grown <= most + SLACK, (
+            f"{what}: expected at most {most} bytes of the process, {reserved}, and {SLACK} for "
+            f"the rest, got {grown}"
+        )
+
+
+@contextmanager
+def process_memory() -> Iterator[ProcessMemory]:
+    """Measure inside the `with` block. What is there already is left out of garbage collection, so
+    that measuring is quick.
+    """
+    gc.collect()
+    gc.freeze()
+    try:
+        yield ProcessMemory()
+    finally:
+        gc.unfreeze()
+
+
+def peak_grown(work: Callable[[], object]) -> int | None:
+    """The most that the process held during `work` beyond what it held before it. None where the
+    system does not let a process ask.
+    """
+    before = _held()
+    try:
+        _CLEAR.write_text(_CLEAR_PEAK)
+    except OSError:
+        return None
+    start = _status("VmHWM:")
+    work()
+    return max(_status("VmHWM:") - start, _held() - before)
+
+
+def _held() -> int:
+    gc.collect()
+    if hasattr(_LIBC, "malloc_trim"):
+        _LIBC.malloc_trim(0)
+    return sum(map(_status, _HELD))
+
+
+def _status(field: str) -> int:
+    lines = _STATUS.read_text().splitlines()
+    return next((int(line.split()[1]) << 10 for line in lines if line.startswith(field)), 0)
+
+
+_LIBC = ctypes.CDLL(None)

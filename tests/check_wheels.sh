@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# Does what a stranger does who has pip and no clone: wheels of every distribution, each built from its
+# source distribution, in a fresh virtual environment that sees nothing of any other; in a directory
+# of its own the command line, the suite for an installed adapter, an adapter made by `ollm adapter
+# new`, built, installed and tested; then the tutorial of CONTRIBUTING.md, pip included.
+# `make template` calls it.
+#
+#     tests/check_wheels.sh PYTHON
+set -euo pipefail
+python=$(realpath -s "$1")
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+unset PYTHONPATH
+export OMP_NUM_THREADS=1
+
+"$python" -m venv "$work/venv"
+bin=$work/venv/bin
+install() { "$bin/python" -m pip install --quiet -c "$root/constraints.txt" "$@"; }
+build() { PYTHONPATH=$work/tools "$bin/python" -m build --no-isolation --outdir "$work/dist" "$1" >"$work/log" || { cat "$work/log"; exit 1; }; }
+
+install --target "$work/tools" build hatchling
+for directory in "$root" "$root/conformance" "$root"/adapters/*; do build "$directory"; done
+install torch
+install "$work"/dist/*.whl pytest-xdist
+
+mkdir "$work/elsewhere"
+cd "$work/elsewhere"
+"$bin/ollm" adapter new mistral --defaults
+build ollm-adapter-mistral
+install "$(echo "$work"/dist/ollm_adapter_mistral-*.whl)[dev]"
+"$bin/python" -I "$root/tests/check_wheels.py" "$work/dist" "$root"
+"$bin/ollm" list-models | tee models.txt
+grep -q '^smollm2-135M .*ollm-adapter-llama' models.txt
+"$bin/pytest" --pyargs ollm_conformance.suite --ollm-adapter llama \
+    --ollm-checks declaration.names,weights.every-tensor-once,exact.decode
+
+cd ollm-adapter-mistral
+"$bin/mypy" src
+export OLLM_LOAD_PLUGINS=ollm-adapter-mistral
+"$bin/pytest" -n "${JOBS:-2}" --dist worksteal
+"$bin/ollm" list-models | tee models.txt
+grep -q '^mistral-7b-instruct-v0.3 .*ollm-adapter-mistral' models.txt
+
+cd "$work"
+unset OLLM_LOAD_PLUGINS OMP_NUM_THREADS
+OLLM_TUTORIAL_PIP=1 "$bin/python" -m pytest -o filterwarnings= "$root/tests/test_tutorial.py"
