@@ -345,10 +345,11 @@ class Subject:
 
 def generate(model: StreamedModel, ids: Tensor, num_new: int, **options: Any) -> Any:
     """What transformers' `generate` returns, greedy, for prompts [B, T]; EOS is ignored unless
-    given.
+    given, and so is what looks like padding.
     """
-    options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0} | options
     ids = ids.to(model.device)  # generate warns of another one
+    plain = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    options = plain | {"attention_mask": torch.ones_like(ids)} | options
     return model.generate(ids, max_new_tokens=num_new, **options)  # type: ignore[misc]
 
 
@@ -404,7 +405,8 @@ def random_model(config: Config) -> PreTrainedModel:
     """The transformers model of a config.json in float32, every parameter random.
 
     Norms, biases and sinks too: one that is dropped or swapped must show. Logits are peaked, so
-    that the greedy token is rarely near a tie.
+    that the greedy token is rarely near a tie. A tied embedding is small: else a family that
+    scales its rows would say the last token again and again.
     """
     torch.manual_seed(run_seed())
     model: PreTrainedModel = _plain_model(config).float().eval()
@@ -416,6 +418,9 @@ def random_model(config: Config) -> PreTrainedModel:
                 parameter.copy_(noise * 0.2)
             else:
                 parameter.add_(noise * 0.2)
+        table, head = model.get_input_embeddings(), model.get_output_embeddings()
+        if head is not None and table.weight is head.weight:
+            table.weight.div_(table.weight.shape[1] ** 0.5)
     return model
 
 
