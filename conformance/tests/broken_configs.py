@@ -9,7 +9,7 @@ from dataclasses import replace
 from types import MappingProxyType
 
 from broken import broken_adapter
-from families import Qwen3
+from families import Gemma2, Qwen3
 
 from ollm_adapter_gpt_oss import GptOssAdapter
 from ollm_adapter_llama import LlamaAdapter
@@ -227,6 +227,15 @@ class GroupsNotRun(GptOssAdapter):
     """As above."""
 
 
+class WindowInEveryLayer(Gemma2):
+    def layer_types(self, config):
+        return super(Gemma2, self).layer_types(config)
+
+
+class CapsUndeclared(Gemma2):
+    capabilities = MappingProxyType({})
+
+
 BROKEN_CONFIGS = [
     broken_adapter("configs.unstated", "An unstated tie is assumed.", TieAssumed),
     broken_adapter(
@@ -245,6 +254,10 @@ BROKEN_CONFIGS = [
     broken_adapter("configs.unstated", "An unstated flag is a KeyError.", FlagDemanded),
     broken_adapter(
         "configs.unstated", "Unstated layer types are all full.", AllLayersFullUnlessListed
+    ),
+    broken_adapter("caches.kinds", "A window in every layer, not every other.", WindowInEveryLayer),
+    broken_adapter(
+        "exact.blockwise", "Attention logits are capped, and nothing says so.", CapsUndeclared
     ),
     broken_adapter(
         "configs.caches", "At most two query heads per KV head are known.", TwoQueryHeadsAtMost

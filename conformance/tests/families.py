@@ -102,8 +102,8 @@ class Gemma2(DecoderAdapter):
     def layer_types(self, config):
         if config.get("layer_types") is not None:
             return super().layer_types(config)
-        kinds = "sliding_attention", "full_attention"
-        return [kinds[i % 2] for i in range(read_size(config, "num_hidden_layers", 1000))]
+        whole = super().layer_types({**config, "sliding_window": None})
+        return tuple("full_attention" if i % 2 else "sliding_attention" for i in range(len(whole)))
 
     def tiny_config(self):
         dropped = ("layer_types", "tie_word_embeddings", "mlp_bias", "hidden_act")

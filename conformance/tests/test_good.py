@@ -6,7 +6,7 @@ import pytest
 from broken_adapters import BROKEN_ADAPTERS
 from broken_declarations import BROKEN_DECLARATIONS
 from broken_models import BROKEN_MODELS
-from families import GptOss, Granite, Limited, Qwen3, Qwen3Moe
+from families import Gemma2, GptOss, Granite, Limited, Qwen3, Qwen3Moe
 from power import outcomes
 
 from ollm_conformance import AdapterConformance
@@ -39,6 +39,22 @@ def test_good_passes_what_its_broken_ones_fail(family):
     }
     found = outcomes(suite_of(family), sorted(checks))
     assert found == dict.fromkeys(checks, "passed")
+
+
+SCALED = {
+    Gemma2: {"declaration.unsupported", "exact.window-edges", "memory.freed", "weights.tied-head"},
+    Granite: {"exact.blockwise", "exact.chunks"},
+}
+"""Checks of families that scale and cap."""
+
+
+@pytest.mark.parametrize("family", SCALED)
+def test_good_scales_and_caps(family):
+    """What is computed outside the layers is done and let go; texts have an end to stop at."""
+    ends = {"drafts.stop", "language.stop-rows"}
+    common = {"configs.unstated", "declaration.outside-layers", "exact.decode", "weights.flags"}
+    found = outcomes(suite_of(family), sorted(SCALED[family] | common | ends))
+    assert not {name: outcome for name, outcome in found.items() if outcome == "failed"}
 
 
 def test_ids_are_distinct_and_say_what_holds():

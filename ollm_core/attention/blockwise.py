@@ -53,7 +53,12 @@ class BlockwiseAttention:
         """`query` [R, H, T, D] -> [R, T, H, D]. Raises UnsupportedError for other options."""
         for name, value in options.items():
             if value is not None and name not in CARRIED:
-                raise UnsupportedError(f"block-wise attention does not know the option {name!r}")
+                raise UnsupportedError(
+                    f"block-wise attention does not know the option {name!r} that "
+                    f"{type(module).__name__} gives it",
+                    hint="exact attention may; the adapter of such a family declares "
+                    "blockwise-attention unsupported, and `auto` is then exact",
+                )
         kernel = next(k for k in self.kernels if k.takes(query.dtype, query.shape[-1]))
         rows = []
         for row in range(query.shape[0]):
