@@ -1,4 +1,4 @@
-"""The tutorial in CONTRIBUTING.md, done word for word in a fresh directory."""
+"""docs/adapter-tutorial.md, done word for word in a fresh directory, each of its families alone."""
 
 from __future__ import annotations
 
@@ -9,13 +9,23 @@ import subprocess
 import sys
 import tomllib
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-TITLE = "## Write an adapter in 30 minutes\n"
+PAGE = ROOT / "docs/adapter-tutorial.md"
+FAMILIES = {"olmo2": "OLMo 2", "granite": "Granite", "gemma2": "Gemma 2"}
+"""Each, and how the heading of its part begins."""
 METHOD = r"    def layer_parameters.*?(?=\n\n    def catalog)"
+PLACES = {
+    "    def layer_parameters": ("__init__.py", METHOD),
+    "    defaults = ": ("__init__.py", r"    defaults: Config = MappingProxyType\(\{\}\)"),
+    "from ollm_core import": ("__init__.py", r"from ollm_core import [^\n]*"),
+    "def config(": ("catalog.py", r"def config\(.*\Z"),
+}
+"""How code begins, the file that it goes into, and what is there in its place."""
 REAL_PIP = "OLLM_TUTORIAL_PIP"
 """Environment variable: let `pip install` run for real. `make template` sets it in a fresh virtual
 environment; elsewhere the project is made importable as pip would, without touching the
@@ -31,17 +41,20 @@ class Step:
     text: str
 
 
-def tutorial():
-    """The code blocks of the tutorial, in order."""
-    text = (ROOT / "CONTRIBUTING.md").read_text().split(TITLE)[1].split("\n## ")[0]
+def steps(heading):
+    """The code blocks below the heading that begins so, in order; "": those before the first."""
+    parts = PAGE.read_text().split("\n## ")
+    (text,) = [part for part in parts[1:] if part.startswith(heading)] if heading else parts[:1]
     return [Step(*block) for block in re.findall(r"```(\w+)\n(.*?)```", text, re.DOTALL)]
 
 
 class Reader:
     """Does what the tutorial says, in a workspace of its own."""
 
-    def __init__(self, workspace):
-        self.directory = workspace
+    def __init__(self, workspace, family):
+        self.directory = workspace / "before"
+        self.directory.mkdir()
+        self.family = family
         self.site = workspace / "site"
         programs = workspace / "bin"
         programs.mkdir()
@@ -52,8 +65,17 @@ class Reader:
         self.environment = {
             **os.environ,
             "PATH": f"{programs}:{os.environ['PATH']}",
-            "OLLM_LOAD_PLUGINS": "ollm-adapter-olmo2,ollm-conformance",
+            "OLLM_LOAD_PLUGINS": f"ollm-adapter-{family},ollm-conformance",
         }
+
+    def follow(self, step):
+        """Run its commands, or write its code."""
+        if step.language == "python":
+            self.write(step.text)
+            return
+        for part in step.text.removeprefix("$ ").split("\n$ "):
+            command, *expected = part.strip().splitlines()
+            self.run(command, expected)
 
     def run(self, command, expected):
         """One command; each of the `expected` lines must be in what it prints."""
@@ -74,22 +96,29 @@ class Reader:
             assert (ran.returncode != 0) is refused, f"{command}:\n{ran.stdout}{ran.stderr}"
 
     def write(self, code):
-        """A method replaces the template's; anything else is the whole of catalog.py."""
-        package = self.directory / "src/ollm_adapter_olmo2"
-        if not code.startswith("    def layer_parameters"):
-            assert "def tiny()" in code
-            (package / "catalog.py").write_text(code)
-            return
-        module = package / "__init__.py"
-        text, count = re.subn(METHOD, lambda _: code.rstrip(), module.read_text(), flags=re.DOTALL)
-        assert count == 1
-        module.write_text(text)
+        """Put code where the template has what it replaces."""
+        (place,) = [place for start, place in PLACES.items() if code.startswith(start)]
+        name, replaced = place
+        file = self.directory / f"src/ollm_adapter_{self.family}" / name
+        end = "\n" if name == "catalog.py" else ""
+        text, count = re.subn(
+            replaced, lambda _: code.rstrip() + end, file.read_text(), flags=re.DOTALL
+        )
+        assert count == 1, f"{name} of the template has {count} places for:\n{code}"
+        file.write_text(text)
 
     def _install(self, words):
-        assert words == ["pip", "install", "--no-deps", "-e", "."]
+        assert words[:2] == ["pip", "install"]
         if os.environ.get(REAL_PIP):
             subprocess.run([sys.executable, "-m", *words], cwd=self.directory, check=True)
-            return
+        elif words[2:] == ["-e", ".[dev]"]:
+            self._link()
+        else:
+            assert words[2:]
+            assert all(version(name) for name in words[2:])
+
+    def _link(self):
+        """Make the project in the directory importable, as an installed distribution."""
         project = tomllib.loads((self.directory / "pyproject.toml").read_text())["project"]
         metadata = self.site / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
         metadata.mkdir(parents=True)
@@ -105,24 +134,28 @@ class Reader:
 
 
 @pytest.mark.slow
-def test_every_step_does_what_it_says(tmp_path):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_step_does_what_it_says(tmp_path, family):
     """Commands print what is shown, files are as written, and the adapter passes the suite."""
-    reader = Reader(tmp_path)
-    for step in tutorial():
-        if step.language == "python":
-            reader.write(step.text)
-            continue
-        for part in step.text.removeprefix("$ ").split("\n$ "):
-            command, *expected = part.strip().splitlines()
-            reader.run(command, expected)
-    assert reader.directory.name == "ollm-adapter-olmo2"
+    reader = Reader(tmp_path, family)
+    for step in [*steps(""), *steps(FAMILIES[family])]:
+        reader.follow(step)
+    assert reader.directory.name == f"ollm-adapter-{family}"
     for tool in (["check", "."], ["format", "--check", "."]):
         subprocess.run([sys.executable, "-m", "ruff", *tool], cwd=reader.directory, check=True)
-    module = (reader.directory / "src/ollm_adapter_olmo2/__init__.py").read_text()
-    assert len(module.splitlines()) < 60
+    module = (reader.directory / f"src/ollm_adapter_{family}/__init__.py").read_text()
+    assert len(module.splitlines()) < 80
 
 
 def test_the_tutorial_has_its_steps():
-    """Commands to make, fail, pass and list; code for the layer and the catalog."""
-    languages = [step.language for step in tutorial()]
-    assert languages == ["console", "console", "python", "console", "python", "console"]
+    """Commands to make, fail, pass and list, and code for what the template has otherwise."""
+    headings = ("", *FAMILIES.values())
+    languages = {heading: [step.language for step in steps(heading)] for heading in headings}
+    assert languages == {
+        "": ["console"],
+        "OLMo 2": ["console", "console", "python", "console", "python", "console"],
+        "Granite": ["console", "python", "python", "console"],
+        "Gemma 2": ["console", *["python"] * 4, "console"],
+    }
+    for heading in FAMILIES.values():
+        assert "\n$ pytest\n" in f"\n{steps(heading)[-1].text}", "the whole suite is run at last"
