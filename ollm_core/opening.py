@@ -64,7 +64,11 @@ class Opening:
             where=directory,
             bus=self.bus,
         )
-        return replace(parts, blocks=fastest_blocks(self.device, parts.dtype))
+        return replace(
+            parts,
+            blocks=fastest_blocks(self.device, parts.dtype),
+            proven=self.registry.proven,
+        )
 
     def source(self, parts: ModelParts) -> ByteSource:
         """What reads its weights. Raises ReadError, PluginError."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -52,6 +52,8 @@ class ModelParts:
     """That of `device`; None where it computes in host memory."""
     blocks: str = "blockwise"
     """What attention "auto" takes where it is not exact."""
+    proven: set[str] = field(default_factory=set)
+    """Configs of this adapter whose halves of a layer have been compared with the layer."""
 
     @property
     def geometry(self) -> KVGeometry:
@@ -64,7 +66,10 @@ class ModelParts:
         layout whose halves of a layer are not the layer.
         """
         workspace = Workspace(self.skeleton, self.geometry)
-        workspace.check_halves()
+        stated = f"{self.adapter.name} {self.config!r}"
+        if stated not in self.proven:
+            workspace.check_halves()
+            self.proven.add(stated)
         return workspace
 
     def admission(

@@ -61,6 +61,8 @@ class Registry:
         self._adapters: dict[str, ModelAdapter] = {}
         self._catalog: list[tuple[ModelAdapter, CatalogEntry, PluginInfo]] = []
         self._offers: dict[tuple[str, str], Offer] = {}
+        self.proven: set[str] = set()
+        """What was found true of the adapters' layouts, and need not be looked at again."""
         self._claims: dict[tuple[str, str], PluginInfo | str] = {
             (kind.title, name): "oLLM itself" for kind in KINDS.values() for name in kind.built_in
         }

@@ -149,9 +149,9 @@ class Skeleton:
         return sum(buffer.nbytes for buffer in self.rotary.buffers())
 
     def close(self) -> None:
-        """Hold nothing on the device any more."""
+        """Hold nothing on the device any more, nor the constants of operations outside layers."""
         self.rotary = self.meta_rotary
-        self.outside = OutsideLayers()  # a scale that is a buffer is a tensor
+        self.outside = OutsideLayers()
         self.bind_norm([torch.empty_like(p, device="meta") for p in self.norm.parameters()])
 
 

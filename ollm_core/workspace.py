@@ -46,7 +46,8 @@ class Workspace:
 
     def check_halves(self) -> None:
         """Raises UnsupportedError if the two halves of a layer with routed experts compute anything
-        else than the layer, as where a multiplier on its residual stream was left out.
+        else than the layer, as where a multiplier on its residual stream was left out. They are
+        followed for one token after another: the fewest operations, with each kind of them.
         """
         for layer_idx in self._distinct:
             mixture = self._skeleton.mixtures.get(layer_idx)
@@ -54,7 +55,7 @@ class Workspace:
                 continue
             whole, halves = (
                 called_operations(
-                    self._call(layer_idx, 1, 3, 0, "blockwise", step), mixture.dense_parameters
+                    self._call(layer_idx, 1, 1, 1, "blockwise", step), mixture.dense_parameters
                 )
                 for step in (mixture.whole, mixture.halves)
             )

@@ -2,7 +2,7 @@
 # Does what a stranger does who has pip and no clone: wheels of every distribution, each built from its
 # source distribution, in a fresh virtual environment that sees nothing of any other; in a directory
 # of its own the command line, the suite for an installed adapter, an adapter made by `ollm adapter
-# new`, built, installed and tested; then docs/adapter-tutorial.md word for word, pip included.
+# new`, built, installed and tested; then docs/adapter-tutorial.md, pip included.
 # `make template` calls it.
 #
 #     tests/check_wheels.sh PYTHON
@@ -44,5 +44,5 @@ grep -q '^mistral-7b-instruct-v0.3 .*ollm-adapter-mistral' models.txt
 
 cd "$work"
 unset OLLM_LOAD_PLUGINS OMP_NUM_THREADS
-OLLM_TUTORIAL_PIP=1 "$bin/python" -m pytest -o filterwarnings= -n "${JOBS:-2}" \
-    "$root/tests/test_tutorial.py"
+export PIP_CONSTRAINT=$root/constraints.txt
+OLLM_TUTORIAL_PIP=1 OLLM_TUTORIAL_WHOLE=olmo2 "$bin/python" -m pytest -o filterwarnings= "$root/tests/test_tutorial.py"

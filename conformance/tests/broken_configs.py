@@ -64,6 +64,23 @@ class LayerTypesDemanded(GptOssAdapter):
         return super().layer_types(config)
 
 
+class EveryLayerSlidesUnlessListed(Gemma2):
+    def layer_types(self, config):
+        return super(Gemma2, self).layer_types(config)
+
+
+class UntiedUnlessStated(Gemma2):
+    defaults = MappingProxyType(
+        {key: value for key, value in Gemma2.defaults.items() if key != "tie_word_embeddings"}
+    )
+
+
+class SoftCapNotDeclared(Gemma2):
+    @property
+    def capabilities(self):
+        return {}
+
+
 class FlagDemanded(LlamaAdapter):
     def layer_parameters(self, config, layer_idx):
         return super().layer_parameters({**config, "mlp_bias": config["mlp_bias"]}, layer_idx)
@@ -227,17 +244,15 @@ class GroupsNotRun(GptOssAdapter):
     """As above."""
 
 
-class WindowInEveryLayer(Gemma2):
-    def layer_types(self, config):
-        return super(Gemma2, self).layer_types(config)
-
-
-class CapsUndeclared(Gemma2):
-    capabilities = MappingProxyType({})
-
-
 BROKEN_CONFIGS = [
     broken_adapter("configs.unstated", "An unstated tie is assumed.", TieAssumed),
+    broken_adapter("configs.unstated", "An unstated tie is not assumed.", UntiedUnlessStated),
+    broken_adapter(
+        "configs.unstated",
+        "Every layer has a window where none are listed.",
+        EveryLayerSlidesUnlessListed,
+    ),
+    broken_adapter("exact.blockwise", "A soft cap is not declared.", SoftCapNotDeclared),
     broken_adapter(
         "configs.unstated", "An unstated head dimension is derived.", HeadDimFromHiddenSize
     ),
@@ -254,10 +269,6 @@ BROKEN_CONFIGS = [
     broken_adapter("configs.unstated", "An unstated flag is a KeyError.", FlagDemanded),
     broken_adapter(
         "configs.unstated", "Unstated layer types are all full.", AllLayersFullUnlessListed
-    ),
-    broken_adapter("caches.kinds", "A window in every layer, not every other.", WindowInEveryLayer),
-    broken_adapter(
-        "exact.blockwise", "Attention logits are capped, and nothing says so.", CapsUndeclared
     ),
     broken_adapter(
         "configs.caches", "At most two query heads per KV head are known.", TwoQueryHeadsAtMost

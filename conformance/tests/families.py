@@ -6,7 +6,7 @@ from dataclasses import replace
 from types import MappingProxyType
 
 from ollm_adapter_llama import LlamaAdapter
-from ollm_core import Capability, DecoderAdapter, ParameterSource, bad_config, read_size
+from ollm_core import Capability, Config, DecoderAdapter, ParameterSource, bad_config, read_size
 from ollm_core.registry import CAPABILITIES
 
 _NOT_HERE = sorted(CAPABILITIES.keys() - {"kv-device"})
@@ -70,14 +70,28 @@ class Granite(DecoderAdapter):
         }
 
 
+class GraniteOne(Granite):
+    """Scores are not made smaller, and softmax is sharp."""
+
+    def tiny_config(self):
+        return {**super().tiny_config(), "attention_multiplier": 1.0}
+
+
+class GraniteSmall(Granite):
+    """As published: scores are small, and softmax is flat."""
+
+    def tiny_config(self):
+        return {**super().tiny_config(), "attention_multiplier": 0.015625}
+
+
 class Gemma2(DecoderAdapter):
-    """Capped attention and logits, scaled embedding rows, every other layer with a window, a tied
-    head, and norms on both sides. transformers' layer caps attention itself, block-wise cannot.
+    """Norms on both sides of each half, soft caps, windows in every second layer, a tied head, and
+    keys that its config.json leaves out.
     """
 
     name = "gemma2"
     model_types = ("gemma2",)
-    defaults = MappingProxyType(
+    defaults: Config = MappingProxyType(
         {
             "head_dim": 256,
             "num_key_value_heads": 4,
@@ -85,39 +99,46 @@ class Gemma2(DecoderAdapter):
             "tie_word_embeddings": True,
         }
     )
-    capabilities = MappingProxyType(
-        {"blockwise-attention": Capability("unsupported", "attention logits are capped")}
-    )
+
+    @property
+    def capabilities(self):
+        reason = "attention scores have a soft cap, which block-wise attention does not compute"
+        return {"blockwise-attention": Capability("unsupported", reason)}
 
     def layer_parameters(self, config, layer_idx):
-        for norm in ("input", "post_attention", "pre_feedforward", "post_feedforward"):
-            yield f"{norm}_layernorm.weight"
-        for leaf in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            yield f"self_attn.{leaf}.weight"
-            if config.get("attention_bias"):
-                yield f"self_attn.{leaf}.bias"
-        for leaf in ("gate_proj", "up_proj", "down_proj"):
-            yield f"mlp.{leaf}.weight"
+        yield from LlamaAdapter().layer_parameters(config, layer_idx)
+        yield from ("pre_feedforward_layernorm.weight", "post_feedforward_layernorm.weight")
 
     def layer_types(self, config):
         if config.get("layer_types") is not None:
             return super().layer_types(config)
-        whole = super().layer_types({**config, "sliding_window": None})
-        return tuple("full_attention" if i % 2 else "sliding_attention" for i in range(len(whole)))
+        kinds = ("sliding_attention", "full_attention")
+        return tuple(kinds[i % 2] for i in range(read_size(config, "num_hidden_layers", 1000)))
 
     def tiny_config(self):
-        dropped = ("layer_types", "tie_word_embeddings", "mlp_bias", "hidden_act")
-        config = {k: v for k, v in LlamaAdapter().tiny_config().items() if k not in dropped}
         return {
-            **config,
             "architectures": ["Gemma2ForCausalLM"],
-            "attn_logit_softcapping": 3.0,
-            "final_logit_softcapping": 5.0,
+            "attention_bias": True,
+            "attn_logit_softcapping": 8.0,
+            "bos_token_id": 2,
+            "dtype": "bfloat16",
+            "eos_token_id": 1,
+            "final_logit_softcapping": 1.0,
+            "head_dim": 32,
             "hidden_activation": "gelu_pytorch_tanh",
+            "hidden_size": 64,
+            "intermediate_size": 160,
+            "max_position_embeddings": 8192,
             "model_type": "gemma2",
+            "num_attention_heads": 4,
+            "num_hidden_layers": 3,
+            "num_key_value_heads": 2,
+            "pad_token_id": 0,
             "query_pre_attn_scalar": 24,
-            "rope_scaling": None,
+            "rms_norm_eps": 1e-06,
+            "rope_theta": 10000.0,
             "sliding_window": 100,
+            "vocab_size": 256,
         }
 
 

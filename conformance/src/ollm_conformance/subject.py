@@ -36,6 +36,7 @@ CHUNK = 96
 """Tokens of a chunk in most checks: no divisor and no multiple of a KV block."""
 PROMPT = 600
 """Tokens of a long prompt: more than two KV blocks and six chunks."""
+_LOUD, _QUIET = 1.0, 0.3  # a layer adds numbers of about the size of 1
 
 
 class Reference:
@@ -345,11 +346,10 @@ class Subject:
 
 def generate(model: StreamedModel, ids: Tensor, num_new: int, **options: Any) -> Any:
     """What transformers' `generate` returns, greedy, for prompts [B, T]; EOS is ignored unless
-    given, and so is what looks like padding.
+    given.
     """
+    options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0} | options
     ids = ids.to(model.device)  # generate warns of another one
-    plain = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    options = plain | {"attention_mask": torch.ones_like(ids)} | options
     return model.generate(ids, max_new_tokens=num_new, **options)  # type: ignore[misc]
 
 
@@ -405,8 +405,7 @@ def random_model(config: Config) -> PreTrainedModel:
     """The transformers model of a config.json in float32, every parameter random.
 
     Norms, biases and sinks too: one that is dropped or swapped must show. Logits are peaked, so
-    that the greedy token is rarely near a tie. A tied embedding is small: else a family that
-    scales its rows would say the last token again and again.
+    that the greedy token is rarely near a tie.
     """
     torch.manual_seed(run_seed())
     model: PreTrainedModel = _plain_model(config).float().eval()
@@ -418,10 +417,21 @@ def random_model(config: Config) -> PreTrainedModel:
                 parameter.copy_(noise * 0.2)
             else:
                 parameter.add_(noise * 0.2)
-        table, head = model.get_input_embeddings(), model.get_output_embeddings()
-        if head is not None and table.weight is head.weight:
-            table.weight.div_(table.weight.shape[1] ** 0.5)
+        _quieten_tied_rows(model)
     return model
+
+
+def _quieten_tied_rows(model: PreTrainedModel) -> None:
+    """Make the rows of a tied embedding smaller where the model multiplies them so much that its
+    head would say the last token again, whatever the layers do.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is None or head.weight is not embedding.weight:
+        return
+    hidden = model(torch.arange(2)[None], output_hidden_states=True).hidden_states
+    size = float(hidden[0].square().mean().sqrt())  # of a number of what the first layer is given
+    if size > _LOUD:
+        embedding.weight.mul_(_QUIET / size)
 
 
 def _write_random(directory: Path, config: Config, dtype: str, *, shards: bool = False) -> None:

@@ -121,7 +121,7 @@ class Drafts(AdapterSuite):
     )
     @pytest.mark.parametrize("kv", ["device", "disk"])
     def test_verify(self, subject: Subject, kv: str) -> None:
-        prompt, num_drafted = subject.prompt(509), 4
+        prompt, num_drafted = subject.prompt(253), 4
         tokens, logits = subject.reference().greedy(prompt, 10)
         with subject.open(kv=kv) as model:
             for num_right in range(num_drafted + 1):

@@ -20,7 +20,6 @@ from ollm_core.generation import StreamedModel
 
 _NUM_NEW = 12
 _PROMPT = 50
-_FEW_PROMPTS, _MOST_PROMPTS = 8, 80
 
 
 class Stops(AdapterSuite):
@@ -172,23 +171,20 @@ def _in_pieces(reference: Reference, pieces: Sequence[Tensor]) -> Tensor:
 
 def _text(subject: Subject, num_tokens: int, seed: int = 0) -> tuple[Tensor, list[int], int, int]:
     """A prompt, its greedy tokens, and where two of these are that have not come before, the first
-    past the start. Of random models some mostly repeat themselves: a few prompts are tried for a
-    text with four such tokens, then more for one with two. Raises AssertionError if there is none.
+    past the start. Raises AssertionError if no text of the model has two.
     """
-    best: tuple[Tensor, list[int], list[int]] | None = None
-    for number in range(_MOST_PROMPTS):
-        prompt = subject.prompt(num_tokens, seed=seed + 10 * number)
+    fewest = 4
+    for more in range(0, 240, 10):
+        prompt = subject.prompt(num_tokens, seed=seed + more)
         tokens = subject.reference().greedy(prompt, _NUM_NEW)[0]
         new = [i for i in range(2, len(tokens)) if tokens[i] not in tokens[:i]]
-        if best is None or len(new) > len(best[2]):
-            best = prompt, tokens, new
-        if len(best[2]) >= (4 if number < _FEW_PROMPTS else 2):
-            prompt, tokens, new = best
+        if len(new) >= fewest:
             return prompt, tokens, new[len(new) // 3], new[2 * len(new) // 3]
+        if more == 70:
+            fewest = 2  # a model that soon repeats itself
     raise AssertionError(
-        f"expected one of {_MOST_PROMPTS} prompts after which the tiny model says two new tokens, "
-        f"got {tokens} after the last: a tiny config with a larger vocab_size or hidden_size "
-        "repeats itself less"
+        f"expected a prompt after which the tiny model says other tokens, got {tokens} after the "
+        "last of 24"
     )
 
 

@@ -21,10 +21,10 @@ from ollm_core import KVStore
 from ollm_core.generation import StreamedModel
 from ollm_core.registry import supports
 
-_VOCABULARY = 40_000
-_SLACK = 2 << 20
+_VOCABULARY = 50_000
+_SLACK = 4 << 20  # where the system gives huge pages, a buffer may take two MiB more
 _GROWN_IN_PROCESS = 3 << 19
-_GROWN_IN_PYTHON = 96 << 10
+_GROWN_IN_PYTHON = 64 << 10
 _ROUNDS = 2
 _TIERS = pytest.mark.parametrize("kv", ["device", "disk"])
 _LOOK = "weights(): transforms that keep what they are given; a KV store or a streamer of your own"
@@ -137,14 +137,14 @@ def _round(model: StreamedModel, subject: Subject) -> None:
     """Everything that can happen to sequences."""
     prompt, able = subject.prompt(270), _able(subject)
     cache = model.new_cache()
-    model(input_ids=prompt[None], past_key_values=cache, logits_to_keep=1)
+    model(input_ids=prompt[None], past_key_values=cache)
     if able("batch"):
         cache.batch_repeat_interleave(2)
         cache.reorder_cache(torch.tensor([1, 0]))
     rows = torch.stack([prompt[:4]] * len(cache.rows))
     model(input_ids=rows, past_key_values=cache, logits_to_keep=1)
     if able("truncate"):
-        cache.crop(-3)
+        cache.crop(-4)  # to where the pass began: recurrent layers go nowhere else
     model(input_ids=rows[:, :1], past_key_values=cache, logits_to_keep=1)
     cache.reset()
     model(input_ids=prompt[None, :20], past_key_values=cache, logits_to_keep=1)

@@ -15,6 +15,8 @@ from ollm_core.registry import supports
 from ollm_core.rehearsal import Scenario
 
 _PROMPT = 160
+_ROUNDED = 64 << 10
+"""Bytes that buffers are rounded up by, which is more than a tenth of a tiny model."""
 
 
 class Planned(AdapterSuite):
@@ -24,7 +26,7 @@ class Planned(AdapterSuite):
         "memory.plan",
         "In the least memory and in more, with KV anywhere, in the stored dtype and another, the "
         "peaks that a plan tells of device and host are never below what the run really allocates, "
-        "and within 10% of it.",
+        "and within 10% of it and 64 KiB.",
         look="source() and its scratch_bytes, caches(): sizes that differ from what is made",
     )
     @pytest.mark.parametrize(
@@ -54,9 +56,10 @@ class Planned(AdapterSuite):
             (plan.device_peak.device_bytes, plan.host_peak.host_bytes),
             strict=True,
         ):
-            assert measured <= planned <= 1.1 * measured, (
+            most = 1.1 * measured + _ROUNDED
+            assert measured <= planned <= most, (
                 f"{memory} memory with KV on {kv} in {budgets}: expected a plan from "
-                f"{measured} to {1.1 * measured:.0f} bytes, got {planned}"
+                f"{measured} to {most:.0f} bytes, got {planned}"
             )
 
 

@@ -109,24 +109,24 @@ class Failure(AdapterSuite):
     )
     @pytest.mark.parametrize("kv", ["device", "disk"])
     def test_read_error(self, subject: Subject, kv: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        prompt, directory = subject.prompt(400), subject.tiny("bfloat16")
+        prompt, directory = subject.prompt(330), subject.tiny("bfloat16")
 
         def work(model: StreamedModel) -> None:
             cache = model.new_cache()
-            model(input_ids=prompt[None, :300], past_key_values=cache, logits_to_keep=1)
-            model(input_ids=prompt[None, 300:], past_key_values=cache)
+            model(input_ids=prompt[None, :270], past_key_values=cache, logits_to_keep=1)
+            model(input_ids=prompt[None, 270:], past_key_values=cache)
 
         least = subject.least_memory(work, directory, kv=kv)
         with subject.open(directory, device_memory=least, kv=kv) as model:
             cache = model.new_cache()
-            model(input_ids=prompt[None, :300], past_key_values=cache, logits_to_keep=1)
+            model(input_ids=prompt[None, :270], past_key_values=cache, logits_to_keep=1)
 
             with monkeypatch.context() as patch:
                 _fail_all_reads(model, patch)
                 with contextlib.suppress(ReadError):  # uses up what was read ahead
                     model(input_ids=prompt[None, :1])
                 with refused(ReadError, f"a pass with KV on {kv} whose reads fail") as refusal:
-                    model(input_ids=prompt[None, 300:], past_key_values=cache)
+                    model(input_ids=prompt[None, 270:], past_key_values=cache)
                 refusal.says("the disk is gone")
             _goes_on(subject, model, cache, prompt, f"after a read error, KV on {kv}")
 
@@ -198,10 +198,10 @@ class Failure(AdapterSuite):
     )
     @pytest.mark.parametrize("kv", ["device", "disk"])
     def test_cancelled(self, subject: Subject, kv: str) -> None:
-        prompt = subject.prompt(400)
+        prompt = subject.prompt(330)
         with subject.open(subject.tiny("bfloat16"), kv=kv) as model:
             cache = model.new_cache()
-            model(input_ids=prompt[None, :300], past_key_values=cache, logits_to_keep=1)
+            model(input_ids=prompt[None, :270], past_key_values=cache, logits_to_keep=1)
             for part in (0.0, 0.3, 0.6, 1.0):
 
                 def interrupt(progress: Progress, part: float = part) -> None:
@@ -211,7 +211,7 @@ class Failure(AdapterSuite):
                 model.on_progress(interrupt)
                 what = f"a pass with KV on {kv}, stopped after {part:.0%} of its steps"
                 with refused(KeyboardInterrupt, what):
-                    model(input_ids=prompt[None, 300:], past_key_values=cache)
+                    model(input_ids=prompt[None, 270:], past_key_values=cache)
                 model.on_progress(None)
             _goes_on(subject, model, cache, prompt, f"after Ctrl-C, KV on {kv}")
 
@@ -219,17 +219,17 @@ class Failure(AdapterSuite):
 def _goes_on(
     subject: Subject, model: StreamedModel, cache: SequenceCache, prompt: torch.Tensor, what: str
 ) -> None:
-    """The cache has 300 tokens, and the rest of the prompt gives the bits of an untroubled run."""
+    """The cache has 270 tokens, and the rest of the prompt gives the bits of an untroubled run."""
     length = cache.get_seq_length()
-    assert length == 300, f"{what}: expected the 300 tokens from before, got {length}"
+    assert length == 270, f"{what}: expected the 270 tokens from before, got {length}"
     for layer_idx in range(len(cache)):
         stored = cache.store.num_tokens(cache.rows[0], layer_idx)
-        assert stored == 300, f"{what}: layer {layer_idx}: expected 300 tokens, got {stored}"
-    found = model(input_ids=prompt[None, 300:], past_key_values=cache).logits[0]
+        assert stored == 270, f"{what}: layer {layer_idx}: expected 270 tokens, got {stored}"
+    found = model(input_ids=prompt[None, 270:], past_key_values=cache).logits[0]
     reference = subject.reference("bfloat16")
     mine = reference.new_cache()
-    reference.run(prompt[:300], cache=mine)
-    same_bits(found, reference.run(prompt[300:], cache=mine), f"logits {what}")
+    reference.run(prompt[:270], cache=mine)
+    same_bits(found, reference.run(prompt[270:], cache=mine), f"logits {what}")
 
 
 def _fail_all_reads(model: StreamedModel, patch: pytest.MonkeyPatch) -> None:

@@ -170,7 +170,7 @@ class Weights(AdapterSuite):
     )
     def test_read_once(self, subject: Subject) -> None:
         def work(model: StreamedModel) -> None:
-            model(input_ids=subject.prompt(300)[None], logits_to_keep=1)
+            model(input_ids=subject.prompt(150)[None], logits_to_keep=1)
 
         directory = subject.tiny("bfloat16")
         stored = open_checkpoint(directory).total_bytes
