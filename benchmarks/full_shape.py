@@ -44,7 +44,7 @@ from measure import (
 from torch import Tensor
 
 import ollm
-from ollm_conformance.subject import meta_model
+from ollm_conformance.models import meta_model
 from ollm_core.description import STORED_DTYPES
 from ollm_core.generation import StreamedModel
 from ollm_core.registry import Registry

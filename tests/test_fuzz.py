@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 
 import ollm
 from ollm_adapter_qwen3_next import Qwen3NextAdapter
-from ollm_conformance.subject import random_model
+from ollm_conformance.models import random_model
 from ollm_core import OllmError
 from ollm_core.cli.main import main
 

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import ollm
-from ollm_conformance.subject import random_model
+from ollm_conformance.models import random_model
 from ollm_core import DecoderAdapter, Layout, UnsupportedError
 from ollm_core.attention import ATTENTION_NAME, register_attention
 from ollm_core.outside import watch_outside

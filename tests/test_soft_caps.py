@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import ollm
-from ollm_conformance.subject import random_model
+from ollm_conformance.models import random_model
 from ollm_core import Capability, DecoderAdapter, UnsupportedError, admission
 from ollm_core.registry import Registry
 

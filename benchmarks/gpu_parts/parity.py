@@ -15,7 +15,8 @@ from torch import Tensor
 
 from gpu_parts.peaks import Peaks, as_planned, over_budget
 from gpu_parts.work import OutOfTime, Tell, Work
-from ollm_conformance.subject import CHUNK, DTYPES, Reference, Subject
+from ollm_conformance.models import DTYPES
+from ollm_conformance.subject import CHUNK, Reference, Subject
 from ollm_core.generation import StreamedModel
 from ollm_core.planner import Planner
 from ollm_core.plans import Plan

@@ -16,9 +16,9 @@ from ollm_adapter_qwen3_next import Qwen3MoeAdapter, Qwen3NextAdapter, Qwen35Ada
 from ollm_conformance import AdapterConformance
 from ollm_conformance.adapter.configs import with_rope
 from ollm_conformance.layer_cut import with_layers
+from ollm_conformance.models import meta_model, random_model
 from ollm_conformance.small import LAYERS, make_small
 from ollm_conformance.small_catalog import small_catalog
-from ollm_conformance.subject import meta_model, random_model
 from ollm_conformance.unstated import shortened
 from ollm_core import catalog_entry
 

@@ -7,7 +7,7 @@ import torch
 
 from ollm_adapter_gpt_oss import GptOssAdapter
 from ollm_conformance.forms import as_published
-from ollm_conformance.subject import meta_model
+from ollm_conformance.models import meta_model
 from ollm_core import ConfigError, UnsupportedError
 from ollm_core.registry import Registry
 

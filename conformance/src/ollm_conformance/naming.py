@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from ollm_conformance.forms import as_published
-from ollm_conformance.subject import Subject, meta_model
+from ollm_conformance.models import meta_model
+from ollm_conformance.subject import Subject
 from ollm_core import Config
 
 _INTEGERS = {"torch.uint8": "U8", "torch.int8": "I8", "torch.int32": "I32", "torch.int64": "I64"}

@@ -9,6 +9,7 @@ from typing import Any
 
 from ollm_conformance.features import computes_nothing
 from ollm_conformance.layer_cut import COUNT_KEYS
+from ollm_conformance.models import text_view
 from ollm_conformance.small import (
     EXPERT_COUNTS,
     EXPERTS_CHOSEN,
@@ -18,7 +19,6 @@ from ollm_conformance.small import (
     LINEAR_DIMS,
     LINEAR_HEADS,
 )
-from ollm_conformance.subject import text_view
 from ollm_core import Config
 
 _PARTS = ("text_config", "rope_parameters", "rope_scaling")

@@ -23,6 +23,7 @@ from ollm_conformance.adapter.robust import Failure, Isolation
 from ollm_conformance.adapter.sizes import Sizes
 from ollm_conformance.adapter.stored import Stored
 from ollm_conformance.adapter.unstated import Unstated
+from ollm_conformance.adapter.varied import Varied
 from ollm_conformance.adapter.weights import Weights
 from ollm_conformance.checks import MARK, Check
 
@@ -33,6 +34,7 @@ class AdapterConformance(
     Weights,
     Configs,
     Unstated,
+    Varied,
     Numbers,
     Foreign,
     Exact,

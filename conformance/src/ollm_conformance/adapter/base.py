@@ -11,8 +11,9 @@ import torch
 
 import ollm
 from ollm_conformance.checks import UNSUPPORTED, check_of
+from ollm_conformance.models import meta_model
 from ollm_conformance.naming import kept_names
-from ollm_conformance.subject import Subject, meta_model
+from ollm_conformance.subject import Subject
 from ollm_core import Config, ModelAdapter, OllmError, PluginError
 from ollm_core.declared import adapter_name, kinds_of, layout_of, plan_of, text_config_of, told
 from ollm_core.generation import StreamedModel

@@ -10,12 +10,14 @@ from transformers import DynamicCache
 from ollm_conformance.adapter.base import AdapterSuite
 from ollm_conformance.alike import same_model
 from ollm_conformance.checks import check, does_not_apply
+from ollm_conformance.compare import refused
 from ollm_conformance.features import features
 from ollm_conformance.kinds import same_kinds
+from ollm_conformance.models import meta_model, model_config, text_view
 from ollm_conformance.small_catalog import SmallEntry, small_catalog
-from ollm_conformance.subject import Subject, meta_model, model_config, text_view
+from ollm_conformance.subject import Subject
 from ollm_conformance.without_data import same_full_size
-from ollm_core import Config, DecoderAdapter
+from ollm_core import Config, DecoderAdapter, OllmError
 
 _MOST_BYTES = 64_000_000
 _ROPES: Mapping[str, dict[str, Any]] = {
@@ -34,6 +36,15 @@ _ROPES: Mapping[str, dict[str, Any]] = {
         "original_max_position_embeddings": 256,
     },
 }
+_REFUSED: Mapping[str, dict[str, Any]] = {
+    "dynamic": {"factor": 2.0},
+    "longrope": {
+        "long_factor": [2.0, 4.0],
+        "original_max_position_embeddings": 64,
+        "short_factor": [1.0, 1.0],
+    },
+}
+"""Whose frequencies depend on the longest position so far: a prompt in chunks would differ."""
 """Parameters with which each type changes what is computed, in a tiny model too."""
 
 
@@ -93,13 +104,14 @@ class Configs(AdapterSuite):
     @check(
         "configs.rope-types",
         "With each rotary embedding that the adapter declares, logits are those of transformers, "
-        "bit for bit.",
+        "bit for bit; those that depend on the length of the prompt are refused.",
         look="`rope_types` of the adapter, and text_config(), which must keep their parameters",
     )
     def test_rope_types(self, subject: Subject) -> None:
         adapter = subject.adapter
         if not isinstance(adapter, DecoderAdapter):
             does_not_apply("the adapter declares no types of rotary embeddings")
+        config: dict[str, Any] | None = None
         for rope_type in adapter.rope_types:
             assert rope_type in _ROPES, (
                 f"rope_types: expected some of {', '.join(_ROPES)}, got {rope_type!r}"
@@ -107,6 +119,15 @@ class Configs(AdapterSuite):
             config = with_rope(subject.config, rope_type)
             if config is not None:
                 same_model(subject, config, f"tiny_config() with rope type {rope_type}", steps=1)
+        if config is not None and isinstance(old := config.get("rope_scaling"), Mapping):
+            old = {"type" if key == "rope_type" else key: value for key, value in old.items()}
+            what = f"tiny_config() with rope_scaling {old}"
+            same_model(subject, {**config, "rope_scaling": old}, what, steps=1)
+        for rope_type in _REFUSED.keys() - set(adapter.rope_types):
+            config = with_rope(subject.config, rope_type)
+            if config is not None:
+                with refused(OllmError, f"layout() of tiny_config() with rope type {rope_type}"):
+                    adapter.layout(adapter.text_config(config))
 
 
 def with_rope(config: Config, rope_type: str) -> dict[str, Any] | None:
@@ -124,7 +145,7 @@ def with_rope(config: Config, rope_type: str) -> dict[str, Any] | None:
     ropes = list(known.values()) if several else [known]
     if all(rope.get("rope_type", "default") == rope_type for rope in ropes):
         return None
-    own = {"rope_type": rope_type, **_ROPES[rope_type]}
+    own = {"rope_type": rope_type, **{**_ROPES, **_REFUSED}[rope_type]}
     plain = {k: v for k, v in config.items() if k not in ("rope_scaling", "rope_parameters")}
     if several:
         return {**plain, "rope_parameters": {k: {**_base(r), **own} for k, r in known.items()}}

@@ -17,8 +17,9 @@ from ollm_conformance.adapter.asks import ASKS
 from ollm_conformance.adapter.base import AdapterSuite
 from ollm_conformance.checks import check, does_not_apply
 from ollm_conformance.compare import refused
+from ollm_conformance.models import meta_model, model_config
 from ollm_conformance.naming import parameter_names, stored_shapes
-from ollm_conformance.subject import PROMPT, Subject, meta_model, model_config
+from ollm_conformance.subject import PROMPT, Subject
 from ollm_conformance.untouched import untouched
 from ollm_core import Config, ModelAdapter, OllmError, UnsupportedError
 from ollm_core.declared import check_capability, told

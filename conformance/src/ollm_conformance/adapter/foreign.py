@@ -11,8 +11,9 @@ from transformers import PreTrainedConfig
 from ollm_conformance.adapter.base import AdapterSuite
 from ollm_conformance.checks import check
 from ollm_conformance.compare import refused
+from ollm_conformance.models import model_config
 from ollm_conformance.naming import Names, kept_names, one_of_each
-from ollm_conformance.subject import Subject, model_config
+from ollm_conformance.subject import Subject
 from ollm_core import CheckpointError, Config, ConfigError, ModelAdapter, UnsupportedError
 
 _LOOK = "ignores() (weights() if you wrote your own): name only what is known to be superfluous"

@@ -13,7 +13,8 @@ from torch import Tensor
 from ollm_conformance.adapter.base import AdapterSuite
 from ollm_conformance.bound import bound_parameters
 from ollm_conformance.checks import check, does_not_apply
-from ollm_conformance.subject import DTYPES, Reference, Subject
+from ollm_conformance.models import DTYPES
+from ollm_conformance.subject import Reference, Subject
 from ollm_core.checkpoint import open_checkpoint
 from ollm_core.generation import StreamedModel
 

@@ -13,8 +13,9 @@ import torch
 from ollm_conformance.adapter.base import AdapterSuite
 from ollm_conformance.checks import check, does_not_apply
 from ollm_conformance.compare import same_bits, same_within
+from ollm_conformance.models import model_config
 from ollm_conformance.rounding import rounded_alike
-from ollm_conformance.subject import Reference, Subject, model_config, run_pieces
+from ollm_conformance.subject import Reference, Subject, run_pieces
 from ollm_core import KVStoreError
 from ollm_core.registry import supports
 

@@ -15,9 +15,10 @@ from ollm_conformance.alike import same_model
 from ollm_conformance.checks import check
 from ollm_conformance.kinds import same_kinds
 from ollm_conformance.layer_cut import is_size
+from ollm_conformance.models import meta_model, text_view
 from ollm_conformance.naming import stored_shapes
 from ollm_conformance.small import FEW_LAYERS, HEADS, HIDDEN, make_small
-from ollm_conformance.subject import Subject, meta_model, text_view
+from ollm_conformance.subject import Subject
 from ollm_conformance.unstated import Shortened, first_difference, left_out, shortened, taken_for
 from ollm_conformance.without_data import filled_layers, same_full_size
 from ollm_core import Config, OllmError

@@ -16,8 +16,9 @@ from ollm_conformance.adapter.base import AdapterSuite
 from ollm_conformance.bound import bound_parameters
 from ollm_conformance.checks import check, does_not_apply
 from ollm_conformance.compare import refused, same_bits
+from ollm_conformance.models import meta_model
 from ollm_conformance.naming import kept_names, one_of_each
-from ollm_conformance.subject import Subject, meta_model
+from ollm_conformance.subject import Subject
 from ollm_core import CheckpointError, Config, ModelAdapter, OllmError
 from ollm_core.checkpoint import open_checkpoint
 from ollm_core.generation import StreamedModel
@@ -99,7 +100,8 @@ class Weights(AdapterSuite):
 
     @check(
         "weights.tied-head",
-        "A tied head is the embedding's tensor, stored once or twice; an untied one its own.",
+        "A tied head is the embedding's tensor, stored under either name or both; an untied one "
+        "its own, without which a checkpoint is refused.",
         look=f"defaults, for tie_word_embeddings, and source() {_MINE}",
     )
     @pytest.mark.parametrize("tied", [False, True])
@@ -114,6 +116,12 @@ class Weights(AdapterSuite):
             stored = subject.adapter.weights(config, open_checkpoint(directory).tensors)
             (table,) = stored.parameters[embedding].tensors
             directories.append(_with_head(directory, "same", head, lambda ts: ts[table].clone()))
+            directories.append(_with_head(directory, "alone", head, lambda ts: ts.pop(table)))
+        else:
+            names = open_checkpoint(directory).tensors
+            own = subject.adapter.weights(config, names).parameters[head].tensors
+            with refused(CheckpointError, f"tie_word_embeddings = False, without {own[0]}"):
+                subject.adapter.weights(config, sorted(names.keys() - set(own)))
         prompt = subject.prompt(40)
         expected = subject.reference(directory=directory).run(prompt)
         for place in directories:
@@ -239,5 +247,6 @@ def _with_head(
         shutil.copytree(directory, copy)
         (file,) = copy.glob("*.safetensors")
         tensors = load_file(file)
-        save_file({**tensors, head: make(tensors)}, file, metadata={"format": "pt"})
+        made = make(tensors)
+        save_file({**tensors, head: made}, file, metadata={"format": "pt"})
     return copy

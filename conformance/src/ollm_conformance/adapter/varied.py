@@ -1,0 +1,99 @@
+"""Checks of configs that differ from the tiny one in what decides the kinds of layers, or in a
+null. Nothing of them is run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from transformers import DynamicCache
+
+from ollm_conformance.adapter.base import AdapterSuite
+from ollm_conformance.checks import check, does_not_apply
+from ollm_conformance.kinds import same_kinds
+from ollm_conformance.models import model_config
+from ollm_conformance.subject import Subject
+from ollm_conformance.unstated import first_difference, taken_for
+from ollm_core import OllmError
+
+_WINDOWS = (7, 50_000, None)
+
+
+class Varied(AdapterSuite):
+    """Other values of keys that most authors try one of."""
+
+    @check(
+        "configs.windows",
+        "Whatever windows, kinds of layers and flags for them a config.json states, each layer's "
+        "cache is of the kind and has the window that transformers gives it.",
+        look="caches() and layer_types(): sliding_window, use_sliding_window, max_window_layers, "
+        "layer_types; what is remembered of another config",
+    )
+    def test_windows(self, subject: Subject) -> None:
+        varied = list(_other_windows(subject.config))
+        if not varied:
+            does_not_apply("no key of its config decides the kinds of layers")
+        for changes in varied:
+            config = {**subject.config, **changes}
+            for key in [key for key, value in changes.items() if value is _LEFT_OUT]:
+                config.pop(key)
+            told = {k: "left out" if v is _LEFT_OUT else v for k, v in changes.items()}
+            try:
+                expected = DynamicCache(config=model_config(config))
+            except Exception:  # noqa: BLE001 - transformers has no such model
+                continue
+            try:
+                text = subject.adapter.text_config(config)
+                subject.adapter.layout(text)
+                declared = subject.adapter.caches(text)
+            except OllmError:
+                continue
+            same_kinds(declared, expected, f"tiny_config() with {told}")
+
+    @check(
+        "configs.nulls",
+        "A null in config.json says what transformers takes it to say.",
+        look="text_config(): a key that is null is not one that is left out",
+    )
+    def test_nulls(self, subject: Subject) -> None:
+        for key in subject.config:
+            config = {**subject.config, key: None}
+            taken = taken_for(config)
+            if taken is None:
+                continue
+            try:
+                text = subject.adapter.text_config(config)
+            except OllmError:
+                continue
+            difference = first_difference(taken, taken_for(text) or {})
+            assert not difference, f"tiny_config() with {key} = null: text_config(): {difference}"
+
+
+_LEFT_OUT = object()
+
+
+def _other_windows(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Changes of `config` that may change the kind or the window of a layer."""
+    known = model_config(config).get_text_config()
+    listed = config.get("layer_types")
+    if isinstance(listed, (list, tuple)) and len(set(listed)) > 1:
+        yield {"layer_types": [*listed[1:], listed[0]]}
+        yield {"layer_types": list(listed)[::-1]}
+    if getattr(known, "sliding_window", None) is None or "sliding_window" not in config:
+        return
+    flags = [None] if not hasattr(known, "use_sliding_window") else [True, False]
+    firsts = [None] if not hasattr(known, "max_window_layers") else [0, 1]
+    for window in _WINDOWS:
+        if window is not None and listed is not None:
+            yield {"sliding_window": window}
+        for flag in flags:
+            for first in firsts:
+                changes: dict[str, Any] = {"sliding_window": window}
+                if listed is not None:
+                    changes["layer_types"] = _LEFT_OUT
+                if flag is not None:
+                    changes["use_sliding_window"] = flag
+                if first is not None:
+                    changes["max_window_layers"] = first
+                yield changes
