@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -19,9 +20,11 @@ from ollm_core import (
     StateShape,
     StoredForm,
     WeightPlan,
+    mxfp4_source,
 )
 
-PAGE = (Path(__file__).parents[1] / "docs/adapters.md").read_text()
+DOCS = Path(__file__).parents[1] / "docs"
+PAGE = (DOCS / "adapters.md").read_text()
 SECTIONS = dict(part.split("\n", 1) for part in PAGE.split("\n## ")[1:])
 
 
@@ -82,3 +85,34 @@ def test_checks_that_are_named_exist():
     named = set(re.findall(r"check\s+`([a-z-]+\.[a-z-]+)`", PAGE))
     assert named
     assert named <= {check.id for check in adapter_checks()}
+
+
+@pytest.mark.parametrize(
+    ("section", "contract"), [("ModelAdapter", ModelAdapter), ("DecoderAdapter", DecoderAdapter)]
+)
+def test_calls_in_the_tables_are_those_of_the_code(section, contract):
+    """Each method is shown with its arguments, as an author overrides it."""
+    shown = dict(re.findall(r"^\| `(\w+)\(([^)]*)\)`", SECTIONS[section], re.MULTILINE))
+    for name, arguments in shown.items():
+        _, *parameters = inspect.signature(vars(contract)[name]).parameters
+        assert ", ".join(parameters) == arguments, name
+    methods = {name for name in members(contract) if inspect.isfunction(vars(contract).get(name))}
+    assert shown.keys() == methods & rows(section)
+
+
+def test_functions_are_called_as_they_are():
+    """What the page shows of a helper of core are its parameters."""
+    (shown,) = re.findall(r"`mxfp4_source\(([^)]*)\)`", PAGE)
+    assert shown == ", ".join(inspect.signature(mxfp4_source).parameters)
+
+
+@pytest.mark.parametrize("page", ["adapters.md", "adapter-tutorial.md", "plugins.md"])
+def test_links_lead_to_a_page_and_a_heading(page):
+    """Those to another page of docs, or inside the page."""
+    text = (DOCS / page).read_text()
+    targets = re.findall(r"\]\(([\w.-]*)(?:#([\w-]+))?\)", text)
+    assert targets
+    for target, anchor in targets:
+        titles = re.findall(r"^#+ (.*)$", (DOCS / (target or page)).read_text(), re.MULTILINE)
+        headings = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+        assert not anchor or anchor in headings, f"{target}#{anchor}"

@@ -349,10 +349,11 @@ class Subject:
 
 def generate(model: StreamedModel, ids: Tensor, num_new: int, **options: Any) -> Any:
     """What transformers' `generate` returns, greedy, for prompts [B, T]; EOS is ignored unless
-    given.
+    given, and a 0 in a prompt is a token, no padding, unless `attention_mask` says so.
     """
-    options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0} | options
     ids = ids.to(model.device)  # generate warns of another one
+    plain = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    options = plain | {"attention_mask": torch.ones_like(ids)} | options
     return model.generate(ids, max_new_tokens=num_new, **options)  # type: ignore[misc]
 
 
