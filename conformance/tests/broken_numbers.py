@@ -143,7 +143,7 @@ def _mapped_on_append(cache):
 def scratch_in_a_bytearray(*args, **options):
     """Room for a pass, taken when the model is opened."""
     model = ollm.load(*args, **options)
-    model.scratch = bytearray(b"\1") * (12 << 20)
+    model.scratch = bytearray(b"\1") * (48 << 20)
     return model
 
 
@@ -153,7 +153,7 @@ def tensors_of_a_pass_not_told(*args, **options):
     real = model.engine.run
 
     def run(store, work):
-        room = np.ones(12 << 20, np.uint8)
+        room = np.ones(48 << 20, np.uint8)
         try:
             return real(store, work)
         finally:

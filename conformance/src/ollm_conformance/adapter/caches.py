@@ -200,7 +200,7 @@ class Caches(AdapterSuite):
         expected = subject.reference(directory=other).run(prompt, last_only=True)
         same_bits(found, expected, "logits beside KV of other weights")
         changed = subject.copy(subject.tiny())
-        config = json.loads((changed / "config.json").read_text())
+        config = parse_object((changed / "config.json").read_bytes())
         text = config.get("text_config", config)
         for key in [key for key in text if key.endswith(("norm_eps", "norm_epsilon"))][:1]:
             text[key] *= 100

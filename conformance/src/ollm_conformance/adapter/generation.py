@@ -17,6 +17,7 @@ from ollm_conformance.compare import same_tokens, same_within
 from ollm_conformance.held import same_lengths
 from ollm_conformance.subject import Reference, Subject, generate, left_padded
 from ollm_core.generation import StreamedModel
+from ollm_core.untrusted_json import parse_object
 
 _NUM_NEW = 12
 _PROMPT = 50
@@ -79,7 +80,7 @@ class Stops(AdapterSuite):
             same_tokens(found, tokens[: last + 1], f"tokens with {stops} in {said.name}")
         said.unlink()
         config = directory / "config.json"
-        told = json.loads(config.read_text())
+        told = parse_object(config.read_bytes())
         config.write_text(json.dumps(_with_stop(told, tokens[early])))
         found = _as_the_checkpoint_says(subject, directory, prompt)
         same_tokens(found, tokens[: early + 1], f"tokens with {tokens[early]} in {config.name}")
