@@ -160,7 +160,10 @@ class Qwen3Moe(Qwen3):
         dense = config.get("mlp_only_layers") or []
         if not isinstance(dense, list):
             raise bad_config("mlp_only_layers", dense, "a list of layers")
-        if layer_idx in dense:
+        step = config.get("decoder_sparse_step", 1)
+        if type(step) is not int or step < 1:
+            raise bad_config("decoder_sparse_step", step, "an integer from 1")
+        if layer_idx in dense or (layer_idx + 1) % step:
             return list(names)
         attention = [name for name in names if not name.startswith("mlp")]
         experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]

@@ -13,11 +13,15 @@ from ollm_conformance.adapter.base import AdapterSuite
 from ollm_conformance.checks import check, does_not_apply
 from ollm_conformance.kinds import same_kinds
 from ollm_conformance.models import model_config
+from ollm_conformance.naming import kept_names
 from ollm_conformance.subject import Subject
 from ollm_conformance.unstated import first_difference, taken_for
-from ollm_core import OllmError
+from ollm_core import OllmError, UnsupportedError
 
 _WINDOWS = (7, 50_000, None)
+_DENSE: tuple[dict[str, Any], ...] = (
+    {"decoder_sparse_step": 2}, {"mlp_only_layers": [0]}, {"first_k_dense_replace": 1},
+)  # fmt: skip
 
 
 class Varied(AdapterSuite):
@@ -37,7 +41,7 @@ class Varied(AdapterSuite):
         for changes in varied:
             config = {**subject.config, **changes}
             for key in [key for key, value in changes.items() if value is _LEFT_OUT]:
-                config.pop(key)
+                config.pop(key, None)
             told = {k: "left out" if v is _LEFT_OUT else v for k, v in changes.items()}
             try:
                 expected = DynamicCache(config=model_config(config))
@@ -50,6 +54,37 @@ class Varied(AdapterSuite):
             except OllmError:
                 continue
             same_kinds(declared, expected, f"tiny_config() with {told}")
+
+    @check(
+        "configs.dense-layers",
+        "Whichever layers a config.json says to have routed experts, the tensors of transformers' "
+        "model make its parameters.",
+        look="layer_parameters() and experts(): decoder_sparse_step, mlp_only_layers and the like",
+    )
+    def test_dense_layers(self, subject: Subject) -> None:
+        known = model_config(subject.config).get_text_config()
+        varied = [changes for changes in _DENSE if all(hasattr(known, key) for key in changes)]
+        if not varied:
+            does_not_apply("no key of its config says which layers have experts")
+        for changes in varied:
+            config = {**subject.config, **changes}
+            names = kept_names(subject, config)
+            text = subject.adapter.text_config(config)
+            try:
+                plan = subject.adapter.weights(text, sorted(names.forms))
+            except UnsupportedError:
+                continue
+            except OllmError as error:
+                raise AssertionError(
+                    f"tiny_config() with {changes}: expected the tensors of transformers' model to "
+                    f"be taken, got: {error}"
+                ) from error
+            made = plan.parameters.keys() | plan.experts.keys()
+            wrong = sorted(made ^ names.parameters.keys())
+            assert not wrong, (
+                f"tiny_config() with {changes}: expected the parameters of transformers' model, "
+                f"got others, as {wrong[0]}"
+            )
 
     @check(
         "configs.nulls",
@@ -76,7 +111,7 @@ _LEFT_OUT = object()
 def _other_windows(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Changes of `config` that may change the kind or the window of a layer."""
     known = model_config(config).get_text_config()
-    listed = config.get("layer_types")
+    listed = config.get("layer_types", getattr(known, "layer_types", None))
     if isinstance(listed, (list, tuple)) and len(set(listed)) > 1:
         yield {"layer_types": [*listed[1:], listed[0]]}
         yield {"layer_types": list(listed)[::-1]}
@@ -97,3 +132,6 @@ def _other_windows(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
                 if first is not None:
                     changes["max_window_layers"] = first
                 yield changes
+    if hasattr(known, "max_window_layers"):  # where it is left out, only deep models tell
+        deep = {"num_hidden_layers": 60, "sliding_window": 7, "use_sliding_window": True}
+        yield {**deep, "layer_types": _LEFT_OUT, "max_window_layers": _LEFT_OUT}
