@@ -80,7 +80,8 @@ class Batches(AdapterSuite):
 
     @check(
         "batches.right-padded",
-        "A batch that is padded on the right has the logits of each prompt alone.",
+        "A batch that is padded on the right has the logits of each prompt alone, and goes on from "
+        "them.",
         look=_LOOK,
         needs=["batch"],
     )
@@ -90,11 +91,15 @@ class Batches(AdapterSuite):
         for row, prompt in enumerate(prompts):
             ids[row, : len(prompt)], mask[row, : len(prompt)] = prompt, 1
         with subject.open() as model:
-            found = model(input_ids=ids, attention_mask=mask).logits
+            cache = model.new_cache()
+            found = model(input_ids=ids, attention_mask=mask, past_key_values=cache).logits
+            mask = functional.pad(mask, (0, 1), value=1)
+            step = model(input_ids=ids[:, :1], attention_mask=mask, past_key_values=cache).logits
         for row, prompt in enumerate(prompts):
-            expected = subject.reference().run(prompt)
+            expected = subject.reference().run(torch.cat([prompt, prompt[:1]]))
             what = f"logits of row {row}, {len(prompt)} of 120 columns"
-            same_within(found[row, : len(prompt)], expected, 1e-4, what)
+            same_within(found[row, : len(prompt)], expected[:-1], 1e-4, what)
+            same_within(step[row], expected[-1:], 1e-4, f"{what}, and a step")
 
     @check(
         "batches.crop",

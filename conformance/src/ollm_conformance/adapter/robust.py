@@ -99,6 +99,18 @@ class Isolation(AdapterSuite):
         same_bits(during, expected, "logits of transformers beside an open model")
         same_bits(after, expected, "logits of transformers after close")
 
+    @check(
+        "isolation.random-state",
+        "Neither opening a model nor greedy decoding draws from torch's global random numbers.",
+        look="transforms of source(), and code of the adapter that makes tensors",
+    )
+    def test_random_state(self, subject: Subject) -> None:
+        subject.tiny()
+        before = torch.get_rng_state()
+        with subject.open() as model:
+            greedy(model, subject.prompt(20), 3)
+        same_bits(torch.get_rng_state(), before, "torch's random state")
+
 
 class Failure(AdapterSuite):
     """What goes wrong in the middle of a pass leaves a usable model and no torn cache."""
