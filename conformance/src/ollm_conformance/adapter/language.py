@@ -26,7 +26,7 @@ class Language(AdapterSuite):
         with subject.open() as model:
             before = model.generate(prompt[None], **plain)  # type: ignore[misc]
             found = generate(model, prompt[None], 20, eos_token_id=tokens[last])
-            generate(model, prompt[None], 4, eos_token_id=tokens[0], num_beams=2)
+            generate(model, prompt[None], 4, eos_token_id=tokens[0], do_sample=True)
             after = model.generate(prompt[None], **plain)  # type: ignore[misc]
         same_tokens(after[0].tolist(), before[0].tolist(), "tokens after calls with other options")
         same_tokens(found[0, 50:].tolist(), tokens[: last + 1], "tokens up to the end")
