@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-SLACK = 13 << 20
+SLACK = 8 << 20
 """Bytes that come and go with whatever else the process does: checks of what is held use much more
 than this.
 """

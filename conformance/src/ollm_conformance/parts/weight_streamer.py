@@ -23,7 +23,7 @@ from ollm_conformance.parts.base import (
     refusal,
     unreadable,
 )
-from ollm_conformance.parts.held import process_memory
+from ollm_conformance.parts.held import SLACK, process_memory
 from ollm_conformance.parts.tiny_weights import NUM_UNITS, Model
 from ollm_core import DoesNotFitError, ReadError, WeightStreamer
 from ollm_core.memory import MemoryAccount
@@ -289,7 +289,8 @@ class WeightStreamerConformance(PartSuite):
                                 _wait_for_readers(streamer)
                                 reserved = "which the account has reserved"
                                 memory.expect(account.used, what, reserved)
-                    memory.expect(0, "a closed streamer", "as before it was opened")
+                    # Twice the room: reading threads leave arenas of the allocator behind.
+                    memory.expect(SLACK, "a closed streamer", "as before it was opened")
 
     @check(
         "weight-streamer.does-not-fit",
