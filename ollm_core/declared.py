@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from ollm_core.errors import ConfigError, OllmError, PluginError
+from ollm_core.errors import ConfigError, OllmError, PluginError, one_line
 from ollm_core.interfaces import ADAPTER_API, ModelAdapter
 from ollm_core.types import CacheKind, Capability, CatalogEntry, Config, Layout, WeightPlan
 
@@ -195,9 +195,8 @@ def _asked(adapter: ModelAdapter, method: str, *arguments: object) -> Any:
     except OllmError:
         raise
     except Exception as error:
-        text = " ".join(str(error).split())
         raise PluginError(
-            f"adapter {adapter.name}: {method}() raised {type(error).__name__}: {text}",
+            f"adapter {adapter.name}: {method}() raised {one_line(error)}",
             hint="this is a fault of the adapter; where config.json may be wrong, it should raise "
             "ConfigError",
         ) from error

@@ -22,12 +22,11 @@ from ollm_core.admission import Admission, PassPlan
 from ollm_core.ambient import own_torch_state
 from ollm_core.calls import LayerCall
 from ollm_core.chunks import Chunk, NewTokens
-from ollm_core.errors import DoesNotFitError
+from ollm_core.errors import DoesNotFitError, one_line
 from ollm_core.finite import require_finite
 from ollm_core.interfaces import KeepsStates, KVStore, TierBytes
 from ollm_core.outside import apply
 from ollm_core.parking import Parking
-from ollm_core.plugins import one_line
 from ollm_core.pressure import Pressure
 from ollm_core.profiling import Span, no_span
 from ollm_core.skeleton import Skeleton

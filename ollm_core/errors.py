@@ -99,3 +99,9 @@ class ReadError(OllmError):
 
 class DamagedKVError(ReadError):
     """A block of KV on disk is not what was written. The message names file and block."""
+
+
+def one_line(error: BaseException) -> str:
+    """An error in one line, with its type unless it speaks for itself."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, OllmError) else f"{type(error).__name__}: {text}".strip(": ")

@@ -23,10 +23,9 @@ from ollm_core.cache import SequenceCache
 from ollm_core.draft_gate import draft_length
 from ollm_core.drafts import NUM_DRAFT_TOKENS, DraftCandidates, begin_text
 from ollm_core.engine import Engine
-from ollm_core.errors import InputError, UnsupportedError
+from ollm_core.errors import InputError, UnsupportedError, one_line
 from ollm_core.interfaces import Drafter
 from ollm_core.padding import refuse_padded_end
-from ollm_core.plugins import one_line
 
 _NOT_HERE = {
     "cache_implementation": "choose with kv='device', 'host' or 'disk' when loading",

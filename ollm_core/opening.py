@@ -15,13 +15,13 @@ from ollm_core.allocator import free_device_bytes
 from ollm_core.bus import Bus
 from ollm_core.checkpoint import Checkpoint, open_checkpoint, read_config
 from ollm_core.engine import Engine
-from ollm_core.errors import InputError, PluginError
+from ollm_core.errors import InputError, PluginError, one_line
 from ollm_core.generation import StreamedModel
 from ollm_core.host_memory import HostMemory
 from ollm_core.identity import identity
 from ollm_core.interfaces import ByteSource
 from ollm_core.parts import ModelParts, take_apart
-from ollm_core.plugins import Offer, one_line
+from ollm_core.plugins import Offer
 from ollm_core.pressure import Pressure, reserve_bytes
 from ollm_core.profiling import Span, no_span
 from ollm_core.rates import fastest_blocks, fastest_reader

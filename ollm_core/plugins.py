@@ -17,7 +17,7 @@ import pluggy
 
 from ollm_core import hookspecs
 from ollm_core.declared import told
-from ollm_core.errors import OllmError, PluginError
+from ollm_core.errors import OllmError, PluginError, one_line
 from ollm_core.interfaces import ModelAdapter
 
 
@@ -187,9 +187,3 @@ def _offers(hook: str, offered: object) -> Iterator[tuple[str, str, Callable[...
         if not callable(factory):
             raise PluginError(f"{hook}: {name!r} is a {type(factory).__name__}, no factory")
         yield hook, name, factory
-
-
-def one_line(error: BaseException) -> str:
-    """An error in one line, with its type unless it speaks for itself."""
-    text = " ".join(str(error).split())
-    return text if isinstance(error, OllmError) else f"{type(error).__name__}: {text}".strip(": ")

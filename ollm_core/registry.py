@@ -16,11 +16,10 @@ from importlib.metadata import EntryPoint, entry_points
 from types import MappingProxyType
 from typing import Literal
 
-from ollm_core.declared import CAPABILITIES as CAPABILITIES
-from ollm_core.declared import check_adapter
-from ollm_core.errors import InputError, PluginError, UnknownModelError, UnsupportedError
+from ollm_core.declared import CAPABILITIES, check_adapter
+from ollm_core.errors import InputError, PluginError, UnknownModelError, UnsupportedError, one_line
 from ollm_core.interfaces import ModelAdapter
-from ollm_core.plugins import KINDS, Offer, ask, one_line
+from ollm_core.plugins import KINDS, Offer, ask
 from ollm_core.types import CatalogEntry, Config
 from ollm_core.untrusted_json import show
 

@@ -22,8 +22,7 @@ from ollm_core.cli.plan import plan
 from ollm_core.cli.run import run
 from ollm_core.cli.signals import Signals
 from ollm_core.cli.streams import READER_GONE, flush, is_gone, open_missing, was_writing
-from ollm_core.errors import DoesNotFitError, OllmError
-from ollm_core.plugins import one_line
+from ollm_core.errors import DoesNotFitError, OllmError, one_line
 
 
 @click.group(

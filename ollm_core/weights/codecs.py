@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ollm_core.checkpoint import Checkpoint
-from ollm_core.errors import CheckpointError, OllmError, PluginError, UnsupportedError
-from ollm_core.plugins import Offer, one_line
+from ollm_core.errors import CheckpointError, OllmError, PluginError, UnsupportedError, one_line
+from ollm_core.plugins import Offer
 from ollm_core.requests import CodecRequest
 from ollm_core.types import DTYPE_BYTES, Config, EncodedTensor, ParameterSource, WeightPlan
 from ollm_core.weights.compressed import BUILT_IN

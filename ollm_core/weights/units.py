@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ollm_core.buffers import ALIGNMENT, round_up
 from ollm_core.declared import told
-from ollm_core.errors import CheckpointError, OllmError, PluginError
+from ollm_core.errors import CheckpointError, OllmError, PluginError, one_line
 from ollm_core.types import Layout, ParameterSource, TensorInfo, WeightPlan
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = {
@@ -94,8 +94,7 @@ class Parameter:
         except Exception as error:
             shapes = " and ".join(str(list(tensor.shape)) for tensor in raw)
             raise PluginError(
-                f"parameter {self.name}: its transform, given {shapes}, raised "
-                f"{type(error).__name__}: {' '.join(str(error).split())}",
+                f"parameter {self.name}: its transform, given {shapes}, raised {one_line(error)}",
                 hint=fix,
             ) from error
         if not isinstance(value, Tensor):
