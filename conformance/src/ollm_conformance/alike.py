@@ -46,7 +46,7 @@ def same_model(subject: Subject, config: Config, what: str, steps: int = _STEPS)
                 model(input_ids=ids[None], past_key_values=cache).logits[0]
                 for ids in expected.inputs
             ]
-            _same_parameters(subject, model, text, expected.reference, what)
+            same_parameters(subject, model, text, expected.reference, what)
         for step, (one, logits) in enumerate(zip(found, expected.logits, strict=True)):
             same_bits(one, logits, f"{what}: logits of {f'step {step}' if step else 'the prompt'}")
     except AssertionError:
@@ -68,9 +68,12 @@ def _run(reference: Reference, subject: Subject, steps: int) -> ShortRun:
     return found
 
 
-def _same_parameters(
+def same_parameters(
     subject: Subject, model: StreamedModel, config: Config, reference: Reference, what: str
 ) -> None:
+    """Raises AssertionError unless a model with this text config gives its layers, bit for bit, the
+    parameters of `reference`: all of them, and no other.
+    """
     expected = dict(reference.model.named_parameters(remove_duplicate=False))
     for name, found in bound_parameters(model, subject.adapter.layout(config)):
         if name not in expected:

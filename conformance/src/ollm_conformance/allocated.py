@@ -1,16 +1,13 @@
-"""What is really allocated on a CPU, whatever the accounts say: tensors that are alive, those that
-come and go, and what the process has beside them.
+"""What is really allocated on a CPU, whatever the accounts say: tensors that are alive, and those
+that come and go. What the process has beside them is in `process_memory`.
 """
 
 from __future__ import annotations
 
-import ctypes
 import gc
-import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
 
 import torch
@@ -42,22 +39,6 @@ def live_bytes() -> int:
             storage = thing.untyped_storage()
             sizes[storage.data_ptr()] = storage.nbytes()
     return sum(sizes.values())
-
-
-def process_bytes() -> int | None:
-    """Bytes that the process has in memory, files not counted, whoever allocated them: torch,
-    numpy, Python or a mapping. Those that are free are given back first. None where the system does
-    not tell.
-    """
-    status = Path("/proc/self/status")
-    if not status.is_file():
-        return None
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
-    if trim is None:
-        return None
-    trim(0)
-    found = re.search(r"^RssAnon:\s*(\d+) kB", status.read_text(), re.MULTILINE)
-    return int(found[1]) * 1024 if found else None
 
 
 class TierTracker(AllocationTracker):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from types import TracebackType
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 
 def same_bits(found: Tensor, expected: Tensor, what: str) -> None:
     """Raises AssertionError unless both tensors are equal, bit for bit."""
-    _same_form(found, expected, what)
+    same_form(found, expected, what)
     if torch.equal(found, expected):
         return
     wrong = (found != expected).flatten()
@@ -28,7 +27,7 @@ def same_bits(found: Tensor, expected: Tensor, what: str) -> None:
 
 def same_within(found: Tensor, expected: Tensor, tolerance: float, what: str) -> None:
     """Raises AssertionError where a difference is above `tolerance` of the expected scale."""
-    _same_form(found, expected, what)
+    same_form(found, expected, what)
     scale = float(expected.abs().max())
     worst = float((found.double() - expected.double()).abs().max())
     if not worst <= tolerance * scale:  # NaN is no agreement
@@ -47,17 +46,8 @@ def same_tokens(found: list[int], expected: list[int], what: str) -> None:
         raise AssertionError(f"{what}: expected {len(expected)} tokens, got {len(found)}")
 
 
-@contextmanager
-def must_raise(error: type[BaseException], what: str) -> Iterator[None]:
-    """Raises AssertionError unless the `with` block raises `error`; another one goes on."""
-    try:
-        yield
-    except error:
-        return
-    raise AssertionError(f"{what}: expected {error.__name__}, got no error")
-
-
-def _same_form(found: Tensor, expected: Tensor, what: str) -> None:
+def same_form(found: Tensor, expected: Tensor, what: str) -> None:
+    """Raises AssertionError unless both tensors have one shape and one dtype."""
     if found.shape != expected.shape or found.dtype != expected.dtype:
         raise AssertionError(
             f"{what}: expected {expected.dtype} {list(expected.shape)}, "

@@ -65,20 +65,6 @@ def kept_names(subject: Subject, config: Config) -> Names:
     return found
 
 
-def parameter_names(config: Config) -> list[str]:
-    """Every parameter of the transformers model, a tied head included."""
-    return list(names_of(config).parameters)
-
-
-def stored_shapes(
-    config: Config, model: PreTrainedModel | None = None
-) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the checkpoint as published: a tied head's is left out. `model` is that of
-    `meta_model`, if there is one already.
-    """
-    return {name: shape for name, (_, shape) in names_of(config, model).forms.items()}
-
-
 def one_of_each(names: Iterable[str]) -> list[str]:
     """Names that differ in more than numbers, the last of each kind."""
     return sorted({re.sub(r"\d+", "0", name): name for name in sorted(names)}.values())

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ollm_conformance.compare import same_form
+
 _MEAN_TIMES = 2.0
 _WORST_TIMES = 4.0
 _FLOOR = 2.0**-20
@@ -13,15 +15,12 @@ _FLOOR = 2.0**-20
 def rounded_alike(found: Tensor, expected: Tensor, true: Tensor, what: str) -> None:
     """Raises AssertionError if `found` has more rounding errors than `expected` has.
 
-    Both are float32 logits [T, V], `expected` those of un-offloaded transformers; `true` are the
-    same in float64. What a model makes of a rounding error, as sharp attention makes much, it makes
-    in both. Errors of `found` may be twice as large in the mean of squares, and four times at most.
+    Both are logits [T, V] in one dtype, `expected` those of un-offloaded transformers; `true` are
+    the same in float64. What a model makes of a rounding error, as sharp attention makes much, it
+    makes in both. Errors of `found` may be twice as large in the mean of squares, and four times at
+    most.
     """
-    if found.shape != expected.shape or found.dtype != expected.dtype:
-        raise AssertionError(
-            f"{what}: expected {expected.dtype} {list(expected.shape)}, "
-            f"got {found.dtype} {list(found.shape)}"
-        )
+    same_form(found, expected, what)
     scale = float(true.abs().max())
     errors, own = ((logits.double() - true).abs() for logits in (found, expected))
     for name, times, error, usual in (
@@ -33,7 +32,7 @@ def rounded_alike(found: Tensor, expected: Tensor, true: Tensor, what: str) -> N
             row = int(errors.amax(-1).nan_to_num(float("inf")).argmax())
             raise AssertionError(
                 f"{what}: expected a {name} error of at most {most:.3g} against float64, where "
-                f"transformers in float32 has {usual:.3g}, got {error:.3g} (logits are up to "
+                f"transformers has {usual:.3g}, got {error:.3g} (logits are up to "
                 f"{scale:.3g}; the largest error is at token {row})"
             )
 

@@ -7,7 +7,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from ollm_conformance.adapter.base import AdapterSuite
 from ollm_conformance.checks import check, does_not_apply
 from ollm_conformance.compare import refused
 from ollm_conformance.models import meta_model, model_config
-from ollm_conformance.naming import parameter_names, stored_shapes
+from ollm_conformance.naming import kept_names
 from ollm_conformance.subject import PROMPT, Subject
 from ollm_conformance.untouched import untouched
 from ollm_core import Config, ModelAdapter, OllmError, UnsupportedError
@@ -103,12 +103,13 @@ class Declaration(AdapterSuite):
     )
     def test_pure(self, subject: Subject) -> None:
         adapter, config = subject.adapter, subject.config
-        names = sorted(stored_shapes(config))
+        made = kept_names(subject, config)
+        names = sorted(made.forms)
         before = copy.deepcopy(config)
         declarations: dict[str, Callable[[dict[str, Any]], object]] = {
             "layout": adapter.layout,
             "caches": adapter.caches,
-            "weights": lambda config: _told(adapter, config, names),
+            "weights": lambda config: _told(adapter, config, names, made.parameters),
         }
         for method, ask in declarations.items():
             first, second = ask(config), ask(config)
@@ -241,7 +242,7 @@ class Declaration(AdapterSuite):
     )
     def test_hostile_config(self, subject: Subject) -> None:
         adapter, good = subject.adapter, subject.config
-        names = sorted(stored_shapes(good))
+        names = sorted(kept_names(subject, good).forms)
         for key in good:
             for value in _BAD_VALUES:
                 self._refused_or_fine(adapter, {**good, key: value}, names, f"{key} = {value!r}")
@@ -281,7 +282,9 @@ def _differs(found: Config, expected: Config) -> str:
     return "an equal one"
 
 
-def _told(adapter: ModelAdapter, config: dict[str, Any], names: list[str]) -> Any:
+def _told(
+    adapter: ModelAdapter, config: dict[str, Any], names: list[str], parameters: Iterable[str]
+) -> Any:
     plan = adapter.weights(config, names)
     sources = {**plan.parameters, **plan.experts}
-    return {name: sources[name] for name in parameter_names(config)}, plan.ignored
+    return {name: sources[name] for name in parameters}, plan.ignored

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import pytest
 import torch
 
 from ollm_conformance.adapter.base import AdapterSuite
+from ollm_conformance.broken_off import fail_reads, interrupt_at
 from ollm_conformance.checks import check
-from ollm_conformance.compare import must_raise, same_bits, same_tokens
+from ollm_conformance.compare import refused, same_bits, same_tokens
 from ollm_conformance.held import same_columns, same_lengths
 from ollm_conformance.subject import Subject, generate, left_padded
 from ollm_core import ReadError
@@ -19,7 +19,6 @@ from ollm_core.cache import SequenceCache
 from ollm_core.chunks import NewTokens
 from ollm_core.generation import StreamedModel
 from ollm_core.interfaces import KVStore
-from ollm_core.types import Progress
 
 _LOOK = "layout().mixer and other code of the adapter that keeps tokens or state beside the cache"
 _TIERS = pytest.mark.parametrize("kv", ["device", "disk"])
@@ -49,8 +48,8 @@ class BatchFailure(AdapterSuite):
             expected = model.engine.run(cache.store, _rows(subject, model, cache.store))
             work = _rows(subject, model, cache.store)
             for stage, part in (_STAGES | _LATE_STAGES).items():
-                model.on_progress(_interrupt_at(part))
-                with must_raise(KeyboardInterrupt, f"Ctrl-C {stage}"):
+                model.on_progress(interrupt_at(part))
+                with refused(KeyboardInterrupt, f"Ctrl-C {stage}"):
                     model.engine.run(cache.store, work)
                 model.on_progress(None)
                 _same_rows(cache, work, f"after Ctrl-C {stage}")
@@ -79,11 +78,11 @@ class BatchFailure(AdapterSuite):
             work = _rows(subject, model, cache.store)
             for num_read in (0, len(cache) // 2, len(cache) - 1):
                 with monkeypatch.context() as patch:
-                    _fail_reads(model, patch, after=0)
+                    fail_reads(model, patch, after=0)
                     _use_up_what_was_read(subject, model)
                 with monkeypatch.context() as patch:
-                    _fail_reads(model, patch, after=num_read)
-                    with must_raise(ReadError, f"read {num_read + 1} of a pass fails"):
+                    fail_reads(model, patch, after=num_read)
+                    with refused(ReadError, f"read {num_read + 1} of a pass fails"):
                         model.engine.run(cache.store, work)
                 _same_rows(cache, work, f"after read {num_read + 1} failed")
             found = model.engine.run(cache.store, work)
@@ -122,8 +121,8 @@ def _generate_in_two(subject: Subject, model: StreamedModel) -> None:
     whole = generate(model, ids, num_new, attention_mask=mask)
     for num_before in (0, 2):
         cache = model.new_cache()
-        model.on_progress(_interrupt_at(0.5, num_before))
-        with must_raise(KeyboardInterrupt, f"Ctrl-C in pass {num_before + 1} of `generate`"):
+        model.on_progress(interrupt_at(0.5, num_before))
+        with refused(KeyboardInterrupt, f"Ctrl-C in pass {num_before + 1} of `generate`"):
             generate(model, ids, num_new, attention_mask=mask, past_key_values=cache)
         model.on_progress(None)
         what = f"`generate` broken off in pass {num_before + 1}"
@@ -138,32 +137,6 @@ def _generate_in_two(subject: Subject, model: StreamedModel) -> None:
         for row in range(len(ids)):
             same_tokens(found[row].tolist(), whole[row].tolist(), f"{what}: row {row}")
         cache.close()
-
-
-def _interrupt_at(part: float, num_before: int = 0) -> Callable[[Progress], None]:
-    """What presses Ctrl-C after a part of a pass, that many passes having gone before."""
-    first: list[int] = []
-
-    def interrupt(progress: Progress) -> None:
-        first.append(progress.weight_passes)
-        late = progress.weight_passes - first[0] >= num_before
-        if late and progress.steps_done >= part * progress.steps_total:
-            raise KeyboardInterrupt
-
-    return interrupt
-
-
-def _fail_reads(model: StreamedModel, patch: pytest.MonkeyPatch, after: int) -> None:
-    """Let every read fail once so many were made."""
-    source = model.weights._source
-    real, left = source.read, iter(range(after))
-
-    def read(tensors: Any, buffer: Any) -> Any:
-        if next(left, None) is None:
-            raise ReadError("the disk is gone")
-        return real(tensors, buffer)
-
-    patch.setattr(source, "read", read)
 
 
 def _use_up_what_was_read(subject: Subject, model: StreamedModel) -> None:

@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from ollm_conformance.adapter.base import AdapterSuite
-from ollm_conformance.allocated import live_bytes, only_new_objects, process_bytes
+from ollm_conformance.allocated import live_bytes, only_new_objects
 from ollm_conformance.checks import check
+from ollm_conformance.process_memory import process_bytes
 from ollm_conformance.subject import Subject
 from ollm_core import KVStore
 from ollm_core.generation import StreamedModel
@@ -108,17 +109,14 @@ class _Excess:
     num_bytes: int = 0
     told: int = 0
     where: str = ""
-    _before: int | None = None
+    _before: int = 0
 
     def begin(self) -> None:
         self._before = process_bytes()
 
     def look(self, model: StreamedModel, where: str) -> None:
-        found = process_bytes()
-        if found is None or self._before is None:
-            return
         told = model.accounts.device.used + model.accounts.host.used
-        excess = found - self._before - told
+        excess = process_bytes() - self._before - told
         if excess > self.num_bytes:
             self.num_bytes, self.told, self.where = excess, told, where
 
@@ -130,7 +128,7 @@ def _held(model: StreamedModel) -> dict[str, int]:
         "tensors": live_bytes(),
         "accounts": model.accounts.device.used + model.accounts.host.used,
         "python": tracemalloc.get_traced_memory()[0],
-        "process": process_bytes() or 0,
+        "process": process_bytes(),
     }
 
 

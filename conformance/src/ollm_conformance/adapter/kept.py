@@ -118,13 +118,13 @@ class KeptKV(AdapterSuite):
         expected = [subject.reference().run(one, _CHUNK, last_only=True) for one in prompts]
         with subject.open(chunk_size=_CHUNK, kv="disk", kv_dir=kept, keep_kv=True) as model:
             _last_logits(model, prompt[:stored])
-            found, num_cached = _again(model, prompts[0], _copied(subject, kept))
+            found, num_cached = _again(model, prompts[0], subject.copy(kept))
             assert num_cached == stored, (
                 f"before any damage: expected {stored} tokens to be found, got {num_cached}"
             )
             same_bits(found, expected[0], "logits before any damage")
             for damage in damages(kept):
-                directory = _copied(subject, kept)
+                directory = subject.copy(kept)
                 damage.apply(directory)
                 # What was damaged is written anew: a second run finds that.
                 for turn in range(2 if damage.again else 1):
@@ -168,7 +168,3 @@ def _again(model: StreamedModel, prompt: Tensor, directory: Path) -> tuple[Tenso
     finally:
         cache.close()
     return logits, model.stats.cached_tokens - before
-
-
-def _copied(subject: Subject, kept: Path) -> Path:
-    return Path(shutil.copytree(kept, subject.new_directory()))

@@ -10,15 +10,16 @@ import pytest
 import torch
 
 from ollm_conformance.adapter.base import AdapterSuite
+from ollm_conformance.broken_off import fail_reads, interrupt_at
 from ollm_conformance.checks import check
 from ollm_conformance.compare import refused, same_bits, same_tokens
+from ollm_conformance.held import same_lengths
 from ollm_conformance.subject import Reference, Subject, greedy
 from ollm_conformance.untouched import untouched
 from ollm_core import NotFiniteError, ReadError
 from ollm_core.cache import SequenceCache
 from ollm_core.checkpoint import open_checkpoint, read_config
 from ollm_core.generation import StreamedModel
-from ollm_core.types import Progress
 
 _LOOK = "module-level state in the adapter"
 
@@ -135,7 +136,7 @@ class Failure(AdapterSuite):
             model(input_ids=prompt[None, :270], past_key_values=cache, logits_to_keep=1)
 
             with monkeypatch.context() as patch:
-                _fail_all_reads(model, patch)
+                fail_reads(model, patch, after=0)
                 with contextlib.suppress(ReadError):  # uses up what was read ahead
                     model(input_ids=prompt[None, :1])
                 with refused(ReadError, f"a pass with KV on {kv} whose reads fail") as refusal:
@@ -233,12 +234,7 @@ class Failure(AdapterSuite):
             cache = model.new_cache()
             model(input_ids=prompt[None, :270], past_key_values=cache, logits_to_keep=1)
             for part in (0.0, 0.3, 0.6, 1.0):
-
-                def interrupt(progress: Progress, part: float = part) -> None:
-                    if progress.steps_done >= part * progress.steps_total:
-                        raise KeyboardInterrupt
-
-                model.on_progress(interrupt)
+                model.on_progress(interrupt_at(part))
                 what = f"a pass with KV on {kv}, stopped after {part:.0%} of its steps"
                 with refused(KeyboardInterrupt, what):
                     model(input_ids=prompt[None, 270:], past_key_values=cache)
@@ -252,21 +248,12 @@ def _goes_on(
     """The cache has 270 tokens, and the rest of the prompt gives the bits of an untroubled run."""
     length = cache.get_seq_length()
     assert length == 270, f"{what}: expected the 270 tokens from before, got {length}"
-    for layer_idx in range(len(cache)):
-        stored = cache.store.num_tokens(cache.rows[0], layer_idx)
-        assert stored == 270, f"{what}: layer {layer_idx}: expected 270 tokens, got {stored}"
+    same_lengths(cache.store, cache.rows, [270], len(cache), what)
     found = model(input_ids=prompt[None, 270:], past_key_values=cache).logits[0]
     reference = subject.reference("bfloat16")
     mine = reference.new_cache()
     reference.run(prompt[:270], cache=mine)
     same_bits(found, reference.run(prompt[270:], cache=mine), f"logits {what}")
-
-
-def _fail_all_reads(model: StreamedModel, patch: pytest.MonkeyPatch) -> None:
-    def failing(tensors: object, buffer: object) -> None:
-        raise ReadError("the disk is gone")
-
-    patch.setattr(model.weights._source, "read", failing)
 
 
 def _other(subject: Subject) -> Path:

@@ -16,7 +16,7 @@ from ollm_conformance.checks import check
 from ollm_conformance.kinds import same_kinds
 from ollm_conformance.layer_cut import is_size
 from ollm_conformance.models import meta_model, text_view
-from ollm_conformance.naming import stored_shapes
+from ollm_conformance.naming import names_of
 from ollm_conformance.small import FEW_LAYERS, HEADS, HIDDEN, make_small
 from ollm_conformance.subject import Subject
 from ollm_conformance.unstated import Shortened, first_difference, left_out, shortened, taken_for
@@ -84,7 +84,7 @@ def _changed_models(subject: Subject, config: Config) -> Iterator[_Changed]:
     to be true. Raises AssertionError where it is not.
     """
     adapter, whole, plain = subject.adapter, taken_for(config), meta_model(config)
-    names, shapes = sorted(stored_shapes(config, plain)), _shapes(plain)
+    names, shapes = sorted(names_of(config, plain).forms), _shapes(plain)
     declared = _declared(subject, config, names)
     for one in shortened(config):
         what, taken = _without(one.key), taken_for(one.config)
@@ -163,7 +163,7 @@ def _same_declarations(
     adapter, text = subject.adapter, subject.adapter.text_config(one.config)
     try:
         layout, caches = adapter.layout(text), adapter.caches(text)
-        plan = adapter.weights(text, sorted(stored_shapes(one.config, model)))
+        plan = adapter.weights(text, sorted(names_of(one.config, model).forms))
     except OllmError as error:
         if one.is_size:
             return False

@@ -16,6 +16,7 @@ from ollm_conformance.models import model_config
 from ollm_conformance.naming import kept_names
 from ollm_conformance.subject import Subject
 from ollm_conformance.unstated import first_difference, taken_for
+from ollm_conformance.uses import used_once
 from ollm_core import OllmError, UnsupportedError
 
 _WINDOWS = (7, 50_000, None)
@@ -68,23 +69,13 @@ class Varied(AdapterSuite):
             does_not_apply("no key of its config says which layers have experts")
         for changes in varied:
             config = {**subject.config, **changes}
-            names = kept_names(subject, config)
-            text = subject.adapter.text_config(config)
+            names, text = kept_names(subject, config), subject.adapter.text_config(config)
             try:
-                plan = subject.adapter.weights(text, sorted(names.forms))
+                subject.adapter.layout(text)
             except UnsupportedError:
                 continue
-            except OllmError as error:
-                raise AssertionError(
-                    f"tiny_config() with {changes}: expected the tensors of transformers' model to "
-                    f"be taken, got: {error}"
-                ) from error
-            made = plan.parameters.keys() | plan.experts.keys()
-            wrong = sorted(made ^ names.parameters.keys())
-            assert not wrong, (
-                f"tiny_config() with {changes}: expected the parameters of transformers' model, "
-                f"got others, as {wrong[0]}"
-            )
+            what = f"tiny_config() with {changes}"
+            used_once(subject.adapter, text, set(names.forms), names.parameters, what)
 
     @check(
         "configs.nulls",

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,13 +12,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ollm_conformance.adapter.base import AdapterSuite
-from ollm_conformance.bound import bound_parameters
+from ollm_conformance.alike import same_parameters
 from ollm_conformance.checks import check, does_not_apply
 from ollm_conformance.compare import refused, same_bits
 from ollm_conformance.models import meta_model
 from ollm_conformance.naming import kept_names, one_of_each
 from ollm_conformance.subject import Subject
-from ollm_core import CheckpointError, Config, ModelAdapter, OllmError
+from ollm_conformance.uses import used_once
+from ollm_core import CheckpointError
 from ollm_core.checkpoint import open_checkpoint
 from ollm_core.generation import StreamedModel
 
@@ -39,7 +39,7 @@ class Weights(AdapterSuite):
     def test_every_tensor_once(self, subject: Subject, shards: bool) -> None:
         stored = open_checkpoint(subject.tiny(shards=shards)).tensors
         names = kept_names(subject, subject.config)
-        _used_once(subject.adapter, subject.config, set(stored), names.parameters, "tiny_config()")
+        used_once(subject.adapter, subject.config, set(stored), names.parameters, "tiny_config()")
 
     @check(
         "weights.catalog-complete",
@@ -53,7 +53,7 @@ class Weights(AdapterSuite):
         for entry in entries:
             names = kept_names(subject, entry.config)
             stored = set(names.forms)
-            _used_once(subject.adapter, entry.config, stored, names.parameters, entry.id)
+            used_once(subject.adapter, entry.config, stored, names.parameters, entry.id)
 
     @check(
         "weights.values",
@@ -62,15 +62,9 @@ class Weights(AdapterSuite):
     )
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
     def test_values(self, subject: Subject, dtype: str) -> None:
-        expected = dict(subject.reference(dtype).model.named_parameters(remove_duplicate=False))
-        layout = subject.adapter.layout(subject.config)
         with subject.open(subject.tiny(dtype)) as model:
             model(input_ids=subject.prompt(4)[None])
-            for name, found in bound_parameters(model, layout):
-                same_bits(found, expected.pop(name).data, f"{dtype}, parameter {name}")
-        assert not expected, (
-            f"{dtype}, parameter {sorted(expected)[0]}: expected to be given out, got none"
-        )
+            same_parameters(subject, model, subject.config, subject.reference(dtype), dtype)
 
     @check(
         "weights.missing-tensor",
@@ -200,40 +194,6 @@ class Weights(AdapterSuite):
         assert found <= most, (
             f"a pass in {least} bytes: expected at most {most} bytes read, got {found:.0f}"
         )
-
-
-def _used_once(
-    adapter: ModelAdapter, config: Config, stored: set[str], parameters: Iterable[str], what: str
-) -> None:
-    try:
-        layout, plan = adapter.layout(config), adapter.weights(config, sorted(stored))
-    except OllmError as error:
-        name = type(error).__name__
-        raise AssertionError(
-            f"{what}: expected its tensors to be taken, got {name}: {error}"
-        ) from error
-    head, embedding = f"{layout.head}.weight", f"{layout.embedding}.weight"
-    tied = plan.parameters.get(head) == plan.parameters.get(embedding)
-    sources = [s for name, s in plan.parameters.items() if not (tied and name == head)]
-    sources += [s for slices in plan.experts.values() for s in slices]
-    parts = Counter((tensor, source.row) for source in sources for tensor in source.tensors)
-    uses: Counter[str] = Counter()  # a tensor used row by row is used once
-    for (tensor, row), count in parts.items():
-        uses[tensor] = max(uses[tensor], count) if row is not None else uses[tensor] + count
-    expected = set(parameters)
-    if wrong := sorted(expected ^ (plan.parameters.keys() | plan.experts.keys())):
-        state = "a source, got none"
-        if wrong[0] not in expected:
-            state = "none, as transformers has no such parameter, got a source"
-        raise AssertionError(f"{what}, parameter {wrong[0]}: expected {state}")
-    for tensor in sorted(stored | uses.keys() | plan.ignored):
-        times = uses[tensor] + (tensor in plan.ignored)
-        if tensor not in stored and uses[tensor]:
-            raise AssertionError(f"{what}: expected tensors of the checkpoint, got {tensor}")
-        if tensor in stored and times != 1:
-            raise AssertionError(
-                f"{what}, tensor {tensor}: expected to be used or ignored once, got {times} times"
-            )
 
 
 def _with_head(

@@ -18,8 +18,8 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 from ollm_conformance.checks import UNSUPPORTED, check, does_not_apply
 from ollm_conformance.compare import same_bits, same_within
 from ollm_conformance.parts.base import PartSuite, refusal
-from ollm_conformance.parts.held import process_memory
 from ollm_conformance.parts.lists import KVShape, ListKVStore
+from ollm_conformance.process_memory import process_memory
 from ollm_conformance.seeds import drawn
 from ollm_core import Attention, KVView, UnsupportedError
 

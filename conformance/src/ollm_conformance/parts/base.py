@@ -12,6 +12,7 @@ from typing import ClassVar
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 
+from ollm_conformance.compare import refused
 from ollm_conformance.seeds import run_seed
 
 
@@ -47,14 +48,9 @@ def refusal(kind: type[Exception], request: Callable[[], object], what: str) -> 
     """The one line with which `request` is refused. Raises AssertionError unless it is one of
     `kind`.
     """
-    try:
+    with refused(kind, what) as refusing:
         request()
-    except kind as error:
-        line = str(error)
-    except Exception as error:
-        raise AssertionError(f"{what}: expected {kind.__name__}, got {error!r}") from error
-    else:
-        raise AssertionError(f"{what}: expected {kind.__name__}, got no error")
+    line = str(refusing.error)
     assert "\n" not in line, f"{what}: expected one line, got {line}"
     return line
 

@@ -27,7 +27,7 @@ from ollm_conformance.parts.encoded import (
     same_pattern,
     weights,
 )
-from ollm_conformance.parts.held import SLACK, peak_grown, process_memory
+from ollm_conformance.process_memory import SLACK, peak_grown, process_memory
 from ollm_conformance.seeds import drawn
 from ollm_core import EncodedTensor, OllmError
 from ollm_core.requests import CodecRequest, WeightCodec

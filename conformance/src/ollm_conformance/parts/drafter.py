@@ -17,8 +17,8 @@ from torch import Tensor
 from ollm_conformance.checks import check, does_not_apply
 from ollm_conformance.compare import same_tokens
 from ollm_conformance.parts.base import PartSuite, nothing_left, refusal
-from ollm_conformance.parts.held import process_memory
 from ollm_conformance.parts.texts import OpenDrafter, answer, closing, random_text, texts
+from ollm_conformance.process_memory import process_memory
 from ollm_core import DoesNotFitError, DraftRequest
 from ollm_core.interfaces import Drafter, FollowsText
 from ollm_core.memory import MemoryAccount

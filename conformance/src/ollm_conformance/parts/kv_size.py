@@ -12,10 +12,10 @@ from torch import Tensor
 from ollm_conformance.checks import check, does_not_apply
 from ollm_conformance.compare import same_bits
 from ollm_conformance.parts.base import fills_memory
-from ollm_conformance.parts.held import process_memory
 from ollm_conformance.parts.kv_machine import OpenStore
 from ollm_conformance.parts.kv_suite import KVStoreSuite
 from ollm_conformance.parts.lists import KVShape
+from ollm_conformance.process_memory import process_memory
 from ollm_core import DoesNotFitError
 
 LONG = KVShape(2, 1, 8, torch.bfloat16, 16)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ollm_conformance.checks import check, does_not_apply
 from ollm_conformance.parts.base import PartSuite
-from ollm_conformance.parts.held import process_memory
+from ollm_conformance.process_memory import process_memory
 from ollm_conformance.seeds import drawn
 from ollm_core import ByteSource, TensorInfo
 from ollm_core.buffers import PAGE, aligned_buffer, as_memoryview, round_up

@@ -23,8 +23,8 @@ from ollm_conformance.parts.base import (
     refusal,
     unreadable,
 )
-from ollm_conformance.parts.held import SLACK, process_memory
 from ollm_conformance.parts.tiny_weights import NUM_UNITS, Model
+from ollm_conformance.process_memory import SLACK, process_memory
 from ollm_core import DoesNotFitError, ReadError, WeightStreamer
 from ollm_core.memory import MemoryAccount
 from ollm_core.weights.units import Units
