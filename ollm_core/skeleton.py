@@ -175,12 +175,12 @@ def _rotary_types(rotary: nn.Module, config: PreTrainedConfig, num_layers: int) 
 
 def check_paths(model: nn.Module, layout: Layout) -> None:
     """Raises PluginError for a path of the layout that leads nowhere."""
-    known = [name for name, _ in model.named_modules() if ".0" not in name]
     for part in ("embedding", "layers", "norm", "head", "rotary"):
         path = getattr(layout, part)
         try:
             model.get_submodule(path)
         except AttributeError as error:
+            known = [name for name, _ in model.named_modules() if ".0" not in name]
             close = difflib.get_close_matches(path, known, n=1)
             raise PluginError(
                 f"layout().{part} is {path!a}, and transformers' {type(model).__name__} has no "

@@ -15,7 +15,7 @@ from ollm_conformance.kinds import same_kinds
 from ollm_conformance.models import model_config
 from ollm_conformance.naming import kept_names
 from ollm_conformance.subject import Subject
-from ollm_conformance.unstated import first_difference, taken_for
+from ollm_conformance.unstated import first_difference, left_out, taken_for
 from ollm_conformance.uses import used_once
 from ollm_core import OllmError, UnsupportedError
 
@@ -39,11 +39,7 @@ class Varied(AdapterSuite):
         varied = list(_other_windows(subject.config))
         if not varied:
             does_not_apply("no key of its config decides the kinds of layers")
-        for changes in varied:
-            config = {**subject.config, **changes}
-            for key in [key for key, value in changes.items() if value is _LEFT_OUT]:
-                config.pop(key, None)
-            told = {k: "left out" if v is _LEFT_OUT else v for k, v in changes.items()}
+        for what, config in varied:
             try:
                 expected = DynamicCache(config=model_config(config))
             except Exception:  # noqa: BLE001 - transformers has no such model
@@ -54,7 +50,7 @@ class Varied(AdapterSuite):
                 declared = subject.adapter.caches(text)
             except OllmError:
                 continue
-            same_kinds(declared, expected, f"tiny_config() with {told}")
+            same_kinds(declared, expected, what)
 
     @check(
         "configs.dense-layers",
@@ -96,33 +92,31 @@ class Varied(AdapterSuite):
             assert not difference, f"tiny_config() with {key} = null: text_config(): {difference}"
 
 
-_LEFT_OUT = object()
-
-
-def _other_windows(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Changes of `config` that may change the kind or the window of a layer."""
+def _other_windows(config: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Configs that differ from `config` in what may decide the kind or the window of a layer, with
+    what was changed.
+    """
     known = model_config(config).get_text_config()
     listed = config.get("layer_types", getattr(known, "layer_types", None))
     if isinstance(listed, (list, tuple)) and len(set(listed)) > 1:
-        yield {"layer_types": [*listed[1:], listed[0]]}
-        yield {"layer_types": list(listed)[::-1]}
+        yield _changed(config, layer_types=[*listed[1:], listed[0]])
+        yield _changed(config, layer_types=list(listed)[::-1])
     if getattr(known, "sliding_window", None) is None or "sliding_window" not in config:
         return
-    flags = [None] if not hasattr(known, "use_sliding_window") else [True, False]
-    firsts = [None] if not hasattr(known, "max_window_layers") else [0, 1]
+    unlisted = left_out(config, "layer_types")
+    flags = [{"use_sliding_window": flag} for flag in (True, False)]
+    firsts = [{"max_window_layers": first} for first in (0, 1)]
     for window in _WINDOWS:
         if window is not None and listed is not None:
-            yield {"sliding_window": window}
-        for flag in flags:
-            for first in firsts:
-                changes: dict[str, Any] = {"sliding_window": window}
-                if listed is not None:
-                    changes["layer_types"] = _LEFT_OUT
-                if flag is not None:
-                    changes["use_sliding_window"] = flag
-                if first is not None:
-                    changes["max_window_layers"] = first
-                yield changes
+            yield _changed(config, sliding_window=window)
+        for flag in flags if hasattr(known, "use_sliding_window") else [{}]:
+            for first in firsts if hasattr(known, "max_window_layers") else [{}]:
+                yield _changed(unlisted, sliding_window=window, **flag, **first)
     if hasattr(known, "max_window_layers"):  # where it is left out, only deep models tell
-        deep = {"num_hidden_layers": 60, "sliding_window": 7, "use_sliding_window": True}
-        yield {**deep, "layer_types": _LEFT_OUT, "max_window_layers": _LEFT_OUT}
+        deep = left_out(unlisted, "max_window_layers")
+        yield _changed(deep, num_hidden_layers=60, sliding_window=7, use_sliding_window=True)
+
+
+def _changed(config: dict[str, Any], **changes: Any) -> tuple[str, dict[str, Any]]:
+    listed = "" if "layer_types" in {**config, **changes} else ", layer_types not listed"
+    return f"tiny_config() with {changes}{listed}", {**config, **changes}
