@@ -42,7 +42,7 @@ type: install ## mypy --strict
 	$(BIN)/mypy ollm.py ollm_core $(PACKAGES:%=%/src)
 
 test: install model lint type ## lint, types, tests, conformance of every adapter, the wheels
-	$(PYTEST) --dist worksteal -m "not gpu" --ignore tests/test_tutorial.py tests conformance/tests
+	$(PYTEST) --dist worksteal -m "not gpu" --ignore tests/docs/test_tutorial.py tests conformance/tests
 	$(PYTEST) --dist loadscope adapters --ollm-results $(RESULTS)
 	$(BIN)/ollm conformance table $(RESULTS) --check $(SUPPORT)
 	$(MAKE) template # from wheels, and the tutorial

@@ -20,18 +20,18 @@ if TYPE_CHECKING:
     from transformers import TextStreamer
 
     from ollm_core import __version__
-    from ollm_core.inference import AutoInference, Inference, file_get_contents
-    from ollm_core.loading import load
-    from ollm_core.planner import plan
-    from ollm_core.plans import Plan
+    from ollm_core.api import load
+    from ollm_core.compat import AutoInference, Inference, file_get_contents
+    from ollm_core.planning.plan import Plan
+    from ollm_core.planning.planner import plan
 
 _HOMES = {
-    "load": "ollm_core.loading",
-    "plan": "ollm_core.planner",
-    "Plan": "ollm_core.plans",
-    "Inference": "ollm_core.inference",
-    "AutoInference": "ollm_core.inference",
-    "file_get_contents": "ollm_core.inference",
+    "load": "ollm_core.api",
+    "plan": "ollm_core.planning.planner",
+    "Plan": "ollm_core.planning.plan",
+    "Inference": "ollm_core.compat",
+    "AutoInference": "ollm_core.compat",
+    "file_get_contents": "ollm_core.compat",
     "TextStreamer": "transformers",
     "__version__": "ollm_core",
 }

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ollm_core.buffers import as_memoryview
+from ollm_core.device.buffers import as_memoryview
 from ollm_core.weights.units import TORCH_DTYPES
 
 _ALIGNMENT = 64

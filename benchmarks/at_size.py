@@ -41,11 +41,11 @@ from measure import (
 )
 
 import ollm
-from ollm_core.machine import peak_process_bytes
-from ollm_core.parts import DTYPES
-from ollm_core.rates import measure_rates
-from ollm_core.registry import Registry
-from ollm_core.types import Progress
+from ollm_core.calibration.rates import measure_rates
+from ollm_core.contracts.progress import Progress
+from ollm_core.memory.host import peak_process_bytes
+from ollm_core.model.spec import DTYPES
+from ollm_core.plugins.registry import Registry
 
 HERE = Path(__file__).resolve().parent
 MODEL = "llama3-8B-chat"

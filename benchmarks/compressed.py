@@ -36,11 +36,11 @@ from measure import (
 from throttle import throttled
 
 import ollm
-from ollm_core.buffers import as_memoryview
-from ollm_core.checkpoint import open_checkpoint, read_config
-from ollm_core.convert import convert
-from ollm_core.requests import CodecRequest
-from ollm_core.weights.compressed import compressed_weights
+from ollm_core.checkpoint.safetensors import open_checkpoint, read_config
+from ollm_core.convert.compress import convert
+from ollm_core.device.buffers import as_memoryview
+from ollm_core.plugins.factories import CodecRequest
+from ollm_core.weights.formats.compressed import compressed_weights
 
 SHAPE = Shape(layers=11, vocab=16384)
 PROMPT = 16

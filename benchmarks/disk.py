@@ -20,8 +20,8 @@ from pathlib import Path
 
 from measure import checkpoint_files, drop_from_cache
 
-from ollm_core.buffers import PAGE, aligned_buffer, as_memoryview, round_up
-from ollm_core.memory import parse_size
+from ollm_core.device.buffers import PAGE, aligned_buffer, as_memoryview, round_up
+from ollm_core.memory.sizes import parse_size
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,8 +35,8 @@ from measure import checkpoint_files, environment, finish, random_prompt
 from torch import Tensor
 
 import ollm
-from ollm_core.chunks import NewTokens
-from ollm_core.registry import Registry
+from ollm_core.engine.batch import NewTokens
+from ollm_core.plugins.registry import Registry
 
 CHECKED = (1, 2, 3, 5, 9)
 PASSAGE = (

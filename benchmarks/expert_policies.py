@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from ollm_core.weights.expert_cache import ExpertShares, ExpertTier
+from ollm_core.weights.experts.policy import ExpertShares, ExpertTier
 
 Expert = tuple[int, int]
 SHARES = (0.1, 0.25, 0.5, 0.75)

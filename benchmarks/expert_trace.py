@@ -22,15 +22,15 @@ from typing import Any
 import torch
 
 import ollm
-from ollm_core.chunks import NewTokens
-from ollm_core.registry import Registry
+from ollm_core.engine.batch import NewTokens
+from ollm_core.plugins.registry import Registry
 
 TEXTS = (
     "docs/plugins.md",
-    "ollm_core/weights/tiered.py",
+    "ollm_core/weights/streamer.py",
     "LICENSE",
     "CHANGELOG.md",
-    "tests/test_prefix.py",
+    "tests/kv/disk/test_prefix_cache.py",
     "benchmarks/dialogue.txt",
 )
 

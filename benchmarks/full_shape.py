@@ -45,9 +45,9 @@ from torch import Tensor
 
 import ollm
 from ollm_conformance.models import meta_model
-from ollm_core.description import STORED_DTYPES
-from ollm_core.generation import StreamedModel
-from ollm_core.registry import Registry
+from ollm_core.checkpoint.synthetic import STORED_DTYPES
+from ollm_core.generate.causal_lm import StreamedModel
+from ollm_core.plugins.registry import Registry
 from ollm_core.weights.units import TORCH_DTYPES
 
 Stored = tuple[str, tuple[int, ...]]

@@ -37,8 +37,8 @@ from make_checkpoint import Shape, write_checkpoint
 from measure import environment, timed_generate
 
 import ollm
-from ollm_core.parts import DTYPES
-from ollm_core.planner import Planner
+from ollm_core.model.spec import DTYPES
+from ollm_core.planning.planner import Planner
 
 HERE = Path(__file__).resolve().parent
 TOLERANCE = 0.005

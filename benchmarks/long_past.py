@@ -30,8 +30,8 @@ from disk import probe
 from measure import checkpoint_files, environment, finish
 
 import ollm
-from ollm_core.chunks import NewTokens
-from ollm_core.interfaces import KVStore
+from ollm_core.contracts.kv import KVStore
+from ollm_core.engine.batch import NewTokens
 
 PIECE = 4096
 

@@ -26,9 +26,9 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2MoeConfig
 
 from ollm_core import DecoderAdapter, ParameterSource, UnsupportedError
-from ollm_core.types import Layout
+from ollm_core.contracts.model import Layout
 
-CALIBRATION = ("README.md", "CONTRIBUTING.md", "LICENSE", "ollm_core/kv/disk.py")
+CALIBRATION = ("README.md", "CONTRIBUTING.md", "LICENSE", "ollm_core/kv/disk/storage.py")
 _FLAT = 1e-3  # the router's logits are made this small: the weights of what it chooses are equal
 _ROUNDS = 12
 

@@ -25,8 +25,8 @@ import torch
 from measure import environment, finish, random_prompt, timed_generate
 
 import ollm
-from ollm_core.parts import DTYPES
-from ollm_core.rates import Rates, measure_rates
+from ollm_core.calibration.rates import Rates, measure_rates
+from ollm_core.model.spec import DTYPES
 
 MODEL = Path(__file__).resolve().parent.parent / "models" / "smollm2-135M"
 

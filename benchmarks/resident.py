@@ -27,8 +27,8 @@ from transformers import AutoModelForCausalLM
 
 import ollm
 from ollm_conformance.forms import reference_options
-from ollm_core.checkpoint import read_config
-from ollm_core.parts import DTYPES
+from ollm_core.checkpoint.safetensors import read_config
+from ollm_core.model.spec import DTYPES
 
 MODEL = Path(__file__).resolve().parent.parent / "models" / "smollm2-135M"
 PROMPT = 128

@@ -9,10 +9,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 
-from ollm_core.memory import format_size
-from ollm_core.planner import Planner
-from ollm_core.plans import Plan
-from ollm_core.rates import Rate, Rates
+from ollm_core.calibration.rates import Rate, Rates
+from ollm_core.memory.sizes import format_size
+from ollm_core.planning.plan import Plan
+from ollm_core.planning.planner import Planner
 
 ROOMY_DEVICE, ROOMY_HOST = 8 * 10**9, 32 * 10**9
 DISK, BUS, MEMORY, COMPUTE = 2e9, 12e9, 250e9, 20e12

@@ -2,14 +2,28 @@
 the file map.
 """
 
-from ollm_core.declarations import (
-    DecoderAdapter,
-    bad_config,
-    catalog_entry,
-    head_sizes,
-    read_size,
+from ollm_core.contracts.adapter import ADAPTER_API, ModelAdapter
+from ollm_core.contracts.attention import Attention, KVView
+from ollm_core.contracts.drafting import Drafter, FollowsText
+from ollm_core.contracts.kv import (
+    CacheKind,
+    KeepsPrefixes,
+    KeepsStates,
+    KVStore,
+    StateShape,
+    TierBytes,
+    TiledBlocks,
 )
-from ollm_core.declared import CAPABILITIES
+from ollm_core.contracts.model import Capability, CatalogEntry, Config, Layout
+from ollm_core.contracts.progress import Progress, Stats
+from ollm_core.contracts.tensors import (
+    EncodedTensor,
+    ParameterSource,
+    StoredForm,
+    TensorInfo,
+    WeightPlan,
+)
+from ollm_core.contracts.weights import ByteSource, WeightStreamer
 from ollm_core.errors import (
     CheckpointError,
     ConfigError,
@@ -25,39 +39,17 @@ from ollm_core.errors import (
     UnknownModelError,
     UnsupportedError,
 )
-from ollm_core.hookspecs import hookimpl
-from ollm_core.interfaces import (
-    ADAPTER_API,
-    Attention,
-    ByteSource,
-    Drafter,
-    FollowsText,
-    KeepsPrefixes,
-    KeepsStates,
-    KVStore,
-    KVView,
-    ModelAdapter,
-    TierBytes,
-    TiledBlocks,
-    WeightStreamer,
+from ollm_core.plugins.decoder import (
+    DecoderAdapter,
+    bad_config,
+    catalog_entry,
+    head_sizes,
+    read_size,
 )
-from ollm_core.requests import CodecRequest, DraftRequest, KVRequest
-from ollm_core.types import (
-    CacheKind,
-    Capability,
-    CatalogEntry,
-    Config,
-    EncodedTensor,
-    Layout,
-    ParameterSource,
-    Progress,
-    StateShape,
-    Stats,
-    StoredForm,
-    TensorInfo,
-    WeightPlan,
-)
-from ollm_core.weights.mxfp4 import mxfp4_source
+from ollm_core.plugins.factories import CodecRequest, DraftRequest, KVRequest
+from ollm_core.plugins.hookspecs import hookimpl
+from ollm_core.plugins.validation import CAPABILITIES
+from ollm_core.weights.formats.mxfp4 import mxfp4_source
 
 __version__ = "0.1.0"
 

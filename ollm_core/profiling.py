@@ -10,9 +10,9 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ollm_core.contracts.tensors import TensorInfo
+from ollm_core.contracts.weights import ByteSource
 from ollm_core.errors import InputError
-from ollm_core.interfaces import ByteSource
-from ollm_core.types import TensorInfo
 
 Span = Callable[..., AbstractContextManager[None]]
 """span(name, **numbers): a context whose length counts under `name`."""

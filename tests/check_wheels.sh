@@ -47,4 +47,4 @@ cd "$work"
 unset OLLM_LOAD_PLUGINS OMP_NUM_THREADS
 export PIP_CONSTRAINT=$root/constraints.txt
 OLLM_TUTORIAL_PIP=1 OLLM_TUTORIAL_WHOLE=olmo2 \
-    "$bin/python" -m pytest -o filterwarnings= "$root/tests/test_tutorial.py" -k "not Granite and not Gemma"
+    "$bin/python" -m pytest -o filterwarnings= "$root/tests/docs/test_tutorial.py" -k "not Granite and not Gemma"

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import torch
 
-from ollm_core.bus import Bus
+from ollm_core.device.transfer import Bus
 
 CPU = torch.device("cpu")
 

@@ -13,71 +13,25 @@ import ollm_core
 
 ROOT = Path(ollm_core.__file__).parent
 ORDER = [
-    {
-        "errors",
-        "types",
-        "buffers",
-        "host_memory",
-        "draft_gate",
-        "untrusted_json",
-        "user_files",
-        "scratch",
-        "options",
-    },
-    {"what_is_there"},
-    {
-        "interfaces",
-        "closing",
-        "memory",
-        "machine",
-        "allocator",
-        "budgets",
-        "parking",
-        "bus",
-        "upload",
-    },
-    {
-        "declarations",
-        "declared",
-        "checkpoint",
-        "description",
-        "requests",
-        "hookspecs",
-        "plugins",
-        "registry",
-        "kv",
-        "attention",
-        "mlp",
-        "tracing",
-        "profiling",
-        "chunks",
-        "ambient",
-        "finite",
-        "padding",
-        "arguments",
-        "loss",
-        "surface",
-    },
-    {"hub", "gguf", "gguf_import", "text", "weights", "skeleton", "outside", "drafts", "calls"},
-    {"identity", "workspace", "cache", "pressure", "disk_rates", "attention_rates"},
-    {"admission", "stores"},
-    {"engine", "parts"},
-    {"rehearsal", "rates", "draft_room", "convert"},
-    {"estimate", "plans"},
-    {"question"},
-    {"planner"},
-    {"run_stats", "generation_hooks"},
-    {"generation"},
-    {"opening"},
-    {"draft_model"},
-    {"loading"},
-    {"inference", "cli"},
+    {"errors", "options"},
+    {"files", "memory"},
+    {"contracts", "profiling"},
+    {"device"},
+    {"plugins", "kv"},
+    {"checkpoint", "attention", "text"},
+    {"weights"},
+    {"model", "calibration", "engine"},
+    {"planning", "convert"},
+    {"drafting", "generate", "loader"},
+    {"api"},
+    {"compat"},
+    {"cli"},
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 
 
 def imported(path):
-    """Top-level parts of ollm_core that a file imports, and any adapter."""
+    """Folders, and modules beside them, that a file imports."""
     for node in ast.walk(ast.parse(path.read_text())):
         names = []
         if isinstance(node, ast.ImportFrom) and node.module:

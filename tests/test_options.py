@@ -11,8 +11,8 @@ import torch
 
 import ollm
 from ollm_core import DeviceError, InputError
-from ollm_core.machine import pick_device, planned_device
-from ollm_core.memory import parse_size
+from ollm_core.device.select import pick_device, planned_device
+from ollm_core.memory.sizes import parse_size
 from ollm_core.options import count, device_name, dtype_name
 
 

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import ollm
 from ollm_conformance.new_adapter import TEMPLATE
-from ollm_core.registry import Registry
+from ollm_core.plugins.registry import Registry
 
 ROOT = Path(__file__).parents[1]
 LONGEST = {

@@ -25,8 +25,8 @@ from full_shape import (
 )
 
 from gpu_parts.work import Work
-from ollm_core.registry import Registry
-from ollm_core.types import DTYPE_BYTES
+from ollm_core.contracts.tensors import DTYPE_BYTES
+from ollm_core.plugins.registry import Registry
 
 LLAMA = Family("llama3-8B-chat")
 _WRITERS = 4  # one thread copies into the page cache at a fraction of the disk's rate

@@ -12,9 +12,9 @@ from gpu_parts.checkpoints import LLAMA, cut, llama
 from gpu_parts.runs import disk_limit, fault_of, measured, share, told_of
 from gpu_parts.work import OutOfTime, Tell, Work
 from ollm_core import OllmError
-from ollm_core.attention import ATTENTIONS
-from ollm_core.plugins import KINDS
-from ollm_core.registry import Registry
+from ollm_core.attention.select import ATTENTIONS
+from ollm_core.plugins.loader import KINDS
+from ollm_core.plugins.registry import Registry
 
 _LAYERS = 6
 _ENGINES = "ollm_reading_engines"

@@ -13,7 +13,7 @@ from gpu_parts.checkpoints import Checkpoint, experts, remove
 from gpu_parts.runs import disk_limit, fault_of, measured, planned, prompt_of, share, told_of
 from gpu_parts.work import OutOfTime, Tell, Work
 from ollm_conformance.subject import Reference
-from ollm_core.plans import Plan
+from ollm_core.planning.plan import Plan
 
 _LAYERS = 4
 _PART = 0.1  # of the checkpoint's bytes may be held beside what must be

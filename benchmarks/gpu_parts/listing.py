@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ollm_core.registry import Registry
+from ollm_core.plugins.registry import Registry
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ import torch
 from measure import environment
 
 from gpu_parts.work import Tell, Work
-from ollm_core.registry import Registry
+from ollm_core.plugins.registry import Registry
 
 
 def run(work: Work, tell: Tell, _: str = "") -> None:

@@ -17,10 +17,10 @@ from gpu_parts.peaks import Peaks, as_planned, over_budget
 from gpu_parts.work import OutOfTime, Tell, Work
 from ollm_conformance.models import DTYPES
 from ollm_conformance.subject import CHUNK, Reference, Subject
-from ollm_core.generation import StreamedModel
-from ollm_core.planner import Planner
-from ollm_core.plans import Plan
-from ollm_core.registry import Registry, supports
+from ollm_core.generate.causal_lm import StreamedModel
+from ollm_core.planning.plan import Plan
+from ollm_core.planning.planner import Planner
+from ollm_core.plugins.registry import Registry, supports
 
 _ROOMY = 10**9
 

@@ -9,8 +9,8 @@ from typing import Any, Self
 from measure import PeakAnonymousMemory
 
 from ollm_conformance.card import CardPeak
-from ollm_core.generation import StreamedModel
-from ollm_core.plans import Plan
+from ollm_core.generate.causal_lm import StreamedModel
+from ollm_core.planning.plan import Plan
 
 
 class Peaks:

@@ -14,11 +14,11 @@ import ollm
 from gpu_parts.checkpoints import Checkpoint
 from gpu_parts.peaks import Peaks, as_planned, over_budget, ratio
 from gpu_parts.work import Work
-from ollm_core.generation import StreamedModel
-from ollm_core.planner import Planner
-from ollm_core.plans import Plan
+from ollm_core.contracts.progress import Stats
+from ollm_core.generate.causal_lm import StreamedModel
+from ollm_core.planning.plan import Plan
+from ollm_core.planning.planner import Planner
 from ollm_core.profiling import Profile
-from ollm_core.types import Stats
 
 _PROBE_BYTES = 2_000_000_000
 _GENERATE_BYTES = 64  # for a token of prompt: its id, masks and positions, some of them twice

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from gpu_parts.work import OutOfTime, Tell, Work
-from ollm_core.parts import DTYPES
-from ollm_core.rates import least_seconds, measure_rates, measured_readers
+from ollm_core.calibration.rates import least_seconds, measure_rates, measured_readers
+from ollm_core.model.spec import DTYPES
 
 _BUS_BYTES = 256 << 20
 

@@ -12,7 +12,8 @@ from broken import BrokenPart
 
 from ollm_conformance import DrafterConformance
 from ollm_core import DoesNotFitError
-from ollm_core.interfaces import Closing, FollowsText
+from ollm_core.contracts.closing import Closing
+from ollm_core.contracts.drafting import FollowsText
 
 
 class Echo:

@@ -16,12 +16,12 @@ from broken import broken_adapter
 import ollm
 from ollm_adapter_llama import LlamaAdapter
 from ollm_adapter_qwen3_next import Qwen3NextAdapter
-from ollm_core.buffers import PAGE
-from ollm_core.checkpoint import open_checkpoint, read_config
+from ollm_core.checkpoint.safetensors import open_checkpoint, read_config
+from ollm_core.device.buffers import PAGE
 from ollm_core.errors import DamagedKVError, KVStoreError
-from ollm_core.identity import identity
-from ollm_core.kv import KeepingKVStore
-from ollm_core.kv.files import MAGIC, read_header
+from ollm_core.kv.disk.layer_file import MAGIC, read_header
+from ollm_core.kv.disk.prefix_cache import KeepingKVStore
+from ollm_core.model.fingerprint import identity
 
 
 def with_store(change):

@@ -12,7 +12,8 @@ import torch
 from broken import BrokenPart
 from broken_kv_stores import disk_suite_of, suite_of
 
-from ollm_core.kv import DeviceKVStore, DiskKVStore
+from ollm_core.kv.disk.storage import DiskKVStore
+from ollm_core.kv.in_memory import DeviceKVStore
 
 
 class BlockNumbersInAByte(DeviceKVStore):

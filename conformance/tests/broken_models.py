@@ -19,9 +19,9 @@ from families import Granite, Limited, Qwen3Moe
 import ollm
 from ollm_adapter_llama import LlamaAdapter
 from ollm_core import ReadError
-from ollm_core.checkpoint import open_checkpoint
-from ollm_core.outside import OutsideLayers
-from ollm_core.registry import Registry
+from ollm_core.checkpoint.safetensors import open_checkpoint
+from ollm_core.model.outside_layers import OutsideLayers
+from ollm_core.plugins.registry import Registry
 
 _ONLY = {}
 

@@ -9,7 +9,7 @@ from families import Qwen3Moe
 
 import ollm
 from ollm_adapter_llama import LlamaAdapter
-from ollm_core.rehearsal import Rehearsal
+from ollm_core.planning.dry_run import Rehearsal
 
 
 class KVForgotten(Rehearsal):

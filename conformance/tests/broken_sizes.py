@@ -15,8 +15,9 @@ from families import GptOss, GraniteOne, GraniteSmall, Qwen3
 import ollm
 from ollm_adapter_llama import LlamaAdapter
 from ollm_adapter_qwen3_next import Qwen3NextAdapter
-from ollm_core import KVStoreError, calls
-from ollm_core.attention import find_attention
+from ollm_core import KVStoreError
+from ollm_core.attention.select import find_attention
+from ollm_core.engine import layer_call
 
 
 def _with_positions(change):
@@ -40,7 +41,9 @@ def _with_attention(change, only="blockwise"):
         real = model.engine._run
 
         def run(*parts):
-            with patch.object(calls, "find_attention", lambda *of: change(find_attention(*of))):
+            with patch.object(
+                layer_call, "find_attention", lambda *of: change(find_attention(*of))
+            ):
                 return real(*parts)
 
         if options.get("attention") == only:

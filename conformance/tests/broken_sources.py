@@ -14,8 +14,8 @@ from broken import BrokenPart
 
 from ollm_conformance import ByteSourceConformance
 from ollm_core import ByteSource, ReadError
-from ollm_core.buffers import PAGE, round_up
-from ollm_core.weights.sources import DirectSource
+from ollm_core.device.buffers import PAGE, round_up
+from ollm_core.weights.sources.posix import DirectSource
 
 
 class PlainSource(ByteSource):

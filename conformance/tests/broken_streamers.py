@@ -13,9 +13,9 @@ from broken import BrokenPart
 
 from ollm_conformance import WeightStreamerConformance
 from ollm_core import ReadError, WeightStreamer
-from ollm_core.memory import MemoryAccount
-from ollm_core.weights.sources import open_source
-from ollm_core.weights.tiered import TieredWeights
+from ollm_core.memory.accounts import MemoryAccount
+from ollm_core.weights.sources.posix import open_source
+from ollm_core.weights.streamer import TieredWeights
 
 
 class Wrapped(WeightStreamer):

@@ -20,13 +20,15 @@ from ollm_adapter_qwen3_next import Qwen3NextAdapter
 from ollm_core import CheckpointError, DecoderAdapter, ParameterSource, mxfp4_source
 from ollm_core.attention.blockwise import BlockwiseAttention
 from ollm_core.attention.kernels import CpuFlash
-from ollm_core.calls import LayerCall
-from ollm_core.checkpoint import check_unchanged
-from ollm_core.generation import StreamedModel
-from ollm_core.identity import identity
-from ollm_core.kv import DiskKVStore, HybridKVStore, KeepingKVStore
-from ollm_core.kv.blocks import BlockKVStore
-from ollm_core.kv.memory import MemoryStorage
+from ollm_core.checkpoint.safetensors import check_unchanged
+from ollm_core.engine.layer_call import LayerCall
+from ollm_core.generate.causal_lm import StreamedModel
+from ollm_core.kv.block_table import BlockKVStore
+from ollm_core.kv.disk.prefix_cache import KeepingKVStore
+from ollm_core.kv.disk.storage import DiskKVStore
+from ollm_core.kv.in_memory import MemoryStorage
+from ollm_core.kv.recurrent.hybrid import HybridKVStore
+from ollm_core.model.fingerprint import identity
 
 # Adapters.
 

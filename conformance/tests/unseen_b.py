@@ -15,7 +15,8 @@ from transformers import GenerationConfig
 import ollm
 from ollm_adapter_llama import LlamaAdapter
 from ollm_adapter_qwen3_next import Qwen3NextAdapter
-from ollm_core import StateShape, calls
+from ollm_core import StateShape
+from ollm_core.engine import layer_call
 
 
 # Hurts: a Qwen3 of 36 layers with windows whose config.json leaves max_window_layers out: layers 24
@@ -281,7 +282,7 @@ def kept_by_config_alone(*args, **options):
 # block-wise attention of one token takes one over the root of the head's size.
 def usual_scale_of_one_token(*args, **options):
     model = ollm.load(*args, **options)
-    run, find = model.engine.run, calls.find_attention
+    run, find = model.engine.run, layer_call.find_attention
 
     def found(name, device):
         attend = find(name, device)
@@ -294,11 +295,11 @@ def usual_scale_of_one_token(*args, **options):
         return attend if name == "exact" else attention
 
     def running(store, work):
-        calls.find_attention = found
+        layer_call.find_attention = found
         try:
             return run(store, work)
         finally:
-            calls.find_attention = find
+            layer_call.find_attention = find
 
     model.engine.run = running
     return model

@@ -23,8 +23,9 @@ from ollm_core.attention.kernels import (
     torch_flash,
 )
 from ollm_core.attention.options import CARRIED
+from ollm_core.contracts.attention import KVView
+from ollm_core.contracts.kv import TiledBlocks
 from ollm_core.errors import UnsupportedError
-from ollm_core.interfaces import KVView, TiledBlocks
 
 _TILE = 256  # tokens that are attended to together where a mask is made for them
 _FLASH_CAPABILITY = (8, 0)  # of a CUDA device

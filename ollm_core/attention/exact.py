@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from ollm_core.attention.options import CARRIED
+from ollm_core.contracts.attention import KVView
 from ollm_core.errors import UnsupportedError
-from ollm_core.interfaces import KVView
 
 
 def exact_attention(

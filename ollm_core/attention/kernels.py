@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ollm_core.buffers import round_up
+from ollm_core.device.buffers import round_up
 
 HALF = frozenset({torch.float16, torch.bfloat16})
 _UNPACKED = 23  # queries of a head; for more, torch on a CPU looks at the number of heads in all

@@ -12,10 +12,10 @@ import click
 
 from ollm_core.cli.output import debug_option, json_option, print_json, print_table, user_path
 from ollm_core.errors import InputError, KVStoreError
-from ollm_core.memory import format_size
+from ollm_core.memory.sizes import format_size
 
 if TYPE_CHECKING:
-    from ollm_core.kv.inventory import Kept
+    from ollm_core.kv.disk.admin import Kept
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -63,7 +63,7 @@ def list_(kv_dir: Path, as_json: bool) -> None:
 @debug_option
 def verify(kv_dir: Path, as_json: bool) -> None:
     """Read every kept block and compare it with its checksum. Exit code 1 if one is damaged."""
-    from ollm_core.kv.inventory import verify as verify_one
+    from ollm_core.kv.disk.admin import verify as verify_one
 
     kept, _ = _kept(kv_dir)
     wrong = {id(one): verify_one(one) for one in kept}
@@ -84,8 +84,8 @@ def verify(kv_dir: Path, as_json: bool) -> None:
 @debug_option
 def remove(prefix_id: str | None, everything: bool, kv_dir: Path, as_json: bool) -> None:
     """Remove the kept prefix whose id begins with ID, or all. Other files are left alone."""
-    from ollm_core.kv.inventory import pick, remove_empty
-    from ollm_core.kv.inventory import remove as remove_kept
+    from ollm_core.kv.disk.admin import pick, remove_empty
+    from ollm_core.kv.disk.admin import remove as remove_kept
 
     if (prefix_id is None) != everything:
         raise click.UsageError("give either an ID or --all")
@@ -106,7 +106,7 @@ def remove(prefix_id: str | None, everything: bool, kv_dir: Path, as_json: bool)
 
 
 def _kept(kv_dir: Path) -> tuple[list[Kept], list[Path]]:
-    from ollm_core.kv.inventory import list_kept
+    from ollm_core.kv.disk.admin import list_kept
 
     if not os.path.isdir(kv_dir):
         raise InputError(f"{kv_dir} is not a directory")

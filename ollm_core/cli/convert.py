@@ -10,17 +10,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ollm_core.cli.output import (
-    debug_option,
-    json_option,
-    models_dir_option,
-    print_json,
-    user_path,
-)
-from ollm_core.memory import format_size
+from ollm_core.cli.output import debug_option, json_option, models_dir_option, print_json, user_path
+from ollm_core.memory.sizes import format_size
 
 if TYPE_CHECKING:
-    from ollm_core.convert import Converting
+    from ollm_core.convert.compress import Converting
 
 
 @click.command()
@@ -41,10 +35,10 @@ def convert(model: str, out: Path, models_dir: str | None, as_json: bool) -> Non
     A third less is read from the disk, for work of the CPU: it pays where the disk is slow. The
     original is only read. What was interrupted goes on with the files that are missing.
     """
-    from ollm_core.convert import convert
-    from ollm_core.hub import resolve
-    from ollm_core.registry import Registry
-    from ollm_core.user_files import check_writable_directory
+    from ollm_core.checkpoint.hub import resolve
+    from ollm_core.convert.compress import convert
+    from ollm_core.files.paths import check_writable_directory
+    from ollm_core.plugins.registry import Registry
 
     registry = Registry.discover()
     directory = resolve(model, registry, models_dir)

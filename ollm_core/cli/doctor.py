@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from ollm_core.cli.output import debug_option, json_option, models_dir_option, print_json
-from ollm_core.memory import format_size
+from ollm_core.memory.sizes import format_size
 
 
 @click.command()
@@ -22,17 +22,17 @@ from ollm_core.memory import format_size
 @debug_option
 def doctor(device: str, dtype: str, models_dir: str | None, as_json: bool) -> None:
     """Measure the disk that models lie on, and the device; `ollm plan` then goes by that."""
-    from ollm_core.budgets import DEFAULTS, default_budgets
-    from ollm_core.hub import models_root
-    from ollm_core.machine import pick_device
-    from ollm_core.parts import DTYPES
-    from ollm_core.rates import (
+    from ollm_core.calibration.rates import (
         as_fields,
         measure_rates,
         measured_attention,
         measured_readers,
         rates_file,
     )
+    from ollm_core.checkpoint.hub import models_root
+    from ollm_core.device.select import pick_device
+    from ollm_core.memory.budgets import DEFAULTS, default_budgets
+    from ollm_core.model.spec import DTYPES
 
     target = pick_device(device)
     root = models_root(models_dir)

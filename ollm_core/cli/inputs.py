@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ollm_core.cli.output import STDIN
 from ollm_core.errors import InputError
-from ollm_core.memory import format_size
+from ollm_core.memory.sizes import format_size
 
 MAX_BYTES = 100_000_000
 """Of a text: more than any model has positions for. A device never ends."""

@@ -18,10 +18,10 @@ from ollm_core.cli.output import (
     print_table,
     user_path,
 )
-from ollm_core.memory import format_size
+from ollm_core.memory.sizes import format_size
 
 if TYPE_CHECKING:
-    from ollm_core.registry import PluginInfo
+    from ollm_core.plugins.registry import PluginInfo
 
 
 @click.command("list-models")
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 @debug_option
 def list_models(models_dir: str | None, as_json: bool) -> None:
     """Show every model that the installed adapters offer."""
-    from ollm_core.hub import is_on_disk, local_path
-    from ollm_core.registry import Registry, limits
+    from ollm_core.checkpoint.hub import is_on_disk, local_path
+    from ollm_core.plugins.registry import Registry, limits
 
     rows = [("ID", "ADAPTER", "DISTRIBUTION", "PARAMETERS", "SIZE", "ON DISK", "WITHOUT")]
     models = []
@@ -70,9 +70,9 @@ def list_models(models_dir: str | None, as_json: bool) -> None:
 @debug_option
 def plugins(as_json: bool) -> None:
     """Show the installed plugins, what each brings, and why one failed to load."""
-    from ollm_core.interfaces import ADAPTER_API
-    from ollm_core.plugins import KINDS
-    from ollm_core.registry import Registry
+    from ollm_core.contracts.adapter import ADAPTER_API
+    from ollm_core.plugins.loader import KINDS
+    from ollm_core.plugins.registry import Registry
 
     found = Registry.discover().plugins
     if as_json:
@@ -90,7 +90,7 @@ def plugins(as_json: bool) -> None:
 
 def _fields(plugin: PluginInfo) -> dict[str, object]:
     """One plugin as JSON shows it."""
-    from ollm_core.plugins import KINDS
+    from ollm_core.plugins.loader import KINDS
 
     return {
         "name": plugin.name,
@@ -121,8 +121,8 @@ def _fields(plugin: PluginInfo) -> dict[str, object]:
 @debug_option
 def pull(model_id: str, models_dir: str | None, force: bool, as_json: bool) -> None:
     """Fetch the model ID from the hub. What was interrupted goes on where it stopped."""
-    from ollm_core import hub
-    from ollm_core.registry import Registry
+    from ollm_core.checkpoint import hub
+    from ollm_core.plugins.registry import Registry
 
     _, entry = Registry.discover().find(model_id)
     path = hub.pull(entry, models_dir, force=force, progress=sys.stderr.isatty())
@@ -161,8 +161,8 @@ def import_(
     as_json: bool,
 ) -> None:
     """Make a safetensors model from a GGUF file. Quantised weights are unpacked."""
-    from ollm_core.gguf_import import import_gguf
-    from ollm_core.hub import models_root
+    from ollm_core.checkpoint.hub import models_root
+    from ollm_core.convert.gguf.importer import import_gguf
 
     out = out or models_root(models_dir) / gguf_file.stem
     show = sys.stderr.isatty() or context.ensure_object(dict).get("debug")

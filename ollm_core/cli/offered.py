@@ -9,11 +9,11 @@ import click
 
 from ollm_core.cli.output import Command
 from ollm_core.errors import OllmError, PluginError
-from ollm_core.plugins import KINDS
+from ollm_core.plugins.loader import KINDS
 
 if TYPE_CHECKING:
-    from ollm_core.plugins import Offer
-    from ollm_core.registry import Registry
+    from ollm_core.plugins.loader import Offer
+    from ollm_core.plugins.registry import Registry
 
 _HOOK = "ollm_commands"
 _ELSEWHERE = {"adapter": "ollm-conformance", "conformance": "ollm-conformance"}
@@ -101,6 +101,6 @@ class _Broken(click.Command):
 
 
 def _registry() -> Registry:
-    from ollm_core.registry import Registry
+    from ollm_core.plugins.registry import Registry
 
     return Registry.discover()

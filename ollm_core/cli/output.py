@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 
 import click
 
-from ollm_core.budgets import DEFAULTS
-from ollm_core.user_files import absolute
+from ollm_core.files.paths import absolute
+from ollm_core.memory.budgets import DEFAULTS
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 

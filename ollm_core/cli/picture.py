@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ollm_core.errors import InputError
-from ollm_core.memory import format_size
+from ollm_core.memory.sizes import format_size
 
 if TYPE_CHECKING:
-    from ollm_core.plans import Plan
+    from ollm_core.planning.plan import Plan
 
 FORMATS = (".png", ".svg", ".pdf")
 

@@ -22,12 +22,12 @@ from ollm_core.cli.output import (
 from ollm_core.cli.picture import check_path, save
 from ollm_core.cli.timeline import draw
 from ollm_core.errors import DoesNotFitError
-from ollm_core.memory import format_size
+from ollm_core.memory.sizes import format_size
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from ollm_core.plans import Plan
+    from ollm_core.planning.plan import Plan
 
 KINDS = {
     "weights": "norm, rotary, buffers for a layer",
@@ -86,7 +86,7 @@ def plan(model: str, as_json: bool, plot: str | None, **options: Any) -> None:
 
     MODEL is an id, a directory, or a lone config.json: no weights are needed, and no such device.
     """
-    from ollm_core import planner
+    from ollm_core.planning import planner
 
     picture = Path(plot) if plot not in (None, _TERMINAL) else None
     if picture:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ollm_core.memory import format_size
+from ollm_core.memory.sizes import format_size
 from ollm_core.profiling import READING
 
 if TYPE_CHECKING:
+    from ollm_core.contracts.progress import Stats
     from ollm_core.profiling import Profile, Total
-    from ollm_core.types import Stats
 
 PASSES = ("prefill", "decode")
 """Outermost spans of the thread that computes."""

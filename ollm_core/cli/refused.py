@@ -28,7 +28,7 @@ def what_would_do(
     """The smallest memory for the whole run, and the largest context in the memory that there is,
     as `ollm plan` finds them. Empty if the plan knows of nothing, as with a plugin's parts.
     """
-    from ollm_core.planner import plan
+    from ollm_core.planning.planner import plan
 
     try:
         found = plan(

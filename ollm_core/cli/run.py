@@ -29,13 +29,13 @@ from ollm_core.cli.refused import PLANNED, what_would_do
 from ollm_core.cli.streaming import ProgressBar, TextStream
 from ollm_core.cli.waiting import wait_asleep_beside_others
 from ollm_core.errors import DoesNotFitError, InputError
-from ollm_core.memory import format_size
-from ollm_core.user_files import check_writable_file
+from ollm_core.files.paths import check_writable_file
+from ollm_core.memory.sizes import format_size
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ollm_core.types import Stats
+    from ollm_core.contracts.progress import Stats
 
 _LOADING = [
     *PLANNED,
@@ -146,7 +146,7 @@ def run(
     progress = ProgressBar(Path(model).name)
     prompt_ids: Tensor | None = None
     try:
-        from ollm_core.loading import load
+        from ollm_core.api import load
         from ollm_core.profiling import Profile
         from ollm_core.text.generation_config import for_run
 

@@ -16,13 +16,13 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from ollm_core.interfaces import Closing
+from ollm_core.contracts.closing import Closing
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _PATIENCE_SECONDS = 10.0
 """A signal that comes so soon after the one that is being obeyed is one too many."""
 _AGAIN_SECONDS = 0.01
-_OPENS = "ollm_core.loading"
+_OPENS = "ollm_core.api"
 """Before this module is there, a verb that is importing has nothing open, and need not be waited
 for.
 """

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ollm_core.memory import format_size
+from ollm_core.contracts.progress import Progress
+from ollm_core.memory.sizes import format_size
 from ollm_core.text.detokenizer import Detokenizer
-from ollm_core.types import Progress
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from ollm_core.memory import format_size
+from ollm_core.memory.sizes import format_size
 
 if TYPE_CHECKING:
-    from ollm_core.rehearsal import Moment
+    from ollm_core.planning.dry_run import Moment
 
 _MARKS = "#=+-:*o%.@"
 _MAX_ROWS = 16

@@ -18,7 +18,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 from ollm_core.errors import InputError
-from ollm_core.untrusted_json import show
+from ollm_core.files.untrusted_json import show
 
 _PRIVATE_USE = [*range(0xF0000, 0xFFFFE), *range(0x100000, 0x10FFFE)]
 _ALLOWED = "--allow-special-tokens reads them as the control tokens that they spell"

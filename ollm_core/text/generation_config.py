@@ -15,9 +15,9 @@ from typing import Any
 
 from transformers import GenerationConfig
 
-from ollm_core.checkpoint import read_small
+from ollm_core.checkpoint.safetensors import read_small
 from ollm_core.errors import ConfigError
-from ollm_core.untrusted_json import parse_object, show
+from ollm_core.files.untrusted_json import parse_object, show
 
 FILE = "generation_config.json"
 MAX_BYTES = 1 << 20

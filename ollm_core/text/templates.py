@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from ollm_core.errors import ConfigError, OllmError
+from ollm_core.files.untrusted_json import parse_object, show
 from ollm_core.text import template_process
-from ollm_core.untrusted_json import parse_object, show
 
 Message = Mapping[str, str]
 """`role` and `content`."""

@@ -10,9 +10,9 @@ from typing import Any
 import transformers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from ollm_core.checkpoint import MAX_CONFIG_BYTES, read_small
+from ollm_core.checkpoint.safetensors import MAX_CONFIG_BYTES, read_small
 from ollm_core.errors import ConfigError
-from ollm_core.untrusted_json import parse_object, show
+from ollm_core.files.untrusted_json import parse_object, show
 
 MAX_VOCABULARY_BYTES = 64 << 20
 """Of each file with a vocabulary; the largest known has 33 MB."""

@@ -12,10 +12,11 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
-from ollm_core.buffers import ALIGNMENT, round_up
-from ollm_core.declared import told
+from ollm_core.contracts.model import Layout
+from ollm_core.contracts.tensors import ParameterSource, TensorInfo, WeightPlan
+from ollm_core.device.buffers import ALIGNMENT, round_up
 from ollm_core.errors import CheckpointError, OllmError, PluginError, one_line
-from ollm_core.types import Layout, ParameterSource, TensorInfo, WeightPlan
+from ollm_core.plugins.validation import told
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,

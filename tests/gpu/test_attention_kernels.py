@@ -13,10 +13,12 @@ import ollm
 from ollm_core import CacheKind, InputError, KVView
 from ollm_core.attention.blockwise import BlockwiseAttention, kernels_on
 from ollm_core.attention.kernels import Products
-from ollm_core.attention_rates import flash_works, measure_attention, trial
-from ollm_core.kv import DeviceKVStore, KVGeometry
-from ollm_core.memory import MemoryAccount
-from ollm_core.tracing import traced_peak
+from ollm_core.attention.trial import flash_works, trial
+from ollm_core.calibration.attention import measure_attention
+from ollm_core.kv.block_storage import KVGeometry
+from ollm_core.kv.in_memory import DeviceKVStore
+from ollm_core.memory.accounts import MemoryAccount
+from ollm_core.memory.tracker import traced_peak
 
 pytestmark = [
     pytest.mark.gpu,

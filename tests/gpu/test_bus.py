@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ollm_core.bus import CudaBus
-from ollm_core.upload import Upload
+from ollm_core.device.transfer import CudaBus
+from ollm_core.device.upload import Upload
 
 pytestmark = [
     pytest.mark.gpu,

@@ -9,8 +9,8 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from ollm_conformance.compare import same_tokens
 from ollm_conformance.models import DTYPES
 from ollm_conformance.subject import CHUNK, Reference, Subject, greedy
-from ollm_core.registry import Registry
-from ollm_core.weights.mxfp4 import dequantize_mxfp4
+from ollm_core.plugins.registry import Registry
+from ollm_core.weights.formats.mxfp4 import dequantize_mxfp4
 
 pytestmark = pytest.mark.gpu
 FAMILIES = ["gpt-oss", "qwen3-next"]

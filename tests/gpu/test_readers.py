@@ -9,7 +9,7 @@ import torch
 
 import ollm
 from ollm_conformance import ByteSourceConformance
-from ollm_core.weights.kvikio_source import KvikioSource
+from ollm_core.weights.sources.kvikio import KvikioSource
 
 _HERE = torch.cuda.is_available() and importlib.util.find_spec("kvikio") is not None
 

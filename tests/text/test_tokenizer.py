@@ -12,7 +12,7 @@ import pytest
 import ollm
 from ollm_core import ConfigError, InputError
 from ollm_core.cli.main import main
-from ollm_core.gguf_import import import_gguf
+from ollm_core.convert.gguf.importer import import_gguf
 from ollm_core.text.tokenizer import MAX_VOCABULARY_BYTES, open_tokenizer
 
 CANARY = """

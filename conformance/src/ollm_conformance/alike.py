@@ -13,7 +13,7 @@ from ollm_conformance.compare import same_bits
 from ollm_conformance.kinds import same_kinds
 from ollm_conformance.subject import Reference, Subject
 from ollm_core import Config
-from ollm_core.generation import StreamedModel
+from ollm_core.generate.causal_lm import StreamedModel
 
 _PROMPT = 50
 _STEPS = 3

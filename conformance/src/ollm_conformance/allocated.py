@@ -12,8 +12,8 @@ from types import FrameType
 
 import torch
 
-from ollm_core.parking import host_like
-from ollm_core.tracing import AllocationTracker
+from ollm_core.device.offload import host_like
+from ollm_core.memory.tracker import AllocationTracker
 
 _STORES = "ollm_core.kv."
 _DEPTH = 12  # frames between an allocation and what asked for it

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ollm_core import Layout
-from ollm_core.generation import StreamedModel
+from ollm_core.generate.causal_lm import StreamedModel
 
 
 def bound_parameters(model: StreamedModel, layout: Layout) -> Iterator[tuple[str, Tensor]]:

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from ollm_core import ReadError
-from ollm_core.generation import StreamedModel
-from ollm_core.types import Progress
+from ollm_core.contracts.progress import Progress
+from ollm_core.generate.causal_lm import StreamedModel
 
 
 def interrupt_at(part: float, num_before: int = 0) -> Callable[[Progress], None]:

@@ -13,7 +13,7 @@ import click
 
 from ollm_conformance.results import Result, merged, read_json, support_table
 from ollm_core import InputError, OllmError, UnknownModelError
-from ollm_core.registry import Registry
+from ollm_core.plugins.registry import Registry
 
 
 class ConformanceError(OllmError):

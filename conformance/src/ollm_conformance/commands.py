@@ -10,7 +10,7 @@ from ollm_core import hookimpl
 if TYPE_CHECKING:
     import click
 
-    from ollm_core.requests import CommandFactory
+    from ollm_core.plugins.factories import CommandFactory
 
 
 @hookimpl

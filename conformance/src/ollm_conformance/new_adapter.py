@@ -18,7 +18,7 @@ import click
 
 from ollm_conformance import __version__
 from ollm_core import InputError
-from ollm_core.user_files import absolute
+from ollm_core.files.paths import absolute
 
 TEMPLATE = Path(__file__).with_name("template")
 PUBLISHED = {"_src_path": "gh:ollm-core/ollm-core", "_commit": f"v{__version__}"}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from ollm_core import InputError
-from ollm_core.untrusted_json import parse_object
+from ollm_core.files.untrusted_json import parse_object
 
 Outcome = Literal["passed", "failed", "expected failure", "unsupported", "does not apply"]
 _WORST: tuple[Outcome, ...] = (

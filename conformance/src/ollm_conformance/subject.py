@@ -24,13 +24,13 @@ from ollm_conformance.forms import reference_options
 from ollm_conformance.models import DTYPES, model_config, write_random
 from ollm_conformance.seeds import drawn
 from ollm_core import Config, DoesNotFitError, ModelAdapter
-from ollm_core.cache import SequenceCache
-from ollm_core.checkpoint import open_checkpoint, read_config
-from ollm_core.generation import StreamedModel
-from ollm_core.parts import ModelParts, take_apart
-from ollm_core.registry import Registry, supports
-from ollm_core.rehearsal import Rehearsal
-from ollm_core.types import DTYPE_BYTES
+from ollm_core.checkpoint.safetensors import open_checkpoint, read_config
+from ollm_core.contracts.tensors import DTYPE_BYTES
+from ollm_core.generate.cache import SequenceCache
+from ollm_core.generate.causal_lm import StreamedModel
+from ollm_core.model.spec import ModelParts, take_apart
+from ollm_core.planning.dry_run import Rehearsal
+from ollm_core.plugins.registry import Registry, supports
 
 CHUNK = 96
 """Tokens of a chunk in most checks: no divisor and no multiple of a KV block."""

@@ -15,11 +15,18 @@ from ollm_conformance.models import meta_model
 from ollm_conformance.naming import kept_names
 from ollm_conformance.subject import Subject
 from ollm_core import Config, ModelAdapter, OllmError, PluginError
-from ollm_core.declared import adapter_name, kinds_of, layout_of, plan_of, text_config_of, told
-from ollm_core.generation import StreamedModel
-from ollm_core.parts import ModelParts
-from ollm_core.registry import Registry, supports
-from ollm_core.rehearsal import Rehearsal
+from ollm_core.generate.causal_lm import StreamedModel
+from ollm_core.model.spec import ModelParts
+from ollm_core.planning.dry_run import Rehearsal
+from ollm_core.plugins.registry import Registry, supports
+from ollm_core.plugins.validation import (
+    adapter_name,
+    kinds_of,
+    layout_of,
+    plan_of,
+    text_config_of,
+    told,
+)
 
 
 class AdapterSuite:

@@ -14,9 +14,9 @@ from ollm_conformance.checks import check
 from ollm_conformance.compare import same_bits, same_tokens, same_within
 from ollm_conformance.held import same_columns
 from ollm_conformance.subject import Subject, generate, greedy, left_padded
-from ollm_core.cache import SequenceCache
-from ollm_core.chunks import NewTokens
-from ollm_core.generation import StreamedModel
+from ollm_core.engine.batch import NewTokens
+from ollm_core.generate.cache import SequenceCache
+from ollm_core.generate.causal_lm import StreamedModel
 
 _LOOK = "caches() and, if declared, how the layer is split: positions and caches are per row"
 

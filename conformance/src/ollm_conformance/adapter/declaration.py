@@ -22,9 +22,9 @@ from ollm_conformance.naming import kept_names
 from ollm_conformance.subject import PROMPT, Subject
 from ollm_conformance.untouched import untouched
 from ollm_core import Config, ModelAdapter, OllmError, UnsupportedError
-from ollm_core.declared import check_capability, told
-from ollm_core.registry import Registry
-from ollm_core.skeleton import Skeleton, check_paths
+from ollm_core.model.skeleton import Skeleton, check_paths
+from ollm_core.plugins.registry import Registry
+from ollm_core.plugins.validation import check_capability, told
 
 _BAD_VALUES: tuple[Any, ...] = (
     None, -1, 0, 1.5, 10**30, "x", [], {}, True, [1, 2], {"a": []},

@@ -14,8 +14,8 @@ from ollm_conformance.checks import check, does_not_apply
 from ollm_conformance.compare import same_bits
 from ollm_conformance.subject import CHUNK, Reference, Subject
 from ollm_core import ParameterSource, TensorInfo, WeightPlan
-from ollm_core.checkpoint import open_checkpoint
-from ollm_core.generation import StreamedModel
+from ollm_core.checkpoint.safetensors import open_checkpoint
+from ollm_core.generate.causal_lm import StreamedModel
 
 _LOOK = "layout().experts, and experts() (weights() if you wrote your own): each expert's slices"
 Expert = tuple[int, int]

@@ -15,10 +15,10 @@ from ollm_conformance.compare import refused, same_bits, same_tokens
 from ollm_conformance.held import same_columns, same_lengths
 from ollm_conformance.subject import Subject, generate, left_padded
 from ollm_core import ReadError
-from ollm_core.cache import SequenceCache
-from ollm_core.chunks import NewTokens
-from ollm_core.generation import StreamedModel
-from ollm_core.interfaces import KVStore
+from ollm_core.contracts.kv import KVStore
+from ollm_core.engine.batch import NewTokens
+from ollm_core.generate.cache import SequenceCache
+from ollm_core.generate.causal_lm import StreamedModel
 
 _LOOK = "layout().mixer and other code of the adapter that keeps tokens or state beside the cache"
 _TIERS = pytest.mark.parametrize("kv", ["device", "disk"])

@@ -16,7 +16,7 @@ from ollm_conformance.checks import check, does_not_apply
 from ollm_conformance.compare import refused
 from ollm_conformance.subject import Subject, generate
 from ollm_core import DoesNotFitError
-from ollm_core.generation import StreamedModel
+from ollm_core.generate.causal_lm import StreamedModel
 
 _LOOK = "transforms of source() that allocate more than their scratch_bytes; caches(): sizes"
 

@@ -15,8 +15,8 @@ from ollm_conformance.bound import bound_parameters
 from ollm_conformance.checks import check, does_not_apply
 from ollm_conformance.models import DTYPES
 from ollm_conformance.subject import Reference, Subject
-from ollm_core.checkpoint import open_checkpoint
-from ollm_core.generation import StreamedModel
+from ollm_core.checkpoint.safetensors import open_checkpoint
+from ollm_core.generate.causal_lm import StreamedModel
 
 _EDGES = (0, 1, 2, 126, 127, 128, 129, 240, 241, 253, 254)
 _INTEGERS = {2: torch.int16, 4: torch.int32}

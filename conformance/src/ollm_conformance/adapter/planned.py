@@ -10,9 +10,9 @@ from ollm_conformance.adapter.base import AdapterSuite
 from ollm_conformance.allocated import TierTracker, live_bytes, only_new_objects
 from ollm_conformance.checks import check
 from ollm_conformance.subject import CHUNK, Subject
-from ollm_core.budgets import Budgets
-from ollm_core.registry import supports
-from ollm_core.rehearsal import Scenario
+from ollm_core.memory.budgets import Budgets
+from ollm_core.planning.dry_run import Scenario
+from ollm_core.plugins.registry import supports
 
 _PROMPT = 160
 _ROUNDED = 32 << 10

@@ -16,9 +16,9 @@ from ollm_conformance.compare import refused, same_within
 from ollm_conformance.held import same_lengths
 from ollm_conformance.subject import Subject
 from ollm_core import DoesNotFitError
-from ollm_core.cache import SequenceCache
-from ollm_core.chunks import NewTokens
-from ollm_core.generation import StreamedModel
+from ollm_core.engine.batch import NewTokens
+from ollm_core.generate.cache import SequenceCache
+from ollm_core.generate.causal_lm import StreamedModel
 
 _LOOK = "caches(): kind, window and states of each layer; layout().mixer must keep nothing of a row"
 _TIERS = pytest.mark.parametrize("kv", ["device", "disk"])

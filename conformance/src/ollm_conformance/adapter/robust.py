@@ -17,9 +17,9 @@ from ollm_conformance.held import same_lengths
 from ollm_conformance.subject import Reference, Subject, greedy
 from ollm_conformance.untouched import untouched
 from ollm_core import NotFiniteError, ReadError
-from ollm_core.cache import SequenceCache
-from ollm_core.checkpoint import open_checkpoint, read_config
-from ollm_core.generation import StreamedModel
+from ollm_core.checkpoint.safetensors import open_checkpoint, read_config
+from ollm_core.generate.cache import SequenceCache
+from ollm_core.generate.causal_lm import StreamedModel
 
 _LOOK = "module-level state in the adapter"
 

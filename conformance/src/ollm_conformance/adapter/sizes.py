@@ -17,7 +17,7 @@ from ollm_conformance.models import model_config
 from ollm_conformance.rounding import rounded_alike
 from ollm_conformance.subject import Reference, Subject, run_pieces
 from ollm_core import KVStoreError
-from ollm_core.registry import supports
+from ollm_core.plugins.registry import supports
 
 _LONG = 5000
 _LONG_CHUNK = 256

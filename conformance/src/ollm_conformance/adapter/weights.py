@@ -20,8 +20,8 @@ from ollm_conformance.naming import kept_names, one_of_each
 from ollm_conformance.subject import Subject
 from ollm_conformance.uses import used_once
 from ollm_core import CheckpointError
-from ollm_core.checkpoint import open_checkpoint
-from ollm_core.generation import StreamedModel
+from ollm_core.checkpoint.safetensors import open_checkpoint
+from ollm_core.generate.causal_lm import StreamedModel
 
 _MINE = "(weights() if you wrote your own)"
 _LOOK = f"layer_parameters(), source(), experts() {_MINE}: names, tensors and transforms"

@@ -12,7 +12,7 @@ from ollm_conformance.parts.base import PartSuite
 from ollm_conformance.parts.kv_machine import OpenStore
 from ollm_conformance.parts.lists import KVShape
 from ollm_core import KVStore
-from ollm_core.memory import MemoryAccount
+from ollm_core.memory.accounts import MemoryAccount
 
 SMALL = KVShape()
 

@@ -20,7 +20,7 @@ from ollm_conformance.parts.base import PartSuite
 from ollm_conformance.process_memory import process_memory
 from ollm_conformance.seeds import drawn
 from ollm_core import ByteSource, TensorInfo
-from ollm_core.buffers import PAGE, aligned_buffer, as_memoryview, round_up
+from ollm_core.device.buffers import PAGE, aligned_buffer, as_memoryview, round_up
 
 EDGES = (1 << 31, 1 << 32)
 """Bytes at which numbers of 32 bits end, with a sign and without."""

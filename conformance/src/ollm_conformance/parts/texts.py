@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ollm_conformance.seeds import drawn
 from ollm_core import DraftRequest
-from ollm_core.interfaces import Closing, Drafter, FollowsText
-from ollm_core.memory import MemoryAccount
+from ollm_core.contracts.closing import Closing
+from ollm_core.contracts.drafting import Drafter, FollowsText
+from ollm_core.memory.accounts import MemoryAccount
 
 
 def random_text(num_tokens: int, vocab_size: int, seed: int) -> Tensor:

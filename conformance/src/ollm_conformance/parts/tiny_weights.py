@@ -14,7 +14,7 @@ from torch import Tensor
 from ollm_conformance.compare import same_bits
 from ollm_conformance.seeds import drawn
 from ollm_core import ParameterSource, WeightStreamer
-from ollm_core.checkpoint import Checkpoint, open_checkpoint
+from ollm_core.checkpoint.safetensors import Checkpoint, open_checkpoint
 from ollm_core.weights.units import Parameter, Units, WeightUnit
 
 NUM_LAYERS = 5

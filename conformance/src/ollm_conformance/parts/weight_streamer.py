@@ -26,7 +26,7 @@ from ollm_conformance.parts.base import (
 from ollm_conformance.parts.tiny_weights import NUM_UNITS, Model
 from ollm_conformance.process_memory import SLACK, process_memory
 from ollm_core import DoesNotFitError, ReadError, WeightStreamer
-from ollm_core.memory import MemoryAccount
+from ollm_core.memory.accounts import MemoryAccount
 from ollm_core.weights.units import Units
 
 PAGE_SLACK = 2 * 4096

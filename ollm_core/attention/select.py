@@ -1,0 +1,73 @@
+"""Attention strategies, and the name under which transformers' layers find them.
+
+A layer is run with its attention implementation set to `ATTENTION_NAME`. What it gets as keys is a
+KVView, which says which strategy to use: nothing is kept in this module, so that models do not see
+each other.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from ollm_core.attention.blockwise import (
+    BlockwiseAttention,
+    blockwise_attention,
+    kernels_on,
+    most_blocks,
+)
+from ollm_core.attention.exact import exact_attention
+from ollm_core.attention.kernels import Products
+from ollm_core.contracts.attention import Attention, KVView
+
+ATTENTION_NAME = "ollm"
+"""Unknown to transformers' mask functions, so that no mask is built for it."""
+
+ATTENTIONS = ("exact", "blockwise", "flash")
+"""What can be asked for. "flash" is "blockwise" with the kernels of the package flash-attn."""
+
+
+def find_attention(name: str, device: torch.device) -> Attention:
+    """One of ATTENTIONS, or "products", which is "blockwise" by plain products alone, as it is for
+    tensors on `device`, which need not be here: where it is traced, on the meta device, it takes
+    the memory that it would take there.
+    """
+    if name == "exact":
+        return exact_attention
+    if name == "products":
+        return BlockwiseAttention((Products(),))
+    return BlockwiseAttention(kernels_on(device, package=name == "flash"))
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: KVView,
+    value: KVView,
+    attention_mask: None,
+    scaling: float,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    if key.store.in_place:
+        return key.attention(module, query, key, scaling=scaling, **options), None
+    with torch.inference_mode(mode=False):  # a store may keep what is made while it is read
+        return key.attention(module, query, key, scaling=scaling, **options), None
+
+
+def register_attention() -> None:
+    """Make `ATTENTION_NAME` known to transformers' registry. May be called any number of times."""
+    AttentionInterface.register(ATTENTION_NAME, _attend)
+
+
+__all__ = [
+    "ATTENTIONS",
+    "ATTENTION_NAME",
+    "blockwise_attention",
+    "exact_attention",
+    "find_attention",
+    "most_blocks",
+    "register_attention",
+]

@@ -1,0 +1,1 @@
+"""Checkpoints on disk: their files, tensors and config, and where models lie."""

@@ -1,0 +1,65 @@
+"""A checkpoint that is not on disk, described: which tensors its files would hold, and where.
+
+It is laid out as transformers saves it into one file, so that a plan without the files counts the
+very pages that a run with them would read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+from types import MappingProxyType
+
+from ollm_core.checkpoint.safetensors import SINGLE_FILE, Checkpoint
+from ollm_core.contracts.adapter import ModelAdapter
+from ollm_core.contracts.model import Config
+from ollm_core.contracts.tensors import DTYPE_BYTES, TensorInfo
+from ollm_core.errors import ConfigError, UnsupportedError
+from ollm_core.plugins.infer import Shape
+
+STORED_DTYPES = MappingProxyType({"float32": "F32", "float16": "F16", "bfloat16": "BF16"})
+"""safetensors dtype names of the dtypes that a config.json may state."""
+
+
+def describe_checkpoint(
+    adapter: ModelAdapter,
+    config: Config,
+    shapes: Mapping[str, Shape],
+    dtype: str,
+    where: Path,
+) -> Checkpoint:
+    """The checkpoint that `adapter` declares for its text `config`.
+
+    `shapes` are those of the parameters in the transformers module tree, `dtype` is config.json's.
+    Raises ConfigError for another dtype, UnsupportedError if the adapter does not say enough.
+    """
+    if dtype not in STORED_DTYPES:
+        raise ConfigError(
+            f"{where}: no dtype in config.json, so the size of its weights is not known",
+            hint="give dtype, for instance bfloat16",
+        )
+    stored = adapter.tensors(config, shapes, STORED_DTYPES[dtype])
+    if stored is None:
+        raise UnsupportedError(
+            f"adapter {adapter.name} does not say what its checkpoints hold",
+            hint="plan a directory that holds the model's weights; an adapter says it by tensors()",
+        )
+    # As the library of the format does: the largest elements first, then by name.
+    order = sorted(stored, key=lambda name: (-DTYPE_BYTES[stored[name][0]], name))
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in order:
+        kind, shape = stored[name]
+        begin, end = end, end + prod(shape) * DTYPE_BYTES[kind]
+        header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [begin, end]}
+    place = 8 + -(-len(json.dumps(header, separators=(",", ":"), ensure_ascii=False)) // 8) * 8
+    tensors: dict[str, TensorInfo] = {}
+    path = where / SINGLE_FILE  # one object: there may be 70,000 tensors
+    for name in order:
+        kind, shape = stored[name]
+        num_bytes = prod(shape) * DTYPE_BYTES[kind]
+        tensors[name] = TensorInfo(name, kind, shape, path, place, num_bytes)
+        place += num_bytes
+    return Checkpoint(where, MappingProxyType(tensors), MappingProxyType({}))

@@ -1,0 +1,1 @@
+"""Every contract between the parts, by subject: abstract base classes, protocols, data."""

@@ -1,0 +1,89 @@
+"""The contract of a model family: what an adapter declares."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from ollm_core.contracts.kv import CacheKind
+from ollm_core.contracts.model import Capability, CatalogEntry, Config, Layout
+from ollm_core.contracts.tensors import WeightPlan
+
+if TYPE_CHECKING:
+    pass
+
+ADAPTER_API = "1.0"
+"""The adapter contract that this core speaks. Another major is refused, a newer minor is warned
+of.
+"""
+
+
+class ModelAdapter(ABC):
+    """What a plugin provides for one model family. Pure declarations: no torch is needed to read
+    them.
+    """
+
+    name: str
+    """Short and unique, for instance `llama`."""
+    adapter_api: str = ADAPTER_API
+    model_types: tuple[str, ...]
+    """The `model_type` values in config.json that this adapter opens."""
+    quantizations: tuple[str, ...] = ()
+    """The values of `quant_method` in config.json's `quantization_config` whose checkpoints it
+    opens. A checkpoint with another is refused before `layout` is asked.
+    """
+    unstated_dtype: str = ""
+    """What the family's checkpoints hold where config.json states no dtype, for instance
+    `bfloat16`. Only for plans of models that are not on disk.
+    """
+
+    @property
+    def capabilities(self) -> Mapping[str, Capability]:
+        """Ability name to what is supported. Names: see `ollm_core.CAPABILITIES`. Missing
+        means full.
+        """
+        return {}
+
+    def catalog(self) -> Sequence[CatalogEntry]:
+        """Models that can be named by id. The configs are the real ones, so that planning works
+        offline.
+        """
+        return ()
+
+    def text_config(self, config: Config) -> Config:
+        """The part of config.json that describes the language model, as transformers' AutoConfig
+        takes it: what every other declaration is given. Default: the config itself.
+        """
+        return config
+
+    @abstractmethod
+    def layout(self, config: Config) -> Layout:
+        """Where the parts sit in the transformers module tree. Raises ConfigError for a config it
+        cannot open.
+        """
+
+    @abstractmethod
+    def weights(self, config: Config, tensor_names: Iterable[str]) -> WeightPlan:
+        """Which checkpoint tensors make which parameter. Pure data; raises CheckpointError for a
+        foreign tensor.
+        """
+
+    @abstractmethod
+    def caches(self, config: Config) -> Sequence[CacheKind]:
+        """What each layer remembers, in layer order."""
+
+    def tensors(
+        self, config: Config, shapes: Mapping[str, tuple[int, ...]], dtype: str
+    ) -> Mapping[str, tuple[str, tuple[int, ...]]] | None:
+        """What the checkpoint of `config` holds, so that it can be planned without its files:
+        safetensors dtype and shape of each tensor that `weights` does not ignore.
+
+        `shapes` are those of the parameters in the transformers module tree, `dtype` is the one
+        that the config states, as safetensors names it. None, the default: not known.
+        """
+        return None
+
+    @abstractmethod
+    def tiny_config(self) -> Config:
+        """A small config that has every feature of the family, for tests with random weights."""

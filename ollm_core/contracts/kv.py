@@ -1,0 +1,189 @@
+"""The contracts of keys, values and recurrent states of many sequences."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
+
+from ollm_core.contracts.closing import Closing
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Tier = Literal["device", "host", "disk"]
+
+
+@dataclass(frozen=True, slots=True)
+class StateShape:
+    """One tensor of a recurrent state, of one sequence."""
+
+    shape: tuple[int, ...]
+    float32: bool = False
+    """Whether it is that, whatever the model computes in."""
+
+
+@dataclass(frozen=True, slots=True)
+class CacheKind:
+    """What one layer remembers. `window` counts tokens, for "sliding" only."""
+
+    kind: Literal["full", "sliding", "recurrent"] = "full"
+    num_kv_heads: int = 0
+    head_dim: int = 0
+    window: int | None = None
+    states: tuple[StateShape, ...] = ()
+    """For "recurrent" only: the convolution's state [channels, width], then the recurrent one."""
+
+
+@dataclass(frozen=True, slots=True)
+class TierBytes:
+    """Bytes held per tier."""
+
+    device: int = 0
+    host: int = 0
+    disk: int = 0
+
+
+class TiledBlocks(ABC, Iterator["tuple[Tensor, Tensor]"]):
+    """What `KVStore.blocks` may give out where blocks of one length lie side by side: they can be
+    taken together. A store that changes or checks what another's `blocks` gives needs not know.
+    """
+
+    @abstractmethod
+    def tiles(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The same blocks in the same order, in place of them, as pairs of [B, G, n, D], each valid
+        until the next step. To be asked for before the first step.
+        """
+
+
+class KVStore(Closing):
+    """Keys and values of every layer for any number of sequences, stored per KV head, never
+    repeated to query heads.
+
+    A sequence's layers fill one after another during a weight pass; `num_tokens(sequence)` counts
+    the tokens that every layer has. Not thread-safe: one weight pass at a time.
+    """
+
+    block_size: int
+    """Tokens per block, the unit of allocation."""
+
+    @abstractmethod
+    def new_sequence(self) -> int:
+        """A fresh, empty sequence."""
+
+    @abstractmethod
+    def growth_bytes(self, sequence: int, num_tokens: int, longest: int | None = None) -> TierBytes:
+        """What `reserve` would take of each memory beyond what is held or reserved already. A pass
+        is refused by it before anything runs.
+        """
+
+    @abstractmethod
+    def reserve(self, sequence: int, num_tokens: int, longest: int | None = None) -> None:
+        """Make sure that `sequence` can grow to `num_tokens` in every layer, by at most `longest`
+        (default: all) in one `append`. Until `commit`, it can be truncated to its length now, which
+        gives back all that was reserved and not used.
+
+        Raises DoesNotFitError, with nothing changed, if memory or disk does not allow it.
+        """
+
+    def commit(self, sequence: int) -> None:
+        """A pass has succeeded: what was kept only to undo it may go. By default nothing does."""
+        return
+
+    @abstractmethod
+    def append(self, layer_idx: int, sequence: int, keys: Tensor, values: Tensor) -> None:
+        """Store `keys` and `values`, each [G, T, D] in the store's dtype, after what this layer
+        has.
+        """
+
+    @abstractmethod
+    def blocks(
+        self, layer_idx: int, sequence: int, num_tokens: int | None = None, first: int = 0
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Keys and values of positions `first` to `num_tokens` (default: all) in order, as pairs of
+        [G, n, D].
+
+        They are on the compute device and valid until the next step of the iterator, which may be
+        a TiledBlocks. Raises KVStoreError for positions that a sliding layer no longer has.
+        """
+
+    @property
+    def in_place(self) -> bool:
+        """Whether what `blocks` gives out are views of what is kept, all valid until the store next
+        changes. By default it is not.
+
+        `append` and `blocks` are then called in inference mode, which must not mark what is kept.
+        """
+        return False
+
+    @abstractmethod
+    def num_tokens(self, sequence: int, layer_idx: int | None = None) -> int:
+        """Tokens stored in `layer_idx`, or, by default, in every layer."""
+
+    @abstractmethod
+    def truncate(self, sequence: int, num_tokens: int) -> None:
+        """Drop positions >= `num_tokens` from every layer, and what `reserve` took for more: also
+        where there are no such positions. Idempotent. Raises KVStoreError, with nothing changed, if
+        a layer has fewer, or slides and has let go of what it would need.
+        """
+
+    @abstractmethod
+    def fork(self, sequence: int, num_tokens: int | None = None) -> int:
+        """A new sequence that shares the first `num_tokens` (default: all). Neither sees what the
+        other adds.
+        """
+
+    @abstractmethod
+    def release(self, sequence: int) -> None:
+        """Forget a sequence and free what only it used. Unknown sequences are ignored."""
+
+    @abstractmethod
+    def tier_bytes(self) -> TierBytes:
+        """Bytes held now, per tier."""
+
+    @property
+    @abstractmethod
+    def bytes_read(self) -> int:
+        """KV bytes read from disk since opening."""
+
+
+@runtime_checkable
+class KeepsPrefixes(Protocol):
+    """What a KVStore may be able to do beside: keep what its sequences hold when it is closed, and
+    find it again in another store, by token ids.
+    """
+
+    def find(self, token_ids: Tensor) -> tuple[int, int]:
+        """A new sequence that begins with the longest kept prefix of `token_ids` [T], and how many
+        tokens it has; 0 if nothing is found. Damage of what is kept is not found, or raises
+        DamagedKVError when it is read; it is then not found again.
+        """
+
+    def keep(self, sequence: int, start: int, token_ids: Tensor) -> None:
+        """Say which tokens `sequence` holds from `start` on. Without it they are not kept. What
+        fails is logged, never raised.
+        """
+
+
+@runtime_checkable
+class KeepsStates(Protocol):
+    """What a KVStore does beside for layers with a recurrent state, which is not one of keys and
+    values and cannot be cut: each sequence can go back to the start of its last pass, and to before
+    each of the pass's drafted tokens.
+    """
+
+    def expect(self, sequence: int, num_drafted: int) -> None:
+        """Said before `reserve`: how many of the next pass's last tokens are drafted."""
+
+    def state(self, layer_idx: int, sequence: int) -> Sequence[Tensor] | None:
+        """The layer's state after all tokens that it has, each of its `CacheKind.states`, valid
+        until the next call for that layer. None before the first token.
+        """
+
+    def put_state(
+        self, layer_idx: int, sequence: int, num_new: int, state: Sequence[Tensor]
+    ) -> None:
+        """Store a copy of the state after `num_new` more tokens. Raises KVStoreError for another
+        shape or dtype.
+        """

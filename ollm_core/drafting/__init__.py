@@ -1,0 +1,1 @@
+"""Draft sources, and how many tokens are worth drafting."""

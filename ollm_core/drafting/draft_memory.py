@@ -1,0 +1,142 @@
+"""The memory of a model that drafts: what it takes for a text, and the part of the main model's
+accounts that is its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+
+import torch
+
+from ollm_core.contracts.closing import Closing
+from ollm_core.contracts.kv import TierBytes
+from ollm_core.contracts.weights import ByteSource
+from ollm_core.engine.activations import Workspace
+from ollm_core.engine.batch import NewTokens
+from ollm_core.engine.pass_planner import Accounts, Admission
+from ollm_core.engine.torch_state import own_torch_state
+from ollm_core.kv.simulated import planned_store
+from ollm_core.memory.accounts import MemoryAccount
+from ollm_core.model.spec import ModelParts
+from ollm_core.plugins.registry import supports
+from ollm_core.weights.eviction import Pressure
+from ollm_core.weights.placement import HeldWeights, Placement
+from ollm_core.weights.streamer import TieredWeights
+
+KIND = "draft model"
+"""As the main model's accounts name it."""
+
+PIECE = 256
+"""Tokens that a draft model reads in one pass. Its weights are in memory, so more passes over a
+prompt read nothing twice, and what a pass takes does not grow with the prompt.
+"""
+
+_NO_LIMIT = 1 << 62
+
+
+class DraftRoom:
+    """Tells what a draft model takes of memory, by going through a text without data."""
+
+    def __init__(self, parts: ModelParts, source: ByteSource) -> None:
+        """`source` is what its weights will be read with; nothing is read here."""
+        self._parts = parts
+        self._source = source
+        self._workspace: Workspace = parts.workspace()
+        self.piece = PIECE if supports(parts.adapter, "chunked-prefill") else None
+        """Tokens of a pass; None: all that there are."""
+        self.forks = any(kind.kind == "recurrent" for kind in parts.kinds)
+        """Whether drafts are made on a copy, because a state does not go back over many passes."""
+        limit: int = parts.skeleton.config.max_position_embeddings
+        self.max_positions = limit
+
+    def admission(
+        self,
+        accounts: Accounts,
+        weights: TieredWeights | HeldWeights,
+        pressure: Pressure | None = None,
+    ) -> Admission:
+        """How its passes run. A draft may differ in its last bits from the model's own choice, so
+        attention is the kind whose memory does not grow, where the family has it.
+        """
+        blockwise = supports(self._parts.adapter, "blockwise-attention")
+        return self._parts.admission(
+            accounts,
+            weights,
+            self._workspace,
+            attention="blockwise" if blockwise else "exact",
+            chunk_size=self.piece,
+            pressure=pressure,
+        )
+
+    @own_torch_state()
+    def needed(self, num_tokens: int) -> TierBytes:
+        """The most that is held of each memory while a text grows to `num_tokens`, at least one,
+        with all weights kept.
+        """
+        accounts = Accounts(
+            MemoryAccount("device memory", _NO_LIMIT), MemoryAccount("host memory", _NO_LIMIT)
+        )
+        pair, parts = (accounts.device, accounts.host), self._parts
+        weights = HeldWeights(
+            parts.units,
+            self._source,
+            parts.dtype,
+            parts.device,
+            pair,
+            buffer_bytes=parts.skeleton.buffer_bytes,
+            bus=parts.bus,
+        )
+        admission = self.admission(accounts, weights)
+        with ExitStack() as stack:
+            weights.reserve()
+            stack.callback(weights.unreserve)
+            stack.callback(weights.hold, Placement())
+            store = planned_store("device", parts.geometry, pair)
+            stack.callback(store.close)
+            sequence = store.new_sequence()
+            most = num_tokens - 1 if self.forks and num_tokens > 1 else num_tokens
+            longest = min(self.piece or most, most)
+            length = 0
+            for end in sorted({longest, most}):  # the first piece and the last
+                while length < end - longest:
+                    step = min(end - longest - length, store.block_size)
+                    store.advance(sequence, step, step)
+                    store.commit(sequence)
+                    length += step
+                new = end - length
+                ids = torch.zeros(new, dtype=torch.long)
+                with admission.admit(store, [NewTokens(sequence, ids, length)]):
+                    store.advance(sequence, new, self.piece or new)
+                store.commit(sequence)
+                length = end
+            if self.forks:
+                copy = store.fork(sequence)
+                with admission.admit(store, [NewTokens(copy, ids[:1], length)]):
+                    pass
+        return TierBytes(accounts.device.peak, accounts.host.peak)
+
+
+class DraftPart(Closing):
+    """The part of a model's accounts that its draft model may fill."""
+
+    def __init__(self, whole: Accounts, set_aside: Callable[[str, TierBytes], None]) -> None:
+        """Nothing yet. `set_aside` reserves in the accounts `whole`, with the model giving way."""
+        self.accounts = Accounts(MemoryAccount("device memory", 0), MemoryAccount("host memory", 0))
+        self._whole = whole
+        self._set_aside = set_aside
+
+    def resize(self, wanted: TierBytes) -> None:
+        """Let it be `wanted`, which is no less than is used. Raises DoesNotFitError with nothing
+        changed.
+        """
+        device, host = self.accounts.device, self.accounts.host
+        more = TierBytes(max(wanted.device - device.limit, 0), max(wanted.host - host.limit, 0))
+        self._set_aside(KIND, more)
+        self._whole.device.release(KIND, device.limit + more.device - wanted.device)
+        self._whole.host.release(KIND, host.limit + more.host - wanted.host)
+        device.limit, host.limit = wanted.device, wanted.host
+
+    def close(self) -> None:
+        """Give all of it back."""
+        self.resize(TierBytes())

@@ -1,0 +1,1 @@
+"""The engine: one weight pass over many sequences."""

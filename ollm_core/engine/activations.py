@@ -1,0 +1,220 @@
+"""How much memory one chunk takes on its way through a layer: traced on the meta device, so exact
+and quick.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ollm_core.attention.blockwise import most_blocks
+from ollm_core.attention.select import find_attention
+from ollm_core.contracts.attention import KVView
+from ollm_core.contracts.kv import KVStore
+from ollm_core.device.buffers import round_up
+from ollm_core.device.offload import Parking
+from ollm_core.engine.layer_call import StateCache, run_layer
+from ollm_core.kv.block_storage import KVGeometry
+from ollm_core.memory.tracker import OneExpertTaken, called_operations, traced_peak
+from ollm_core.model.moe import Mixture, RoutedChunk
+from ollm_core.model.skeleton import Skeleton
+
+_Shape = tuple[int, int, int, int, str]
+"""layer_idx, num_rows, num_new, num_past, attention"""
+
+
+class Workspace:
+    """Answers "how many bytes" for the layers of one model. Results are remembered by shape."""
+
+    def __init__(self, skeleton: Skeleton, geometry: KVGeometry) -> None:
+        self._skeleton = skeleton
+        self._geometry = geometry
+        self._known: dict[_Shape, int] = {}
+        self._known_mixtures: dict[tuple[int, int, bool], tuple[int, int, int]] = {}
+        # One layer of each kind: what it remembers, and what it is made of.
+        kinds: dict[Hashable, int] = {}
+        for layer_idx, (layer, cache) in enumerate(
+            zip(skeleton.layers, geometry.kinds, strict=True)
+        ):
+            made_of = tuple((name, value.shape) for name, value in layer.named_parameters())
+            mixture = skeleton.mixtures.get(layer_idx)
+            experts = mixture and mixture.slice_shapes
+            kinds.setdefault((cache, type(layer), made_of, experts), layer_idx)
+        self._distinct = tuple(kinds.values())
+
+    def check_halves(self) -> None:
+        """Raises UnsupportedError if the two halves of a layer with routed experts compute anything
+        else than the layer, as where a multiplier on its residual stream was left out. They are
+        followed for one token after another: the fewest operations, with each kind of them.
+        """
+        for layer_idx in self._distinct:
+            mixture = self._skeleton.mixtures.get(layer_idx)
+            if mixture is None:
+                continue
+            whole, halves = (
+                called_operations(
+                    self._call(layer_idx, 1, 1, 1, "blockwise", step), mixture.dense_parameters
+                )
+                for step in (mixture.whole, mixture.halves)
+            )
+            if whole != halves:
+                raise mixture.not_the_layer(whole, halves)
+
+    def layer_bytes(self, num_rows: int, num_new: int, num_past: int, attention: str) -> int:
+        """Peak bytes of a layer for `num_new` tokens in each of `num_rows`, after `num_past`
+        tokens: of the layer that takes most.
+
+        The layer's output is counted, its input and its weights are not.
+        """
+        return max(
+            self._one_layer(layer_idx, num_rows, num_new, num_past, attention)
+            for layer_idx in self._distinct
+        )
+
+    def _one_layer(
+        self, layer_idx: int, num_rows: int, num_new: int, num_past: int, attention: str
+    ) -> int:
+        block_size, window = self._geometry.block_size, self._geometry.kinds[layer_idx].window
+        shape = layer_idx, num_rows, num_new
+        if layer_idx in self._skeleton.recurrent:
+            return self._remembered(*shape, min(num_past, 1), attention)
+        below, above = num_past // block_size * block_size, round_up(num_past, block_size)
+        if window is not None:
+            # As many as are ever seen: their first block is then as long as any that is cut.
+            return self._remembered(*shape, min(above, window - 1), attention)
+        if attention != "exact":
+            most = most_blocks(num_new) * block_size
+            return self._remembered(*shape, min(above, most), attention)
+        # What an operation takes is a line in num_past. The peak is the highest of such lines, so
+        # between two lengths it lies on or below the straight line from one peak to the other.
+        least = self._remembered(*shape, below, attention)
+        most = self._remembered(*shape, above, attention)
+        return least + -(-(most - least) * (num_past - below) // block_size)
+
+    def _remembered(self, *key: *_Shape) -> int:
+        if key not in self._known:
+            self._known[key] = self._trace(*key)
+        return self._known[key]
+
+    def mixture_bytes(self, num_tokens: int, num_chunks: int, largest: int) -> tuple[int, int]:
+        """What the MLP of a layer with routed experts takes for `num_tokens` in `num_chunks` of at
+        most `largest`: peak bytes while it works on one, and bytes parked for all of them.
+
+        Hidden states and weights are not counted; any expert may get all tokens of a chunk.
+        """
+        found = [(0, 0)]
+        for layer_idx in self._distinct:
+            if mixture := self._skeleton.mixtures.get(layer_idx):
+                key = layer_idx, largest, num_chunks == 1
+                if key not in self._known_mixtures:
+                    self._known_mixtures[key] = self._trace_mixture(mixture, *key[1:])
+                work, per_token, per_chunk = self._known_mixtures[key]
+                found.append((work, per_token * num_tokens + per_chunk * num_chunks))
+        return max(work for work, _ in found), max(parked for _, parked in found)
+
+    def _trace_mixture(
+        self, mixture: Mixture, num_tokens: int, alone: bool
+    ) -> tuple[int, int, int]:
+        """Peak bytes for one chunk, bytes parked per token, and per chunk beside those. For one
+        that is `alone` nothing is parked.
+        """
+        meta, dtype = torch.device("meta"), self._geometry.dtype
+        parking = Parking(meta, on_host=False)
+        hidden_size: int = self._skeleton.config.hidden_size
+        hidden = torch.empty(1, num_tokens, hidden_size, dtype=dtype, device=meta)
+        parameters = [
+            torch.empty(shape, dtype=dtype, device=meta) for shape in mixture.slice_shapes
+        ]
+
+        def add(chunk: RoutedChunk, _: Parking = parking) -> None:
+            taken: TorchDispatchMode = OneExpertTaken()  # type: ignore[no-untyped-call]
+            with taken, mixture.bound(parameters):
+                mixture.add(chunk, 0, num_tokens, parking)
+
+        if alone:
+            return traced_peak(lambda: mixture.at_once(hidden, add)), 0, 0
+        chunk = mixture.route(hidden, parking)
+        work = max(
+            traced_peak(lambda: mixture.route(hidden, parking)),
+            traced_peak(lambda: add(chunk)),
+            traced_peak(lambda: mixture.finish(hidden, chunk.total)),
+        )
+        per_chunk = chunk.starts.nbytes
+        return work, (chunk.num_bytes - per_chunk) // num_tokens, per_chunk
+
+    def _trace(
+        self, layer_idx: int, num_rows: int, num_new: int, num_past: int, attention: str
+    ) -> int:
+        step = self._skeleton.step(layer_idx)
+        return traced_peak(self._call(layer_idx, num_rows, num_new, num_past, attention, step))
+
+    def _call(
+        self,
+        layer_idx: int,
+        num_rows: int,
+        num_new: int,
+        num_past: int,
+        attention: str,
+        step: Callable[..., Tensor],
+    ) -> Callable[[], Tensor]:
+        """A call of `step` of a layer on the meta device, to be traced; what it is given is there
+        before.
+        """
+        hidden_size: int = self._skeleton.config.hidden_size
+        hidden = torch.empty(
+            num_rows, num_new, hidden_size, dtype=self._geometry.dtype, device="meta"
+        )
+        states = [
+            torch.empty(shape, dtype=dtype, device="meta")
+            for shape, dtype in self._geometry.state_shapes(layer_idx)
+        ]
+
+        def run() -> Tensor:
+            cache: object = _TracedCache(self._geometry, num_past, attention)
+            if states:
+                past = states if num_past else None
+                cache = StateCache(layer_idx, [past] * num_rows, hidden.device)
+            positions = torch.arange(num_new, device="meta").expand(num_rows, num_new)
+            embeddings = self._skeleton.embeddings(
+                self._skeleton.meta_rotary, layer_idx, hidden, positions
+            )
+            return run_layer(step, hidden, positions, embeddings, cache)
+
+        return run
+
+
+class _TracedCache:
+    """Stands for the cache of a layer: hands out blocks without data."""
+
+    in_place = False  # what is seen may have to be put together
+
+    def __init__(self, geometry: KVGeometry, num_tokens: int, attention: str) -> None:
+        self._geometry = geometry
+        self._num_tokens = num_tokens
+        self._attention = attention
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int) -> tuple[KVView, KVView]:
+        num_rows = keys.shape[0]
+        view = KVView(
+            keys,
+            values,
+            layer_idx,
+            (0,) * num_rows,
+            (self._num_tokens,) * num_rows,
+            cast("KVStore", self),  # only `blocks` is asked of it
+            find_attention(self._attention, self._geometry.device),
+        )
+        return view, view
+
+    def blocks(
+        self, layer_idx: int, sequence: int, num_tokens: int | None = None, first: int = 0
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        shape = self._geometry.block_shape(layer_idx)
+        block = torch.empty(shape, dtype=self._geometry.dtype, device="meta")
+        for begin in range(first, self._num_tokens, self._geometry.block_size):
+            count = min(self._geometry.block_size, self._num_tokens - begin)
+            yield block[0, :, :count], block[1, :, :count]

@@ -1,0 +1,1 @@
+"""The transformers face: a causal language model whose `generate` is transformers' own."""

@@ -1,0 +1,57 @@
+"""Labels of a forward pass: transformers' own loss, in memory that is accounted."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ollm_core.contracts.kv import TierBytes
+from ollm_core.errors import InputError
+from ollm_core.generate.padding import PaddedBatch
+
+IGNORED = -100
+"""The label of a position that does not count, as in torch."""
+
+
+def check_labels(
+    labels: Tensor, shift_labels: Tensor | None, batch: PaddedBatch, vocab_size: int
+) -> None:
+    """Raise InputError unless there are logits for all that counts: `labels` [B, T] are compared
+    with the logits one position earlier, `shift_labels` [B, T] with those of their own.
+    """
+    for name, given in (("labels", labels), ("shift_labels", shift_labels)):
+        if given is not None and (given.shape != batch.ids.shape or given.is_floating_point()):
+            raise InputError(
+                f"{name}: need integers {list(batch.ids.shape)}, "
+                f"have {str(given.dtype)[6:]} {list(given.shape)}",
+                hint="one for each of the input_ids",
+            )
+    if batch.first or batch.chosen is not None:
+        raise InputError("labels: need the logits of all tokens", hint="leave logits_to_keep out")
+    wanted = labels if shift_labels is None else shift_labels
+    wanted = wanted.to("cpu")
+    if shift_labels is None:
+        wanted = functional.pad(wanted, (0, 1), value=IGNORED)[:, 1:]
+    counts = wanted != IGNORED
+    foreign = wanted[counts & ((wanted < 0) | (wanted >= vocab_size))]
+    if len(foreign):
+        raise InputError(
+            f"labels: {int(foreign[0])} is not in the vocabulary of {vocab_size}",
+            hint=f"a label that does not count is {IGNORED}",
+        )
+    lost = (counts & ~batch.kept).nonzero()
+    if len(lost):
+        row, column = lost[0].tolist()
+        raise InputError(
+            f"labels: position {column} of row {row} is padding, and has no logits to compare",
+            hint=f"give {IGNORED} for padding, and for the token after it",
+        )
+
+
+def loss_bytes(batch: PaddedBatch, vocab_size: int, dtype: torch.dtype) -> TierBytes:
+    """What the loss takes beside logits in `dtype`: them in float32, their logarithms, labels."""
+    num_tokens = batch.ids.numel()
+    num_copies = 1 if dtype == torch.float32 else 2
+    num_bytes = num_copies * num_tokens * vocab_size * torch.float32.itemsize
+    return TierBytes(device=num_bytes + 4 * num_tokens * torch.int64.itemsize)

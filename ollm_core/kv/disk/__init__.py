@@ -1,0 +1,1 @@
+"""KV on disk: files, directories, and the prefix cache that outlives a process."""

@@ -1,0 +1,276 @@
+"""A store's directory: its lock, its layer files and, where prefixes are kept, their journal.
+
+One process owns a directory, by flock on it, for as long as it is open. Anybody may read a journal.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
+
+from ollm_core.contracts.closing import Closing
+from ollm_core.device.buffers import PAGE
+from ollm_core.errors import InputError, KVStoreError
+from ollm_core.files.paths import check_writable_directory, is_private, retrying
+from ollm_core.files.scratch import Scratch, make_directory, reap, take_over
+from ollm_core.kv.block_storage import KVGeometry
+from ollm_core.kv.disk.journal import NAME, Journal, Prefix, read_journal
+from ollm_core.kv.disk.layer_file import MAGIC, LayerFile, header_fields, open_own, storage_error
+
+PREFIX = "ollm-kv-"
+
+_ELSEWHERE = "name a directory for KV that can be written"
+
+logger = logging.getLogger("ollm")
+
+
+class Home(Closing):
+    """A directory that this process owns. Closing it removes it, unless it has `prefixes`."""
+
+    def __init__(self, directory: Path, lock: int, files: Sequence[LayerFile]) -> None:
+        """Made by `make_home` and `open_home`."""
+        self.directory = directory
+        self.files = files
+        """One per layer."""
+        self.journal: Journal | None = None
+        """None if nothing is to be kept."""
+        self.prefixes: list[Prefix] = []
+        """What is kept, oldest first."""
+        self._lock = lock
+
+    def keep(self, prefix: Prefix) -> None:
+        """Keep a prefix whose blocks are written. Raises OSError with nothing changed."""
+        assert self.journal is not None
+        self.journal.append(prefix)
+        self.prefixes.append(prefix)
+
+    def drop(self, prefix: Prefix) -> None:
+        """Forget a prefix; after that its blocks may be written again. Raises OSError."""
+        assert self.journal is not None
+        self.journal.drop(prefix.key)
+        self.prefixes.remove(prefix)
+
+    def close(self) -> None:
+        if self._lock < 0:
+            return
+        lock, self._lock = self._lock, -1
+        with ExitStack() as stack:
+            stack.callback(os.close, lock)
+            if not self.prefixes:
+                stack.callback(remove_files, self.directory)
+            for part in (*self.files, *([self.journal] if self.journal else [])):
+                stack.callback(part.close)
+
+
+def make_home(parent: Path, geometry: KVGeometry, fingerprint: str, *, keeping: bool) -> Home:
+    """A new directory in `parent`, for this user only. With `keeping`, it has a journal.
+
+    Raises KVStoreError if `parent` cannot be written, DoesNotFitError if it is full.
+    """
+    made = _make_directory(parent)
+    directory = made.path
+    with ExitStack() as stack:
+        stack.callback(os.close, made.descriptor)
+        stack.callback(remove_files, directory)
+        files = _layer_files(directory, geometry, fingerprint, stack)
+        home = Home(directory, made.descriptor, files)
+        if keeping and made.locked:
+            try:
+                home.journal = Journal(directory, _fields(geometry, fingerprint), create=True)
+            except OSError as error:
+                raise storage_error(error, directory, "making a KV file") from error
+        elif keeping:
+            logger.warning("%s cannot be locked: KV there will not be kept", directory)
+        stack.pop_all()
+        return home
+
+
+def open_home(directory: Path, geometry: KVGeometry, fingerprint: str) -> Home | None:
+    """The directory that another store left, if it is free and of the same model; then only its
+    sound prefixes are left in it.
+    """
+    with ExitStack() as stack:
+        try:
+            lock = take_over(directory)
+            if lock is None:
+                return None
+            stack.callback(os.close, lock)
+            fields = _fields(geometry, fingerprint)
+            journal = stack.enter_context(Journal(directory, fields, create=False))
+            files = [
+                stack.enter_context(LayerFile(directory, i, geometry, fingerprint, create=False))
+                for i in range(geometry.num_layers)
+            ]
+            _, found, useless = read_journal(directory)
+            sound = _sound(found, files, geometry)
+            if len(sound) < len(found):
+                logger.warning(
+                    "%s: %d kept prefixes are damaged", directory, len(found) - len(sound)
+                )
+            if useless or len(sound) < len(found):
+                journal.replace(sound)
+            for layer_idx, file in enumerate(files):
+                file.keep({slot for prefix in sound for slot in prefix.layers[layer_idx].blocks})
+        except (OSError, KVStoreError) as error:
+            logger.info("%s: KV there is of no use: %s", directory, error)
+            return None
+        home = Home(directory, lock, files)
+        home.journal, home.prefixes = journal, sound
+        stack.pop_all()
+        return home
+
+
+def find_homes(parent: Path) -> Iterator[Path]:
+    """Directories in `parent` that look like homes of this user, last written first."""
+    found = []
+    with suppress(OSError):
+        for path in parent.glob(f"{PREFIX}*"):
+            with suppress(OSError):
+                if is_private(path.lstat()):
+                    found.append((_last_written(path), path))
+    yield from (path for _, path in sorted(found, reverse=True))
+
+
+def check_parent(parent: Path) -> None:
+    """Raise KVStoreError unless homes can be made in `parent`, which need not be there."""
+    try:
+        check_writable_directory(parent)
+    except InputError as error:
+        raise KVStoreError(error.message, hint=_ELSEWHERE) from error
+
+
+def reap_homes(parent: Path) -> None:
+    """Remove what killed processes left in `parent`, but for what they have kept."""
+    reap(find_homes(parent), _remove_unkept)
+
+
+def is_home(directory: Path) -> bool:
+    """Whether files of ours are in a directory."""
+    with suppress(OSError):
+        return any(_is_kv_file(path) for path in _files_in(directory))
+    return False
+
+
+def remove_files(directory: Path) -> None:
+    """Remove the files of a home and then the directory, unless somebody put something into it."""
+    with suppress(OSError):
+        for path in _files_in(directory):
+            if _is_kv_file(path):
+                path.unlink(missing_ok=True)
+        directory.rmdir()
+
+
+def _remove_unkept(directory: Path) -> None:
+    try:
+        if (directory / NAME).lstat().st_size > PAGE and read_journal(directory)[1]:
+            return
+    except FileNotFoundError:
+        pass
+    except KVStoreError:  # that of another version may have kept something
+        return
+    remove_files(directory)
+
+
+def _files_in(directory: Path) -> list[Path]:
+    return [*directory.glob("layer-*.kv"), *directory.glob("prefixes.*")]
+
+
+def _is_kv_file(path: Path) -> bool:
+    """Whether a file is ours: empty, as a process leaves it that is killed early, or with our
+    magic.
+    """
+    try:
+        file = open_own(path, os.O_RDONLY)
+    except (OSError, KVStoreError):
+        return False
+    try:
+        return MAGIC.startswith(os.pread(file, len(MAGIC), 0)[: len(MAGIC)])
+    finally:
+        os.close(file)
+
+
+def _sound(
+    found: Sequence[Prefix], files: Sequence[LayerFile], geometry: KVGeometry
+) -> list[Prefix]:
+    """Those that can be used, oldest first. One that knows another content of a block than a later
+    one does is out of date.
+    """
+    sound: list[Prefix] = []
+    contents: dict[tuple[int, int], int] = {}
+    for prefix in reversed(found):
+        if _is_sound(prefix, files, geometry):
+            mine = {
+                (layer_idx, block): content
+                for layer_idx, layer in enumerate(prefix.layers)
+                for block, content in zip(layer.blocks, layer.checksums, strict=True)
+            }
+            if all(contents.get(key, content) == content for key, content in mine.items()):
+                contents |= mine
+                sound.append(prefix)
+    return sound[::-1]
+
+
+def _is_sound(prefix: Prefix, files: Sequence[LayerFile], geometry: KVGeometry) -> bool:
+    """Whether every layer has the blocks that the tokens need, in its file."""
+    num_tokens = len(prefix.token_ids)
+    total = -(-num_tokens // geometry.block_size)
+    return (
+        total > 0
+        and min(prefix.token_ids) >= 0
+        and len(prefix.layers) == geometry.num_layers
+        and all(
+            layer.first + len(layer.blocks) == total
+            and len(set(layer.blocks)) == len(layer.blocks)
+            and max(layer.blocks, default=-1) < file.num_slots
+            and layer.first * geometry.block_size <= geometry.first_needed(layer_idx, num_tokens)
+            for layer_idx, (layer, file) in enumerate(zip(prefix.layers, files, strict=True))
+        )
+    )
+
+
+def _fields(geometry: KVGeometry, fingerprint: str) -> dict[str, Any]:
+    sizes = itertools.groupby(map(geometry.block_bytes, range(geometry.num_layers)))
+    return header_fields(geometry, fingerprint) | {
+        "layers": geometry.num_layers,
+        "kinds": hashlib.sha256(repr(geometry.kinds).encode()).hexdigest(),
+        "block_bytes": [[size, len(list(same))] for size, same in sizes],
+    }
+
+
+def _layer_files(
+    directory: Path, geometry: KVGeometry, fingerprint: str, stack: ExitStack
+) -> list[LayerFile]:
+    files: list[LayerFile] = []
+    for layer_idx in range(geometry.num_layers):
+        try:
+            file = LayerFile(directory, layer_idx, geometry, fingerprint)
+        except OSError as error:
+            raise storage_error(error, directory, "making a KV file") from error
+        files.append(stack.enter_context(file))
+    return files
+
+
+def _make_directory(parent: Path) -> Scratch:
+    """One of ours in `parent`, which is made too. Raises KVStoreError."""
+
+    def make() -> Scratch:
+        parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return make_directory(parent, PREFIX)
+
+    try:
+        return retrying(make)
+    except OSError as error:
+        message = f"{parent}: cannot keep KV there: {error.strerror}"
+        raise KVStoreError(message, hint=_ELSEWHERE) from error
+
+
+def _last_written(directory: Path) -> float:
+    with suppress(OSError):
+        return (directory / NAME).lstat().st_mtime
+    return 0.0

@@ -1,0 +1,156 @@
+"""Which KV store a cache gets: the tier or plugin that was named, or the first tier with room."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from ollm_core.contracts.adapter import ModelAdapter
+from ollm_core.contracts.kv import KVStore
+from ollm_core.errors import KVStoreError
+from ollm_core.files.paths import absolute, cache_directory
+from ollm_core.kv.block_storage import KVGeometry
+from ollm_core.kv.disk.directory import check_parent, reap_homes
+from ollm_core.kv.disk.free_space import check_room
+from ollm_core.kv.disk.prefix_cache import KeepingKVStore
+from ollm_core.kv.disk.storage import DiskKVStore
+from ollm_core.kv.in_memory import DeviceKVStore, HostKVStore
+from ollm_core.kv.recurrent.hybrid import HybridKVStore
+from ollm_core.kv.recurrent.prefix_cache import KeepingHybridKVStore
+from ollm_core.kv.recurrent.snapshots import StateFiles, reap_states
+from ollm_core.kv.recurrent.states import StateStore
+from ollm_core.plugins.factories import KVRequest
+from ollm_core.plugins.registry import Registry, require, supports
+
+logger = logging.getLogger("ollm")
+
+TIERS = ("device", "host", "disk")
+_NOBODY = "not kept"
+"""The fingerprint of KV that no other run will look for."""
+
+
+class StoreOpener:
+    """Opens a KV store for each cache of one model."""
+
+    def __init__(
+        self, kv: str, request: KVRequest, adapter: ModelAdapter, registry: Registry
+    ) -> None:
+        """`kv` and `request` hold where a call does not say otherwise. Raises InputError for a name
+        that nobody offers, UnsupportedError for a tier that the family cannot use.
+        """
+        self._kv = kv
+        self._request = request
+        self._adapter = adapter
+        self._registry = registry
+        registry.check_name("ollm_kv_stores", kv)
+        if kv in TIERS:
+            require(adapter, f"kv-{kv}")
+
+    def __call__(
+        self, kv: str, directory: Path | None, num_tokens: int, at_least: int = 0
+    ) -> tuple[str, KVStore]:
+        """The name of the tier or plugin, and the store. `kv` may be "", `num_tokens` are those to
+        expect, of which `at_least` so many will be stored. Raises DoesNotFitError if the disk has
+        no room for these.
+        """
+        name = kv or self._kv
+        request = replace(self._request, directory=directory or self._request.directory)
+        if offer := self._registry.check_name("ollm_kv_stores", name):
+            tier, open_store = offer.name, functools.partial(offer.make, KVStore)
+        else:
+            tier = name
+            if name == "auto":
+                limits = request.device_account.limit, request.host_account.limit
+                named = request.directory is not None
+                tier = choose_tier(self._adapter, request.geometry, limits, num_tokens, named=named)
+            require(self._adapter, f"kv-{tier}")
+            if tier == "disk":
+                check_room(request.geometry.attention_layers(), _home(request), at_least)
+            open_store = functools.partial(_open, tier)
+        if any(kind.kind == "recurrent" for kind in request.geometry.kinds):
+            return tier, _hybrid(tier, request, open_store)
+        return tier, open_store(request)
+
+
+def find_directory(kv_dir: str | os.PathLike[str] | None) -> Path | None:
+    """`kv_dir`, made absolute. What killed runs left in it, and in the default directory, is
+    removed.
+
+    Raises InputError for what is no path, KVStoreError if KV cannot be kept there.
+    """
+    directory = None if kv_dir is None else absolute(kv_dir)
+    if directory is not None:
+        check_parent(directory)
+    for parent in {directory or _default_directory(), _default_directory()}:
+        reap_homes(parent)
+        reap_states(parent)
+    return directory
+
+
+def choose_tier(
+    adapter: ModelAdapter,
+    geometry: KVGeometry,
+    limits: tuple[int, int],
+    num_tokens: int,
+    *,
+    named: bool = False,
+) -> str:
+    """The first tier of which the expected tokens take at most a quarter (device) or half (host);
+    disk where a directory was `named`. `limits` are bytes of device and host.
+    """
+    able = [tier for tier in TIERS if supports(adapter, f"kv-{tier}")]
+    if named and "disk" in able:
+        return "disk"
+    # Windows are not counted: how many rows share the tokens is not known here.
+    layer_bytes = sum(map(geometry.block_bytes, range(geometry.num_layers)))
+    num_expected = num_tokens + geometry.block_size
+    expected = layer_bytes * num_expected // geometry.block_size
+    room = {"device": limits[0] // 4, "host": limits[1] // 2}
+    fitting = [tier for tier in able if expected <= room.get(tier, expected)]
+    return (*fitting, *reversed(able), *TIERS)[0]
+
+
+def _hybrid(
+    tier: str, request: KVRequest, open_store: Callable[[KVRequest], KVStore]
+) -> HybridKVStore:
+    """A store whose states are on the device if its keys and values are, else in host memory."""
+    geometry = request.geometry
+    if tier == "device":
+        states = StateStore(geometry, request.device_account, "device", geometry.device)
+    else:
+        states = StateStore(geometry, request.host_account, "host", torch.device("cpu"))
+    attention = open_store(replace(request, geometry=geometry.attention_layers()))
+    if isinstance(attention, KeepingKVStore) and request.directory is not None:
+        try:
+            files = StateFiles(request.directory, geometry, request.fingerprint())
+        except (OSError, KVStoreError) as error:
+            logger.warning("recurrent states are not kept: %s", error)
+        else:
+            return KeepingHybridKVStore(geometry, attention, states, files)
+    return HybridKVStore(geometry, attention, states)
+
+
+def _open(tier: str, request: KVRequest) -> KVStore:
+    geometry, device, host = request.geometry, request.device_account, request.host_account
+    if tier == "device":
+        return DeviceKVStore(geometry, device)
+    if tier == "host":
+        return HostKVStore(geometry, host, device)
+    if request.directory and request.keep:
+        return KeepingKVStore(geometry, host, request.directory, request.fingerprint(), device)
+    return DiskKVStore(geometry, host, _home(request), _NOBODY, device)
+
+
+def _home(request: KVRequest) -> Path:
+    """Where KV on disk goes."""
+    return request.directory or _default_directory()
+
+
+def _default_directory() -> Path:
+    return cache_directory() / "kv"

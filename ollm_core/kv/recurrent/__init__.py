@@ -1,0 +1,1 @@
+"""Recurrent states of many sequences, in memory and on disk."""

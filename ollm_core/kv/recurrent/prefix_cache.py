@@ -1,0 +1,140 @@
+"""A hybrid store that outlives its process: keys and values as a KeepingKVStore keeps them, and
+recurrent states in files of their own.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import Tensor
+
+from ollm_core.errors import OllmError
+from ollm_core.kv.block_storage import KVGeometry
+from ollm_core.kv.disk.prefix_cache import KeepingKVStore
+from ollm_core.kv.recurrent.hybrid import HybridKVStore
+from ollm_core.kv.recurrent.snapshots import StateFiles, StateWriter
+from ollm_core.kv.recurrent.states import StateStore
+
+SPACING = 8192
+"""Tokens from one state that is kept within a long prompt to the next, about."""
+
+logger = logging.getLogger("ollm")
+
+
+class KeepingHybridKVStore(HybridKVStore):
+    """See KeepsPrefixes. A kept prefix is of use where there is a state: after each prompt, after
+    the last text, and within a long prompt at some edges of chunks.
+    """
+
+    def __init__(
+        self, geometry: KVGeometry, attention: KeepingKVStore, states: StateStore, files: StateFiles
+    ) -> None:
+        """See HybridKVStore; `files` is where states are kept."""
+        super().__init__(geometry, attention, states)
+        self._kept = attention
+        self._files = files
+        self._keeps = True
+        self._ends: dict[int, int] = {}
+        """Where the pass of each sequence will end."""
+        self._writers: dict[tuple[int, int], StateWriter] = {}
+        """By sequence and number of tokens: states of a pass that is not finished."""
+        states.on_state = self._seen
+
+    def find(self, token_ids: Tensor) -> tuple[int, int]:
+        """See KeepsPrefixes."""
+        sequence, longest = self._kept.find(token_ids)
+        self._states.add(sequence)
+        for num_tokens in self._files.find(token_ids, longest):
+            states = self._files.read(token_ids[:num_tokens])
+            if states is None:
+                continue
+            try:
+                self._kept.truncate(sequence, num_tokens)
+                self._states.adopt(sequence, num_tokens, states)
+            except OllmError as error:
+                logger.warning("a kept prefix cannot be used: %s", error)
+                break
+            return sequence, num_tokens
+        self.release(sequence)
+        return self.new_sequence(), 0
+
+    def keep(self, sequence: int, start: int, token_ids: Tensor) -> None:
+        """See KeepsPrefixes."""
+        self._kept.keep(sequence, start, token_ids)
+        known = self._kept.token_ids(sequence)
+        for key in [key for key in self._writers if key[0] == sequence]:
+            writer = self._writers.pop(key)
+            with self._guarded():
+                writer.finish(known[: writer.num_tokens])
+        if len(token_ids) > 1:
+            self._keep_end(sequence)
+
+    def reserve(self, sequence: int, num_tokens: int, longest: int | None = None) -> None:
+        super().reserve(sequence, num_tokens, longest)
+        self._drop_writers(sequence)
+        self._ends[sequence] = num_tokens
+
+    def truncate(self, sequence: int, num_tokens: int) -> None:
+        super().truncate(sequence, num_tokens)
+        self._drop_writers(sequence)
+
+    def release(self, sequence: int) -> None:
+        super().release(sequence)
+        self._drop_writers(sequence)
+        self._ends.pop(sequence, None)
+
+    def close(self) -> None:
+        """See KVStore. Before that, keeps the states that the sequences have now."""
+        for sequence in list(self._ends):
+            self._keep_end(sequence)
+            self._drop_writers(sequence)
+        self._ends.clear()
+        super().close()
+
+    def _seen(
+        self, layer_idx: int, sequence: int, num_new: int, num_tokens: int, state: Sequence[Tensor]
+    ) -> None:
+        """Write the state at some edges of chunks of a long prompt: the last one before its end,
+        and one every SPACING tokens.
+        """
+        rest = self._ends.get(sequence, 0) - num_tokens
+        crossed = num_tokens // SPACING > (num_tokens - num_new) // SPACING
+        if num_new > 1 and rest > 0 and (rest <= num_new or crossed) and self._keeps:
+            with self._guarded():
+                key = sequence, num_tokens
+                if key not in self._writers:
+                    self._writers[key] = StateWriter(self._files, num_tokens)
+                self._writers[key].write(layer_idx, state)
+
+    def _keep_end(self, sequence: int) -> None:
+        """Write the state that a sequence has, if its tokens are known."""
+        num_tokens = self.num_tokens(sequence)
+        known = self._kept.token_ids(sequence)
+        if not self._keeps or len(known) != num_tokens or not num_tokens:
+            return
+        with self._guarded():
+            if not self._files.has(known):
+                writer = StateWriter(self._files, num_tokens)
+                try:
+                    for layer_idx in self._files.offsets:
+                        state = self._states.state(layer_idx, sequence)
+                        assert state is not None, "it has tokens"
+                        writer.write(layer_idx, state)
+                    writer.finish(known)
+                finally:
+                    writer.drop()
+
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """Keep without ever failing: the answer is worth more than its state."""
+        try:
+            yield
+        except OSError as error:
+            self._keeps = False
+            logger.warning("recurrent states are not kept: %s", error)
+
+    def _drop_writers(self, sequence: int) -> None:
+        for key in [key for key in self._writers if key[0] == sequence]:
+            self._writers.pop(key).drop()

@@ -1,0 +1,173 @@
+"""Stores that hold no data, and reserve what the real ones would: what a plan asks."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ollm_core.contracts.kv import TierBytes
+from ollm_core.device.buffers import PAGE
+from ollm_core.kv.block_storage import BlockStorage, KVGeometry
+from ollm_core.kv.block_table import BlockKVStore
+from ollm_core.kv.buffer_pool import Charges
+from ollm_core.kv.disk.storage import DiskSizes
+from ollm_core.kv.in_memory import MemoryStorage
+from ollm_core.kv.recurrent.hybrid import HybridKVStore
+from ollm_core.kv.recurrent.states import StateStore
+from ollm_core.memory.accounts import MemoryAccount
+
+_META = torch.device("meta")
+
+
+class PlannedDiskStorage(BlockStorage):
+    """The accounts of DiskStorage, without files."""
+
+    def __init__(self, geometry: KVGeometry, account: MemoryAccount) -> None:
+        self._geometry = geometry
+        self._sizes = DiskSizes(geometry)
+        self._charges = Charges(account)
+        self._num_slots: Counter[int] = Counter()
+        self._free: dict[int, list[int]] = {}
+        self._charges.take("kv write buffers", self._sizes.write_bytes)
+        try:
+            self._charges.take("kv staging", 2 * self._sizes.lane_bytes)
+        except BaseException:
+            self._charges.close()
+            raise
+
+    def growth(self, num_blocks: Mapping[int, int], tails: Collection[int]) -> TierBytes:
+        free = self._free
+        new = {i: max(number - len(free.get(i, ())), 0) for i, number in num_blocks.items()}
+        return self._sizes.growth(new, tails)
+
+    def allocate(
+        self, num_blocks: Mapping[int, int], tails: Collection[int]
+    ) -> dict[int, list[int]]:
+        self._charges.take("kv tails", self.growth(num_blocks, tails).host)
+        found = {}
+        for layer_idx, number in num_blocks.items():
+            free = self._free.setdefault(layer_idx, [])
+            missing = max(number - len(free), 0)
+            first = self._num_slots[layer_idx]
+            self._num_slots[layer_idx] += missing
+            free.extend(range(first, first + missing))
+            found[layer_idx] = free[:number]
+            del free[:number]
+        return found
+
+    def free(self, layer_idx: int, blocks: Sequence[int]) -> None:
+        self._free.setdefault(layer_idx, []).extend(blocks)
+
+    def clear(self, layer_idx: int, blocks: Sequence[int]) -> None:
+        """Nothing to do: there is no data."""
+
+    def open(self, layer_idx: int, block: int) -> Tensor:
+        shape = self._geometry.block_shape(layer_idx)
+        return torch.empty(shape, dtype=self._geometry.dtype, device=_META)
+
+    def drop(self, layer_idx: int) -> None:
+        self._charges.give("kv tails", self._sizes.slot_bytes[layer_idx])
+
+    def seal(self, layer_idx: int, block: int, tail: Tensor) -> Tensor:
+        return tail
+
+    def load(self, layer_idx: int, block: int, tail: Tensor) -> None:
+        """Nothing to do: there is no data."""
+
+    def unseal(self, layer_idx: int, block: int, tail: Tensor) -> None:
+        """Nothing to do: there is no data."""
+
+    def read(self, layer_idx: int, blocks: Sequence[int]) -> Iterator[Tensor]:
+        return (self.open(layer_idx, block) for block in blocks)
+
+    def tier_bytes(self) -> TierBytes:
+        sizes = self._sizes.slot_bytes
+        on_disk = sum(PAGE + self._num_slots[i] * size for i, size in enumerate(sizes))
+        return TierBytes(host=self._charges.num_bytes, disk=on_disk)
+
+    def close(self) -> None:
+        self._charges.close()
+
+
+class PlannedMemoryStorage(MemoryStorage):
+    """The accounts of MemoryStorage. Its tensors have no data."""
+
+    def _new_block(self, layer_idx: int) -> Tensor:
+        return torch.empty(0, device=_META)
+
+    def open(self, layer_idx: int, block: int) -> Tensor:
+        shape = self._geometry.block_shape(layer_idx)
+        return torch.empty(shape, dtype=self._geometry.dtype, device=_META)
+
+
+class PlannedKVStore(BlockKVStore):
+    """The block tables and accounts of a store in `tier`: "device", "host" or "disk"."""
+
+    def __init__(
+        self,
+        tier: str,
+        geometry: KVGeometry,
+        accounts: tuple[MemoryAccount, MemoryAccount],
+    ) -> None:
+        """`accounts` are those of the device and the host. Raises DoesNotFitError."""
+        device_account, host_account = accounts
+        bus = None if tier == "device" else geometry.bus
+        bare = replace(geometry, device=_META)
+        storage: BlockStorage
+        if tier == "disk":
+            storage = PlannedDiskStorage(bare, host_account)
+        elif tier == "host":
+            storage = PlannedMemoryStorage(bare, host_account, "host", _META)
+        else:
+            storage = PlannedMemoryStorage(bare, device_account, "device", _META)
+        super().__init__(bare, storage, device_account, bus=bus)
+
+    def advance(self, sequence: int, num_tokens: int, longest: int) -> None:
+        """Let `num_tokens` more tokens be there in each layer, as calls of `append` with at most
+        `longest` would.
+        """
+        for layer_idx in range(self.geometry.num_layers):
+            table = self._table(layer_idx, sequence)
+            # A layer that keeps everything does the same in one call.
+            most = longest if self.geometry.kinds[layer_idx].window else num_tokens
+            for done in range(0, num_tokens, most):
+                for _ in self._room(layer_idx, table, min(most, num_tokens - done)):
+                    pass
+
+
+class PlannedHybridStore(HybridKVStore):
+    """The same for a model with recurrent layers."""
+
+    def __init__(
+        self,
+        tier: str,
+        geometry: KVGeometry,
+        accounts: tuple[MemoryAccount, MemoryAccount],
+    ) -> None:
+        """See PlannedKVStore."""
+        bare = replace(geometry, device=_META)
+        if tier == "device":
+            states = StateStore(bare, accounts[0], "device", _META)
+        else:
+            states = StateStore(bare, accounts[1], "host", _META)
+        self._planned = PlannedKVStore(tier, geometry.attention_layers(), accounts)
+        super().__init__(bare, self._planned, states)
+
+    def advance(self, sequence: int, num_tokens: int, longest: int) -> None:
+        """See PlannedKVStore."""
+        self._planned.advance(sequence, num_tokens, longest)
+        for layer_idx, shapes in self._states.shapes.items():
+            state = [torch.empty(shape, dtype=dtype, device=_META) for shape, dtype in shapes]
+            self.put_state(layer_idx, sequence, num_tokens, state)
+
+
+def planned_store(
+    tier: str, geometry: KVGeometry, accounts: tuple[MemoryAccount, MemoryAccount]
+) -> PlannedKVStore | PlannedHybridStore:
+    """What stands for the store that a run would have. Raises DoesNotFitError."""
+    recurrent = any(kind.kind == "recurrent" for kind in geometry.kinds)
+    return (PlannedHybridStore if recurrent else PlannedKVStore)(tier, geometry, accounts)

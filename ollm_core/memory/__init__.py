@@ -1,0 +1,1 @@
+"""Memory: budgets, accounts of who holds what, and what the machine has."""

@@ -1,0 +1,121 @@
+"""What a model may use of each memory: what the user states, or else what is free now less a
+reserve. No other part decides on this.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ollm_core.errors import DoesNotFitError, InputError
+from ollm_core.memory.host import HostMemory
+from ollm_core.memory.sizes import format_size, parse_size
+from ollm_core.options import Count, Size, count
+
+if TYPE_CHECKING:
+    import torch
+
+RESERVE_BYTES = 500_000_000
+"""Left alone on each memory: the interpreter, torch's own buffers and the rest of the machine."""
+ASSUMED_DEVICE_BYTES = 8 * 10**9
+"""The memory of a GPU that is planned for and not here."""
+DEFAULTS = (
+    "what is free now less 500 MB: of a GPU all of it, and 90% of the host's; on a CPU 70% for "
+    "the device and 20% for the host. In a container, what its limit leaves is what is free."
+)
+"""The rule below in words, for people."""
+
+
+@dataclass(frozen=True, slots=True)
+class Budgets:
+    """Bytes that may be held of the device's and of the host's memory."""
+
+    device: int
+    host: int
+
+
+@dataclass(frozen=True, slots=True)
+class LayerLimits:
+    """The most layers that are kept on the device and in host memory, inside the budgets. None:
+    as many as these allow. Parts of the head and routed experts are not counted.
+    """
+
+    device: int | None = None
+    host: int | None = None
+
+
+def layer_limits(
+    device: torch.device, device_layers: Count | None, host_layers: Count | None
+) -> LayerLimits:
+    """What the user states. Raises InputError for a number below zero, and for the host's where
+    the CPU is the device.
+    """
+    limits = LayerLimits(
+        None if device_layers is None else count("device_layers", device_layers, 0),
+        None if host_layers is None else count("host_layers", host_layers, 0),
+    )
+    if host_layers is not None and device.type == "cpu":
+        raise InputError(
+            "host_layers is for a device beside the CPU",
+            hint="on a CPU, layers in memory are the device's: device_layers",
+        )
+    return limits
+
+
+def default_budgets(device: torch.device) -> Budgets:
+    """What a model may use where the user states nothing. Of a GPU that is not here, 8 GB are
+    assumed.
+    """
+    host = max(HostMemory().free() - RESERVE_BYTES, 1)
+    if device.type == "cpu":
+        return Budgets(host * 7 // 10, host * 2 // 10)
+    gpu = _gpu_memory(device)
+    free = gpu[0] - RESERVE_BYTES if gpu else ASSUMED_DEVICE_BYTES
+    return Budgets(max(free, 1), host * 9 // 10)
+
+
+def stated_budgets(
+    device: torch.device,
+    device_memory: Size | None,
+    host_memory: Size | None,
+    *,
+    must_be_there: bool = True,
+) -> Budgets:
+    """The sizes that the user states, as `8GB`, or the default for None. Raises InputError for what
+    is no size.
+
+    With `must_be_there`, raises DoesNotFitError for more than this machine has in all: nothing
+    could keep such a promise. More than is free now is allowed, for others may go.
+    """
+    default = default_budgets(device)
+    on_device = default.device if device_memory is None else parse_size(device_memory)
+    on_host = default.host if host_memory is None else parse_size(host_memory)
+    if must_be_there:
+        host = HostMemory().total()
+        gpu = _gpu_memory(device)
+        if device_memory is not None:
+            _check("device_memory", on_device, gpu[1] if gpu else host, default)
+        if host_memory is not None:
+            _check("host_memory", on_host, host, default)
+            if device_memory is not None and device.type == "cpu":  # one memory
+                both = "device_memory and host_memory together"
+                _check(both, on_device + on_host, host, default)
+    return Budgets(on_device, on_host)
+
+
+def _check(name: str, num_bytes: int, there: int, default: Budgets) -> None:
+    if num_bytes > there:
+        raise DoesNotFitError(
+            f"{name}: {format_size(num_bytes)} is allowed, and {format_size(there)} is there",
+            hint=f"allow less, or state none: then {format_size(default.device)} of device memory "
+            f"and {format_size(default.host)} of host memory",
+        )
+
+
+def _gpu_memory(device: torch.device) -> tuple[int, int] | None:
+    """Free and all bytes of a GPU, if it is here."""
+    import torch
+
+    if device.type != "cuda" or (device.index or 0) >= torch.cuda.device_count():
+        return None
+    return torch.cuda.mem_get_info(device)

@@ -1,0 +1,209 @@
+"""The transformers model without weights: every layer on the meta device, parameters bound just
+before use.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import importlib.util
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+
+from ollm_core.attention.select import ATTENTION_NAME, register_attention
+from ollm_core.contracts.model import Config, Layout
+from ollm_core.errors import ConfigError, PluginError, UnsupportedError
+from ollm_core.model.moe import Mixture
+from ollm_core.model.outside_layers import OutsideLayers, watch_outside
+
+_RECURRENT_KERNELS = {"fla": "flash-linear-attention", "causal_conv1d": "causal-conv1d"}
+
+
+class _Slots(AbstractContextManager[nn.Module]):
+    """Where the parameters of a module are kept: their owners' dictionaries. What they are filled
+    with stays until the end of a `with` block.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        """They are empty while they hold what they hold now."""
+        self._module = module
+        self._places: list[tuple[dict[str, Any], str]] = [
+            (owner._parameters, leaf)
+            for owner in module.modules()
+            for leaf, value in owner._parameters.items()
+            if value is not None
+        ]
+        self._empty = [holder[leaf] for holder, leaf in self._places]
+
+    def fill(self, parameters: Sequence[Tensor]) -> None:
+        """Put `parameters` in, in the order of `named_parameters`."""
+        for (holder, leaf), value in zip(self._places, parameters, strict=True):
+            ready = type(value) is nn.Parameter  # isinstance asks Python code, at each of them
+            holder[leaf] = value if ready else nn.Parameter(value, requires_grad=False)
+
+    def __enter__(self) -> nn.Module:
+        return self._module
+
+    def __exit__(self, *_: object) -> None:
+        for (holder, leaf), value in zip(self._places, self._empty, strict=True):
+            holder[leaf] = value
+
+
+class Skeleton:
+    """Layers, final norm and rotary embedding of one model, callable once their parameters are
+    bound.
+    """
+
+    def __init__(
+        self, config: Config, layout: Layout, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """Raises ConfigError if transformers cannot build a model from `config`. However its
+        weights are stored, the model is a plain one. Raises UnsupportedError if transformers would
+        compute its recurrent layers by another package.
+        """
+        self.recurrent = frozenset(
+            i for i, mixer in enumerate(layout.mixers) if mixer == "recurrent"
+        )
+        """Layers with a state in place of keys and values."""
+        if self.recurrent:
+            _refuse_kernels()
+        register_attention()
+        self.config: PreTrainedConfig
+        plain = {key: value for key, value in config.items() if key != "quantization_config"}
+        try:
+            self.config = AutoConfig.for_model(**copy.deepcopy(plain))
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(
+                    self.config,
+                    dtype=dtype,
+                    attn_implementation=ATTENTION_NAME,
+                    experts_implementation="eager",  # the others give other last bits
+                    trust_remote_code=False,
+                )
+        except Exception as error:
+            raise ConfigError(
+                f"transformers cannot build a {config.get('model_type')} model from config.json: "
+                f"{' '.join(str(error).split())}"
+            ) from error
+        model.eval()
+        check_paths(model, layout)
+        self.shapes = {
+            name: tuple(parameter.shape)
+            for name, parameter in model.named_parameters(remove_duplicate=False)
+        }
+        self.layers: Sequence[nn.Module] = list(model.get_submodule(layout.layers))
+        self.norm = model.get_submodule(layout.norm)
+        self.meta_rotary = model.get_submodule(layout.rotary)
+        # Rotary frequencies are in no checkpoint: a fresh module computes them. On the CPU, as
+        # transformers does for any device: a GPU's powers and quotients have other last bits.
+        with torch.device("meta" if device.type == "meta" else "cpu"):
+            self.rotary: nn.Module = type(self.meta_rotary)(self.config).to(device)
+        self._rotary_axes = layout.rotary_axes
+        self.rotary_types = _rotary_types(self.rotary, self.config, len(self.layers))
+        self.mixtures: Mapping[int, Mixture] = dict(_mixtures(self.layers, layout))
+        """Layers with routed experts, which are run in two halves."""
+        self._slots = [_Slots(layer) for layer in self.layers]
+        self.outside: OutsideLayers = watch_outside(model, layout, self.rotary_types)
+        """What the family computes between embedding, layers, norm and head."""
+
+    def embeddings(
+        self, rotary: nn.Module, layer_idx: int, hidden: Tensor, positions: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [R, T, D] for a layer. `rotary` is `self.rotary` or
+        `self.meta_rotary`.
+        """
+        kind = self.rotary_types[layer_idx]
+        if self._rotary_axes:
+            positions = positions.expand(self._rotary_axes, -1, -1)
+        found: tuple[Tensor, Tensor] = (
+            rotary(hidden, positions) if kind is None else rotary(hidden, positions, kind)
+        )
+        return found
+
+    def bound(
+        self, layer_idx: int, parameters: Sequence[Tensor]
+    ) -> AbstractContextManager[nn.Module]:
+        """The layer with `parameters` in place; afterwards it is on the meta device again."""
+        slots = self._slots[layer_idx]
+        slots.fill(parameters)
+        return slots
+
+    def step(self, layer_idx: int) -> Callable[..., Tensor]:
+        """What is run chunk by chunk: the layer, or its mixer if it has routed experts."""
+        mixture = self.mixtures.get(layer_idx)
+        return mixture.mixer if mixture else self.layers[layer_idx]
+
+    def bind_norm(self, parameters: Sequence[Tensor]) -> None:
+        """Give the final norm its parameters until `close`."""
+        _Slots(self.norm).fill(parameters)
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Bytes on the device beside parameters: the rotary frequencies."""
+        return sum(buffer.nbytes for buffer in self.rotary.buffers())
+
+    def close(self) -> None:
+        """Hold nothing on the device any more, nor the constants of operations outside layers."""
+        self.rotary = self.meta_rotary
+        self.outside = OutsideLayers()
+        self.bind_norm([torch.empty_like(p, device="meta") for p in self.norm.parameters()])
+
+
+def _rotary_types(rotary: nn.Module, config: PreTrainedConfig, num_layers: int) -> list[str | None]:
+    """What each layer passes to `rotary` beside states and positions: its type, where the module
+    wants one. Raises UnsupportedError if it wants anything else.
+    """
+    _, _, *others = inspect.signature(rotary.forward).parameters.values()
+    wanted = [other.name for other in others if other.default is inspect.Parameter.empty]
+    if not wanted:
+        return [None] * num_layers
+    types: list[str | None] = list(getattr(config, "layer_types", None) or ())
+    if wanted != ["layer_type"] or len(types) != num_layers:
+        raise UnsupportedError(
+            f"{type(rotary).__name__} wants {', '.join(wanted)} for each layer, "
+            f"which config.json does not give",
+            hint="rotary embeddings may depend on layer_types, and on nothing else",
+        )
+    return types
+
+
+def check_paths(model: nn.Module, layout: Layout) -> None:
+    """Raises PluginError for a path of the layout that leads nowhere."""
+    for part in ("embedding", "layers", "norm", "head", "rotary"):
+        path = getattr(layout, part)
+        try:
+            model.get_submodule(path)
+        except AttributeError as error:
+            known = [name for name, _ in model.named_modules() if ".0" not in name]
+            close = difflib.get_close_matches(path, known, n=1)
+            raise PluginError(
+                f"layout().{part} is {path!a}, and transformers' {type(model).__name__} has no "
+                "such module",
+                hint=f"did you mean {close[0]!a}?" if close else f"there are {', '.join(known)}",
+            ) from error
+
+
+def _refuse_kernels() -> None:
+    """Packages that transformers takes for recurrent layers as soon as they are there. They give
+    other bits than its own code, only on a GPU, and cannot be traced for a plan.
+    """
+    for package, distribution in _RECURRENT_KERNELS.items():
+        found = importlib.util.find_spec(package)
+        if found is not None and found.origin is not None:  # a mere directory has none
+            raise UnsupportedError(
+                f"{distribution} is installed, and transformers computes recurrent layers with it: "
+                "what they give and hold is then not known",
+                hint=f"pip uninstall {distribution}, or use an environment without it",
+            )
+
+
+def _mixtures(layers: Sequence[nn.Module], layout: Layout) -> Iterator[tuple[int, Mixture]]:
+    for layer_idx, layer in enumerate(layers):
+        if layout.experts and layout.experts in dict(layer.named_modules()):
+            yield layer_idx, Mixture(layer, layout)

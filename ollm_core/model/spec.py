@@ -1,0 +1,216 @@
+"""A model taken apart, before anything of it is read: what a run and a plan of it share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from ollm_core import options
+from ollm_core.attention.trial import require_flash
+from ollm_core.checkpoint.safetensors import Checkpoint
+from ollm_core.checkpoint.synthetic import describe_checkpoint
+from ollm_core.contracts.adapter import ModelAdapter
+from ollm_core.contracts.kv import CacheKind
+from ollm_core.contracts.model import Config
+from ollm_core.device.transfer import Bus, bus_of
+from ollm_core.engine.activations import Workspace
+from ollm_core.engine.pass_planner import Accounts, Admission, Policy
+from ollm_core.errors import ConfigError, UnsupportedError
+from ollm_core.files.untrusted_json import show
+from ollm_core.kv.block_storage import KVGeometry
+from ollm_core.model.skeleton import Skeleton
+from ollm_core.plugins.loader import Offer
+from ollm_core.plugins.registry import require, supports
+from ollm_core.plugins.validation import kinds_of, layout_of, plan_of, text_config_of
+from ollm_core.weights.eviction import Pressure
+from ollm_core.weights.formats.codecs import LogicalTensors
+from ollm_core.weights.placement import HeldWeights
+from ollm_core.weights.streamer import TieredWeights
+from ollm_core.weights.tied_head import untie_head
+from ollm_core.weights.units import Units, cut_units
+
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in options.DTYPES}
+_FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ModelParts:
+    """What a model is made of. `device` is the one that computes, which need not be here."""
+
+    adapter: ModelAdapter
+    config: Config
+    """Of the language model."""
+    checkpoint: Checkpoint
+    dtype: torch.dtype
+    device: torch.device
+    kinds: tuple[CacheKind, ...]
+    skeleton: Skeleton
+    units: Units
+    bus: Bus | None
+    """That of `device`; None where it computes in host memory."""
+    blocks: str = "blockwise"
+    """What attention "auto" takes where it is not exact."""
+    proven: set[str] = field(default_factory=set)
+    """Configs of this adapter whose halves of a layer have been compared with the layer."""
+
+    @property
+    def geometry(self) -> KVGeometry:
+        """The shape of keys and values, which do not wait behind weights on their way."""
+        bus = self.bus and self.bus.beside()
+        return KVGeometry(self.kinds, self.dtype, self.device, bus=bus)
+
+    def workspace(self) -> Workspace:
+        """Tells what layers take; remembers what it has traced. Raises UnsupportedError for a
+        layout whose halves of a layer are not the layer.
+        """
+        workspace = Workspace(self.skeleton, self.geometry)
+        stated = f"{self.adapter.name} {self.config!r}"
+        if stated not in self.proven:
+            workspace.check_halves()
+            self.proven.add(stated)
+        return workspace
+
+    def admission(
+        self,
+        accounts: Accounts,
+        weights: TieredWeights | HeldWeights,
+        workspace: Workspace,
+        *,
+        attention: str,
+        chunk_size: int | None,
+        pressure: Pressure | None = None,
+    ) -> Admission:
+        """What decides how a pass is run. Raises UnsupportedError for a fixed attention or chunk
+        size that the family does not have, InputError for "flash" in another dtype or on a CPU.
+        """
+        if attention not in ("auto", "exact"):
+            require(self.adapter, "blockwise-attention")
+        if attention == "flash":
+            require_flash(self.device, self.dtype, here=False)
+        if attention == "blockwise" and self.blocks == "products":
+            attention = self.blocks
+        if chunk_size is not None:
+            require(self.adapter, "chunked-prefill")
+        policy = Policy(
+            attention,
+            chunk_size,
+            blocks=self.blocks,
+            may_chunk=supports(self.adapter, "chunked-prefill"),
+            may_use_blocks=supports(self.adapter, "blockwise-attention"),
+        )
+        return Admission(
+            policy,
+            accounts,
+            weights,
+            workspace,
+            hidden_size=self.skeleton.config.hidden_size,
+            vocab_size=self.skeleton.config.vocab_size,
+            pressure=pressure,
+        )
+
+
+def take_apart(
+    adapter: ModelAdapter,
+    whole_config: Config,
+    checkpoint: Checkpoint | None,
+    codecs: Mapping[str, Offer],
+    *,
+    dtype: str,
+    device: torch.device,
+    where: Path,
+    bare: bool = False,
+    bus: Bus | None = None,
+) -> ModelParts:
+    """The parts of the model of a config.json. `where` that came from is for messages.
+
+    Without a `checkpoint`, one is described as the adapter declares it. `bare` allocates nothing on
+    `device`, which then need not be there. `bus` is by default as `bus_of` says. Raises
+    ConfigError, CheckpointError, UnsupportedError.
+    """
+    config = text_config_of(adapter, whole_config)
+    declared: Config = {**config, **whole_config}
+    _check_quantization(adapter, declared, where)
+    if checkpoint is None:
+        stated = declared.get("dtype") or declared.get("torch_dtype") or adapter.unstated_dtype
+        declared = {**declared, "dtype": stated or (None if dtype == "auto" else dtype)}
+    tensors = None if checkpoint is None else LogicalTensors(checkpoint, config, codecs)
+    if tensors is not None:
+        tensors.check_device(device)
+    indexed = checkpoint.index_dtype if checkpoint else None
+    compute_dtype = _compute_dtype(dtype, declared, where, tensors, indexed)
+    layout = layout_of(adapter, config)
+    kinds = kinds_of(adapter, config, layout)
+    skeleton = Skeleton(config, layout, compute_dtype, torch.device("meta") if bare else device)
+    if checkpoint is None or tensors is None:
+        stored = str(declared["dtype"])
+        checkpoint = describe_checkpoint(adapter, config, skeleton.shapes, stored, where)
+        tensors = LogicalTensors(checkpoint, config, {})
+        plan = plan_of(adapter, config, tensors.names)
+    else:
+        plan = plan_of(adapter, config, tensors.names)
+        plan = untie_head(plan, adapter, config, layout, checkpoint, tensors, compute_dtype)
+    units = cut_units(
+        layout,
+        tensors.compose(plan, skeleton.shapes, compute_dtype),
+        checkpoint.tensors,
+        skeleton.shapes,
+        # In float32, matrix libraries give other last bits for a part of the rows.
+        slice_head=compute_dtype != torch.float32,
+    )
+    return ModelParts(
+        adapter,
+        config,
+        checkpoint,
+        compute_dtype,
+        device,
+        kinds,
+        skeleton,
+        units,
+        bus or bus_of(device),
+    )
+
+
+def _check_quantization(adapter: ModelAdapter, config: Config, where: Path) -> None:
+    """Raises UnsupportedError for a model that is quantised in a way that the adapter does not
+    declare: its tensors would be taken for plain ones.
+    """
+    stated = config.get("quantization_config")
+    if stated is None:
+        return
+    method = stated.get("quant_method") if isinstance(stated, Mapping) else stated
+    if method not in adapter.quantizations:
+        known = ", ".join(adapter.quantizations)
+        raise UnsupportedError(
+            f"{where}: quantization_config of config.json: quant_method {show(method)} is not "
+            f"supported by adapter {adapter.name}",
+            hint=f"it opens {known}, and models that are not quantised"
+            if known
+            else "open the model as it was before it was quantised",
+        )
+
+
+def _compute_dtype(
+    dtype: str, config: Config, directory: Path, tensors: LogicalTensors | None, indexed: object
+) -> torch.dtype:
+    """What transformers computes in by default: as config.json says, else as the index does
+    (`indexed`), else the dtype of the first tensor of floats that it comes upon.
+    """
+    if dtype != "auto":
+        return DTYPES[dtype]
+    stated = config.get("dtype") or config.get("torch_dtype") or indexed
+    if stated is None and tensors is not None:
+        stated = next((_FLOATS[name] for name in tensors.dtypes() if name in _FLOATS), None)
+    if stated is None:
+        raise ConfigError(
+            f"{directory}: no dtype in config.json and no float tensor in the checkpoint",
+            hint="give dtype, for instance bfloat16",
+        )
+    if not isinstance(stated, str) or stated not in DTYPES:
+        raise ConfigError(
+            f"{directory}: the model's dtype is {show(stated)}, need {', '.join(DTYPES)}",
+            hint="give dtype, for instance float32",
+        )
+    return DTYPES[stated]

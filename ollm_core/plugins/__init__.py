@@ -1,0 +1,1 @@
+"""Plugins: hooks, what is installed, and what adapters declare."""

@@ -1,0 +1,251 @@
+"""Which plugins are installed and what they bring: discover, check, look up; imports no torch.
+
+A plugin is one entry point in the group `ollm.adapters`. Each is loaded in isolation: one that is
+broken is kept as failed with its reason, and hurts no other. There is no module-level state.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import EntryPoint, entry_points
+from types import MappingProxyType
+from typing import Literal
+
+from ollm_core.contracts.adapter import ModelAdapter
+from ollm_core.contracts.model import CatalogEntry, Config
+from ollm_core.errors import InputError, PluginError, UnknownModelError, UnsupportedError, one_line
+from ollm_core.files.untrusted_json import show
+from ollm_core.plugins.loader import KINDS, Offer, ask
+from ollm_core.plugins.validation import CAPABILITIES, check_adapter
+
+ENTRY_POINT_GROUP = "ollm.adapters"
+_IMPORTS_TORCH = (
+    "imports torch when it is loaded, which slows every `ollm --help`: import it inside functions"
+)
+LOAD_PLUGINS = "OLLM_LOAD_PLUGINS"
+"""Environment variable: the only distributions or entry points to load, comma separated."""
+
+
+@dataclass(frozen=True, slots=True)
+class PluginInfo:
+    """One entry point and what became of it."""
+
+    name: str
+    distribution: str
+    """Empty where the entry point belongs to none."""
+    version: str
+    adapters: tuple[ModelAdapter, ...] = ()
+    """Empty unless `status` is "ok"."""
+    offers: tuple[Offer, ...] = ()
+    """Everything else that it brings; empty unless `status` is "ok"."""
+    status: Literal["ok", "failed", "skipped"] = "ok"
+    reason: str = ""
+    """Why it failed or was skipped; a warning if it is "ok"."""
+
+    def __str__(self) -> str:
+        origin = f"{self.distribution} {self.version}".strip()
+        return f"{self.name} ({origin})" if origin else self.name
+
+
+class Registry:
+    """The plugins of one moment. Build it with `discover`."""
+
+    def __init__(self) -> None:
+        self._plugins: list[PluginInfo] = []
+        self._adapters: dict[str, ModelAdapter] = {}
+        self._catalog: list[tuple[ModelAdapter, CatalogEntry, PluginInfo]] = []
+        self._offers: dict[tuple[str, str], Offer] = {}
+        self.proven: set[str] = set()
+        """What was found true of the adapters' layouts, and need not be looked at again."""
+        self._claims: dict[tuple[str, str], PluginInfo | str] = {
+            (kind.title, name): "oLLM itself" for kind in KINDS.values() for name in kind.built_in
+        }
+
+    @classmethod
+    def discover(cls, candidates: Iterable[EntryPoint] | None = None) -> Registry:
+        """Load the `candidates` (default: those installed) that `OLLM_LOAD_PLUGINS` lets through.
+
+        Never raises for a broken plugin. Of two that clash, the first by distribution wins.
+        """
+        if candidates is None:
+            candidates = entry_points(group=ENTRY_POINT_GROUP)
+        found = [(_info(entry_point), entry_point) for entry_point in candidates]
+        found.sort(key=lambda pair: (pair[0].distribution, pair[0].name))
+        wanted = _wanted(os.environ.get(LOAD_PLUGINS))
+        registry = cls()
+        for info, entry_point in found:
+            names = {_normalised(info.name), _normalised(info.distribution)}
+            if wanted is None or names & wanted:
+                registry._load(info, entry_point)
+            else:
+                reason = f"not named in {LOAD_PLUGINS}"
+                registry._plugins.append(replace(info, status="skipped", reason=reason))
+        known = {_normalised(name) for info, _ in found for name in (info.name, info.distribution)}
+        for name in sorted((wanted or set()) - known):
+            reason = f"named in {LOAD_PLUGINS}, but not installed"
+            registry._plugins.append(PluginInfo(name, "", "", status="failed", reason=reason))
+        return registry
+
+    @classmethod
+    def of(cls, *adapters: ModelAdapter) -> Registry:
+        """A registry of these adapters alone, for tests. Raises PluginError for one that cannot be
+        used.
+        """
+        registry = cls()
+        registry._take(PluginInfo("given", "", "", adapters=adapters))
+        return registry
+
+    @property
+    def plugins(self) -> Sequence[PluginInfo]:
+        """Every entry point found, the failed and skipped ones included."""
+        return tuple(self._plugins)
+
+    @property
+    def adapters(self) -> Mapping[str, ModelAdapter]:
+        """The usable adapters by name."""
+        return MappingProxyType(self._adapters)
+
+    def adapter_for(self, config: Config) -> ModelAdapter:
+        """The adapter that opens a config.json. Raises UnknownModelError if there is none."""
+        model_type = config.get("model_type")
+        for adapter in self._adapters.values():
+            if model_type in adapter.model_types:
+                return adapter
+        installed = ", ".join(sorted(t for a in self._adapters.values() for t in a.model_types))
+        raise UnknownModelError(
+            f"no adapter opens model_type {show(model_type)}; installed ones open: "
+            f"{installed or 'nothing'}{self._failures()}",
+            # Names no distribution: whoever wrote model_type could choose which.
+            hint="install the adapter of its family; `ollm plugins` shows the installed ones",
+        )
+
+    def find(self, model_id: str) -> tuple[ModelAdapter, CatalogEntry]:
+        """The model with this id, in any case. Raises UnknownModelError, naming similar ids."""
+        known = {entry.id.casefold(): (adapter, entry) for adapter, entry, _ in self._catalog}
+        if match := known.get(model_id.casefold()):
+            return match
+        close = difflib.get_close_matches(model_id.casefold(), known, n=3, cutoff=0.5)
+        names = " or ".join(known[key][1].id for key in close)
+        raise UnknownModelError(
+            f"no adapter offers a model {model_id!a}{self._failures()}",
+            hint=f"did you mean {names}?" if names else "`ollm list-models` shows the known ones",
+        )
+
+    def catalog(self) -> list[tuple[ModelAdapter, CatalogEntry, PluginInfo]]:
+        """Every model that can be named, with its adapter and the plugin that brought it."""
+        return list(self._catalog)
+
+    def offers(self, hook: str) -> Mapping[str, Offer]:
+        """What plugins offer through `hook`, by name; `hook` is a key of `KINDS`."""
+        return {name: offer for (of, name), offer in self._offers.items() if of == hook}
+
+    def check_name(self, hook: str, name: str) -> Offer | None:
+        """What a plugin offers under `name`, or None where `name` is built in.
+
+        Raises InputError, naming what there is, for a name that is neither.
+        """
+        kind, offers = KINDS[hook], self.offers(hook)
+        if not isinstance(name, str) or (name not in kind.built_in and name not in offers):
+            raise InputError(
+                f"there is no {kind.title} {name!a}{self._failures()}",
+                hint=f"one of: {', '.join((*kind.built_in, *offers))}",
+            )
+        return offers.get(name)
+
+    def _failures(self) -> str:
+        failed = [plugin for plugin in self._plugins if plugin.status == "failed"]
+        return "".join(f"; plugin {plugin} failed to load: {plugin.reason}" for plugin in failed)
+
+    def _load(self, info: PluginInfo, entry_point: EntryPoint) -> None:
+        """Take a plugin in whole, or record why not. One that brings torch in is warned of; where
+        torch was there already, nothing is known.
+        """
+        had_torch = "torch" in sys.modules
+        try:
+            adapters, offers = ask(entry_point, str(info))
+            slow = not had_torch and "torch" in sys.modules
+            taken = replace(info, adapters=tuple(adapters), offers=tuple(offers))
+            self._take(replace(taken, reason=_IMPORTS_TORCH if slow else ""))
+        except (Exception, SystemExit) as error:  # noqa: BLE001 (a plugin may raise anything)
+            self._plugins.append(replace(info, status="failed", reason=one_line(error)))
+
+    def _take(self, info: PluginInfo) -> None:
+        """Add what a plugin brings. Raises PluginError, with nothing added, where it clashes."""
+        checked = [(adapter, *check_adapter(adapter)) for adapter in info.adapters]
+        catalogs = [(adapter, models) for adapter, models, _ in checked]
+        warnings = [info.reason, *(warning for _, _, warning in checked)]
+        info = replace(info, reason="; ".join(filter(None, warnings)))
+        claims: dict[tuple[str, str], PluginInfo] = {}
+        wanted = [c for adapter, models in catalogs for c in _claims(adapter, models)]
+        wanted += [(KINDS[offer.hook].title, offer.name) for offer in info.offers]
+        for claim in wanted:
+            if owner := self._claims.get(claim) or claims.get(claim):
+                raise PluginError(f"{claim[0]} {claim[1]!r} is already taken by {owner}")
+            claims[claim] = info
+        self._plugins.append(info)
+        self._claims.update(claims)
+        self._adapters.update({adapter.name: adapter for adapter in info.adapters})
+        self._offers.update({(offer.hook, offer.name): offer for offer in info.offers})
+        self._catalog.extend(
+            (adapter, model, info) for adapter, models in catalogs for model in models
+        )
+
+
+def supports(adapter: ModelAdapter, capability: str) -> bool:
+    """Whether `adapter` declares `capability` in full, or not at all."""
+    declared = adapter.capabilities.get(capability)
+    return declared is None or declared.support == "full"
+
+
+def limits(adapter: ModelAdapter) -> dict[str, str]:
+    """Each capability that `adapter` does not have in full, with its reason."""
+    declared = sorted(adapter.capabilities.items())
+    return {name: limit.reason for name, limit in declared if not supports(adapter, name)}
+
+
+def require(adapter: ModelAdapter, capability: str) -> None:
+    """Raises UnsupportedError, with the adapter's own reason, unless `capability` is full."""
+    if capability not in CAPABILITIES:
+        raise ValueError(f"unknown capability {capability!r}, known: {', '.join(CAPABILITIES)}")
+    if not supports(adapter, capability):
+        declared = adapter.capabilities[capability]
+        yet = " yet" if declared.support == "not-implemented" else ""
+        raise UnsupportedError(
+            f"adapter {adapter.name} does not support {capability}{yet}: {declared.reason}",
+            hint=f"do without it; it means {CAPABILITIES[capability]}",
+        )
+
+
+def _claims(adapter: ModelAdapter, models: Iterable[CatalogEntry]) -> Iterator[tuple[str, str]]:
+    """What only one adapter may have."""
+    yield "adapter name", adapter.name
+    for model_type in adapter.model_types:
+        yield "model_type", model_type
+    for model in models:
+        yield "model id", model.id.casefold()
+
+
+def _info(entry_point: EntryPoint) -> PluginInfo:
+    distribution = version = ""
+    if entry_point.dist is not None:
+        try:
+            distribution, version = entry_point.dist.name or "", entry_point.dist.version or ""
+        except Exception:  # noqa: BLE001 (damaged metadata makes importlib raise anything)
+            distribution = version = "unknown"
+    return PluginInfo(entry_point.name, distribution, version)
+
+
+def _wanted(setting: str | None) -> set[str] | None:
+    if setting is None:
+        return None
+    return {_normalised(name) for name in setting.split(",")} - {""}
+
+
+def _normalised(name: str) -> str:
+    """A distribution's name as package indexes compare it."""
+    return re.sub(r"[-_.]+", "-", name.strip()).lower()

@@ -1,0 +1,1 @@
+"""Routed experts: which are kept, and reading the others when a layer wants them."""

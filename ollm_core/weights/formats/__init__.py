@@ -1,0 +1,1 @@
+"""Stored forms of weights, and how they become parameters."""

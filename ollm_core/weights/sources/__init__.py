@@ -1,0 +1,1 @@
+"""Reading engines: how bytes of checkpoint files are brought into memory."""

@@ -1,0 +1,332 @@
+"""The weights of one model over the tiers: some units resident, the rest streamed from disk, inside
+a budget. Which ones is for `held` to say; here are their bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ollm_core.contracts.kv import TierBytes
+from ollm_core.contracts.weights import ByteSource, WeightStreamer
+from ollm_core.device.buffers import as_memoryview
+from ollm_core.device.transfer import Bus, bus_of, host_buffer
+from ollm_core.device.upload import UploadCounters
+from ollm_core.memory.accounts import MemoryAccount
+from ollm_core.profiling import Span, no_span
+from ollm_core.weights.device_load import Staging
+from ollm_core.weights.device_prefetch import Arrivals, Arriving, Packed, Send
+from ollm_core.weights.embedding import EmbeddingRows
+from ollm_core.weights.experts.store import ExpertCounters
+from ollm_core.weights.placement import HeldWeights, Placement
+from ollm_core.weights.prefetch import Ring, Slot
+from ollm_core.weights.units import Units, WeightUnit
+
+
+class TieredWeights(WeightStreamer):
+    """Gives out the units of a model. `fit` says how much memory it may hold; it may be called
+    between passes.
+    """
+
+    def __init__(
+        self,
+        units: Units,
+        source: ByteSource,
+        dtype: torch.dtype,
+        device: torch.device,
+        accounts: tuple[MemoryAccount, MemoryAccount],
+        *,
+        buffer_bytes: int = 0,
+        span: Span = no_span,
+        bus: Bus | None = None,
+    ) -> None:
+        """`accounts` are those of the device and the host. `bus` is that of a device with memory of
+        its own, by default as `bus_of` says; without one everything counts as device memory.
+        `buffer_bytes` are those of the model that are no weights, and held for it. `span`
+        measures how long units are waited for. `source` is closed with the weights, and when they
+        cannot be opened.
+        """
+        self.bus = bus or bus_of(device)
+        self.held = HeldWeights(
+            units,
+            source,
+            dtype,
+            device,
+            accounts,
+            buffer_bytes=buffer_bytes,
+            bus=self.bus,
+            timed=span is not no_span,
+        )
+        self.units = self.held.units
+        self.expert_units = units.experts
+        self.dtype = dtype
+        self.device = device
+        self._source = source
+        self._span = span
+        self._rows = EmbeddingRows(units.embedding)
+        self._device_units: dict[int, list[Tensor] | None] = {}
+        self._host_units: dict[int, Packed | None] = {}
+        self._ring: Ring | None = None
+        self._streamed_bytes = 0
+        self._read_seconds = 0.0
+        self._experts = self.held.experts
+        self._arrivals: Arrivals | None = None
+        self._staging: Staging | None = None
+        if self.bus is not None:
+            num_bytes, timed = self.held.upload_bytes, span is not no_span
+            self._arrivals = Arrivals(self.bus, num_bytes, self._begin, timed=timed)
+            self._staging = Staging(source, self.bus, self.held.staging_bytes)
+        self.norm: list[Tensor] = []
+        try:
+            self.held.reserve()
+            # Copies: a view would keep the whole page that was read.
+            self.norm = [parameter.clone() for parameter in self._load(units.norm)]
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def fixed_device_bytes(self) -> int:
+        """Held on the device whatever the placement."""
+        return self.held.fixed_device_bytes
+
+    @property
+    def one_memory(self) -> bool:
+        """Whether the device computes in host memory."""
+        return self.held.one_memory
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of one buffer of the ring."""
+        return self.held.slot_bytes
+
+    def least_bytes(self, device_bytes: int) -> int:
+        """The least that `fit` needs of the ring's memory, given `device_bytes` of the device."""
+        return self.held.least_bytes(device_bytes)
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of parameters that are kept between passes, in the compute dtype."""
+        return self.held.resident_bytes
+
+    @property
+    def in_memory(self) -> TierBytes:
+        """Bytes of each memory that are taken now, beside `fixed_device_bytes`. What is to be kept
+        is read when it is first acquired.
+        """
+        device = {i for i, unit in self._device_units.items() if unit is not None}
+        host = {i for i, unit in self._host_units.items() if unit is not None}
+        loaded = Placement(
+            frozenset(device),
+            frozenset(host),
+            self.held.num_slots if self._ring else 0,
+            self._experts.in_memory,
+            self.held.num_uploads if self.uploads.num_bytes else 1,
+        )
+        return self.held.bytes_of(loaded)
+
+    @property
+    def expert_counters(self) -> ExpertCounters:
+        """What was done for routed experts so far."""
+        return self._experts.counters
+
+    @property
+    def bytes_read(self) -> int:
+        """Streamed from storage so far; loading what stays resident is not counted."""
+        streamed = self._streamed_bytes + (self._ring.bytes_read if self._ring else 0)
+        experts = self._experts.counters
+        return streamed + experts.bytes_read - experts.kept_bytes
+
+    @property
+    def read_seconds(self) -> float:
+        """Time the reading engine spent on `bytes_read`."""
+        streaming = self._read_seconds + (self._ring.read_seconds if self._ring else 0.0)
+        return streaming + self._experts.counters.read_seconds
+
+    @property
+    def uploads(self) -> UploadCounters:
+        """What went to a device with memory of its own, experts included."""
+        found = self._experts.uploads
+        if self._arrivals is not None:
+            found.add(self._arrivals.counters)
+        return found
+
+    @property
+    def reader(self) -> str:
+        """The name of the reading engine."""
+        return self._source.name
+
+    def fit(self, device_bytes: int, host_bytes: int) -> None:
+        """Hold at most `device_bytes` and `host_bytes` beside `fixed_device_bytes`, as much as is
+        useful of it.
+
+        Drops resident units or plans more of them; those are read when they are first acquired.
+        Experts get what the rest leaves. Raises DoesNotFitError if not even the ring fits.
+        """
+        wanted = self.held.place(device_bytes, host_bytes)
+        for i in self._device_units.keys() - wanted.device:
+            del self._device_units[i]
+        for i in self._host_units.keys() - wanted.host:
+            del self._host_units[i]
+        if wanted.num_slots != self.held.num_slots:
+            self._drop_ring()
+        if self._arrivals is not None:
+            streamed = [i for i in range(len(self.units)) if i not in wanted.device]
+            self._arrivals.expect(streamed, wanted.num_uploads)
+        self.held.hold(wanted)
+        for i in wanted.device - self._device_units.keys():
+            self._device_units[i] = None
+        for i in wanted.host - self._host_units.keys():
+            self._host_units[i] = None
+        if wanted.num_slots and self._ring is None:
+            self._ring = Ring(self.units, self._source, wanted.num_slots, self.slot_bytes, self.bus)
+        if self._ring:
+            self._ring.set_order(self.held.streamed)
+
+    def acquire(self, unit_idx: int) -> AbstractContextManager[Sequence[Tensor]]:
+        """See WeightStreamer. `unit_idx` counts in pass order: layers first, then the parts of the
+        head.
+        """
+        if self._arrivals is not None:
+            return self._arrived(self._arrivals, unit_idx)
+        if unit_idx in self._device_units:
+            return nullcontext(self._kept_on_device(unit_idx))
+        assert self._ring is not None, "fit() makes it before anything is streamed"
+        return self._read_ahead(self._ring, unit_idx)
+
+    @contextmanager
+    def _read_ahead(self, ring: Ring, unit_idx: int) -> Iterator[Sequence[Tensor]]:
+        """`acquire` for what is streamed on a CPU."""
+        slot: Slot | None = None
+        try:
+            with self._span("wait for weights", unit_idx=unit_idx):
+                slot = ring.take(unit_idx)
+                parameters = self._streamed(unit_idx, slot)
+            yield parameters
+        finally:
+            if slot is not None:
+                ring.give_back(slot)
+
+    def let_go(self, num_done: int, *, host: bool) -> int:
+        """Free kept experts, and what is kept of the first `num_done` units, in host memory or on
+        the device; returns the bytes. In the middle of a pass, between two layers' work: what was
+        planned to be kept is read again when it is wanted.
+        """
+        before = self.in_memory
+        units: dict[int, Any] = self._host_units if host else self._device_units
+        for unit_idx in units:
+            if unit_idx < num_done:
+                units[unit_idx] = None
+        self._experts.let_go(host=host)
+        after = self.in_memory
+        return before.host - after.host if host else before.device - after.device
+
+    def experts(
+        self, layer_idx: int, expert_ids: Iterable[int]
+    ) -> AbstractContextManager[Iterator[tuple[int, Sequence[Tensor]]]]:
+        """See WeightStreamer."""
+        return self._experts.experts(layer_idx, expert_ids)
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """Rows of the input embedding, [N] -> [N, C], in the compute dtype on the device."""
+        return self._rows.lookup(token_ids.cpu(), self.dtype).to(self.device)
+
+    def close(self) -> None:
+        """Stop the reader, close the files, free all weights and what was reserved for them."""
+        self._drop_ring()
+        self._rows.close()
+        self._device_units.clear()
+        self._host_units.clear()
+        self.norm = []
+        if self._arrivals is not None:
+            self._arrivals.close()
+        if self._staging is not None:
+            self._staging.close()
+        self.held.close()
+        self._source.close()
+
+    def _kept_on_device(self, unit_idx: int) -> Sequence[Tensor]:
+        resident = self._device_units[unit_idx]
+        if resident is None:
+            with self._span("wait for weights", unit_idx=unit_idx):
+                resident = self._device_units[unit_idx] = self._load(self.units[unit_idx])
+        return resident
+
+    @contextmanager
+    def _arrived(self, arrivals: Arrivals, unit_idx: int) -> Iterator[Sequence[Tensor]]:
+        """`acquire` for a device with memory of its own: the next unit is on its way there while
+        this one is used.
+        """
+        if unit_idx in self._device_units:
+            parameters = self._kept_on_device(unit_idx)
+            with self._span("wait for weights", unit_idx=unit_idx):
+                arrivals.look_ahead(unit_idx)
+            yield parameters
+            return
+        with arrivals.arrived(unit_idx, self._span) as (buffer, offsets):
+            yield self.units[unit_idx].build(buffer, offsets, self.dtype)
+
+    def _begin(self, unit_idx: int, send: Send, *, wait: bool) -> Arriving | None:
+        """Send a unit that is kept in host memory or streamed to the device; None if it is not
+        there yet and nobody waits for it.
+        """
+        if unit_idx in self._host_units:
+            kept = self._host_units[unit_idx]
+            if kept is None:
+                if not wait:
+                    return None
+                kept = self._host_units[unit_idx] = self._read(self.units[unit_idx])
+            return self._sent(send, unit_idx, *kept)
+        ring = self._ring
+        assert ring is not None, "fit() makes it before anything is streamed"
+        slot = ring.take(unit_idx) if wait else ring.take_ready(unit_idx)
+        if slot is None:
+            return None
+        copied = None
+        try:
+            arriving = self._sent(send, unit_idx, slot.buffer, slot.offsets)
+            copied = arriving[0].copied
+        finally:
+            ring.give_back(slot, copied)
+        return arriving
+
+    def _sent(self, send: Send, unit_idx: int, buffer: Tensor, offsets: Sequence[int]) -> Arriving:
+        """In a span, for memory that could not be locked is copied by the host."""
+        unit = self.units[unit_idx]
+        with self._span("send to the device", num_bytes=unit.file_bytes):
+            return send(*unit.parts(buffer, offsets)), unit.packed_places
+
+    def _streamed(self, unit_idx: int, slot: Slot) -> Sequence[Tensor]:
+        unit = self.units[unit_idx]
+        if self.held.copied_bytes[unit_idx]:
+            return unit.build(slot.buffer, slot.offsets, self.dtype)
+        if unit_idx not in slot.built:
+            slot.built[unit_idx] = unit.build(slot.buffer, slot.offsets, self.dtype)
+        return slot.built[unit_idx]
+
+    def _drop_ring(self) -> None:
+        if self._ring:
+            self._ring.close()
+            self._streamed_bytes += self._ring.bytes_read
+            self._read_seconds += self._ring.read_seconds
+            self._ring = None
+
+    def _read(self, unit: WeightUnit) -> tuple[Tensor, Sequence[int]]:
+        """Into host memory."""
+        buffer = host_buffer(self._source.buffer_bytes(unit.tensors), self.bus)
+        return buffer, self._source.read(unit.tensors, as_memoryview(buffer))
+
+    def _load(self, unit: WeightUnit) -> list[Tensor]:
+        """To be kept on the device. Views of the buffer stay views only where all are: it is freed
+        otherwise.
+        """
+        buffer, offsets = self._staging.read(unit) if self._staging else self._read(unit)
+        found = unit.build(buffer, offsets, self.dtype)
+        if unit.copied_bytes(self.dtype, packed=self._staging is not None) == 0:
+            return found
+        memory = buffer.untyped_storage().data_ptr()
+        return [v.clone() if v.untyped_storage().data_ptr() == memory else v for v in found]

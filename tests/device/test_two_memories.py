@@ -1,0 +1,106 @@
+"""Whole models where the device has memory of its own: the way of every byte is that of a GPU,
+which is simulated, and every logit is that of transformers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from simulated_bus import CPU, SimulatedBus
+
+from ollm_adapter_gpt_oss import GptOssAdapter
+from ollm_adapter_llama import LlamaAdapter
+from ollm_adapter_qwen3_next import Qwen3NextAdapter
+from ollm_conformance.subject import CHUNK, Subject, greedy
+from ollm_core import DoesNotFitError
+from ollm_core.checkpoint.safetensors import open_checkpoint, read_config
+from ollm_core.memory.budgets import Budgets, LayerLimits
+from ollm_core.model.spec import take_apart
+from ollm_core.planning.dry_run import Rehearsal, Scenario
+
+FAMILIES = {"llama": LlamaAdapter, "gpt-oss": GptOssAdapter, "qwen3-next": Qwen3NextAdapter}
+NUM_NEW = 3
+
+
+@pytest.fixture(scope="module")
+def subject_of(tmp_path_factory):
+    """A family with its tiny model, made once."""
+    made = {}
+
+    def get(family):
+        if family not in made:
+            made[family] = Subject(FAMILIES[family](), tmp_path_factory.mktemp(family))
+        return made[family]
+
+    return get
+
+
+@pytest.fixture
+def bus(request, monkeypatch):
+    """What `load` finds for the CPU."""
+    made = SimulatedBus(request.node.name)
+    monkeypatch.setattr("ollm_core.api.bus_of", lambda device: made)
+    return made
+
+
+def rehearsal_of(subject, directory, bus):
+    """What plans runs of a model over this bus."""
+    return Rehearsal(
+        take_apart(
+            subject.adapter,
+            read_config(directory),
+            open_checkpoint(directory),
+            {},
+            dtype="auto",
+            device=CPU,
+            where=directory,
+            bare=True,
+            bus=bus,
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype", "kv"),
+    [
+        ("llama", "float32", "host"),
+        ("gpt-oss", "bfloat16", "host"),
+        ("qwen3-next", "bfloat16", "disk"),
+    ],
+)
+def test_every_logit_is_that_of_transformers(subject_of, bus, family, dtype, kv):
+    """In the least memory, and with layers in each of both and on the disk: a prompt of some chunks
+    and new tokens, bit for bit. Both peaks are those of the plan, and nothing is left.
+    """
+    subject = subject_of(family)
+    prompt = subject.prompt(2 * CHUNK + 5)
+    expected = subject.reference(dtype).greedy(prompt, NUM_NEW)
+    rehearsal = rehearsal_of(subject, subject.tiny(dtype), bus)
+    scenario = Scenario(len(prompt) + NUM_NEW, NUM_NEW, 1, kv, "exact", CHUNK)
+    least = rehearsal.least(scenario, Budgets(1, 1))
+    one_more = rehearsal.run(least, scenario).held.slot_bytes
+    used = set()
+    for device, host, layers in (
+        (least.device, least.host, LayerLimits()),
+        (least.device + one_more, least.host, LayerLimits(0, 0)),
+        (10**9, 10**9, LayerLimits(1, 1)),
+    ):
+        planned = rehearsal.run(Budgets(device, host), replace(scenario, layers=layers))
+        options = {"device_memory": device, "host_memory": host, "kv": kv}
+        with subject.open(subject.tiny(dtype), **options) as model:
+            model.weights.held.layer_limits = layers
+            model.on_progress(lambda _, held=model.weights.held: used.add(held.num_uploads))
+            tokens, logits = greedy(model, prompt, NUM_NEW)
+            stats = model.stats
+        bus.finish()
+        assert tokens == expected[0]
+        assert torch.equal(logits, expected[1])
+        assert stats.uploaded_bytes > 0
+        assert planned.device_peak.device_bytes == stats.device_peak_bytes <= device
+        assert planned.host_peak.host_bytes == stats.host_peak_bytes <= host
+        assert not bus.locked
+    assert used == {1, 2}
+    with pytest.raises(DoesNotFitError):
+        rehearsal.run(Budgets(least.device - 1, least.host), scenario)

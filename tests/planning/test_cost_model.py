@@ -1,0 +1,87 @@
+"""What a pass moves, told from sizes alone: exact numbers for a tiny model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ollm_adapter_llama import LlamaAdapter
+from ollm_core.checkpoint.safetensors import open_checkpoint, read_config
+from ollm_core.model.spec import take_apart
+from ollm_core.planning.cost_model import Estimate
+from ollm_core.planning.dry_run import Budgets, Rehearsal, Scenario
+
+ROOMY = Budgets(10**8, 10**8)
+LAYERS = 12
+
+
+@pytest.fixture
+def rehearsal_of(make_llama):
+    """Of a tiny Llama that is stored in bfloat16, with 4 query and 2 KV heads of 16."""
+    directory = make_llama(torch.bfloat16, num_hidden_layers=LAYERS)
+
+    def make(dtype):
+        return Rehearsal(
+            take_apart(
+                LlamaAdapter(),
+                read_config(directory),
+                open_checkpoint(directory),
+                {},
+                dtype=dtype,
+                device=torch.device("cpu"),
+                where=directory,
+                bare=True,
+            )
+        )
+
+    return make
+
+
+def test_exact_attention_copies_all_keys(rehearsal_of):
+    """A decode step writes KV in one piece, then for each query head, and reads that; block-wise it
+    does not. The prompt's scores are gone through as well.
+    """
+    rehearsal = rehearsal_of("bfloat16")
+    estimate = Estimate(rehearsal.parts)
+    scenario = Scenario(1000, 10, kv="device", attention="exact", chunk_size=256)
+    costs = {}
+    for attention in ("exact", "blockwise"):
+        asked = replace(scenario, attention=attention)
+        run = rehearsal.run(ROOMY, asked)
+        costs[attention] = estimate.prompt(run, asked), estimate.token(run, asked)
+    (exact_prompt, exact), (prompt, token) = costs["exact"], costs["blockwise"]
+    assert exact.memory_bytes - token.memory_bytes == LAYERS * 1000 * 2 * 16 * 2 * (2 + 2 * 4)
+    assert exact.flops == token.flops
+    ends = (256, 512, 768, 990)
+    pairs = LAYERS * (256 * (256 + 512 + 768) + 222 * 990)
+    scores = 8 * 4 * pairs * 2
+    copied = LAYERS * sum(ends) * 2 * 16 * 2 * (2 + 2 * 4)
+    assert exact_prompt.memory_bytes - prompt.memory_bytes == scores + copied
+    hidden_pairs = pairs - LAYERS * 990 * 991 / 2
+    assert exact_prompt.flops - prompt.flops == 4 * 4 * 16 * hidden_pairs
+
+
+def test_streamed_weights_of_another_dtype_are_made_anew(rehearsal_of):
+    """Which a step pays for; with room for all of them it does not."""
+    rehearsal = rehearsal_of("float32")
+    estimate = Estimate(rehearsal.parts)
+    scenario = Scenario(200, 5, kv="disk", attention="blockwise")
+    least = rehearsal.least(scenario, Budgets(1, 1))
+    tight, roomy = rehearsal.run(least, scenario), rehearsal.run(ROOMY, scenario)
+    units = rehearsal.parts.units.in_pass_order
+    whole = sum(p.num_bytes(torch.float32) for unit in units for p in unit.parameters)
+    assert tight.held.converted_bytes == whole - tight.held.resident_bytes > 0
+    assert roomy.held.converted_bytes == 0
+    more = estimate.token(tight, scenario).memory_bytes
+    most = estimate.token(roomy, scenario).memory_bytes
+    assert more - most == 2 * tight.held.converted_bytes
+
+
+def test_weights_as_stored_are_not(rehearsal_of):
+    """Streamed bfloat16 is used where it was read."""
+    rehearsal = rehearsal_of("bfloat16")
+    scenario = Scenario(200, 5, kv="disk", attention="blockwise")
+    held = rehearsal.run(rehearsal.least(scenario, Budgets(1, 1)), scenario).held
+    assert held.streamed_bytes > 0 == held.converted_bytes
