@@ -137,7 +137,7 @@ class Opening:
                         identity,
                         checkpoint,
                         parts.config,
-                        engine.report_check,
+                        engine.progress.checked,
                         exact=admitting.exact,
                     )
                 ),
