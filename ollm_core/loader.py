@@ -286,7 +286,7 @@ def _kv_request(
     """What KV stores are made from. Their fingerprint of the model is taken once."""
     checkpoint, exact = spec.checkpoint, admission.exact
     fingerprint = functools.cache(
-        functools.partial(identity, checkpoint, spec.config, engine.report_check, exact=exact)
+        functools.partial(identity, checkpoint, spec.config, engine.progress.checked, exact=exact)
     )
     device, host = accounts.device, accounts.host
     return KVRequest(spec.geometry, device, host, directory, fingerprint, keep)
