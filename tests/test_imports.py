@@ -13,7 +13,7 @@ import ollm_core
 
 ROOT = Path(ollm_core.__file__).parent
 ORDER = [
-    {"errors", "options"},
+    {"errors", "values"},
     {"files", "memory"},
     {"contracts", "profiling"},
     {"device"},
@@ -21,6 +21,7 @@ ORDER = [
     {"checkpoint", "attention", "text"},
     {"weights"},
     {"model", "calibration", "engine"},
+    {"options"},
     {"planning", "convert"},
     {"drafting", "generate", "loader"},
     {"api"},

@@ -34,7 +34,7 @@ from ollm_core.generate.padding import PaddedBatch, padded_batch
 from ollm_core.generate.surface import FixedModel, only_what_works
 from ollm_core.memory.budgets import layer_limits
 from ollm_core.model.skeleton import Skeleton
-from ollm_core.options import Count, PathLike
+from ollm_core.values import Count, PathLike
 from ollm_core.weights.streamer import TieredWeights
 
 OpenStore = Callable[[str, "Path | None", int, int], tuple[str, KVStore]]
