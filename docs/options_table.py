@@ -17,9 +17,8 @@ Each option is a keyword of `ollm.load` or `ollm.plan`, and a flag of the verbs 
 behind it, spelled with dashes: `device_memory` is `--device-memory`. `ollm run` and `ollm plan`
 have a few flags more, which `--help` shows.
 
-A plugin may offer more names where PLUGIN stands. Values may be what users of transformers pass:
-`dtype=torch.bfloat16`, `device=torch.device("cpu")`, `device_memory=8 * 10**9`, numbers of numpy,
-`pathlib` paths. `~` is expanded.
+A plugin may offer more names where PLUGIN stands. Values may be what you pass to transformers; see
+[running.md](running.md#values-of-options).
 """
 
 _TABLE = """

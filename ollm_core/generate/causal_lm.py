@@ -84,7 +84,7 @@ class StreamedModel(  # type: ignore[misc]  # torch overloads `to`
         self._open_store = open_store
         self._kinds = kinds
         self._demand = demand
-        self._belongings = Belongings(weights.close, engine.close)
+        self._belongings = Belongings(engine.close)
         # Also runs when nobody closed the model, and at exit.
         self._close = weakref.finalize(self, close_outside, self._belongings.close)
         self.draft_with(None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from operator import index
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from ollm_core.engine.torch_state import own_torch_state
 from ollm_core.errors import InputError
 from ollm_core.files.paths import absolute
 from ollm_core.memory.budgets import layer_limits, stated_budgets
-from ollm_core.model.spec import take_apart
+from ollm_core.model.spec import inspect_model
 from ollm_core.options import PlanOptions, takes
 from ollm_core.planning.advisor import Question
 from ollm_core.planning.cost_model import Estimate
@@ -55,7 +55,7 @@ class Planner:
         self.options = options
         self._target = planned_device(options.device)
         found = _find(path_or_id, registry, options.models_dir)
-        parts = take_apart(
+        spec = inspect_model(
             found.adapter,
             found.config,
             found.checkpoint,
@@ -65,12 +65,12 @@ class Planner:
             where=found.where,
             bare=True,
         )
-        parts = replace(parts, blocks=fastest_blocks(self._target, parts.dtype))
+        blocks = fastest_blocks(self._target, spec.dtype)
         self._model = str(path_or_id)
         self._from_files = found.checkpoint is not None
-        self._positions = int(parts.skeleton.config.max_position_embeddings)
-        self._rates = options.rates or find_rates(found.where, self._target, parts.dtype)
-        self._rehearsal, self._estimate = Rehearsal(parts), Estimate(parts)
+        self._positions = int(spec.skeleton.config.max_position_embeddings)
+        self._rates = options.rates or find_rates(found.where, self._target, spec.dtype)
+        self._rehearsal, self._estimate = Rehearsal(spec, blocks), Estimate(spec)
 
     def plan(self, options: PlanOptions | None = None, *, compare: bool = True) -> Plan:
         """See `plan`. Other `options` than those of the planner may differ in all but those that
