@@ -16,13 +16,13 @@ ROOT = Path(ollm_core.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 ORDER = [
     ["errors"],
-    ["contracts", "files", "options"],
+    ["contracts", "files", "values"],
     ["memory", "profiling"],
     ["device", "plugins"],
     ["attention", "checkpoint"],
     ["kv", "text", "weights"],
     ["calibration", "model"],
-    ["convert", "engine"],
+    ["convert", "engine", "options"],
     ["drafting", "planning"],
     ["generate"],
     ["loader"],
