@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import ollm
-from ollm_core import DeviceError, InputError
+from ollm_core import InputError
 from ollm_core.device.select import pick_device, planned_device
+from ollm_core.errors import DeviceError
 from ollm_core.memory.sizes import parse_size
 from ollm_core.options import count, device_name, dtype_name
 

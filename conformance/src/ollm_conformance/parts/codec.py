@@ -29,8 +29,8 @@ from ollm_conformance.parts.encoded import (
 )
 from ollm_conformance.process_memory import SLACK, peak_grown, process_memory
 from ollm_conformance.seeds import drawn
-from ollm_core import EncodedTensor, OllmError
-from ollm_core.plugins.factories import CodecRequest, WeightCodec
+from ollm_core import CodecRequest, EncodedTensor, OllmError
+from ollm_core.testing import WeightCodec
 
 LARGE = 3072, 4096
 """Shape of a tensor beside which everything else in the process is small."""

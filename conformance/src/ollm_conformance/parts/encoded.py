@@ -15,8 +15,7 @@ from torch import Tensor
 
 from ollm_conformance.seeds import drawn
 from ollm_core import CodecRequest, EncodedTensor, TensorInfo
-from ollm_core.checkpoint.safetensors import open_checkpoint
-from ollm_core.plugins.factories import WeightCodec
+from ollm_core.testing import WeightCodec, open_checkpoint
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 CONFIG: dict[str, Any] = {"model_type": "llama", "vocab_size": 64}
