@@ -41,7 +41,6 @@ from ollm_core.memory.tracker import AllocationTracker
 from ollm_core.model.skeleton import Skeleton, check_paths
 from ollm_core.model.spec import ModelParts, take_apart
 from ollm_core.planning.dry_run import Rehearsal, Scenario
-from ollm_core.plugins.factories import WeightCodec
 from ollm_core.plugins.registry import Registry, supports
 from ollm_core.plugins.validation import (
     CAPABILITIES,
@@ -77,7 +76,6 @@ __all__ = [
     "StreamedModel",
     "TierTracker",
     "Units",
-    "WeightCodec",
     "WeightStreamer",
     "WeightUnit",
     "aligned_buffer",

@@ -15,6 +15,7 @@ import pytest
 
 import ollm
 import ollm_core
+import ollm_core.kv
 import ollm_core.testing
 
 ROOT = Path(ollm_core.__file__).parent
@@ -120,6 +121,15 @@ def test_names_that_moved_warn(name):
         found = getattr(ollm_core, name)
     assert found is getattr(importlib.import_module(exported), name)
     assert found is getattr(importlib.import_module(home), name)
+
+
+@pytest.mark.parametrize("name", ["HostKVStore", "KVGeometry"])
+def test_parts_of_stores_warn_where_they_were(name):
+    """docs/plugins.md once had plugins import them from `ollm_core.kv`."""
+    with pytest.warns(
+        DeprecationWarning, match=rf"ollm_core\.kv\.{name} is now ollm_core\.{name},"
+    ):
+        assert getattr(ollm_core.kv, name) is getattr(ollm_core, name)
 
 
 def test_a_name_that_was_never_there():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
@@ -72,15 +73,18 @@ def test_reads_fail_and_the_model_goes_on(small):
     """After so many reads each is refused, and none is after the block."""
     expected = small(input_ids=IDS[None]).logits
     for after in (0, 1):
-        with failing_reads(small, after), pytest.raises(ReadError, match="the disk is gone"):
-            for _ in range(3):  # what was read ahead is used up
+        with failing_reads(small, after):
+            with suppress(ReadError):  # what was read ahead is used up
+                small(input_ids=IDS[None])
+            with pytest.raises(ReadError, match="the disk is gone"):
                 small(input_ids=IDS[None])
     assert torch.equal(small(input_ids=IDS[None]).logits, expected)
 
 
 def test_a_pass_over_rows(small):
     """`run_pass` gives the logits that `forward` gives, row by row, and the store the tokens."""
-    store = small.new_cache().store
+    cache = small.new_cache()
+    store = cache.store
     rows = [NewTokens(store.new_sequence(), ids, 0, len(ids)) for ids in (IDS, IDS[:7])]
     for row, logits in zip(rows, run_pass(small, store, rows), strict=True):
         expected = small(input_ids=row.token_ids[None]).logits[0]
@@ -130,7 +134,7 @@ def test_a_plan_is_what_the_run_holds(tiny):
         assert stats.device_peak_bytes == plan.device_peak <= plan.device_memory
         assert stats.host_peak_bytes == plan.host_peak <= plan.host_memory
     wrong = plan_run(rehearse(adapter, tiny, registry, make=Twice), roomy=True, **options)
-    assert wrong.host_peak > plan.host_peak
+    assert wrong.device_peak > plan.device_peak
 
 
 def test_memory_is_told_apart(small):
