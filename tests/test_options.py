@@ -16,10 +16,11 @@ import torch
 from options_table import options_page
 
 import ollm
-from ollm_core import DeviceError, InputError
+from ollm_core import InputError
 from ollm_core.cli.main import cli
 from ollm_core.cli.options import names_of
 from ollm_core.device.select import pick_device, planned_device
+from ollm_core.errors import DeviceError
 from ollm_core.memory.sizes import parse_size
 from ollm_core.options import (
     OPTIONS,
