@@ -18,14 +18,12 @@ from ollm_core.engine.pass_planner import Accounts, Admission
 from ollm_core.engine.torch_state import own_torch_state
 from ollm_core.kv.simulated import planned_store
 from ollm_core.memory.accounts import MemoryAccount
+from ollm_core.memory.kinds import MemoryKind
 from ollm_core.model.spec import ModelParts
 from ollm_core.plugins.registry import supports
 from ollm_core.weights.eviction import Pressure
 from ollm_core.weights.placement import HeldWeights, Placement
 from ollm_core.weights.streamer import TieredWeights
-
-KIND = "draft model"
-"""As the main model's accounts name it."""
 
 PIECE = 256
 """Tokens that a draft model reads in one pass. Its weights are in memory, so more passes over a
@@ -132,9 +130,10 @@ class DraftPart(Closing):
         """
         device, host = self.accounts.device, self.accounts.host
         more = TierBytes(max(wanted.device - device.limit, 0), max(wanted.host - host.limit, 0))
-        self._set_aside(KIND, more)
-        self._whole.device.release(KIND, device.limit + more.device - wanted.device)
-        self._whole.host.release(KIND, host.limit + more.host - wanted.host)
+        self._set_aside(MemoryKind.DRAFT_MODEL, more)
+        whole, kind = self._whole, MemoryKind.DRAFT_MODEL
+        whole.device.release(kind, device.limit + more.device - wanted.device)
+        whole.host.release(kind, host.limit + more.host - wanted.host)
         device.limit, host.limit = wanted.device, wanted.host
 
     def close(self) -> None:

@@ -15,6 +15,7 @@ from ollm_core.engine.activations import Workspace
 from ollm_core.engine.batch import Chunk, NewTokens, cut_chunks
 from ollm_core.errors import DoesNotFitError
 from ollm_core.memory.accounts import MemoryAccount
+from ollm_core.memory.kinds import MemoryKind
 from ollm_core.memory.sizes import format_size
 from ollm_core.weights.eviction import Pressure
 from ollm_core.weights.placement import HELD_KINDS, HeldWeights
@@ -132,8 +133,8 @@ class Admission:
                 undo.callback(store.truncate, item.sequence, item.start)
                 store.reserve(item.sequence, item.start + len(item.token_ids), plan.chunk_size)
             with (
-                device.holding("activations", plan.needed.device),
-                host.holding("activations", plan.needed.host),
+                device.holding(MemoryKind.ACTIVATIONS, plan.needed.device),
+                host.holding(MemoryKind.ACTIVATIONS, plan.needed.host),
             ):
                 yield plan
             undo.pop_all()
@@ -244,13 +245,11 @@ class Admission:
             if parked:  # parts of a chunk on their way from and to the host
                 experts += 2 * chunk_bytes
                 parked += 0 if self._one_memory else 2 * chunk_bytes
-            device = {"hidden states": chunk_bytes, "positions": tokens}
+            device = _device_parts(layer, experts, head, hidden=chunk_bytes, positions=tokens)
             return Needed(
-                _largest({"layer": layer, "experts' work": experts, "logits": head}) | device,
-                {"hidden states": hidden, "routed tokens": parked},
+                device, {MemoryKind.HIDDEN_STATES: hidden, MemoryKind.ROUTED_TOKENS: parked}
             )
-        busy = {"layer": layer, "experts' work": experts + parked, "logits": head}
-        return Needed(_largest(busy) | {"hidden states": hidden, "positions": tokens})
+        return Needed(_device_parts(layer, experts + parked, head, hidden=hidden, positions=tokens))
 
     def _growth(self, store: KVStore, work: Sequence[NewTokens], plan: PassPlan) -> TierBytes:
         parts = [
@@ -302,7 +301,20 @@ def _sum(one: TierBytes, other: TierBytes) -> TierBytes:
     return TierBytes(one.device + other.device, one.host + other.host)
 
 
-def _largest(parts: Mapping[str, int]) -> dict[str, int]:
-    """What takes most, of parts that are never there together."""
-    most = max(parts, key=lambda name: parts[name])
-    return {most: parts[most]}
+def _device_parts(
+    layer: int, experts: int, logits: int, *, hidden: int, positions: int
+) -> dict[str, int]:
+    """What a pass takes of the device. Of the first three, which are never there together, only
+    the largest counts.
+    """
+    by_turns = {
+        MemoryKind.LAYER: layer,
+        MemoryKind.EXPERT_WORK: experts,
+        MemoryKind.LOGITS: logits,
+    }
+    most = max(by_turns, key=lambda kind: by_turns[kind])
+    return {
+        most: by_turns[most],
+        MemoryKind.HIDDEN_STATES: hidden,
+        MemoryKind.POSITIONS: positions,
+    }

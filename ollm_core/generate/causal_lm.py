@@ -33,6 +33,7 @@ from ollm_core.generate.loss import check_labels, loss_bytes
 from ollm_core.generate.padding import PaddedBatch, padded_batch
 from ollm_core.generate.surface import FixedModel, only_what_works
 from ollm_core.memory.budgets import layer_limits
+from ollm_core.memory.kinds import MemoryKind
 from ollm_core.model.skeleton import Skeleton
 from ollm_core.options import Count, PathLike
 from ollm_core.weights.streamer import TieredWeights
@@ -168,12 +169,12 @@ class StreamedModel(  # type: ignore[misc]  # torch overloads `to`
                 hint="set model.config.output_router_logits = False for the loss of the text alone",
             )
         needed = loss_bytes(batch, self.config.vocab_size, self.dtype)
-        self.engine.set_aside("loss", needed)
+        self.engine.set_aside(MemoryKind.LOSS, needed)
         try:
             with torch.no_grad():
                 yield
         finally:
-            self.accounts.device.release("loss", needed.device)
+            self.accounts.device.release(MemoryKind.LOSS, needed.device)
 
     def _pass(self, batch: PaddedBatch, cache: SequenceCache) -> Tensor:
         """The logits of a batch; the cache then has its tokens."""

@@ -22,6 +22,7 @@ from ollm_core.kv.block_storage import BlockStorage, KVGeometry
 from ollm_core.kv.block_views import Cut, CutBlocks
 from ollm_core.kv.buffer_pool import Charges, Lanes
 from ollm_core.memory.accounts import MemoryAccount
+from ollm_core.memory.kinds import MemoryKind
 
 _UPLOADS = 2  # blocks on the device: one is attended while the next is copied
 
@@ -82,7 +83,7 @@ class BlockKVStore(KVStore):
                 self._uploads = Lanes(
                     lambda: Upload(bus, largest, _UPLOADS),
                     _UPLOADS * largest,
-                    "kv upload",
+                    MemoryKind.KV_UPLOAD,
                     self._upload_charges,
                 )
             except BaseException:

@@ -16,8 +16,7 @@ from ollm_core.kv.block_storage import BlockStorage, KVGeometry
 from ollm_core.kv.block_table import BlockKVStore
 from ollm_core.kv.buffer_pool import Charges
 from ollm_core.memory.accounts import MemoryAccount
-
-_KIND = "kv blocks"
+from ollm_core.memory.kinds import MemoryKind
 
 
 class MemoryStorage(BlockStorage):
@@ -48,14 +47,14 @@ class MemoryStorage(BlockStorage):
         self, num_blocks: Mapping[int, int], tails: Collection[int]
     ) -> dict[int, list[int]]:
         num_bytes = self._num_bytes(num_blocks)
-        self._charges.take(_KIND, num_bytes)
+        self._charges.take(MemoryKind.KV_BLOCKS, num_bytes)
         try:
             made = {
                 layer_idx: [self._new_block(layer_idx) for _ in range(number)]
                 for layer_idx, number in num_blocks.items()
             }
         except BaseException as error:
-            self._charges.give(_KIND, num_bytes)
+            self._charges.give(MemoryKind.KV_BLOCKS, num_bytes)
             if not isinstance(error, RuntimeError):  # torch's out of memory; it has no other cause
                 raise
             raise DoesNotFitError(
@@ -71,7 +70,7 @@ class MemoryStorage(BlockStorage):
     def free(self, layer_idx: int, blocks: Sequence[int]) -> None:
         for block in blocks:
             del self._blocks[block]
-        self._charges.give(_KIND, len(blocks) * self._block_bytes(layer_idx))
+        self._charges.give(MemoryKind.KV_BLOCKS, len(blocks) * self._block_bytes(layer_idx))
 
     def clear(self, layer_idx: int, blocks: Sequence[int]) -> None:
         """Nothing to do: a block may be written over."""

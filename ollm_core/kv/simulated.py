@@ -19,6 +19,7 @@ from ollm_core.kv.in_memory import MemoryStorage
 from ollm_core.kv.recurrent.hybrid import HybridKVStore
 from ollm_core.kv.recurrent.states import StateStore
 from ollm_core.memory.accounts import MemoryAccount
+from ollm_core.memory.kinds import MemoryKind
 
 _META = torch.device("meta")
 
@@ -32,9 +33,9 @@ class PlannedDiskStorage(BlockStorage):
         self._charges = Charges(account)
         self._num_slots: Counter[int] = Counter()
         self._free: dict[int, list[int]] = {}
-        self._charges.take("kv write buffers", self._sizes.write_bytes)
+        self._charges.take(MemoryKind.KV_WRITE_BUFFERS, self._sizes.write_bytes)
         try:
-            self._charges.take("kv staging", 2 * self._sizes.lane_bytes)
+            self._charges.take(MemoryKind.KV_STAGING, 2 * self._sizes.lane_bytes)
         except BaseException:
             self._charges.close()
             raise
@@ -47,7 +48,7 @@ class PlannedDiskStorage(BlockStorage):
     def allocate(
         self, num_blocks: Mapping[int, int], tails: Collection[int]
     ) -> dict[int, list[int]]:
-        self._charges.take("kv tails", self.growth(num_blocks, tails).host)
+        self._charges.take(MemoryKind.KV_TAILS, self.growth(num_blocks, tails).host)
         found = {}
         for layer_idx, number in num_blocks.items():
             free = self._free.setdefault(layer_idx, [])
@@ -70,7 +71,7 @@ class PlannedDiskStorage(BlockStorage):
         return torch.empty(shape, dtype=self._geometry.dtype, device=_META)
 
     def drop(self, layer_idx: int) -> None:
-        self._charges.give("kv tails", self._sizes.slot_bytes[layer_idx])
+        self._charges.give(MemoryKind.KV_TAILS, self._sizes.slot_bytes[layer_idx])
 
     def seal(self, layer_idx: int, block: int, tail: Tensor) -> Tensor:
         return tail

@@ -17,6 +17,7 @@ from ollm_core.kv.factory import TIERS, choose_tier
 from ollm_core.kv.simulated import PlannedHybridStore, PlannedKVStore, planned_store
 from ollm_core.memory.accounts import MemoryAccount
 from ollm_core.memory.budgets import Budgets, LayerLimits
+from ollm_core.memory.kinds import MemoryKind
 from ollm_core.model.spec import ModelParts
 from ollm_core.plugins.registry import require
 from ollm_core.weights.placement import HeldWeights, Placement
@@ -274,7 +275,7 @@ class Rehearsal:
         for held, needed in zip(
             kinds, (plan.parts.device, plan.parts.host) if plan else ({}, {}), strict=True
         ):
-            held.pop("activations", None)
+            held.pop(MemoryKind.ACTIVATIONS, None)
             held.update(needed)
         device, host = ({k: n for k, n in held.items() if n} for held in kinds)
         return Moment(name, device, host, store.tier_bytes().disk, num_tokens)
@@ -294,7 +295,7 @@ class Rehearsal:
             sum(weights.copied_bytes[i] for i in weights.streamed),
             sum(weights.units[i].seconds for i in weights.streamed),
             weights.resident_bytes,
-            host.get("resident weights", 0),
+            host.get(MemoryKind.RESIDENT_WEIGHTS, 0),
             weights.experts.placement.num_device,
             weights.experts.placement.num_host,
         )

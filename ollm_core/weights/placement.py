@@ -20,20 +20,20 @@ from ollm_core.contracts.weights import ByteSource
 from ollm_core.device.transfer import Bus, bus_of
 from ollm_core.memory.accounts import MemoryAccount
 from ollm_core.memory.budgets import LayerLimits
+from ollm_core.memory.kinds import MemoryKind
 from ollm_core.weights.device_load import staging_bytes
 from ollm_core.weights.experts.store import ExpertPlacement, ExpertStore
 from ollm_core.weights.units import Units
 
 HELD_KINDS = (
-    "resident weights",
-    "weight ring",
-    "upload buffers",
-    "resident experts",
-    "expert buffers",
+    MemoryKind.RESIDENT_WEIGHTS,
+    MemoryKind.WEIGHT_RING,
+    MemoryKind.UPLOAD_BUFFERS,
+    MemoryKind.RESIDENT_EXPERTS,
+    MemoryKind.EXPERT_BUFFERS,
 )
-"""What `fit` decides on, as the accounts name it."""
+"""What `fit` decides on."""
 
-_STAGED = "weight staging"
 _UPLOADS = 2
 _SLOTS = 3  # two suffice when disk and compute are even; the third takes up jitter
 
@@ -182,10 +182,10 @@ class HeldWeights:
         """Take `fixed_device_bytes` and `staging_bytes`. Raises DoesNotFitError with nothing
         taken.
         """
-        self._device_account.reserve("weights", self.fixed_device_bytes)
+        self._device_account.reserve(MemoryKind.WEIGHTS, self.fixed_device_bytes)
         self._fixed_held = self.fixed_device_bytes
         try:
-            self._host_account.reserve(_STAGED, self.staging_bytes)
+            self._host_account.reserve(MemoryKind.WEIGHT_STAGING, self.staging_bytes)
         except BaseException:
             self.unreserve()
             raise
@@ -226,27 +226,27 @@ class HeldWeights:
         self.experts.shrink(wanted.experts)
         for i in self._device - wanted.device:
             self._device.remove(i)
-            self._device_account.release("resident weights", self._kept_bytes[i])
+            self._device_account.release(MemoryKind.RESIDENT_WEIGHTS, self._kept_bytes[i])
         for i in self._host - wanted.host:
             self._host.remove(i)
-            self._host_account.release("resident weights", self.buffer_bytes[i])
+            self._host_account.release(MemoryKind.RESIDENT_WEIGHTS, self.buffer_bytes[i])
         if wanted.num_slots != self._num_slots:
-            self._ring_account.release("weight ring", self._num_slots * self.slot_bytes)
+            self._ring_account.release(MemoryKind.WEIGHT_RING, self._num_slots * self.slot_bytes)
             self._num_slots = 0
-            self._ring_account.reserve("weight ring", wanted.num_slots * self.slot_bytes)
+            self._ring_account.reserve(MemoryKind.WEIGHT_RING, wanted.num_slots * self.slot_bytes)
             self._num_slots = wanted.num_slots
         if wanted.num_uploads != self._num_uploads:
             more = self._more_uploads(wanted.num_uploads) - self._more_uploads(self._num_uploads)
             if more > 0:
-                self._device_account.reserve("upload buffers", more)
+                self._device_account.reserve(MemoryKind.UPLOAD_BUFFERS, more)
             else:
-                self._device_account.release("upload buffers", -more)
+                self._device_account.release(MemoryKind.UPLOAD_BUFFERS, -more)
             self._num_uploads = wanted.num_uploads
         for i in wanted.device - self._device:
-            self._device_account.reserve("resident weights", self._kept_bytes[i])
+            self._device_account.reserve(MemoryKind.RESIDENT_WEIGHTS, self._kept_bytes[i])
             self._device.add(i)
         for i in wanted.host - self._host:
-            self._host_account.reserve("resident weights", self.buffer_bytes[i])
+            self._host_account.reserve(MemoryKind.RESIDENT_WEIGHTS, self.buffer_bytes[i])
             self._host.add(i)
         self.experts.grow(wanted.experts)
 
@@ -258,8 +258,8 @@ class HeldWeights:
 
     def unreserve(self) -> None:
         """Give back what `reserve` took."""
-        self._device_account.release("weights", self._fixed_held)
-        self._host_account.release(_STAGED, self._staging_held)
+        self._device_account.release(MemoryKind.WEIGHTS, self._fixed_held)
+        self._host_account.release(MemoryKind.WEIGHT_STAGING, self._staging_held)
         self._fixed_held = self._staging_held = 0
 
     def _place(self, device_bytes: int, host_bytes: int) -> Placement:

@@ -17,7 +17,7 @@ from transformers import (
 import ollm
 from ollm_adapter_qwen3_next import Qwen3NextAdapter
 from ollm_core import DoesNotFitError, InputError
-from ollm_core.drafting.draft_memory import KIND
+from ollm_core.memory.kinds import MemoryKind
 from ollm_core.memory.tracker import AllocationTracker
 
 GREEDY = {"do_sample": False, "eos_token_id": None}
@@ -159,10 +159,10 @@ def test_what_it_takes_is_set_aside(make, ids, family):
     main, prompt = make("llama", 3), ids(300)
     with load(main, make(family), device_memory="30MB", host_memory="30MB") as model:
         drafter = model._drafter
-        opened = model.accounts.device.kinds[KIND]
+        opened = model.accounts.device.kinds[MemoryKind.DRAFT_MODEL]
         model.generate(prompt[None], max_new_tokens=8, **GREEDY)
         own = drafter.model.accounts
-        assert model.accounts.device.kinds[KIND] == own.device.limit > opened
+        assert model.accounts.device.kinds[MemoryKind.DRAFT_MODEL] == own.device.limit > opened
         held = sum(own.device.kinds.get(kind, 0) for kind in ("weights", "resident weights"))
         with AllocationTracker("cpu") as tracker:
             drafter._forget()
@@ -173,7 +173,7 @@ def test_what_it_takes_is_set_aside(make, ids, family):
         stats = drafter.model.stats
         assert stats.resident_bytes > 0.8 * (stats.weight_bytes - 2 * 199 * 64 * 4)
         model.generate(prompt[:40].view(2, 20), max_new_tokens=3, **GREEDY)
-        assert model.accounts.device.kinds[KIND] == opened
+        assert model.accounts.device.kinds[MemoryKind.DRAFT_MODEL] == opened
         assert own.device.used <= opened
     for account in (own.device, own.host, model.accounts.device, model.accounts.host):
         assert account.used == 0

@@ -28,6 +28,7 @@ from ollm_core.kv.disk.directory import Home, make_home
 from ollm_core.kv.disk.journal import checksum
 from ollm_core.kv.disk.layer_file import LayerFile, storage_error
 from ollm_core.memory.accounts import MemoryAccount
+from ollm_core.memory.kinds import MemoryKind
 from ollm_core.memory.sizes import format_size
 
 STAGING_BYTES = 4 << 20
@@ -103,11 +104,11 @@ class DiskStorage(BlockStorage):
             stack.callback(_close_home, self._homes)
             stack.callback(self._charges.close)
             sizes = sorted(set(self._slot_bytes))
-            self._charges.take("kv write buffers", self._sizes.write_bytes)
+            self._charges.take(MemoryKind.KV_WRITE_BUFFERS, self._sizes.write_bytes)
             for size in sizes:
                 self._spares[size] = [self._new_buffer(size) for _ in range(NUM_WRITE_BUFFERS)]
             self._stagings = Lanes(
-                self._new_staging, 2 * self._sizes.lane_bytes, "kv staging", self._charges
+                self._new_staging, 2 * self._sizes.lane_bytes, MemoryKind.KV_STAGING, self._charges
             )
             self._writer, self._reader = (
                 ThreadPoolExecutor(1, thread_name_prefix=_THREAD_NAME) for _ in range(2)
@@ -146,7 +147,7 @@ class DiskStorage(BlockStorage):
         self, num_blocks: Mapping[int, int], tails: Collection[int]
     ) -> dict[int, list[int]]:
         needed = self.growth(num_blocks, tails)
-        self._charges.take("kv tails", needed.host)
+        self._charges.take(MemoryKind.KV_TAILS, needed.host)
         try:
             for layer_idx, number in num_blocks.items():
                 file = self._files[layer_idx]
@@ -154,7 +155,7 @@ class DiskStorage(BlockStorage):
         except BaseException as error:
             for layer_idx in num_blocks:
                 self._files[layer_idx].give_back(())
-            self._charges.give("kv tails", needed.host)
+            self._charges.give(MemoryKind.KV_TAILS, needed.host)
             if not isinstance(error, OSError):
                 raise
             raise self._no_space(error, needed.disk) from error
@@ -176,7 +177,7 @@ class DiskStorage(BlockStorage):
         return self._geometry.as_block(layer_idx, self._new_buffer(self._slot_bytes[layer_idx]))
 
     def drop(self, layer_idx: int) -> None:
-        self._charges.give("kv tails", self._slot_bytes[layer_idx])
+        self._charges.give(MemoryKind.KV_TAILS, self._slot_bytes[layer_idx])
 
     def seal(self, layer_idx: int, block: int, tail: Tensor) -> Tensor:
         """See BlockStorage. Waits while all write buffers are in use. Raises as `check`."""

@@ -19,8 +19,7 @@ from ollm_core.errors import KVStoreError
 from ollm_core.kv.block_storage import KVGeometry
 from ollm_core.kv.buffer_pool import Charges
 from ollm_core.memory.accounts import MemoryAccount
-
-_KIND = "recurrent states"
+from ollm_core.memory.kinds import MemoryKind
 
 State = tuple[Tensor, ...]
 OnState = Callable[[int, int, int, int, Sequence[Tensor]], None]
@@ -99,7 +98,9 @@ class StateStore(Closing):
         """
         found, wanted = self._sequences[sequence], self._wanted(sequence, num_tokens)
         if wanted > found.num_sets:
-            self._charges.take(_KIND, (wanted - found.num_sets) * self._set_bytes)
+            self._charges.take(
+                MemoryKind.RECURRENT_STATES, (wanted - found.num_sets) * self._set_bytes
+            )
             found.num_sets = wanted
         found.start = self.num_tokens(sequence)
         found.keep_from = num_tokens - found.num_drafted
@@ -155,7 +156,7 @@ class StateStore(Closing):
         be restorable. Raises DoesNotFitError with nothing changed.
         """
         if num_tokens:
-            self._charges.take(_KIND, self._set_bytes)
+            self._charges.take(MemoryKind.RECURRENT_STATES, self._set_bytes)
         found = self._sequences[forked]
         found.start, found.num_sets = num_tokens, int(num_tokens > 0)
         for layer_idx, source in self._sequences[sequence].layers.items() if num_tokens else ():
@@ -168,7 +169,7 @@ class StateStore(Closing):
         """
         for layer_idx in self.shapes:
             self._check(layer_idx, states[layer_idx])
-        self._charges.take(_KIND, self._set_bytes)
+        self._charges.take(MemoryKind.RECURRENT_STATES, self._set_bytes)
         found = self._sequences[sequence]
         found.start, found.num_sets = num_tokens, 1
         for layer_idx in self.shapes:
@@ -201,7 +202,9 @@ class StateStore(Closing):
         if num_sets < found.num_sets:
             for layer in found.layers.values():
                 del layer.spares[max(num_sets - len(layer.at), 0) :]
-            self._charges.give(_KIND, (found.num_sets - num_sets) * self._set_bytes)
+            self._charges.give(
+                MemoryKind.RECURRENT_STATES, (found.num_sets - num_sets) * self._set_bytes
+            )
             found.num_sets = num_sets
 
     def _new(self, layer_idx: int) -> State:

@@ -17,6 +17,7 @@ from ollm_core.contracts.weights import ByteSource
 from ollm_core.device.transfer import Bus, Event, bus_of
 from ollm_core.device.upload import Sent, Upload, UploadCounters
 from ollm_core.memory.accounts import MemoryAccount
+from ollm_core.memory.kinds import MemoryKind
 from ollm_core.weights.experts.policy import ExpertId, ExpertShares, ExpertTier, Kept
 from ollm_core.weights.experts.reader import Filled, GroupReader, cut_groups, member_bytes
 from ollm_core.weights.experts.sizes import finished_bytes, fitting, made_bytes, owned, pack
@@ -372,11 +373,12 @@ class ExpertStore(Closing):
     def _hold(self, now: ExpertPlacement) -> None:
         """Reserve or release, so that as much is held as `now` takes."""
         held, self._placement = self._placement, now
+        device, host = self._device_account, self._host_account
         for account, kind, num_bytes in (
-            (self._device_account, "resident experts", now.device_bytes - held.device_bytes),
-            (self._host_account, "resident experts", now.host_bytes - held.host_bytes),
-            (self._device_account, "upload buffers", now.upload_bytes - held.upload_bytes),
-            (self._buffer_account, "expert buffers", now.buffer_bytes - held.buffer_bytes),
+            (device, MemoryKind.RESIDENT_EXPERTS, now.device_bytes - held.device_bytes),
+            (host, MemoryKind.RESIDENT_EXPERTS, now.host_bytes - held.host_bytes),
+            (device, MemoryKind.UPLOAD_BUFFERS, now.upload_bytes - held.upload_bytes),
+            (self._buffer_account, MemoryKind.EXPERT_BUFFERS, now.buffer_bytes - held.buffer_bytes),
         ):
             if num_bytes > 0:
                 account.reserve(kind, num_bytes)
