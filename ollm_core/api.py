@@ -18,13 +18,12 @@ from ollm_core.device.select import pick_device
 from ollm_core.device.transfer import bus_of
 from ollm_core.drafting.draft_model import open_drafter
 from ollm_core.drafting.lookup import LookupDrafter
-from ollm_core.engine.pass_planner import Accounts
 from ollm_core.engine.torch_state import own_torch_state
 from ollm_core.errors import InputError
 from ollm_core.generate.causal_lm import StreamedModel
 from ollm_core.kv.factory import find_directory
 from ollm_core.loader import Opening
-from ollm_core.memory.accounts import MemoryAccount
+from ollm_core.memory.accounts import Accounts, open_accounts
 from ollm_core.memory.budgets import layer_limits, stated_budgets
 from ollm_core.memory.cuda_limit import AllocatorCap
 from ollm_core.options import Count, Device, DType, PathLike, Size, count, dtype_name, one_of
@@ -199,7 +198,4 @@ def _check_drafts(
 def _accounts(
     device: torch.device, device_memory: Size | None, host_memory: Size | None
 ) -> Accounts:
-    budgets = stated_budgets(device, device_memory, host_memory)
-    return Accounts(
-        MemoryAccount("device memory", budgets.device), MemoryAccount("host memory", budgets.host)
-    )
+    return open_accounts(stated_budgets(device, device_memory, host_memory))

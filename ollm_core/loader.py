@@ -16,10 +16,11 @@ from ollm_core.contracts.progress import Progress
 from ollm_core.contracts.weights import ByteSource
 from ollm_core.device.transfer import Bus
 from ollm_core.engine.engine import Engine
-from ollm_core.engine.pass_planner import Accounts, Admission
+from ollm_core.engine.pass_planner import Admission
 from ollm_core.errors import InputError, PluginError, one_line
 from ollm_core.generate.causal_lm import StreamedModel
 from ollm_core.kv.factory import StoreOpener
+from ollm_core.memory.accounts import Accounts
 from ollm_core.memory.cuda_limit import free_device_bytes
 from ollm_core.memory.host import HostMemory
 from ollm_core.model.fingerprint import identity
@@ -110,7 +111,7 @@ class Opening:
                     source,
                     parts.dtype,
                     self.device,
-                    (accounts.device, accounts.host),
+                    accounts,
                     buffer_bytes=skeleton.buffer_bytes,
                     span=span,
                     bus=parts.bus,

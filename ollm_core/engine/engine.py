@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ollm_core.contracts.kv import KeepsStates, KVStore, TierBytes
+from ollm_core.contracts.kv import KeepsStates, KVStore
 from ollm_core.contracts.progress import Progress
 from ollm_core.device.offload import Parking
 from ollm_core.engine.batch import Chunk, NewTokens
@@ -27,6 +27,7 @@ from ollm_core.engine.layer_call import LayerCall
 from ollm_core.engine.pass_planner import Admission, PassPlan
 from ollm_core.engine.torch_state import own_torch_state
 from ollm_core.errors import DoesNotFitError, one_line
+from ollm_core.memory.pair import PerMemory
 from ollm_core.model.outside_layers import apply
 from ollm_core.model.skeleton import Skeleton
 from ollm_core.profiling import Span, no_span
@@ -151,7 +152,7 @@ class Engine:
             self._expect(store, work)
             return self._admission.fits(store, work)
 
-    def set_aside(self, kind: str, num_bytes: TierBytes) -> None:
+    def set_aside(self, kind: str, num_bytes: PerMemory[int]) -> None:
         """Reserve memory for what stands beside the model, between passes; kept weights give way to
         it. Raises DoesNotFitError with nothing reserved.
         """

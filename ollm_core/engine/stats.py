@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ollm_core.contracts.progress import Stats
 from ollm_core.engine.engine import Engine
-from ollm_core.engine.pass_planner import Accounts
+from ollm_core.memory.accounts import Accounts
 from ollm_core.memory.host import peak_process_bytes
 from ollm_core.weights.streamer import TieredWeights
 

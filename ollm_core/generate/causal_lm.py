@@ -22,7 +22,6 @@ from ollm_core.contracts.kv import CacheKind, KVStore
 from ollm_core.contracts.progress import Progress, Stats
 from ollm_core.engine.batch import NewTokens
 from ollm_core.engine.engine import Engine
-from ollm_core.engine.pass_planner import Accounts
 from ollm_core.engine.stats import gather_stats
 from ollm_core.errors import DamagedKVError, InputError, UnsupportedError
 from ollm_core.files.paths import absolute
@@ -32,6 +31,7 @@ from ollm_core.generate.hooks import GenerationHooks
 from ollm_core.generate.loss import check_labels, loss_bytes
 from ollm_core.generate.padding import PaddedBatch, padded_batch
 from ollm_core.generate.surface import FixedModel, only_what_works
+from ollm_core.memory.accounts import Accounts
 from ollm_core.memory.budgets import layer_limits
 from ollm_core.memory.kinds import MemoryKind
 from ollm_core.model.skeleton import Skeleton

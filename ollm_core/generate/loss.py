@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ollm_core.contracts.kv import TierBytes
 from ollm_core.errors import InputError
 from ollm_core.generate.padding import PaddedBatch
+from ollm_core.memory.pair import PerMemory
 
 IGNORED = -100
 """The label of a position that does not count, as in torch."""
@@ -49,9 +49,9 @@ def check_labels(
         )
 
 
-def loss_bytes(batch: PaddedBatch, vocab_size: int, dtype: torch.dtype) -> TierBytes:
+def loss_bytes(batch: PaddedBatch, vocab_size: int, dtype: torch.dtype) -> PerMemory[int]:
     """What the loss takes beside logits in `dtype`: them in float32, their logarithms, labels."""
     num_tokens = batch.ids.numel()
     num_copies = 1 if dtype == torch.float32 else 2
     num_bytes = num_copies * num_tokens * vocab_size * torch.float32.itemsize
-    return TierBytes(device=num_bytes + 4 * num_tokens * torch.int64.itemsize)
+    return PerMemory(num_bytes + 4 * num_tokens * torch.int64.itemsize, 0)

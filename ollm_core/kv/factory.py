@@ -25,6 +25,7 @@ from ollm_core.kv.recurrent.hybrid import HybridKVStore
 from ollm_core.kv.recurrent.prefix_cache import KeepingHybridKVStore
 from ollm_core.kv.recurrent.snapshots import StateFiles, reap_states
 from ollm_core.kv.recurrent.states import StateStore
+from ollm_core.memory.pair import PerMemory
 from ollm_core.plugins.factories import KVRequest
 from ollm_core.plugins.registry import Registry, require, supports
 
@@ -66,7 +67,7 @@ class StoreOpener:
         else:
             tier = name
             if name == "auto":
-                limits = request.device_account.limit, request.host_account.limit
+                limits = PerMemory(request.device_account.limit, request.host_account.limit)
                 named = request.directory is not None
                 tier = choose_tier(self._adapter, request.geometry, limits, num_tokens, named=named)
             require(self._adapter, f"kv-{tier}")
@@ -96,7 +97,7 @@ def find_directory(kv_dir: str | os.PathLike[str] | None) -> Path | None:
 def choose_tier(
     adapter: ModelAdapter,
     geometry: KVGeometry,
-    limits: tuple[int, int],
+    limits: PerMemory[int],
     num_tokens: int,
     *,
     named: bool = False,
@@ -111,7 +112,7 @@ def choose_tier(
     layer_bytes = sum(map(geometry.block_bytes, range(geometry.num_layers)))
     num_expected = num_tokens + geometry.block_size
     expected = layer_bytes * num_expected // geometry.block_size
-    room = {"device": limits[0] // 4, "host": limits[1] // 2}
+    room = {"device": limits.device // 4, "host": limits.host // 2}
     fitting = [tier for tier in able if expected <= room.get(tier, expected)]
     return (*fitting, *reversed(able), *TIERS)[0]
 

@@ -18,7 +18,7 @@ from ollm_core.kv.disk.storage import DiskSizes
 from ollm_core.kv.in_memory import MemoryStorage
 from ollm_core.kv.recurrent.hybrid import HybridKVStore
 from ollm_core.kv.recurrent.states import StateStore
-from ollm_core.memory.accounts import MemoryAccount
+from ollm_core.memory.accounts import Accounts, MemoryAccount
 from ollm_core.memory.kinds import MemoryKind
 
 _META = torch.device("meta")
@@ -112,7 +112,7 @@ class PlannedKVStore(BlockKVStore):
         self,
         tier: str,
         geometry: KVGeometry,
-        accounts: tuple[MemoryAccount, MemoryAccount],
+        accounts: Accounts,
     ) -> None:
         """`accounts` are those of the device and the host. Raises DoesNotFitError."""
         device_account, host_account = accounts
@@ -147,14 +147,14 @@ class PlannedHybridStore(HybridKVStore):
         self,
         tier: str,
         geometry: KVGeometry,
-        accounts: tuple[MemoryAccount, MemoryAccount],
+        accounts: Accounts,
     ) -> None:
         """See PlannedKVStore."""
         bare = replace(geometry, device=_META)
         if tier == "device":
-            states = StateStore(bare, accounts[0], "device", _META)
+            states = StateStore(bare, accounts.device, "device", _META)
         else:
-            states = StateStore(bare, accounts[1], "host", _META)
+            states = StateStore(bare, accounts.host, "host", _META)
         self._planned = PlannedKVStore(tier, geometry.attention_layers(), accounts)
         super().__init__(bare, self._planned, states)
 
@@ -167,7 +167,7 @@ class PlannedHybridStore(HybridKVStore):
 
 
 def planned_store(
-    tier: str, geometry: KVGeometry, accounts: tuple[MemoryAccount, MemoryAccount]
+    tier: str, geometry: KVGeometry, accounts: Accounts
 ) -> PlannedKVStore | PlannedHybridStore:
     """What stands for the store that a run would have. Raises DoesNotFitError."""
     recurrent = any(kind.kind == "recurrent" for kind in geometry.kinds)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ollm_core.errors import DoesNotFitError
+from ollm_core.memory.pair import PerMemory
 from ollm_core.memory.sizes import format_size
 
 
@@ -63,3 +64,14 @@ class MemoryAccount:
             yield
         finally:
             self.release(kind, num_bytes)
+
+
+Accounts = PerMemory[MemoryAccount]
+"""The two memories of a model."""
+
+
+def open_accounts(limits: PerMemory[int]) -> Accounts:
+    """Accounts in which nothing is held yet."""
+    return PerMemory(
+        MemoryAccount("device memory", limits.device), MemoryAccount("host memory", limits.host)
+    )

@@ -17,10 +17,11 @@ from ollm_core.contracts.kv import CacheKind
 from ollm_core.contracts.model import Config
 from ollm_core.device.transfer import Bus, bus_of
 from ollm_core.engine.activations import Workspace
-from ollm_core.engine.pass_planner import Accounts, Admission, Policy
+from ollm_core.engine.pass_planner import Admission, Policy
 from ollm_core.errors import ConfigError, UnsupportedError
 from ollm_core.files.untrusted_json import show
 from ollm_core.kv.block_storage import KVGeometry
+from ollm_core.memory.accounts import Accounts
 from ollm_core.model.skeleton import Skeleton
 from ollm_core.plugins.loader import Offer
 from ollm_core.plugins.registry import require, supports

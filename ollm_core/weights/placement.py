@@ -15,12 +15,12 @@ from itertools import accumulate
 
 import torch
 
-from ollm_core.contracts.kv import TierBytes
 from ollm_core.contracts.weights import ByteSource
 from ollm_core.device.transfer import Bus, bus_of
-from ollm_core.memory.accounts import MemoryAccount
-from ollm_core.memory.budgets import LayerLimits
+from ollm_core.memory.accounts import Accounts
+from ollm_core.memory.budgets import NO_LAYER_LIMITS, LayerLimits
 from ollm_core.memory.kinds import MemoryKind
+from ollm_core.memory.pair import PerMemory
 from ollm_core.weights.device_load import staging_bytes
 from ollm_core.weights.experts.store import ExpertPlacement, ExpertStore
 from ollm_core.weights.units import Units
@@ -69,7 +69,7 @@ class HeldWeights:
         source: ByteSource,
         dtype: torch.dtype,
         device: torch.device,
-        accounts: tuple[MemoryAccount, MemoryAccount],
+        accounts: Accounts,
         *,
         buffer_bytes: int = 0,
         bus: Bus | None = None,
@@ -109,7 +109,7 @@ class HeldWeights:
         """Held on the device whatever the placement: norm, rotary frequencies, parameters in
         conversion, the one upload buffer that must be.
         """
-        self.layer_limits = LayerLimits()
+        self.layer_limits: LayerLimits = NO_LAYER_LIMITS
         """May be changed between passes; `place` goes by it."""
         self._num_layers = len(units.layers)
         self._device: set[int] = set()
@@ -208,7 +208,7 @@ class HeldWeights:
         experts = self.experts.place(device_bytes - on_device, host_bytes - on_host)
         return Placement(dense.device, dense.host, dense.num_slots, experts, dense.num_uploads)
 
-    def bytes_of(self, placement: Placement) -> TierBytes:
+    def bytes_of(self, placement: Placement) -> PerMemory[int]:
         """What a placement takes of each memory, beside `fixed_device_bytes`."""
         experts = placement.experts
         device = sum(self._kept_bytes[i] for i in placement.device) + experts.device_bytes
@@ -216,8 +216,8 @@ class HeldWeights:
         host = sum(self.buffer_bytes[i] for i in placement.host) + experts.host_bytes
         ring = placement.num_slots * self.slot_bytes + experts.buffer_bytes
         if self.one_memory:
-            return TierBytes(device + ring, host)
-        return TierBytes(device, host + ring)
+            return PerMemory(device + ring, host)
+        return PerMemory(device, host + ring)
 
     def hold(self, wanted: Placement) -> None:
         """Give back what is not in `wanted`, then take what is. Raises DoesNotFitError with part of

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ollm_core.contracts.kv import TierBytes
 from ollm_core.contracts.weights import ByteSource, WeightStreamer
 from ollm_core.device.buffers import as_memoryview
 from ollm_core.device.transfer import Bus, bus_of, host_buffer
 from ollm_core.device.upload import UploadCounters
-from ollm_core.memory.accounts import MemoryAccount
+from ollm_core.memory.accounts import Accounts
+from ollm_core.memory.pair import PerMemory
 from ollm_core.profiling import Span, no_span
 from ollm_core.weights.device_load import Staging
 from ollm_core.weights.device_prefetch import Arrivals, Arriving, Packed, Send
@@ -38,7 +38,7 @@ class TieredWeights(WeightStreamer):
         source: ByteSource,
         dtype: torch.dtype,
         device: torch.device,
-        accounts: tuple[MemoryAccount, MemoryAccount],
+        accounts: Accounts,
         *,
         buffer_bytes: int = 0,
         span: Span = no_span,
@@ -114,7 +114,7 @@ class TieredWeights(WeightStreamer):
         return self.held.resident_bytes
 
     @property
-    def in_memory(self) -> TierBytes:
+    def in_memory(self) -> PerMemory[int]:
         """Bytes of each memory that are taken now, beside `fixed_device_bytes`. What is to be kept
         is read when it is first acquired.
         """

@@ -16,7 +16,7 @@ from ollm_adapter_qwen3_next import Qwen3NextAdapter
 from ollm_conformance.subject import CHUNK, Subject, greedy
 from ollm_core import DoesNotFitError
 from ollm_core.checkpoint.safetensors import open_checkpoint, read_config
-from ollm_core.memory.budgets import Budgets, LayerLimits
+from ollm_core.memory.budgets import NO_LAYER_LIMITS, Budgets, LayerLimits
 from ollm_core.model.spec import take_apart
 from ollm_core.planning.dry_run import Rehearsal, Scenario
 
@@ -83,7 +83,7 @@ def test_every_logit_is_that_of_transformers(subject_of, bus, family, dtype, kv)
     one_more = rehearsal.run(least, scenario).held.slot_bytes
     used = set()
     for device, host, layers in (
-        (least.device, least.host, LayerLimits()),
+        (least.device, least.host, NO_LAYER_LIMITS),
         (least.device + one_more, least.host, LayerLimits(0, 0)),
         (10**9, 10**9, LayerLimits(1, 1)),
     ):

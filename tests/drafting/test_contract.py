@@ -14,8 +14,8 @@ from ollm_conformance import DrafterConformance
 from ollm_core.drafting.draft_memory import DraftPart, DraftRoom
 from ollm_core.drafting.draft_model import ModelDrafter
 from ollm_core.drafting.lookup import LookupDrafter
-from ollm_core.engine.pass_planner import Accounts
 from ollm_core.loader import Opening
+from ollm_core.memory.accounts import Accounts
 from ollm_core.plugins.registry import Registry
 
 

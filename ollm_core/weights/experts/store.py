@@ -16,7 +16,7 @@ from ollm_core.contracts.closing import Closing
 from ollm_core.contracts.weights import ByteSource
 from ollm_core.device.transfer import Bus, Event, bus_of
 from ollm_core.device.upload import Sent, Upload, UploadCounters
-from ollm_core.memory.accounts import MemoryAccount
+from ollm_core.memory.accounts import Accounts
 from ollm_core.memory.kinds import MemoryKind
 from ollm_core.weights.experts.policy import ExpertId, ExpertShares, ExpertTier, Kept
 from ollm_core.weights.experts.reader import Filled, GroupReader, cut_groups, member_bytes
@@ -79,7 +79,7 @@ class ExpertStore(Closing):
         source: ByteSource,
         dtype: torch.dtype,
         device: torch.device,
-        accounts: tuple[MemoryAccount, MemoryAccount],
+        accounts: Accounts,
         *,
         bus: Bus | None = None,
         timed: bool = False,
