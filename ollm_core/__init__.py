@@ -9,6 +9,7 @@ from ollm_core.contracts.kv import (
     CacheKind,
     KeepsPrefixes,
     KeepsStates,
+    KVGeometry,
     KVStore,
     StateShape,
     TierBytes,
@@ -39,6 +40,7 @@ from ollm_core.errors import (
     UnknownModelError,
     UnsupportedError,
 )
+from ollm_core.memory.accounts import MemoryAccount
 from ollm_core.plugins.decoder import (
     DecoderAdapter,
     bad_config,
@@ -74,6 +76,7 @@ __all__ = [
     "EncodedTensor",
     "FollowsText",
     "InputError",
+    "KVGeometry",
     "KVRequest",
     "KVStore",
     "KVStoreError",
@@ -81,6 +84,7 @@ __all__ = [
     "KeepsPrefixes",
     "KeepsStates",
     "Layout",
+    "MemoryAccount",
     "ModelAdapter",
     "NotFiniteError",
     "OllmError",

@@ -149,7 +149,7 @@ class Opening:
                 weights,
                 engine,
                 accounts,
-                StoreOpener(kv, kv_request, parts.adapter, self.registry),
+                StoreOpener(kv, kv_request, parts.adapter, self.registry, parts.bus),
                 parts.kinds,
                 weight_bytes=checkpoint.total_bytes,
                 generation_config=read_generation_config(directory, skeleton.config.to_dict()),

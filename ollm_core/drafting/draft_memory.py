@@ -87,7 +87,7 @@ class DraftRoom:
             weights.reserve()
             stack.callback(weights.unreserve)
             stack.callback(weights.hold, Placement())
-            store = planned_store("device", parts.geometry, accounts)
+            store = planned_store("device", parts.geometry, accounts, parts.bus)
             stack.callback(store.close)
             sequence = store.new_sequence()
             most = num_tokens - 1 if self.forks and num_tokens > 1 else num_tokens

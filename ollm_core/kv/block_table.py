@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ollm_core.contracts.kv import KVStore, TierBytes
+from ollm_core.contracts.kv import KVGeometry, KVStore, TierBytes
 from ollm_core.device.transfer import Bus
 from ollm_core.device.upload import Upload
 from ollm_core.errors import KVStoreError
-from ollm_core.kv.block_storage import BlockStorage, KVGeometry
+from ollm_core.kv.block_storage import BlockStorage
 from ollm_core.kv.block_views import Cut, CutBlocks
 from ollm_core.kv.buffer_pool import Charges, Lanes
 from ollm_core.memory.accounts import MemoryAccount

@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 
 from ollm_core.contracts.adapter import ModelAdapter
-from ollm_core.contracts.kv import KVStore
+from ollm_core.contracts.kv import KVGeometry, KVStore
+from ollm_core.device.transfer import Bus
 from ollm_core.errors import KVStoreError
 from ollm_core.files.paths import absolute, cache_directory
-from ollm_core.kv.block_storage import KVGeometry
 from ollm_core.kv.disk.directory import check_parent, reap_homes
 from ollm_core.kv.disk.free_space import check_room
 from ollm_core.kv.disk.prefix_cache import KeepingKVStore
@@ -40,15 +40,23 @@ class StoreOpener:
     """Opens a KV store for each cache of one model."""
 
     def __init__(
-        self, kv: str, request: KVRequest, adapter: ModelAdapter, registry: Registry
+        self,
+        kv: str,
+        request: KVRequest,
+        adapter: ModelAdapter,
+        registry: Registry,
+        bus: Bus | None,
     ) -> None:
-        """`kv` and `request` hold where a call does not say otherwise. Raises InputError for a name
+        """`kv` and `request` hold where a call does not say otherwise; `bus` is that of the device,
+        where it has memory of its own. Stores get another one: their copies do not wait behind
+        those of weights. Raises InputError for a name
         that nobody offers, UnsupportedError for a tier that the family cannot use.
         """
         self._kv = kv
         self._request = request
         self._adapter = adapter
         self._registry = registry
+        self._bus = bus
         registry.check_name("ollm_kv_stores", kv)
         if kv in TIERS:
             require(adapter, f"kv-{kv}")
@@ -60,7 +68,7 @@ class StoreOpener:
         expect, of which `at_least` so many will be stored. Raises DoesNotFitError if the disk has
         no room for these.
         """
-        name = kv or self._kv
+        name, bus = kv or self._kv, self._bus and self._bus.beside()
         request = replace(self._request, directory=directory or self._request.directory)
         if offer := self._registry.check_name("ollm_kv_stores", name):
             tier, open_store = offer.name, functools.partial(offer.make, KVStore)
@@ -73,9 +81,9 @@ class StoreOpener:
             require(self._adapter, f"kv-{tier}")
             if tier == "disk":
                 check_room(request.geometry.attention_layers(), _home(request), at_least)
-            open_store = functools.partial(_open, tier)
+            open_store = functools.partial(_open, tier, bus=bus)
         if any(kind.kind == "recurrent" for kind in request.geometry.kinds):
-            return tier, _hybrid(tier, request, open_store)
+            return tier, _hybrid(tier, request, open_store, bus)
         return tier, open_store(request)
 
 
@@ -118,14 +126,17 @@ def choose_tier(
 
 
 def _hybrid(
-    tier: str, request: KVRequest, open_store: Callable[[KVRequest], KVStore]
+    tier: str,
+    request: KVRequest,
+    open_store: Callable[[KVRequest], KVStore],
+    bus: Bus | None,
 ) -> HybridKVStore:
     """A store whose states are on the device if its keys and values are, else in host memory."""
     geometry = request.geometry
     if tier == "device":
         states = StateStore(geometry, request.device_account, "device", geometry.device)
     else:
-        states = StateStore(geometry, request.host_account, "host", torch.device("cpu"))
+        states = StateStore(geometry, request.host_account, "host", torch.device("cpu"), bus)
     attention = open_store(replace(request, geometry=geometry.attention_layers()))
     if isinstance(attention, KeepingKVStore) and request.directory is not None:
         try:
@@ -137,15 +148,17 @@ def _hybrid(
     return HybridKVStore(geometry, attention, states)
 
 
-def _open(tier: str, request: KVRequest) -> KVStore:
+def _open(tier: str, request: KVRequest, *, bus: Bus | None) -> KVStore:
     geometry, device, host = request.geometry, request.device_account, request.host_account
     if tier == "device":
         return DeviceKVStore(geometry, device)
     if tier == "host":
-        return HostKVStore(geometry, host, device)
+        return HostKVStore(geometry, host, device, bus=bus)
     if request.directory and request.keep:
-        return KeepingKVStore(geometry, host, request.directory, request.fingerprint(), device)
-    return DiskKVStore(geometry, host, _home(request), _NOBODY, device)
+        return KeepingKVStore(
+            geometry, host, request.directory, request.fingerprint(), device, bus=bus
+        )
+    return DiskKVStore(geometry, host, _home(request), _NOBODY, device, bus=bus)
 
 
 def _home(request: KVRequest) -> Path:

@@ -8,11 +8,11 @@ from itertools import count
 import torch
 from torch import Tensor
 
-from ollm_core.contracts.kv import Tier, TierBytes
+from ollm_core.contracts.kv import KVGeometry, Tier, TierBytes
 from ollm_core.device.buffers import round_up
-from ollm_core.device.transfer import host_tensor
+from ollm_core.device.transfer import Bus, bus_of, host_tensor
 from ollm_core.errors import DoesNotFitError
-from ollm_core.kv.block_storage import BlockStorage, KVGeometry
+from ollm_core.kv.block_storage import BlockStorage
 from ollm_core.kv.block_table import BlockKVStore
 from ollm_core.kv.buffer_pool import Charges
 from ollm_core.memory.accounts import MemoryAccount
@@ -30,12 +30,15 @@ class MemoryStorage(BlockStorage):
         account: MemoryAccount,
         tier: Tier,
         device: torch.device,
+        bus: Bus | None = None,
     ) -> None:
-        """Blocks are on `device`, counted as `tier`."""
+        """Blocks are on `device`, counted as `tier`; those in host memory are copied over `bus`, if
+        there is one.
+        """
         self._geometry = geometry
         self._tier = tier
         self._device = device
-        self._bus = geometry.bus if tier == "host" else None
+        self._bus = bus
         self._charges = Charges(account)
         self._blocks: dict[int, Tensor] = {}
         self._numbers = count()
@@ -134,7 +137,12 @@ class HostKVStore(BlockKVStore):
         geometry: KVGeometry,
         account: MemoryAccount,
         device_account: MemoryAccount | None = None,
+        *,
+        bus: Bus | None = None,
     ) -> None:
-        """`account` is that of the host; `device_account` holds the block being uploaded."""
-        storage = MemoryStorage(geometry, account, "host", torch.device("cpu"))
-        super().__init__(geometry, storage, device_account, bus=geometry.bus)
+        """`account` is that of the host; `device_account` holds the block being uploaded. `bus` is
+        that of the geometry's device, by default as `bus_of` says.
+        """
+        bus = bus or bus_of(geometry.device)
+        storage = MemoryStorage(geometry, account, "host", torch.device("cpu"), bus)
+        super().__init__(geometry, storage, device_account, bus=bus)

@@ -9,9 +9,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ollm_core.contracts.kv import TierBytes
+from ollm_core.contracts.kv import KVGeometry, TierBytes
 from ollm_core.device.buffers import PAGE
-from ollm_core.kv.block_storage import BlockStorage, KVGeometry
+from ollm_core.device.transfer import Bus
+from ollm_core.kv.block_storage import BlockStorage
 from ollm_core.kv.block_table import BlockKVStore
 from ollm_core.kv.buffer_pool import Charges
 from ollm_core.kv.disk.storage import DiskSizes
@@ -113,16 +114,17 @@ class PlannedKVStore(BlockKVStore):
         tier: str,
         geometry: KVGeometry,
         accounts: Accounts,
+        bus: Bus | None,
     ) -> None:
-        """`accounts` are those of the device and the host. Raises DoesNotFitError."""
+        """`bus` is that of the device that is planned for. Raises DoesNotFitError."""
         device_account, host_account = accounts
-        bus = None if tier == "device" else geometry.bus
+        bus = None if tier == "device" else bus
         bare = replace(geometry, device=_META)
         storage: BlockStorage
         if tier == "disk":
             storage = PlannedDiskStorage(bare, host_account)
         elif tier == "host":
-            storage = PlannedMemoryStorage(bare, host_account, "host", _META)
+            storage = PlannedMemoryStorage(bare, host_account, "host", _META, bus)
         else:
             storage = PlannedMemoryStorage(bare, device_account, "device", _META)
         super().__init__(bare, storage, device_account, bus=bus)
@@ -148,14 +150,15 @@ class PlannedHybridStore(HybridKVStore):
         tier: str,
         geometry: KVGeometry,
         accounts: Accounts,
+        bus: Bus | None,
     ) -> None:
         """See PlannedKVStore."""
         bare = replace(geometry, device=_META)
         if tier == "device":
             states = StateStore(bare, accounts.device, "device", _META)
         else:
-            states = StateStore(bare, accounts.host, "host", _META)
-        self._planned = PlannedKVStore(tier, geometry.attention_layers(), accounts)
+            states = StateStore(bare, accounts.host, "host", _META, bus)
+        self._planned = PlannedKVStore(tier, geometry.attention_layers(), accounts, bus)
         super().__init__(bare, self._planned, states)
 
     def advance(self, sequence: int, num_tokens: int, longest: int) -> None:
@@ -167,8 +170,8 @@ class PlannedHybridStore(HybridKVStore):
 
 
 def planned_store(
-    tier: str, geometry: KVGeometry, accounts: Accounts
+    tier: str, geometry: KVGeometry, accounts: Accounts, bus: Bus | None
 ) -> PlannedKVStore | PlannedHybridStore:
     """What stands for the store that a run would have. Raises DoesNotFitError."""
     recurrent = any(kind.kind == "recurrent" for kind in geometry.kinds)
-    return (PlannedHybridStore if recurrent else PlannedKVStore)(tier, geometry, accounts)
+    return (PlannedHybridStore if recurrent else PlannedKVStore)(tier, geometry, accounts, bus)

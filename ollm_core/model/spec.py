@@ -13,14 +13,13 @@ from ollm_core.attention.trial import require_flash
 from ollm_core.checkpoint.safetensors import Checkpoint
 from ollm_core.checkpoint.synthetic import describe_checkpoint
 from ollm_core.contracts.adapter import ModelAdapter
-from ollm_core.contracts.kv import CacheKind
+from ollm_core.contracts.kv import CacheKind, KVGeometry
 from ollm_core.contracts.model import Config
 from ollm_core.device.transfer import Bus, bus_of
 from ollm_core.engine.activations import Workspace
 from ollm_core.engine.pass_planner import Admission, Policy
 from ollm_core.errors import ConfigError, UnsupportedError
 from ollm_core.files.untrusted_json import show
-from ollm_core.kv.block_storage import KVGeometry
 from ollm_core.memory.accounts import Accounts
 from ollm_core.model.skeleton import Skeleton
 from ollm_core.plugins.loader import Offer
@@ -59,9 +58,8 @@ class ModelParts:
 
     @property
     def geometry(self) -> KVGeometry:
-        """The shape of keys and values, which do not wait behind weights on their way."""
-        bus = self.bus and self.bus.beside()
-        return KVGeometry(self.kinds, self.dtype, self.device, bus=bus)
+        """The shape of keys and values."""
+        return KVGeometry(self.kinds, self.dtype, self.device)
 
     def workspace(self) -> Workspace:
         """Tells what layers take; remembers what it has traced. Raises UnsupportedError for a

@@ -197,7 +197,7 @@ class Rehearsal:
         self._weights.reserve()
         stack.callback(self._weights.unreserve)
         tier = self._tier(scenario)
-        store = planned_store(tier, parts.geometry, self._accounts)
+        store = planned_store(tier, parts.geometry, self._accounts, parts.bus)
         stack.callback(store.close)
         sequences = [store.new_sequence() for _ in range(scenario.batch)]
         moments = [self._moment("opened", store, None, 0)]

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from ollm_core.contracts.closing import close_outside
-from ollm_core.contracts.kv import TierBytes
+from ollm_core.contracts.kv import KVGeometry, TierBytes
 from ollm_core.device.buffers import as_memoryview, round_up
-from ollm_core.device.transfer import Event, host_buffer
+from ollm_core.device.transfer import Bus, Event, bus_of, host_buffer
 from ollm_core.errors import DamagedKVError, DoesNotFitError, OllmError, ReadError
-from ollm_core.kv.block_storage import BlockStorage, KVGeometry
+from ollm_core.kv.block_storage import BlockStorage
 from ollm_core.kv.block_table import BlockKVStore
 from ollm_core.kv.buffer_pool import Charges, Lanes
 from ollm_core.kv.disk.directory import Home, make_home
@@ -82,11 +82,14 @@ class DiskStorage(BlockStorage):
         account: MemoryAccount,
         home: Home,
         staging_bytes: int,
+        bus: Bus | None = None,
     ) -> None:
-        """Owns `home`. If that has a journal, blocks get a checksum when they are written, and are
-        compared with it whenever they are read.
+        """Owns `home`. What is read is copied over `bus`, if there is one. If `home` has a journal,
+        blocks get a checksum when they are written, and are compared with it whenever they are
+        read.
         """
         self._geometry = geometry
+        self._bus = bus
         self._sizes = DiskSizes(geometry, staging_bytes)
         self._slot_bytes = self._sizes.slot_bytes
         self._charges = Charges(account)
@@ -358,8 +361,7 @@ class DiskStorage(BlockStorage):
 
     def _read_ahead(self, layer_idx: int, run: Sequence[int], staging: _Staging) -> Future[None]:
         """`_fill` in the thread that reads, when the device has what was uploaded from there."""
-        bus = self._geometry.bus
-        copied = None if bus is None else bus.copied()
+        copied = None if self._bus is None else self._bus.copied()
         return self._reader.submit(self._fill, layer_idx, run, staging, copied)
 
     def _new_staging(self) -> tuple[Tensor, Tensor]:
@@ -367,7 +369,7 @@ class DiskStorage(BlockStorage):
         return self._new_buffer(num_bytes), self._new_buffer(num_bytes)
 
     def _new_buffer(self, num_bytes: int) -> Tensor:
-        return host_buffer(num_bytes, self._geometry.bus)
+        return host_buffer(num_bytes, self._bus)
 
     def _staging(self, layer_idx: int, buffer: Tensor, num_slots: int) -> _Staging:
         first = self._geometry.as_block(layer_idx, buffer)
@@ -397,17 +399,20 @@ class DiskKVStore(BlockKVStore):
         *,
         staging_bytes: int = STAGING_BYTES,
         home: Home | None = None,
+        bus: Bus | None = None,
     ) -> None:
         """Files go to `home`, or by default to a new directory inside `directory`, and away with
         `close`.
 
         `account` is that of the host; `device_account` holds the block being uploaded.
-        `fingerprint` names the model. Raises KVStoreError if `directory` cannot be written,
+        `fingerprint` names the model, `bus` is that of the geometry's device, by default as
+        `bus_of` says. Raises KVStoreError if `directory` cannot be written,
         DoesNotFitError if the buffers do not fit.
         """
         home = home or make_home(directory, geometry, fingerprint, keeping=False)
-        storage = self._disk = DiskStorage(geometry, account, home, staging_bytes)
-        super().__init__(geometry, storage, device_account, bus=geometry.bus)
+        bus = bus or bus_of(geometry.device)
+        storage = self._disk = DiskStorage(geometry, account, home, staging_bytes, bus)
+        super().__init__(geometry, storage, device_account, bus=bus)
 
 
 def _close_home(homes: list[Home]) -> None:

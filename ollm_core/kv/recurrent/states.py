@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from ollm_core.contracts.closing import Closing
-from ollm_core.contracts.kv import Tier, TierBytes
+from ollm_core.contracts.kv import KVGeometry, Tier, TierBytes
 from ollm_core.device.buffers import round_up
-from ollm_core.device.transfer import host_tensor
+from ollm_core.device.transfer import Bus, host_tensor
 from ollm_core.errors import KVStoreError
-from ollm_core.kv.block_storage import KVGeometry
 from ollm_core.kv.buffer_pool import Charges
 from ollm_core.memory.accounts import MemoryAccount
 from ollm_core.memory.kinds import MemoryKind
@@ -58,9 +57,16 @@ class StateStore(Closing):
     """
 
     def __init__(
-        self, geometry: KVGeometry, account: MemoryAccount, tier: Tier, device: torch.device
+        self,
+        geometry: KVGeometry,
+        account: MemoryAccount,
+        tier: Tier,
+        device: torch.device,
+        bus: Bus | None = None,
     ) -> None:
-        """States of the layers of `geometry` that are recurrent, on `device`, counted as `tier`."""
+        """States of the layers of `geometry` that are recurrent, on `device`, counted as `tier`;
+        those in host memory are copied over `bus`, if there is one.
+        """
         self.shapes: Mapping[int, tuple[tuple[tuple[int, ...], torch.dtype], ...]] = {
             layer_idx: geometry.state_shapes(layer_idx)
             for layer_idx, kind in enumerate(geometry.kinds)
@@ -70,7 +76,7 @@ class StateStore(Closing):
         self.on_state: OnState | None = None
         self._tier = tier
         self._device = device
-        self._bus = geometry.bus if tier == "host" else None
+        self._bus = bus
         self._set_bytes = sum(
             num_bytes if self._bus is None else round_up(num_bytes)
             for shapes in self.shapes.values()
