@@ -50,10 +50,10 @@ def test_json_is_one_object(ollm):
     assert found["moments"][0]["name"] == "opened"
 
 
-def test_the_readme_shows_what_is_printed(ollm):
+def test_the_page_shows_what_is_printed(ollm):
     """Its plans, line by line."""
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    shown = re.findall(r"^    \$ ollm (plan .*)\n((?:    .*\n|\n)+)", readme, re.MULTILINE)
+    page = (Path(__file__).parents[2] / "docs/planning.md").read_text()
+    shown = re.findall(r"^    \$ ollm (plan .*)\n((?:    .*\n|\n)+)", page, re.MULTILINE)
     assert len(shown) == 2
     for command, expected in shown:
         _, out, err = ollm(*command.split())
