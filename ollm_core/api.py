@@ -14,8 +14,8 @@ from ollm_core.attention.trial import require_flash
 from ollm_core.checkpoint.hub import resolve
 from ollm_core.contracts.drafting import Drafter
 from ollm_core.contracts.progress import Progress
+from ollm_core.device.memory import memory_of
 from ollm_core.device.select import pick_device
-from ollm_core.device.transfer import bus_of
 from ollm_core.drafting.draft_model import open_drafter
 from ollm_core.drafting.lookup import LookupDrafter
 from ollm_core.engine.torch_state import own_torch_state
@@ -117,7 +117,9 @@ def load(
     accounts = _accounts(target, device_memory, host_memory)
     cap = AllocatorCap(accounts.device, target) if target.type == "cuda" else nullcontext
     kv_directory = find_directory(kv_dir)
-    opening = Opening(registry, reader, computing, target, cap, bus_of(target), trust_remote_code)
+    opening = Opening(
+        registry, reader, computing, target, cap, memory_of(target), trust_remote_code
+    )
     parts = opening.take_apart(resolve(path_or_id, registry, models_dir))
     for capability, wanted in (
         ("drafts", draft != "none"),

@@ -14,7 +14,7 @@ from ollm_core.calibration.rates import fastest_blocks, fastest_reader
 from ollm_core.checkpoint.safetensors import Checkpoint, open_checkpoint, read_config
 from ollm_core.contracts.progress import Progress
 from ollm_core.contracts.weights import ByteSource
-from ollm_core.device.transfer import Bus
+from ollm_core.device.memory import DeviceMemory
 from ollm_core.engine.engine import Engine
 from ollm_core.engine.pass_planner import Admission
 from ollm_core.errors import InputError, PluginError, one_line
@@ -46,8 +46,8 @@ class Opening:
     device: torch.device
     cap: Callable[[], AbstractContextManager[None]]
     """Held during each pass of either."""
-    bus: Bus | None = None
-    """That of the device, if it has memory of its own."""
+    memory: DeviceMemory
+    """That of the device."""
     trust_remote_code: bool = False
     """Whether a tokenizer may run Python code of its checkpoint."""
 
@@ -63,7 +63,7 @@ class Opening:
             dtype=self.dtype,
             device=self.device,
             where=directory,
-            bus=self.bus,
+            memory=self.memory,
         )
         return replace(
             parts,
@@ -114,7 +114,7 @@ class Opening:
                     accounts,
                     buffer_bytes=skeleton.buffer_bytes,
                     span=span,
-                    bus=parts.bus,
+                    memory=parts.memory,
                 )
             )
             skeleton.bind_norm(weights.norm)
@@ -149,7 +149,7 @@ class Opening:
                 weights,
                 engine,
                 accounts,
-                StoreOpener(kv, kv_request, parts.adapter, self.registry, parts.bus),
+                StoreOpener(kv, kv_request, parts.adapter, self.registry, parts.memory),
                 parts.kinds,
                 weight_bytes=checkpoint.total_bytes,
                 generation_config=read_generation_config(directory, skeleton.config.to_dict()),

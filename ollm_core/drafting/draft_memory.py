@@ -80,14 +80,14 @@ class DraftRoom:
             parts.device,
             accounts,
             buffer_bytes=parts.skeleton.buffer_bytes,
-            bus=parts.bus,
+            memory=parts.memory,
         )
         admission = self.admission(accounts, weights)
         with ExitStack() as stack:
             weights.reserve()
             stack.callback(weights.unreserve)
             stack.callback(weights.hold, Placement())
-            store = planned_store("device", parts.geometry, accounts, parts.bus)
+            store = planned_store("device", parts.geometry, accounts, parts.memory)
             stack.callback(store.close)
             sequence = store.new_sequence()
             most = num_tokens - 1 if self.forks and num_tokens > 1 else num_tokens

@@ -88,7 +88,7 @@ class Admission:
         self._hidden_size = hidden_size
         self._vocab_size = vocab_size
         self._itemsize = weights.dtype.itemsize
-        self._one_memory = weights.one_memory
+        self._memory = weights.memory
 
     @property
     def exact(self) -> bool:
@@ -177,7 +177,7 @@ class Admission:
             names = names if self._policy.may_use_blocks else ["exact"]
         else:
             names = [attention]
-        first = 512 if self._one_memory else 2048
+        first = 2048 if self._memory.is_own else 512
         sizes = [self._policy.chunk_size or first]
         if not self._policy.may_chunk:
             sizes = [max(longest, first)]
@@ -216,12 +216,12 @@ class Admission:
         head = num_logits * (2 * self._vocab_size + 1 + self._hidden_size) * self._itemsize
         head += len(work) * self._vocab_size * 2 * torch.float32.itemsize
         head += 4 * largest * self._hidden_size * torch.float32.itemsize  # the norm's own
-        tokens = num_tokens * (_POSITION_BYTES + (_TOKEN_BYTES if self._one_memory else 0))
+        tokens = num_tokens * (_POSITION_BYTES + (0 if self._memory.is_own else _TOKEN_BYTES))
         if on_host:
             chunk_bytes = largest * self._hidden_size * self._itemsize
             if parked:  # parts of a chunk on their way from and to the host
                 experts += 2 * chunk_bytes
-                parked += 0 if self._one_memory else 2 * chunk_bytes
+                parked += 2 * chunk_bytes if self._memory.is_own else 0
             device = _device_parts(layer, experts, head, hidden=chunk_bytes, positions=tokens)
             return PerMemory(
                 device, {MemoryKind.HIDDEN_STATES: hidden, MemoryKind.ROUTED_TOKENS: parked}
@@ -246,11 +246,9 @@ class Admission:
 
     def _missing(self, taken: PerMemory[int]) -> PerMemory[int]:
         """Bytes of each memory that lack where others take `taken`; zeros if it fits."""
-        device, host = self._weight_budgets(taken)
-        ring = self._weights.least_bytes(device)
-        if self._one_memory:
-            return PerMemory(max(ring - device, 0), max(-host, 0))
-        return PerMemory(max(-device, 0), max(ring - host, 0))
+        allowed = self._weight_budgets(taken)
+        least = self._memory.reads(self._weights.least_bytes(allowed.device))
+        return PerMemory(max(least.device - allowed.device, 0), max(least.host - allowed.host, 0))
 
     def _refusal(self, work: Sequence[NewTokens], missing: PerMemory[int]) -> DoesNotFitError:
         """`missing` are bytes of each memory, of which one is not 0."""

@@ -13,7 +13,7 @@ import torch
 
 from ollm_core.contracts.adapter import ModelAdapter
 from ollm_core.contracts.kv import KVGeometry, KVStore
-from ollm_core.device.transfer import Bus
+from ollm_core.device.memory import DeviceMemory
 from ollm_core.errors import KVStoreError
 from ollm_core.files.paths import absolute, cache_directory
 from ollm_core.kv.disk.directory import check_parent, reap_homes
@@ -45,18 +45,18 @@ class StoreOpener:
         request: KVRequest,
         adapter: ModelAdapter,
         registry: Registry,
-        bus: Bus | None,
+        memory: DeviceMemory,
     ) -> None:
-        """`kv` and `request` hold where a call does not say otherwise; `bus` is that of the device,
-        where it has memory of its own. Stores get another one: their copies do not wait behind
-        those of weights. Raises InputError for a name
-        that nobody offers, UnsupportedError for a tier that the family cannot use.
+        """`kv` and `request` hold where a call does not say otherwise; `memory` is the device's.
+        Stores have their own transfers to it: they do not wait behind those of weights. Raises
+        InputError for a name that nobody offers, UnsupportedError for a tier that the family cannot
+        use.
         """
         self._kv = kv
         self._request = request
         self._adapter = adapter
         self._registry = registry
-        self._bus = bus
+        self._memory = memory
         registry.check_name("ollm_kv_stores", kv)
         if kv in TIERS:
             require(adapter, f"kv-{kv}")
@@ -68,7 +68,7 @@ class StoreOpener:
         expect, of which `at_least` so many will be stored. Raises DoesNotFitError if the disk has
         no room for these.
         """
-        name, bus = kv or self._kv, self._bus and self._bus.beside()
+        name, memory = kv or self._kv, self._memory.beside()
         request = replace(self._request, directory=directory or self._request.directory)
         if offer := self._registry.check_name("ollm_kv_stores", name):
             tier, open_store = offer.name, functools.partial(offer.make, KVStore)
@@ -81,9 +81,9 @@ class StoreOpener:
             require(self._adapter, f"kv-{tier}")
             if tier == "disk":
                 check_room(request.geometry.attention_layers(), _home(request), at_least)
-            open_store = functools.partial(_open, tier, bus=bus)
+            open_store = functools.partial(_open, tier, memory=memory)
         if any(kind.kind == "recurrent" for kind in request.geometry.kinds):
-            return tier, _hybrid(tier, request, open_store, bus)
+            return tier, _hybrid(tier, request, open_store, memory)
         return tier, open_store(request)
 
 
@@ -129,14 +129,14 @@ def _hybrid(
     tier: str,
     request: KVRequest,
     open_store: Callable[[KVRequest], KVStore],
-    bus: Bus | None,
+    memory: DeviceMemory,
 ) -> HybridKVStore:
     """A store whose states are on the device if its keys and values are, else in host memory."""
     geometry = request.geometry
     if tier == "device":
         states = StateStore(geometry, request.device_account, "device", geometry.device)
     else:
-        states = StateStore(geometry, request.host_account, "host", torch.device("cpu"), bus)
+        states = StateStore(geometry, request.host_account, "host", torch.device("cpu"), memory)
     attention = open_store(replace(request, geometry=geometry.attention_layers()))
     if isinstance(attention, KeepingKVStore) and request.directory is not None:
         try:
@@ -148,17 +148,17 @@ def _hybrid(
     return HybridKVStore(geometry, attention, states)
 
 
-def _open(tier: str, request: KVRequest, *, bus: Bus | None) -> KVStore:
+def _open(tier: str, request: KVRequest, *, memory: DeviceMemory) -> KVStore:
     geometry, device, host = request.geometry, request.device_account, request.host_account
     if tier == "device":
         return DeviceKVStore(geometry, device)
     if tier == "host":
-        return HostKVStore(geometry, host, device, bus=bus)
+        return HostKVStore(geometry, host, device, memory=memory)
     if request.directory and request.keep:
         return KeepingKVStore(
-            geometry, host, request.directory, request.fingerprint(), device, bus=bus
+            geometry, host, request.directory, request.fingerprint(), device, memory=memory
         )
-    return DiskKVStore(geometry, host, _home(request), _NOBODY, device, bus=bus)
+    return DiskKVStore(geometry, host, _home(request), _NOBODY, device, memory=memory)
 
 
 def _home(request: KVRequest) -> Path:

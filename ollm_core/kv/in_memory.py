@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from ollm_core.contracts.kv import KVGeometry, Tier, TierBytes
-from ollm_core.device.buffers import round_up
-from ollm_core.device.transfer import Bus, bus_of, host_tensor
+from ollm_core.device.memory import SHARED, DeviceMemory, memory_of
 from ollm_core.errors import DoesNotFitError
 from ollm_core.kv.block_storage import BlockStorage
 from ollm_core.kv.block_table import BlockKVStore
@@ -30,15 +29,15 @@ class MemoryStorage(BlockStorage):
         account: MemoryAccount,
         tier: Tier,
         device: torch.device,
-        bus: Bus | None = None,
+        memory: DeviceMemory = SHARED,
     ) -> None:
-        """Blocks are on `device`, counted as `tier`; those in host memory are copied over `bus`, if
-        there is one.
+        """Blocks are on `device`, counted as `tier`; those in host memory are for a device with
+        `memory`.
         """
         self._geometry = geometry
         self._tier = tier
         self._device = device
-        self._bus = bus
+        self._memory = memory
         self._charges = Charges(account)
         self._blocks: dict[int, Tensor] = {}
         self._numbers = count()
@@ -109,12 +108,12 @@ class MemoryStorage(BlockStorage):
 
     def _block_bytes(self, layer_idx: int) -> int:
         num_bytes = self._geometry.block_bytes(layer_idx)
-        return num_bytes if self._bus is None else round_up(num_bytes)
+        return self._memory.host_bytes(num_bytes)
 
     def _new_block(self, layer_idx: int) -> Tensor:
         shape, dtype = self._geometry.block_shape(layer_idx), self._geometry.dtype
-        if self._bus is not None:
-            return host_tensor(shape, dtype, self._bus)
+        if self._memory.is_own:
+            return self._memory.host_tensor(shape, dtype)
         with torch.inference_mode(mode=False):  # it outlives the pass
             return torch.empty(shape, dtype=dtype, device=self._device)
 
@@ -138,11 +137,11 @@ class HostKVStore(BlockKVStore):
         account: MemoryAccount,
         device_account: MemoryAccount | None = None,
         *,
-        bus: Bus | None = None,
+        memory: DeviceMemory | None = None,
     ) -> None:
-        """`account` is that of the host; `device_account` holds the block being uploaded. `bus` is
-        that of the geometry's device, by default as `bus_of` says.
+        """`account` is that of the host; `device_account` holds the block being uploaded. `memory`
+        is that of the geometry's device, by default as `memory_of` says.
         """
-        bus = bus or bus_of(geometry.device)
-        storage = MemoryStorage(geometry, account, "host", torch.device("cpu"), bus)
-        super().__init__(geometry, storage, device_account, bus=bus)
+        memory = memory or memory_of(geometry.device)
+        storage = MemoryStorage(geometry, account, "host", torch.device("cpu"), memory)
+        super().__init__(geometry, storage, device_account, memory)

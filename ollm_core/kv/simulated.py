@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ollm_core.contracts.kv import KVGeometry, TierBytes
 from ollm_core.device.buffers import PAGE
-from ollm_core.device.transfer import Bus
+from ollm_core.device.memory import SHARED, DeviceMemory
 from ollm_core.kv.block_storage import BlockStorage
 from ollm_core.kv.block_table import BlockKVStore
 from ollm_core.kv.buffer_pool import Charges
@@ -114,20 +114,20 @@ class PlannedKVStore(BlockKVStore):
         tier: str,
         geometry: KVGeometry,
         accounts: Accounts,
-        bus: Bus | None,
+        memory: DeviceMemory,
     ) -> None:
-        """`bus` is that of the device that is planned for. Raises DoesNotFitError."""
+        """`memory` is that of the device that is planned for. Raises DoesNotFitError."""
         device_account, host_account = accounts
-        bus = None if tier == "device" else bus
+        memory = SHARED if tier == "device" else memory
         bare = replace(geometry, device=_META)
         storage: BlockStorage
         if tier == "disk":
             storage = PlannedDiskStorage(bare, host_account)
         elif tier == "host":
-            storage = PlannedMemoryStorage(bare, host_account, "host", _META, bus)
+            storage = PlannedMemoryStorage(bare, host_account, "host", _META, memory)
         else:
             storage = PlannedMemoryStorage(bare, device_account, "device", _META)
-        super().__init__(bare, storage, device_account, bus=bus)
+        super().__init__(bare, storage, device_account, memory)
 
     def advance(self, sequence: int, num_tokens: int, longest: int) -> None:
         """Let `num_tokens` more tokens be there in each layer, as calls of `append` with at most
@@ -150,15 +150,15 @@ class PlannedHybridStore(HybridKVStore):
         tier: str,
         geometry: KVGeometry,
         accounts: Accounts,
-        bus: Bus | None,
+        memory: DeviceMemory,
     ) -> None:
         """See PlannedKVStore."""
         bare = replace(geometry, device=_META)
         if tier == "device":
             states = StateStore(bare, accounts.device, "device", _META)
         else:
-            states = StateStore(bare, accounts.host, "host", _META, bus)
-        self._planned = PlannedKVStore(tier, geometry.attention_layers(), accounts, bus)
+            states = StateStore(bare, accounts.host, "host", _META, memory)
+        self._planned = PlannedKVStore(tier, geometry.attention_layers(), accounts, memory)
         super().__init__(bare, self._planned, states)
 
     def advance(self, sequence: int, num_tokens: int, longest: int) -> None:
@@ -170,8 +170,8 @@ class PlannedHybridStore(HybridKVStore):
 
 
 def planned_store(
-    tier: str, geometry: KVGeometry, accounts: Accounts, bus: Bus | None
+    tier: str, geometry: KVGeometry, accounts: Accounts, memory: DeviceMemory
 ) -> PlannedKVStore | PlannedHybridStore:
     """What stands for the store that a run would have. Raises DoesNotFitError."""
     recurrent = any(kind.kind == "recurrent" for kind in geometry.kinds)
-    return (PlannedHybridStore if recurrent else PlannedKVStore)(tier, geometry, accounts, bus)
+    return (PlannedHybridStore if recurrent else PlannedKVStore)(tier, geometry, accounts, memory)

@@ -15,7 +15,7 @@ from ollm_core.checkpoint.synthetic import describe_checkpoint
 from ollm_core.contracts.adapter import ModelAdapter
 from ollm_core.contracts.kv import CacheKind, KVGeometry
 from ollm_core.contracts.model import Config
-from ollm_core.device.transfer import Bus, bus_of
+from ollm_core.device.memory import DeviceMemory, memory_of
 from ollm_core.engine.activations import Workspace
 from ollm_core.engine.pass_planner import Admission, Policy
 from ollm_core.errors import ConfigError, UnsupportedError
@@ -49,8 +49,8 @@ class ModelParts:
     kinds: tuple[CacheKind, ...]
     skeleton: Skeleton
     units: Units
-    bus: Bus | None
-    """That of `device`; None where it computes in host memory."""
+    memory: DeviceMemory
+    """That of `device`."""
     blocks: str = "blockwise"
     """What attention "auto" takes where it is not exact."""
     proven: set[str] = field(default_factory=set)
@@ -121,12 +121,12 @@ def take_apart(
     device: torch.device,
     where: Path,
     bare: bool = False,
-    bus: Bus | None = None,
+    memory: DeviceMemory | None = None,
 ) -> ModelParts:
     """The parts of the model of a config.json. `where` that came from is for messages.
 
     Without a `checkpoint`, one is described as the adapter declares it. `bare` allocates nothing on
-    `device`, which then need not be there. `bus` is by default as `bus_of` says. Raises
+    `device`, which then need not be there. `memory` is by default as `memory_of` says. Raises
     ConfigError, CheckpointError, UnsupportedError.
     """
     config = text_config_of(adapter, whole_config)
@@ -168,7 +168,7 @@ def take_apart(
         kinds,
         skeleton,
         units,
-        bus or bus_of(device),
+        memory or memory_of(device),
     )
 
 

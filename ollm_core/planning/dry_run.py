@@ -145,7 +145,7 @@ class Rehearsal:
             parts.device,
             self._accounts,
             buffer_bytes=parts.skeleton.buffer_bytes,
-            bus=parts.bus,
+            memory=parts.memory,
         )
         self._workspace = parts.workspace()
 
@@ -197,7 +197,7 @@ class Rehearsal:
         self._weights.reserve()
         stack.callback(self._weights.unreserve)
         tier = self._tier(scenario)
-        store = planned_store(tier, parts.geometry, self._accounts, parts.bus)
+        store = planned_store(tier, parts.geometry, self._accounts, parts.memory)
         stack.callback(store.close)
         sequences = [store.new_sequence() for _ in range(scenario.batch)]
         moments = [self._moment("opened", store, None, 0)]

@@ -138,7 +138,7 @@ class Pressure:
         self._looked = now
         wanted, held = weights.held.bytes_of(weights.held.place(device, host)), weights.in_memory
         shortage.now_bytes = 0
-        if weights.one_memory:
+        if not weights.memory.is_own:
             allowed = self._host.allowed(device, wanted.device, held.device, taken)
             device = min(max(allowed, weights.least_bytes(allowed)), device)
         else:
@@ -160,9 +160,9 @@ class Pressure:
             return
         self._looked = now
         self._enough = -math.inf  # the next pass looks for itself
-        one_memory, freed = self._weights.one_memory, 0
+        own_memory, freed = self._weights.memory.is_own, 0
         if self._host.is_short():
-            freed += self._weights.let_go(num_done, host=not one_memory)
+            freed += self._weights.let_go(num_done, host=own_memory)
         if self._device is not None and self._device.is_short():
             freed += self._weights.let_go(num_done, host=False)
         if freed:

@@ -16,11 +16,11 @@ from itertools import accumulate
 import torch
 
 from ollm_core.contracts.weights import ByteSource
-from ollm_core.device.transfer import Bus, bus_of
+from ollm_core.device.memory import DeviceMemory, memory_of
 from ollm_core.memory.accounts import Accounts
 from ollm_core.memory.budgets import NO_LAYER_LIMITS, LayerLimits
 from ollm_core.memory.kinds import MemoryKind
-from ollm_core.memory.pair import PerMemory
+from ollm_core.memory.pair import PerMemory, added
 from ollm_core.weights.device_load import staging_bytes
 from ollm_core.weights.experts.store import ExpertPlacement, ExpertStore
 from ollm_core.weights.units import Units
@@ -72,22 +72,21 @@ class HeldWeights:
         accounts: Accounts,
         *,
         buffer_bytes: int = 0,
-        bus: Bus | None = None,
+        memory: DeviceMemory | None = None,
         timed: bool = False,
     ) -> None:
         """See TieredWeights; uploads of experts may be `timed`. Reserves nothing yet."""
         self.units = units.in_pass_order
         self.dtype = dtype
         self.device = device
-        bus = bus or bus_of(device)
-        self.one_memory = bus is None
-        """Whether the device computes in host memory: all weights then count as the device's."""
+        self.memory = memory = memory or memory_of(device)
+        """The device's: whether it is the host's too, and all weights count as the device's."""
         self._device_account, self._host_account = accounts
-        self._ring_account = self._device_account if self.one_memory else self._host_account
+        self._ring_account = memory.read_side(accounts)
         self._priority = spread_order(len(self.units))
         self.buffer_bytes = [source.buffer_bytes(unit.tensors) for unit in self.units]
         """Of each unit, as it is read."""
-        packed = not self.one_memory
+        packed = memory.is_own
         self.staging_bytes = staging_bytes((*self.units, units.norm), source) if packed else 0
         """Held on the host whatever the placement: what is kept on a device comes through it."""
         self.copied_bytes = [unit.copied_bytes(dtype, packed=packed) for unit in self.units]
@@ -96,7 +95,7 @@ class HeldWeights:
         """Of a buffer on a device with memory of its own: the largest unit, packed."""
         self._kept_bytes = [self._bytes_when_kept(i) for i in range(len(self.units))]
         self.experts = ExpertStore(
-            units.experts, source, dtype, device, accounts, bus=bus, timed=timed
+            units.experts, source, dtype, device, accounts, memory=memory, timed=timed
         )
         arrived = [unit.packed_bytes for unit in self.units] if packed else self.buffer_bytes
         sizes = zip(self.copied_bytes, arrived, strict=True)
@@ -169,12 +168,11 @@ class HeldWeights:
     def least_bytes(self, device_bytes: int) -> int:
         """The least that `fit` needs of the ring's memory, given `device_bytes` of the device."""
         experts = self.experts.least_bytes
-        if self.one_memory:
-            device_bytes -= experts
+        device_bytes -= self.memory.reads(experts).device
         if self._all_fit(device_bytes):
             return experts
         ring_bytes = 2 * self.slot_bytes
-        if self.one_memory and self._may_all_be_kept:  # of one or two units, that can be less
+        if not self.memory.is_own and self._may_all_be_kept:  # two units at most can take less
             ring_bytes = min(ring_bytes, sum(self._kept_bytes))
         return ring_bytes + experts
 
@@ -197,15 +195,10 @@ class HeldWeights:
 
     def place(self, device_bytes: int, host_bytes: int) -> Placement:
         """What is best held in that much memory. Experts get what the rest leaves."""
-        one_memory, least = self.one_memory, self.experts.least_bytes
-        dense = self._place(
-            device_bytes - least * one_memory, host_bytes - least * (not one_memory)
-        )
-        ring_bytes = dense.num_slots * self.slot_bytes
-        on_device = sum(self._kept_bytes[i] for i in dense.device) + ring_bytes * one_memory
-        on_device += self._more_uploads(dense.num_uploads)
-        on_host = sum(self.buffer_bytes[i] for i in dense.host) + ring_bytes * (not one_memory)
-        experts = self.experts.place(device_bytes - on_device, host_bytes - on_host)
+        least = self.memory.reads(self.experts.least_bytes)
+        dense = self._place(device_bytes - least.device, host_bytes - least.host)
+        held = self.bytes_of(dense)
+        experts = self.experts.place(device_bytes - held.device, host_bytes - held.host)
         return Placement(dense.device, dense.host, dense.num_slots, experts, dense.num_uploads)
 
     def bytes_of(self, placement: Placement) -> PerMemory[int]:
@@ -215,9 +208,7 @@ class HeldWeights:
         device += self._more_uploads(placement.num_uploads) + experts.upload_bytes
         host = sum(self.buffer_bytes[i] for i in placement.host) + experts.host_bytes
         ring = placement.num_slots * self.slot_bytes + experts.buffer_bytes
-        if self.one_memory:
-            return PerMemory(device + ring, host)
-        return PerMemory(device, host + ring)
+        return added(PerMemory(device, host), self.memory.reads(ring))
 
     def hold(self, wanted: Placement) -> None:
         """Give back what is not in `wanted`, then take what is. Raises DoesNotFitError with part of
@@ -267,20 +258,21 @@ class HeldWeights:
         if self._all_fit(device_bytes):
             return Placement(everything)
         # The second buffer makes the copy of a layer run beside the compute of another.
-        num_uploads = 1 if self.one_memory or device_bytes < self.upload_bytes else _UPLOADS
+        twice = self.memory.is_own and device_bytes >= self.upload_bytes
+        num_uploads = _UPLOADS if twice else 1
         device_bytes -= self._more_uploads(num_uploads)
-        ring_budget = device_bytes if self.one_memory else host_bytes
+        ring_budget = self.memory.read_side(PerMemory(device_bytes, host_bytes))
         num_slots = _SLOTS if ring_budget >= 2 * _SLOTS * self.slot_bytes else 2
-        ring_bytes = num_slots * self.slot_bytes
+        ring = self.memory.reads(num_slots * self.slot_bytes)
         device = _first_that_fit(
-            device_bytes - ring_bytes if self.one_memory else device_bytes,
+            device_bytes - ring.device,
             self._kept_bytes,
             self._allowed(self.layer_limits.device, self._priority),
         )
-        if self.one_memory:
+        if not self.memory.is_own:
             return Placement(device, num_slots=num_slots)
         rest = self._allowed(self.layer_limits.host, [i for i in self._priority if i not in device])
-        host = _first_that_fit(host_bytes - ring_bytes, self.buffer_bytes, rest)
+        host = _first_that_fit(host_bytes - ring.host, self.buffer_bytes, rest)
         return Placement(device, host, num_slots, num_uploads=num_uploads)
 
     def _more_uploads(self, num_uploads: int) -> int:
@@ -304,7 +296,7 @@ class HeldWeights:
     def _bytes_when_kept(self, unit_idx: int) -> int:
         unit = self.units[unit_idx]
         if self.copied_bytes[unit_idx] == 0:  # all are views of the buffer
-            return self.buffer_bytes[unit_idx] if self.one_memory else unit.packed_bytes
+            return unit.packed_bytes if self.memory.is_own else self.buffer_bytes[unit_idx]
         return sum(p.num_bytes(self.dtype) for p in unit.parameters)
 
 

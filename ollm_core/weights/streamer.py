@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ollm_core.contracts.weights import ByteSource, WeightStreamer
 from ollm_core.device.buffers import as_memoryview
-from ollm_core.device.transfer import Bus, bus_of, host_buffer
+from ollm_core.device.memory import DeviceMemory, OwnMemory, memory_of
 from ollm_core.device.upload import UploadCounters
 from ollm_core.memory.accounts import Accounts
 from ollm_core.memory.pair import PerMemory
@@ -42,15 +42,15 @@ class TieredWeights(WeightStreamer):
         *,
         buffer_bytes: int = 0,
         span: Span = no_span,
-        bus: Bus | None = None,
+        memory: DeviceMemory | None = None,
     ) -> None:
-        """`accounts` are those of the device and the host. `bus` is that of a device with memory of
-        its own, by default as `bus_of` says; without one everything counts as device memory.
+        """`accounts` are those of the device and the host. `memory` is the device's, by default
+        as `memory_of` says; where it is the host's, everything counts as device memory.
         `buffer_bytes` are those of the model that are no weights, and held for it. `span`
         measures how long units are waited for. `source` is closed with the weights, and when they
         cannot be opened.
         """
-        self.bus = bus or bus_of(device)
+        self.memory = memory = memory or memory_of(device)
         self.held = HeldWeights(
             units,
             source,
@@ -58,7 +58,7 @@ class TieredWeights(WeightStreamer):
             device,
             accounts,
             buffer_bytes=buffer_bytes,
-            bus=self.bus,
+            memory=memory,
             timed=span is not no_span,
         )
         self.units = self.held.units
@@ -76,10 +76,10 @@ class TieredWeights(WeightStreamer):
         self._experts = self.held.experts
         self._arrivals: Arrivals | None = None
         self._staging: Staging | None = None
-        if self.bus is not None:
+        if isinstance(memory, OwnMemory):
             num_bytes, timed = self.held.upload_bytes, span is not no_span
-            self._arrivals = Arrivals(self.bus, num_bytes, self._begin, timed=timed)
-            self._staging = Staging(source, self.bus, self.held.staging_bytes)
+            self._arrivals = Arrivals(memory.bus, num_bytes, self._begin, timed=timed)
+            self._staging = Staging(source, memory.bus, self.held.staging_bytes)
         self.norm: list[Tensor] = []
         try:
             self.held.reserve()
@@ -93,11 +93,6 @@ class TieredWeights(WeightStreamer):
     def fixed_device_bytes(self) -> int:
         """Held on the device whatever the placement."""
         return self.held.fixed_device_bytes
-
-    @property
-    def one_memory(self) -> bool:
-        """Whether the device computes in host memory."""
-        return self.held.one_memory
 
     @property
     def slot_bytes(self) -> int:
@@ -183,7 +178,8 @@ class TieredWeights(WeightStreamer):
         for i in wanted.host - self._host_units.keys():
             self._host_units[i] = None
         if wanted.num_slots and self._ring is None:
-            self._ring = Ring(self.units, self._source, wanted.num_slots, self.slot_bytes, self.bus)
+            num_slots, slot_bytes = wanted.num_slots, self.slot_bytes
+            self._ring = Ring(self.units, self._source, num_slots, slot_bytes, self.memory)
         if self._ring:
             self._ring.set_order(self.held.streamed)
 
@@ -317,7 +313,7 @@ class TieredWeights(WeightStreamer):
 
     def _read(self, unit: WeightUnit) -> tuple[Tensor, Sequence[int]]:
         """Into host memory."""
-        buffer = host_buffer(self._source.buffer_bytes(unit.tensors), self.bus)
+        buffer = self.memory.host_buffer(self._source.buffer_bytes(unit.tensors))
         return buffer, self._source.read(unit.tensors, as_memoryview(buffer))
 
     def _load(self, unit: WeightUnit) -> list[Tensor]:

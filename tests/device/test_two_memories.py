@@ -16,6 +16,7 @@ from ollm_adapter_qwen3_next import Qwen3NextAdapter
 from ollm_conformance.subject import CHUNK, Subject, greedy
 from ollm_core import DoesNotFitError
 from ollm_core.checkpoint.safetensors import open_checkpoint, read_config
+from ollm_core.device.memory import OwnMemory
 from ollm_core.memory.budgets import NO_LAYER_LIMITS, Budgets, LayerLimits
 from ollm_core.model.spec import take_apart
 from ollm_core.planning.dry_run import Rehearsal, Scenario
@@ -41,7 +42,7 @@ def subject_of(tmp_path_factory):
 def bus(request, monkeypatch):
     """What `load` finds for the CPU."""
     made = SimulatedBus(request.node.name)
-    monkeypatch.setattr("ollm_core.api.bus_of", lambda device: made)
+    monkeypatch.setattr("ollm_core.api.memory_of", lambda device: OwnMemory(made))
     return made
 
 
@@ -57,7 +58,7 @@ def rehearsal_of(subject, directory, bus):
             device=CPU,
             where=directory,
             bare=True,
-            bus=bus,
+            memory=OwnMemory(bus),
         )
     )
 

@@ -14,6 +14,7 @@ from simulated_bus import CPU, SimulatedBus
 
 from ollm_conformance import KVStoreConformance
 from ollm_core.contracts.kv import KVGeometry
+from ollm_core.device.memory import OwnMemory
 from ollm_core.kv.disk.storage import DiskKVStore
 from ollm_core.kv.in_memory import HostKVStore
 from ollm_core.memory.accounts import MemoryAccount
@@ -24,9 +25,10 @@ BLOCK = 4
 def open_store(kv, geometry, bus, account, directory, device_account=None):
     """A store in host memory or on disk, which reads two blocks at a time."""
     if kv == "host":
-        return HostKVStore(geometry, account, device_account, bus=bus)
+        return HostKVStore(geometry, account, device_account, memory=OwnMemory(bus))
+    memory = OwnMemory(bus)
     return DiskKVStore(
-        geometry, account, directory, "f00d", device_account, staging_bytes=8192, bus=bus
+        geometry, account, directory, "f00d", device_account, staging_bytes=8192, memory=memory
     )
 
 

@@ -17,6 +17,7 @@ from ollm_core import InputError, ParameterSource, ReadError
 from ollm_core.checkpoint.safetensors import open_checkpoint
 from ollm_core.device.buffers import aligned_buffer, as_memoryview
 from ollm_core.memory.accounts import MemoryAccount
+from ollm_core.memory.pair import PerMemory
 from ollm_core.weights.embedding import EmbeddingRows
 from ollm_core.weights.placement import spread_order
 from ollm_core.weights.prefetch import Ring
@@ -72,7 +73,7 @@ class TestTieredWeights(WeightStreamerConformance):
     @classmethod
     def open_streamer(cls, units, files, dtype, account):
         source = open_source(files, cls.reader)
-        accounts = account, MemoryAccount("host memory", 0)
+        accounts = PerMemory(account, MemoryAccount("host memory", 0))
         weights = TieredWeights(units, source, dtype, CPU, accounts)
         try:
             weights.fit(account.limit - weights.fixed_device_bytes, 0)
@@ -182,7 +183,7 @@ def test_fit_keeps_to_its_budget(tmp_path_factory, budgets):
     cut = [unit_of(checkpoint, f"t{i}") for i in range(7)]
     units = Units(tuple(cut[:5]), (cut[5],), cut[6], checkpoint.tensors["t0"])
     account = MemoryAccount("device memory", 10**9)
-    accounts = account, MemoryAccount("host memory", 0)
+    accounts = PerMemory(account, MemoryAccount("host memory", 0))
     source = open_source(list(checkpoint.files))
     with TieredWeights(units, source, torch.float32, CPU, accounts) as weights:
         for budget in budgets:

@@ -19,7 +19,8 @@ from torch import Tensor
 from ollm_core.contracts.closing import close_outside
 from ollm_core.contracts.kv import KVGeometry, TierBytes
 from ollm_core.device.buffers import as_memoryview, round_up
-from ollm_core.device.transfer import Bus, Event, bus_of, host_buffer
+from ollm_core.device.memory import SHARED, DeviceMemory, memory_of
+from ollm_core.device.transfer import Event
 from ollm_core.errors import DamagedKVError, DoesNotFitError, OllmError, ReadError
 from ollm_core.kv.block_storage import BlockStorage
 from ollm_core.kv.block_table import BlockKVStore
@@ -82,14 +83,14 @@ class DiskStorage(BlockStorage):
         account: MemoryAccount,
         home: Home,
         staging_bytes: int,
-        bus: Bus | None = None,
+        memory: DeviceMemory = SHARED,
     ) -> None:
-        """Owns `home`. What is read is copied over `bus`, if there is one. If `home` has a journal,
+        """Owns `home`. What is read is for a device with `memory`. If `home` has a journal,
         blocks get a checksum when they are written, and are compared with it whenever they are
         read.
         """
         self._geometry = geometry
-        self._bus = bus
+        self._memory = memory
         self._sizes = DiskSizes(geometry, staging_bytes)
         self._slot_bytes = self._sizes.slot_bytes
         self._charges = Charges(account)
@@ -361,7 +362,7 @@ class DiskStorage(BlockStorage):
 
     def _read_ahead(self, layer_idx: int, run: Sequence[int], staging: _Staging) -> Future[None]:
         """`_fill` in the thread that reads, when the device has what was uploaded from there."""
-        copied = None if self._bus is None else self._bus.copied()
+        copied = self._memory.copied()
         return self._reader.submit(self._fill, layer_idx, run, staging, copied)
 
     def _new_staging(self) -> tuple[Tensor, Tensor]:
@@ -369,7 +370,7 @@ class DiskStorage(BlockStorage):
         return self._new_buffer(num_bytes), self._new_buffer(num_bytes)
 
     def _new_buffer(self, num_bytes: int) -> Tensor:
-        return host_buffer(num_bytes, self._bus)
+        return self._memory.host_buffer(num_bytes)
 
     def _staging(self, layer_idx: int, buffer: Tensor, num_slots: int) -> _Staging:
         first = self._geometry.as_block(layer_idx, buffer)
@@ -399,20 +400,20 @@ class DiskKVStore(BlockKVStore):
         *,
         staging_bytes: int = STAGING_BYTES,
         home: Home | None = None,
-        bus: Bus | None = None,
+        memory: DeviceMemory | None = None,
     ) -> None:
         """Files go to `home`, or by default to a new directory inside `directory`, and away with
         `close`.
 
         `account` is that of the host; `device_account` holds the block being uploaded.
-        `fingerprint` names the model, `bus` is that of the geometry's device, by default as
-        `bus_of` says. Raises KVStoreError if `directory` cannot be written,
+        `fingerprint` names the model, `memory` is that of the geometry's device, by default
+        as `memory_of` says. Raises KVStoreError if `directory` cannot be written,
         DoesNotFitError if the buffers do not fit.
         """
         home = home or make_home(directory, geometry, fingerprint, keeping=False)
-        bus = bus or bus_of(geometry.device)
-        storage = self._disk = DiskStorage(geometry, account, home, staging_bytes, bus)
-        super().__init__(geometry, storage, device_account, bus=bus)
+        memory = memory or memory_of(geometry.device)
+        storage = self._disk = DiskStorage(geometry, account, home, staging_bytes, memory)
+        super().__init__(geometry, storage, device_account, memory)
 
 
 def _close_home(homes: list[Home]) -> None:

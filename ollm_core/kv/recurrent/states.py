@@ -13,8 +13,7 @@ from torch import Tensor
 
 from ollm_core.contracts.closing import Closing
 from ollm_core.contracts.kv import KVGeometry, Tier, TierBytes
-from ollm_core.device.buffers import round_up
-from ollm_core.device.transfer import Bus, host_tensor
+from ollm_core.device.memory import SHARED, DeviceMemory
 from ollm_core.errors import KVStoreError
 from ollm_core.kv.buffer_pool import Charges
 from ollm_core.memory.accounts import MemoryAccount
@@ -62,10 +61,10 @@ class StateStore(Closing):
         account: MemoryAccount,
         tier: Tier,
         device: torch.device,
-        bus: Bus | None = None,
+        memory: DeviceMemory = SHARED,
     ) -> None:
         """States of the layers of `geometry` that are recurrent, on `device`, counted as `tier`;
-        those in host memory are copied over `bus`, if there is one.
+        those in host memory are for a device with `memory`.
         """
         self.shapes: Mapping[int, tuple[tuple[tuple[int, ...], torch.dtype], ...]] = {
             layer_idx: geometry.state_shapes(layer_idx)
@@ -76,9 +75,9 @@ class StateStore(Closing):
         self.on_state: OnState | None = None
         self._tier = tier
         self._device = device
-        self._bus = bus
+        self._memory = memory
         self._set_bytes = sum(
-            num_bytes if self._bus is None else round_up(num_bytes)
+            memory.host_bytes(num_bytes)
             for shapes in self.shapes.values()
             for num_bytes in (math.prod(shape) * dtype.itemsize for shape, dtype in shapes)
         )
@@ -215,9 +214,9 @@ class StateStore(Closing):
 
     def _new(self, layer_idx: int) -> State:
         return tuple(
-            torch.empty(shape, dtype=dtype, device=self._device)
-            if self._bus is None or self._device.type == "meta"
-            else host_tensor(shape, dtype, self._bus)
+            self._memory.host_tensor(shape, dtype)
+            if self._memory.is_own and self._device.type != "meta"
+            else torch.empty(shape, dtype=dtype, device=self._device)
             for shape, dtype in self.shapes[layer_idx]
         )
 
