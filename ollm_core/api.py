@@ -152,7 +152,7 @@ def load(
                 profile.span if profile else no_span,
             )
         )
-        model.weights.held.layer_limits = layers
+        model.weights.limit_layers(layers)
         drafter: Drafter | None = None
         if draft_model is not None:
             directory = resolve(draft_model, registry, models_dir)

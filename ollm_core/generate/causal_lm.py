@@ -272,7 +272,7 @@ class StreamedModel(  # type: ignore[misc]  # torch overloads `to`
         """From the next pass on keep at most so many layers on the device and in host memory; None
         is as many as the budgets allow, which they never exceed. Raises InputError.
         """
-        self.weights.held.layer_limits = layer_limits(self.device, device, host)
+        self.weights.limit_layers(layer_limits(self.device, device, host))
 
     def draft_with(self, drafter: Drafter | None, num_draft_tokens: int | None = None) -> None:
         """From the next text on draft with `drafter`, which is closed with the model if it can be,

@@ -193,7 +193,7 @@ class Rehearsal:
             attention=scenario.attention,
             chunk_size=scenario.chunk_size,
         )
-        self._weights.layer_limits = scenario.layers
+        self._weights.limit_layers(scenario.layers)
         self._weights.reserve()
         stack.callback(self._weights.unreserve)
         tier = self._tier(scenario)

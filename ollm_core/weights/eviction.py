@@ -136,7 +136,7 @@ class Pressure:
         if now - self._looked < GLANCE_SECONDS and taken <= self._enough:
             return budgets
         self._looked = now
-        wanted, held = weights.held.bytes_of(weights.held.place(device, host)), weights.in_memory
+        wanted, held = weights.wanted_bytes(budgets), weights.in_memory
         shortage.now_bytes = 0
         if not weights.memory.is_own:
             allowed = self._host.allowed(device, wanted.device, held.device, taken)

@@ -10,7 +10,7 @@ reader always has something to do while resident layers compute.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
 import torch
@@ -108,14 +108,32 @@ class HeldWeights:
         """Held on the device whatever the placement: norm, rotary frequencies, parameters in
         conversion, the one upload buffer that must be.
         """
-        self.layer_limits: LayerLimits = NO_LAYER_LIMITS
-        """May be changed between passes; `place` goes by it."""
+        self._layer_limits: LayerLimits = NO_LAYER_LIMITS
         self._num_layers = len(units.layers)
-        self._device: set[int] = set()
-        self._host: set[int] = set()
-        self._num_slots = 0
-        self._num_uploads = 1
+        self._kept = Placement()  # of units: `experts` knows what is held of them
         self._fixed_held = self._staging_held = 0
+
+    def limit_layers(self, limits: LayerLimits) -> None:
+        """Let `place` keep no more layers from now on. Between passes."""
+        self._layer_limits = limits
+
+    @property
+    def layer_limits(self) -> LayerLimits:
+        """What `limit_layers` said last."""
+        return self._layer_limits
+
+    @property
+    def placement(self) -> Placement:
+        """What is held. Nobody else keeps account of it."""
+        return replace(self._kept, experts=self.experts.placement)
+
+    def is_on_device(self, unit_idx: int) -> bool:
+        """Whether a unit is kept there, read or not."""
+        return unit_idx in self._kept.device
+
+    def is_on_host(self, unit_idx: int) -> bool:
+        """The same of host memory."""
+        return unit_idx in self._kept.host
 
     @property
     def slot_bytes(self) -> int:
@@ -125,43 +143,43 @@ class HeldWeights:
     @property
     def num_slots(self) -> int:
         """Buffers of the ring that are reserved."""
-        return self._num_slots
+        return self._kept.num_slots
 
     @property
     def num_uploads(self) -> int:
         """Buffers on the device that units are sent to."""
-        return self._num_uploads
+        return self._kept.num_uploads
 
     @property
     def num_device_layers(self) -> int:
         """Layers that are kept on the device."""
-        return sum(i < self._num_layers for i in self._device)
+        return sum(i < self._num_layers for i in self._kept.device)
 
     @property
     def num_host_layers(self) -> int:
         """Layers that are kept in host memory."""
-        return sum(i < self._num_layers for i in self._host)
+        return sum(i < self._num_layers for i in self._kept.host)
 
     @property
     def num_device_units(self) -> int:
         """Units that are kept on the device."""
-        return len(self._device)
+        return len(self._kept.device)
 
     @property
     def num_host_units(self) -> int:
         """Units that are kept in host memory."""
-        return len(self._host)
+        return len(self._kept.host)
 
     @property
     def streamed(self) -> list[int]:
         """The units that are not kept, in pass order."""
-        kept = self._device | self._host
+        kept = self._kept.device | self._kept.host
         return [i for i in range(len(self.units)) if i not in kept]
 
     @property
     def resident_bytes(self) -> int:
         """Bytes of parameters that are kept between passes, in the compute dtype."""
-        kept = self._device | self._host
+        kept = self._kept.device | self._kept.host
         dense = sum(p.num_bytes(self.dtype) for i in kept for p in self.units[i].parameters)
         return dense + self.experts.resident_bytes
 
@@ -214,31 +232,32 @@ class HeldWeights:
         """Give back what is not in `wanted`, then take what is. Raises DoesNotFitError with part of
         it taken.
         """
+        device, host, kept = self._device_account, self._host_account, self._kept
         self.experts.shrink(wanted.experts)
-        for i in self._device - wanted.device:
-            self._device.remove(i)
-            self._device_account.release(MemoryKind.RESIDENT_WEIGHTS, self._kept_bytes[i])
-        for i in self._host - wanted.host:
-            self._host.remove(i)
-            self._host_account.release(MemoryKind.RESIDENT_WEIGHTS, self.buffer_bytes[i])
-        if wanted.num_slots != self._num_slots:
-            self._ring_account.release(MemoryKind.WEIGHT_RING, self._num_slots * self.slot_bytes)
-            self._num_slots = 0
-            self._ring_account.reserve(MemoryKind.WEIGHT_RING, wanted.num_slots * self.slot_bytes)
-            self._num_slots = wanted.num_slots
-        if wanted.num_uploads != self._num_uploads:
-            more = self._more_uploads(wanted.num_uploads) - self._more_uploads(self._num_uploads)
+        for i in kept.device - wanted.device:
+            device.release(MemoryKind.RESIDENT_WEIGHTS, self._kept_bytes[i])
+        for i in kept.host - wanted.host:
+            host.release(MemoryKind.RESIDENT_WEIGHTS, self.buffer_bytes[i])
+        self._kept = replace(kept, device=kept.device & wanted.device, host=kept.host & wanted.host)
+        if wanted.num_slots != kept.num_slots:
+            ring, slot_bytes = self._ring_account, self.slot_bytes
+            ring.release(MemoryKind.WEIGHT_RING, kept.num_slots * slot_bytes)
+            self._kept = replace(self._kept, num_slots=0)
+            ring.reserve(MemoryKind.WEIGHT_RING, wanted.num_slots * slot_bytes)
+            self._kept = replace(self._kept, num_slots=wanted.num_slots)
+        if wanted.num_uploads != kept.num_uploads:
+            more = self._more_uploads(wanted.num_uploads) - self._more_uploads(kept.num_uploads)
             if more > 0:
-                self._device_account.reserve(MemoryKind.UPLOAD_BUFFERS, more)
+                device.reserve(MemoryKind.UPLOAD_BUFFERS, more)
             else:
-                self._device_account.release(MemoryKind.UPLOAD_BUFFERS, -more)
-            self._num_uploads = wanted.num_uploads
-        for i in wanted.device - self._device:
-            self._device_account.reserve(MemoryKind.RESIDENT_WEIGHTS, self._kept_bytes[i])
-            self._device.add(i)
-        for i in wanted.host - self._host:
-            self._host_account.reserve(MemoryKind.RESIDENT_WEIGHTS, self.buffer_bytes[i])
-            self._host.add(i)
+                device.release(MemoryKind.UPLOAD_BUFFERS, -more)
+            self._kept = replace(self._kept, num_uploads=wanted.num_uploads)
+        for i in wanted.device - self._kept.device:
+            device.reserve(MemoryKind.RESIDENT_WEIGHTS, self._kept_bytes[i])
+            self._kept = replace(self._kept, device=self._kept.device | {i})
+        for i in wanted.host - self._kept.host:
+            host.reserve(MemoryKind.RESIDENT_WEIGHTS, self.buffer_bytes[i])
+            self._kept = replace(self._kept, host=self._kept.host | {i})
         self.experts.grow(wanted.experts)
 
     def close(self) -> None:
@@ -267,11 +286,13 @@ class HeldWeights:
         device = _first_that_fit(
             device_bytes - ring.device,
             self._kept_bytes,
-            self._allowed(self.layer_limits.device, self._priority),
+            self._allowed(self._layer_limits.device, self._priority),
         )
         if not self.memory.is_own:
             return Placement(device, num_slots=num_slots)
-        rest = self._allowed(self.layer_limits.host, [i for i in self._priority if i not in device])
+        rest = self._allowed(
+            self._layer_limits.host, [i for i in self._priority if i not in device]
+        )
         host = _first_that_fit(host_bytes - ring.host, self.buffer_bytes, rest)
         return Placement(device, host, num_slots, num_uploads=num_uploads)
 
@@ -285,7 +306,7 @@ class HeldWeights:
 
     @property
     def _may_all_be_kept(self) -> bool:
-        most = self.layer_limits.device
+        most = self._layer_limits.device
         return most is None or most >= self._num_layers
 
     def _allowed(self, most: int | None, priority: Sequence[int]) -> list[int]:

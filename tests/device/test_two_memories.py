@@ -91,7 +91,7 @@ def test_every_logit_is_that_of_transformers(subject_of, bus, family, dtype, kv)
         planned = rehearsal.run(Budgets(device, host), replace(scenario, layers=layers))
         options = {"device_memory": device, "host_memory": host, "kv": kv}
         with subject.open(subject.tiny(dtype), **options) as model:
-            model.weights.held.layer_limits = layers
+            model.weights.limit_layers(layers)
             model.on_progress(lambda _, held=model.weights.held: used.add(held.num_uploads))
             tokens, logits = greedy(model, prompt, NUM_NEW)
             stats = model.stats

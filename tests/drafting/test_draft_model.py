@@ -232,7 +232,7 @@ def test_kept_weights_give_way_to_longer_drafts(make, make_llama, ids):
         def kept(num_tokens):
             model.generate(ids(num_tokens)[None], max_new_tokens=2, **GREEDY)
             assert model.stats.device_peak_bytes <= 4_000_000
-            return model.weights.held.num_device_layers
+            return model.weights.num_device_layers
 
         text = model.generate(prompt[None], max_new_tokens=12, **GREEDY)
         numbers = [kept(n) for n in (30, 700, 30)]
