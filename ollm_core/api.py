@@ -1,35 +1,21 @@
-"""Open a model: the only place that wires the parts together."""
+"""Open a model: options are checked here, and `loader` builds it."""
 
 from __future__ import annotations
 
-import collections.abc
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
-from dataclasses import replace
-
-import torch
 
 from ollm_core.attention.select import ATTENTIONS
-from ollm_core.attention.trial import require_flash
-from ollm_core.checkpoint.hub import resolve
-from ollm_core.contracts.drafting import Drafter
 from ollm_core.contracts.progress import Progress
-from ollm_core.device.memory import memory_of
 from ollm_core.device.select import pick_device
-from ollm_core.drafting.draft_model import open_drafter
-from ollm_core.drafting.lookup import LookupDrafter
 from ollm_core.engine.torch_state import own_torch_state
 from ollm_core.errors import InputError
 from ollm_core.generate.causal_lm import StreamedModel
 from ollm_core.kv.factory import find_directory
-from ollm_core.loader import Opening
-from ollm_core.memory.accounts import Accounts, open_accounts
+from ollm_core.loader import open_model
 from ollm_core.memory.budgets import layer_limits, stated_budgets
-from ollm_core.memory.cuda_limit import AllocatorCap
 from ollm_core.options import Count, Device, DType, PathLike, Size, count, dtype_name, one_of
-from ollm_core.plugins.factories import DraftRequest
-from ollm_core.plugins.registry import Registry, require
-from ollm_core.profiling import Profile, no_span
+from ollm_core.plugins.registry import Registry
+from ollm_core.profiling import Profile
 
 
 @own_torch_state()
@@ -105,7 +91,7 @@ def load(
     registry = registry or Registry.discover()
     registry.check_name("ollm_kv_stores", kv)
     registry.check_name("ollm_reading_engines", reader)
-    draft_source = registry.check_name("ollm_draft_sources", draft)
+    registry.check_name("ollm_draft_sources", draft)
     one_of("attention", attention, ("auto", *ATTENTIONS))
     if not isinstance(trust_remote_code, bool):  # "no" is true
         raise InputError(f"trust_remote_code is {trust_remote_code!r}, expected True or False")
@@ -114,67 +100,27 @@ def load(
     num_drafted = _check_drafts(draft, num_draft_tokens, draft_model)
     target = pick_device(device)
     layers = layer_limits(target, device_layers, host_layers)
-    accounts = _accounts(target, device_memory, host_memory)
-    cap = AllocatorCap(accounts.device, target) if target.type == "cuda" else nullcontext
-    kv_directory = find_directory(kv_dir)
-    opening = Opening(
-        registry, reader, computing, target, cap, memory_of(target), trust_remote_code
+    return open_model(
+        path_or_id,
+        registry,
+        device=target,
+        dtype=computing,
+        budgets=stated_budgets(target, device_memory, host_memory),
+        layers=layers,
+        kv=kv,
+        kv_dir=find_directory(kv_dir),
+        keep_kv=keep_kv,
+        models_dir=models_dir,
+        chunk_size=chunk,
+        attention=attention,
+        reader=reader,
+        draft=draft,
+        draft_model=draft_model,
+        num_draft_tokens=num_drafted,
+        trust_remote_code=trust_remote_code,
+        on_progress=on_progress,
+        profile=profile,
     )
-    parts = opening.take_apart(resolve(path_or_id, registry, models_dir))
-    for capability, wanted in (
-        ("drafts", draft != "none"),
-        ("blockwise-attention", attention not in ("auto", "exact")),
-        ("chunked-prefill", chunk is not None),
-    ):
-        if wanted:
-            require(parts.adapter, capability)
-    if attention == "flash":
-        require_flash(target, parts.dtype, here=True)
-    with ExitStack() as opened:  # what fails from here on leaves nothing open
-        source = opened.enter_context(opening.source(parts))
-        model = opened.enter_context(
-            opening.open(
-                parts,
-                profile.reading(source) if profile else source,
-                accounts,
-                lambda weights: parts.admission(
-                    accounts,
-                    weights,
-                    parts.workspace(),
-                    attention=attention,
-                    chunk_size=chunk,
-                    pressure=opening.pressure(weights),
-                ),
-                kv,
-                kv_directory,
-                keep_kv,
-                on_progress,
-                profile.span if profile else no_span,
-            )
-        )
-        model.weights.limit_layers(layers)
-        drafter: Drafter | None = None
-        if draft_model is not None:
-            directory = resolve(draft_model, registry, models_dir)
-            no_code = replace(opening, trust_remote_code=False)  # it was said of the model
-            drafter = open_drafter(no_code, model, directory)
-        elif draft == "lookup":
-            drafter = LookupDrafter()
-        elif draft_source is not None:
-            request = DraftRequest(
-                parts.config,
-                parts.checkpoint.directory,
-                parts.skeleton.config.vocab_size,
-                model.tokenizer,
-                str(target),
-                accounts.device,
-                accounts.host,
-            )
-            # A Drafter is anything that can be called, which is what the answer is held against.
-            drafter = draft_source.make(collections.abc.Callable, request)  # type: ignore[arg-type]
-        model.draft_with(drafter, num_drafted)
-        opened.pop_all()
-    return model
 
 
 def _check_drafts(
@@ -195,9 +141,3 @@ def _check_drafts(
     if draft == "none":
         raise InputError("num_draft_tokens needs a draft source", hint="add draft='lookup'")
     return count("num_draft_tokens", num_draft_tokens, 1)
-
-
-def _accounts(
-    device: torch.device, device_memory: Size | None, host_memory: Size | None
-) -> Accounts:
-    return open_accounts(stated_budgets(device, device_memory, host_memory))

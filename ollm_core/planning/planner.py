@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from ollm_core.errors import InputError
 from ollm_core.files.paths import absolute
 from ollm_core.kv.factory import TIERS
 from ollm_core.memory.budgets import layer_limits, stated_budgets
-from ollm_core.model.spec import take_apart
+from ollm_core.model.spec import inspect_model
 from ollm_core.options import Count, Device, DType, PathLike, Size, count, dtype_name, one_of
 from ollm_core.planning.advisor import Question
 from ollm_core.planning.cost_model import Estimate
@@ -109,7 +109,7 @@ class Planner:
         self._target = planned_device(device)
         computing = dtype_name(dtype)
         found = _find(path_or_id, registry, models_dir)
-        parts = take_apart(
+        spec = inspect_model(
             found.adapter,
             found.config,
             found.checkpoint,
@@ -119,12 +119,12 @@ class Planner:
             where=found.where,
             bare=True,
         )
-        parts = replace(parts, blocks=fastest_blocks(self._target, parts.dtype))
+        blocks = fastest_blocks(self._target, spec.dtype)
         self._model = str(path_or_id)
         self._from_files = found.checkpoint is not None
-        self._positions = int(parts.skeleton.config.max_position_embeddings)
-        self._rates = rates or find_rates(found.where, self._target, parts.dtype)
-        self._rehearsal, self._estimate = Rehearsal(parts), Estimate(parts)
+        self._positions = int(spec.skeleton.config.max_position_embeddings)
+        self._rates = rates or find_rates(found.where, self._target, spec.dtype)
+        self._rehearsal, self._estimate = Rehearsal(spec, blocks), Estimate(spec)
 
     def plan(
         self,

@@ -18,7 +18,7 @@ from ollm_core import DoesNotFitError
 from ollm_core.checkpoint.safetensors import open_checkpoint, read_config
 from ollm_core.device.memory import OwnMemory
 from ollm_core.memory.budgets import NO_LAYER_LIMITS, Budgets, LayerLimits
-from ollm_core.model.spec import take_apart
+from ollm_core.model.spec import inspect_model
 from ollm_core.planning.dry_run import Rehearsal, Scenario
 
 FAMILIES = {"llama": LlamaAdapter, "gpt-oss": GptOssAdapter, "qwen3-next": Qwen3NextAdapter}
@@ -42,14 +42,14 @@ def subject_of(tmp_path_factory):
 def bus(request, monkeypatch):
     """What `load` finds for the CPU."""
     made = SimulatedBus(request.node.name)
-    monkeypatch.setattr("ollm_core.api.memory_of", lambda device: OwnMemory(made))
+    monkeypatch.setattr("ollm_core.loader.memory_of", lambda device: OwnMemory(made))
     return made
 
 
 def rehearsal_of(subject, directory, bus):
     """What plans runs of a model over this bus."""
     return Rehearsal(
-        take_apart(
+        inspect_model(
             subject.adapter,
             read_config(directory),
             open_checkpoint(directory),
