@@ -14,6 +14,7 @@ from ollm_core.contracts.drafting import Drafter, FollowsText
 from ollm_core.contracts.kv import (
     CacheKind,
     KeepsPrefixes,
+    KVGeometry,
     KVStore,
     StateShape,
     TierBytes,
@@ -53,7 +54,6 @@ from ollm_core.plugins.hookspecs import hookimpl
 from ollm_core.weights.formats.mxfp4 import mxfp4_source
 
 if TYPE_CHECKING:
-    from ollm_core.kv.block_storage import KVGeometry
     from ollm_core.kv.in_memory import HostKVStore
 
 __version__ = "0.1.0"
@@ -103,10 +103,7 @@ __all__ = [
     "read_size",
 ]
 
-_NEEDS_TORCH = {
-    "HostKVStore": "ollm_core.kv.in_memory",
-    "KVGeometry": "ollm_core.kv.block_storage",
-}
+_NEEDS_TORCH = {"HostKVStore": "ollm_core.kv.in_memory"}
 """Where names are that load torch when they are first used."""
 _MOVED = {
     "ADAPTER_API": ("ollm_core.contracts.adapter", "ollm_core.testing"),

@@ -19,23 +19,23 @@ from ollm_core.calibration.rates import fastest_blocks, fastest_reader
 from ollm_core.checkpoint.hub import resolve
 from ollm_core.checkpoint.safetensors import Checkpoint, open_checkpoint, read_config
 from ollm_core.contracts.drafting import Drafter
-from ollm_core.contracts.kv import TierBytes
 from ollm_core.contracts.weights import ByteSource
+from ollm_core.device.memory import DeviceMemory, memory_of
 from ollm_core.device.select import pick_device
-from ollm_core.device.transfer import Bus, bus_of
 from ollm_core.drafting.draft_memory import DraftPart, DraftRoom
 from ollm_core.drafting.draft_model import ModelDrafter, check_vocabulary
 from ollm_core.drafting.lookup import LookupDrafter
 from ollm_core.engine.activations import Workspace
 from ollm_core.engine.engine import Engine
-from ollm_core.engine.pass_planner import Accounts, Admission, Policy
+from ollm_core.engine.pass_planner import Admission, Policy
 from ollm_core.errors import InputError, PluginError, one_line
 from ollm_core.generate.causal_lm import StreamedModel
 from ollm_core.kv.factory import StoreOpener, find_directory
-from ollm_core.memory.accounts import MemoryAccount
+from ollm_core.memory.accounts import Accounts, open_accounts
 from ollm_core.memory.budgets import layer_limits, stated_budgets
 from ollm_core.memory.cuda_limit import AllocatorCap, free_device_bytes
 from ollm_core.memory.host import HostMemory
+from ollm_core.memory.pair import PerMemory
 from ollm_core.memory.sizes import format_size
 from ollm_core.model.fingerprint import identity
 from ollm_core.model.spec import ModelSpec, inspect_model
@@ -65,8 +65,8 @@ class Runtime:
     dtype: str
     """To compute in, or "auto"."""
     reader: str
-    bus: Bus | None = None
-    """That of the device, if it has memory of its own."""
+    memory: DeviceMemory
+    """That of the device."""
     cap: Callable[[], AbstractContextManager[None]] = nullcontext
     """Held during each pass of either."""
 
@@ -77,12 +77,10 @@ def open_model(path_or_id: PathLike, options: LoadOptions, registry: Registry) -
     device, profile = pick_device(options.device), options.profile
     layers = layer_limits(device, options.device_layers, options.host_layers)
     budgets = stated_budgets(device, options.device_memory, options.host_memory)
-    accounts = Accounts(
-        MemoryAccount("device memory", budgets.device), MemoryAccount("host memory", budgets.host)
-    )
+    accounts = open_accounts(budgets)
     cap = AllocatorCap(accounts.device, device) if device.type == "cuda" else nullcontext
     dtype = dtype_name(options.dtype)
-    runtime = Runtime(registry, device, dtype, options.reader, bus_of(device), cap)
+    runtime = Runtime(registry, device, dtype, options.reader, memory_of(device), cap)
     kv_dir = find_directory(options.kv_dir)
 
     # What the model is, and whether it can do what is asked. Of its files only headers are read.
@@ -99,7 +97,7 @@ def open_model(path_or_id: PathLike, options: LoadOptions, registry: Registry) -
         source = opened.enter_context(_open_source(runtime, spec.checkpoint))
         read, span = (profile.reading(source), profile.span) if profile else (source, no_span)
         weights = opened.enter_context(_open_weights(runtime, spec, read, accounts, span))
-        weights.held.layer_limits = layers
+        weights.limit_layers(layers)
 
         # The engine: what admits its passes, and what runs them.
         workspace = Workspace.of(spec, registry.proven)
@@ -117,7 +115,7 @@ def open_model(path_or_id: PathLike, options: LoadOptions, registry: Registry) -
             weights,
             engine,
             accounts,
-            StoreOpener(options.kv, kv_request, spec.adapter, registry),
+            StoreOpener(options.kv, kv_request, spec.adapter, registry, spec.memory),
             spec.kinds,
             weight_bytes=spec.checkpoint.total_bytes,
             generation_config=read_generation_config(directory, spec.skeleton.config.to_dict()),
@@ -165,7 +163,7 @@ def build_drafter(
     runtime: Runtime,
     spec: ModelSpec,
     whole: Accounts,
-    set_aside: Callable[[str, TierBytes], None],
+    set_aside: Callable[[str, PerMemory[int]], None],
 ) -> ModelDrafter:
     """A draft model in a part of the accounts `whole`, in which `set_aside` reserves. Raises
     DoesNotFitError where its weights have no room.
@@ -186,7 +184,7 @@ def build_drafter(
 
         # One KV store on the device.
         kv_request = _kv_request(spec, part.accounts, engine, admission)
-        open_store = StoreOpener("device", kv_request, spec.adapter, runtime.registry)
+        open_store = StoreOpener("device", kv_request, spec.adapter, runtime.registry, spec.memory)
         _, store = open_store("device", None, num_tokens=0)
         opened.enter_context(store)
         drafter = ModelDrafter(engine, store, room, part)
@@ -205,7 +203,7 @@ def inspect_directory(runtime: Runtime, directory: Path) -> ModelSpec:
         dtype=runtime.dtype,
         device=runtime.device,
         where=directory,
-        bus=runtime.bus,
+        memory=runtime.memory,
     )
 
 
@@ -249,10 +247,10 @@ def _open_weights(
         source,
         spec.dtype,
         runtime.device,
-        (accounts.device, accounts.host),
+        accounts,
         buffer_bytes=spec.skeleton.buffer_bytes,
         span=span,
-        bus=spec.bus,
+        memory=spec.memory,
     )
 
 

@@ -14,12 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ollm_core.attention.blockwise import most_blocks
 from ollm_core.attention.select import find_attention
 from ollm_core.contracts.attention import KVView
-from ollm_core.contracts.kv import KVStore
+from ollm_core.contracts.kv import KVGeometry, KVStore
 from ollm_core.device.buffers import round_up
 from ollm_core.device.offload import Parking
 from ollm_core.engine.layer_call import call_layer
 from ollm_core.engine.recurrent_call import StateCache
-from ollm_core.kv.block_storage import KVGeometry
 from ollm_core.memory.tracker import OneExpertTaken, called_operations, traced_peak
 from ollm_core.model.moe import Mixture, RoutedChunk
 from ollm_core.model.skeleton import Skeleton

@@ -11,7 +11,8 @@ from dataclasses import replace
 
 from ollm_core.contracts.progress import Stats
 from ollm_core.engine.batch import NewTokens, num_new_tokens, stage_of
-from ollm_core.engine.pass_planner import Accounts, PassPlan
+from ollm_core.engine.pass_planner import PassPlan
+from ollm_core.memory.accounts import Accounts
 from ollm_core.memory.host import peak_process_bytes
 from ollm_core.weights.eviction import Pressure
 from ollm_core.weights.streamer import TieredWeights
@@ -107,8 +108,8 @@ class Counters:
             experts_hit=experts.hit,
             experts_read=experts.read,
             expert_bytes_read=experts.bytes_read,
-            device_layers=weights.held.num_device_layers,
-            host_layers=weights.held.num_host_layers,
+            device_layers=weights.num_device_layers,
+            host_layers=weights.num_host_layers,
             times_short=eviction.shortage.times if eviction else 0,
             most_given_up_bytes=eviction.shortage.most_bytes if eviction else 0,
             uploaded_bytes=uploads.num_bytes,

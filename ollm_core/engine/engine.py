@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 import torch
 from torch import Tensor
 
-from ollm_core.contracts.kv import KeepsStates, KVStore, TierBytes
+from ollm_core.contracts.kv import KeepsStates, KVStore
 from ollm_core.contracts.progress import Progress
 from ollm_core.engine.batch import NewTokens, num_new_tokens, stage_of
 from ollm_core.engine.counters import Counters
@@ -24,6 +24,7 @@ from ollm_core.engine.progress import ProgressReporter
 from ollm_core.engine.torch_state import own_torch_state
 from ollm_core.engine.weight_pass import WeightPass
 from ollm_core.errors import DoesNotFitError, one_line
+from ollm_core.memory.pair import PerMemory
 from ollm_core.model.skeleton import Skeleton
 from ollm_core.profiling import Span, no_span
 from ollm_core.weights.eviction import Pressure
@@ -127,7 +128,7 @@ class Engine:
             self._expect(store, work)
             return self._admission.fits(store, work)
 
-    def set_aside(self, kind: str, num_bytes: TierBytes) -> None:
+    def set_aside(self, kind: str, num_bytes: PerMemory[int]) -> None:
         """Reserve memory for what stands beside the model, between passes; kept weights give way to
         it. Raises DoesNotFitError with nothing reserved.
         """

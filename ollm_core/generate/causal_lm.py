@@ -16,7 +16,6 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from ollm_core.contracts.kv import CacheKind
 from ollm_core.engine.batch import NewTokens
 from ollm_core.engine.engine import Engine
-from ollm_core.engine.pass_planner import Accounts
 from ollm_core.errors import DamagedKVError, InputError, UnsupportedError
 from ollm_core.generate.arguments import refuse_others
 from ollm_core.generate.cache import SequenceCache
@@ -26,6 +25,7 @@ from ollm_core.generate.loss import room_for_loss
 from ollm_core.generate.opened import OpenStore
 from ollm_core.generate.padding import PaddedBatch, padded_batch
 from ollm_core.generate.surface import FixedModel, only_what_works
+from ollm_core.memory.accounts import Accounts
 from ollm_core.model.skeleton import Skeleton
 from ollm_core.weights.streamer import TieredWeights
 

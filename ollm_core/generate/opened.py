@@ -14,9 +14,9 @@ from ollm_core.contracts.drafting import Drafter
 from ollm_core.contracts.kv import CacheKind, KVStore
 from ollm_core.contracts.progress import Progress, Stats
 from ollm_core.engine.engine import Engine
-from ollm_core.engine.pass_planner import Accounts
 from ollm_core.files.paths import absolute
 from ollm_core.generate.cache import SequenceCache
+from ollm_core.memory.accounts import Accounts
 from ollm_core.memory.budgets import layer_limits
 from ollm_core.values import Count, PathLike
 from ollm_core.weights.streamer import TieredWeights
@@ -101,7 +101,7 @@ class OpenedModel(Closing):
         """From the next pass on keep at most so many layers on the device and in host memory; None
         is as many as the budgets allow, which they never exceed. Raises InputError.
         """
-        self.weights.held.layer_limits = layer_limits(self.device, device, host)
+        self.weights.limit_layers(layer_limits(self.device, device, host))
 
     def draft_with(self, drafter: Drafter | None, num_draft_tokens: int | None = None) -> None:
         """From the next text on draft with `drafter`, which is closed with the model if it can be,

@@ -26,7 +26,7 @@ from ollm_core.attention.trial import require_flash, trial
 from ollm_core.calibration import rates
 from ollm_core.calibration.attention import measure_kernels
 from ollm_core.cli.main import cli
-from ollm_core.kv.block_storage import KVGeometry
+from ollm_core.contracts.kv import KVGeometry
 from ollm_core.kv.in_memory import DeviceKVStore
 from ollm_core.memory.accounts import MemoryAccount
 from ollm_core.memory.tracker import AllocationTracker, traced_peak

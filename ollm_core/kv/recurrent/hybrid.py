@@ -6,9 +6,8 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
-from ollm_core.contracts.kv import KVStore, TierBytes
+from ollm_core.contracts.kv import KVGeometry, KVStore, TierBytes
 from ollm_core.errors import KVStoreError
-from ollm_core.kv.block_storage import KVGeometry
 from ollm_core.kv.recurrent.states import StateStore
 
 

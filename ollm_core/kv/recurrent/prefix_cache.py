@@ -10,8 +10,8 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
+from ollm_core.contracts.kv import KVGeometry
 from ollm_core.errors import OllmError
-from ollm_core.kv.block_storage import KVGeometry
 from ollm_core.kv.disk.prefix_cache import KeepingKVStore
 from ollm_core.kv.recurrent.hybrid import HybridKVStore
 from ollm_core.kv.recurrent.snapshots import StateFiles, StateWriter
