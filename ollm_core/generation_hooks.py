@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from torch import Tensor
 from transformers import (
     Cache,
     GenerationConfig,
+    GenerationMixin,
     LogitsProcessorList,
     PreTrainedConfig,
     StoppingCriteriaList,
@@ -156,7 +158,21 @@ class GenerationHooks(ABC):
             vocab_size=self.config.vocab_size,
         )
         # The assistant model is only handed on, to _get_candidate_generator.
-        return mixin._assisted_decoding(*arguments, streamer, assistant_model=candidates, **options)
+        decode: Any = self._assisted_decoding
+        return decode(*arguments, streamer, assistant_model=candidates, **options)
+
+    @functools.wraps(GenerationMixin._assisted_decoding)  # generate reads its parameters
+    def _assisted_decoding(self, *arguments: Any, **options: Any) -> Any:
+        """See GenerationMixin. When the text has ended, what the cache's user brings next is no
+        draft: a recurrent layer need not keep a state for each of its tokens.
+        """
+        mixin: Any = super()
+        try:
+            return mixin._assisted_decoding(*arguments, **options)
+        finally:
+            cache = options.get("past_key_values")
+            if isinstance(cache, SequenceCache):
+                cache.drafting = False
 
     def prepare_inputs_for_generation(
         self,
