@@ -31,7 +31,7 @@ class Walks(AdapterSuite):
         look=_LOOK,
     )
     def test_walk_sequences(self, subject: Subject) -> None:
-        walk(subject, SEQUENCES, num_steps=_num_steps(subject, 40))
+        walk(subject, SEQUENCES, num_steps=_num_steps(subject, 48))
 
     @check(
         "walk.damage",

@@ -119,6 +119,8 @@ class RowSteps(World):
         """One pass must have been counted, and its tokens."""
         passes = stats.weight_passes - before.weight_passes
         assert passes == 1, f"weight_passes: expected one more, got {passes}"
+        drafted = stats.drafted_tokens - before.drafted_tokens
+        assert not drafted, f"drafted_tokens: expected none in a plain pass, got {drafted}"
         prefill = stats.prefill_tokens - before.prefill_tokens
         decode = stats.decode_tokens - before.decode_tokens
         assert (prefill == num_tokens - cached) != (decode == num_rows and not prefill), (
@@ -227,6 +229,9 @@ class RowSteps(World):
         slot = self.pick(draw, begun=True)
         if slot is None or not self.can("truncate"):
             return
+        many = [one for one in self.slots if len(one.rows) > 1]
+        if many and draw.random() < 0.5:
+            slot = draw.choice(many)
         width = slot.mask.shape[1]
         few, any_number = 1 + draw.randrange(8), 1 + draw.randrange(width)
         backs = [1, few, slot.rows[0].last or 1, any_number, width + draw.randrange(40)]

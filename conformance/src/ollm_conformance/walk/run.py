@@ -19,10 +19,10 @@ ROWS: Mapping[str, int] = {
     "refuse": 1, "reset": 1, "hold": 1, "lose": 1, "reopen": 1,
 }  # fmt: skip
 """Steps on rows of batches, and how often."""
-SEQUENCES: Mapping[str, int] = {"run": 6, "part": 3, "back": 2, "drop": 1, "hold": 1}
+SEQUENCES: Mapping[str, int] = {"run": 5, "part": 4, "back": 2, "drop": 1, "hold": 1}
 """Steps on sequences."""
 
-_SHRINKING_SECONDS = 15
+_SHRINKING_SECONDS = 5
 
 
 def walk(subject: Subject, steps: Mapping[str, int], num_steps: int) -> None:

@@ -95,9 +95,8 @@ class SequenceSteps(TextSteps):
             self.told += ", then "
         sequence = draw.choice(list(slot.sequences))
         row = slot.sequences[sequence]
-        length = draw.choice(
-            [len(row), len(row), len(row) - row.last, draw.randrange(len(row) + 1)]
-        )
+        earlier = draw.choice([len(row) - row.last, draw.randrange(len(row) + 1)])
+        length = len(row) if draw.random() < 0.7 else earlier
         self.told += f"fork of {len(row)} tokens at {length} in {slot.name} ({slot.tier})"
         try:
             forked = slot.cache.store.fork(sequence, length)
@@ -107,7 +106,7 @@ class SequenceSteps(TextSteps):
             return
         slot.sequences[forked] = row.cut(length)
         both = [sequence, sequence, forked] if draw.random() < 0.5 else [forked, forked, sequence]
-        for one in both if len(row) and draw.random() < 0.6 else ():
+        for one in both if len(row) and draw.random() < 0.9 else ():
             self.told += ", then "
             self._run_on(draw, slot, [one], most=2)
 

@@ -57,6 +57,8 @@ class TextSteps(RowSteps):
             self.reset_slot(slot)
         if slot:
             self._write_on(draw, slot, drafting=True)
+            if slot in self.slots:
+                self.go_on(draw, slot)
 
     def _write_on(self, draw: random.Random, slot: Slot, *, drafting: bool) -> None:
         ids, mask = self.given(draw, slot)
