@@ -42,7 +42,7 @@ from ollm_core.attention.exact import exact_attention
 from ollm_core.cache import SequenceCache
 from ollm_core.estimate import Estimate
 from ollm_core.generation import StreamedModel
-from ollm_core.kv import HostKVStore, KeepingKVStore, KVGeometry
+from ollm_core.kv import HostKVStore, KVGeometry
 from ollm_core.weights.tiered import TieredWeights
 
 
@@ -133,14 +133,20 @@ class FlagOfWindowsNotRead(Qwen3):
         return super().layer_types({**config, "use_sliding_window": True})
 
 
-# Hurts: a chat with kv_dir that goes back to an earlier turn, or drafts: what came after is kept
-# under the tokens that were taken back, and a later prompt with those goes on from wrong keys.
-def taken_back_tokens_still_known(patch):
-    def truncate(self, sequence, num_tokens):
-        super(KeepingKVStore, self).truncate(sequence, num_tokens)
-        self._num_kept[sequence] = min(self._num_kept.get(sequence, 0), num_tokens)
+# Hurts: the same question asked twice with kv_dir: all of it is found, no token is left to compute
+# the next one from, and the second run ends in an error.
+def whole_prompts_are_restored(patch):
+    start = StreamedModel._start
 
-    patch.setattr(KeepingKVStore, "truncate", truncate)
+    def start_from_all(self, cache, tokens, num_logits):
+        restore = cache.restore
+        cache.restore = lambda _: restore(tokens)
+        try:
+            return start(self, cache, tokens, num_logits)
+        finally:
+            del cache.restore
+
+    patch.setattr(StreamedModel, "_start", start_from_all)
 
 
 # Hurts: two prompts read once and then continued three ways each: rows 2 to 5 go on from the other
@@ -153,14 +159,14 @@ def rows_repeated_as_a_whole(patch):
 
 
 # Hurts: a batch from a tokenizer that pads on the right, as Llama's does by default: the shorter
-# rows go on from padding, whose logits are zero, and their text is token 0.
+# rows go on from padding, whose logits are zero: token 0, and then other text.
 def padded_ends_not_refused(patch):
     for module in (padding, generation_hooks):
         patch.setattr(module, "refuse_padded_end", lambda kept: None)
 
 
-# Hurts: a chat with drafts: an answer whose end was guessed in the middle of a draft goes on beyond
-# its end token.
+# Hurts: a text with drafts that a stop string or a criterion of the caller's should end: where its
+# end was guessed in the middle of a draft, it goes on beyond. (transformers cuts at end tokens.)
 def only_a_whole_draft_is_looked_at_for_the_end(patch):
     drafted = core_drafts.DraftCandidates._drafted
 
@@ -329,7 +335,7 @@ class OnePlaceForAllThreads(Buffered):
         file, done = self._files[tensor.path], 0
         os.lseek(file, tensor.offset, os.SEEK_SET)
         while done < tensor.num_bytes:
-            count = os.readv(file, [part[done:]])
+            count = os.readv(file, [part[done : done + (1 << 18)]])
             if count <= 0:
                 raise ReadError(f"{tensor.path}: ends before the end of {tensor.name}")
             done += count
@@ -431,9 +437,9 @@ UNSEEN = [
     unseen("what states no dtype is planned as float32", UnstatedIsFloat32),
     unseen("use_sliding_window is not read", FlagOfWindowsNotRead),
     in_core(
-        "a kept sequence that is cut keeps its old token ids",
+        "all of a prompt is taken from what is kept",
         LlamaAdapter,
-        taken_back_tokens_still_known,
+        whole_prompts_are_restored,
     ),
     in_core("rows are tiled, not each repeated", LlamaAdapter, rows_repeated_as_a_whole),
     in_core("rows that end in padding are taken", LlamaAdapter, padded_ends_not_refused),
