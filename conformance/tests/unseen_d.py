@@ -5,14 +5,22 @@ check. For tests only.
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from types import MappingProxyType
 
+import pytest
+import torch
 from broken import unseen
-from families import Qwen3, Qwen3Moe
+from families import Granite, Qwen3, Qwen3Moe
 
 from ollm_adapter_llama import LlamaAdapter
-from ollm_adapter_qwen3_next import Qwen35Adapter
-from ollm_core import DecoderAdapter
+from ollm_adapter_qwen3_next import Qwen3NextAdapter, Qwen35Adapter
+from ollm_core import DecoderAdapter, InputError, opening
+from ollm_core.attention import exact
+from ollm_core.checkpoint import FileState
+from ollm_core.generation import StreamedModel
+from ollm_core.kv import StateStore
+from ollm_core.weights.rows import EmbeddingRows
 
 
 # Hurts: every published Qwen2: its projections have biases, its config.json does not say so, and
@@ -110,6 +118,85 @@ class ExpertsByTheirNames(Qwen3Moe):
         return {**super().tiny_config(), "num_experts": 8}
 
 
+# Hurts: Granite or Gemma that says one token twice: rows that core multiplied in place are given
+# out again for the same token, and are multiplied once more.
+def rows_given_out_again(self, token_ids, dtype, *, lookup=EmbeddingRows.lookup):
+    before = getattr(self, "_before", None)
+    if before is None or not torch.equal(before[0], token_ids) or before[1].dtype != dtype:
+        self._before = token_ids.clone(), lookup(self, token_ids, dtype)
+    return self._before[1]
+
+
+# Hurts: every Llama 3 chat: of the tokens that end a text the first is <|end_of_text|>, which no
+# answer ends with, and the model talks on to the last new token.
+def first_stop_token_alone(directory, config, *, read=opening.read_generation_config):
+    found = read(directory, config)
+    if found is not None and isinstance(found.eos_token_id, list):
+        found.eos_token_id = found.eos_token_id[0]
+    return found
+
+
+# Hurts: a run of days while the weights are written over by `cp -p` or `rsync -t --inplace` from a
+# fine-tuned copy: half of the layers are of another model, and nothing is said.
+def modification_time_alone(cls, status, *, of=FileState.of.__func__):
+    return replace(of(cls, status), ctime_ns=0, inode=0)
+
+
+# Hurts: `kv_dir` after rope_theta or the scaling in config.json was changed: a prompt goes on from
+# the keys of the old one, which were rotated otherwise.
+def identity_of_weights_alone(checkpoint, config, *args, identity=opening.identity, **options):
+    return identity(checkpoint, {}, *args, **options)
+
+
+# Hurts: one prompt that is read once and gone on with in two ways, on Qwen3-Next: both write to the
+# states that they share.
+def states_shared_by_forks(self, sequence, forked, num_tokens, *, fork=StateStore.fork):
+    fork(self, sequence, forked, num_tokens)
+    for layer_idx, source in self._sequences[sequence].layers.items() if num_tokens else ():
+        self._sequences[forked].layers[layer_idx].at[num_tokens] = source.at[num_tokens]
+
+
+# Hurts: a chunk of a prompt that ends one token past the window, as 129 tokens of gpt-oss: its last
+# token sees one that it must not.
+def mask_from_two_past_the_window(query, start, num_keys, window, *, mask=exact._causal_mask):
+    hides = window is not None and num_keys > window + 1
+    return mask(query, start, num_keys, window if hides else None)
+
+
+# Hurts: a prompt or a text that fills the positions of the model to the last one: it is refused,
+# and transformers gives it.
+def last_position_refused(self, length):
+    limit = self.config.max_position_embeddings
+    if length >= limit:
+        raise InputError(
+            f"{length} tokens are past the model's {limit} positions",
+            hint="shorten the prompt or ask for fewer new tokens",
+        )
+
+
+# Hurts: a server that answers one prompt after the other: the KV of each stays until the model is
+# closed, and at some prompt there is no memory.
+def caches_held_by_the_model(self, *args, new_cache=StreamedModel.new_cache, **options):
+    cache = new_cache(self, *args, **options)
+    self.__dict__.setdefault("_made", []).append(cache)
+    return cache
+
+
+def core(sentence, adapter, owner, name, fault):
+    """An `Unseen` in which `name` of `owner` is `fault` while its suite runs."""
+
+    @pytest.fixture(autouse=True, scope="class")
+    @classmethod
+    def broken(cls):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(owner, name, fault)
+            yield
+
+    made = unseen(sentence, adapter, broken=broken)
+    title = getattr(fault, "__func__", fault).__name__
+    return replace(made, name=title)
+
+
 UNSEEN = [
     unseen("biases are those that config.json tells of", BiasesThatConfigsSay),
     unseen("what was fused is remembered", FusedOnce),
@@ -119,4 +206,36 @@ UNSEEN = [
     unseen("whether the head is tied is looked for in the text's config alone", TiedOutsideTheText),
     unseen("layer types are remembered by depth and window", WindowsRememberedByDepth),
     unseen("experts are in the order of their names", ExpertsByTheirNames),
-]
+    core(
+        "rows of the same tokens are given out again",
+        Granite, EmbeddingRows, "lookup", rows_given_out_again,
+    ),
+    core(
+        "of several tokens that end a text the first does",
+        LlamaAdapter, opening, "read_generation_config", first_stop_token_alone,
+    ),
+    core(
+        "files are known by size and modification time",
+        LlamaAdapter, FileState, "of", classmethod(modification_time_alone),
+    ),
+    core(
+        "a model is known by its weights alone",
+        LlamaAdapter, opening, "identity", identity_of_weights_alone,
+    ),
+    core(
+        "forks share a recurrent state",
+        Qwen3NextAdapter, StateStore, "fork", states_shared_by_forks,
+    ),
+    core(
+        "nothing is hidden of keys that are one more than the window",
+        Qwen3, exact, "_causal_mask", mask_from_two_past_the_window,
+    ),
+    core(
+        "a text must not fill all positions",
+        LlamaAdapter, StreamedModel, "check_length", last_position_refused,
+    ),
+    core(
+        "a model holds its caches",
+        LlamaAdapter, StreamedModel, "new_cache", caches_held_by_the_model,
+    ),
+]  # fmt: skip
