@@ -5,22 +5,47 @@ check. For tests only.
 from __future__ import annotations
 
 import functools
+import os
+from collections import Counter
+from contextlib import contextmanager
 from dataclasses import replace
 from types import MappingProxyType
 
 import pytest
 import torch
-from broken import unseen
+from broken import Unseen, unseen
 from families import Granite, Qwen3, Qwen3Moe
+from safetensors.torch import save_file
 
 from ollm_adapter_llama import LlamaAdapter
 from ollm_adapter_qwen3_next import Qwen3NextAdapter, Qwen35Adapter
-from ollm_core import DecoderAdapter, InputError, opening
+from ollm_conformance import (
+    AttentionConformance,
+    ByteSourceConformance,
+    CodecConformance,
+    DrafterConformance,
+    KVStoreConformance,
+    WeightStreamerConformance,
+)
+from ollm_core import (
+    ByteSource,
+    DecoderAdapter,
+    EncodedTensor,
+    InputError,
+    ReadError,
+    UnsupportedError,
+    opening,
+)
 from ollm_core.attention import exact
+from ollm_core.attention.options import CARRIED
 from ollm_core.checkpoint import FileState
+from ollm_core.drafts import LookupDrafter
 from ollm_core.generation import StreamedModel
-from ollm_core.kv import StateStore
+from ollm_core.kv import DiskKVStore, HostKVStore, KVGeometry, StateStore
+from ollm_core.memory import MemoryAccount
 from ollm_core.weights.rows import EmbeddingRows
+from ollm_core.weights.sources import open_source
+from ollm_core.weights.tiered import TieredWeights
 
 
 # Hurts: every published Qwen2: its projections have biases, its config.json does not say so, and
@@ -197,6 +222,271 @@ def core(sentence, adapter, owner, name, fault):
     return replace(made, name=title)
 
 
+_CPU = torch.device("cpu")
+
+
+def _geometry(shape):
+    return KVGeometry(shape.kinds, shape.dtype, _CPU, shape.block_size)
+
+
+# Hurts: Ctrl-C in the middle of a long second prompt, on a model with windows: the layers that were
+# through have let go of what was there before, and the conversation is lost.
+class UndoNotPinned(HostKVStore):
+    def reserve(self, sequence, num_tokens, longest=None):
+        super().reserve(sequence, num_tokens, longest)
+        for table in self._tables[sequence]:
+            table.pinned = 0
+
+
+class UndoNotPinnedSuite(KVStoreConformance):
+    @staticmethod
+    def open_store(shape, account, directory):
+        return UndoNotPinned(_geometry(shape), account)
+
+
+# Hurts: a server with KV on disk: each cache leaves a file handle, and after a thousand prompts no
+# file can be opened.
+class DirectoryLeftOpen(DiskKVStore):
+    def __init__(self, geometry, account, directory):
+        super().__init__(geometry, account, directory, "0" * 64)
+        self._directory = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+    def append(self, layer_idx, sequence, keys, values):
+        super().append(layer_idx, sequence, keys, values)
+        if self.num_tokens(sequence, layer_idx) % self.block_size == 0:
+            os.fsync(self._directory)  # the names of the files are safe, too
+
+
+class DirectoryLeftOpenSuite(KVStoreConformance):
+    @staticmethod
+    def open_store(shape, account, directory):
+        return DirectoryLeftOpen(_geometry(shape), account, directory)
+
+
+# Hurts: a mixture, or a model that drafts, where two threads read one file: between going to a
+# place and reading from it the other one has gone elsewhere, and weights are those of other layers.
+class SeekThenRead(ByteSource):
+    name = "seek-then-read"
+
+    def __init__(self, paths):
+        self._files, self._bytes_read = {}, 0
+        try:
+            for path in paths:
+                self._files[path] = path.open("rb", buffering=0)
+        except OSError:
+            self.close()
+            raise
+
+    def read(self, tensors, buffer):
+        offsets, end = [], 0
+        for tensor in tensors:
+            start = end + (tensor.offset - end) % 64
+            end = start + tensor.num_bytes
+            self._fill(tensor, buffer[start:end])
+            offsets.append(start)
+        self._bytes_read += sum(tensor.num_bytes for tensor in tensors)
+        return offsets
+
+    def _fill(self, tensor, part):
+        done = 0
+        while done < tensor.num_bytes:
+            try:
+                file = self._files[tensor.path]
+                file.seek(tensor.offset + done)
+                count = file.readinto(part[done:])
+            except OSError as error:
+                raise ReadError(f"{tensor.path}: {error.strerror}") from error
+            if not count:
+                raise ReadError(f"{tensor.path}: ends before the end of {tensor.name}")
+            done += count
+
+    def buffer_bytes(self, tensors):
+        return sum(tensor.num_bytes + 64 for tensor in tensors)
+
+    @property
+    def bytes_read(self):
+        return self._bytes_read
+
+    def close(self):
+        while self._files:
+            self._files.popitem()[1].close()
+
+
+class SeekThenReadSuite(ByteSourceConformance):
+    @staticmethod
+    def open_source(paths):
+        return SeekThenRead(paths)
+
+
+# Hurts: a program that asks again until a download is complete: each time that the last file is
+# not there yet, the handles of those before it stay.
+class HandlesOfAFailedOpening(SeekThenRead):
+    name = "handles-of-a-failed-opening"
+
+    def __init__(self, paths):
+        self._bytes_read = 0
+        self._files = {path: os.open(path, os.O_RDONLY | os.O_CLOEXEC) for path in paths}
+
+    def _fill(self, tensor, part):
+        done = 0
+        while done < tensor.num_bytes:
+            file, offset = self._files[tensor.path], tensor.offset + done
+            try:
+                count = os.preadv(file, [part[done:]], offset)
+            except OSError as error:
+                raise ReadError(f"{tensor.path}: {error.strerror}") from error
+            if not count:
+                raise ReadError(f"{tensor.path}: ends before the end of {tensor.name}")
+            done += count
+
+    def close(self):
+        while self._files:
+            os.close(self._files.popitem()[1])
+
+
+class HandlesOfAFailedOpeningSuite(ByteSourceConformance):
+    @staticmethod
+    def open_source(paths):
+        return HandlesOfAFailedOpening(paths)
+
+
+# Hurts: every model: the gate of an MLP and what goes up beside it have one shape, so both are what
+# was decoded last.
+def planes_into_buffers(request):
+    buffers = {}
+
+    def join(high, low):
+        if high.shape not in buffers:
+            buffers[high.shape] = torch.empty(high.shape, dtype=torch.bfloat16)
+        planes = buffers[high.shape].view(-1).view(torch.uint8).view(*high.shape, 2)
+        planes[..., 0], planes[..., 1] = low, high
+        return buffers[high.shape]
+
+    return _planes(request, join)
+
+
+def _planes(request, join):
+    found = {}
+    for stored, high in request.tensors.items():
+        name = stored.removesuffix(".high")
+        low = request.tensors.get(f"{name}.low")
+        if not stored.endswith(".high") or low is None:
+            continue
+        if high.dtype == low.dtype == "U8" and high.shape == low.shape:
+            found[name] = EncodedTensor((stored, low.name), "BF16", high.shape, join, cpu_only=True)
+    return found
+
+
+class PlanesIntoBuffersSuite(CodecConformance):
+    codec = staticmethod(planes_into_buffers)
+
+    @staticmethod
+    def write(tensors, directory):
+        stored = {}
+        for name, tensor in tensors.items():
+            if tensor.dtype != torch.bfloat16 or "embed_tokens" in name:
+                stored[name] = tensor.contiguous()
+                continue
+            planes = tensor.contiguous().view(-1).view(torch.uint8).view(*tensor.shape, 2)
+            stored[f"{name}.low"] = planes[..., 0].contiguous()
+            stored[f"{name}.high"] = planes[..., 1].contiguous()
+        save_file(stored, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+# Hurts: every text: token ids on the CPU are those of the text itself, and what is hidden from the
+# look-up is gone from the answer.
+class SpecialTokensHidden:
+    def __init__(self, request):
+        self._lookup = LookupDrafter()
+
+    def __call__(self, token_ids, num_tokens):
+        token_ids[token_ids < 3] = 0  # what begins or ends a text is no match
+        return self._lookup(token_ids, num_tokens)
+
+
+class SpecialTokensHiddenSuite(DrafterConformance):
+    @staticmethod
+    def open_drafter(request):
+        return SpecialTokensHidden(request)
+
+
+# Hurts: every mixture: the outputs of experts are added up in another order than in the model
+# that is not streamed, and its last bits are others; in bfloat16 soon its tokens.
+class HottestExpertsFirst(TieredWeights):
+    def experts(self, layer_idx, expert_ids):
+        return self._in_turn(layer_idx, Counter(expert_ids))
+
+    @contextmanager
+    def _in_turn(self, layer_idx, counts):
+        def steps():
+            for expert, count in counts.most_common():
+                with super(HottestExpertsFirst, self).experts(layer_idx, {expert: count}) as found:
+                    yield from found
+
+        yield steps()
+
+
+class HottestExpertsFirstSuite(WeightStreamerConformance):
+    @staticmethod
+    def open_streamer(units, files, dtype, account):
+        accounts = account, MemoryAccount("host memory", 0)
+        weights = HottestExpertsFirst(units, open_source(files), dtype, _CPU, accounts)
+        try:
+            weights.fit(account.free, 0)
+        except BaseException:
+            weights.close()
+            raise
+        return weights
+
+
+# Hurts: Qwen2, whose keys have large biases: scores in the hundreds are more than float32 can take
+# to the power of e, and the logits are no numbers.
+class SumsOfPowers:
+    def __call__(self, module, query, view, *, scaling, sliding_window=None, s_aux=None, **options):
+        for name, value in options.items():
+            if value is not None and name not in CARRIED:
+                raise UnsupportedError(f"this attention does not know the option {name!r}")
+        return torch.stack(
+            [
+                self._row(query[row].float(), view, row, scaling, sliding_window, s_aux)
+                for row in range(len(query))
+            ]
+        ).to(query.dtype)
+
+    def _row(self, query, view, row, scaling, window, sinks):
+        query = query.unflatten(0, (len(view.keys[row]), -1))  # [G, P, T, D]
+        places = torch.arange(query.shape[2])
+        total, whole, begin = 0.0, 0.0, view.first(row, window) - view.starts[row]
+        for keys, values in self._blocks(view, row, window):
+            back = places[:, None] - torch.arange(begin, begin + keys.shape[1])
+            hidden = (back < 0) | (back >= window if window is not None else False)
+            scores = query @ keys.float().transpose(1, 2)[:, None] * scaling
+            powers = self._powers(scores.masked_fill(hidden, -torch.inf))
+            total = total + powers @ values.float()[:, None]
+            whole = whole + powers.sum(-1, keepdim=True)
+            begin += keys.shape[1]
+        if sinks is not None:
+            whole = whole + self._powers(sinks.float()).view(*query.shape[:2], 1, 1)
+        return (total / whole).flatten(0, 1).transpose(0, 1)
+
+    @staticmethod
+    def _blocks(view, row, window):
+        yield from view.past(row, window)
+        yield view.keys[row], view.values[row]
+
+    @staticmethod
+    def _powers(scores):
+        return scores.exp()
+
+
+class SumsOfPowersSuite(AttentionConformance):
+    attention = SumsOfPowers()
+
+
+def part(sentence, suite):
+    return Unseen(suite.__name__.removesuffix("Suite"), sentence, suite)
+
+
 UNSEEN = [
     unseen("biases are those that config.json tells of", BiasesThatConfigsSay),
     unseen("what was fused is remembered", FusedOnce),
@@ -238,4 +528,12 @@ UNSEEN = [
         "a model holds its caches",
         LlamaAdapter, StreamedModel, "new_cache", caches_held_by_the_model,
     ),
+    part("what a pass began with is not held", UndoNotPinnedSuite),
+    part("the handle of a directory is not closed", DirectoryLeftOpenSuite),
+    part("two threads share a place in a file", SeekThenReadSuite),
+    part("handles stay where opening fails", HandlesOfAFailedOpeningSuite),
+    part("tensors of one shape are decoded into one buffer", PlanesIntoBuffersSuite),
+    part("a drafter writes to the text", SpecialTokensHiddenSuite),
+    part("the experts of most tokens come first", HottestExpertsFirstSuite),
+    part("powers are summed up as they are", SumsOfPowersSuite),
 ]  # fmt: skip
