@@ -264,16 +264,15 @@ def _summary(
     prefill_rate = _rate(stats.prefill_tokens, stats.prefill_seconds)
     decode_rate = _rate(stats.decode_tokens, stats.decode_seconds)
     lines = {
-        "model": f"{format_size(stats.weight_bytes)}, {format_size(stats.resident_bytes)} of it "
-        "kept in memory",
-        "device memory": f"peak {format_size(stats.device_peak_bytes)} of "
-        f"{format_size(stats.device_limit_bytes)} allowed",
-        "host memory": f"peak {format_size(stats.host_peak_bytes)} of "
-        f"{format_size(stats.host_limit_bytes)} allowed; "
+        "model": f"{format_size(stats.weight_bytes)}, {format_size(stats.resident_bytes)} resident",
+        "device memory": f"peak {format_size(stats.device_peak_bytes)} / "
+        f"limit {format_size(stats.device_limit_bytes)}",
+        "host memory": f"peak {format_size(stats.host_peak_bytes)} / "
+        f"limit {format_size(stats.host_limit_bytes)}; "
         f"whole process {format_size(stats.process_peak_bytes)}",
         "weights read": f"{format_size(stats.weight_bytes_read / passes)} per pass, "
         f"{stats.weight_passes} passes, {format_size(read_rate)}/s ({stats.reader})",
-        "cached": f"{stats.cached_tokens} tokens of the prompt, not computed again",
+        "prefix cache": f"{stats.cached_tokens} prompt tokens reused",
         "prefill": f"{stats.prefill_tokens} tokens in {stats.prefill_seconds:.1f} s, "
         f"{prefill_rate:.1f} tokens/s",
         "decode": f"{stats.decode_tokens} tokens in {stats.decode_seconds:.1f} s, "
@@ -283,7 +282,7 @@ def _summary(
     }
     if stats.experts_routed:
         lines["experts"] = (
-            f"{stats.experts_routed} routed to, {stats.experts_hit} of them in memory, "
+            f"{stats.experts_routed} routed, {stats.experts_hit} of them resident, "
             f"{format_size(stats.expert_bytes_read)} read"
         )
     for name, kept, asked in (
@@ -291,16 +290,16 @@ def _summary(
         ("host", stats.host_layers, host_layers),
     ):
         if asked is not None:
-            lines[f"{name} layers"] = f"{kept} kept, at most {asked} asked for"
+            lines[f"{name} layers"] = f"{kept} resident, your limit is {asked}"
     if stats.times_short:
         lines["memory short"] = (
             f"{stats.times_short} times; up to {format_size(stats.most_given_up_bytes)} of weights "
-            "were not kept for it, and read again"
+            "evicted for it, and read again"
         )
     if drafting:
         lines["drafts"] = (
-            f"{stats.accepted_tokens} of {stats.drafted_tokens} tokens right, "
-            f"{stats.undrafted_passes} passes without"
+            f"accepted {stats.accepted_tokens}/{stats.drafted_tokens} draft tokens; "
+            f"{stats.undrafted_passes} passes without a draft"
         )
     return "\n".join(f"{name:<14}{value}" for name, value in lines.items())
 
