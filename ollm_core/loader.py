@@ -1,165 +1,226 @@
-"""Opens one model in accounts that are given: the model itself, or one that drafts for it."""
+"""Builds a model inside its accounts. `open_model` is the whole of it, from top to bottom; a draft
+model is built in the same order by `open_drafter`.
+"""
 
 from __future__ import annotations
 
+import collections.abc
 import functools
+import logging
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from ollm_core.attention.trial import require_flash
 from ollm_core.calibration.rates import fastest_blocks, fastest_reader
+from ollm_core.checkpoint.hub import resolve
 from ollm_core.checkpoint.safetensors import Checkpoint, open_checkpoint, read_config
-from ollm_core.contracts.progress import Progress
+from ollm_core.contracts.drafting import Drafter
+from ollm_core.contracts.kv import TierBytes
 from ollm_core.contracts.weights import ByteSource
-from ollm_core.device.transfer import Bus
+from ollm_core.device.select import pick_device
+from ollm_core.device.transfer import Bus, bus_of
+from ollm_core.drafting.draft_memory import DraftPart, DraftRoom
+from ollm_core.drafting.draft_model import ModelDrafter, check_vocabulary
+from ollm_core.drafting.lookup import LookupDrafter
+from ollm_core.engine.activations import Workspace
 from ollm_core.engine.engine import Engine
-from ollm_core.engine.pass_planner import Accounts, Admission
+from ollm_core.engine.pass_planner import Accounts, Admission, Policy
 from ollm_core.errors import InputError, PluginError, one_line
 from ollm_core.generate.causal_lm import StreamedModel
-from ollm_core.kv.factory import StoreOpener
-from ollm_core.memory.cuda_limit import free_device_bytes
+from ollm_core.kv.factory import StoreOpener, find_directory
+from ollm_core.memory.accounts import MemoryAccount
+from ollm_core.memory.budgets import layer_limits, stated_budgets
+from ollm_core.memory.cuda_limit import AllocatorCap, free_device_bytes
 from ollm_core.memory.host import HostMemory
+from ollm_core.memory.sizes import format_size
 from ollm_core.model.fingerprint import identity
-from ollm_core.model.spec import ModelParts, take_apart
-from ollm_core.plugins.factories import KVRequest
+from ollm_core.model.spec import ModelSpec, inspect_model
+from ollm_core.options import LoadOptions
+from ollm_core.plugins.factories import DraftRequest, KVRequest
 from ollm_core.plugins.loader import Offer
 from ollm_core.plugins.registry import Registry, require
 from ollm_core.profiling import Span, no_span
 from ollm_core.text.generation_config import read_generation_config
 from ollm_core.text.tokenizer import open_tokenizer
+from ollm_core.values import PathLike, dtype_name, whole_number
 from ollm_core.weights.eviction import Pressure, reserve_bytes
 from ollm_core.weights.sources.posix import check_source, open_source
 from ollm_core.weights.streamer import TieredWeights
 
+logger = logging.getLogger("ollm")
+
 
 @dataclass(frozen=True, slots=True)
-class Opening:
-    """What the models of one call of `load` have in common."""
+class Runtime:
+    """What a model and its draft model have in common: plugins, the device, and how files are
+    read.
+    """
 
     registry: Registry
-    reader: str
-    dtype: str
     device: torch.device
-    cap: Callable[[], AbstractContextManager[None]]
-    """Held during each pass of either."""
+    dtype: str
+    """To compute in, or "auto"."""
+    reader: str
     bus: Bus | None = None
     """That of the device, if it has memory of its own."""
-    trust_remote_code: bool = False
-    """Whether a tokenizer may run Python code of its checkpoint."""
+    cap: Callable[[], AbstractContextManager[None]] = nullcontext
+    """Held during each pass of either."""
 
-    def take_apart(self, directory: Path) -> ModelParts:
-        """The model in `directory`. Raises ConfigError, CheckpointError, UnknownModelError."""
-        config = read_config(directory)
-        adapter = self.registry.adapter_for(config)
-        parts = take_apart(
-            adapter,
-            config,
-            open_checkpoint(directory),
-            self.registry.offers("ollm_weight_codecs"),
-            dtype=self.dtype,
-            device=self.device,
-            where=directory,
-            bus=self.bus,
+
+def open_model(path_or_id: PathLike, options: LoadOptions, registry: Registry) -> StreamedModel:
+    """The model, with its draft source. Raises an OllmError with nothing left open."""
+    # Where it runs, and in how much memory.
+    device, profile = pick_device(options.device), options.profile
+    layers = layer_limits(device, options.device_layers, options.host_layers)
+    budgets = stated_budgets(device, options.device_memory, options.host_memory)
+    accounts = Accounts(
+        MemoryAccount("device memory", budgets.device), MemoryAccount("host memory", budgets.host)
+    )
+    cap = AllocatorCap(accounts.device, device) if device.type == "cuda" else nullcontext
+    dtype = dtype_name(options.dtype)
+    runtime = Runtime(registry, device, dtype, options.reader, bus_of(device), cap)
+    kv_dir = find_directory(options.kv_dir)
+
+    # What the model is, and whether it can do what is asked. Of its files only headers are read.
+    spec = inspect_directory(runtime, resolve(path_or_id, registry, options.models_dir))
+    if options.draft != "none":
+        require(spec.adapter, "drafts")
+    chunk_size = whole_number(options.chunk_size)
+    policy = Policy.of(spec, options.attention, chunk_size, fastest_blocks(device, spec.dtype))
+    if options.attention == "flash":
+        require_flash(device, spec.dtype, here=True)
+
+    with ExitStack() as opened:  # what fails from here on leaves nothing open
+        # Weights: what reads them, and what streams them through memory.
+        source = opened.enter_context(_open_source(runtime, spec.checkpoint))
+        read, span = (profile.reading(source), profile.span) if profile else (source, no_span)
+        weights = opened.enter_context(_open_weights(runtime, spec, read, accounts, span))
+        weights.held.layer_limits = layers
+
+        # The engine: what admits its passes, and what runs them.
+        workspace = Workspace.of(spec, registry.proven)
+        admission = Admission(policy, accounts, weights, workspace, _pressure(weights))
+        check_files = spec.checkpoint.check_unchanged
+        engine = Engine(
+            spec.skeleton, weights, admission, options.on_progress, cap, span, check_files
         )
-        return replace(
-            parts,
-            blocks=fastest_blocks(self.device, parts.dtype),
-            proven=self.registry.proven,
+
+        # The model as transformers knows one: KV caches, a generation config, a tokenizer.
+        kv_request = _kv_request(spec, accounts, engine, admission, kv_dir, keep=options.keep_kv)
+        directory = spec.checkpoint.directory
+        model = StreamedModel(
+            spec.skeleton,
+            weights,
+            engine,
+            accounts,
+            StoreOpener(options.kv, kv_request, spec.adapter, registry),
+            spec.kinds,
+            weight_bytes=spec.checkpoint.total_bytes,
+            generation_config=read_generation_config(directory, spec.skeleton.config.to_dict()),
+            tokenizer=open_tokenizer(directory, trust_remote_code=options.trust_remote_code),
+            demand=functools.partial(require, spec.adapter),
         )
+        opened.enter_context(model)
 
-    def source(self, parts: ModelParts) -> ByteSource:
-        """What reads its weights. Raises ReadError, PluginError."""
-        engine = self.registry.check_name("ollm_reading_engines", self.reader)
-        checkpoint = parts.checkpoint
-        if self.reader == "auto":
-            try:
-                return _open_source(checkpoint, fastest_reader(checkpoint.directory), None)
-            except InputError:  # one that worked when it was measured; CheckpointError comes again
-                pass
-        return _open_source(checkpoint, self.reader, engine)
-
-    def pressure(self, weights: TieredWeights) -> Pressure:
-        """Lets kept weights give way when others take the machine's memory."""
-        on_gpu = self.device.type == "cuda"
-        free = functools.partial(free_device_bytes, self.device) if on_gpu else None
-        host = HostMemory()
-        return Pressure(weights, host.free, free, reserve_bytes=reserve_bytes(host.total()))
-
-    def open(
-        self,
-        parts: ModelParts,
-        source: ByteSource,
-        accounts: Accounts,
-        admission: Callable[[TieredWeights], Admission],
-        kv: str,
-        kv_dir: Path | None = None,
-        keep_kv: bool = False,
-        on_progress: Callable[[Progress], None] | None = None,
-        span: Span = no_span,
-    ) -> StreamedModel:
-        """The model, without a draft source; it closes `source`. Raises DoesNotFitError."""
-        skeleton, checkpoint = parts.skeleton, parts.checkpoint
-        directory = checkpoint.directory
-        with ExitStack() as opened:  # what fails from here on leaves nothing open
-            weights = opened.enter_context(
-                TieredWeights(
-                    parts.units,
-                    source,
-                    parts.dtype,
-                    self.device,
-                    (accounts.device, accounts.host),
-                    buffer_bytes=skeleton.buffer_bytes,
-                    span=span,
-                    bus=parts.bus,
-                )
+        # What drafts for it.
+        drafter: Drafter | None = None
+        if options.draft_model is not None:
+            drafter = open_drafter(
+                runtime, model, resolve(options.draft_model, registry, options.models_dir)
             )
-            skeleton.bind_norm(weights.norm)
-            admitting = admission(weights)
-            engine = Engine(
-                skeleton,
-                weights,
-                admitting,
-                on_progress,
-                self.cap,
-                span,
-                checkpoint.check_unchanged,
-            )
-            kv_request = KVRequest(
-                parts.geometry,
-                accounts.device,
-                accounts.host,
-                kv_dir,
-                functools.cache(
-                    functools.partial(
-                        identity,
-                        checkpoint,
-                        parts.config,
-                        engine.progress.checked,
-                        exact=admitting.exact,
-                    )
-                ),
-                keep_kv,
-            )
-            model = StreamedModel(
-                skeleton,
-                weights,
-                engine,
-                accounts,
-                StoreOpener(kv, kv_request, parts.adapter, self.registry),
-                parts.kinds,
-                weight_bytes=checkpoint.total_bytes,
-                generation_config=read_generation_config(directory, skeleton.config.to_dict()),
-                tokenizer=open_tokenizer(directory, trust_remote_code=self.trust_remote_code),
-                demand=functools.partial(require, parts.adapter),
-            )
-            opened.pop_all()
-        return model
+        elif options.draft == "lookup":
+            drafter = LookupDrafter()
+        elif offer := registry.check_name("ollm_draft_sources", options.draft):
+            drafter = _make_drafter(offer, spec, model)
+        model.draft_with(drafter, whole_number(options.num_draft_tokens))
+        opened.pop_all()
+    return model
 
 
-def _open_source(checkpoint: Checkpoint, reader: str, engine: Offer | None) -> ByteSource:
+def open_drafter(runtime: Runtime, main: StreamedModel, directory: Path) -> ModelDrafter:
+    """Open the model in `directory` as draft source of `main`, in a part of its accounts. Raises an
+    OllmError with nothing left open.
+
+    Python code of its tokenizer is never run: that `main`'s may be says nothing of this one.
+    """
+    spec = inspect_directory(runtime, directory)
+    require(spec.adapter, "truncate")
+    vocab_size, tokenizer = spec.skeleton.config.vocab_size, open_tokenizer(directory)
+    check_vocabulary(vocab_size, tokenizer, main.config.vocab_size, main.tokenizer)
+    drafter = build_drafter(runtime, spec, main.accounts, main.engine.set_aside)
+    if spec.checkpoint.total_bytes > main.weight_bytes:
+        logger.warning(
+            "the draft model is larger than the model: %s, %s",
+            format_size(spec.checkpoint.total_bytes),
+            format_size(main.weight_bytes),
+        )
+    return drafter
+
+
+def build_drafter(
+    runtime: Runtime,
+    spec: ModelSpec,
+    whole: Accounts,
+    set_aside: Callable[[str, TierBytes], None],
+) -> ModelDrafter:
+    """A draft model in a part of the accounts `whole`, in which `set_aside` reserves. Raises
+    DoesNotFitError where its weights have no room.
+    """
+    with ExitStack() as opened:  # what fails from here on leaves nothing open
+        # Weights, and the part of the memory that holds all of them.
+        source = opened.enter_context(_open_source(runtime, spec.checkpoint))
+        workspace = Workspace.of(spec, runtime.registry.proven)
+        room = DraftRoom(spec, source, workspace, fastest_blocks(runtime.device, spec.dtype))
+        part = opened.enter_context(DraftPart(whole, set_aside))
+        part.resize(room.needed(1))
+        weights = opened.enter_context(_open_weights(runtime, spec, source, part.accounts))
+
+        # The engine.
+        admission = room.admission(part.accounts, weights, _pressure(weights))
+        check_files = spec.checkpoint.check_unchanged
+        engine = Engine(spec.skeleton, weights, admission, cap=runtime.cap, check_files=check_files)
+
+        # One KV store on the device.
+        kv_request = _kv_request(spec, part.accounts, engine, admission)
+        open_store = StoreOpener("device", kv_request, spec.adapter, runtime.registry)
+        _, store = open_store("device", None, num_tokens=0)
+        opened.enter_context(store)
+        drafter = ModelDrafter(engine, store, room, part)
+        opened.pop_all()
+    return drafter
+
+
+def inspect_directory(runtime: Runtime, directory: Path) -> ModelSpec:
+    """What the model in `directory` is. Raises ConfigError, CheckpointError, UnknownModelError."""
+    config = read_config(directory)
+    return inspect_model(
+        runtime.registry.adapter_for(config),
+        config,
+        open_checkpoint(directory),
+        runtime.registry.offers("ollm_weight_codecs"),
+        dtype=runtime.dtype,
+        device=runtime.device,
+        where=directory,
+        bus=runtime.bus,
+    )
+
+
+def _open_source(runtime: Runtime, checkpoint: Checkpoint) -> ByteSource:
+    """What reads the weights. Raises ReadError, PluginError."""
+    engine = runtime.registry.check_name("ollm_reading_engines", runtime.reader)
+    if runtime.reader == "auto":
+        try:
+            return _source_by(checkpoint, fastest_reader(checkpoint.directory), None)
+        except InputError:  # one that worked when it was measured; CheckpointError comes again
+            pass
+    return _source_by(checkpoint, runtime.reader, engine)
+
+
+def _source_by(checkpoint: Checkpoint, reader: str, engine: Offer | None) -> ByteSource:
     checkpoint.check_unchanged()
     paths = list(checkpoint.files)
     if engine is None:
@@ -173,3 +234,64 @@ def _open_source(checkpoint: Checkpoint, reader: str, engine: Offer | None) -> B
             f"{engine} failed its test read: {one_line(error)}", hint="use reader='auto'"
         ) from error
     return source
+
+
+def _open_weights(
+    runtime: Runtime,
+    spec: ModelSpec,
+    source: ByteSource,
+    accounts: Accounts,
+    span: Span = no_span,
+) -> TieredWeights:
+    """The weights, which close `source`. Raises DoesNotFitError."""
+    return TieredWeights(
+        spec.units,
+        source,
+        spec.dtype,
+        runtime.device,
+        (accounts.device, accounts.host),
+        buffer_bytes=spec.skeleton.buffer_bytes,
+        span=span,
+        bus=spec.bus,
+    )
+
+
+def _pressure(weights: TieredWeights) -> Pressure:
+    """Lets kept weights give way when others take the machine's memory."""
+    device, host = weights.device, HostMemory()
+    free = functools.partial(free_device_bytes, device) if device.type == "cuda" else None
+    return Pressure(weights, host.free, free, reserve_bytes=reserve_bytes(host.total()))
+
+
+def _kv_request(
+    spec: ModelSpec,
+    accounts: Accounts,
+    engine: Engine,
+    admission: Admission,
+    directory: Path | None = None,
+    *,
+    keep: bool = False,
+) -> KVRequest:
+    """What KV stores are made from. Their fingerprint of the model is taken once."""
+    checkpoint, exact = spec.checkpoint, admission.exact
+    fingerprint = functools.cache(
+        functools.partial(identity, checkpoint, spec.config, engine.progress.checked, exact=exact)
+    )
+    device, host = accounts.device, accounts.host
+    return KVRequest(spec.geometry, device, host, directory, fingerprint, keep)
+
+
+def _make_drafter(offer: Offer, spec: ModelSpec, model: StreamedModel) -> Drafter:
+    """The draft source of a plugin. Raises PluginError."""
+    request = DraftRequest(
+        spec.config,
+        spec.checkpoint.directory,
+        spec.skeleton.config.vocab_size,
+        model.tokenizer,
+        str(spec.device),
+        model.accounts.device,
+        model.accounts.host,
+    )
+    # A Drafter is anything that can be called, which is what the answer is held against.
+    drafter: Drafter = offer.make(collections.abc.Callable, request)  # type: ignore[arg-type]
+    return drafter

@@ -35,7 +35,7 @@ from ollm_core.contracts.tensors import TensorInfo
 from ollm_core.convert.writer import check_packed, write_packed
 from ollm_core.errors import DoesNotFitError, InputError, OllmError, ReadError
 from ollm_core.memory.sizes import format_size
-from ollm_core.model.spec import ModelParts, take_apart
+from ollm_core.model.spec import ModelSpec, inspect_model
 from ollm_core.plugins.registry import Registry
 from ollm_core.weights.formats.compressed import DTYPES, FORMAT_KEY, require_zstandard
 
@@ -101,8 +101,8 @@ def convert(
     checkpoint = open_checkpoint(directory)
     if any(FORMAT_KEY in metadata for metadata in checkpoint.metadata.values()):
         raise InputError(f"{directory} is already compressed", hint="use it as it is")
-    apart = functools.partial(
-        take_apart,
+    inspected = functools.partial(
+        inspect_model,
         registry.adapter_for(config),
         config,
         codecs=registry.offers("ollm_weight_codecs"),
@@ -111,7 +111,7 @@ def convert(
         where=directory,
         bare=True,
     )
-    chosen = worth_trying(apart(checkpoint=checkpoint), min_bytes)
+    chosen = worth_trying(inspected(checkpoint=checkpoint), min_bytes)
     if not chosen:
         raise InputError(
             f"{directory}: no tensor of a layer can be compressed",
@@ -121,15 +121,15 @@ def convert(
     work = _Conversion(checkpoint, out, chosen, on_progress or _ignore)
     with _errors_of(out), work.directory():
         made = work.write_weights()
-        apart(checkpoint=made)  # it can be opened
+        inspected(checkpoint=made)  # it can be opened
         return work.finish(made)
 
 
-def worth_trying(parts: ModelParts, min_bytes: int) -> frozenset[str]:
+def worth_trying(spec: ModelSpec, min_bytes: int) -> frozenset[str]:
     """The stored tensors that are read whole by layers and experts, in a dtype and of a size that
     may pay. The embedding and stacked experts are read by row, the head in slices.
     """
-    units = parts.units
+    units = spec.units
     experts = (unit for layer in units.experts.values() for unit in layer)
     other = {units.embedding.name, *(t.name for unit in units.head for t in unit.tensors)}
     used = {t.name: t for unit in (*units.layers, *experts) for t in unit.tensors}
@@ -138,7 +138,7 @@ def worth_trying(parts: ModelParts, min_bytes: int) -> frozenset[str]:
         for name, info in used.items()
         if info.dtype in DTYPES
         and info.num_bytes >= max(min_bytes, 2)
-        and parts.checkpoint.tensors.get(name) == info
+        and spec.checkpoint.tensors.get(name) == info
         and name not in other
     )
 

@@ -14,11 +14,11 @@ from ollm_core.contracts.kv import TierBytes
 from ollm_core.contracts.weights import ByteSource
 from ollm_core.engine.activations import Workspace
 from ollm_core.engine.batch import NewTokens
-from ollm_core.engine.pass_planner import Accounts, Admission
+from ollm_core.engine.pass_planner import Accounts, Admission, Policy
 from ollm_core.engine.torch_state import own_torch_state
 from ollm_core.kv.simulated import planned_store
 from ollm_core.memory.accounts import MemoryAccount
-from ollm_core.model.spec import ModelParts
+from ollm_core.model.spec import ModelSpec
 from ollm_core.plugins.registry import supports
 from ollm_core.weights.eviction import Pressure
 from ollm_core.weights.placement import HeldWeights, Placement
@@ -38,16 +38,28 @@ _NO_LIMIT = 1 << 62
 class DraftRoom:
     """Tells what a draft model takes of memory, by going through a text without data."""
 
-    def __init__(self, parts: ModelParts, source: ByteSource) -> None:
-        """`source` is what its weights will be read with; nothing is read here."""
-        self._parts = parts
+    def __init__(
+        self,
+        spec: ModelSpec,
+        source: ByteSource,
+        workspace: Workspace,
+        blocks: str = "blockwise",
+    ) -> None:
+        """`source` is what its weights will be read with; nothing is read here. `blocks` is as in
+        Policy.
+        """
+        self._spec = spec
         self._source = source
-        self._workspace: Workspace = parts.workspace()
-        self.piece = PIECE if supports(parts.adapter, "chunked-prefill") else None
+        self._workspace = workspace
+        self.piece = PIECE if supports(spec.adapter, "chunked-prefill") else None
         """Tokens of a pass; None: all that there are."""
-        self.forks = any(kind.kind == "recurrent" for kind in parts.kinds)
+        # A draft may differ in its last bits from the model's own choice, so attention is the kind
+        # whose memory does not grow, where the family has it.
+        blockwise = supports(spec.adapter, "blockwise-attention")
+        self._policy = Policy.of(spec, "blockwise" if blockwise else "exact", self.piece, blocks)
+        self.forks = any(kind.kind == "recurrent" for kind in spec.kinds)
         """Whether drafts are made on a copy, because a state does not go back over many passes."""
-        limit: int = parts.skeleton.config.max_position_embeddings
+        limit: int = spec.skeleton.config.max_position_embeddings
         self.max_positions = limit
 
     def admission(
@@ -56,18 +68,8 @@ class DraftRoom:
         weights: TieredWeights | HeldWeights,
         pressure: Pressure | None = None,
     ) -> Admission:
-        """How its passes run. A draft may differ in its last bits from the model's own choice, so
-        attention is the kind whose memory does not grow, where the family has it.
-        """
-        blockwise = supports(self._parts.adapter, "blockwise-attention")
-        return self._parts.admission(
-            accounts,
-            weights,
-            self._workspace,
-            attention="blockwise" if blockwise else "exact",
-            chunk_size=self.piece,
-            pressure=pressure,
-        )
+        """How its passes run."""
+        return Admission(self._policy, accounts, weights, self._workspace, pressure)
 
     @own_torch_state()
     def needed(self, num_tokens: int) -> TierBytes:
@@ -77,22 +79,22 @@ class DraftRoom:
         accounts = Accounts(
             MemoryAccount("device memory", _NO_LIMIT), MemoryAccount("host memory", _NO_LIMIT)
         )
-        pair, parts = (accounts.device, accounts.host), self._parts
+        pair, spec = (accounts.device, accounts.host), self._spec
         weights = HeldWeights(
-            parts.units,
+            spec.units,
             self._source,
-            parts.dtype,
-            parts.device,
+            spec.dtype,
+            spec.device,
             pair,
-            buffer_bytes=parts.skeleton.buffer_bytes,
-            bus=parts.bus,
+            buffer_bytes=spec.skeleton.buffer_bytes,
+            bus=spec.bus,
         )
         admission = self.admission(accounts, weights)
         with ExitStack() as stack:
             weights.reserve()
             stack.callback(weights.unreserve)
             stack.callback(weights.hold, Placement())
-            store = planned_store("device", parts.geometry, pair)
+            store = planned_store("device", spec.geometry, pair)
             stack.callback(store.close)
             sequence = store.new_sequence()
             most = num_tokens - 1 if self.forks and num_tokens > 1 else num_tokens

@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import logging
 import threading
-from contextlib import ExitStack
-from pathlib import Path
+import weakref
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ollm_core.contracts.closing import Closing
+from ollm_core.contracts.closing import Belongings, Closing, close_outside
 from ollm_core.contracts.drafting import FollowsText
+from ollm_core.contracts.kv import KVStore
 from ollm_core.drafting.draft_memory import DraftPart, DraftRoom
 from ollm_core.drafting.lookup import NUM_DRAFT_TOKENS
 from ollm_core.engine.batch import NewTokens
+from ollm_core.engine.engine import Engine
 from ollm_core.errors import InputError, KVStoreError, NotFiniteError
-from ollm_core.generate.cache import SequenceCache
-from ollm_core.generate.causal_lm import StreamedModel
-from ollm_core.loader import Opening
-from ollm_core.memory.sizes import format_size
-from ollm_core.model.spec import ModelParts
-from ollm_core.plugins.registry import require
-
-logger = logging.getLogger("ollm")
 
 _OTHER_VOCABULARY = (
     "a draft model has the vocabulary of the model: take a smaller one of the same family"
@@ -39,12 +32,17 @@ class ModelDrafter(Closing, FollowsText):
     A family with recurrent states, which go back over one pass only, drafts on a copy.
     """
 
-    def __init__(self, model: StreamedModel, room: DraftRoom, part: DraftPart) -> None:
-        """Owns `model`, whose accounts are `part`'s, and `part`. Reads its weights at once."""
-        self.model = model
+    def __init__(self, engine: Engine, store: KVStore, room: DraftRoom, part: DraftPart) -> None:
+        """Owns `engine` and `store`, whose accounts are `part`'s, and `part`. Reads the weights at
+        once.
+        """
+        self.engine = engine
+        self.part = part
+        self._store = store
         self._room = room
-        self._part = part
-        self._cache: SequenceCache | None = model.new_cache("device")
+        # Also runs when nobody closed the drafter, and at exit.
+        closers = Belongings(store.close, engine.close)
+        self._close = weakref.finalize(self, close_outside, closers.close)
         self._sequence: int | None = None
         self._read = torch.zeros(0, dtype=torch.long)
         """The tokens that the sequence has, [S]."""
@@ -65,7 +63,7 @@ class ModelDrafter(Closing, FollowsText):
                 self._forget()
             if most != self._most:
                 self._most = min(most, self._most)  # until there is room for more
-                self._part.resize(self._room.needed(most))
+                self.part.resize(self._room.needed(most))
                 self._most = most
 
     def catch_up(self, token_ids: Tensor) -> None:
@@ -78,10 +76,10 @@ class ModelDrafter(Closing, FollowsText):
         """See Drafter."""
         with self._lock:
             num_tokens = min(num_tokens, self._most - len(token_ids))
-            if num_tokens < 1 or len(token_ids) == 0 or self._cache is None:
+            if num_tokens < 1 or len(token_ids) == 0 or not self._close.alive:
                 return token_ids[:0]
             guesses = [self._read_up_to(token_ids)]
-            store, sequence = self._cache.store, self._sequence
+            store, sequence = self._store, self._sequence
             assert sequence is not None, "it has just read a text"
             copy = store.fork(sequence) if self._room.forks and num_tokens > 1 else sequence
             try:
@@ -103,9 +101,8 @@ class ModelDrafter(Closing, FollowsText):
         """Free the model and give its part of the accounts back."""
         with self._lock:
             self._forget()
-            self._cache = None
-            self.model.close()
-            self._part.close()
+            self._close()
+            self.part.close()
 
     def _shared(self, token_ids: Tensor) -> int:
         """How many of `token_ids` the sequence begins with."""
@@ -120,25 +117,25 @@ class ModelDrafter(Closing, FollowsText):
 
     def _go_back(self, num_tokens: int) -> None:
         """Keep `num_tokens`, or nothing where the family cannot go back so far."""
-        if num_tokens == len(self._read) or self._sequence is None or self._cache is None:
+        if num_tokens == len(self._read) or self._sequence is None:
             return
         try:
-            self._cache.store.truncate(self._sequence, num_tokens)
+            self._store.truncate(self._sequence, num_tokens)
             self._read = self._read[:num_tokens]
         except KVStoreError:
             self._forget()
 
     def _forget(self) -> None:
-        if self._cache is not None and self._sequence is not None:
-            self._cache.store.release(self._sequence)
+        if self._sequence is not None:
+            self._store.release(self._sequence)
         self._sequence, self._read = None, self._read[:0]
 
     def _feed(self, token_ids: Tensor) -> Tensor:
         """Read `token_ids` [T] after what the sequence has; -> the next token, [1]."""
-        if self._cache is None:
+        if not self._close.alive:
             raise InputError("the draft model is closed")
         if self._sequence is None:
-            self._sequence = self._cache.store.new_sequence()
+            self._sequence = self._store.new_sequence()
         found = token_ids[:0]
         for piece in token_ids.split(self._room.piece or len(token_ids)):
             found = self._step(self._sequence, piece, len(self._read))
@@ -147,67 +144,33 @@ class ModelDrafter(Closing, FollowsText):
 
     def _step(self, sequence: int, token_ids: Tensor, start: int) -> Tensor:
         """One pass over `token_ids` [T] of `sequence`; -> the likeliest next token, [1]."""
-        assert self._cache is not None, "closed models take no passes"
         work = NewTokens(sequence, token_ids, start)
         try:
-            (logits,) = self.model.engine.run(self._cache.store, [work])
+            (logits,) = self.engine.run(self._store, [work])
         except NotFiniteError as error:
             raise NotFiniteError(f"the draft model: {error.message}", hint=error.hint) from error
         return logits[-1:].argmax(dim=-1).cpu()
 
 
-def open_drafter(opening: Opening, main: StreamedModel, directory: Path) -> ModelDrafter:
-    """Open the model in `directory` as draft source of `main`, in a part of its accounts. Raises an
-    OllmError with nothing left open, DoesNotFitError where its weights have no room.
+def check_vocabulary(
+    draft_size: int, draft_tokenizer: Any, main_size: int, main_tokenizer: Any
+) -> None:
+    """Raise InputError unless a draft model has the vocabulary of the main model: as many tokens,
+    and the same ids for the same tokens as far as both have a tokenizer.
     """
-    with ExitStack() as opened:
-        parts = opening.take_apart(directory)
-        require(parts.adapter, "truncate")
-        source = opened.enter_context(opening.source(parts))
-        room = DraftRoom(parts, source)
-        part = opened.enter_context(DraftPart(main.accounts, main.engine.set_aside))
-        _check_size(main, parts)
-        part.resize(room.needed(1))
-        accounts = part.accounts
-        model = opened.enter_context(
-            opening.open(
-                parts,
-                source,
-                accounts,
-                lambda weights: room.admission(accounts, weights, opening.pressure(weights)),
-                "device",
-            )
-        )
-        _check_tokenizer(main, model)
-        if model.weight_bytes > main.weight_bytes:
-            logger.warning(
-                "the draft model is larger than the model: %s, %s",
-                format_size(model.weight_bytes),
-                format_size(main.weight_bytes),
-            )
-        drafter = ModelDrafter(model, room, part)
-        opened.pop_all()
-    return drafter
-
-
-def _check_size(main: StreamedModel, draft: ModelParts) -> None:
-    ours, theirs = main.config.vocab_size, draft.skeleton.config.vocab_size
-    if ours != theirs:
+    if draft_size != main_size:
         raise InputError(
-            f"the draft model has a vocabulary of {theirs} tokens, the model one of {ours}",
+            f"the draft model has a vocabulary of {draft_size} tokens, the model one of "
+            f"{main_size}",
             hint=_OTHER_VOCABULARY,
         )
-
-
-def _check_tokenizer(main: StreamedModel, draft: StreamedModel) -> None:
-    """The same ids for the same tokens, as far as both have a tokenizer."""
-    if main.tokenizer is None or draft.tokenizer is None:
+    if draft_tokenizer is None or main_tokenizer is None:
         return
-    ours: dict[str, int] = main.tokenizer.get_vocab()
-    theirs: dict[str, int] = draft.tokenizer.get_vocab()
+    theirs: dict[str, int] = draft_tokenizer.get_vocab()
+    ours: dict[str, int] = main_tokenizer.get_vocab()
     if ours != theirs:
         token = min(name for name, _ in ours.items() ^ theirs.items())
-        ids = [str(found.get(token, "none")) for found in (theirs, ours)]
+        ids = [str(vocabulary.get(token, "none")) for vocabulary in (theirs, ours)]
         raise InputError(
             f"the draft model has another tokenizer: the id of {token!a:.40} is {ids[0]} in its "
             f"vocabulary, and {ids[1]} in the model's",

@@ -23,6 +23,7 @@ from ollm_core.kv.block_storage import KVGeometry
 from ollm_core.memory.tracker import OneExpertTaken, called_operations, traced_peak
 from ollm_core.model.moe import Mixture, RoutedChunk
 from ollm_core.model.skeleton import Skeleton
+from ollm_core.model.spec import ModelSpec
 
 _Shape = tuple[int, int, int, int, str]
 """layer_idx, num_rows, num_new, num_past, attention"""
@@ -46,6 +47,29 @@ class Workspace:
             experts = mixture and mixture.slice_shapes
             kinds.setdefault((cache, type(layer), made_of, experts), layer_idx)
         self._distinct = tuple(kinds.values())
+
+    @classmethod
+    def of(cls, spec: ModelSpec, proven: set[str] | None = None) -> Workspace:
+        """That of a model whose halves of a layer are the layer; raises UnsupportedError for any
+        other. `proven` names the models of which this is known, and remembers this one.
+        """
+        workspace = cls(spec.skeleton, spec.geometry)
+        stated = f"{spec.adapter.name} {spec.config!r}"
+        if proven is None or stated not in proven:
+            workspace.check_halves()
+            if proven is not None:
+                proven.add(stated)
+        return workspace
+
+    @property
+    def hidden_size(self) -> int:
+        """Numbers in the hidden state of one token."""
+        return int(self._skeleton.config.hidden_size)
+
+    @property
+    def vocab_size(self) -> int:
+        """Logits of one token."""
+        return int(self._skeleton.config.vocab_size)
 
     def check_halves(self) -> None:
         """Raises UnsupportedError if the two halves of a layer with routed experts compute anything

@@ -49,10 +49,11 @@ class Engine:
         span: Span = no_span,
         check_files: Callable[[], None] = _no_files,
     ) -> None:
-        """`cap` is held during each pass: a limit that the device's allocator keeps. `check_files`
-        raises ReadError if the weights are not those any more that were opened: what a pass has
-        computed counts only after that.
+        """Owns `weights`, and binds their final norm to `skeleton`. `cap` is held during each pass:
+        a limit that the device's allocator keeps. `check_files` raises ReadError if the weights are
+        not those any more that were opened: what a pass has computed counts only after that.
         """
+        skeleton.bind_norm(weights.norm)
         self.counters = Counters()
         self.progress = ProgressReporter(self.counters, weights, on_progress)
         self._skeleton = skeleton
@@ -69,8 +70,10 @@ class Engine:
         return self._admission.pressure
 
     def close(self) -> None:
-        """Hold nothing on the device any more."""
-        self._skeleton.close()
+        """Free the weights, and hold nothing on the device any more."""
+        with ExitStack() as stack:  # both, even if one fails
+            stack.callback(self._skeleton.close)
+            stack.callback(self._weights.close)
 
     def run(self, store: KVStore, work: Sequence[NewTokens]) -> list[Tensor]:
         """Logits [num_logits, V] of each item of `work`; the store then holds its new tokens.

@@ -10,12 +10,15 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ollm_core.attention.trial import require_flash
 from ollm_core.contracts.kv import KVStore, TierBytes
 from ollm_core.engine.activations import Workspace
 from ollm_core.engine.batch import Chunk, NewTokens, cut_chunks
 from ollm_core.errors import DoesNotFitError
 from ollm_core.memory.accounts import MemoryAccount
 from ollm_core.memory.sizes import format_size
+from ollm_core.model.spec import ModelSpec
+from ollm_core.plugins.registry import require, supports
 from ollm_core.weights.eviction import Pressure
 from ollm_core.weights.placement import HELD_KINDS, HeldWeights
 from ollm_core.weights.streamer import TieredWeights
@@ -49,6 +52,27 @@ class Policy:
     """Whether the family allows a prompt in chunks."""
     may_use_blocks: bool = True
     """Whether the family allows block-wise attention."""
+
+    @classmethod
+    def of(
+        cls, spec: ModelSpec, attention: str, chunk_size: int | None, blocks: str = "blockwise"
+    ) -> Policy:
+        """That of a model. Raises UnsupportedError for a fixed attention or chunk size that the
+        family does not have, InputError for "flash" in another dtype or on a CPU.
+        """
+        if attention not in ("auto", "exact"):
+            require(spec.adapter, "blockwise-attention")
+        if chunk_size is not None:
+            require(spec.adapter, "chunked-prefill")
+        if attention == "flash":
+            require_flash(spec.device, spec.dtype, here=False)
+        return cls(
+            blocks if (attention, blocks) == ("blockwise", "products") else attention,
+            chunk_size,
+            blocks=blocks,
+            may_chunk=supports(spec.adapter, "chunked-prefill"),
+            may_use_blocks=supports(spec.adapter, "blockwise-attention"),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,9 +115,6 @@ class Admission:
         accounts: Accounts,
         weights: TieredWeights | HeldWeights,
         workspace: Workspace,
-        *,
-        hidden_size: int,
-        vocab_size: int,
         pressure: Pressure | None = None,
     ) -> None:
         """Without `pressure`, what others take of the machine is not looked at."""
@@ -102,8 +123,8 @@ class Admission:
         self._accounts = accounts
         self._weights = weights
         self._workspace = workspace
-        self._hidden_size = hidden_size
-        self._vocab_size = vocab_size
+        self._hidden_size = workspace.hidden_size
+        self._vocab_size = workspace.vocab_size
         self._itemsize = weights.dtype.itemsize
         self._one_memory = weights.one_memory
 

@@ -18,7 +18,7 @@ from ollm_core.engine.pass_planner import Accounts
 from ollm_core.files.paths import absolute
 from ollm_core.generate.cache import SequenceCache
 from ollm_core.memory.budgets import layer_limits
-from ollm_core.options import Count, PathLike
+from ollm_core.values import Count, PathLike
 from ollm_core.weights.streamer import TieredWeights
 
 OpenStore = Callable[[str, "Path | None", int, int], tuple[str, KVStore]]
@@ -52,7 +52,7 @@ class OpenedModel(Closing):
         self._open_store = open_store
         self._kinds = kinds
         self._demand = demand
-        self._belongings = Belongings(weights.close, engine.close)
+        self._belongings = Belongings(engine.close)
         # Also runs when nobody closed the model, and at exit.
         self._close = weakref.finalize(self, close_outside, self._belongings.close)
         self.draft_with(None)

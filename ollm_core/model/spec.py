@@ -1,44 +1,37 @@
-"""A model taken apart, before anything of it is read: what a run and a plan of it share."""
+"""What a model is made of, known before any weight is read: a run and a plan start from it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from ollm_core import options
-from ollm_core.attention.trial import require_flash
+from ollm_core import values
 from ollm_core.checkpoint.safetensors import Checkpoint
 from ollm_core.checkpoint.synthetic import describe_checkpoint
 from ollm_core.contracts.adapter import ModelAdapter
 from ollm_core.contracts.kv import CacheKind
 from ollm_core.contracts.model import Config
 from ollm_core.device.transfer import Bus, bus_of
-from ollm_core.engine.activations import Workspace
-from ollm_core.engine.pass_planner import Accounts, Admission, Policy
 from ollm_core.errors import ConfigError, UnsupportedError
 from ollm_core.files.untrusted_json import show
 from ollm_core.kv.block_storage import KVGeometry
 from ollm_core.model.skeleton import Skeleton
 from ollm_core.plugins.loader import Offer
-from ollm_core.plugins.registry import require, supports
 from ollm_core.plugins.validation import kinds_of, layout_of, plan_of, text_config_of
-from ollm_core.weights.eviction import Pressure
 from ollm_core.weights.formats.codecs import LogicalTensors
-from ollm_core.weights.placement import HeldWeights
-from ollm_core.weights.streamer import TieredWeights
 from ollm_core.weights.tied_head import untie_head
 from ollm_core.weights.units import Units, cut_units
 
-DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in options.DTYPES}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in values.DTYPES}
 _FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class ModelParts:
-    """What a model is made of. `device` is the one that computes, which need not be here."""
+class ModelSpec:
+    """One model on one device, which need not be here."""
 
     adapter: ModelAdapter
     config: Config
@@ -51,10 +44,6 @@ class ModelParts:
     units: Units
     bus: Bus | None
     """That of `device`; None where it computes in host memory."""
-    blocks: str = "blockwise"
-    """What attention "auto" takes where it is not exact."""
-    proven: set[str] = field(default_factory=set)
-    """Configs of this adapter whose halves of a layer have been compared with the layer."""
 
     @property
     def geometry(self) -> KVGeometry:
@@ -62,57 +51,8 @@ class ModelParts:
         bus = self.bus and self.bus.beside()
         return KVGeometry(self.kinds, self.dtype, self.device, bus=bus)
 
-    def workspace(self) -> Workspace:
-        """Tells what layers take; remembers what it has traced. Raises UnsupportedError for a
-        layout whose halves of a layer are not the layer.
-        """
-        workspace = Workspace(self.skeleton, self.geometry)
-        stated = f"{self.adapter.name} {self.config!r}"
-        if stated not in self.proven:
-            workspace.check_halves()
-            self.proven.add(stated)
-        return workspace
 
-    def admission(
-        self,
-        accounts: Accounts,
-        weights: TieredWeights | HeldWeights,
-        workspace: Workspace,
-        *,
-        attention: str,
-        chunk_size: int | None,
-        pressure: Pressure | None = None,
-    ) -> Admission:
-        """What decides how a pass is run. Raises UnsupportedError for a fixed attention or chunk
-        size that the family does not have, InputError for "flash" in another dtype or on a CPU.
-        """
-        if attention not in ("auto", "exact"):
-            require(self.adapter, "blockwise-attention")
-        if attention == "flash":
-            require_flash(self.device, self.dtype, here=False)
-        if attention == "blockwise" and self.blocks == "products":
-            attention = self.blocks
-        if chunk_size is not None:
-            require(self.adapter, "chunked-prefill")
-        policy = Policy(
-            attention,
-            chunk_size,
-            blocks=self.blocks,
-            may_chunk=supports(self.adapter, "chunked-prefill"),
-            may_use_blocks=supports(self.adapter, "blockwise-attention"),
-        )
-        return Admission(
-            policy,
-            accounts,
-            weights,
-            workspace,
-            hidden_size=self.skeleton.config.hidden_size,
-            vocab_size=self.skeleton.config.vocab_size,
-            pressure=pressure,
-        )
-
-
-def take_apart(
+def inspect_model(
     adapter: ModelAdapter,
     whole_config: Config,
     checkpoint: Checkpoint | None,
@@ -123,8 +63,8 @@ def take_apart(
     where: Path,
     bare: bool = False,
     bus: Bus | None = None,
-) -> ModelParts:
-    """The parts of the model of a config.json. `where` that came from is for messages.
+) -> ModelSpec:
+    """The spec of the model of a config.json. `where` that came from is for messages.
 
     Without a `checkpoint`, one is described as the adapter declares it. `bare` allocates nothing on
     `device`, which then need not be there. `bus` is by default as `bus_of` says. Raises
@@ -160,7 +100,7 @@ def take_apart(
         # In float32, matrix libraries give other last bits for a part of the rows.
         slice_head=compute_dtype != torch.float32,
     )
-    return ModelParts(
+    return ModelSpec(
         adapter,
         config,
         checkpoint,

@@ -44,7 +44,7 @@ class Question:
         was called, `from_files` whether its own were seen.
         """
         rehearsal, scenario, budgets = self._rehearsal, self._scenario, self._budgets
-        parts, reason = rehearsal.parts, ""
+        spec, reason = rehearsal.spec, ""
         least = rehearsal.least(scenario, Budgets(1, 1))
         try:
             run = rehearsal.run(budgets, scenario)
@@ -56,9 +56,9 @@ class Question:
         prefill, token = self._times(run, scenario)
         return Plan(
             model=model,
-            adapter=parts.adapter.name,
-            device=str(parts.device),
-            dtype=str(parts.dtype).removeprefix("torch."),
+            adapter=spec.adapter.name,
+            device=str(spec.device),
+            dtype=str(spec.dtype).removeprefix("torch."),
             device_memory=self._budgets.device,
             host_memory=self._budgets.host,
             context=scenario.context,
@@ -71,7 +71,7 @@ class Question:
             device_peak_bytes=run.device_peak.device_bytes,
             host_peak_bytes=run.host_peak.host_bytes,
             disk_bytes=run.disk_bytes,
-            weight_bytes=parts.checkpoint.total_bytes,
+            weight_bytes=spec.checkpoint.total_bytes,
             kv_bytes=self._estimate.kv_bytes(scenario),
             bytes_read_per_token=round(
                 self._estimate.token(run, scenario).disk_bytes / scenario.batch
@@ -103,7 +103,7 @@ class Question:
 
     def _placement(self, run: Rehearsed) -> dict[str, Any]:
         held, estimate = run.held, self._estimate
-        layers = len(self._rehearsal.parts.units.layers)
+        layers = len(self._rehearsal.spec.units.layers)
         found: dict[str, Any] = {
             "layers": layers,
             "head_parts": held.num_units - layers,
@@ -180,16 +180,16 @@ class Question:
 
     def _candidates(self, run: Rehearsed) -> Iterator[tuple[str, Scenario, Budgets]]:
         scenario, budgets = self._scenario, self._budgets
-        parts = self._rehearsal.parts
+        spec = self._rehearsal.spec
         for tier in TIERS:
-            if tier != run.kv_tier and supports(parts.adapter, f"kv-{tier}"):
+            if tier != run.kv_tier and supports(spec.adapter, f"kv-{tier}"):
                 yield f"--kv {tier}", replace(scenario, kv=tier), budgets
         more = 2 * budgets.device
         yield f"--device-memory {_as_option(more)}", scenario, replace(budgets, device=more)
         more = 2 * budgets.host
-        if parts.device.type != "cpu":
+        if spec.device.type != "cpu":
             yield f"--host-memory {_as_option(more)}", scenario, replace(budgets, host=more)
-        if run.attention == "exact" and supports(parts.adapter, "blockwise-attention"):
+        if run.attention == "exact" and supports(spec.adapter, "blockwise-attention"):
             yield "--attention blockwise", replace(scenario, attention="blockwise"), budgets
         half = scenario.context // 2
         if half > scenario.new_tokens:

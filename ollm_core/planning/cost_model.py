@@ -10,7 +10,7 @@ import torch
 from ollm_core.calibration.rates import Rates
 from ollm_core.contracts.kv import CacheKind
 from ollm_core.device.offload import Parking
-from ollm_core.model.spec import ModelParts
+from ollm_core.model.spec import ModelSpec
 from ollm_core.planning.dry_run import Rehearsed, Scenario
 
 _CONVERSION = 2  # a converted byte is written, and read where it comes from
@@ -54,21 +54,21 @@ def slowest(seconds: Mapping[str, float]) -> tuple[str, float]:
 class Estimate:
     """The passes of one model. Sizes are taken from it once."""
 
-    def __init__(self, parts: ModelParts) -> None:
-        units, itemsize = parts.units, parts.dtype.itemsize
-        self._kinds = [kind for kind in parts.kinds if kind.kind != "recurrent"]
+    def __init__(self, spec: ModelSpec) -> None:
+        units, itemsize = spec.units, spec.dtype.itemsize
+        self._kinds = [kind for kind in spec.kinds if kind.kind != "recurrent"]
         self._itemsize = itemsize
-        self._num_heads = int(parts.skeleton.config.num_attention_heads)
-        self._layers = sum(p.num_bytes(parts.dtype) for u in units.layers for p in u.parameters)
-        self._head = sum(p.num_bytes(parts.dtype) for u in units.head for p in u.parameters)
+        self._num_heads = int(spec.skeleton.config.num_attention_heads)
+        self._layers = sum(p.num_bytes(spec.dtype) for u in units.layers for p in u.parameters)
+        self._head = sum(p.num_bytes(spec.dtype) for u in units.head for p in u.parameters)
         self._stored = sum(unit.file_bytes for unit in units.in_pass_order)
         self._counts = [len(layer) for layer in units.experts.values()]
         one = next((layer[0] for layer in units.experts.values()), None)
-        self._expert = sum(p.num_bytes(parts.dtype) for p in one.parameters) if one else 0
+        self._expert = sum(p.num_bytes(spec.dtype) for p in one.parameters) if one else 0
         self._expert_stored = one.file_bytes if one else 0
         self._seconds = sum(unit.seconds for unit in units.in_pass_order)
         self._expert_seconds = one.seconds if one else 0.0
-        self._num_chosen = _experts_per_token(parts)
+        self._num_chosen = _experts_per_token(spec)
 
     @property
     def num_experts(self) -> int:
@@ -174,13 +174,11 @@ class Estimate:
         return span * (span + 1) / 2 + (num_tokens - span) * span
 
 
-def _experts_per_token(parts: ModelParts) -> int:
+def _experts_per_token(spec: ModelSpec) -> int:
     """How many the router chooses, asked without data."""
     meta = torch.device("meta")
-    for mixture in parts.skeleton.mixtures.values():
-        hidden = torch.empty(
-            1, 1, parts.skeleton.config.hidden_size, dtype=parts.dtype, device=meta
-        )
+    for mixture in spec.skeleton.mixtures.values():
+        hidden = torch.empty(1, 1, spec.skeleton.config.hidden_size, dtype=spec.dtype, device=meta)
         with torch.no_grad():
             return mixture.route(hidden, Parking(meta, on_host=False)).tokens.numel()
     return 0

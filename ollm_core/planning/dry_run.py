@@ -10,14 +10,15 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ollm_core.engine.activations import Workspace
 from ollm_core.engine.batch import NewTokens
-from ollm_core.engine.pass_planner import EXACT_CONTEXT, Accounts, PassPlan
+from ollm_core.engine.pass_planner import EXACT_CONTEXT, Accounts, Admission, PassPlan, Policy
 from ollm_core.errors import DoesNotFitError
 from ollm_core.kv.factory import TIERS, choose_tier
 from ollm_core.kv.simulated import PlannedHybridStore, PlannedKVStore, planned_store
 from ollm_core.memory.accounts import MemoryAccount
 from ollm_core.memory.budgets import Budgets, LayerLimits
-from ollm_core.model.spec import ModelParts
+from ollm_core.model.spec import ModelSpec
 from ollm_core.plugins.registry import require
 from ollm_core.weights.placement import HeldWeights, Placement
 from ollm_core.weights.sources.page_aligned import DescribedSource
@@ -132,23 +133,26 @@ class Rehearsed:
 class Rehearsal:
     """One model, to be run on paper as often as wanted. What layers take is traced once."""
 
-    def __init__(self, parts: ModelParts) -> None:
-        """`parts` may be bare; nothing is allocated on their device."""
-        self.parts = parts
+    def __init__(self, spec: ModelSpec, blocks: str = "blockwise") -> None:
+        """`spec` may be bare; nothing is allocated on its device. `blocks` is what attention "auto"
+        takes where it is not exact.
+        """
+        self.spec = spec
+        self._blocks = blocks
         self._accounts = Accounts(
             MemoryAccount("device memory", _NO_LIMIT), MemoryAccount("host memory", _NO_LIMIT)
         )
         self._pair = self._accounts.device, self._accounts.host
         self._weights = HeldWeights(
-            parts.units,
+            spec.units,
             DescribedSource(),
-            parts.dtype,
-            parts.device,
+            spec.dtype,
+            spec.device,
             self._pair,
-            buffer_bytes=parts.skeleton.buffer_bytes,
-            bus=parts.bus,
+            buffer_bytes=spec.skeleton.buffer_bytes,
+            bus=spec.bus,
         )
-        self._workspace = parts.workspace()
+        self._workspace = Workspace.of(spec)
 
     def run(self, budgets: Budgets, scenario: Scenario, *, ends_only: bool = False) -> Rehearsed:
         """Go through a run. With `ends_only`, of the decode steps only the last.
@@ -184,21 +188,16 @@ class Rehearsal:
         return True
 
     def _run(self, scenario: Scenario, stack: ExitStack, *, ends_only: bool) -> Rehearsed:
-        parts = self.parts
+        spec = self.spec
         if scenario.batch > 1:
-            require(parts.adapter, "batch")
-        admission = parts.admission(
-            self._accounts,
-            self._weights,
-            self._workspace,
-            attention=scenario.attention,
-            chunk_size=scenario.chunk_size,
-        )
+            require(spec.adapter, "batch")
+        policy = Policy.of(spec, scenario.attention, scenario.chunk_size, self._blocks)
+        admission = Admission(policy, self._accounts, self._weights, self._workspace)
         self._weights.layer_limits = scenario.layers
         self._weights.reserve()
         stack.callback(self._weights.unreserve)
         tier = self._tier(scenario)
-        store = planned_store(tier, parts.geometry, self._pair)
+        store = planned_store(tier, spec.geometry, self._pair)
         stack.callback(store.close)
         sequences = [store.new_sequence() for _ in range(scenario.batch)]
         moments = [self._moment("opened", store, None, 0)]
@@ -243,9 +242,9 @@ class Rehearsal:
         if tier == "auto":
             limits = self._accounts.device.limit, self._accounts.host.limit
             num_tokens = scenario.batch * scenario.context
-            tier = choose_tier(self.parts.adapter, self.parts.geometry, limits, num_tokens)
+            tier = choose_tier(self.spec.adapter, self.spec.geometry, limits, num_tokens)
         if tier in TIERS:
-            require(self.parts.adapter, f"kv-{tier}")
+            require(self.spec.adapter, f"kv-{tier}")
         return tier
 
     def _steps(self, scenario: Scenario, *, ends_only: bool) -> Sequence[int]:
@@ -258,7 +257,7 @@ class Rehearsal:
         exact = scenario.attention == "exact" or scenario.context <= EXACT_CONTEXT
         if exact and scenario.new_tokens <= EVERY_STEP:
             return range(first, end)  # what a step takes grows with each token
-        block_size = self.parts.geometry.block_size
+        block_size = self.spec.geometry.block_size
         blocks = range(-(-first // block_size) * block_size, end, block_size)
         around = {step for block in blocks for step in (block - 1, block)}
         return sorted({first, end - 1} | {step for step in around if first <= step < end})

@@ -79,7 +79,7 @@ def test_an_interrupted_load(tiny: Path, monkeypatch, nothing_stays):
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    for where in ("take_apart", "Engine", "StoreOpener", "StreamedModel.draft_with"):
+    for where in ("inspect_model", "Engine", "StoreOpener", "StreamedModel.draft_with"):
         with monkeypatch.context() as patched:
             patched.setattr(f"ollm_core.loader.{where}", interrupt)
             with pytest.raises(KeyboardInterrupt):

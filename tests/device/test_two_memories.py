@@ -17,7 +17,7 @@ from ollm_conformance.subject import CHUNK, Subject, greedy
 from ollm_core import DoesNotFitError
 from ollm_core.checkpoint.safetensors import open_checkpoint, read_config
 from ollm_core.memory.budgets import Budgets, LayerLimits
-from ollm_core.model.spec import take_apart
+from ollm_core.model.spec import inspect_model
 from ollm_core.planning.dry_run import Rehearsal, Scenario
 
 FAMILIES = {"llama": LlamaAdapter, "gpt-oss": GptOssAdapter, "qwen3-next": Qwen3NextAdapter}
@@ -48,7 +48,7 @@ def bus(request, monkeypatch):
 def rehearsal_of(subject, directory, bus):
     """What plans runs of a model over this bus."""
     return Rehearsal(
-        take_apart(
+        inspect_model(
             subject.adapter,
             read_config(directory),
             open_checkpoint(directory),

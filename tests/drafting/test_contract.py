@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -11,11 +11,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ollm_conformance import DrafterConformance
-from ollm_core.drafting.draft_memory import DraftPart, DraftRoom
-from ollm_core.drafting.draft_model import ModelDrafter
 from ollm_core.drafting.lookup import LookupDrafter
 from ollm_core.engine.pass_planner import Accounts
-from ollm_core.loader import Opening
+from ollm_core.loader import Runtime, build_drafter, inspect_directory
 from ollm_core.plugins.registry import Registry
 
 
@@ -52,7 +50,6 @@ class TestModelDrafter(DrafterConformance):
 
     @classmethod
     def open_drafter(cls, request):
-        opening = Opening(Registry.discover(), "auto", "auto", torch.device("cpu"), nullcontext)
         whole = Accounts(request.device_account, request.host_account)
 
         def set_aside(kind, more):
@@ -62,14 +59,6 @@ class TestModelDrafter(DrafterConformance):
                 whole.host.reserve(kind, more.host)
                 stack.pop_all()
 
-        with ExitStack() as opened:
-            parts = opening.take_apart(cls.directory)
-            source = opened.enter_context(opening.source(parts))
-            room = DraftRoom(parts, source)
-            part = opened.enter_context(DraftPart(whole, set_aside))
-            part.resize(room.needed(1))
-            model = opening.open(
-                parts, source, part.accounts, lambda w: room.admission(part.accounts, w), "device"
-            )
-            opened.pop_all()
-        return ModelDrafter(model, room, part)
+        runtime = Runtime(Registry.discover(), torch.device("cpu"), "auto", "auto")
+        spec = inspect_directory(runtime, cls.directory)
+        return build_drafter(runtime, spec, whole, set_aside)

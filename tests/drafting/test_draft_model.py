@@ -115,7 +115,7 @@ def test_it_reads_only_what_is_new(make, ids, family):
             return found[0, len(token_ids) :]
 
         def read():
-            return drafter.model.stats.prefill_tokens
+            return drafter.engine.counters.prefill_tokens
 
         drafter.catch_up(text)
         assert read() == 299
@@ -156,12 +156,12 @@ def test_what_it_takes_is_set_aside(make, ids, family):
     """Before the first pass, to the byte of its accounts: all weights stay in memory, no pass goes
     past its part, and torch allocates no more than that; a batch needs none of it for KV.
     """
-    main, prompt = make("llama", 3), ids(300)
-    with load(main, make(family), device_memory="30MB", host_memory="30MB") as model:
+    main, draft, prompt = make("llama", 3), make(family), ids(300)
+    with load(main, draft, device_memory="30MB", host_memory="30MB") as model:
         drafter = model._drafter
         opened = model.accounts.device.kinds[KIND]
         model.generate(prompt[None], max_new_tokens=8, **GREEDY)
-        own = drafter.model.accounts
+        own = drafter.part.accounts
         assert model.accounts.device.kinds[KIND] == own.device.limit > opened
         held = sum(own.device.kinds.get(kind, 0) for kind in ("weights", "resident weights"))
         with AllocationTracker("cpu") as tracker:
@@ -170,8 +170,8 @@ def test_what_it_takes_is_set_aside(make, ids, family):
         assert 0 < tracker.peak <= own.device.limit - held
         for account in (own.device, own.host, model.accounts.device, model.accounts.host):
             assert account.peak <= account.limit
-        stats = drafter.model.stats
-        assert stats.resident_bytes > 0.8 * (stats.weight_bytes - 2 * 199 * 64 * 4)
+        file_bytes = (draft / "model.safetensors").stat().st_size
+        assert drafter.engine._weights.resident_bytes > 0.8 * (file_bytes - 2 * 199 * 64 * 4)
         model.generate(prompt[:40].view(2, 20), max_new_tokens=3, **GREEDY)
         assert model.accounts.device.kinds[KIND] == opened
         assert own.device.used <= opened
@@ -189,7 +189,7 @@ def test_no_more_is_set_aside_than_is_used(make, ids):
         drafter.catch_up(text[:265])
         drafter.catch_up(text)
         drafter(text[:-2], 2)
-        own = drafter.model.accounts.device
+        own = drafter.part.accounts.device
         assert 0.98 * own.limit <= own.peak <= own.limit
 
 
@@ -286,7 +286,7 @@ def test_the_time_of_drafting_counts(make, ids):
     main = make("llama")
     with load(main, main) as model:
         model.generate(ids(300)[None], max_new_tokens=12, **GREEDY)
-        inside = model._drafter.model.stats
+        inside = model._drafter.engine.counters
         assert model.stats.decode_tokens == 11
         assert model.stats.decode_seconds > inside.decode_seconds > 0
 
@@ -334,9 +334,9 @@ def test_a_chat_goes_on(make, ids):
         cache = model.new_cache()
         turn = {"past_key_values": cache, "max_new_tokens": 20, **GREEDY}
         assert model.generate(prompt[None], **turn).equal(first)
-        before = model._drafter.model.stats.prefill_tokens
+        before = model._drafter.engine.counters.prefill_tokens
         assert model.generate(second, **turn).equal(expected)
-        assert model._drafter.model.stats.prefill_tokens - before < 60
+        assert model._drafter.engine.counters.prefill_tokens - before < 60
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from ollm_core import ConfigError
 from ollm_core.checkpoint.safetensors import INDEX_FILE, SINGLE_FILE, open_checkpoint, read_config
-from ollm_core.model.spec import ModelParts, take_apart
+from ollm_core.model.spec import ModelSpec, inspect_model
 from ollm_core.plugins.registry import Registry
 
 EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
@@ -30,10 +30,10 @@ def edit(directory, **changes):
     path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
 
 
-def parts_of(directory, registry) -> ModelParts:
+def spec_of(directory, registry) -> ModelSpec:
     """The model in `directory`, without memory."""
     config = read_config(directory)
-    return take_apart(
+    return inspect_model(
         registry.adapter_for(config),
         config,
         open_checkpoint(directory),
@@ -87,7 +87,7 @@ def test_dtype_of_a_mixture(make_llama, registry, case):
     mixed = {name: value.to(dtype_of(name)) for name, value in tensors.items()}
     write(directory, mixed, files, metadata)
     expected = AutoModelForCausalLM.from_pretrained(directory).dtype
-    assert parts_of(directory, registry).dtype == expected
+    assert spec_of(directory, registry).dtype == expected
 
 
 @pytest.mark.parametrize("stated", ["float16", "bfloat16"])
@@ -97,7 +97,7 @@ def test_stated_dtype(make_llama, registry, key, stated):
     directory = make_llama()
     edit(directory, dtype=None)
     edit(directory, **{key: stated})
-    assert str(parts_of(directory, registry).dtype) == f"torch.{stated}"
+    assert str(spec_of(directory, registry).dtype) == f"torch.{stated}"
 
 
 @pytest.mark.parametrize("stated", ["float64", "float8_e4m3fn", ["bfloat16"], {"": "float16"}, "x"])
@@ -106,7 +106,7 @@ def test_a_dtype_that_nothing_is_computed_in(make_llama, registry, stated):
     directory = make_llama()
     edit(directory, dtype=stated)
     with pytest.raises(ConfigError, match="dtype is"):
-        parts_of(directory, registry)
+        spec_of(directory, registry)
 
 
 def test_both_forms_of_a_checkpoint(make_llama, registry):

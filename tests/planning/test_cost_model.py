@@ -9,7 +9,7 @@ import torch
 
 from ollm_adapter_llama import LlamaAdapter
 from ollm_core.checkpoint.safetensors import open_checkpoint, read_config
-from ollm_core.model.spec import take_apart
+from ollm_core.model.spec import inspect_model
 from ollm_core.planning.cost_model import Estimate
 from ollm_core.planning.dry_run import Budgets, Rehearsal, Scenario
 
@@ -24,7 +24,7 @@ def rehearsal_of(make_llama):
 
     def make(dtype):
         return Rehearsal(
-            take_apart(
+            inspect_model(
                 LlamaAdapter(),
                 read_config(directory),
                 open_checkpoint(directory),
@@ -44,7 +44,7 @@ def test_exact_attention_copies_all_keys(rehearsal_of):
     does not. The prompt's scores are gone through as well.
     """
     rehearsal = rehearsal_of("bfloat16")
-    estimate = Estimate(rehearsal.parts)
+    estimate = Estimate(rehearsal.spec)
     scenario = Scenario(1000, 10, kv="device", attention="exact", chunk_size=256)
     costs = {}
     for attention in ("exact", "blockwise"):
@@ -66,11 +66,11 @@ def test_exact_attention_copies_all_keys(rehearsal_of):
 def test_streamed_weights_of_another_dtype_are_made_anew(rehearsal_of):
     """Which a step pays for; with room for all of them it does not."""
     rehearsal = rehearsal_of("float32")
-    estimate = Estimate(rehearsal.parts)
+    estimate = Estimate(rehearsal.spec)
     scenario = Scenario(200, 5, kv="disk", attention="blockwise")
     least = rehearsal.least(scenario, Budgets(1, 1))
     tight, roomy = rehearsal.run(least, scenario), rehearsal.run(ROOMY, scenario)
-    units = rehearsal.parts.units.in_pass_order
+    units = rehearsal.spec.units.in_pass_order
     whole = sum(p.num_bytes(torch.float32) for unit in units for p in unit.parameters)
     assert tight.held.converted_bytes == whole - tight.held.resident_bytes > 0
     assert roomy.held.converted_bytes == 0

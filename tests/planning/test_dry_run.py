@@ -15,7 +15,7 @@ from ollm_adapter_qwen3_next import Qwen3NextAdapter
 from ollm_core import ConfigError, DoesNotFitError, ParameterSource, StoredForm, UnsupportedError
 from ollm_core.checkpoint.safetensors import open_checkpoint, read_config
 from ollm_core.memory.budgets import Budgets
-from ollm_core.model.spec import take_apart
+from ollm_core.model.spec import inspect_model
 from ollm_core.planning.dry_run import Rehearsal, Scenario
 from ollm_core.plugins.registry import Registry
 
@@ -62,9 +62,9 @@ def model_of(tmp_path_factory):
     return make
 
 
-def taken_apart(directory, adapter, *, described=False, dtype="auto", device=CPU):
-    """The parts of a model for a rehearsal, from its files or from its config.json alone."""
-    return take_apart(
+def spec_of(directory, adapter, *, described=False, dtype="auto", device=CPU):
+    """The spec of a model for a rehearsal, from its files or from its config.json alone."""
+    return inspect_model(
         adapter,
         read_config(directory),
         None if described else open_checkpoint(directory),
@@ -122,10 +122,10 @@ def test_peaks_are_those_of_the_run(model_of, tmp_path, family, kv, changes):
     """
     directory, adapter = model_of(family, "bfloat16"), FAMILIES[family]()
     scenario = replace(Scenario(context=259, new_tokens=5, kv=kv), **changes)
-    parts = taken_apart(directory, adapter)
-    rehearsal = Rehearsal(parts)
+    spec = spec_of(directory, adapter)
+    rehearsal = Rehearsal(spec)
     least = rehearsal.least(scenario, Budgets(1, 1))
-    half = parts.checkpoint.total_bytes // 2
+    half = spec.checkpoint.total_bytes // 2
     for budgets in (
         least,
         Budgets(least.device + half, 10**9),
@@ -148,8 +148,8 @@ def test_peaks_are_those_of_the_run(model_of, tmp_path, family, kv, changes):
 def test_a_described_checkpoint_is_the_saved_one(model_of, family, dtype):
     """From config.json alone: the tensors of the file, each at its place in it."""
     directory, adapter = model_of(family, dtype), FAMILIES[family]()
-    saved = taken_apart(directory, adapter).checkpoint.tensors
-    described = taken_apart(directory, adapter, described=True).checkpoint.tensors
+    saved = spec_of(directory, adapter).checkpoint.tensors
+    described = spec_of(directory, adapter, described=True).checkpoint.tensors
     assert {name: replace(info, path="") for name, info in described.items()} == {
         name: replace(info, path="") for name, info in saved.items()
     }
@@ -159,7 +159,7 @@ def test_a_gpu_that_is_not_here(model_of):
     """For CUDA nothing is allocated there: weights are streamed through the host and uploaded."""
     adapter = StackedGptOss()
     cuda = torch.device("cuda:0")
-    rehearsal = Rehearsal(taken_apart(model_of("gpt-oss", "bfloat16"), adapter, device=cuda))
+    rehearsal = Rehearsal(spec_of(model_of("gpt-oss", "bfloat16"), adapter, device=cuda))
     scenario = Scenario(context=400, new_tokens=3, kv="host")
     least = rehearsal.least(scenario, Budgets(1, 1))
     run = rehearsal.run(least, scenario)
@@ -176,7 +176,7 @@ def test_steps_between_blocks_add_nothing(model_of):
     """Past 256 new tokens only the steps around a block's edge are looked at: the peak is that of
     all steps.
     """
-    rehearsal = Rehearsal(taken_apart(model_of("llama", "bfloat16"), LlamaAdapter()))
+    rehearsal = Rehearsal(spec_of(model_of("llama", "bfloat16"), LlamaAdapter()))
     scenario = Scenario(context=900, new_tokens=300, kv="device", attention="blockwise")
     budgets = Budgets(10**7, 1)
     few = rehearsal.run(budgets, scenario)
@@ -227,12 +227,12 @@ def test_what_config_does_not_tell_is_declared(model_of):
     """Packed experts need their forms; without them the adapter is named in the refusal."""
     directory = model_of("gpt-oss", "bfloat16")
     with pytest.raises(UnsupportedError, match="cannot be told"):
-        taken_apart(directory, Packed(), described=True)
-    parts = taken_apart(directory, Declared(), described=True)
-    unit = parts.units.experts[0][0]
+        spec_of(directory, Packed(), described=True)
+    spec = spec_of(directory, Declared(), described=True)
+    unit = spec.units.experts[0][0]
     assert {tensor.dtype for tensor in unit.tensors} == {"U8", "BF16"}
-    plain = taken_apart(directory, StackedGptOss(), described=True)
-    assert parts.checkpoint.total_bytes < plain.checkpoint.total_bytes
+    plain = spec_of(directory, StackedGptOss(), described=True)
+    assert spec.checkpoint.total_bytes < plain.checkpoint.total_bytes
 
 
 def test_a_config_without_a_dtype(model_of, tmp_path):
@@ -240,13 +240,13 @@ def test_a_config_without_a_dtype(model_of, tmp_path):
     text = (model_of("llama", "float32") / "config.json").read_text()
     (tmp_path / "config.json").write_text(text.replace('"dtype"', '"was_dtype"'))
     with pytest.raises(ConfigError, match="no dtype"):
-        taken_apart(tmp_path, LlamaAdapter(), described=True)
-    parts = taken_apart(tmp_path, LlamaAdapter(), described=True, dtype="float16")
-    assert parts.dtype == torch.float16
+        spec_of(tmp_path, LlamaAdapter(), described=True)
+    spec = spec_of(tmp_path, LlamaAdapter(), described=True, dtype="float16")
+    assert spec.dtype == torch.float16
 
     class Known(LlamaAdapter):
         unstated_dtype = "bfloat16"
 
-    parts = taken_apart(tmp_path, Known(), described=True)
-    assert parts.dtype == torch.bfloat16
-    assert {info.dtype for info in parts.checkpoint.tensors.values()} == {"BF16"}
+    spec = spec_of(tmp_path, Known(), described=True)
+    assert spec.dtype == torch.bfloat16
+    assert {info.dtype for info in spec.checkpoint.tensors.values()} == {"BF16"}

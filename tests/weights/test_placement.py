@@ -12,7 +12,7 @@ from ollm_core import InputError
 from ollm_core.checkpoint.safetensors import open_checkpoint, read_config
 from ollm_core.cli.main import main
 from ollm_core.memory.budgets import Budgets, LayerLimits
-from ollm_core.model.spec import take_apart
+from ollm_core.model.spec import inspect_model
 from ollm_core.planning.dry_run import Rehearsal, Scenario
 from ollm_core.plugins.registry import Registry
 
@@ -36,7 +36,7 @@ def rehearsal(directory, device="cpu"):
     """A run of the model on paper, on a device that need not be here."""
     config = read_config(directory)
     return Rehearsal(
-        take_apart(
+        inspect_model(
             Registry.discover().adapter_for(config),
             config,
             open_checkpoint(directory),
@@ -77,7 +77,7 @@ def test_never_over_the_budget(model, ids):
     planner = rehearsal(model)
     asked = Scenario(40 + NEW, NEW, kv="host", layers=LayerLimits(NUM_LAYERS - 1))
     least = planner.least(asked, Budgets(1, 1))
-    layer_bytes = planner.parts.units.layers[0].file_bytes
+    layer_bytes = planner.spec.units.layers[0].file_bytes
     budgets = Budgets(least.device + 2 * layer_bytes, least.host)
     with ollm.load(
         model,

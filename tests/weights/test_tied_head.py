@@ -16,7 +16,7 @@ from ollm_adapter_llama import LlamaAdapter
 from ollm_core import CheckpointError, EncodedTensor, ReadError
 from ollm_core.checkpoint.safetensors import open_checkpoint, read_config
 from ollm_core.convert.compress import convert
-from ollm_core.model.spec import take_apart
+from ollm_core.model.spec import inspect_model
 from ollm_core.plugins.loader import Offer
 from ollm_core.plugins.registry import Registry
 from ollm_core.weights.tied_head import _equal
@@ -52,7 +52,7 @@ def differs_at(*places):
 def is_tied(directory, adapter=None, dtype="auto", codecs=None):
     """Whether core takes the embedding's tensor for the head."""
     config = read_config(directory)
-    units = take_apart(
+    units = inspect_model(
         adapter or LlamaAdapter(),
         config,
         open_checkpoint(directory),

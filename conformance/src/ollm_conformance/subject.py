@@ -28,7 +28,7 @@ from ollm_core.checkpoint.safetensors import open_checkpoint, read_config
 from ollm_core.contracts.tensors import DTYPE_BYTES
 from ollm_core.generate.cache import SequenceCache
 from ollm_core.generate.causal_lm import StreamedModel
-from ollm_core.model.spec import ModelParts, take_apart
+from ollm_core.model.spec import ModelSpec, inspect_model
 from ollm_core.planning.dry_run import Rehearsal
 from ollm_core.plugins.registry import Registry, supports
 
@@ -150,7 +150,7 @@ class Subject:
         load: Callable[..., StreamedModel] = ollm.load,
         checkpoint: Path | None = None,
         tiny_config: Config | None = None,
-        rehearse: Callable[[ModelParts], Rehearsal] = Rehearsal,
+        rehearse: Callable[[ModelSpec], Rehearsal] = Rehearsal,
         small_configs: Mapping[str, Config] | None = None,
     ) -> None:
         """`directory` is an empty one for files; `checkpoint` that of a real model, if there is
@@ -266,12 +266,12 @@ class Subject:
         """What plans runs of the model in `directory` on a CPU."""
         key = directory, dtype
         if key not in self._rehearsals:
-            self._rehearsals[key] = self._rehearse(self.parts(directory, dtype))
+            self._rehearsals[key] = self._rehearse(self.spec(directory, dtype))
         return self._rehearsals[key]
 
-    def parts(self, directory: Path, dtype: str = "auto") -> ModelParts:
-        """The model in `directory` taken apart, nothing of it read."""
-        return take_apart(
+    def spec(self, directory: Path, dtype: str = "auto") -> ModelSpec:
+        """What the model in `directory` is, no weight of it read."""
+        return inspect_model(
             self.adapter,
             read_config(directory),
             open_checkpoint(directory),

@@ -16,7 +16,7 @@ from ollm_conformance.naming import kept_names
 from ollm_conformance.subject import Subject
 from ollm_core import Config, ModelAdapter, OllmError, PluginError
 from ollm_core.generate.causal_lm import StreamedModel
-from ollm_core.model.spec import ModelParts
+from ollm_core.model.spec import ModelSpec
 from ollm_core.planning.dry_run import Rehearsal
 from ollm_core.plugins.registry import Registry, supports
 from ollm_core.plugins.validation import (
@@ -44,7 +44,7 @@ class AdapterSuite:
     """A directory with a real model of the family, for the checks of its tokenizer."""
     load: ClassVar[Callable[..., StreamedModel]] = staticmethod(ollm.load)
     """How a model is opened; for testing the suite itself."""
-    rehearse: ClassVar[Callable[[ModelParts], Rehearsal]] = Rehearsal
+    rehearse: ClassVar[Callable[[ModelSpec], Rehearsal]] = Rehearsal
     """How a model is planned; for testing the suite itself."""
 
     @classmethod

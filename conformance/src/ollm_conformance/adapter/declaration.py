@@ -22,6 +22,7 @@ from ollm_conformance.naming import kept_names
 from ollm_conformance.subject import PROMPT, Subject
 from ollm_conformance.untouched import untouched
 from ollm_core import Config, ModelAdapter, OllmError, UnsupportedError
+from ollm_core.engine.activations import Workspace
 from ollm_core.model.skeleton import Skeleton, check_paths
 from ollm_core.plugins.registry import Registry
 from ollm_core.plugins.validation import check_capability, told
@@ -203,7 +204,7 @@ class Declaration(AdapterSuite):
     def test_halves(self, subject: Subject) -> None:
         if not subject.adapter.layout(subject.config).experts:
             does_not_apply("no layer has routed experts")
-        subject.parts(subject.tiny()).workspace()
+        Workspace.of(subject.spec(subject.tiny()))
 
     @check(
         "declaration.catalog",

@@ -45,7 +45,7 @@ class Planned(AdapterSuite):
         rehearsal = subject.rehearsal(directory, dtype)
         budgets = rehearsal.least(scenario, Budgets(1, 1))
         if roomy:
-            more = rehearsal.parts.checkpoint.total_bytes // 2
+            more = rehearsal.spec.checkpoint.total_bytes // 2
             budgets = Budgets(budgets.device + more, 2 * budgets.host)
         plan = rehearsal.run(budgets, scenario)
         with only_new_objects():

@@ -37,7 +37,7 @@ class Sizes(AdapterSuite):
     )
     def test_long(self, subject: Subject) -> None:
         directory = _long_model(subject)
-        config = subject.parts(directory).config
+        config = subject.spec(directory).config
         num_tokens = min(_LONG, int(model_config(config).get_text_config().max_position_embeddings))
         first, *rest = subject.prompt(num_tokens).split([num_tokens - 4, 1, 3])
         reference = Reference(directory, torch.float32)
