@@ -19,9 +19,9 @@ from ollm_core.calibration.rates import fastest_blocks, fastest_reader
 from ollm_core.checkpoint.hub import resolve
 from ollm_core.checkpoint.safetensors import Checkpoint, open_checkpoint, read_config
 from ollm_core.contracts.drafting import Drafter
-from ollm_core.contracts.progress import Progress
 from ollm_core.contracts.weights import ByteSource
 from ollm_core.device.memory import DeviceMemory, memory_of
+from ollm_core.device.select import pick_device
 from ollm_core.drafting.draft_memory import DraftPart, DraftRoom
 from ollm_core.drafting.draft_model import ModelDrafter, check_vocabulary
 from ollm_core.drafting.lookup import LookupDrafter
@@ -30,22 +30,23 @@ from ollm_core.engine.engine import Engine
 from ollm_core.engine.pass_planner import Admission, Policy
 from ollm_core.errors import InputError, PluginError, one_line
 from ollm_core.generate.causal_lm import StreamedModel
-from ollm_core.kv.factory import StoreOpener
+from ollm_core.kv.factory import StoreOpener, find_directory
 from ollm_core.memory.accounts import Accounts, open_accounts
-from ollm_core.memory.budgets import Budgets, LayerLimits
+from ollm_core.memory.budgets import layer_limits, stated_budgets
 from ollm_core.memory.cuda_limit import AllocatorCap, free_device_bytes
 from ollm_core.memory.host import HostMemory
 from ollm_core.memory.pair import PerMemory
 from ollm_core.memory.sizes import format_size
 from ollm_core.model.fingerprint import identity
 from ollm_core.model.spec import ModelSpec, inspect_model
-from ollm_core.options import PathLike
+from ollm_core.options import LoadOptions
 from ollm_core.plugins.factories import DraftRequest, KVRequest
 from ollm_core.plugins.loader import Offer
 from ollm_core.plugins.registry import Registry, require
-from ollm_core.profiling import Profile, Span, no_span
+from ollm_core.profiling import Span, no_span
 from ollm_core.text.generation_config import read_generation_config
 from ollm_core.text.tokenizer import open_tokenizer
+from ollm_core.values import PathLike, dtype_name, whole_number
 from ollm_core.weights.eviction import Pressure, reserve_bytes
 from ollm_core.weights.sources.posix import check_source, open_source
 from ollm_core.weights.streamer import TieredWeights
@@ -70,41 +71,25 @@ class Runtime:
     """Held during each pass of either."""
 
 
-def open_model(
-    path_or_id: PathLike,
-    registry: Registry,
-    *,
-    device: torch.device,
-    dtype: str,
-    budgets: Budgets,
-    layers: LayerLimits,
-    kv: str,
-    kv_dir: Path | None,
-    keep_kv: bool,
-    models_dir: PathLike | None,
-    chunk_size: int | None,
-    attention: str,
-    reader: str,
-    draft: str,
-    draft_model: PathLike | None,
-    num_draft_tokens: int | None,
-    trust_remote_code: bool,
-    on_progress: Callable[[Progress], None] | None,
-    profile: Profile | None,
-) -> StreamedModel:
-    """The model, with its draft source. Options are those of `ollm.load`, checked. Raises an
-    OllmError with nothing left open.
-    """
+def open_model(path_or_id: PathLike, options: LoadOptions, registry: Registry) -> StreamedModel:
+    """The model, with its draft source. Raises an OllmError with nothing left open."""
+    # Where it runs, and in how much memory.
+    device, profile = pick_device(options.device), options.profile
+    layers = layer_limits(device, options.device_layers, options.host_layers)
+    budgets = stated_budgets(device, options.device_memory, options.host_memory)
     accounts = open_accounts(budgets)
     cap = AllocatorCap(accounts.device, device) if device.type == "cuda" else nullcontext
-    runtime = Runtime(registry, device, dtype, reader, memory_of(device), cap)
+    dtype = dtype_name(options.dtype)
+    runtime = Runtime(registry, device, dtype, options.reader, memory_of(device), cap)
+    kv_dir = find_directory(options.kv_dir)
 
     # What the model is, and whether it can do what is asked. Of its files only headers are read.
-    spec = inspect_directory(runtime, resolve(path_or_id, registry, models_dir))
-    if draft != "none":
+    spec = inspect_directory(runtime, resolve(path_or_id, registry, options.models_dir))
+    if options.draft != "none":
         require(spec.adapter, "drafts")
-    policy = Policy.of(spec, attention, chunk_size, fastest_blocks(device, spec.dtype))
-    if attention == "flash":
+    chunk_size = whole_number(options.chunk_size)
+    policy = Policy.of(spec, options.attention, chunk_size, fastest_blocks(device, spec.dtype))
+    if options.attention == "flash":
         require_flash(device, spec.dtype, here=True)
 
     with ExitStack() as opened:  # what fails from here on leaves nothing open
@@ -118,34 +103,38 @@ def open_model(
         workspace = Workspace.of(spec, registry.proven)
         admission = Admission(policy, accounts, weights, workspace, _pressure(weights))
         check_files = spec.checkpoint.check_unchanged
-        engine = Engine(spec.skeleton, weights, admission, on_progress, cap, span, check_files)
+        engine = Engine(
+            spec.skeleton, weights, admission, options.on_progress, cap, span, check_files
+        )
 
         # The model as transformers knows one: KV caches, a generation config, a tokenizer.
-        kv_request = _kv_request(spec, accounts, engine, admission, kv_dir, keep=keep_kv)
+        kv_request = _kv_request(spec, accounts, engine, admission, kv_dir, keep=options.keep_kv)
         directory = spec.checkpoint.directory
         model = StreamedModel(
             spec.skeleton,
             weights,
             engine,
             accounts,
-            StoreOpener(kv, kv_request, spec.adapter, registry, spec.memory),
+            StoreOpener(options.kv, kv_request, spec.adapter, registry, spec.memory),
             spec.kinds,
             weight_bytes=spec.checkpoint.total_bytes,
             generation_config=read_generation_config(directory, spec.skeleton.config.to_dict()),
-            tokenizer=open_tokenizer(directory, trust_remote_code=trust_remote_code),
+            tokenizer=open_tokenizer(directory, trust_remote_code=options.trust_remote_code),
             demand=functools.partial(require, spec.adapter),
         )
         opened.enter_context(model)
 
         # What drafts for it.
         drafter: Drafter | None = None
-        if draft_model is not None:
-            drafter = open_drafter(runtime, model, resolve(draft_model, registry, models_dir))
-        elif draft == "lookup":
+        if options.draft_model is not None:
+            drafter = open_drafter(
+                runtime, model, resolve(options.draft_model, registry, options.models_dir)
+            )
+        elif options.draft == "lookup":
             drafter = LookupDrafter()
-        elif offer := registry.check_name("ollm_draft_sources", draft):
+        elif offer := registry.check_name("ollm_draft_sources", options.draft):
             drafter = _make_drafter(offer, spec, model)
-        model.draft_with(drafter, num_draft_tokens)
+        model.draft_with(drafter, whole_number(options.num_draft_tokens))
         opened.pop_all()
     return model
 

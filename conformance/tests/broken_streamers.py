@@ -12,9 +12,10 @@ import torch
 from broken import BrokenPart
 
 from ollm_conformance import WeightStreamerConformance
-from ollm_core import ReadError, WeightStreamer
+from ollm_core import ReadError
 from ollm_core.memory.accounts import MemoryAccount
 from ollm_core.memory.pair import PerMemory
+from ollm_core.testing import WeightStreamer
 from ollm_core.weights.sources.posix import open_source
 from ollm_core.weights.streamer import TieredWeights
 

@@ -8,17 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ollm_core.cli.output import (
-    attention_option,
-    chunk_size_option,
-    debug_option,
-    dtype_option,
-    json_option,
-    max_new_tokens_option,
-    memory_options,
-    models_dir_option,
-    print_json,
-)
+from ollm_core.cli.options import debug_option, json_option, options_of
+from ollm_core.cli.output import print_json
 from ollm_core.cli.picture import check_path, save
 from ollm_core.cli.timeline import draw
 from ollm_core.errors import DoesNotFitError
@@ -35,20 +26,7 @@ _TERMINAL = "-"
 
 @click.command()
 @click.argument("model")
-@click.option("--context", metavar="TOKENS", help="At the end, as in 8192 or 100k.  [default: 8k]")
-@max_new_tokens_option
-@click.option("--batch", type=click.IntRange(1), default=1, show_default=True)
-@click.option("--device", default="auto", show_default=True, help="cpu, cuda, also if not here.")
-@dtype_option
-@memory_options
-@click.option(
-    "--kv",
-    type=click.Choice(["auto", "device", "host", "disk"]),
-    default="auto",
-    show_default=True,
-)
-@chunk_size_option
-@attention_option
+@options_of("plan")
 @click.option(
     "--plot",
     metavar="[FILE.png]",
@@ -56,7 +34,6 @@ _TERMINAL = "-"
     flag_value=_TERMINAL,
     help="Also draw what is held over the run: in the terminal, or into a file.",
 )
-@models_dir_option
 @json_option
 @debug_option
 def plan(model: str, as_json: bool, plot: str | None, **options: Any) -> None:

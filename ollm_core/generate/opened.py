@@ -18,7 +18,7 @@ from ollm_core.files.paths import absolute
 from ollm_core.generate.cache import SequenceCache
 from ollm_core.memory.accounts import Accounts
 from ollm_core.memory.budgets import layer_limits
-from ollm_core.options import Count, PathLike
+from ollm_core.values import Count, PathLike
 from ollm_core.weights.streamer import TieredWeights
 
 OpenStore = Callable[[str, "Path | None", int, int], tuple[str, KVStore]]

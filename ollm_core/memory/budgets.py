@@ -10,7 +10,7 @@ from ollm_core.errors import DoesNotFitError, InputError
 from ollm_core.memory.host import HostMemory
 from ollm_core.memory.pair import PerMemory
 from ollm_core.memory.sizes import format_size, parse_size
-from ollm_core.options import Count, Size, count
+from ollm_core.values import Count, Size, count
 
 if TYPE_CHECKING:
     import torch
@@ -19,11 +19,9 @@ RESERVE_BYTES = 500_000_000
 """Left alone on each memory: the interpreter, torch's own buffers and the rest of the machine."""
 ASSUMED_DEVICE_BYTES = 8 * 10**9
 """The memory of a GPU that is planned for and not here."""
-DEFAULTS = (
-    "what is free now less 500 MB: of a GPU all of it, and 90% of the host's; on a CPU 70% for "
-    "the device and 20% for the host. In a container, what its limit leaves is what is free."
-)
-"""The rule below in words, for people."""
+DEVICE_DEFAULT = "all that is free now less 500 MB; on a CPU 70% of that"
+HOST_DEFAULT = "90% of what is free now less 500 MB; on a CPU 20% of that"
+"""The rules below in words, for people."""
 
 
 Budgets = PerMemory[int]

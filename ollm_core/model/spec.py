@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ollm_core import options
+from ollm_core import values
 from ollm_core.checkpoint.safetensors import Checkpoint
 from ollm_core.checkpoint.synthetic import describe_checkpoint
 from ollm_core.contracts.adapter import ModelAdapter
@@ -24,7 +24,7 @@ from ollm_core.weights.formats.codecs import LogicalTensors
 from ollm_core.weights.tied_head import untie_head
 from ollm_core.weights.units import Units, cut_units
 
-DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in options.DTYPES}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in values.DTYPES}
 _FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 

@@ -23,7 +23,7 @@ from ollm_adapter_qwen3_next import (
 )
 from ollm_conformance.subject import Reference, greedy
 from ollm_core import CheckpointError, ConfigError, UnsupportedError
-from ollm_core.plugins.registry import Registry
+from ollm_core.testing import Registry
 
 ADAPTERS = [Qwen3NextAdapter, Qwen3MoeAdapter, Qwen35MoeAdapter, Qwen35Adapter]
 NEXT = Qwen3NextAdapter()
