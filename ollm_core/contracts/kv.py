@@ -205,6 +205,12 @@ class KVStore(Closing):
         a layer has fewer, or slides and has let go of what it would need.
         """
 
+    def can_truncate(self, sequence: int, num_tokens: int) -> bool:
+        """Whether `truncate` would do it: what cuts several sequences asks for all of them first.
+        By default it would.
+        """
+        return True
+
     @abstractmethod
     def fork(self, sequence: int, num_tokens: int | None = None) -> int:
         """A new sequence that shares the first `num_tokens` (default: all). Neither sees what the

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from torch import Tensor
 from transformers import (
     Cache,
     GenerationConfig,
+    GenerationMixin,
     LogitsProcessorList,
     StoppingCriteriaList,
 )
@@ -131,7 +133,21 @@ class GenerationHooks(OpenedModel):
             vocab_size=self.config.vocab_size,
         )
         # The assistant model is only handed on, to _get_candidate_generator.
-        return mixin._assisted_decoding(*arguments, streamer, assistant_model=candidates, **options)
+        decode: Any = self._assisted_decoding
+        return decode(*arguments, streamer, assistant_model=candidates, **options)
+
+    @functools.wraps(GenerationMixin._assisted_decoding)  # generate reads its parameters
+    def _assisted_decoding(self, *arguments: Any, **options: Any) -> Any:
+        """See GenerationMixin. When the text has ended, what the cache's user brings next is no
+        draft: a recurrent layer need not keep a state for each of its tokens.
+        """
+        mixin: Any = super()
+        try:
+            return mixin._assisted_decoding(*arguments, **options)
+        finally:
+            cache = options.get("past_key_values")
+            if isinstance(cache, SequenceCache):
+                cache.drafting = False
 
     def prepare_inputs_for_generation(
         self,

@@ -173,6 +173,13 @@ class BlockKVStore(KVStore):
         for layer_idx, table in enumerate(tables):
             self._cut(layer_idx, table, num_tokens)
 
+    def can_truncate(self, sequence: int, num_tokens: int) -> bool:
+        try:
+            self._check_length(sequence, num_tokens, "truncate to")
+        except KVStoreError:
+            return False
+        return True
+
     def fork(self, sequence: int, num_tokens: int | None = None) -> int:
         """See KVStore. Full blocks are shared, the tokens after them copied. Raises DoesNotFitError
         or ReadError with nothing changed.

@@ -86,6 +86,13 @@ class HybridKVStore(KVStore):
         self._attention.truncate(sequence, num_tokens)
         self._states.truncate(sequence, num_tokens)
 
+    def can_truncate(self, sequence: int, num_tokens: int) -> bool:
+        return (
+            0 <= num_tokens <= self.num_tokens(sequence)
+            and self._states.restorable(sequence, num_tokens)
+            and self._attention.can_truncate(sequence, num_tokens)
+        )
+
     def fork(self, sequence: int, num_tokens: int | None = None) -> int:
         """See KVStore and `truncate`."""
         wanted = self.num_tokens(sequence) if num_tokens is None else num_tokens

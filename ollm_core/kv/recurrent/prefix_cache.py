@@ -80,6 +80,11 @@ class KeepingHybridKVStore(HybridKVStore):
         super().truncate(sequence, num_tokens)
         self._drop_writers(sequence)
 
+    def fork(self, sequence: int, num_tokens: int | None = None) -> int:
+        forked = super().fork(sequence, num_tokens)
+        self._ends[forked] = self.num_tokens(forked)
+        return forked
+
     def release(self, sequence: int) -> None:
         super().release(sequence)
         self._drop_writers(sequence)
