@@ -41,7 +41,7 @@ def subject_of(tmp_path_factory):
 def bus(request, monkeypatch):
     """What `load` finds for the CPU."""
     made = SimulatedBus(request.node.name)
-    monkeypatch.setattr("ollm_core.api.bus_of", lambda device: made)
+    monkeypatch.setattr("ollm_core.loader.bus_of", lambda device: made)
     return made
 
 
