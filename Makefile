@@ -14,7 +14,7 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS)
 QUESTION := What is the title of this document?
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint format type test demo model support memory template bench bench-peers gpu clean
+.PHONY: help install lint format type test demo model support memory options template bench bench-peers gpu clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
@@ -66,6 +66,9 @@ support: install model ## write the support table again, from the conformance of
 
 memory: install ## write docs/memory.md again, when a plan or a catalog changes
 	$(BIN)/python docs/memory_table.py > docs/.memory.md && mv docs/.memory.md docs/memory.md
+
+options: install ## write docs/options.md again, when an option changes
+	$(BIN)/python docs/options_table.py > docs/.options.md && mv docs/.options.md docs/options.md
 
 template: install ## built wheels in a fresh environment: suite, `ollm adapter new`, tutorial
 	tests/check_wheels.sh $(BIN)/python

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from ollm_core import __version__
     from ollm_core.api import load
     from ollm_core.compat import AutoInference, Inference, file_get_contents
+    from ollm_core.contracts.progress import Progress, Stats
+    from ollm_core.errors import OllmError
     from ollm_core.planning.plan import Plan
     from ollm_core.planning.planner import plan
 
@@ -29,6 +31,9 @@ _HOMES = {
     "load": "ollm_core.api",
     "plan": "ollm_core.planning.planner",
     "Plan": "ollm_core.planning.plan",
+    "OllmError": "ollm_core.errors",
+    "Progress": "ollm_core.contracts.progress",
+    "Stats": "ollm_core.contracts.progress",
     "Inference": "ollm_core.compat",
     "AutoInference": "ollm_core.compat",
     "file_get_contents": "ollm_core.compat",
@@ -44,7 +49,10 @@ _SIGNALS = {
 __all__ = [
     "AutoInference",
     "Inference",
+    "OllmError",
     "Plan",
+    "Progress",
+    "Stats",
     "TextStreamer",
     "__version__",
     "file_get_contents",

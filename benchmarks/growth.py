@@ -38,6 +38,7 @@ from measure import environment, timed_generate
 
 import ollm
 from ollm_core.model.spec import DTYPES
+from ollm_core.options import PlanOptions
 from ollm_core.planning.planner import Planner
 
 HERE = Path(__file__).resolve().parent
@@ -150,15 +151,17 @@ SERIES: Mapping[str, Series] = MappingProxyType(
 
 def planned(checkpoint: Path, work: Work) -> dict[str, float]:
     """What the plan says is read per new token."""
-    plan = Planner(checkpoint, device="cpu", dtype=DTYPE).plan(
+    options = PlanOptions(
         **MEMORY,
+        device="cpu",
+        dtype=DTYPE,
         context=work.tokens + NEW_TOKENS,
         max_new_tokens=NEW_TOKENS,
         batch=work.batch,
         kv="disk",
         device_layers=0,
-        compare=False,
     )
+    plan = Planner(checkpoint, options).plan(compare=False)
     kv = plan.kv_bytes / work.batch
     read = plan.bytes_read_per_token
     return {"weights": read - kv, "kv": kv, "all": read}

@@ -6,11 +6,12 @@ python docs/memory_table.py > docs/memory.md
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 from ollm_core.calibration.rates import Rate, Rates
 from ollm_core.memory.sizes import format_size
+from ollm_core.options import PlanOptions
 from ollm_core.planning.plan import Plan
 from ollm_core.planning.planner import Planner
 
@@ -86,23 +87,23 @@ def planned() -> Iterator[tuple[Row, Plan, Plan]]:
     """Each row with the plan in the smallest memory and that in the roomy one."""
     rates = Rates(*(Rate(each, "stated") for each in (DISK, MEMORY, COMPUTE, BUS)))
     for model, rows in groupby(ROWS, lambda row: row.model):
-        planner = Planner(model, device="cuda", rates=rates)
+        planner = Planner(model, PlanOptions(device="cuda", rates=rates))
         for row in rows:
-            roomy = planner.plan(
+            options = replace(
+                planner.options,
                 device_memory=ROOMY_DEVICE,
                 host_memory=ROOMY_HOST,
                 context=row.context,
                 max_new_tokens=NEW_TOKENS,
-                compare=False,
             )
-            smallest = planner.plan(
+            roomy = planner.plan(options, compare=False)
+            least = replace(
+                options,
                 device_memory=roomy.smallest_device_bytes,
                 host_memory=roomy.smallest_host_bytes,
-                context=row.context,
-                max_new_tokens=NEW_TOKENS,
-                compare=False,
                 kv="disk",
             )
+            smallest = planner.plan(least, compare=False)
             assert smallest.fits, smallest.reason
             assert roomy.fits, roomy.reason
             yield row, smallest, roomy

@@ -1,21 +1,26 @@
-"""The core of oLLM: streams a model's weights through a bounded memory, exactly. See README.md for
-the file map.
+"""What plugins and adapters import: contracts, the data that they speak of, requests and errors.
+docs/plugins.md has a list by subject. Importing it loads no torch.
+
+Applications use `ollm`. Tests of adapters and parts find what else they need in
+`ollm_core.testing`, all errors are in `ollm_core.errors`; other modules may change.
 """
 
-from ollm_core.contracts.adapter import ADAPTER_API, ModelAdapter
-from ollm_core.contracts.attention import Attention, KVView
+import importlib
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from ollm_core.contracts.adapter import ModelAdapter
 from ollm_core.contracts.drafting import Drafter, FollowsText
 from ollm_core.contracts.kv import (
     CacheKind,
     KeepsPrefixes,
-    KeepsStates,
+    KVGeometry,
     KVStore,
     StateShape,
     TierBytes,
     TiledBlocks,
 )
 from ollm_core.contracts.model import Capability, CatalogEntry, Config, Layout
-from ollm_core.contracts.progress import Progress, Stats
 from ollm_core.contracts.tensors import (
     EncodedTensor,
     ParameterSource,
@@ -23,22 +28,20 @@ from ollm_core.contracts.tensors import (
     TensorInfo,
     WeightPlan,
 )
-from ollm_core.contracts.weights import ByteSource, WeightStreamer
+from ollm_core.contracts.weights import ByteSource
 from ollm_core.errors import (
     CheckpointError,
     ConfigError,
     DamagedKVError,
-    DeviceError,
     DoesNotFitError,
     InputError,
     KVStoreError,
-    NotFiniteError,
     OllmError,
-    PluginError,
     ReadError,
     UnknownModelError,
     UnsupportedError,
 )
+from ollm_core.memory.accounts import MemoryAccount
 from ollm_core.plugins.decoder import (
     DecoderAdapter,
     bad_config,
@@ -48,15 +51,14 @@ from ollm_core.plugins.decoder import (
 )
 from ollm_core.plugins.factories import CodecRequest, DraftRequest, KVRequest
 from ollm_core.plugins.hookspecs import hookimpl
-from ollm_core.plugins.validation import CAPABILITIES
 from ollm_core.weights.formats.mxfp4 import mxfp4_source
+
+if TYPE_CHECKING:
+    from ollm_core.kv.in_memory import HostKVStore
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "ADAPTER_API",
-    "CAPABILITIES",
-    "Attention",
     "ByteSource",
     "CacheKind",
     "Capability",
@@ -67,29 +69,25 @@ __all__ = [
     "ConfigError",
     "DamagedKVError",
     "DecoderAdapter",
-    "DeviceError",
     "DoesNotFitError",
     "DraftRequest",
     "Drafter",
     "EncodedTensor",
     "FollowsText",
+    "HostKVStore",
     "InputError",
+    "KVGeometry",
     "KVRequest",
     "KVStore",
     "KVStoreError",
-    "KVView",
     "KeepsPrefixes",
-    "KeepsStates",
     "Layout",
+    "MemoryAccount",
     "ModelAdapter",
-    "NotFiniteError",
     "OllmError",
     "ParameterSource",
-    "PluginError",
-    "Progress",
     "ReadError",
     "StateShape",
-    "Stats",
     "StoredForm",
     "TensorInfo",
     "TierBytes",
@@ -97,7 +95,6 @@ __all__ = [
     "UnknownModelError",
     "UnsupportedError",
     "WeightPlan",
-    "WeightStreamer",
     "bad_config",
     "catalog_entry",
     "head_sizes",
@@ -105,3 +102,34 @@ __all__ = [
     "mxfp4_source",
     "read_size",
 ]
+
+_NEEDS_TORCH = {"HostKVStore": "ollm_core.kv.in_memory"}
+"""Where names are that load torch when they are first used."""
+_MOVED = {
+    "ADAPTER_API": ("ollm_core.contracts.adapter", "ollm_core.testing"),
+    "Attention": ("ollm_core.contracts.attention", "ollm_core.testing"),
+    "CAPABILITIES": ("ollm_core.plugins.validation", "ollm_core.testing"),
+    "DeviceError": ("ollm_core.errors", "ollm_core.errors"),
+    "KVView": ("ollm_core.contracts.attention", "ollm_core.testing"),
+    "KeepsStates": ("ollm_core.contracts.kv", "ollm_core.testing"),
+    "NotFiniteError": ("ollm_core.errors", "ollm_core.errors"),
+    "PluginError": ("ollm_core.errors", "ollm_core.errors"),
+    "Progress": ("ollm_core.contracts.progress", "ollm"),
+    "Stats": ("ollm_core.contracts.progress", "ollm"),
+    "WeightStreamer": ("ollm_core.contracts.weights", "ollm_core.testing"),
+}
+"""Names that were exported here until 0.1: where each is, and where it is exported now."""
+
+
+def __getattr__(name: str) -> Any:
+    if name in _NEEDS_TORCH:
+        return getattr(importlib.import_module(_NEEDS_TORCH[name]), name)
+    if name not in _MOVED:
+        raise AttributeError(f"module 'ollm_core' has no attribute {name!r}")
+    home, exported = _MOVED[name]
+    warnings.warn(
+        f"ollm_core.{name} is now {exported}.{name}, and goes in ollm-core 0.2",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    return getattr(importlib.import_module(home), name)

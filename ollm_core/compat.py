@@ -17,8 +17,8 @@ from ollm_core.device.select import pick_device
 from ollm_core.errors import InputError
 from ollm_core.generate.cache import SequenceCache
 from ollm_core.generate.causal_lm import StreamedModel
-from ollm_core.options import Device
 from ollm_core.plugins.registry import Registry
+from ollm_core.values import Device
 
 logger = logging.getLogger("ollm")
 

@@ -19,33 +19,34 @@ from ollm_core.calibration.rates import fastest_blocks, fastest_reader
 from ollm_core.checkpoint.hub import resolve
 from ollm_core.checkpoint.safetensors import Checkpoint, open_checkpoint, read_config
 from ollm_core.contracts.drafting import Drafter
-from ollm_core.contracts.kv import TierBytes
-from ollm_core.contracts.progress import Progress
 from ollm_core.contracts.weights import ByteSource
-from ollm_core.device.transfer import Bus, bus_of
+from ollm_core.device.memory import DeviceMemory, memory_of
+from ollm_core.device.select import pick_device
 from ollm_core.drafting.draft_memory import DraftPart, DraftRoom
 from ollm_core.drafting.draft_model import ModelDrafter, check_vocabulary
 from ollm_core.drafting.lookup import LookupDrafter
 from ollm_core.engine.activations import Workspace
 from ollm_core.engine.engine import Engine
-from ollm_core.engine.pass_planner import Accounts, Admission, Policy
+from ollm_core.engine.pass_planner import Admission, Policy
 from ollm_core.errors import InputError, PluginError, one_line
 from ollm_core.generate.causal_lm import StreamedModel
-from ollm_core.kv.factory import StoreOpener
-from ollm_core.memory.accounts import MemoryAccount
-from ollm_core.memory.budgets import Budgets, LayerLimits
+from ollm_core.kv.factory import StoreOpener, find_directory
+from ollm_core.memory.accounts import Accounts, open_accounts
+from ollm_core.memory.budgets import layer_limits, stated_budgets
 from ollm_core.memory.cuda_limit import AllocatorCap, free_device_bytes
 from ollm_core.memory.host import HostMemory
+from ollm_core.memory.pair import PerMemory
 from ollm_core.memory.sizes import format_size
 from ollm_core.model.fingerprint import identity
 from ollm_core.model.spec import ModelSpec, inspect_model
-from ollm_core.options import PathLike
+from ollm_core.options import LoadOptions
 from ollm_core.plugins.factories import DraftRequest, KVRequest
 from ollm_core.plugins.loader import Offer
 from ollm_core.plugins.registry import Registry, require
-from ollm_core.profiling import Profile, Span, no_span
+from ollm_core.profiling import Span, no_span
 from ollm_core.text.generation_config import read_generation_config
 from ollm_core.text.tokenizer import open_tokenizer
+from ollm_core.values import PathLike, dtype_name, whole_number
 from ollm_core.weights.eviction import Pressure, reserve_bytes
 from ollm_core.weights.sources.posix import check_source, open_source
 from ollm_core.weights.streamer import TieredWeights
@@ -64,49 +65,31 @@ class Runtime:
     dtype: str
     """To compute in, or "auto"."""
     reader: str
-    bus: Bus | None = None
-    """That of the device, if it has memory of its own."""
+    memory: DeviceMemory
+    """That of the device."""
     cap: Callable[[], AbstractContextManager[None]] = nullcontext
     """Held during each pass of either."""
 
 
-def open_model(
-    path_or_id: PathLike,
-    registry: Registry,
-    *,
-    device: torch.device,
-    dtype: str,
-    budgets: Budgets,
-    layers: LayerLimits,
-    kv: str,
-    kv_dir: Path | None,
-    keep_kv: bool,
-    models_dir: PathLike | None,
-    chunk_size: int | None,
-    attention: str,
-    reader: str,
-    draft: str,
-    draft_model: PathLike | None,
-    num_draft_tokens: int | None,
-    trust_remote_code: bool,
-    on_progress: Callable[[Progress], None] | None,
-    profile: Profile | None,
-) -> StreamedModel:
-    """The model, with its draft source. Options are those of `ollm.load`, checked. Raises an
-    OllmError with nothing left open.
-    """
-    accounts = Accounts(
-        MemoryAccount("device memory", budgets.device), MemoryAccount("host memory", budgets.host)
-    )
+def open_model(path_or_id: PathLike, options: LoadOptions, registry: Registry) -> StreamedModel:
+    """The model, with its draft source. Raises an OllmError with nothing left open."""
+    # Where it runs, and in how much memory.
+    device, profile = pick_device(options.device), options.profile
+    layers = layer_limits(device, options.device_layers, options.host_layers)
+    budgets = stated_budgets(device, options.device_memory, options.host_memory)
+    accounts = open_accounts(budgets)
     cap = AllocatorCap(accounts.device, device) if device.type == "cuda" else nullcontext
-    runtime = Runtime(registry, device, dtype, reader, bus_of(device), cap)
+    dtype = dtype_name(options.dtype)
+    runtime = Runtime(registry, device, dtype, options.reader, memory_of(device), cap)
+    kv_dir = find_directory(options.kv_dir)
 
     # What the model is, and whether it can do what is asked. Of its files only headers are read.
-    spec = inspect_directory(runtime, resolve(path_or_id, registry, models_dir))
-    if draft != "none":
+    spec = inspect_directory(runtime, resolve(path_or_id, registry, options.models_dir))
+    if options.draft != "none":
         require(spec.adapter, "drafts")
-    policy = Policy.of(spec, attention, chunk_size, fastest_blocks(device, spec.dtype))
-    if attention == "flash":
+    chunk_size = whole_number(options.chunk_size)
+    policy = Policy.of(spec, options.attention, chunk_size, fastest_blocks(device, spec.dtype))
+    if options.attention == "flash":
         require_flash(device, spec.dtype, here=True)
 
     with ExitStack() as opened:  # what fails from here on leaves nothing open
@@ -114,40 +97,44 @@ def open_model(
         source = opened.enter_context(_open_source(runtime, spec.checkpoint))
         read, span = (profile.reading(source), profile.span) if profile else (source, no_span)
         weights = opened.enter_context(_open_weights(runtime, spec, read, accounts, span))
-        weights.held.layer_limits = layers
+        weights.limit_layers(layers)
 
         # The engine: what admits its passes, and what runs them.
         workspace = Workspace.of(spec, registry.proven)
         admission = Admission(policy, accounts, weights, workspace, _pressure(weights))
         check_files = spec.checkpoint.check_unchanged
-        engine = Engine(spec.skeleton, weights, admission, on_progress, cap, span, check_files)
+        engine = Engine(
+            spec.skeleton, weights, admission, options.on_progress, cap, span, check_files
+        )
 
         # The model as transformers knows one: KV caches, a generation config, a tokenizer.
-        kv_request = _kv_request(spec, accounts, engine, admission, kv_dir, keep=keep_kv)
+        kv_request = _kv_request(spec, accounts, engine, admission, kv_dir, keep=options.keep_kv)
         directory = spec.checkpoint.directory
         model = StreamedModel(
             spec.skeleton,
             weights,
             engine,
             accounts,
-            StoreOpener(kv, kv_request, spec.adapter, registry),
+            StoreOpener(options.kv, kv_request, spec.adapter, registry, spec.memory),
             spec.kinds,
             weight_bytes=spec.checkpoint.total_bytes,
             generation_config=read_generation_config(directory, spec.skeleton.config.to_dict()),
-            tokenizer=open_tokenizer(directory, trust_remote_code=trust_remote_code),
+            tokenizer=open_tokenizer(directory, trust_remote_code=options.trust_remote_code),
             demand=functools.partial(require, spec.adapter),
         )
         opened.enter_context(model)
 
         # What drafts for it.
         drafter: Drafter | None = None
-        if draft_model is not None:
-            drafter = open_drafter(runtime, model, resolve(draft_model, registry, models_dir))
-        elif draft == "lookup":
+        if options.draft_model is not None:
+            drafter = open_drafter(
+                runtime, model, resolve(options.draft_model, registry, options.models_dir)
+            )
+        elif options.draft == "lookup":
             drafter = LookupDrafter()
-        elif offer := registry.check_name("ollm_draft_sources", draft):
+        elif offer := registry.check_name("ollm_draft_sources", options.draft):
             drafter = _make_drafter(offer, spec, model)
-        model.draft_with(drafter, num_draft_tokens)
+        model.draft_with(drafter, whole_number(options.num_draft_tokens))
         opened.pop_all()
     return model
 
@@ -176,7 +163,7 @@ def build_drafter(
     runtime: Runtime,
     spec: ModelSpec,
     whole: Accounts,
-    set_aside: Callable[[str, TierBytes], None],
+    set_aside: Callable[[str, PerMemory[int]], None],
 ) -> ModelDrafter:
     """A draft model in a part of the accounts `whole`, in which `set_aside` reserves. Raises
     DoesNotFitError where its weights have no room.
@@ -197,7 +184,7 @@ def build_drafter(
 
         # One KV store on the device.
         kv_request = _kv_request(spec, part.accounts, engine, admission)
-        open_store = StoreOpener("device", kv_request, spec.adapter, runtime.registry)
+        open_store = StoreOpener("device", kv_request, spec.adapter, runtime.registry, spec.memory)
         _, store = open_store("device", None, num_tokens=0)
         opened.enter_context(store)
         drafter = ModelDrafter(engine, store, room, part)
@@ -216,7 +203,7 @@ def inspect_directory(runtime: Runtime, directory: Path) -> ModelSpec:
         dtype=runtime.dtype,
         device=runtime.device,
         where=directory,
-        bus=runtime.bus,
+        memory=runtime.memory,
     )
 
 
@@ -260,10 +247,10 @@ def _open_weights(
         source,
         spec.dtype,
         runtime.device,
-        (accounts.device, accounts.host),
+        accounts,
         buffer_bytes=spec.skeleton.buffer_bytes,
         span=span,
-        bus=spec.bus,
+        memory=spec.memory,
     )
 
 
@@ -286,7 +273,7 @@ def _kv_request(
     """What KV stores are made from. Their fingerprint of the model is taken once."""
     checkpoint, exact = spec.checkpoint, admission.exact
     fingerprint = functools.cache(
-        functools.partial(identity, checkpoint, spec.config, engine.report_check, exact=exact)
+        functools.partial(identity, checkpoint, spec.config, engine.progress.checked, exact=exact)
     )
     device, host = accounts.device, accounts.host
     return KVRequest(spec.geometry, device, host, directory, fingerprint, keep)

@@ -1,82 +1,416 @@
-"""What users pass for an option, in the forms that they know from transformers, made one form.
+"""Every option of `ollm.load`, `ollm.plan` and their verbs, once: its type, default, check, help
+text and flag.
 
-Loads no torch before it is needed.
+A new option is a field here. The keywords of `load` and `plan` with their `help()`, the flags of
+the command line and the table in docs/options.md come from the fields. Loads no torch.
 """
 
 from __future__ import annotations
 
-import operator
-import os
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, SupportsIndex, TypeAlias
+import functools
+import inspect
+import textwrap
+from collections.abc import Callable, Mapping
+from dataclasses import Field, dataclass, field, fields
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar, Concatenate, ParamSpec, TypeVar, cast
 
+from ollm_core.contracts.attention import ATTENTIONS
 from ollm_core.errors import InputError
+from ollm_core.files.paths import absolute
+from ollm_core.memory.budgets import DEVICE_DEFAULT, HOST_DEFAULT
+from ollm_core.memory.sizes import parse_size
+from ollm_core.plugins.loader import KINDS
+from ollm_core.values import (
+    DTYPES,
+    Count,
+    Device,
+    DType,
+    PathLike,
+    Size,
+    count,
+    device_name,
+    dtype_name,
+    one_of,
+    parse_tokens,
+)
 
 if TYPE_CHECKING:
-    import torch
+    from ollm_core.calibration.rates import Rates
+    from ollm_core.contracts.progress import Progress
+    from ollm_core.plugins.registry import Registry
+    from ollm_core.profiling import Profile
 
-PathLike: TypeAlias = str | os.PathLike[str]
-Count: TypeAlias = SupportsIndex
-"""An int, or one of numpy's."""
-Size: TypeAlias = str | float | SupportsIndex
-"""`8GB`, `512MiB` or a whole number of bytes; see `parse_size`."""
-DType: TypeAlias = "str | torch.dtype"
-Device: TypeAlias = "str | SupportsIndex | torch.device"
+Keywords = ParamSpec("Keywords")
+Chosen = TypeVar("Chosen")
+Made = TypeVar("Made")
 
-DTYPES = ("float32", "float16", "bfloat16")
-"""What a model may compute in."""
+_RUN, _BOTH = ("run",), ("run", "plan")
 
 
-def one_of(what: str, value: str, allowed: Sequence[str]) -> None:
-    """Raises InputError for an option's value that is not among those `allowed`."""
-    if not isinstance(value, str) or value not in allowed:
-        raise InputError(f"{what} is {value!r}", hint=f"one of: {', '.join(allowed)}")
-
-
-def count(what: str, value: Count, least: int) -> int:
-    """A number of things. Raises InputError for what is no int, and for fewer than `least`."""
-    number = whole_number(value)
-    if number is None or number < least:
-        raise InputError(
-            f"{what} is {value!r}, expected at least {least}", hint="give a whole number"
-        )
-    return number
-
-
-def whole_number(value: object) -> int | None:
-    """The int that `value` is, or None; True is none."""
-    if isinstance(value, bool):
-        return None
-    try:
-        return operator.index(value)  # type: ignore[arg-type] # that is what is tried
-    except TypeError:
-        return None
-
-
-def dtype_name(dtype: DType | None) -> str:
-    """ "auto", also for None, or one of DTYPES, from that, a `torch.dtype` or a name that torch has
-    for it. Raises InputError.
+@dataclass(frozen=True, slots=True)
+class About:
+    """What is known of an option besides its name, type and default. In its texts, `name` means
+    another option; the command line shows that as --name.
     """
-    import torch
 
-    name = "auto" if dtype is None else str(dtype).removeprefix("torch.")
-    known = getattr(torch, name, None)
-    if isinstance(known, torch.dtype):
-        name = str(known).removeprefix("torch.")
-    if name not in ("auto", *DTYPES):
-        raise InputError(f"dtype is {dtype!r}", hint=f"one of: auto, {', '.join(DTYPES)}")
-    return name
+    help: str
+    """One line."""
+    more: str = ""
+    """What help() and docs/options.md say after it."""
+    verbs: tuple[str, ...] = ()
+    """Those that have a flag for it."""
+    unset: str = ""
+    """What its default None means."""
+    metavar: str = ""
+    """What its value is, for example SIZE."""
+    choices: tuple[str, ...] = ()
+    hook: str = ""
+    """Through which plugins offer more names than `choices`."""
+    without_plugins: tuple[str, ...] = ()
+    """Verbs that take `choices` alone."""
+    least: int | None = None
+    """Of a whole number."""
+    check: Callable[[str, Any], Any] = lambda _, value: value
+    """(name, value) -> the value in the form that is kept. Raises InputError."""
+
+    def takes_plugins(self, verb: str) -> bool:
+        """Whether `verb` also takes a name that a plugin offers."""
+        return bool(self.hook) and verb not in self.without_plugins
 
 
-def device_name(device: Device) -> str:
-    """As `cuda:0`, from a name, a `torch.device`, or the index of a GPU, -1 for the CPU. Raises
-    InputError.
+def _said(default: Any, help: str, more: str = "", **known: Any) -> Any:
+    """A field."""
+    return field(default=default, metadata={"about": About(help, more, **known)})
+
+
+def _choice(default: str, choices: tuple[str, ...], help: str, more: str, **known: Any) -> Any:
+    def check(name: str, value: str) -> str:
+        one_of(name, value, choices)
+        return value
+
+    return _said(default, help, more, **{"choices": choices, "check": check, **known})
+
+
+def _offered(default: str, hook: str, help: str, more: str, **known: Any) -> Any:
+    """A name that is built in, or that a plugin offers. Which those are is known to a registry: see
+    `check_names`.
     """
-    import torch
+    return _said(default, help, more, choices=KINDS[hook].built_in, hook=hook, **known)
 
-    if isinstance(device, (str, torch.device)):
-        return str(device)
-    index = whole_number(device)
-    if index is None or index < -1:
-        raise InputError(f"device is {device!r}", hint="name it as in 'cpu' or 'cuda:0'")
-    return "cpu" if index == -1 else f"cuda:{index}"
+
+def _count(default: int | None, least: int, help: str, more: str = "", **known: Any) -> Any:
+    def check(name: str, value: Count) -> int:
+        return count(name, value, least)
+
+    return _said(default, help, more, least=least, check=check, **known)
+
+
+def _size(default: None, help: str, more: str, **known: Any) -> Any:
+    return _said(default, help, more, metavar="SIZE", check=_called_by(parse_size), **known)
+
+
+def _directory(default: None, help: str, more: str = "", **known: Any) -> Any:
+    return _said(default, help, more, **{"metavar": "DIR", "check": _called_by(absolute), **known})
+
+
+def _switch(default: bool, help: str, more: str, **known: Any) -> Any:
+    def check(name: str, value: bool) -> bool:
+        if not isinstance(value, bool):  # "no" is true
+            raise InputError(f"{name} is {value!r}, expected True or False")
+        return value
+
+    return _said(default, help, more, check=check, **known)
+
+
+def _called_by(read: Callable[[Any], Any]) -> Callable[[str, Any], Any]:
+    """The check of an option by `read`, whose message needs no name."""
+    return lambda _, value: read(value)
+
+
+_LIMIT = (
+    "`8GB`, `512MiB` or a number of bytes; more than the machine has is refused. In a container "
+    "its limit counts. On a CPU, weights and activations count as device memory, and KV on the "
+    "host as host memory."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """What `load` and `plan` share. Values are checked when the object is made, and kept in one
+    form: sizes and counts as int, the dtype by name, paths absolute.
+    """
+
+    verb: ClassVar[str]
+    """The one of the command line that these options are for."""
+
+    device: Device = _said(
+        "auto",
+        "Device that computes, for example cpu or cuda:0.",
+        "auto takes the first GPU, or else the CPU. From Python also a torch.device, or the index "
+        "of a GPU (-1 is the CPU). You can plan for cuda where there is no GPU: then with 8 GB.",
+        verbs=(*_BOTH, "doctor"),
+        metavar="NAME",
+        check=_called_by(device_name),
+    )
+    dtype: DType = _choice(
+        "auto",
+        ("auto", *DTYPES),
+        "dtype to compute in.",
+        "auto takes the checkpoint's. From Python also a torch.dtype.",
+        verbs=_BOTH,
+        check=_called_by(dtype_name),
+    )
+    device_memory: Size | None = _size(
+        None, "Device memory limit, for example 8GB.", _LIMIT, verbs=_BOTH, unset=DEVICE_DEFAULT
+    )
+    host_memory: Size | None = _size(
+        None,
+        "Host memory limit, for example 16GB.",
+        "Written as `device_memory` is.",
+        verbs=_BOTH,
+        unset=HOST_DEFAULT,
+    )
+    device_layers: Count | None = _count(
+        None,
+        0,
+        "Most layers to keep on the device.",
+        verbs=_BOTH,
+        unset="as many as the limits allow",
+    )
+    host_layers: Count | None = _count(
+        None,
+        0,
+        "Most layers to keep in host memory, beside a GPU.",
+        verbs=_BOTH,
+        unset="as many as the limits allow",
+    )
+    kv: str = _offered(
+        "auto",
+        "ollm_kv_stores",
+        "Where the KV cache is kept.",
+        "auto takes the first of device, host and disk that has room.",
+        verbs=_BOTH,
+        without_plugins=("plan",),
+    )
+    attention: str = _choice(
+        "auto",
+        ("auto", *ATTENTIONS),
+        "How attention is computed.",
+        "exact is bit for bit transformers' eager attention, and its memory grows with the "
+        "context; that of blockwise does not. flash is blockwise by the package flash-attn, on "
+        "CUDA. auto is exact up to 8,192 tokens where that fits, and else blockwise, or flash "
+        "where `ollm doctor` measured that to be faster.",
+        verbs=_BOTH,
+    )
+    chunk_size: Count | None = _count(
+        None,
+        1,
+        "Prompt tokens that go through a layer together.",
+        verbs=_BOTH,
+        unset="as many as fit",
+    )
+    models_dir: PathLike | None = _directory(
+        None,
+        "Directory of your models.",
+        verbs=(*_BOTH, "convert", "doctor", "import", "list-models", "pull"),
+        unset="$OLLM_MODELS, or ~/.cache/ollm/models",
+        check=_called_by(lambda value: value and absolute(value)),
+    )
+    registry: Registry | None = _said(
+        None, "Plugins to use, a `Registry`.", unset="those that are installed"
+    )
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if value is None and each.default is None:
+                continue
+            known = about(each)
+            if known.hook and not known.takes_plugins(self.verb):
+                one_of(each.name, value, known.choices)
+            object.__setattr__(self, each.name, known.check(each.name, value))
+
+    def check_names(self, registry: Registry) -> None:
+        """Raises InputError for a name that is not built in and that no plugin offers."""
+        for each in fields(self):
+            if about(each).hook:
+                registry.check_name(about(each).hook, getattr(self, each.name))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions(ModelOptions):
+    """The options of `ollm.load`."""
+
+    verb = "run"
+
+    kv_dir: PathLike | None = _directory(
+        None,
+        "Directory of a KV cache on disk, for example ./kv_cache.",
+        "What it holds when a cache is closed stays there, and a later prompt on the same model "
+        "that begins alike continues from there. Only files made by this model are ever removed "
+        "from it. To know the model, all bytes of its files are hashed when a directory is first "
+        "used with it.",
+        verbs=_RUN,
+        unset="one whose files are removed at the end",
+    )
+    keep_kv: bool = _switch(
+        True,
+        "Reuse and save the prefix cache in `kv_dir`.",
+        "False leaves nothing there.",
+        verbs=_RUN,
+    )
+    reader: str = _offered(
+        "auto",
+        "ollm_reading_engines",
+        "Reading engine for the weights.",
+        "direct reads by O_DIRECT; kvikio is an extra. auto takes the one that `ollm doctor` "
+        "measured to be the fastest here, or else direct where the file system allows it.",
+        verbs=_RUN,
+    )
+    draft: str = _offered(
+        "none",
+        "ollm_draft_sources",
+        "Where draft tokens come from.",
+        "lookup looks for the last tokens earlier in the text; model asks `draft_model`. Drafts "
+        "change the speed, not the text. Batches go without.",
+        verbs=_RUN,
+    )
+    draft_model: PathLike | None = _said(
+        None,
+        "Directory or id of a small model of the same vocabulary, for `draft` model.",
+        "It is held in memory as a whole, inside `device_memory` and `host_memory`.",
+        verbs=_RUN,
+        metavar="DIR_OR_ID",
+        unset="none",
+    )
+    num_draft_tokens: Count | None = _count(
+        None,
+        1,
+        "Draft tokens at a time.",
+        "What pays is known by what drafts have cost and brought so far; none are made while they "
+        "do not pay. With sampling it is 10, so that a seed repeats a text.",
+        verbs=_RUN,
+        unset="as many as pay, up to 10",
+    )
+    trust_remote_code: bool = _switch(
+        False,
+        "Run Python code in the model's directory, where its tokenizer is such code. Read "
+        "it first: it can do all that you can.",
+        "False refuses such a tokenizer. Models that are code of their own are never run.",
+        verbs=_RUN,
+    )
+    on_progress: Callable[[Progress], None] | None = _said(
+        None,
+        "Function that is called with a `Progress` after each step of a weight pass, and "
+        "while files are hashed.",
+        unset="none",
+    )
+    profile: Profile | None = _said(
+        None,
+        "A `Profile` that counts where the time goes; see `ollm_core.profiling`.",
+        unset="none",
+    )
+
+    def __post_init__(self) -> None:
+        ModelOptions.__post_init__(self)
+        if self.draft == "model" and self.draft_model is None:
+            raise InputError(
+                "draft is 'model', and no model is named for it",
+                hint="name it with draft_model (--draft-model), a directory or an id",
+            )
+        if self.draft != "model" and self.draft_model is not None:
+            raise InputError(
+                f"a draft model is named, and draft is {self.draft!r}",
+                hint="draft='model' (--draft model)",
+            )
+        if self.draft == "none" and self.num_draft_tokens is not None:
+            raise InputError("num_draft_tokens needs a draft source", hint="add draft='lookup'")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions(ModelOptions):
+    """The options of `ollm.plan`."""
+
+    verb = "plan"
+
+    context: str | Count | None = _said(
+        None,
+        "Tokens of each sequence at the end, new ones included, for example 8192 or 100k.",
+        verbs=("plan",),
+        metavar="TOKENS",
+        unset="8192, or what the model has",
+        check=_called_by(parse_tokens),
+    )
+    batch: Count = _count(1, 1, "Number of sequences.", verbs=("plan",))
+    max_new_tokens: Count = _count(256, 1, "Most new tokens of an answer.", verbs=_BOTH)
+    rates: Rates | None = _said(
+        None,
+        "Rates of disk, bus, memory and compute that the times are made from, a `Rates`.",
+        unset="what `ollm doctor` measured here, else assumed",
+    )
+
+
+OPTIONS: Mapping[str, Field[Any]] = MappingProxyType(
+    {each.name: each for kind in (LoadOptions, PlanOptions) for each in fields(kind)}
+)
+"""Every option by name: those of `load`, then those that only `plan` has."""
+
+
+def about(option: Field[Any]) -> About:
+    """What is known of a field of the classes above."""
+    return cast("About", option.metadata["about"])
+
+
+def default_text(option: Field[Any]) -> str:
+    """Its default in words."""
+    if option.default is None:
+        return about(option).unset
+    if isinstance(option.default, bool):
+        return "on" if option.default else "off"
+    return str(option.default)
+
+
+def takes(
+    kind: Callable[Keywords, Chosen],
+) -> Callable[
+    [Callable[[PathLike, Chosen], Made]], Callable[Concatenate[PathLike, Keywords], Made]
+]:
+    """Gives a function of a model and its options, an object of the class `kind`, the fields of
+    that class as keywords: for callers, type checkers, editors, `inspect.signature` and `help()`.
+    """
+
+    def decorate(
+        function: Callable[[PathLike, Chosen], Made],
+    ) -> Callable[Concatenate[PathLike, Keywords], Made]:
+        own, name = inspect.signature(function), getattr(function, "__name__", "")
+        model = next(iter(own.parameters.values()))
+        keywords = inspect.signature(kind).parameters.values()
+        signature = own.replace(parameters=[model, *keywords])
+
+        @functools.wraps(function)
+        def called(path_or_id: PathLike, *args: Keywords.args, **kwargs: Keywords.kwargs) -> Made:
+            try:
+                signature.bind(path_or_id, *args, **kwargs)
+            except TypeError as error:
+                raise TypeError(f"{name}() {error}") from None
+            return function(path_or_id, kind(*args, **kwargs))
+
+        shown = {each.name: each.annotation for each in signature.parameters.values()}
+        called.__annotations__ = {**shown, "return": signature.return_annotation}
+        called.__signature__ = signature  # type: ignore[attr-defined] # inspect and help() read it
+        called.__doc__ = f"{inspect.getdoc(function)}\n\n{_help(signature.parameters)}"
+        return cast("Callable[Concatenate[PathLike, Keywords], Made]", called)
+
+    return decorate
+
+
+def _help(names: Mapping[str, object]) -> str:
+    lines = []
+    for name in names:
+        if option := OPTIONS.get(name):
+            known = about(option)
+            words = f"{known.help} {known.more}".rstrip()
+            text = f"- `{name}`: {words} Default: {default_text(option)}."
+            lines += textwrap.wrap(text, 96, subsequent_indent="  ")
+    return "\n".join(lines)

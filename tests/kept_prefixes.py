@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from ollm_core.kv.block_storage import KVGeometry
+from ollm_core.contracts.kv import KVGeometry
 from ollm_core.kv.disk.prefix_cache import KeepingKVStore
 from ollm_core.memory.accounts import MemoryAccount
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ollm_core import CacheKind, StateShape
-from ollm_core.kv.block_storage import KVGeometry
+from ollm_core.contracts.kv import KVGeometry
 from ollm_core.kv.disk.prefix_cache import KeepingKVStore
 from ollm_core.kv.recurrent.prefix_cache import KeepingHybridKVStore
 from ollm_core.kv.recurrent.snapshots import StateFiles

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from ollm import AutoInference, Inference, TextStreamer, file_get_contents
-from ollm_core import DeviceError, InputError, UnknownModelError
+from ollm_core import InputError, UnknownModelError
+from ollm_core.errors import DeviceError
 
 MESSAGES = [
     {"role": "system", "content": "You are helpful AI assistant"},

@@ -13,7 +13,6 @@ import ollm
 from ollm_core import (
     CheckpointError,
     ConfigError,
-    DeviceError,
     DoesNotFitError,
     InputError,
     KVStoreError,
@@ -22,6 +21,7 @@ from ollm_core import (
     UnknownModelError,
     UnsupportedError,
 )
+from ollm_core.errors import DeviceError
 
 
 def edit(directory, **changes):

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from gpu_parts.work import OutOfTime, Tell, Work
 from ollm_conformance.models import DTYPES
 from ollm_conformance.subject import CHUNK, Reference, Subject
 from ollm_core.generate.causal_lm import StreamedModel
+from ollm_core.options import PlanOptions
 from ollm_core.planning.plan import Plan
 from ollm_core.planning.planner import Planner
 from ollm_core.plugins.registry import Registry, supports
@@ -130,25 +131,27 @@ class _Bench:
     def _plan(self, case: Case, directory: Path) -> Plan:
         if case.dtype not in self._planners:
             registry = self._subject.registry
-            self._planners[case.dtype] = Planner(
-                directory, device=self._work.device, registry=registry
-            )
-        options: dict[str, Any] = {
-            "context": self._num_tokens + self._num_new,
-            "max_new_tokens": self._num_new,
-            "kv": case.kv,
-            "attention": "exact",
-            "chunk_size": self._chunk_size,
-            "compare": False,
-        }
+            device = PlanOptions(device=self._work.device, registry=registry)
+            self._planners[case.dtype] = Planner(directory, device)
         planner = self._planners[case.dtype]
-        plan = planner.plan(device_memory=_ROOMY, host_memory=_ROOMY, **options)
+        options = replace(
+            planner.options,
+            device_memory=_ROOMY,
+            host_memory=_ROOMY,
+            context=self._num_tokens + self._num_new,
+            max_new_tokens=self._num_new,
+            kv=case.kv,
+            attention="exact",
+            chunk_size=self._chunk_size,
+        )
+        plan = planner.plan(options, compare=False)
         if case.least:
-            plan = planner.plan(
+            least = replace(
+                options,
                 device_memory=plan.smallest_device_bytes,
                 host_memory=max(plan.smallest_host_bytes, 1),
-                **options,
             )
+            plan = planner.plan(least, compare=False)
         assert plan.fits, plan.reason
         return plan
 

@@ -16,6 +16,7 @@ from gpu_parts.peaks import Peaks, as_planned, over_budget, ratio
 from gpu_parts.work import Work
 from ollm_core.contracts.progress import Stats
 from ollm_core.generate.causal_lm import StreamedModel
+from ollm_core.options import PlanOptions
 from ollm_core.planning.plan import Plan
 from ollm_core.planning.planner import Planner
 from ollm_core.profiling import Profile
@@ -155,9 +156,10 @@ def planned(
 ) -> Plan:
     """What `ollm plan` says of the run, by the rates that were measured here, if they were."""
     given = {key: options[key] for key in _PLANNED if key in options}
-    return Planner(checkpoint.path, device=work.device).plan(
-        context=num_tokens + num_new, max_new_tokens=num_new, compare=False, **given
+    planned = PlanOptions(
+        device=work.device, context=num_tokens + num_new, max_new_tokens=num_new, **given
     )
+    return Planner(checkpoint.path, planned).plan(compare=False)
 
 
 def prompt_of(model: StreamedModel, num_tokens: int) -> Tensor:

@@ -9,7 +9,7 @@ from broken import BrokenPart
 
 from ollm_conformance import KVStoreConformance
 from ollm_core import DoesNotFitError, TierBytes, TiledBlocks
-from ollm_core.kv.block_storage import KVGeometry
+from ollm_core.contracts.kv import KVGeometry
 from ollm_core.kv.disk.storage import DiskKVStore
 from ollm_core.kv.in_memory import DeviceKVStore
 

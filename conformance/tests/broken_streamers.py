@@ -12,8 +12,10 @@ import torch
 from broken import BrokenPart
 
 from ollm_conformance import WeightStreamerConformance
-from ollm_core import ReadError, WeightStreamer
+from ollm_core import ReadError
 from ollm_core.memory.accounts import MemoryAccount
+from ollm_core.memory.pair import PerMemory
+from ollm_core.testing import WeightStreamer
 from ollm_core.weights.sources.posix import open_source
 from ollm_core.weights.streamer import TieredWeights
 
@@ -22,7 +24,7 @@ class Wrapped(WeightStreamer):
     """Core's streamer, unchanged."""
 
     def __init__(self, units, files, dtype, account):
-        accounts = account, MemoryAccount("host memory", 0)
+        accounts = PerMemory(account, MemoryAccount("host memory", 0))
         self.dtype = dtype
         self.account = account
         self.inner = TieredWeights(units, open_source(files), dtype, torch.device("cpu"), accounts)

@@ -6,15 +6,8 @@ from dataclasses import replace
 from types import MappingProxyType
 
 from ollm_adapter_llama import LlamaAdapter
-from ollm_core import (
-    CAPABILITIES,
-    Capability,
-    Config,
-    DecoderAdapter,
-    ParameterSource,
-    bad_config,
-    read_size,
-)
+from ollm_core import Capability, Config, DecoderAdapter, ParameterSource, bad_config, read_size
+from ollm_core.testing import CAPABILITIES
 
 _NOT_HERE = sorted(CAPABILITIES.keys() - {"kv-device"})
 

@@ -240,8 +240,8 @@ def turn_attention(model, change):
     """Give each attention of each pass to `change`, and use what it returns."""
 
     class Skeleton:
-        def step(self, layer_idx):
-            run = super().step(layer_idx)
+        def chunk_forward(self, layer_idx):
+            run = super().chunk_forward(layer_idx)
 
             def stepped(hidden, **options):
                 call = options["past_key_values"]
@@ -551,13 +551,13 @@ class TakesAnyNumber:
         read_before = store.bytes_read
         self._expect(store, work)
         with self._cap(), self._admission.admit(store, work) as plan:
-            on_disk = store.tier_bytes().disk
-            self.counters.kv_disk_bytes = max(self.counters.kv_disk_bytes, on_disk)
+            self.counters.count_kv_on_disk(store.tier_bytes().disk)
             logits = self._run(store, work, plan)
             self._check_files()
             for item in work:
                 store.commit(item.sequence)
-        self._count(store, work, plan, time.perf_counter() - start, read_before)
+        seconds, kv_bytes_read = time.perf_counter() - start, store.bytes_read - read_before
+        self.counters.count_pass(work, plan, seconds, kv_bytes_read)
         return logits
 
 

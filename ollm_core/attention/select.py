@@ -21,13 +21,10 @@ from ollm_core.attention.blockwise import (
 )
 from ollm_core.attention.exact import exact_attention
 from ollm_core.attention.kernels import Products
-from ollm_core.contracts.attention import Attention, KVView
+from ollm_core.contracts.attention import ATTENTIONS, Attention, KVView
 
 ATTENTION_NAME = "ollm"
 """Unknown to transformers' mask functions, so that no mask is built for it."""
-
-ATTENTIONS = ("exact", "blockwise", "flash")
-"""What can be asked for. "flash" is "blockwise" with the kernels of the package flash-attn."""
 
 
 def find_attention(name: str, device: torch.device) -> Attention:

@@ -16,7 +16,7 @@ import torch
 from ollm_core.attention.trial import blocks_work, flash_works
 from ollm_core.calibration.attention import measure_attention
 from ollm_core.calibration.disk import measure_readers
-from ollm_core.device.transfer import bus_of, host_buffer
+from ollm_core.device.memory import memory_of
 from ollm_core.errors import InputError
 from ollm_core.files.paths import cache_directory
 from ollm_core.files.scratch import replace_file
@@ -208,7 +208,7 @@ def _compute_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def _bus_rate(device: torch.device) -> float:
-    host = host_buffer(256 << 20, bus_of(device)).zero_()
+    host = memory_of(device).host_buffer(256 << 20).zero_()
     target = torch.empty_like(host, device=device)
     return host.nbytes / least_seconds(lambda: target.copy_(host, non_blocking=True), device)
 

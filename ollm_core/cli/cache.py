@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from ollm_core.cli.output import debug_option, json_option, print_json, print_table, user_path
+from ollm_core.cli.options import debug_option, json_option, user_path
+from ollm_core.cli.output import print_json, print_table
 from ollm_core.errors import InputError, KVStoreError
 from ollm_core.memory.sizes import format_size
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ollm_core.cli.output import debug_option, json_option, models_dir_option, print_json, user_path
+from ollm_core.cli.options import debug_option, json_option, options_of, user_path
+from ollm_core.cli.output import print_json
 from ollm_core.memory.sizes import format_size
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     type=user_path,
     help="Where the compressed model goes.",
 )
-@models_dir_option
+@options_of("convert")
 @json_option
 @debug_option
 def convert(model: str, out: Path, models_dir: str | None, as_json: bool) -> None:

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import click
 
-from ollm_core.cli.output import debug_option, json_option, models_dir_option, print_json
+from ollm_core.cli.options import debug_option, json_option, options_of
+from ollm_core.cli.output import print_json
 from ollm_core.memory.sizes import format_size
 
 
 @click.command()
-@click.option("--device", default="auto", show_default=True, help="cpu, cuda:0, ...")
+@options_of("doctor")
 @click.option(
     "--dtype",
     type=click.Choice(["bfloat16", "float16", "float32"]),
     default="bfloat16",
     show_default=True,
-    help="What to multiply in.",
+    help="dtype to benchmark.",
 )
-@models_dir_option
 @json_option
 @debug_option
 def doctor(device: str, dtype: str, models_dir: str | None, as_json: bool) -> None:
@@ -31,7 +31,7 @@ def doctor(device: str, dtype: str, models_dir: str | None, as_json: bool) -> No
     )
     from ollm_core.checkpoint.hub import models_root
     from ollm_core.device.select import pick_device
-    from ollm_core.memory.budgets import DEFAULTS, default_budgets
+    from ollm_core.memory.budgets import DEVICE_DEFAULT, HOST_DEFAULT, default_budgets
     from ollm_core.model.spec import DTYPES
 
     target = pick_device(device)
@@ -61,5 +61,6 @@ def doctor(device: str, dtype: str, models_dir: str | None, as_json: bool) -> No
         f"budgets  {format_size(budgets.device)} of device memory and {format_size(budgets.host)} "
         "of host memory, where none are stated:"
     )
-    click.echo(f"{'':<9}{DEFAULTS}")
+    click.echo(f"{'':<9}device: {DEVICE_DEFAULT}")
+    click.echo(f"{'':<9}host: {HOST_DEFAULT}")
     click.echo(f"kept in {rates_file()}")

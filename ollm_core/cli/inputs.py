@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from ollm_core.cli.output import STDIN
+from ollm_core.cli.options import STDIN
 from ollm_core.errors import InputError
 from ollm_core.memory.sizes import format_size
 

@@ -17,7 +17,8 @@ from ollm_core.cli.convert import convert
 from ollm_core.cli.doctor import doctor
 from ollm_core.cli.models import import_, list_models, plugins, pull
 from ollm_core.cli.offered import Verbs
-from ollm_core.cli.output import debug_option, print_error, quiet
+from ollm_core.cli.options import debug_option
+from ollm_core.cli.output import print_error, quiet
 from ollm_core.cli.plan import plan
 from ollm_core.cli.run import run
 from ollm_core.cli.signals import Signals

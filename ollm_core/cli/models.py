@@ -10,14 +10,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ollm_core.cli.output import (
-    debug_option,
-    json_option,
-    models_dir_option,
-    print_json,
-    print_table,
-    user_path,
-)
+from ollm_core.cli.options import debug_option, json_option, options_of, user_path
+from ollm_core.cli.output import print_json, print_table
 from ollm_core.memory.sizes import format_size
 
 if TYPE_CHECKING:
@@ -25,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @click.command("list-models")
-@models_dir_option
+@options_of("list-models")
 @json_option
 @debug_option
 def list_models(models_dir: str | None, as_json: bool) -> None:
@@ -115,7 +109,7 @@ def _fields(plugin: PluginInfo) -> dict[str, object]:
 
 @click.command()
 @click.argument("model_id", metavar="ID")
-@models_dir_option
+@options_of("pull")
 @click.option("--force", is_flag=True, help="Fetch again what is there.")
 @json_option
 @debug_option
@@ -146,7 +140,7 @@ def pull(model_id: str, models_dir: str | None, force: bool, as_json: bool) -> N
     default="bfloat16",
     show_default=True,
 )
-@models_dir_option
+@options_of("import")
 @click.option("--force", is_flag=True, help="If DIR is there, give it another name first.")
 @json_option
 @debug_option

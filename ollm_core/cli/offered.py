@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, NoReturn
 
 import click
 
-from ollm_core.cli.output import Command
 from ollm_core.errors import OllmError, PluginError
 from ollm_core.plugins.loader import KINDS
 
@@ -20,29 +19,20 @@ _ELSEWHERE = {"adapter": "ollm-conformance", "conformance": "ollm-conformance"}
 """Verbs that the documentation names, and the distributions that bring them."""
 
 
-def offered_name(option: str, hook: str, text: str) -> Callable[[Command], Command]:
-    """An option whose value is built in, or a name that a plugin offers through `hook`. `text` is
-    its help. The first built-in name is the default.
+def check_offered(hook: str) -> Callable[[click.Context, click.Parameter, str], str]:
+    """A click callback: the value must be built in, or a name that a plugin offers through `hook`.
+    Plugins are looked for only if the name is not built in.
     """
-    built_in = KINDS[hook].built_in
 
     def check(context: click.Context, parameter: click.Parameter, value: str) -> str:
-        """Looks for plugins only if the name is not built in."""
-        if value not in built_in:
+        if value not in KINDS[hook].built_in:
             try:
                 _registry().check_name(hook, value)
             except OllmError as error:
                 raise click.BadParameter(str(error), context, parameter) from error
         return value
 
-    return click.option(
-        option,
-        callback=check,
-        default=built_in[0],
-        show_default=True,
-        metavar=f"[{'|'.join(built_in)}|PLUGIN]",
-        help=text,
-    )
+    return check
 
 
 class Verbs(click.Group):

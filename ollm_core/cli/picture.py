@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ollm_core.errors import InputError
+from ollm_core.memory.kinds import MemoryKind, colour_of, label_of
 from ollm_core.memory.sizes import format_size
 
 if TYPE_CHECKING:
@@ -14,35 +15,14 @@ if TYPE_CHECKING:
 
 FORMATS = (".png", ".svg", ".pdf")
 
-_COLOURS = {  # weights blue, KV green, what a pass takes for itself in warm colours
-    "weights": "#9ecae1",
-    "resident weights": "#3182bd",
-    "weight ring": "#6baed6",
-    "weight staging": "#4292c6",
-    "upload buffers": "#deebf7",
-    "resident experts": "#08519c",
-    "expert buffers": "#c6dbef",
-    "kv blocks": "#31a354",
-    "kv upload": "#a1d99b",
-    "kv write buffers": "#74c476",
-    "kv staging": "#c7e9c0",
-    "kv tails": "#006d2c",
-    "layer": "#fd8d3c",
-    "experts' work": "#e6550d",
-    "logits": "#756bb1",
-    "routed tokens": "#fdd0a2",
-    "hidden states": "#fdae6b",
-    "positions": "#d9d9d9",
-}
-_OTHER = "#bdbdbd"
 _LIMIT, _PEAK = "#b30000", "#444444"
 _OPENED, _PROMPT, _STEPS = 0.12, 0.38, 0.5  # widths of the phases
 _SMALL = 0.004  # of the peak: kinds below are drawn, and not in the legend
 
 
-def save(plan: Plan, path: Path, titles: Mapping[str, str]) -> None:
+def save(plan: Plan, path: Path) -> None:
     """Draw the device's and the host's memory over the run of `plan` into `path`, whose ending
-    says in which of `FORMATS`. `titles` says what the accounts' kinds are called.
+    says in which of `FORMATS`.
 
     Raises InputError for another ending, without matplotlib, or if the file cannot be written.
     """
@@ -61,7 +41,7 @@ def save(plan: Plan, path: Path, titles: Mapping[str, str]) -> None:
         (panels[0], "device", plan.device_memory, [moment.device for moment in plan.moments]),
         (panels[1], "host", plan.host_memory, [moment.host for moment in plan.moments]),
     ):
-        _panel(panel, name, limit, held, edges, titles)
+        _panel(panel, name, limit, held, edges)
     _phases(panels[0], panels[1], plan)
     figure.suptitle(
         f"{plan.model} in {plan.dtype} on {plan.device}: "
@@ -99,14 +79,13 @@ def _panel(
     limit: int,
     held: Sequence[Mapping[str, int]],
     edges: Sequence[float],
-    titles: Mapping[str, str],
 ) -> None:
     """One memory: what is held from each edge to the next, what is allowed, what is what."""
     most: dict[str, int] = {}
     for kinds in held:
         for kind, num_bytes in kinds.items():
             most[kind] = max(most.get(kind, 0), num_bytes)
-    order = [kind for kind in _COLOURS if kind in most] + sorted(most.keys() - _COLOURS.keys())
+    order = [*(kind for kind in MemoryKind if kind in most), *sorted(set(most) - set(MemoryKind))]
     peak = max((sum(kinds.values()) for kinds in held), default=0)
     unit, size = ("GB", 1e9) if peak >= 1e9 else ("MB", 1e6)
     below = [0.0] * len(edges)
@@ -118,9 +97,9 @@ def _panel(
             below,
             above,
             step="post",
-            color=_COLOURS.get(kind, _OTHER),
+            color=colour_of(kind),
             linewidth=0,
-            label=f"{titles.get(kind, kind)}, {format_size(most[kind])}"
+            label=f"{label_of(kind)}, {format_size(most[kind])}"
             if most[kind] >= _SMALL * peak
             else "_",
         )

@@ -8,20 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ollm_core.cli.output import (
-    attention_option,
-    chunk_size_option,
-    debug_option,
-    dtype_option,
-    json_option,
-    max_new_tokens_option,
-    memory_options,
-    models_dir_option,
-    print_json,
-)
+from ollm_core.cli.options import debug_option, json_option, options_of
+from ollm_core.cli.output import print_json
 from ollm_core.cli.picture import check_path, save
 from ollm_core.cli.timeline import draw
 from ollm_core.errors import DoesNotFitError
+from ollm_core.memory.kinds import label_of
 from ollm_core.memory.sizes import format_size
 
 if TYPE_CHECKING:
@@ -29,48 +21,12 @@ if TYPE_CHECKING:
 
     from ollm_core.planning.plan import Plan
 
-KINDS = {
-    "weights": "norm, rotary, buffers for a layer",
-    "resident weights": "weights kept",
-    "weight ring": "weights streamed",
-    "weight staging": "weights as they are loaded",
-    "upload buffers": "weights on their way",
-    "resident experts": "experts kept",
-    "expert buffers": "experts streamed",
-    "kv blocks": "KV",
-    "kv upload": "KV on its way",
-    "kv write buffers": "KV to be written",
-    "kv staging": "KV as it is read",
-    "kv tails": "KV, unfinished blocks",
-    "layer": "activations of a layer",
-    "experts' work": "activations of experts",
-    "logits": "logits",
-    "routed tokens": "tokens for experts",
-    "hidden states": "hidden states",
-    "positions": "positions",
-}
-"""What the accounts call their parts, for people."""
-
-
 _TERMINAL = "-"
 
 
 @click.command()
 @click.argument("model")
-@click.option("--context", metavar="TOKENS", help="At the end, as in 8192 or 100k.  [default: 8k]")
-@max_new_tokens_option
-@click.option("--batch", type=click.IntRange(1), default=1, show_default=True)
-@click.option("--device", default="auto", show_default=True, help="cpu, cuda, also if not here.")
-@dtype_option
-@memory_options
-@click.option(
-    "--kv",
-    type=click.Choice(["auto", "device", "host", "disk"]),
-    default="auto",
-    show_default=True,
-)
-@chunk_size_option
-@attention_option
+@options_of("plan")
 @click.option(
     "--plot",
     metavar="[FILE.png]",
@@ -78,7 +34,6 @@ _TERMINAL = "-"
     flag_value=_TERMINAL,
     help="Also draw what is held over the run: in the terminal, or into a file.",
 )
-@models_dir_option
 @json_option
 @debug_option
 def plan(model: str, as_json: bool, plot: str | None, **options: Any) -> None:
@@ -99,11 +54,11 @@ def plan(model: str, as_json: bool, plot: str | None, **options: Any) -> None:
     if not as_json:
         click.echo(_text(found, options["device_layers"], options["host_layers"]))
     if picture:
-        save(found, picture, KINDS)
+        save(found, picture)
         click.echo(f"drawn in {picture}", err=True)
     elif plot:
         width = 80 if as_json else shutil.get_terminal_size().columns
-        drawn = draw(found.moments, found.device_memory, KINDS, width)
+        drawn = draw(found.moments, found.device_memory, width)
         click.echo(drawn if as_json else f"\n{drawn}", err=as_json)
 
 
@@ -179,7 +134,7 @@ def _memory(name: str, peak: int, limit: int, parts: Mapping[str, int]) -> list[
     """The peak of one memory and what it is made of, the largest first."""
     text = [f"{name:<9}{format_size(peak):>8} at most of {format_size(limit)} allowed"]
     for kind, num_bytes in sorted(parts.items(), key=lambda part: -part[1]):
-        text.append(f"{'':<9}{format_size(num_bytes):>8}  {KINDS.get(kind, kind)}")
+        text.append(f"{'':<9}{format_size(num_bytes):>8}  {label_of(kind)}")
     return text
 
 

@@ -5,21 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ollm_core.cli.options import names_of
 from ollm_core.errors import OllmError
-
-PLANNED = (
-    "device",
-    "dtype",
-    "device_memory",
-    "host_memory",
-    "device_layers",
-    "host_layers",
-    "kv",
-    "attention",
-    "chunk_size",
-    "models_dir",
-)
-"""Options of a run that a plan takes too."""
 
 
 def what_would_do(
@@ -35,7 +22,7 @@ def what_would_do(
             model,
             context=num_prompt_tokens + max_new_tokens,
             max_new_tokens=max_new_tokens,
-            **{name: options[name] for name in PLANNED},
+            **{name: options[name] for name in names_of("plan") if name in options},
         )
     except OllmError:
         return ""

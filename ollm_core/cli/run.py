@@ -10,22 +10,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ollm_core.cli.inputs import read_text
-from ollm_core.cli.offered import offered_name
-from ollm_core.cli.output import (
-    STDIN,
-    attention_option,
-    chunk_size_option,
-    debug_option,
-    dtype_option,
-    json_option,
-    max_new_tokens_option,
-    memory_options,
-    models_dir_option,
-    print_json,
-    user_path,
-)
+from ollm_core.cli.options import STDIN, debug_option, json_option, names_of, options_of, user_path
+from ollm_core.cli.output import print_json
 from ollm_core.cli.profile import profile_table
-from ollm_core.cli.refused import PLANNED, what_would_do
+from ollm_core.cli.refused import what_would_do
 from ollm_core.cli.streaming import ProgressBar, TextStream
 from ollm_core.cli.waiting import wait_asleep_beside_others
 from ollm_core.errors import DoesNotFitError, InputError
@@ -37,11 +25,6 @@ if TYPE_CHECKING:
 
     from ollm_core.contracts.progress import Stats
 
-_LOADING = [
-    *PLANNED,
-    *("kv_dir", "keep_kv", "reader", "draft", "draft_model", "num_draft_tokens"),
-    "trust_remote_code",
-]
 _SAMPLING = ("top_p", "top_k", "seed")
 
 
@@ -66,46 +49,19 @@ _SAMPLING = ("top_p", "top_k", "seed")
     is_flag=True,
     help="Let your text contain control tokens, as <|im_end|>.  [default: they are plain text]",
 )
-@click.option(
-    "--trust-remote-code",
-    is_flag=True,
-    help="Run Python code in the model's directory, where its tokenizer is such code. Read it "
-    "first: it can do all that you can.  [default: refuse]",
-)
-@max_new_tokens_option
-@click.option("--device", default="auto", show_default=True, help="cpu, cuda:0, ...")
-@dtype_option
-@memory_options
-@offered_name("--kv", "ollm_kv_stores", "Where keys and values of earlier tokens are kept.")
-@click.option(
-    "--kv-dir", metavar="DIR", help="Where --kv disk has them; the next run finds them there."
-)
-@click.option(
-    "--keep-kv/--no-keep-kv", default=True, help="Leave nothing in --kv-dir, and look for nothing."
-)
-@chunk_size_option
-@attention_option
+@options_of("run")
 @click.option(
     "--temperature", type=click.FloatRange(0), default=0.0, help="0, the default, is greedy."
 )
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="[default: all]")
 @click.option("--top-k", type=click.IntRange(1), help="[default: all]")
 @click.option("--seed", type=int, help="Make sampling repeatable.")
-@offered_name("--reader", "ollm_reading_engines", "What reads the weights.")
-@offered_name("--draft", "ollm_draft_sources", "Where guesses of several tokens at once come from.")
-@click.option(
-    "--draft-model", metavar="DIR_OR_ID", help="The model for --draft model: a small one in memory."
-)
-@click.option(
-    "--num-draft-tokens", type=click.IntRange(1), help="Guess that many.  [default: what pays]"
-)
 @click.option(
     "--profile",
     metavar="FILE",
     type=user_path,
     help="Tell where the time went, and write it as a trace that ui.perfetto.dev opens.",
 )
-@models_dir_option
 @json_option
 @debug_option
 def run(
@@ -151,7 +107,7 @@ def run(
         from ollm_core.text.generation_config import for_run
 
         measured = Profile() if profile else None
-        loading = {name: options[name] for name in _LOADING}
+        loading = {name: options[name] for name in names_of("run") if name in options}
         opened: Any  # transformers types `generate` for its own classes only
         with load(model, **loading, on_progress=progress, profile=measured) as opened:
             if opened.tokenizer is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from ollm_core.memory.kinds import label_of
 from ollm_core.memory.sizes import format_size
 
 if TYPE_CHECKING:
@@ -14,7 +15,7 @@ _MARKS = "#=+-:*o%.@"
 _MAX_ROWS = 16
 
 
-def draw(moments: Sequence[Moment], limit: int, titles: Mapping[str, str], width: int = 80) -> str:
+def draw(moments: Sequence[Moment], limit: int, width: int = 80) -> str:
     """Rows of at most `width` characters: the device's memory at some moments, from left to right
     what it is made of, with `limit` bytes at the end of the bar; then what the marks mean.
     """
@@ -34,7 +35,7 @@ def draw(moments: Sequence[Moment], limit: int, titles: Mapping[str, str], width
         for moment in shown
     ]
     scale = f"{'':<{label}} 0{format_size(limit):>{room}}"
-    legend = [f"{marks[kind]} {titles.get(kind, kind)}" for kind in order]
+    legend = [f"{marks[kind]} {label_of(kind)}" for kind in order]
     return "\n".join(["device memory over the run", *rows, scale, *legend])
 
 

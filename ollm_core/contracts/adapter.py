@@ -40,9 +40,7 @@ class ModelAdapter(ABC):
 
     @property
     def capabilities(self) -> Mapping[str, Capability]:
-        """Ability name to what is supported. Names: see `ollm_core.CAPABILITIES`. Missing
-        means full.
-        """
+        """Ability name to what is supported. Names: see docs/adapters.md. Missing means full."""
         return {}
 
     def catalog(self) -> Sequence[CatalogEntry]:

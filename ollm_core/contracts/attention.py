@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+ATTENTIONS = ("exact", "blockwise", "flash")
+"""What can be asked for. "flash" is "blockwise" with the kernels of the package flash-attn."""
+
 
 @dataclass(frozen=True, slots=True)
 class KVView:

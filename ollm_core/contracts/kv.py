@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 from ollm_core.contracts.closing import Closing
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 Tier = Literal["device", "host", "disk"]
@@ -43,6 +45,81 @@ class TierBytes:
     device: int = 0
     host: int = 0
     disk: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class KVGeometry:
+    """The shape of what a store keeps, layer by layer. `device` is where attention computes."""
+
+    kinds: tuple[CacheKind, ...]
+    """One per layer."""
+    dtype: torch.dtype
+    device: torch.device
+    block_size: int = 256
+    """Tokens per block."""
+
+    @classmethod
+    def uniform(
+        cls,
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        block_size: int = 256,
+    ) -> KVGeometry:
+        """Layers that all remember every token, in one shape."""
+        kind = CacheKind("full", num_kv_heads, head_dim)
+        return cls((kind,) * num_layers, dtype, device, block_size)
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.kinds)
+
+    @property
+    def slack(self) -> int:
+        """Tokens before its window that a sliding layer keeps as well: so far it can go back."""
+        return self.block_size
+
+    def block_shape(self, layer_idx: int) -> tuple[int, int, int, int]:
+        """[2, G, block_size, D]: keys, then values, head-major."""
+        kind = self.kinds[layer_idx]
+        return 2, kind.num_kv_heads, self.block_size, kind.head_dim
+
+    def block_bytes(self, layer_idx: int) -> int:
+        """Bytes of one block of a layer."""
+        return math.prod(self.block_shape(layer_idx)) * self.dtype.itemsize
+
+    def as_block(self, layer_idx: int, buffer: Tensor) -> Tensor:
+        """The start of a byte `buffer` as a block of a layer."""
+        part = buffer[: self.block_bytes(layer_idx)]
+        return part.view(self.dtype).view(self.block_shape(layer_idx))
+
+    def state_shapes(self, layer_idx: int) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
+        """Shape and dtype of each tensor of a recurrent layer's state."""
+        import torch  # not before: the contracts load without it
+
+        return tuple(
+            (state.shape, torch.float32 if state.float32 else self.dtype)
+            for state in self.kinds[layer_idx].states
+        )
+
+    def state_bytes(self, layer_idx: int) -> int:
+        """Bytes of a recurrent layer's state, of one sequence."""
+        return sum(
+            math.prod(shape) * dtype.itemsize for shape, dtype in self.state_shapes(layer_idx)
+        )
+
+    def attention_layers(self) -> KVGeometry:
+        """The same for the layers alone that have keys and values."""
+        return replace(self, kinds=tuple(one for one in self.kinds if one.kind != "recurrent"))
+
+    def first_needed(self, layer_idx: int, num_tokens: int) -> int:
+        """The first position that a layer must have kept to go on after `num_tokens`. It always
+        has the last one, which may be in a block that is not full.
+        """
+        window = self.kinds[layer_idx].window
+        return 0 if window is None else max(num_tokens - max(window - 1, 1), 0)
 
 
 class TiledBlocks(ABC, Iterator["tuple[Tensor, Tensor]"]):
@@ -127,6 +204,12 @@ class KVStore(Closing):
         where there are no such positions. Idempotent. Raises KVStoreError, with nothing changed, if
         a layer has fewer, or slides and has let go of what it would need.
         """
+
+    def can_truncate(self, sequence: int, num_tokens: int) -> bool:
+        """Whether `truncate` would do it: what cuts several sequences asks for all of them first.
+        By default it would.
+        """
+        return True
 
     @abstractmethod
     def fork(self, sequence: int, num_tokens: int | None = None) -> int:

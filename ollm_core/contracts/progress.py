@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
-
-if TYPE_CHECKING:
-    pass
+from dataclasses import dataclass, field, fields
+from typing import Literal
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,65 +31,76 @@ class Progress:
     """Of weights that are not kept in this pass, because others took the machine's memory."""
 
 
-@dataclass(frozen=True, slots=True)
+_JSON = {"json": "always"}
+_JSON_OF_EXPERTS = {"json": "experts"}
+_JSON_OF_DRAFTS = {"json": "drafts"}
+"""Fields of Stats that `ollm run --json` tells, in their order: always, or of a model with routed
+experts, or of a run with a draft source.
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Stats:
     """What a model has done since it was opened. Sizes are bytes; `model.stats` makes a new one at
     each call.
     """
 
-    weight_bytes: int
+    weight_bytes: int = 0
     """All parameters of the model as stored in the checkpoint."""
-    resident_bytes: int
+    resident_bytes: int = 0
     """Of those, kept in memory between passes."""
-    device_limit_bytes: int
-    device_peak_bytes: int
-    host_limit_bytes: int
-    host_peak_bytes: int
-    process_peak_bytes: int
+    device_limit_bytes: int = 0
+    device_peak_bytes: int = field(default=0, metadata=_JSON)
+    host_limit_bytes: int = 0
+    host_peak_bytes: int = field(default=0, metadata=_JSON)
+    process_peak_bytes: int = 0
     """Of the whole process, interpreter and libraries included; 0 where the system does not
     tell.
     """
-    weight_bytes_read: int
+    weight_bytes_read: int = field(default=0, metadata=_JSON)
     """Read from storage by the weight streamer, loading of resident weights not counted."""
-    read_seconds: float
+    read_seconds: float = 0.0
     """Time the reading engine spent reading those."""
-    weight_passes: int
-    kv_tier: str
-    kv_bytes_read: int
-    kv_disk_bytes: int
-    """Largest so far."""
-    cached_tokens: int
-    """Of prompts, found in a kept prefix and not computed again."""
-    prefill_tokens: int
-    prefill_seconds: float
-    decode_tokens: int
-    decode_seconds: float
-    """Of passes, and of the draft source between them."""
-    reader: str
+    reader: str = ""
     """The reading engine in use, by name."""
-    attention: str
-    chunk_size: int
-    experts_routed: int = 0
-    """Experts that a layer asked for in a pass, each counted once for each layer and pass."""
-    experts_hit: int = 0
-    """Of those, found in memory."""
-    experts_read: int = 0
-    """Of those, read from storage."""
-    expert_bytes_read: int = 0
-    """For those. What fills free room counts here, and not in `weight_bytes_read`."""
+    kv_tier: str = ""
+    """Of the last cache."""
+    kv_bytes_read: int = field(default=0, metadata=_JSON)
+    kv_disk_bytes: int = 0
+    """Largest so far."""
+    weight_passes: int = field(default=0, metadata=_JSON)
+    attention: str = ""
+    """Of the last pass."""
+    chunk_size: int = 0
+    """Of the last pass."""
+    cached_tokens: int = 0
+    """Of prompts, found in a kept prefix and not computed again."""
+    prefill_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_tokens: int = 0
+    decode_seconds: float = 0.0
+    """Of passes, and of the draft source between them."""
     device_layers: int = 0
     """Layers that are kept on the device between passes."""
     host_layers: int = 0
     """Layers that are kept in host memory, beside a GPU."""
-    times_short: int = 0
+    times_short: int = field(default=0, metadata=_JSON)
     """How often memory ran short and kept weights gave way."""
     most_given_up_bytes: int = 0
     """The most of them that were not kept for it in a pass."""
-    drafted_tokens: int = 0
+    experts_routed: int = field(default=0, metadata=_JSON_OF_EXPERTS)
+    """Experts that a layer asked for in a pass, each counted once for each layer and pass."""
+    experts_hit: int = field(default=0, metadata=_JSON_OF_EXPERTS)
+    """Of those, found in memory."""
+    experts_read: int = field(default=0, metadata=_JSON_OF_EXPERTS)
+    """Of those, read from storage."""
+    expert_bytes_read: int = field(default=0, metadata=_JSON_OF_EXPERTS)
+    """For those. What fills free room counts here, and not in `weight_bytes_read`."""
+    drafted_tokens: int = field(default=0, metadata=_JSON_OF_DRAFTS)
     """Tokens that were drafted and checked."""
-    accepted_tokens: int = 0
+    accepted_tokens: int = field(default=0, metadata=_JSON_OF_DRAFTS)
     """Of those that the model's draft source guessed, how many were right."""
-    undrafted_passes: int = 0
+    undrafted_passes: int = field(default=0, metadata=_JSON_OF_DRAFTS)
     """Weight passes of decoding that checked no draft."""
     uploaded_bytes: int = 0
     """Of weights, copied to a device with memory of its own."""
@@ -100,3 +108,12 @@ class Stats:
     """That these copies took on the device; measured with a profile alone."""
     upload_waited_seconds: float = 0.0
     """Of those, compute waited; the rest ran beside it. Measured with a profile alone."""
+
+    def for_json(self, *, drafting: bool) -> dict[str, int]:
+        """What `ollm run --json` tells of it, by name; of drafts where `drafting`."""
+        told = {"always": True, "experts": self.experts_routed > 0, "drafts": drafting}
+        return {
+            one.name: getattr(self, one.name)
+            for one in fields(self)
+            if told.get(one.metadata.get("json", ""))
+        }

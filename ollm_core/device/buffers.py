@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 PAGE = 4096
+"""Bytes of a page, the unit of O_DIRECT reads."""
 HUGE_PAGE = 2 << 20
 ALIGNMENT = 64
 """Of a tensor in memory. On a CPU matrix libraries give other last bits in float32 for data that is

@@ -7,7 +7,7 @@ import re
 import torch
 
 from ollm_core.errors import DeviceError
-from ollm_core.options import Device, device_name
+from ollm_core.values import Device, device_name
 
 
 def available_devices() -> list[str]:

@@ -1,15 +1,14 @@
 """The way between host memory and that of a device which has its own: two streams, the events that
-order them, and host memory that is locked for it. On a CPU there is none: its memory is one.
+order them, and host memory that is locked for it. Which devices have one says `device.memory`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
 
@@ -184,23 +183,3 @@ class CudaBus(Bus):
     def unlock(self, address: int) -> None:
         with self._cuda.device(self.device):
             self._cuda.cudart().cudaHostUnregister(address)
-
-
-def bus_of(device: torch.device) -> Bus | None:
-    """The bus of a device, which need not be here; None for one that has no memory of its own."""
-    return None if device.type in ("cpu", "meta") else CudaBus(device)
-
-
-def host_buffer(num_bytes: int, bus: Bus | None) -> Tensor:
-    """Host memory for bytes that go over `bus`, if there is one. All that is locked is made
-    here.
-    """
-    return aligned_buffer(num_bytes) if bus is None else bus.host_buffer(num_bytes)
-
-
-def host_tensor(shape: Sequence[int], dtype: torch.dtype, bus: Bus | None) -> Tensor:
-    """The same for a tensor, its content undefined. With a bus it takes whole pages."""
-    if bus is None:
-        return torch.empty(tuple(shape), dtype=dtype)
-    num_bytes = math.prod(shape) * dtype.itemsize
-    return bus.host_buffer(num_bytes).view(dtype).view(tuple(shape))

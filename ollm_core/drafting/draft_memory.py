@@ -10,22 +10,20 @@ from contextlib import ExitStack
 import torch
 
 from ollm_core.contracts.closing import Closing
-from ollm_core.contracts.kv import TierBytes
 from ollm_core.contracts.weights import ByteSource
 from ollm_core.engine.activations import Workspace
 from ollm_core.engine.batch import NewTokens
-from ollm_core.engine.pass_planner import Accounts, Admission, Policy
+from ollm_core.engine.pass_planner import Admission, Policy
 from ollm_core.engine.torch_state import own_torch_state
 from ollm_core.kv.simulated import planned_store
-from ollm_core.memory.accounts import MemoryAccount
+from ollm_core.memory.accounts import Accounts, open_accounts
+from ollm_core.memory.kinds import MemoryKind
+from ollm_core.memory.pair import PerMemory
 from ollm_core.model.spec import ModelSpec
 from ollm_core.plugins.registry import supports
 from ollm_core.weights.eviction import Pressure
 from ollm_core.weights.placement import HeldWeights, Placement
 from ollm_core.weights.streamer import TieredWeights
-
-KIND = "draft model"
-"""As the main model's accounts name it."""
 
 PIECE = 256
 """Tokens that a draft model reads in one pass. Its weights are in memory, so more passes over a
@@ -72,29 +70,26 @@ class DraftRoom:
         return Admission(self._policy, accounts, weights, self._workspace, pressure)
 
     @own_torch_state()
-    def needed(self, num_tokens: int) -> TierBytes:
+    def needed(self, num_tokens: int) -> PerMemory[int]:
         """The most that is held of each memory while a text grows to `num_tokens`, at least one,
         with all weights kept.
         """
-        accounts = Accounts(
-            MemoryAccount("device memory", _NO_LIMIT), MemoryAccount("host memory", _NO_LIMIT)
-        )
-        pair, spec = (accounts.device, accounts.host), self._spec
+        accounts, spec = open_accounts(PerMemory(_NO_LIMIT, _NO_LIMIT)), self._spec
         weights = HeldWeights(
             spec.units,
             self._source,
             spec.dtype,
             spec.device,
-            pair,
+            accounts,
             buffer_bytes=spec.skeleton.buffer_bytes,
-            bus=spec.bus,
+            memory=spec.memory,
         )
         admission = self.admission(accounts, weights)
         with ExitStack() as stack:
             weights.reserve()
             stack.callback(weights.unreserve)
             stack.callback(weights.hold, Placement())
-            store = planned_store("device", spec.geometry, pair)
+            store = planned_store("device", spec.geometry, accounts, spec.memory)
             stack.callback(store.close)
             sequence = store.new_sequence()
             most = num_tokens - 1 if self.forks and num_tokens > 1 else num_tokens
@@ -116,29 +111,30 @@ class DraftRoom:
                 copy = store.fork(sequence)
                 with admission.admit(store, [NewTokens(copy, ids[:1], length)]):
                     pass
-        return TierBytes(accounts.device.peak, accounts.host.peak)
+        return accounts.map(lambda account: account.peak)
 
 
 class DraftPart(Closing):
     """The part of a model's accounts that its draft model may fill."""
 
-    def __init__(self, whole: Accounts, set_aside: Callable[[str, TierBytes], None]) -> None:
+    def __init__(self, whole: Accounts, set_aside: Callable[[str, PerMemory[int]], None]) -> None:
         """Nothing yet. `set_aside` reserves in the accounts `whole`, with the model giving way."""
-        self.accounts = Accounts(MemoryAccount("device memory", 0), MemoryAccount("host memory", 0))
+        self.accounts = open_accounts(PerMemory(0, 0))
         self._whole = whole
         self._set_aside = set_aside
 
-    def resize(self, wanted: TierBytes) -> None:
+    def resize(self, wanted: PerMemory[int]) -> None:
         """Let it be `wanted`, which is no less than is used. Raises DoesNotFitError with nothing
         changed.
         """
-        device, host = self.accounts.device, self.accounts.host
-        more = TierBytes(max(wanted.device - device.limit, 0), max(wanted.host - host.limit, 0))
-        self._set_aside(KIND, more)
-        self._whole.device.release(KIND, device.limit + more.device - wanted.device)
-        self._whole.host.release(KIND, host.limit + more.host - wanted.host)
+        device, host = self.accounts
+        more = PerMemory(max(wanted.device - device.limit, 0), max(wanted.host - host.limit, 0))
+        self._set_aside(MemoryKind.DRAFT_MODEL, more)
+        whole, kind = self._whole, MemoryKind.DRAFT_MODEL
+        whole.device.release(kind, device.limit + more.device - wanted.device)
+        whole.host.release(kind, host.limit + more.host - wanted.host)
         device.limit, host.limit = wanted.device, wanted.host
 
     def close(self) -> None:
         """Give all of it back."""
-        self.resize(TierBytes())
+        self.resize(PerMemory(0, 0))

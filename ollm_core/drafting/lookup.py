@@ -27,11 +27,22 @@ NUM_DRAFT_TOKENS = 10
 """The most tokens drafted at a time, the number that transformers looks up too."""
 
 
-class PassClock(Protocol):
-    """What passes have cost, by the engine's own clock."""
+class PassCounts(Protocol):
+    """What passes have cost, by the engine's own clock, and where it is told of drafts."""
 
-    prefill_seconds: float
-    decode_seconds: float
+    @property
+    def prefill_seconds(self) -> float:
+        """Of passes that read a prompt."""
+
+    @property
+    def decode_seconds(self) -> float:
+        """Of other passes, and of drafting between them."""
+
+    def count_drafting(self, seconds: float) -> None:
+        """A draft source took time between two passes."""
+
+    def count_accepted(self, num_tokens: int) -> None:
+        """So many drafted tokens were right."""
 
 
 def begin_text(drafter: object, num_tokens: int) -> None:
@@ -67,29 +78,26 @@ class DraftCandidates(CandidateGenerator):
         self,
         drafter: Drafter,
         gate: DraftLength,
-        clock: PassClock,
+        counts: PassCounts,
         stopping_criteria: StoppingCriteriaList,
-        on_accepted: Callable[[int], None],
         fits: Callable[[int], bool],
         *,
         max_positions: int,
         vocab_size: int,
     ) -> None:
-        """`clock` goes on with each pass, and here by what drafting takes. `on_accepted` is told
-        after each how many drafted tokens were right. `fits` says whether there is memory for a
-        pass that checks so many.
+        """`counts` go on with each pass, and here by what drafting takes and what was right.
+        `fits` says whether there is memory for a pass that checks so many.
         """
         self._drafter = drafter
         self._gate = gate
-        self._clock = clock
+        self._counts = counts
         self._stopping_criteria = stopping_criteria
-        self._on_accepted = on_accepted
         self._fits = fits
         self._max_positions = max_positions
         self._vocab_size = vocab_size
-        self._before_prompt = clock.prefill_seconds
+        self._before_prompt = counts.prefill_seconds
         self._seconds: float | None = None
-        """On the clock before the pass; None before the one that reads the prompt."""
+        """Of decoding, before the pass; None before the one that reads the prompt."""
         self._num_drafted = 0
 
     def get_candidates(self, input_ids: Tensor, **_: Any) -> tuple[Any, Any]:
@@ -100,8 +108,8 @@ class DraftCandidates(CandidateGenerator):
         if self._seconds is not None:
             start = time.perf_counter()
             candidates = self._drafted(input_ids)
-            self._clock.decode_seconds += time.perf_counter() - start
-            self._seconds = self._clock.decode_seconds
+            self._counts.count_drafting(time.perf_counter() - start)
+            self._seconds = self._counts.decode_seconds
         self._num_drafted = candidates.shape[1] - input_ids.shape[1]
         return candidates, None
 
@@ -109,13 +117,13 @@ class DraftCandidates(CandidateGenerator):
         self, input_ids: Tensor, scores: Tensor, num_matches: int
     ) -> None:
         """Called by transformers after each pass."""
-        now, num_right = self._clock.decode_seconds, int(num_matches)
+        now, num_right = self._counts.decode_seconds, int(num_matches)
         if self._seconds is None:
-            self._gate.started(self._clock.prefill_seconds - self._before_prompt)
+            self._gate.started(self._counts.prefill_seconds - self._before_prompt)
             self._seconds = now
         else:
             self._gate.checked(self._num_drafted, num_right, now - self._seconds)
-        self._on_accepted(num_right)
+        self._counts.count_accepted(num_right)
 
     def _drafted(self, input_ids: Tensor) -> Tensor:
         """`input_ids` [1, S] with as much of a draft as is worth to be checked."""

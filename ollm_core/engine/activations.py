@@ -14,11 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ollm_core.attention.blockwise import most_blocks
 from ollm_core.attention.select import find_attention
 from ollm_core.contracts.attention import KVView
-from ollm_core.contracts.kv import KVStore
+from ollm_core.contracts.kv import KVGeometry, KVStore
 from ollm_core.device.buffers import round_up
 from ollm_core.device.offload import Parking
-from ollm_core.engine.layer_call import StateCache, run_layer
-from ollm_core.kv.block_storage import KVGeometry
+from ollm_core.engine.layer_call import call_layer
+from ollm_core.engine.recurrent_call import StateCache
 from ollm_core.memory.tracker import OneExpertTaken, called_operations, traced_peak
 from ollm_core.model.moe import Mixture, RoutedChunk
 from ollm_core.model.skeleton import Skeleton
@@ -81,9 +81,10 @@ class Workspace:
                 continue
             whole, halves = (
                 called_operations(
-                    self._call(layer_idx, 1, 1, 1, "blockwise", step), mixture.dense_parameters
+                    self._call(layer_idx, 1, 1, 1, "blockwise", forward),
+                    mixture.dense_parameters,
                 )
-                for step in (mixture.whole, mixture.halves)
+                for forward in (mixture.whole, mixture.halves)
             )
             if whole != halves:
                 raise mixture.not_the_layer(whole, halves)
@@ -173,8 +174,8 @@ class Workspace:
     def _trace(
         self, layer_idx: int, num_rows: int, num_new: int, num_past: int, attention: str
     ) -> int:
-        step = self._skeleton.step(layer_idx)
-        return traced_peak(self._call(layer_idx, num_rows, num_new, num_past, attention, step))
+        forward = self._skeleton.chunk_forward(layer_idx)
+        return traced_peak(self._call(layer_idx, num_rows, num_new, num_past, attention, forward))
 
     def _call(
         self,
@@ -183,10 +184,10 @@ class Workspace:
         num_new: int,
         num_past: int,
         attention: str,
-        step: Callable[..., Tensor],
+        forward: Callable[..., Tensor],
     ) -> Callable[[], Tensor]:
-        """A call of `step` of a layer on the meta device, to be traced; what it is given is there
-        before.
+        """A call of `forward`, of a layer on the meta device, to be traced; what it is given is
+        there before.
         """
         hidden_size: int = self._skeleton.config.hidden_size
         hidden = torch.empty(
@@ -206,7 +207,7 @@ class Workspace:
             embeddings = self._skeleton.embeddings(
                 self._skeleton.meta_rotary, layer_idx, hidden, positions
             )
-            return run_layer(step, hidden, positions, embeddings, cache)
+            return call_layer(forward, hidden, positions, embeddings, cache)
 
         return run
 

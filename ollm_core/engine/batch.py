@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
@@ -37,6 +38,22 @@ class Chunk:
     def num_tokens(self) -> int:
         """New tokens per row."""
         return self.end - self.begin
+
+
+def num_new_tokens(work: Sequence[NewTokens]) -> int:
+    """Over all sequences."""
+    return sum(len(item.token_ids) for item in work)
+
+
+def stage_of(work: Sequence[NewTokens]) -> Literal["prefill", "decode"]:
+    """Whether a pass reads a prompt. A draft is not one: it goes on from stored tokens, and all of
+    its logits are wanted.
+    """
+    reads_prompt = any(
+        len(item.token_ids) > 1 and (item.start == 0 or item.num_logits < len(item.token_ids))
+        for item in work
+    )
+    return "prefill" if reads_prompt else "decode"
 
 
 def cut_chunks(work: Sequence[NewTokens], chunk_size: int) -> Iterator[Chunk]:

@@ -6,16 +6,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
 from ollm_core.attention.trial import require_flash
-from ollm_core.contracts.kv import KVStore, TierBytes
+from ollm_core.contracts.kv import KVStore
 from ollm_core.engine.activations import Workspace
 from ollm_core.engine.batch import Chunk, NewTokens, cut_chunks
 from ollm_core.errors import DoesNotFitError
-from ollm_core.memory.accounts import MemoryAccount
+from ollm_core.memory.accounts import Accounts
+from ollm_core.memory.budgets import Budgets
+from ollm_core.memory.kinds import MemoryKind
+from ollm_core.memory.pair import PerMemory, added
 from ollm_core.memory.sizes import format_size
 from ollm_core.model.spec import ModelSpec
 from ollm_core.plugins.registry import require, supports
@@ -30,14 +33,6 @@ it is worth.
 
 _POSITION_BYTES = 8
 _TOKEN_BYTES = 10  # an id, and twice whether it is padding
-
-
-@dataclass(frozen=True, slots=True)
-class Accounts:
-    """The two memories of a model."""
-
-    device: MemoryAccount
-    host: MemoryAccount
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,19 +71,6 @@ class Policy:
 
 
 @dataclass(frozen=True, slots=True)
-class Needed:
-    """Bytes that a pass takes beside weights and KV, by what they are for."""
-
-    device: Mapping[str, int]
-    host: Mapping[str, int] = field(default_factory=dict)
-
-    @property
-    def total(self) -> TierBytes:
-        """All of it."""
-        return TierBytes(sum(self.device.values()), sum(self.host.values()))
-
-
-@dataclass(frozen=True, slots=True)
 class PassPlan:
     """How a weight pass will run, and what it takes beside weights and KV."""
 
@@ -96,12 +78,13 @@ class PassPlan:
     chunk_size: int
     attention: str
     hidden_on_host: bool
-    parts: Needed
+    parts: PerMemory[Mapping[str, int]]
+    """By what they are for."""
 
     @property
-    def needed(self) -> TierBytes:
+    def needed(self) -> PerMemory[int]:
         """Bytes of each memory."""
-        return self.parts.total
+        return self.parts.map(lambda parts: sum(parts.values()))
 
 
 class Admission:
@@ -126,7 +109,7 @@ class Admission:
         self._hidden_size = workspace.hidden_size
         self._vocab_size = workspace.vocab_size
         self._itemsize = weights.dtype.itemsize
-        self._one_memory = weights.one_memory
+        self._memory = weights.memory
 
     @property
     def exact(self) -> bool:
@@ -142,36 +125,36 @@ class Admission:
         it was, and gives back what was reserved for it.
         """
         plan, growth = self.choose(store, work)
-        needed = _sum(plan.needed, growth)
+        needed = added(plan.needed, growth)
         budgets = self._weight_budgets(needed)
         if self.pressure is not None:
-            budgets = self.pressure.within(*budgets, needed)
+            budgets = self.pressure.within(budgets, needed)
         self._weights.fit(*budgets)
-        device, host = self._accounts.device, self._accounts.host
+        device, host = self._accounts
         with ExitStack() as undo:
             for item in work:
                 undo.callback(store.truncate, item.sequence, item.start)
                 store.reserve(item.sequence, item.start + len(item.token_ids), plan.chunk_size)
             with (
-                device.holding("activations", plan.needed.device),
-                host.holding("activations", plan.needed.host),
+                device.holding(MemoryKind.ACTIVATIONS, plan.needed.device),
+                host.holding(MemoryKind.ACTIVATIONS, plan.needed.host),
             ):
                 yield plan
             undo.pop_all()
 
-    def choose(self, store: KVStore, work: Sequence[NewTokens]) -> tuple[PassPlan, TierBytes]:
+    def choose(self, store: KVStore, work: Sequence[NewTokens]) -> tuple[PassPlan, PerMemory[int]]:
         """How a pass over `work` would run, and what its KV would take. Holds nothing. Raises
         DoesNotFitError.
         """
-        smallest: tuple[int, int] | None = None
+        smallest: PerMemory[int] | None = None
         for plan in self._candidates(work):
             growth = self._growth(store, work, plan)
-            missing = self._missing(_sum(plan.needed, growth))
+            missing = self._missing(added(plan.needed, growth))
             if not any(missing):
                 return plan, growth
             smallest = min(smallest or missing, missing)
         assert smallest is not None
-        raise self._refusal(work, *smallest)
+        raise self._refusal(work, smallest)
 
     def fits(self, store: KVStore, work: Sequence[NewTokens]) -> bool:
         """Whether `admit` would let a pass over `work` through. Holds nothing."""
@@ -181,17 +164,12 @@ class Admission:
             return False
         return True
 
-    def set_aside(self, kind: str, num_bytes: TierBytes) -> None:
+    def set_aside(self, kind: str, num_bytes: PerMemory[int]) -> None:
         """Reserve `num_bytes` for what stands beside the model; kept weights give way to it. Raises
         DoesNotFitError, with nothing reserved, where too little would be left to stream through.
         """
         missing = self._missing(num_bytes)
-        for account, wanted, lacking in zip(
-            (self._accounts.device, self._accounts.host),
-            (num_bytes.device, num_bytes.host),
-            missing,
-            strict=True,
-        ):
+        for account, wanted, lacking in zip(self._accounts, num_bytes, missing, strict=True):
             if lacking and wanted:
                 raise DoesNotFitError(
                     f"{kind} needs {format_size(wanted)} of {account.name} beside the model, "
@@ -201,7 +179,7 @@ class Admission:
                     memory=account.name,
                     needed_bytes=account.limit + lacking,
                 )
-        device, host = self._accounts.device, self._accounts.host
+        device, host = self._accounts
         if num_bytes.device > device.free or num_bytes.host > host.free:
             self._weights.fit(*self._weight_budgets(num_bytes))
         with ExitStack() as undo:
@@ -220,7 +198,7 @@ class Admission:
             names = names if self._policy.may_use_blocks else ["exact"]
         else:
             names = [attention]
-        first = 512 if self._one_memory else 2048
+        first = 2048 if self._memory.is_own else 512
         sizes = [self._policy.chunk_size or first]
         if not self._policy.may_chunk:
             sizes = [max(longest, first)]
@@ -240,7 +218,7 @@ class Admission:
 
     def _needed(
         self, work: Sequence[NewTokens], chunks: Sequence[Chunk], attention: str, on_host: bool
-    ) -> Needed:
+    ) -> PerMemory[Mapping[str, int]]:
         num_tokens = sum(len(item.token_ids) for item in work)
         hidden = num_tokens * self._hidden_size * self._itemsize
         shapes: dict[tuple[int, int], int] = {}
@@ -259,57 +237,47 @@ class Admission:
         head = num_logits * (2 * self._vocab_size + 1 + self._hidden_size) * self._itemsize
         head += len(work) * self._vocab_size * 2 * torch.float32.itemsize
         head += 4 * largest * self._hidden_size * torch.float32.itemsize  # the norm's own
-        tokens = num_tokens * (_POSITION_BYTES + (_TOKEN_BYTES if self._one_memory else 0))
+        tokens = num_tokens * (_POSITION_BYTES + (0 if self._memory.is_own else _TOKEN_BYTES))
         if on_host:
             chunk_bytes = largest * self._hidden_size * self._itemsize
             if parked:  # parts of a chunk on their way from and to the host
                 experts += 2 * chunk_bytes
-                parked += 0 if self._one_memory else 2 * chunk_bytes
-            device = {"hidden states": chunk_bytes, "positions": tokens}
-            return Needed(
-                _largest({"layer": layer, "experts' work": experts, "logits": head}) | device,
-                {"hidden states": hidden, "routed tokens": parked},
+                parked += 2 * chunk_bytes if self._memory.is_own else 0
+            device = _device_parts(layer, experts, head, hidden=chunk_bytes, positions=tokens)
+            return PerMemory(
+                device, {MemoryKind.HIDDEN_STATES: hidden, MemoryKind.ROUTED_TOKENS: parked}
             )
-        busy = {"layer": layer, "experts' work": experts + parked, "logits": head}
-        return Needed(_largest(busy) | {"hidden states": hidden, "positions": tokens})
+        experts += parked
+        device = _device_parts(layer, experts, head, hidden=hidden, positions=tokens)
+        return PerMemory(device, {})
 
-    def _growth(self, store: KVStore, work: Sequence[NewTokens], plan: PassPlan) -> TierBytes:
+    def _growth(self, store: KVStore, work: Sequence[NewTokens], plan: PassPlan) -> PerMemory[int]:
         parts = [
             store.growth_bytes(item.sequence, item.start + len(item.token_ids), plan.chunk_size)
             for item in work
         ]
-        return TierBytes(sum(part.device for part in parts), sum(part.host for part in parts))
+        return PerMemory(sum(part.device for part in parts), sum(part.host for part in parts))
 
-    def _weight_budgets(self, taken: TierBytes) -> tuple[int, int]:
-        """Bytes that the weights may hold of device and host while others take `taken` of them."""
-        budgets = []
-        for account, num_bytes in (
-            (self._accounts.device, taken.device),
-            (self._accounts.host, taken.host),
-        ):
-            held = sum(account.kinds.get(kind, 0) for kind in HELD_KINDS)
-            budgets.append(account.free + held - num_bytes)
-        return budgets[0], budgets[1]
+    def _weight_budgets(self, taken: PerMemory[int]) -> Budgets:
+        """Bytes that the weights may hold while others take `taken` of each memory."""
+        free = self._accounts.map(
+            lambda account: account.free + sum(account.kinds.get(kind, 0) for kind in HELD_KINDS)
+        )
+        return PerMemory(free.device - taken.device, free.host - taken.host)
 
-    def _missing(self, taken: TierBytes) -> tuple[int, int]:
-        """Bytes of device and host memory that lack where others take `taken`; zeros if it
-        fits.
-        """
-        device, host = self._weight_budgets(taken)
-        ring = self._weights.least_bytes(device)
-        if self._one_memory:
-            return max(ring - device, 0), max(-host, 0)
-        return max(-device, 0), max(ring - host, 0)
+    def _missing(self, taken: PerMemory[int]) -> PerMemory[int]:
+        """Bytes of each memory that lack where others take `taken`; zeros if it fits."""
+        allowed = self._weight_budgets(taken)
+        least = self._memory.reads(self._weights.least_bytes(allowed.device))
+        return PerMemory(max(least.device - allowed.device, 0), max(least.host - allowed.host, 0))
 
-    def _refusal(self, work: Sequence[NewTokens], device: int, host: int) -> DoesNotFitError:
-        """`device` and `host` are the bytes that are missing there, of which one is not 0."""
+    def _refusal(self, work: Sequence[NewTokens], missing: PerMemory[int]) -> DoesNotFitError:
+        """`missing` are bytes of each memory, of which one is not 0."""
         num_tokens = sum(len(item.token_ids) for item in work)
         past = max(item.start for item in work)
         after = f" after {past}" if past else ""
-        account, missing = (
-            (self._accounts.device, device) if device else (self._accounts.host, host)
-        )
-        needed = account.limit + missing
+        account = self._accounts.device if missing.device else self._accounts.host
+        needed = account.limit + (missing.device or missing.host)
         return DoesNotFitError(
             f"a pass over {num_tokens} new tokens{after} needs {format_size(needed)} of "
             f"{account.name}, {format_size(account.limit)} is allowed",
@@ -319,11 +287,20 @@ class Admission:
         )
 
 
-def _sum(one: TierBytes, other: TierBytes) -> TierBytes:
-    return TierBytes(one.device + other.device, one.host + other.host)
-
-
-def _largest(parts: Mapping[str, int]) -> dict[str, int]:
-    """What takes most, of parts that are never there together."""
-    most = max(parts, key=lambda name: parts[name])
-    return {most: parts[most]}
+def _device_parts(
+    layer: int, experts: int, logits: int, *, hidden: int, positions: int
+) -> dict[str, int]:
+    """What a pass takes of the device. Of the first three, which are never there together, only
+    the largest counts.
+    """
+    by_turns = {
+        MemoryKind.LAYER: layer,
+        MemoryKind.EXPERT_WORK: experts,
+        MemoryKind.LOGITS: logits,
+    }
+    most = max(by_turns, key=lambda kind: by_turns[kind])
+    return {
+        most: by_turns[most],
+        MemoryKind.HIDDEN_STATES: hidden,
+        MemoryKind.POSITIONS: positions,
+    }

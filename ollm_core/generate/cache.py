@@ -133,15 +133,18 @@ class SequenceCache(Cache):
         """Drop the last `-tokens_to_remove` positions, all if there are fewer; a positive number is
         the length to keep.
 
-        Raises UnsupportedError for a family that cannot go back.
+        Raises UnsupportedError for a family that cannot go back, KVStoreError, with nothing
+        changed, if one of the rows cannot go back so far.
         """
         if self._demand:
             self._demand("truncate")
         length = self.get_seq_length()
         wanted = tokens_to_remove if tokens_to_remove > 0 else max(length + tokens_to_remove, 0)
         kept = [row[:wanted] for row in self.kept]
-        for sequence, left in zip(self.rows, kept, strict=True):
-            self.store.truncate(sequence, int(left.sum()))
+        cuts = [(one, int(left.sum())) for one, left in zip(self.rows, kept, strict=True)]
+        # What the store refuses comes first, before any other row is cut.
+        for sequence, num_tokens in sorted(cuts, key=lambda cut: self.store.can_truncate(*cut)):
+            self.store.truncate(sequence, num_tokens)
         self.kept = kept  # only now: a store that refuses leaves the notes as they were
 
     def reset(self) -> None:

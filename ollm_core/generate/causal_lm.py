@@ -5,45 +5,34 @@ weight pass.
 from __future__ import annotations
 
 import copy
-import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ollm_core.contracts.closing import Belongings, Closing, close_outside
-from ollm_core.contracts.drafting import Drafter
-from ollm_core.contracts.kv import CacheKind, KVStore
-from ollm_core.contracts.progress import Progress, Stats
+from ollm_core.contracts.kv import CacheKind
 from ollm_core.engine.batch import NewTokens
 from ollm_core.engine.engine import Engine
-from ollm_core.engine.pass_planner import Accounts
-from ollm_core.engine.stats import gather_stats
 from ollm_core.errors import DamagedKVError, InputError, UnsupportedError
-from ollm_core.files.paths import absolute
 from ollm_core.generate.arguments import refuse_others
 from ollm_core.generate.cache import SequenceCache
 from ollm_core.generate.hooks import GenerationHooks
-from ollm_core.generate.loss import check_labels, loss_bytes
+from ollm_core.generate.limits import check_tokens
+from ollm_core.generate.loss import room_for_loss
+from ollm_core.generate.opened import OpenStore
 from ollm_core.generate.padding import PaddedBatch, padded_batch
 from ollm_core.generate.surface import FixedModel, only_what_works
-from ollm_core.memory.budgets import layer_limits
+from ollm_core.memory.accounts import Accounts
 from ollm_core.model.skeleton import Skeleton
-from ollm_core.options import Count, PathLike
 from ollm_core.weights.streamer import TieredWeights
-
-OpenStore = Callable[[str, "Path | None", int, int], tuple[str, KVStore]]
-"""(tier or "auto", directory, tokens to expect, at least) -> (tier, store)."""
 
 
 @only_what_works
 class StreamedModel(  # type: ignore[misc]  # torch overloads `to`
-    FixedModel, GenerationHooks, PreTrainedModel, GenerationMixin, Closing
+    GenerationHooks, FixedModel, PreTrainedModel, GenerationMixin
 ):
     """A causal language model whose weights are streamed. Open it with `ollm.load`, close it after
     use.
@@ -78,20 +67,9 @@ class StreamedModel(  # type: ignore[misc]  # torch overloads `to`
         # Checkpoints saved while training say False, and every token would be a whole prefill.
         self.generation_config.use_cache = True
         self.tokenizer = tokenizer
-        self.engine = engine
-        self.weights = weights
-        self.accounts = accounts
-        self._open_store = open_store
-        self._kinds = kinds
-        self._demand = demand
-        self._belongings = Belongings(engine.close)
-        # Also runs when nobody closed the model, and at exit.
-        self._close = weakref.finalize(self, close_outside, self._belongings.close)
-        self.draft_with(None)
         self.training = False
         self.loss_type = "ForCausalLM"
-        self.weight_bytes = weight_bytes
-        self._kv_tier = ""
+        self._own(weights, engine, accounts, open_store, kinds, demand, weight_bytes)
 
     def forward(
         self,
@@ -133,11 +111,11 @@ class StreamedModel(  # type: ignore[misc]  # torch overloads `to`
         past = [] if past_key_values is None else past_key_values.kept
         batch = padded_batch(input_ids, attention_mask, past, logits_to_keep)
         refuse_others(others, batch)
-        self._check(batch)
+        check_tokens(batch, self.config)
         options = {"shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch}
         with ExitStack() as stack:
             if labels is not None:
-                stack.enter_context(self._room_for_loss(labels, shift_labels, batch))
+                stack.enter_context(room_for_loss(self, labels, shift_labels, batch))
             elif any(value is not None for value in options.values()):
                 raise InputError("shift_labels and num_items_in_batch need labels")
             cache = past_key_values
@@ -155,25 +133,6 @@ class StreamedModel(  # type: ignore[misc]  # torch overloads `to`
         found = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=keep)
         as_dict = self.config.return_dict if return_dict is None else return_dict
         return found if as_dict else found.to_tuple()
-
-    @contextmanager
-    def _room_for_loss(
-        self, labels: Tensor, shift_labels: Tensor | None, batch: PaddedBatch
-    ) -> Iterator[None]:
-        """Check labels, and hold the memory that their loss takes."""
-        check_labels(labels, shift_labels, batch, self.config.vocab_size)
-        if getattr(self.config, "output_router_logits", False):
-            raise UnsupportedError(
-                "labels: this model's loss counts how its routers choose, too",
-                hint="set model.config.output_router_logits = False for the loss of the text alone",
-            )
-        needed = loss_bytes(batch, self.config.vocab_size, self.dtype)
-        self.engine.set_aside("loss", needed)
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            self.accounts.device.release("loss", needed.device)
 
     def _pass(self, batch: PaddedBatch, cache: SequenceCache) -> Tensor:
         """The logits of a batch; the cache then has its tokens."""
@@ -206,7 +165,7 @@ class StreamedModel(  # type: ignore[misc]  # torch overloads `to`
                 cache.clear()
                 raise
             else:
-                self.engine.counters.cached_tokens += sum(starts)
+                self.engine.counters.count_cached(sum(starts))
                 return found
 
     def _continue(
@@ -218,91 +177,3 @@ class StreamedModel(  # type: ignore[misc]  # torch overloads `to`
             num_drafted = n - 1 if cache.drafting else 0
             work.append(NewTokens(cache.rows[row], ids, cache.num_tokens(row), n, num_drafted))
         return self.engine.run(cache.store, work)
-
-    def _check(self, batch: PaddedBatch) -> None:
-        """Raise InputError for tokens that are none, and for too many."""
-        lowest, highest = int(batch.ids.min()), int(batch.ids.max())
-        if lowest < 0 or highest >= self.config.vocab_size:
-            wrong = lowest if lowest < 0 else highest
-            raise InputError(
-                f"token id {wrong} is not in the vocabulary of {self.config.vocab_size}",
-                hint="the tokenizer is not this model's",
-            )
-        counts = batch.kept.sum(dim=1).tolist()
-        self.check_length(max(map(sum, zip(batch.starts, counts, strict=True))))
-
-    def check_length(self, length: int) -> None:
-        """Raise InputError for more tokens than the model has positions."""
-        limit = self.config.max_position_embeddings
-        if length > limit:
-            raise InputError(
-                f"{length} tokens are past the model's {limit} positions",
-                hint="shorten the prompt or ask for fewer new tokens",
-            )
-
-    def new_cache(
-        self,
-        kv: str | None = None,
-        kv_dir: PathLike | None = None,
-        *,
-        num_tokens: int = 0,
-        at_least: int = 0,
-    ) -> SequenceCache:
-        """An empty cache for `past_key_values`, in a tier ("device", "host", "disk"; default: as
-        loaded).
-
-        `num_tokens` to expect, over all rows, helps to choose the tier when it is "auto". Raises
-        DoesNotFitError if a disk has no room for `at_least` so many.
-        """
-        directory = None if kv_dir is None else absolute(kv_dir)
-        self._kv_tier, store = self._open_store(kv or "", directory, num_tokens, at_least)
-        cache = SequenceCache(store, self._kinds, self._demand)
-        caches = self._belongings.caches
-        caches[:] = [*(finalizer for finalizer in caches if finalizer.alive), cache.finalizer]
-        return cache
-
-    @property
-    def stats(self) -> Stats:
-        """What the model has done since it was opened."""
-        parts = self.engine, self.weights, self.accounts
-        return gather_stats(*parts, weight_bytes=self.weight_bytes, kv_tier=self._kv_tier)
-
-    def keep_layers(self, device: Count | None = None, host: Count | None = None) -> None:
-        """From the next pass on keep at most so many layers on the device and in host memory; None
-        is as many as the budgets allow, which they never exceed. Raises InputError.
-        """
-        self.weights.held.layer_limits = layer_limits(self.device, device, host)
-
-    def draft_with(self, drafter: Drafter | None, num_draft_tokens: int | None = None) -> None:
-        """From the next text on draft with `drafter`, which is closed with the model if it can be,
-        so many tokens at a time; None: as many as pay.
-        """
-        self._drafter, self._num_draft_tokens = drafter, num_draft_tokens
-        self._belongings.drafter = drafter
-
-    def on_progress(self, report: Callable[[Progress], None] | None) -> None:
-        """Call `report` after every step of a weight pass; None stops it."""
-        self.engine.on_progress = report
-
-    def close(self) -> None:
-        """Stop reading, close all files, remove KV files that are not to be kept, and free all
-        memory. May be called twice.
-        """
-        self._close()
-
-    # What GenerationMixin asks of a model that has no parameters to look at.
-
-    @property
-    def device(self) -> torch.device:
-        return self.weights.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.weights.dtype
-
-    @classmethod
-    def can_generate(cls) -> bool:
-        return True
-
-    def get_experts_implementation(self) -> dict[str, str | None]:
-        return {}

@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable
-from pathlib import Path
+import functools
 from typing import Any
 
 from torch import Tensor
 from transformers import (
     Cache,
     GenerationConfig,
+    GenerationMixin,
     LogitsProcessorList,
-    PreTrainedConfig,
     StoppingCriteriaList,
 )
 from transformers.generation.candidate_generator import CandidateGenerator
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.streamers import BaseStreamer
 
-from ollm_core.contracts.drafting import Drafter
 from ollm_core.drafting.controller import draft_length
 from ollm_core.drafting.lookup import NUM_DRAFT_TOKENS, DraftCandidates, begin_text
-from ollm_core.engine.engine import Engine
 from ollm_core.errors import InputError, UnsupportedError, one_line
 from ollm_core.generate.cache import SequenceCache
+from ollm_core.generate.limits import check_length
+from ollm_core.generate.opened import OpenedModel
 from ollm_core.generate.padding import refuse_padded_end
 
 _NOT_HERE = {
@@ -38,30 +36,10 @@ instead.
 """
 
 
-class GenerationHooks(ABC):
+class GenerationHooks(OpenedModel):
     """The part of a streamed model that `generate` calls. To stand before GenerationMixin."""
 
-    engine: Engine
-    config: PreTrainedConfig
     tokenizer: Any
-    _demand: Callable[[str], None]
-    _drafter: Drafter | None
-    _num_draft_tokens: int | None
-
-    @abstractmethod
-    def new_cache(
-        self,
-        kv: str | None = None,
-        kv_dir: str | Path | None = None,
-        *,
-        num_tokens: int = 0,
-        at_least: int = 0,
-    ) -> SequenceCache:
-        """See StreamedModel."""
-
-    @abstractmethod
-    def check_length(self, length: int) -> None:
-        """Raise InputError for more tokens than the model has positions."""
 
     def _prepare_cache_for_generation(
         self,
@@ -89,7 +67,7 @@ class GenerationHooks(ABC):
             num_padding = [0] * batch_size if mask is None else (mask == 0).sum(dim=1).tolist()
             lengths = [max_cache_length - number for number in num_padding]
             if (num_new := generation_config.max_new_tokens) is not None:
-                self.check_length(max(lengths) + 1 - num_new)  # no memory would do
+                check_length(max(lengths) + 1 - num_new, self.config)  # no memory would do
             # Copies of a prompt share its blocks; how many rows come in is not told.
             at_least = sum(lengths) if copies == 1 else max(lengths)
             num_tokens = copies * batch_size * max_cache_length
@@ -150,13 +128,26 @@ class GenerationHooks(ABC):
             draft_length(NUM_DRAFT_TOKENS, self._num_draft_tokens, sampling=sampling),
             self.engine.counters,
             stopping_criteria,
-            self._count_accepted,
             lambda number: self.engine.fits(cache.store, [cache.drafted(number)]),
             max_positions=self.config.max_position_embeddings,
             vocab_size=self.config.vocab_size,
         )
         # The assistant model is only handed on, to _get_candidate_generator.
-        return mixin._assisted_decoding(*arguments, streamer, assistant_model=candidates, **options)
+        decode: Any = self._assisted_decoding
+        return decode(*arguments, streamer, assistant_model=candidates, **options)
+
+    @functools.wraps(GenerationMixin._assisted_decoding)  # generate reads its parameters
+    def _assisted_decoding(self, *arguments: Any, **options: Any) -> Any:
+        """See GenerationMixin. When the text has ended, what the cache's user brings next is no
+        draft: a recurrent layer need not keep a state for each of its tokens.
+        """
+        mixin: Any = super()
+        try:
+            return mixin._assisted_decoding(*arguments, **options)
+        finally:
+            cache = options.get("past_key_values")
+            if isinstance(cache, SequenceCache):
+                cache.drafting = False
 
     def prepare_inputs_for_generation(
         self,
@@ -194,8 +185,3 @@ class GenerationHooks(ABC):
         mixin: Any = super()
         generator: CandidateGenerator = mixin._get_candidate_generator(*arguments, **options)
         return generator
-
-    def _count_accepted(self, num_tokens: int) -> None:
-        """A pass has given `num_tokens` more than the one that it was counted for."""
-        self.engine.counters.decode_tokens += num_tokens
-        self.engine.counters.accepted_tokens += num_tokens

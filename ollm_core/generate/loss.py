@@ -2,16 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ollm_core.contracts.kv import TierBytes
-from ollm_core.errors import InputError
+from ollm_core.errors import InputError, UnsupportedError
+from ollm_core.generate.opened import OpenedModel
 from ollm_core.generate.padding import PaddedBatch
+from ollm_core.memory.kinds import MemoryKind
+from ollm_core.memory.pair import PerMemory
 
 IGNORED = -100
 """The label of a position that does not count, as in torch."""
+
+
+@contextmanager
+def room_for_loss(
+    model: OpenedModel, labels: Tensor, shift_labels: Tensor | None, batch: PaddedBatch
+) -> Iterator[None]:
+    """Check labels, and hold the memory that their loss takes."""
+    config = model.config
+    check_labels(labels, shift_labels, batch, config.vocab_size)
+    if getattr(config, "output_router_logits", False):
+        raise UnsupportedError(
+            "labels: this model's loss counts how its routers choose, too",
+            hint="set model.config.output_router_logits = False for the loss of the text alone",
+        )
+    needed = loss_bytes(batch, config.vocab_size, model.dtype)
+    model.engine.set_aside(MemoryKind.LOSS, needed)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.accounts.device.release(MemoryKind.LOSS, needed.device)
 
 
 def check_labels(
@@ -49,9 +75,9 @@ def check_labels(
         )
 
 
-def loss_bytes(batch: PaddedBatch, vocab_size: int, dtype: torch.dtype) -> TierBytes:
+def loss_bytes(batch: PaddedBatch, vocab_size: int, dtype: torch.dtype) -> PerMemory[int]:
     """What the loss takes beside logits in `dtype`: them in float32, their logarithms, labels."""
     num_tokens = batch.ids.numel()
     num_copies = 1 if dtype == torch.float32 else 2
     num_bytes = num_copies * num_tokens * vocab_size * torch.float32.itemsize
-    return TierBytes(device=num_bytes + 4 * num_tokens * torch.int64.itemsize)
+    return PerMemory(num_bytes + 4 * num_tokens * torch.int64.itemsize, 0)

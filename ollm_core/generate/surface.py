@@ -85,6 +85,15 @@ class FixedModel(ABC):
     def dtype(self) -> torch.dtype:
         """What it computes in."""
 
+    @classmethod
+    def can_generate(cls) -> bool:
+        """Asked by GenerationMixin."""
+        return True
+
+    def get_experts_implementation(self) -> dict[str, str | None]:
+        """Asked by GenerationMixin; there is none to choose."""
+        return {}
+
     def eval(self) -> Self:
         """It only ever infers."""
         return self

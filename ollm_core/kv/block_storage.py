@@ -2,95 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 
-import torch
 from torch import Tensor
 
 from ollm_core.contracts.closing import Closing
-from ollm_core.contracts.kv import CacheKind, TierBytes
-from ollm_core.device.transfer import Bus, bus_of
-
-
-@dataclass(frozen=True, slots=True)
-class KVGeometry:
-    """The shape of what a store keeps, layer by layer. `device` is where attention computes."""
-
-    kinds: tuple[CacheKind, ...]
-    """One per layer."""
-    dtype: torch.dtype
-    device: torch.device
-    block_size: int = 256
-    """Tokens per block."""
-    bus: Bus | None = field(default=None, compare=False, repr=False)
-    """That of `device`, by default as `bus_of` says; None where it computes in host memory."""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "bus", self.bus or bus_of(self.device))
-
-    @classmethod
-    def uniform(
-        cls,
-        num_layers: int,
-        num_kv_heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        block_size: int = 256,
-    ) -> KVGeometry:
-        """Layers that all remember every token, in one shape."""
-        kind = CacheKind("full", num_kv_heads, head_dim)
-        return cls((kind,) * num_layers, dtype, device, block_size)
-
-    @property
-    def num_layers(self) -> int:
-        return len(self.kinds)
-
-    @property
-    def slack(self) -> int:
-        """Tokens before its window that a sliding layer keeps as well: so far it can go back."""
-        return self.block_size
-
-    def block_shape(self, layer_idx: int) -> tuple[int, int, int, int]:
-        """[2, G, block_size, D]: keys, then values, head-major."""
-        kind = self.kinds[layer_idx]
-        return 2, kind.num_kv_heads, self.block_size, kind.head_dim
-
-    def block_bytes(self, layer_idx: int) -> int:
-        """Bytes of one block of a layer."""
-        return math.prod(self.block_shape(layer_idx)) * self.dtype.itemsize
-
-    def as_block(self, layer_idx: int, buffer: Tensor) -> Tensor:
-        """The start of a byte `buffer` as a block of a layer."""
-        part = buffer[: self.block_bytes(layer_idx)]
-        return part.view(self.dtype).view(self.block_shape(layer_idx))
-
-    def state_shapes(self, layer_idx: int) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
-        """Shape and dtype of each tensor of a recurrent layer's state."""
-        return tuple(
-            (state.shape, torch.float32 if state.float32 else self.dtype)
-            for state in self.kinds[layer_idx].states
-        )
-
-    def state_bytes(self, layer_idx: int) -> int:
-        """Bytes of a recurrent layer's state, of one sequence."""
-        return sum(
-            math.prod(shape) * dtype.itemsize for shape, dtype in self.state_shapes(layer_idx)
-        )
-
-    def attention_layers(self) -> KVGeometry:
-        """The same for the layers alone that have keys and values."""
-        return replace(self, kinds=tuple(one for one in self.kinds if one.kind != "recurrent"))
-
-    def first_needed(self, layer_idx: int, num_tokens: int) -> int:
-        """The first position that a layer must have kept to go on after `num_tokens`. It always
-        has the last one, which may be in a block that is not full.
-        """
-        window = self.kinds[layer_idx].window
-        return 0 if window is None else max(num_tokens - max(window - 1, 1), 0)
+from ollm_core.contracts.kv import TierBytes
 
 
 class BlockStorage(Closing):

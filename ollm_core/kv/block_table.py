@@ -14,14 +14,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ollm_core.contracts.kv import KVStore, TierBytes
-from ollm_core.device.transfer import Bus
+from ollm_core.contracts.kv import KVGeometry, KVStore, TierBytes
+from ollm_core.device.memory import SHARED, DeviceMemory, OwnMemory
 from ollm_core.device.upload import Upload
 from ollm_core.errors import KVStoreError
-from ollm_core.kv.block_storage import BlockStorage, KVGeometry
+from ollm_core.kv.block_storage import BlockStorage
 from ollm_core.kv.block_views import Cut, CutBlocks
 from ollm_core.kv.buffer_pool import Charges, Lanes
 from ollm_core.memory.accounts import MemoryAccount
+from ollm_core.memory.kinds import MemoryKind
 
 _UPLOADS = 2  # blocks on the device: one is attended while the next is copied
 
@@ -60,12 +61,10 @@ class BlockKVStore(KVStore):
         geometry: KVGeometry,
         storage: BlockStorage,
         upload_account: MemoryAccount | None = None,
-        *,
-        bus: Bus | None = None,
+        memory: DeviceMemory = SHARED,
     ) -> None:
-        """With `bus`, blocks are copied over it to the compute device as they are read.
-
-        The buffers for it are then held in `upload_account`.
+        """`memory` is the compute device's, unless blocks are there already: if it is its own, they
+        are copied to it as they are read, through buffers that are held in `upload_account`.
         """
         self.geometry = geometry
         self.block_size = geometry.block_size
@@ -74,15 +73,17 @@ class BlockKVStore(KVStore):
         self._next_sequence = 0
         self._num_sharers: Counter[tuple[int, int]] = Counter()  # owners beyond the first
         self._closed = False
-        self._upload_charges = Charges(upload_account) if bus and upload_account else None
+        uploads = isinstance(memory, OwnMemory)
+        self._upload_charges = Charges(upload_account) if uploads and upload_account else None
         self._uploads: Lanes[Upload] | None = None
-        if bus:
+        if isinstance(memory, OwnMemory):
+            bus = memory.bus
             largest = max(map(geometry.block_bytes, range(geometry.num_layers)))
             try:
                 self._uploads = Lanes(
                     lambda: Upload(bus, largest, _UPLOADS),
                     _UPLOADS * largest,
-                    "kv upload",
+                    MemoryKind.KV_UPLOAD,
                     self._upload_charges,
                 )
             except BaseException:
@@ -171,6 +172,13 @@ class BlockKVStore(KVStore):
         self._check_length(sequence, num_tokens, "truncate to")
         for layer_idx, table in enumerate(tables):
             self._cut(layer_idx, table, num_tokens)
+
+    def can_truncate(self, sequence: int, num_tokens: int) -> bool:
+        try:
+            self._check_length(sequence, num_tokens, "truncate to")
+        except KVStoreError:
+            return False
+        return True
 
     def fork(self, sequence: int, num_tokens: int | None = None) -> int:
         """See KVStore. Full blocks are shared, the tokens after them copied. Raises DoesNotFitError

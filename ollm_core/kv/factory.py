@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 
 from ollm_core.contracts.adapter import ModelAdapter
-from ollm_core.contracts.kv import KVStore
+from ollm_core.contracts.kv import KVGeometry, KVStore
+from ollm_core.device.memory import DeviceMemory
 from ollm_core.errors import KVStoreError
 from ollm_core.files.paths import absolute, cache_directory
-from ollm_core.kv.block_storage import KVGeometry
 from ollm_core.kv.disk.directory import check_parent, reap_homes
 from ollm_core.kv.disk.free_space import check_room
 from ollm_core.kv.disk.prefix_cache import KeepingKVStore
@@ -25,6 +25,7 @@ from ollm_core.kv.recurrent.hybrid import HybridKVStore
 from ollm_core.kv.recurrent.prefix_cache import KeepingHybridKVStore
 from ollm_core.kv.recurrent.snapshots import StateFiles, reap_states
 from ollm_core.kv.recurrent.states import StateStore
+from ollm_core.memory.pair import PerMemory
 from ollm_core.plugins.factories import KVRequest
 from ollm_core.plugins.registry import Registry, require, supports
 
@@ -39,15 +40,23 @@ class StoreOpener:
     """Opens a KV store for each cache of one model."""
 
     def __init__(
-        self, kv: str, request: KVRequest, adapter: ModelAdapter, registry: Registry
+        self,
+        kv: str,
+        request: KVRequest,
+        adapter: ModelAdapter,
+        registry: Registry,
+        memory: DeviceMemory,
     ) -> None:
-        """`kv` and `request` hold where a call does not say otherwise. Raises InputError for a name
-        that nobody offers, UnsupportedError for a tier that the family cannot use.
+        """`kv` and `request` hold where a call does not say otherwise; `memory` is the device's.
+        Stores have their own transfers to it: they do not wait behind those of weights. Raises
+        InputError for a name that nobody offers, UnsupportedError for a tier that the family cannot
+        use.
         """
         self._kv = kv
         self._request = request
         self._adapter = adapter
         self._registry = registry
+        self._memory = memory
         registry.check_name("ollm_kv_stores", kv)
         if kv in TIERS:
             require(adapter, f"kv-{kv}")
@@ -59,22 +68,22 @@ class StoreOpener:
         expect, of which `at_least` so many will be stored. Raises DoesNotFitError if the disk has
         no room for these.
         """
-        name = kv or self._kv
+        name, memory = kv or self._kv, self._memory.beside()
         request = replace(self._request, directory=directory or self._request.directory)
         if offer := self._registry.check_name("ollm_kv_stores", name):
             tier, open_store = offer.name, functools.partial(offer.make, KVStore)
         else:
             tier = name
             if name == "auto":
-                limits = request.device_account.limit, request.host_account.limit
+                limits = PerMemory(request.device_account.limit, request.host_account.limit)
                 named = request.directory is not None
                 tier = choose_tier(self._adapter, request.geometry, limits, num_tokens, named=named)
             require(self._adapter, f"kv-{tier}")
             if tier == "disk":
                 check_room(request.geometry.attention_layers(), _home(request), at_least)
-            open_store = functools.partial(_open, tier)
+            open_store = functools.partial(_open, tier, memory=memory)
         if any(kind.kind == "recurrent" for kind in request.geometry.kinds):
-            return tier, _hybrid(tier, request, open_store)
+            return tier, _hybrid(tier, request, open_store, memory)
         return tier, open_store(request)
 
 
@@ -96,7 +105,7 @@ def find_directory(kv_dir: str | os.PathLike[str] | None) -> Path | None:
 def choose_tier(
     adapter: ModelAdapter,
     geometry: KVGeometry,
-    limits: tuple[int, int],
+    limits: PerMemory[int],
     num_tokens: int,
     *,
     named: bool = False,
@@ -111,20 +120,23 @@ def choose_tier(
     layer_bytes = sum(map(geometry.block_bytes, range(geometry.num_layers)))
     num_expected = num_tokens + geometry.block_size
     expected = layer_bytes * num_expected // geometry.block_size
-    room = {"device": limits[0] // 4, "host": limits[1] // 2}
+    room = {"device": limits.device // 4, "host": limits.host // 2}
     fitting = [tier for tier in able if expected <= room.get(tier, expected)]
     return (*fitting, *reversed(able), *TIERS)[0]
 
 
 def _hybrid(
-    tier: str, request: KVRequest, open_store: Callable[[KVRequest], KVStore]
+    tier: str,
+    request: KVRequest,
+    open_store: Callable[[KVRequest], KVStore],
+    memory: DeviceMemory,
 ) -> HybridKVStore:
     """A store whose states are on the device if its keys and values are, else in host memory."""
     geometry = request.geometry
     if tier == "device":
         states = StateStore(geometry, request.device_account, "device", geometry.device)
     else:
-        states = StateStore(geometry, request.host_account, "host", torch.device("cpu"))
+        states = StateStore(geometry, request.host_account, "host", torch.device("cpu"), memory)
     attention = open_store(replace(request, geometry=geometry.attention_layers()))
     if isinstance(attention, KeepingKVStore) and request.directory is not None:
         try:
@@ -136,15 +148,17 @@ def _hybrid(
     return HybridKVStore(geometry, attention, states)
 
 
-def _open(tier: str, request: KVRequest) -> KVStore:
+def _open(tier: str, request: KVRequest, *, memory: DeviceMemory) -> KVStore:
     geometry, device, host = request.geometry, request.device_account, request.host_account
     if tier == "device":
         return DeviceKVStore(geometry, device)
     if tier == "host":
-        return HostKVStore(geometry, host, device)
+        return HostKVStore(geometry, host, device, memory=memory)
     if request.directory and request.keep:
-        return KeepingKVStore(geometry, host, request.directory, request.fingerprint(), device)
-    return DiskKVStore(geometry, host, _home(request), _NOBODY, device)
+        return KeepingKVStore(
+            geometry, host, request.directory, request.fingerprint(), device, memory=memory
+        )
+    return DiskKVStore(geometry, host, _home(request), _NOBODY, device, memory=memory)
 
 
 def _home(request: KVRequest) -> Path:

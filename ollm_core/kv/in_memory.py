@@ -8,16 +8,14 @@ from itertools import count
 import torch
 from torch import Tensor
 
-from ollm_core.contracts.kv import Tier, TierBytes
-from ollm_core.device.buffers import round_up
-from ollm_core.device.transfer import host_tensor
+from ollm_core.contracts.kv import KVGeometry, Tier, TierBytes
+from ollm_core.device.memory import SHARED, DeviceMemory, memory_of
 from ollm_core.errors import DoesNotFitError
-from ollm_core.kv.block_storage import BlockStorage, KVGeometry
+from ollm_core.kv.block_storage import BlockStorage
 from ollm_core.kv.block_table import BlockKVStore
 from ollm_core.kv.buffer_pool import Charges
 from ollm_core.memory.accounts import MemoryAccount
-
-_KIND = "kv blocks"
+from ollm_core.memory.kinds import MemoryKind
 
 
 class MemoryStorage(BlockStorage):
@@ -31,12 +29,15 @@ class MemoryStorage(BlockStorage):
         account: MemoryAccount,
         tier: Tier,
         device: torch.device,
+        memory: DeviceMemory = SHARED,
     ) -> None:
-        """Blocks are on `device`, counted as `tier`."""
+        """Blocks are on `device`, counted as `tier`; those in host memory are for a device with
+        `memory`.
+        """
         self._geometry = geometry
         self._tier = tier
         self._device = device
-        self._bus = geometry.bus if tier == "host" else None
+        self._memory = memory
         self._charges = Charges(account)
         self._blocks: dict[int, Tensor] = {}
         self._numbers = count()
@@ -48,14 +49,14 @@ class MemoryStorage(BlockStorage):
         self, num_blocks: Mapping[int, int], tails: Collection[int]
     ) -> dict[int, list[int]]:
         num_bytes = self._num_bytes(num_blocks)
-        self._charges.take(_KIND, num_bytes)
+        self._charges.take(MemoryKind.KV_BLOCKS, num_bytes)
         try:
             made = {
                 layer_idx: [self._new_block(layer_idx) for _ in range(number)]
                 for layer_idx, number in num_blocks.items()
             }
         except BaseException as error:
-            self._charges.give(_KIND, num_bytes)
+            self._charges.give(MemoryKind.KV_BLOCKS, num_bytes)
             if not isinstance(error, RuntimeError):  # torch's out of memory; it has no other cause
                 raise
             raise DoesNotFitError(
@@ -71,7 +72,7 @@ class MemoryStorage(BlockStorage):
     def free(self, layer_idx: int, blocks: Sequence[int]) -> None:
         for block in blocks:
             del self._blocks[block]
-        self._charges.give(_KIND, len(blocks) * self._block_bytes(layer_idx))
+        self._charges.give(MemoryKind.KV_BLOCKS, len(blocks) * self._block_bytes(layer_idx))
 
     def clear(self, layer_idx: int, blocks: Sequence[int]) -> None:
         """Nothing to do: a block may be written over."""
@@ -107,12 +108,12 @@ class MemoryStorage(BlockStorage):
 
     def _block_bytes(self, layer_idx: int) -> int:
         num_bytes = self._geometry.block_bytes(layer_idx)
-        return num_bytes if self._bus is None else round_up(num_bytes)
+        return self._memory.host_bytes(num_bytes)
 
     def _new_block(self, layer_idx: int) -> Tensor:
         shape, dtype = self._geometry.block_shape(layer_idx), self._geometry.dtype
-        if self._bus is not None:
-            return host_tensor(shape, dtype, self._bus)
+        if self._memory.is_own:
+            return self._memory.host_tensor(shape, dtype)
         with torch.inference_mode(mode=False):  # it outlives the pass
             return torch.empty(shape, dtype=dtype, device=self._device)
 
@@ -135,7 +136,12 @@ class HostKVStore(BlockKVStore):
         geometry: KVGeometry,
         account: MemoryAccount,
         device_account: MemoryAccount | None = None,
+        *,
+        memory: DeviceMemory | None = None,
     ) -> None:
-        """`account` is that of the host; `device_account` holds the block being uploaded."""
-        storage = MemoryStorage(geometry, account, "host", torch.device("cpu"))
-        super().__init__(geometry, storage, device_account, bus=geometry.bus)
+        """`account` is that of the host; `device_account` holds the block being uploaded. `memory`
+        is that of the geometry's device, by default as `memory_of` says.
+        """
+        memory = memory or memory_of(geometry.device)
+        storage = MemoryStorage(geometry, account, "host", torch.device("cpu"), memory)
+        super().__init__(geometry, storage, device_account, memory)

@@ -9,16 +9,18 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ollm_core.contracts.kv import TierBytes
+from ollm_core.contracts.kv import KVGeometry, TierBytes
 from ollm_core.device.buffers import PAGE
-from ollm_core.kv.block_storage import BlockStorage, KVGeometry
+from ollm_core.device.memory import SHARED, DeviceMemory
+from ollm_core.kv.block_storage import BlockStorage
 from ollm_core.kv.block_table import BlockKVStore
 from ollm_core.kv.buffer_pool import Charges
 from ollm_core.kv.disk.storage import DiskSizes
 from ollm_core.kv.in_memory import MemoryStorage
 from ollm_core.kv.recurrent.hybrid import HybridKVStore
 from ollm_core.kv.recurrent.states import StateStore
-from ollm_core.memory.accounts import MemoryAccount
+from ollm_core.memory.accounts import Accounts, MemoryAccount
+from ollm_core.memory.kinds import MemoryKind
 
 _META = torch.device("meta")
 
@@ -32,9 +34,9 @@ class PlannedDiskStorage(BlockStorage):
         self._charges = Charges(account)
         self._num_slots: Counter[int] = Counter()
         self._free: dict[int, list[int]] = {}
-        self._charges.take("kv write buffers", self._sizes.write_bytes)
+        self._charges.take(MemoryKind.KV_WRITE_BUFFERS, self._sizes.write_bytes)
         try:
-            self._charges.take("kv staging", 2 * self._sizes.lane_bytes)
+            self._charges.take(MemoryKind.KV_STAGING, 2 * self._sizes.lane_bytes)
         except BaseException:
             self._charges.close()
             raise
@@ -47,7 +49,7 @@ class PlannedDiskStorage(BlockStorage):
     def allocate(
         self, num_blocks: Mapping[int, int], tails: Collection[int]
     ) -> dict[int, list[int]]:
-        self._charges.take("kv tails", self.growth(num_blocks, tails).host)
+        self._charges.take(MemoryKind.KV_TAILS, self.growth(num_blocks, tails).host)
         found = {}
         for layer_idx, number in num_blocks.items():
             free = self._free.setdefault(layer_idx, [])
@@ -70,7 +72,7 @@ class PlannedDiskStorage(BlockStorage):
         return torch.empty(shape, dtype=self._geometry.dtype, device=_META)
 
     def drop(self, layer_idx: int) -> None:
-        self._charges.give("kv tails", self._sizes.slot_bytes[layer_idx])
+        self._charges.give(MemoryKind.KV_TAILS, self._sizes.slot_bytes[layer_idx])
 
     def seal(self, layer_idx: int, block: int, tail: Tensor) -> Tensor:
         return tail
@@ -111,20 +113,21 @@ class PlannedKVStore(BlockKVStore):
         self,
         tier: str,
         geometry: KVGeometry,
-        accounts: tuple[MemoryAccount, MemoryAccount],
+        accounts: Accounts,
+        memory: DeviceMemory,
     ) -> None:
-        """`accounts` are those of the device and the host. Raises DoesNotFitError."""
+        """`memory` is that of the device that is planned for. Raises DoesNotFitError."""
         device_account, host_account = accounts
-        bus = None if tier == "device" else geometry.bus
+        memory = SHARED if tier == "device" else memory
         bare = replace(geometry, device=_META)
         storage: BlockStorage
         if tier == "disk":
             storage = PlannedDiskStorage(bare, host_account)
         elif tier == "host":
-            storage = PlannedMemoryStorage(bare, host_account, "host", _META)
+            storage = PlannedMemoryStorage(bare, host_account, "host", _META, memory)
         else:
             storage = PlannedMemoryStorage(bare, device_account, "device", _META)
-        super().__init__(bare, storage, device_account, bus=bus)
+        super().__init__(bare, storage, device_account, memory)
 
     def advance(self, sequence: int, num_tokens: int, longest: int) -> None:
         """Let `num_tokens` more tokens be there in each layer, as calls of `append` with at most
@@ -146,15 +149,16 @@ class PlannedHybridStore(HybridKVStore):
         self,
         tier: str,
         geometry: KVGeometry,
-        accounts: tuple[MemoryAccount, MemoryAccount],
+        accounts: Accounts,
+        memory: DeviceMemory,
     ) -> None:
         """See PlannedKVStore."""
         bare = replace(geometry, device=_META)
         if tier == "device":
-            states = StateStore(bare, accounts[0], "device", _META)
+            states = StateStore(bare, accounts.device, "device", _META)
         else:
-            states = StateStore(bare, accounts[1], "host", _META)
-        self._planned = PlannedKVStore(tier, geometry.attention_layers(), accounts)
+            states = StateStore(bare, accounts.host, "host", _META, memory)
+        self._planned = PlannedKVStore(tier, geometry.attention_layers(), accounts, memory)
         super().__init__(bare, self._planned, states)
 
     def advance(self, sequence: int, num_tokens: int, longest: int) -> None:
@@ -166,8 +170,8 @@ class PlannedHybridStore(HybridKVStore):
 
 
 def planned_store(
-    tier: str, geometry: KVGeometry, accounts: tuple[MemoryAccount, MemoryAccount]
+    tier: str, geometry: KVGeometry, accounts: Accounts, memory: DeviceMemory
 ) -> PlannedKVStore | PlannedHybridStore:
     """What stands for the store that a run would have. Raises DoesNotFitError."""
     recurrent = any(kind.kind == "recurrent" for kind in geometry.kinds)
-    return (PlannedHybridStore if recurrent else PlannedKVStore)(tier, geometry, accounts)
+    return (PlannedHybridStore if recurrent else PlannedKVStore)(tier, geometry, accounts, memory)

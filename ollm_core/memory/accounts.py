@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ollm_core.errors import DoesNotFitError
+from ollm_core.memory.pair import PerMemory
 from ollm_core.memory.sizes import format_size
 
 
 class MemoryAccount:
-    """Bytes held of one memory, by kind, under a limit.
+    """Bytes held of one memory, by kind (a MemoryKind, or a plugin's own), under a limit.
 
     Everything the library allocates there is reserved first, so that what does not fit fails before
     it is allocated. Thread-safe: the reader thread and the pass share an account.
@@ -39,8 +40,8 @@ class MemoryAccount:
             if self.used + num_bytes > self.limit:
                 free, limit = format_size(self.limit - self.used), format_size(self.limit)
                 raise DoesNotFitError(
-                    f"{kind} needs {format_size(num_bytes)} of {self.name}, "
-                    f"{free} of {limit} is free",
+                    f"{self.name}: need {format_size(num_bytes)} for {kind}, {free} free "
+                    f"(limit {limit})",
                     hint=f"allow at least {self.used + num_bytes} bytes",
                     memory=self.name,
                     needed_bytes=self.used + num_bytes,
@@ -63,3 +64,14 @@ class MemoryAccount:
             yield
         finally:
             self.release(kind, num_bytes)
+
+
+Accounts = PerMemory[MemoryAccount]
+"""The two memories of a model."""
+
+
+def open_accounts(limits: PerMemory[int]) -> Accounts:
+    """Accounts in which nothing is held yet."""
+    return PerMemory(
+        MemoryAccount("device memory", limits.device), MemoryAccount("host memory", limits.host)
+    )

@@ -4,13 +4,13 @@ reserve. No other part decides on this.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ollm_core.errors import DoesNotFitError, InputError
 from ollm_core.memory.host import HostMemory
+from ollm_core.memory.pair import PerMemory
 from ollm_core.memory.sizes import format_size, parse_size
-from ollm_core.options import Count, Size, count
+from ollm_core.values import Count, Size, count
 
 if TYPE_CHECKING:
     import torch
@@ -19,29 +19,20 @@ RESERVE_BYTES = 500_000_000
 """Left alone on each memory: the interpreter, torch's own buffers and the rest of the machine."""
 ASSUMED_DEVICE_BYTES = 8 * 10**9
 """The memory of a GPU that is planned for and not here."""
-DEFAULTS = (
-    "what is free now less 500 MB: of a GPU all of it, and 90% of the host's; on a CPU 70% for "
-    "the device and 20% for the host. In a container, what its limit leaves is what is free."
-)
-"""The rule below in words, for people."""
+DEVICE_DEFAULT = "all that is free now less 500 MB; on a CPU 70% of that"
+HOST_DEFAULT = "90% of what is free now less 500 MB; on a CPU 20% of that"
+"""The rules below in words, for people."""
 
 
-@dataclass(frozen=True, slots=True)
-class Budgets:
-    """Bytes that may be held of the device's and of the host's memory."""
+Budgets = PerMemory[int]
+"""Bytes that may be held of the device's and of the host's memory."""
 
-    device: int
-    host: int
+LayerLimits = PerMemory[int | None]
+"""The most layers that are kept on the device and in host memory, inside the budgets. None: as many
+as these allow. Parts of the head and routed experts are not counted.
+"""
 
-
-@dataclass(frozen=True, slots=True)
-class LayerLimits:
-    """The most layers that are kept on the device and in host memory, inside the budgets. None:
-    as many as these allow. Parts of the head and routed experts are not counted.
-    """
-
-    device: int | None = None
-    host: int | None = None
+NO_LAYER_LIMITS: LayerLimits = PerMemory(None, None)
 
 
 def layer_limits(
@@ -50,7 +41,7 @@ def layer_limits(
     """What the user states. Raises InputError for a number below zero, and for the host's where
     the CPU is the device.
     """
-    limits = LayerLimits(
+    limits: LayerLimits = PerMemory(
         None if device_layers is None else count("device_layers", device_layers, 0),
         None if host_layers is None else count("host_layers", host_layers, 0),
     )
@@ -68,10 +59,10 @@ def default_budgets(device: torch.device) -> Budgets:
     """
     host = max(HostMemory().free() - RESERVE_BYTES, 1)
     if device.type == "cpu":
-        return Budgets(host * 7 // 10, host * 2 // 10)
+        return PerMemory(host * 7 // 10, host * 2 // 10)
     gpu = _gpu_memory(device)
     free = gpu[0] - RESERVE_BYTES if gpu else ASSUMED_DEVICE_BYTES
-    return Budgets(max(free, 1), host * 9 // 10)
+    return PerMemory(max(free, 1), host * 9 // 10)
 
 
 def stated_budgets(
@@ -100,7 +91,7 @@ def stated_budgets(
             if device_memory is not None and device.type == "cpu":  # one memory
                 both = "device_memory and host_memory together"
                 _check(both, on_device + on_host, host, default)
-    return Budgets(on_device, on_host)
+    return PerMemory(on_device, on_host)
 
 
 def _check(name: str, num_bytes: int, there: int, default: Budgets) -> None:

@@ -7,7 +7,7 @@ import re
 from decimal import Decimal
 
 from ollm_core.errors import InputError
-from ollm_core.options import Size, whole_number
+from ollm_core.values import Size, whole_number
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}

@@ -134,7 +134,7 @@ class Skeleton:
         slots.fill(parameters)
         return slots
 
-    def step(self, layer_idx: int) -> Callable[..., Tensor]:
+    def chunk_forward(self, layer_idx: int) -> Callable[..., Tensor]:
         """What is run chunk by chunk: the layer, or its mixer if it has routed experts."""
         mixture = self.mixtures.get(layer_idx)
         return mixture.mixer if mixture else self.layers[layer_idx]

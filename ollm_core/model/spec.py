@@ -8,16 +8,15 @@ from pathlib import Path
 
 import torch
 
-from ollm_core import options
+from ollm_core import values
 from ollm_core.checkpoint.safetensors import Checkpoint
 from ollm_core.checkpoint.synthetic import describe_checkpoint
 from ollm_core.contracts.adapter import ModelAdapter
-from ollm_core.contracts.kv import CacheKind
+from ollm_core.contracts.kv import CacheKind, KVGeometry
 from ollm_core.contracts.model import Config
-from ollm_core.device.transfer import Bus, bus_of
+from ollm_core.device.memory import DeviceMemory, memory_of
 from ollm_core.errors import ConfigError, UnsupportedError
 from ollm_core.files.untrusted_json import show
-from ollm_core.kv.block_storage import KVGeometry
 from ollm_core.model.skeleton import Skeleton
 from ollm_core.plugins.loader import Offer
 from ollm_core.plugins.validation import kinds_of, layout_of, plan_of, text_config_of
@@ -25,7 +24,7 @@ from ollm_core.weights.formats.codecs import LogicalTensors
 from ollm_core.weights.tied_head import untie_head
 from ollm_core.weights.units import Units, cut_units
 
-DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in options.DTYPES}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in values.DTYPES}
 _FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -42,14 +41,13 @@ class ModelSpec:
     kinds: tuple[CacheKind, ...]
     skeleton: Skeleton
     units: Units
-    bus: Bus | None
-    """That of `device`; None where it computes in host memory."""
+    memory: DeviceMemory
+    """That of `device`."""
 
     @property
     def geometry(self) -> KVGeometry:
-        """The shape of keys and values, which do not wait behind weights on their way."""
-        bus = self.bus and self.bus.beside()
-        return KVGeometry(self.kinds, self.dtype, self.device, bus=bus)
+        """The shape of keys and values."""
+        return KVGeometry(self.kinds, self.dtype, self.device)
 
 
 def inspect_model(
@@ -62,12 +60,12 @@ def inspect_model(
     device: torch.device,
     where: Path,
     bare: bool = False,
-    bus: Bus | None = None,
+    memory: DeviceMemory | None = None,
 ) -> ModelSpec:
     """The spec of the model of a config.json. `where` that came from is for messages.
 
     Without a `checkpoint`, one is described as the adapter declares it. `bare` allocates nothing on
-    `device`, which then need not be there. `bus` is by default as `bus_of` says. Raises
+    `device`, which then need not be there. `memory` is by default as `memory_of` says. Raises
     ConfigError, CheckpointError, UnsupportedError.
     """
     config = text_config_of(adapter, whole_config)
@@ -109,7 +107,7 @@ def inspect_model(
         kinds,
         skeleton,
         units,
-        bus or bus_of(device),
+        memory or memory_of(device),
     )
 
 

@@ -10,6 +10,7 @@ from ollm_core.calibration.rates import Rates
 from ollm_core.errors import DoesNotFitError
 from ollm_core.kv.factory import TIERS
 from ollm_core.memory.budgets import Budgets
+from ollm_core.memory.pair import PerMemory
 from ollm_core.planning.cost_model import Estimate, slowest
 from ollm_core.planning.dry_run import Rehearsal, Rehearsed, Scenario
 from ollm_core.planning.plan import Change, Plan
@@ -45,7 +46,7 @@ class Question:
         """
         rehearsal, scenario, budgets = self._rehearsal, self._scenario, self._budgets
         spec, reason = rehearsal.spec, ""
-        least = rehearsal.least(scenario, Budgets(1, 1))
+        least = rehearsal.least(scenario, PerMemory(1, 1))
         try:
             run = rehearsal.run(budgets, scenario)
         except DoesNotFitError as refused:
@@ -185,10 +186,10 @@ class Question:
             if tier != run.kv_tier and supports(spec.adapter, f"kv-{tier}"):
                 yield f"--kv {tier}", replace(scenario, kv=tier), budgets
         more = 2 * budgets.device
-        yield f"--device-memory {_as_option(more)}", scenario, replace(budgets, device=more)
+        yield f"--device-memory {_as_option(more)}", scenario, budgets._replace(device=more)
         more = 2 * budgets.host
         if spec.device.type != "cpu":
-            yield f"--host-memory {_as_option(more)}", scenario, replace(budgets, host=more)
+            yield f"--host-memory {_as_option(more)}", scenario, budgets._replace(host=more)
         if run.attention == "exact" and supports(spec.adapter, "blockwise-attention"):
             yield "--attention blockwise", replace(scenario, attention="blockwise"), budgets
         half = scenario.context // 2

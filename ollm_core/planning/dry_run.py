@@ -6,18 +6,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
 from ollm_core.engine.activations import Workspace
 from ollm_core.engine.batch import NewTokens
-from ollm_core.engine.pass_planner import EXACT_CONTEXT, Accounts, Admission, PassPlan, Policy
+from ollm_core.engine.pass_planner import EXACT_CONTEXT, Admission, PassPlan, Policy
 from ollm_core.errors import DoesNotFitError
 from ollm_core.kv.factory import TIERS, choose_tier
 from ollm_core.kv.simulated import PlannedHybridStore, PlannedKVStore, planned_store
-from ollm_core.memory.accounts import MemoryAccount
-from ollm_core.memory.budgets import Budgets, LayerLimits
+from ollm_core.memory.accounts import open_accounts
+from ollm_core.memory.budgets import NO_LAYER_LIMITS, Budgets, LayerLimits
+from ollm_core.memory.kinds import MemoryKind
+from ollm_core.memory.pair import PerMemory
 from ollm_core.model.spec import ModelSpec
 from ollm_core.plugins.registry import require
 from ollm_core.weights.placement import HeldWeights, Placement
@@ -44,7 +46,7 @@ class Scenario:
     kv: str = "auto"
     attention: str = "auto"
     chunk_size: int | None = None
-    layers: LayerLimits = field(default_factory=LayerLimits)
+    layers: LayerLimits = NO_LAYER_LIMITS
 
     @property
     def prompt_tokens(self) -> int:
@@ -139,18 +141,15 @@ class Rehearsal:
         """
         self.spec = spec
         self._blocks = blocks
-        self._accounts = Accounts(
-            MemoryAccount("device memory", _NO_LIMIT), MemoryAccount("host memory", _NO_LIMIT)
-        )
-        self._pair = self._accounts.device, self._accounts.host
+        self._accounts = open_accounts(PerMemory(_NO_LIMIT, _NO_LIMIT))
         self._weights = HeldWeights(
             spec.units,
             DescribedSource(),
             spec.dtype,
             spec.device,
-            self._pair,
+            self._accounts,
             buffer_bytes=spec.skeleton.buffer_bytes,
-            bus=spec.bus,
+            memory=spec.memory,
         )
         self._workspace = Workspace.of(spec)
 
@@ -169,7 +168,7 @@ class Rehearsal:
         device, host = budgets.device, budgets.host
         for _ in range(_MAX_TRIES):
             try:
-                self.run(Budgets(device, host), scenario, ends_only=True)
+                self.run(PerMemory(device, host), scenario, ends_only=True)
             except DoesNotFitError as refused:
                 if refused.memory == self._accounts.host.name:
                     host = max(refused.needed_bytes, host + 1)
@@ -177,7 +176,7 @@ class Rehearsal:
                     device = max(refused.needed_bytes, device + 1)
             else:
                 break
-        return Budgets(device, host)
+        return PerMemory(device, host)
 
     def fits(self, scenario: Scenario, budgets: Budgets) -> bool:
         """Whether the run would do."""
@@ -193,11 +192,11 @@ class Rehearsal:
             require(spec.adapter, "batch")
         policy = Policy.of(spec, scenario.attention, scenario.chunk_size, self._blocks)
         admission = Admission(policy, self._accounts, self._weights, self._workspace)
-        self._weights.layer_limits = scenario.layers
+        self._weights.limit_layers(scenario.layers)
         self._weights.reserve()
         stack.callback(self._weights.unreserve)
         tier = self._tier(scenario)
-        store = planned_store(tier, spec.geometry, self._pair)
+        store = planned_store(tier, spec.geometry, self._accounts, spec.memory)
         stack.callback(store.close)
         sequences = [store.new_sequence() for _ in range(scenario.batch)]
         moments = [self._moment("opened", store, None, 0)]
@@ -240,7 +239,7 @@ class Rehearsal:
     def _tier(self, scenario: Scenario) -> str:
         tier = scenario.kv
         if tier == "auto":
-            limits = self._accounts.device.limit, self._accounts.host.limit
+            limits = self._accounts.map(lambda account: account.limit)
             num_tokens = scenario.batch * scenario.context
             tier = choose_tier(self.spec.adapter, self.spec.geometry, limits, num_tokens)
         if tier in TIERS:
@@ -269,18 +268,15 @@ class Rehearsal:
         plan: PassPlan | None,
         num_tokens: int,
     ) -> Moment:
-        kinds = [dict(account.kinds) for account in self._pair]
-        for held, needed in zip(
-            kinds, (plan.parts.device, plan.parts.host) if plan else ({}, {}), strict=True
-        ):
-            held.pop("activations", None)
+        kinds = self._accounts.map(lambda account: dict(account.kinds))
+        for held, needed in zip(kinds, plan.parts if plan else ({}, {}), strict=True):
+            held.pop(MemoryKind.ACTIVATIONS, None)
             held.update(needed)
         device, host = ({k: n for k, n in held.items() if n} for held in kinds)
         return Moment(name, device, host, store.tier_bytes().disk, num_tokens)
 
     def _held(self) -> Held:
         weights = self._weights
-        _, host = (account.kinds for account in self._pair)
         return Held(
             len(weights.units),
             weights.num_device_units,
@@ -293,7 +289,7 @@ class Rehearsal:
             sum(weights.copied_bytes[i] for i in weights.streamed),
             sum(weights.units[i].seconds for i in weights.streamed),
             weights.resident_bytes,
-            host.get("resident weights", 0),
+            self._accounts.host.kinds.get(MemoryKind.RESIDENT_WEIGHTS, 0),
             weights.experts.placement.num_device,
             weights.experts.placement.num_host,
         )

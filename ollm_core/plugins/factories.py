@@ -17,9 +17,8 @@ if TYPE_CHECKING:
     import click
 
     from ollm_core.contracts.drafting import Drafter
-    from ollm_core.contracts.kv import KVStore
+    from ollm_core.contracts.kv import KVGeometry, KVStore
     from ollm_core.contracts.weights import ByteSource
-    from ollm_core.kv.block_storage import KVGeometry
     from ollm_core.memory.accounts import MemoryAccount
 
 

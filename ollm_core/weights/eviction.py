@@ -10,8 +10,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ollm_core.contracts.kv import TierBytes
-from ollm_core.memory.budgets import RESERVE_BYTES
+from ollm_core.memory.budgets import RESERVE_BYTES, Budgets
+from ollm_core.memory.pair import PerMemory
 from ollm_core.memory.sizes import format_size
 from ollm_core.weights.streamer import TieredWeights
 
@@ -126,18 +126,19 @@ class Pressure:
             "device memory", free_device, reserve_bytes, self.shortage
         )
 
-    def within(self, device: int, host: int, needed: TierBytes) -> tuple[int, int]:
-        """The part of the budgets `device` and `host` that weights may hold while a pass takes
-        `needed` beside them, never less than they must.
+    def within(self, budgets: Budgets, needed: PerMemory[int]) -> Budgets:
+        """The part of `budgets` that weights may hold while a pass takes `needed` beside them,
+        never less than they must.
         """
+        device, host = budgets
         weights, shortage = self._weights, self.shortage
-        now, taken = self._clock(), needed.device + needed.host
+        now, taken = self._clock(), sum(needed)
         if now - self._looked < GLANCE_SECONDS and taken <= self._enough:
-            return device, host
+            return budgets
         self._looked = now
-        wanted, held = weights.held.bytes_of(weights.held.place(device, host)), weights.in_memory
+        wanted, held = weights.wanted_bytes(budgets), weights.in_memory
         shortage.now_bytes = 0
-        if weights.one_memory:
+        if not weights.memory.is_own:
             allowed = self._host.allowed(device, wanted.device, held.device, taken)
             device = min(max(allowed, weights.least_bytes(allowed)), device)
         else:
@@ -147,7 +148,7 @@ class Pressure:
             host = min(max(allowed, weights.least_bytes(device)), host)
         shortage.most_bytes = max(shortage.most_bytes, shortage.now_bytes)
         self._enough = -math.inf if shortage.now_bytes else taken + self._glance_bytes
-        return device, host
+        return PerMemory(device, host)
 
     def relieve(self, num_done: int) -> None:
         """In a pass that is through with `num_done` units: where memory has run short since the
@@ -159,9 +160,9 @@ class Pressure:
             return
         self._looked = now
         self._enough = -math.inf  # the next pass looks for itself
-        one_memory, freed = self._weights.one_memory, 0
+        own_memory, freed = self._weights.memory.is_own, 0
         if self._host.is_short():
-            freed += self._weights.let_go(num_done, host=not one_memory)
+            freed += self._weights.let_go(num_done, host=own_memory)
         if self._device is not None and self._device.is_short():
             freed += self._weights.let_go(num_done, host=False)
         if freed:

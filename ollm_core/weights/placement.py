@@ -10,30 +10,30 @@ reader always has something to do while resident layers compute.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
 import torch
 
-from ollm_core.contracts.kv import TierBytes
 from ollm_core.contracts.weights import ByteSource
-from ollm_core.device.transfer import Bus, bus_of
-from ollm_core.memory.accounts import MemoryAccount
-from ollm_core.memory.budgets import LayerLimits
+from ollm_core.device.memory import DeviceMemory, memory_of
+from ollm_core.memory.accounts import Accounts
+from ollm_core.memory.budgets import NO_LAYER_LIMITS, LayerLimits
+from ollm_core.memory.kinds import MemoryKind
+from ollm_core.memory.pair import PerMemory, added
 from ollm_core.weights.device_load import staging_bytes
 from ollm_core.weights.experts.store import ExpertPlacement, ExpertStore
 from ollm_core.weights.units import Units
 
 HELD_KINDS = (
-    "resident weights",
-    "weight ring",
-    "upload buffers",
-    "resident experts",
-    "expert buffers",
+    MemoryKind.RESIDENT_WEIGHTS,
+    MemoryKind.WEIGHT_RING,
+    MemoryKind.UPLOAD_BUFFERS,
+    MemoryKind.RESIDENT_EXPERTS,
+    MemoryKind.EXPERT_BUFFERS,
 )
-"""What `fit` decides on, as the accounts name it."""
+"""What `fit` decides on."""
 
-_STAGED = "weight staging"
 _UPLOADS = 2
 _SLOTS = 3  # two suffice when disk and compute are even; the third takes up jitter
 
@@ -69,25 +69,24 @@ class HeldWeights:
         source: ByteSource,
         dtype: torch.dtype,
         device: torch.device,
-        accounts: tuple[MemoryAccount, MemoryAccount],
+        accounts: Accounts,
         *,
         buffer_bytes: int = 0,
-        bus: Bus | None = None,
+        memory: DeviceMemory | None = None,
         timed: bool = False,
     ) -> None:
         """See TieredWeights; uploads of experts may be `timed`. Reserves nothing yet."""
         self.units = units.in_pass_order
         self.dtype = dtype
         self.device = device
-        bus = bus or bus_of(device)
-        self.one_memory = bus is None
-        """Whether the device computes in host memory: all weights then count as the device's."""
+        self.memory = memory = memory or memory_of(device)
+        """The device's: whether it is the host's too, and all weights count as the device's."""
         self._device_account, self._host_account = accounts
-        self._ring_account = self._device_account if self.one_memory else self._host_account
+        self._ring_account = memory.read_side(accounts)
         self._priority = spread_order(len(self.units))
         self.buffer_bytes = [source.buffer_bytes(unit.tensors) for unit in self.units]
         """Of each unit, as it is read."""
-        packed = not self.one_memory
+        packed = memory.is_own
         self.staging_bytes = staging_bytes((*self.units, units.norm), source) if packed else 0
         """Held on the host whatever the placement: what is kept on a device comes through it."""
         self.copied_bytes = [unit.copied_bytes(dtype, packed=packed) for unit in self.units]
@@ -96,7 +95,7 @@ class HeldWeights:
         """Of a buffer on a device with memory of its own: the largest unit, packed."""
         self._kept_bytes = [self._bytes_when_kept(i) for i in range(len(self.units))]
         self.experts = ExpertStore(
-            units.experts, source, dtype, device, accounts, bus=bus, timed=timed
+            units.experts, source, dtype, device, accounts, memory=memory, timed=timed
         )
         arrived = [unit.packed_bytes for unit in self.units] if packed else self.buffer_bytes
         sizes = zip(self.copied_bytes, arrived, strict=True)
@@ -109,14 +108,32 @@ class HeldWeights:
         """Held on the device whatever the placement: norm, rotary frequencies, parameters in
         conversion, the one upload buffer that must be.
         """
-        self.layer_limits = LayerLimits()
-        """May be changed between passes; `place` goes by it."""
+        self._layer_limits: LayerLimits = NO_LAYER_LIMITS
         self._num_layers = len(units.layers)
-        self._device: set[int] = set()
-        self._host: set[int] = set()
-        self._num_slots = 0
-        self._num_uploads = 1
+        self._kept = Placement()  # of units: `experts` knows what is held of them
         self._fixed_held = self._staging_held = 0
+
+    def limit_layers(self, limits: LayerLimits) -> None:
+        """Let `place` keep no more layers from now on. Between passes."""
+        self._layer_limits = limits
+
+    @property
+    def layer_limits(self) -> LayerLimits:
+        """What `limit_layers` said last."""
+        return self._layer_limits
+
+    @property
+    def placement(self) -> Placement:
+        """What is held. Nobody else keeps account of it."""
+        return replace(self._kept, experts=self.experts.placement)
+
+    def is_on_device(self, unit_idx: int) -> bool:
+        """Whether a unit is kept there, read or not."""
+        return unit_idx in self._kept.device
+
+    def is_on_host(self, unit_idx: int) -> bool:
+        """The same of host memory."""
+        return unit_idx in self._kept.host
 
     @property
     def slot_bytes(self) -> int:
@@ -126,55 +143,54 @@ class HeldWeights:
     @property
     def num_slots(self) -> int:
         """Buffers of the ring that are reserved."""
-        return self._num_slots
+        return self._kept.num_slots
 
     @property
     def num_uploads(self) -> int:
         """Buffers on the device that units are sent to."""
-        return self._num_uploads
+        return self._kept.num_uploads
 
     @property
     def num_device_layers(self) -> int:
         """Layers that are kept on the device."""
-        return sum(i < self._num_layers for i in self._device)
+        return sum(i < self._num_layers for i in self._kept.device)
 
     @property
     def num_host_layers(self) -> int:
         """Layers that are kept in host memory."""
-        return sum(i < self._num_layers for i in self._host)
+        return sum(i < self._num_layers for i in self._kept.host)
 
     @property
     def num_device_units(self) -> int:
         """Units that are kept on the device."""
-        return len(self._device)
+        return len(self._kept.device)
 
     @property
     def num_host_units(self) -> int:
         """Units that are kept in host memory."""
-        return len(self._host)
+        return len(self._kept.host)
 
     @property
     def streamed(self) -> list[int]:
         """The units that are not kept, in pass order."""
-        kept = self._device | self._host
+        kept = self._kept.device | self._kept.host
         return [i for i in range(len(self.units)) if i not in kept]
 
     @property
     def resident_bytes(self) -> int:
         """Bytes of parameters that are kept between passes, in the compute dtype."""
-        kept = self._device | self._host
+        kept = self._kept.device | self._kept.host
         dense = sum(p.num_bytes(self.dtype) for i in kept for p in self.units[i].parameters)
         return dense + self.experts.resident_bytes
 
     def least_bytes(self, device_bytes: int) -> int:
         """The least that `fit` needs of the ring's memory, given `device_bytes` of the device."""
         experts = self.experts.least_bytes
-        if self.one_memory:
-            device_bytes -= experts
+        device_bytes -= self.memory.reads(experts).device
         if self._all_fit(device_bytes):
             return experts
         ring_bytes = 2 * self.slot_bytes
-        if self.one_memory and self._may_all_be_kept:  # of one or two units, that can be less
+        if not self.memory.is_own and self._may_all_be_kept:  # two units at most can take less
             ring_bytes = min(ring_bytes, sum(self._kept_bytes))
         return ring_bytes + experts
 
@@ -182,10 +198,10 @@ class HeldWeights:
         """Take `fixed_device_bytes` and `staging_bytes`. Raises DoesNotFitError with nothing
         taken.
         """
-        self._device_account.reserve("weights", self.fixed_device_bytes)
+        self._device_account.reserve(MemoryKind.WEIGHTS, self.fixed_device_bytes)
         self._fixed_held = self.fixed_device_bytes
         try:
-            self._host_account.reserve(_STAGED, self.staging_bytes)
+            self._host_account.reserve(MemoryKind.WEIGHT_STAGING, self.staging_bytes)
         except BaseException:
             self.unreserve()
             raise
@@ -197,57 +213,51 @@ class HeldWeights:
 
     def place(self, device_bytes: int, host_bytes: int) -> Placement:
         """What is best held in that much memory. Experts get what the rest leaves."""
-        one_memory, least = self.one_memory, self.experts.least_bytes
-        dense = self._place(
-            device_bytes - least * one_memory, host_bytes - least * (not one_memory)
-        )
-        ring_bytes = dense.num_slots * self.slot_bytes
-        on_device = sum(self._kept_bytes[i] for i in dense.device) + ring_bytes * one_memory
-        on_device += self._more_uploads(dense.num_uploads)
-        on_host = sum(self.buffer_bytes[i] for i in dense.host) + ring_bytes * (not one_memory)
-        experts = self.experts.place(device_bytes - on_device, host_bytes - on_host)
+        least = self.memory.reads(self.experts.least_bytes)
+        dense = self._place(device_bytes - least.device, host_bytes - least.host)
+        held = self.bytes_of(dense)
+        experts = self.experts.place(device_bytes - held.device, host_bytes - held.host)
         return Placement(dense.device, dense.host, dense.num_slots, experts, dense.num_uploads)
 
-    def bytes_of(self, placement: Placement) -> TierBytes:
+    def bytes_of(self, placement: Placement) -> PerMemory[int]:
         """What a placement takes of each memory, beside `fixed_device_bytes`."""
         experts = placement.experts
         device = sum(self._kept_bytes[i] for i in placement.device) + experts.device_bytes
         device += self._more_uploads(placement.num_uploads) + experts.upload_bytes
         host = sum(self.buffer_bytes[i] for i in placement.host) + experts.host_bytes
         ring = placement.num_slots * self.slot_bytes + experts.buffer_bytes
-        if self.one_memory:
-            return TierBytes(device + ring, host)
-        return TierBytes(device, host + ring)
+        return added(PerMemory(device, host), self.memory.reads(ring))
 
     def hold(self, wanted: Placement) -> None:
         """Give back what is not in `wanted`, then take what is. Raises DoesNotFitError with part of
         it taken.
         """
+        device, host, kept = self._device_account, self._host_account, self._kept
         self.experts.shrink(wanted.experts)
-        for i in self._device - wanted.device:
-            self._device.remove(i)
-            self._device_account.release("resident weights", self._kept_bytes[i])
-        for i in self._host - wanted.host:
-            self._host.remove(i)
-            self._host_account.release("resident weights", self.buffer_bytes[i])
-        if wanted.num_slots != self._num_slots:
-            self._ring_account.release("weight ring", self._num_slots * self.slot_bytes)
-            self._num_slots = 0
-            self._ring_account.reserve("weight ring", wanted.num_slots * self.slot_bytes)
-            self._num_slots = wanted.num_slots
-        if wanted.num_uploads != self._num_uploads:
-            more = self._more_uploads(wanted.num_uploads) - self._more_uploads(self._num_uploads)
+        for i in kept.device - wanted.device:
+            device.release(MemoryKind.RESIDENT_WEIGHTS, self._kept_bytes[i])
+        for i in kept.host - wanted.host:
+            host.release(MemoryKind.RESIDENT_WEIGHTS, self.buffer_bytes[i])
+        self._kept = replace(kept, device=kept.device & wanted.device, host=kept.host & wanted.host)
+        if wanted.num_slots != kept.num_slots:
+            ring, slot_bytes = self._ring_account, self.slot_bytes
+            ring.release(MemoryKind.WEIGHT_RING, kept.num_slots * slot_bytes)
+            self._kept = replace(self._kept, num_slots=0)
+            ring.reserve(MemoryKind.WEIGHT_RING, wanted.num_slots * slot_bytes)
+            self._kept = replace(self._kept, num_slots=wanted.num_slots)
+        if wanted.num_uploads != kept.num_uploads:
+            more = self._more_uploads(wanted.num_uploads) - self._more_uploads(kept.num_uploads)
             if more > 0:
-                self._device_account.reserve("upload buffers", more)
+                device.reserve(MemoryKind.UPLOAD_BUFFERS, more)
             else:
-                self._device_account.release("upload buffers", -more)
-            self._num_uploads = wanted.num_uploads
-        for i in wanted.device - self._device:
-            self._device_account.reserve("resident weights", self._kept_bytes[i])
-            self._device.add(i)
-        for i in wanted.host - self._host:
-            self._host_account.reserve("resident weights", self.buffer_bytes[i])
-            self._host.add(i)
+                device.release(MemoryKind.UPLOAD_BUFFERS, -more)
+            self._kept = replace(self._kept, num_uploads=wanted.num_uploads)
+        for i in wanted.device - self._kept.device:
+            device.reserve(MemoryKind.RESIDENT_WEIGHTS, self._kept_bytes[i])
+            self._kept = replace(self._kept, device=self._kept.device | {i})
+        for i in wanted.host - self._kept.host:
+            host.reserve(MemoryKind.RESIDENT_WEIGHTS, self.buffer_bytes[i])
+            self._kept = replace(self._kept, host=self._kept.host | {i})
         self.experts.grow(wanted.experts)
 
     def close(self) -> None:
@@ -258,8 +268,8 @@ class HeldWeights:
 
     def unreserve(self) -> None:
         """Give back what `reserve` took."""
-        self._device_account.release("weights", self._fixed_held)
-        self._host_account.release(_STAGED, self._staging_held)
+        self._device_account.release(MemoryKind.WEIGHTS, self._fixed_held)
+        self._host_account.release(MemoryKind.WEIGHT_STAGING, self._staging_held)
         self._fixed_held = self._staging_held = 0
 
     def _place(self, device_bytes: int, host_bytes: int) -> Placement:
@@ -267,20 +277,23 @@ class HeldWeights:
         if self._all_fit(device_bytes):
             return Placement(everything)
         # The second buffer makes the copy of a layer run beside the compute of another.
-        num_uploads = 1 if self.one_memory or device_bytes < self.upload_bytes else _UPLOADS
+        twice = self.memory.is_own and device_bytes >= self.upload_bytes
+        num_uploads = _UPLOADS if twice else 1
         device_bytes -= self._more_uploads(num_uploads)
-        ring_budget = device_bytes if self.one_memory else host_bytes
+        ring_budget = self.memory.read_side(PerMemory(device_bytes, host_bytes))
         num_slots = _SLOTS if ring_budget >= 2 * _SLOTS * self.slot_bytes else 2
-        ring_bytes = num_slots * self.slot_bytes
+        ring = self.memory.reads(num_slots * self.slot_bytes)
         device = _first_that_fit(
-            device_bytes - ring_bytes if self.one_memory else device_bytes,
+            device_bytes - ring.device,
             self._kept_bytes,
-            self._allowed(self.layer_limits.device, self._priority),
+            self._allowed(self._layer_limits.device, self._priority),
         )
-        if self.one_memory:
+        if not self.memory.is_own:
             return Placement(device, num_slots=num_slots)
-        rest = self._allowed(self.layer_limits.host, [i for i in self._priority if i not in device])
-        host = _first_that_fit(host_bytes - ring_bytes, self.buffer_bytes, rest)
+        rest = self._allowed(
+            self._layer_limits.host, [i for i in self._priority if i not in device]
+        )
+        host = _first_that_fit(host_bytes - ring.host, self.buffer_bytes, rest)
         return Placement(device, host, num_slots, num_uploads=num_uploads)
 
     def _more_uploads(self, num_uploads: int) -> int:
@@ -293,7 +306,7 @@ class HeldWeights:
 
     @property
     def _may_all_be_kept(self) -> bool:
-        most = self.layer_limits.device
+        most = self._layer_limits.device
         return most is None or most >= self._num_layers
 
     def _allowed(self, most: int | None, priority: Sequence[int]) -> list[int]:
@@ -304,7 +317,7 @@ class HeldWeights:
     def _bytes_when_kept(self, unit_idx: int) -> int:
         unit = self.units[unit_idx]
         if self.copied_bytes[unit_idx] == 0:  # all are views of the buffer
-            return self.buffer_bytes[unit_idx] if self.one_memory else unit.packed_bytes
+            return unit.packed_bytes if self.memory.is_own else self.buffer_bytes[unit_idx]
         return sum(p.num_bytes(self.dtype) for p in unit.parameters)
 
 

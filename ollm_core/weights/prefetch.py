@@ -15,7 +15,8 @@ from torch import Tensor
 from ollm_core.contracts.closing import Closing
 from ollm_core.contracts.weights import ByteSource
 from ollm_core.device.buffers import as_memoryview
-from ollm_core.device.transfer import Bus, Event, host_buffer
+from ollm_core.device.memory import SHARED, DeviceMemory
+from ollm_core.device.transfer import Event
 from ollm_core.errors import ReadError
 from ollm_core.weights.units import WeightUnit
 
@@ -43,12 +44,12 @@ class Ring(Closing):
         source: ByteSource,
         num_slots: int,
         slot_bytes: int,
-        bus: Bus | None = None,
+        memory: DeviceMemory = SHARED,
     ) -> None:
-        """`slot_bytes` must hold the largest unit; what is read goes over `bus`, if there is one.
+        """`slot_bytes` must hold the largest unit; what is read is for a device with `memory`.
         The thread starts with the first `set_order`.
         """
-        self.slots = [Slot(host_buffer(slot_bytes, bus)) for _ in range(num_slots)]
+        self.slots = [Slot(memory.host_buffer(slot_bytes)) for _ in range(num_slots)]
         self.bytes_read = 0
         self.read_seconds = 0.0
         self._units = units

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ollm_core.contracts.kv import TierBytes
 from ollm_core.contracts.weights import ByteSource, WeightStreamer
 from ollm_core.device.buffers import as_memoryview
-from ollm_core.device.transfer import Bus, bus_of, host_buffer
+from ollm_core.device.memory import DeviceMemory, OwnMemory, memory_of
 from ollm_core.device.upload import UploadCounters
-from ollm_core.memory.accounts import MemoryAccount
+from ollm_core.memory.accounts import Accounts
+from ollm_core.memory.budgets import Budgets, LayerLimits
+from ollm_core.memory.pair import PerMemory
 from ollm_core.profiling import Span, no_span
 from ollm_core.weights.device_load import Staging
 from ollm_core.weights.device_prefetch import Arrivals, Arriving, Packed, Send
@@ -38,19 +39,19 @@ class TieredWeights(WeightStreamer):
         source: ByteSource,
         dtype: torch.dtype,
         device: torch.device,
-        accounts: tuple[MemoryAccount, MemoryAccount],
+        accounts: Accounts,
         *,
         buffer_bytes: int = 0,
         span: Span = no_span,
-        bus: Bus | None = None,
+        memory: DeviceMemory | None = None,
     ) -> None:
-        """`accounts` are those of the device and the host. `bus` is that of a device with memory of
-        its own, by default as `bus_of` says; without one everything counts as device memory.
+        """`accounts` are those of the device and the host. `memory` is the device's, by default
+        as `memory_of` says; where it is the host's, everything counts as device memory.
         `buffer_bytes` are those of the model that are no weights, and held for it. `span`
         measures how long units are waited for. `source` is closed with the weights, and when they
         cannot be opened.
         """
-        self.bus = bus or bus_of(device)
+        self.memory = memory = memory or memory_of(device)
         self.held = HeldWeights(
             units,
             source,
@@ -58,7 +59,7 @@ class TieredWeights(WeightStreamer):
             device,
             accounts,
             buffer_bytes=buffer_bytes,
-            bus=self.bus,
+            memory=memory,
             timed=span is not no_span,
         )
         self.units = self.held.units
@@ -68,18 +69,18 @@ class TieredWeights(WeightStreamer):
         self._source = source
         self._span = span
         self._rows = EmbeddingRows(units.embedding)
-        self._device_units: dict[int, list[Tensor] | None] = {}
-        self._host_units: dict[int, Packed | None] = {}
+        self._device_units: dict[int, list[Tensor]] = {}  # of those kept there, what has been read
+        self._host_units: dict[int, Packed] = {}
         self._ring: Ring | None = None
         self._streamed_bytes = 0
         self._read_seconds = 0.0
         self._experts = self.held.experts
         self._arrivals: Arrivals | None = None
         self._staging: Staging | None = None
-        if self.bus is not None:
+        if isinstance(memory, OwnMemory):
             num_bytes, timed = self.held.upload_bytes, span is not no_span
-            self._arrivals = Arrivals(self.bus, num_bytes, self._begin, timed=timed)
-            self._staging = Staging(source, self.bus, self.held.staging_bytes)
+            self._arrivals = Arrivals(memory.bus, num_bytes, self._begin, timed=timed)
+            self._staging = Staging(source, memory.bus, self.held.staging_bytes)
         self.norm: list[Tensor] = []
         try:
             self.held.reserve()
@@ -95,14 +96,27 @@ class TieredWeights(WeightStreamer):
         return self.held.fixed_device_bytes
 
     @property
-    def one_memory(self) -> bool:
-        """Whether the device computes in host memory."""
-        return self.held.one_memory
-
-    @property
     def slot_bytes(self) -> int:
         """Bytes of one buffer of the ring."""
         return self.held.slot_bytes
+
+    def limit_layers(self, limits: LayerLimits) -> None:
+        """Let `fit` keep no more layers from now on. Between passes."""
+        self.held.limit_layers(limits)
+
+    @property
+    def num_device_layers(self) -> int:
+        """Layers that are kept on the device."""
+        return self.held.num_device_layers
+
+    @property
+    def num_host_layers(self) -> int:
+        """Layers that are kept in host memory."""
+        return self.held.num_host_layers
+
+    def wanted_bytes(self, budgets: Budgets) -> PerMemory[int]:
+        """What `fit` would hold of each memory within `budgets`."""
+        return self.held.bytes_of(self.held.place(*budgets))
 
     def least_bytes(self, device_bytes: int) -> int:
         """The least that `fit` needs of the ring's memory, given `device_bytes` of the device."""
@@ -114,15 +128,13 @@ class TieredWeights(WeightStreamer):
         return self.held.resident_bytes
 
     @property
-    def in_memory(self) -> TierBytes:
+    def in_memory(self) -> PerMemory[int]:
         """Bytes of each memory that are taken now, beside `fixed_device_bytes`. What is to be kept
         is read when it is first acquired.
         """
-        device = {i for i, unit in self._device_units.items() if unit is not None}
-        host = {i for i, unit in self._host_units.items() if unit is not None}
         loaded = Placement(
-            frozenset(device),
-            frozenset(host),
+            frozenset(self._device_units),
+            frozenset(self._host_units),
             self.held.num_slots if self._ring else 0,
             self._experts.in_memory,
             self.held.num_uploads if self.uploads.num_bytes else 1,
@@ -178,12 +190,9 @@ class TieredWeights(WeightStreamer):
             streamed = [i for i in range(len(self.units)) if i not in wanted.device]
             self._arrivals.expect(streamed, wanted.num_uploads)
         self.held.hold(wanted)
-        for i in wanted.device - self._device_units.keys():
-            self._device_units[i] = None
-        for i in wanted.host - self._host_units.keys():
-            self._host_units[i] = None
         if wanted.num_slots and self._ring is None:
-            self._ring = Ring(self.units, self._source, wanted.num_slots, self.slot_bytes, self.bus)
+            num_slots, slot_bytes = wanted.num_slots, self.slot_bytes
+            self._ring = Ring(self.units, self._source, num_slots, slot_bytes, self.memory)
         if self._ring:
             self._ring.set_order(self.held.streamed)
 
@@ -193,7 +202,7 @@ class TieredWeights(WeightStreamer):
         """
         if self._arrivals is not None:
             return self._arrived(self._arrivals, unit_idx)
-        if unit_idx in self._device_units:
+        if self.held.is_on_device(unit_idx):
             return nullcontext(self._kept_on_device(unit_idx))
         assert self._ring is not None, "fit() makes it before anything is streamed"
         return self._read_ahead(self._ring, unit_idx)
@@ -218,9 +227,8 @@ class TieredWeights(WeightStreamer):
         """
         before = self.in_memory
         units: dict[int, Any] = self._host_units if host else self._device_units
-        for unit_idx in units:
-            if unit_idx < num_done:
-                units[unit_idx] = None
+        for unit_idx in [i for i in units if i < num_done]:
+            del units[unit_idx]
         self._experts.let_go(host=host)
         after = self.in_memory
         return before.host - after.host if host else before.device - after.device
@@ -250,7 +258,7 @@ class TieredWeights(WeightStreamer):
         self._source.close()
 
     def _kept_on_device(self, unit_idx: int) -> Sequence[Tensor]:
-        resident = self._device_units[unit_idx]
+        resident = self._device_units.get(unit_idx)
         if resident is None:
             with self._span("wait for weights", unit_idx=unit_idx):
                 resident = self._device_units[unit_idx] = self._load(self.units[unit_idx])
@@ -261,7 +269,7 @@ class TieredWeights(WeightStreamer):
         """`acquire` for a device with memory of its own: the next unit is on its way there while
         this one is used.
         """
-        if unit_idx in self._device_units:
+        if self.held.is_on_device(unit_idx):
             parameters = self._kept_on_device(unit_idx)
             with self._span("wait for weights", unit_idx=unit_idx):
                 arrivals.look_ahead(unit_idx)
@@ -274,8 +282,8 @@ class TieredWeights(WeightStreamer):
         """Send a unit that is kept in host memory or streamed to the device; None if it is not
         there yet and nobody waits for it.
         """
-        if unit_idx in self._host_units:
-            kept = self._host_units[unit_idx]
+        if self.held.is_on_host(unit_idx):
+            kept = self._host_units.get(unit_idx)
             if kept is None:
                 if not wait:
                     return None
@@ -317,7 +325,7 @@ class TieredWeights(WeightStreamer):
 
     def _read(self, unit: WeightUnit) -> tuple[Tensor, Sequence[int]]:
         """Into host memory."""
-        buffer = host_buffer(self._source.buffer_bytes(unit.tensors), self.bus)
+        buffer = self.memory.host_buffer(self._source.buffer_bytes(unit.tensors))
         return buffer, self._source.read(unit.tensors, as_memoryview(buffer))
 
     def _load(self, unit: WeightUnit) -> list[Tensor]:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 import ollm
 from ollm_conformance import AttentionConformance
-from ollm_core import CacheKind, InputError, KVView
+from ollm_core import CacheKind, InputError
 from ollm_core.attention import trial as attention_rates
 from ollm_core.attention.blockwise import BlockwiseAttention, kernels_on
 from ollm_core.attention.kernels import CpuFlash, FlashKernel, Products, flash_attn_2, torch_flash
@@ -26,10 +26,11 @@ from ollm_core.attention.trial import require_flash, trial
 from ollm_core.calibration import rates
 from ollm_core.calibration.attention import measure_kernels
 from ollm_core.cli.main import cli
-from ollm_core.kv.block_storage import KVGeometry
+from ollm_core.contracts.kv import KVGeometry
 from ollm_core.kv.in_memory import DeviceKVStore
 from ollm_core.memory.accounts import MemoryAccount
 from ollm_core.memory.tracker import AllocationTracker, traced_peak
+from ollm_core.testing import KVView
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
 EVERY = frozenset({torch.float32, torch.float16, torch.bfloat16})

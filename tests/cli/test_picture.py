@@ -9,8 +9,8 @@ import pytest
 import ollm
 from ollm_core import InputError
 from ollm_core.cli.main import main
-from ollm_core.cli.picture import _COLOURS, save
-from ollm_core.cli.plan import KINDS
+from ollm_core.cli.picture import save
+from ollm_core.memory.kinds import OTHER_COLOUR, MemoryKind, colour_of
 
 GPU = {"device": "cuda", "device_memory": "40MB", "host_memory": "1GB"}
 
@@ -40,7 +40,7 @@ def shares(path):
 def test_every_kind_is_in_the_picture(plan, tmp_path):
     """In its colour, those that hold more with more of it; nothing that is not held."""
     assert len(plan.device_bytes) > 2
-    save(plan, tmp_path / "run.png", KINDS)
+    save(plan, tmp_path / "run.png")
     share = shares(tmp_path / "run.png")
     held = {}
     for moment in plan.moments:
@@ -52,22 +52,17 @@ def test_every_kind_is_in_the_picture(plan, tmp_path):
                 held[kind] = max(held.get(kind, 0), num_bytes / peak)
     for kind, part in held.items():
         if part > 0.02:
-            assert share(_COLOURS[kind]) > 0.0005, kind
-    for kind in _COLOURS.keys() - held.keys():
-        assert share(_COLOURS[kind]) < 0.0005, kind
+            assert share(colour_of(kind)) > 0.0005, kind
+    for kind in {kind for kind in MemoryKind if kind.colour != OTHER_COLOUR} - held.keys():
+        assert share(colour_of(kind)) < 0.0005, kind
     assert held["resident weights"] > held["layer"]
-    assert share(_COLOURS["resident weights"]) > share(_COLOURS["layer"])
-
-
-def test_every_kind_has_a_title_and_a_colour():
-    """So that none is drawn grey, or under the name of its account."""
-    assert _COLOURS.keys() == KINDS.keys()
+    assert share(MemoryKind.RESIDENT_WEIGHTS.colour) > share(MemoryKind.LAYER.colour)
 
 
 @pytest.mark.parametrize("name", ["run.svg", "run.pdf", "RUN.PNG"])
 def test_formats(plan, tmp_path, name):
     """The file's ending says which."""
-    save(plan, tmp_path / name, KINDS)
+    save(plan, tmp_path / name)
     start = {".svg": b"<?xml", ".pdf": b"%PDF", ".png": b"\x89PNG"}
     assert (tmp_path / name).read_bytes().startswith(start[name[-4:].lower()])
 
@@ -102,7 +97,7 @@ def test_without_matplotlib(plan, tmp_path, monkeypatch):
     """What to install."""
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(InputError, match="needs matplotlib") as caught:
-        save(plan, tmp_path / "run.png", KINDS)
+        save(plan, tmp_path / "run.png")
     assert "ollm-core[plot]" in caught.value.hint
     assert not (tmp_path / "run.png").exists()
 
@@ -110,4 +105,4 @@ def test_without_matplotlib(plan, tmp_path, monkeypatch):
 def test_a_place_that_cannot_be_written(plan, tmp_path):
     """Is named."""
     with pytest.raises(InputError, match="No such file or directory"):
-        save(plan, tmp_path / "none" / "run.png", KINDS)
+        save(plan, tmp_path / "none" / "run.png")

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import ollm
-from ollm_conformance.allocated import TierTracker, live_bytes
+from ollm_conformance.allocated import live_bytes
+from ollm_core.testing import TierTracker
 
 OPTIONS = {"device": "cpu", "kv": "device", "attention": "exact"}
 

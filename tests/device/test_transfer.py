@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from ollm_core.device.buffers import HUGE_PAGE, PAGE, aligned_buffer
-from ollm_core.device.transfer import CudaBus, bus_of, host_buffer, host_tensor
+from ollm_core.device.memory import SHARED, OwnMemory, memory_of
+from ollm_core.device.transfer import CudaBus
+from ollm_core.memory.pair import PerMemory
 
 CPU = torch.device("cpu")
 
@@ -59,7 +61,7 @@ class Cuda:
 def test_whole_pages_are_locked_until_the_memory_goes(num_bytes):
     """And no more than these: no size is rounded up to a power of two. Views keep it locked."""
     cuda = Cuda()
-    buffer = host_buffer(num_bytes, CudaBus(CPU, cuda))
+    buffer = CudaBus(CPU, cuda).host_buffer(num_bytes)
     assert buffer.nbytes == num_bytes
     assert cuda.registered == {buffer.data_ptr(): -(-num_bytes // PAGE) * PAGE}
     view = buffer[:1]
@@ -77,7 +79,7 @@ def test_memory_that_cuda_does_not_lock(caplog):
     cuda = Cuda(error=2)
     bus = CudaBus(CPU, cuda)
     for _ in range(2):
-        host_tensor((3, 5), torch.float16, bus).fill_(1)
+        OwnMemory(bus).host_tensor((3, 5), torch.float16).fill_(1)
     assert cuda.asked == []
     (record,) = caplog.records
     assert record.message.endswith("copies take longer: out of memory")
@@ -93,13 +95,26 @@ def test_a_large_copy_goes_in_parts():
     assert bus.beside().copying is not bus.copying is bus.copying
 
 
-def test_a_cpu_has_no_bus():
-    """Nor has a device without data; that of a GPU that is not here asks for nothing yet."""
-    assert bus_of(CPU) is None
-    assert bus_of(torch.device("meta")) is None
-    cuda = bus_of(torch.device("cuda:3"))
-    assert isinstance(cuda, CudaBus)
-    assert cuda.device.index == 3
+def test_a_cpu_computes_in_the_memory_of_the_host():
+    """So does a device without data; a GPU that is not here is asked for nothing yet."""
+    assert not memory_of(CPU).is_own
+    assert not memory_of(torch.device("meta")).is_own
+    cuda = memory_of(torch.device("cuda:3"))
+    assert isinstance(cuda, OwnMemory)
+    assert isinstance(cuda.bus, CudaBus)
+    assert cuda.bus.device.index == 3
+
+
+def test_what_is_read_counts_on_one_side():
+    """On the host's where the device has memory of its own, else on the device's; tensors for
+    transfers take whole pages.
+    """
+    own, pair = OwnMemory(CudaBus(CPU, Cuda())), PerMemory(1, 2)
+    assert (SHARED.read_side(pair), own.read_side(pair)) == (1, 2)
+    assert (SHARED.reads(5), own.reads(5)) == (PerMemory(5, 0), PerMemory(0, 5))
+    assert (SHARED.host_bytes(5), own.host_bytes(5)) == (5, PAGE)
+    assert SHARED.copied() is None
+    assert SHARED.beside() is SHARED
 
 
 def test_a_lock_that_fails_leaves_nothing():

@@ -16,7 +16,8 @@ from ollm_adapter_qwen3_next import Qwen3NextAdapter
 from ollm_conformance.subject import CHUNK, Subject, greedy
 from ollm_core import DoesNotFitError
 from ollm_core.checkpoint.safetensors import open_checkpoint, read_config
-from ollm_core.memory.budgets import Budgets, LayerLimits
+from ollm_core.device.memory import OwnMemory
+from ollm_core.memory.budgets import NO_LAYER_LIMITS, Budgets, LayerLimits
 from ollm_core.model.spec import inspect_model
 from ollm_core.planning.dry_run import Rehearsal, Scenario
 
@@ -41,7 +42,7 @@ def subject_of(tmp_path_factory):
 def bus(request, monkeypatch):
     """What `load` finds for the CPU."""
     made = SimulatedBus(request.node.name)
-    monkeypatch.setattr("ollm_core.loader.bus_of", lambda device: made)
+    monkeypatch.setattr("ollm_core.loader.memory_of", lambda device: OwnMemory(made))
     return made
 
 
@@ -57,7 +58,7 @@ def rehearsal_of(subject, directory, bus):
             device=CPU,
             where=directory,
             bare=True,
-            bus=bus,
+            memory=OwnMemory(bus),
         )
     )
 
@@ -83,14 +84,14 @@ def test_every_logit_is_that_of_transformers(subject_of, bus, family, dtype, kv)
     one_more = rehearsal.run(least, scenario).held.slot_bytes
     used = set()
     for device, host, layers in (
-        (least.device, least.host, LayerLimits()),
+        (least.device, least.host, NO_LAYER_LIMITS),
         (least.device + one_more, least.host, LayerLimits(0, 0)),
         (10**9, 10**9, LayerLimits(1, 1)),
     ):
         planned = rehearsal.run(Budgets(device, host), replace(scenario, layers=layers))
         options = {"device_memory": device, "host_memory": host, "kv": kv}
         with subject.open(subject.tiny(dtype), **options) as model:
-            model.weights.held.layer_limits = layers
+            model.weights.limit_layers(layers)
             model.on_progress(lambda _, held=model.weights.held: used.add(held.num_uploads))
             tokens, logits = greedy(model, prompt, NUM_NEW)
             stats = model.stats

@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulated_bus import SimulatedBus
 
-from ollm_core.device.transfer import host_buffer
 from ollm_core.device.upload import Upload
 
 SIZE = 64
@@ -37,7 +36,7 @@ def test_every_operator_reads_what_it_asked_for(seed, num_buffers, num_slots, ah
     """
     bus = SimulatedBus(seed, queued=True)
     upload = Upload(bus, SIZE, num_buffers, timed=timed)
-    slots = [host_buffer(SIZE, bus) for _ in range(num_slots)]
+    slots = [bus.host_buffer(SIZE) for _ in range(num_slots)]
     copied = [None] * num_slots
     found, waiting = [], []
 
@@ -71,7 +70,7 @@ def test_a_copy_runs_beside_compute():
     for num_buffers in (1, 2):
         bus = SimulatedBus(5, queued=True)
         upload = Upload(bus, SIZE, num_buffers)
-        host = host_buffer(SIZE, bus)
+        host = bus.host_buffer(SIZE)
         first = upload.send(host)
         first.copied.synchronize()
         upload.receive(first)
@@ -88,7 +87,7 @@ def test_more_than_there_are_buffers_is_an_error():
     """Not a wrong result."""
     bus = SimulatedBus()
     upload = Upload(bus, SIZE, 2)
-    host = host_buffer(SIZE, bus)
+    host = bus.host_buffer(SIZE)
     sent = [upload.send(host) for _ in range(2)]
     assert not upload.has_room
     with pytest.raises(RuntimeError, match="in use"):
@@ -104,7 +103,7 @@ def test_locked_memory_may_be_dropped_at_any_time(seed):
     upload = Upload(bus, SIZE, 2)
     found = []
     for value in range(6):
-        host = host_buffer(SIZE, bus).fill_(value)
+        host = bus.host_buffer(SIZE).fill_(value)
         sent = upload.send(host)
         del host
         found.append(check_on(bus, upload.receive(sent), value))
@@ -120,7 +119,7 @@ def test_memory_that_cannot_be_locked_will_do(caplog):
     upload = Upload(bus, SIZE, 2)
     found = []
     for value in range(5):
-        host = host_buffer(SIZE, bus).fill_(value)
+        host = bus.host_buffer(SIZE).fill_(value)
         sent = upload.send(host)
         host.fill_(200)  # at once: the driver took a copy
         found.append(check_on(bus, upload.receive(sent), value))
@@ -137,7 +136,7 @@ def test_times_are_the_devices_own():
     for timed in (False, True):
         bus = SimulatedBus(1, queued=True)
         upload = Upload(bus, SIZE, 2, timed=timed)
-        host = host_buffer(SIZE, bus)
+        host = bus.host_buffer(SIZE)
         for _ in range(4):
             sent = upload.send(host)
             upload.receive(sent)

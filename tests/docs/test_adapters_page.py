@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from ollm_core import (
-    CAPABILITIES,
     CacheKind,
     CatalogEntry,
     DecoderAdapter,
@@ -22,6 +21,7 @@ from ollm_core import (
     WeightPlan,
     mxfp4_source,
 )
+from ollm_core.testing import CAPABILITIES
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE = (DOCS / "adapters.md").read_text()

@@ -16,7 +16,7 @@ from ollm_conformance import (
     KVStoreConformance,
 )
 from ollm_core import KVRequest
-from ollm_core.kv.block_storage import KVGeometry
+from ollm_core.contracts.kv import KVGeometry
 from ollm_core.memory.accounts import MemoryAccount
 
 PAGE = (Path(__file__).parents[2] / "docs" / "plugins.md").read_text()

@@ -11,9 +11,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ollm_conformance import DrafterConformance
+from ollm_core.device.memory import SHARED
 from ollm_core.drafting.lookup import LookupDrafter
-from ollm_core.engine.pass_planner import Accounts
 from ollm_core.loader import Runtime, build_drafter, inspect_directory
+from ollm_core.memory.accounts import Accounts
 from ollm_core.plugins.registry import Registry
 
 
@@ -59,6 +60,6 @@ class TestModelDrafter(DrafterConformance):
                 whole.host.reserve(kind, more.host)
                 stack.pop_all()
 
-        runtime = Runtime(Registry.discover(), torch.device("cpu"), "auto", "auto")
+        runtime = Runtime(Registry.discover(), torch.device("cpu"), "auto", "auto", SHARED)
         spec = inspect_directory(runtime, cls.directory)
         return build_drafter(runtime, spec, whole, set_aside)

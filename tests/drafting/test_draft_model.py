@@ -17,7 +17,7 @@ from transformers import (
 import ollm
 from ollm_adapter_qwen3_next import Qwen3NextAdapter
 from ollm_core import DoesNotFitError, InputError
-from ollm_core.drafting.draft_memory import KIND
+from ollm_core.memory.kinds import MemoryKind
 from ollm_core.memory.tracker import AllocationTracker
 
 GREEDY = {"do_sample": False, "eos_token_id": None}
@@ -159,10 +159,10 @@ def test_what_it_takes_is_set_aside(make, ids, family):
     main, draft, prompt = make("llama", 3), make(family), ids(300)
     with load(main, draft, device_memory="30MB", host_memory="30MB") as model:
         drafter = model._drafter
-        opened = model.accounts.device.kinds[KIND]
+        opened = model.accounts.device.kinds[MemoryKind.DRAFT_MODEL]
         model.generate(prompt[None], max_new_tokens=8, **GREEDY)
         own = drafter.part.accounts
-        assert model.accounts.device.kinds[KIND] == own.device.limit > opened
+        assert model.accounts.device.kinds[MemoryKind.DRAFT_MODEL] == own.device.limit > opened
         held = sum(own.device.kinds.get(kind, 0) for kind in ("weights", "resident weights"))
         with AllocationTracker("cpu") as tracker:
             drafter._forget()
@@ -173,7 +173,7 @@ def test_what_it_takes_is_set_aside(make, ids, family):
         file_bytes = (draft / "model.safetensors").stat().st_size
         assert drafter.engine._weights.resident_bytes > 0.8 * (file_bytes - 2 * 199 * 64 * 4)
         model.generate(prompt[:40].view(2, 20), max_new_tokens=3, **GREEDY)
-        assert model.accounts.device.kinds[KIND] == opened
+        assert model.accounts.device.kinds[MemoryKind.DRAFT_MODEL] == opened
         assert own.device.used <= opened
     for account in (own.device, own.host, model.accounts.device, model.accounts.host):
         assert account.used == 0
@@ -232,7 +232,7 @@ def test_kept_weights_give_way_to_longer_drafts(make, make_llama, ids):
         def kept(num_tokens):
             model.generate(ids(num_tokens)[None], max_new_tokens=2, **GREEDY)
             assert model.stats.device_peak_bytes <= 4_000_000
-            return model.weights.held.num_device_layers
+            return model.weights.num_device_layers
 
         text = model.generate(prompt[None], max_new_tokens=12, **GREEDY)
         numbers = [kept(n) for n in (30, 700, 30)]

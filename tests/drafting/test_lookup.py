@@ -7,9 +7,9 @@ import torch
 from transformers import StoppingCriteria
 
 import ollm
-from ollm_core import PluginError
 from ollm_core.contracts.closing import Closing
 from ollm_core.drafting.lookup import NUM_DRAFT_TOKENS, LookupDrafter
+from ollm_core.errors import PluginError
 
 GREEDY = {"do_sample": False, "eos_token_id": None}
 

@@ -13,8 +13,9 @@ from ollm_adapter_gpt_oss import GptOssAdapter
 from ollm_adapter_llama import LlamaAdapter
 from ollm_adapter_qwen3_next import Qwen3NextAdapter
 from ollm_conformance.subject import Subject
-from ollm_core import DoesNotFitError, InputError, ReadError, TierBytes
+from ollm_core import DoesNotFitError, InputError, ReadError
 from ollm_core.engine.batch import NewTokens, cut_chunks
+from ollm_core.memory.pair import PerMemory
 from ollm_core.memory.tracker import AllocationTracker
 
 WIDE = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6}
@@ -196,7 +197,7 @@ def test_what_is_set_aside_is_so_in_both_memories_or_in_none(tiny, monkeypatch):
         used = device.used
         FailingStep(monkeypatch, host, "reserve", 1, DoesNotFitError("taken by others"))
         with pytest.raises(DoesNotFitError, match="taken by others"):
-            model.engine.set_aside("draft model", TierBytes(1000, 1000))
+            model.engine.set_aside("draft model", PerMemory(1000, 1000))
         assert device.used == used
 
 

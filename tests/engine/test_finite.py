@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import ollm
-from ollm_core import NotFiniteError
 from ollm_core.engine.finite import require_finite
+from ollm_core.errors import NotFiniteError
 
 
 def damaged(directory, value=float("nan")):

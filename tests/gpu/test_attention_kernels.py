@@ -10,15 +10,16 @@ import pytest
 import torch
 
 import ollm
-from ollm_core import CacheKind, InputError, KVView
+from ollm_core import CacheKind, InputError
 from ollm_core.attention.blockwise import BlockwiseAttention, kernels_on
 from ollm_core.attention.kernels import Products
 from ollm_core.attention.trial import flash_works, trial
 from ollm_core.calibration.attention import measure_attention
-from ollm_core.kv.block_storage import KVGeometry
+from ollm_core.contracts.kv import KVGeometry
 from ollm_core.kv.in_memory import DeviceKVStore
 from ollm_core.memory.accounts import MemoryAccount
 from ollm_core.memory.tracker import traced_peak
+from ollm_core.testing import KVView
 
 pytestmark = [
     pytest.mark.gpu,

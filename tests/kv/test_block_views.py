@@ -15,15 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from ollm_core import CacheKind, KVView, TiledBlocks
+from ollm_core import CacheKind, TiledBlocks
 from ollm_core.attention.blockwise import BlockwiseAttention, most_blocks
 from ollm_core.attention.kernels import CpuFlash, Products
+from ollm_core.contracts.kv import KVGeometry
 from ollm_core.engine.activations import _TracedCache
-from ollm_core.kv.block_storage import KVGeometry
 from ollm_core.kv.disk.storage import DiskKVStore
 from ollm_core.kv.in_memory import DeviceKVStore, HostKVStore
 from ollm_core.memory.accounts import MemoryAccount
 from ollm_core.memory.tracker import AllocationTracker, traced_peak
+from ollm_core.testing import KVView
 
 CPU = torch.device("cpu")
 BLOCK = 4

@@ -17,7 +17,7 @@ import torch
 
 from ollm_conformance import KVStoreConformance
 from ollm_core import DoesNotFitError, KVStoreError, ReadError
-from ollm_core.kv.block_storage import KVGeometry
+from ollm_core.contracts.kv import KVGeometry
 from ollm_core.kv.disk.layer_file import MAGIC
 from ollm_core.kv.disk.storage import DiskKVStore
 from ollm_core.kv.in_memory import DeviceKVStore, HostKVStore
@@ -308,7 +308,7 @@ def test_process_that_ends_without_closing_leaves_nothing(tmp_path):
 import torch
 from pathlib import Path
 from ollm_core.kv.disk.storage import DiskKVStore
-from ollm_core.kv.block_storage import KVGeometry
+from ollm_core.contracts.kv import KVGeometry
 from ollm_core.memory.accounts import MemoryAccount
 geometry = KVGeometry.uniform(1, 1, 4, torch.float32, torch.device("cpu"), 4)
 store = DiskKVStore(geometry, MemoryAccount("memory", 10**8), Path({str(tmp_path)!r}), "f00d")

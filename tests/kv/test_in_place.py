@@ -10,8 +10,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 from ollm_core.attention.exact import exact_attention
 from ollm_core.contracts.attention import KVView
-from ollm_core.contracts.kv import CacheKind, KVStore
-from ollm_core.kv.block_storage import KVGeometry
+from ollm_core.contracts.kv import CacheKind, KVGeometry, KVStore
 from ollm_core.kv.disk.storage import DiskKVStore
 from ollm_core.kv.in_memory import DeviceKVStore, HostKVStore
 from ollm_core.kv.recurrent.hybrid import HybridKVStore

@@ -29,8 +29,8 @@ from ollm_core import (
 from ollm_core.attention.blockwise import blockwise_attention
 from ollm_core.attention.select import find_attention
 from ollm_core.contracts.attention import KVView
+from ollm_core.contracts.kv import KVGeometry
 from ollm_core.engine.batch import NewTokens
-from ollm_core.kv.block_storage import KVGeometry
 from ollm_core.kv.in_memory import DeviceKVStore
 from ollm_core.memory.accounts import MemoryAccount
 from ollm_core.memory.tracker import AllocationTracker

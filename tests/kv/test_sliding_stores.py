@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from ollm_core import CacheKind, KVStoreError
-from ollm_core.kv.block_storage import KVGeometry
+from ollm_core.contracts.kv import KVGeometry
 from ollm_core.kv.disk.storage import DiskKVStore
 from ollm_core.kv.in_memory import DeviceKVStore, HostKVStore
 from ollm_core.memory.accounts import MemoryAccount

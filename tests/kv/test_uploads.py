@@ -5,7 +5,6 @@ it may.
 from __future__ import annotations
 
 import random
-from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +13,8 @@ from hypothesis import strategies as st
 from simulated_bus import CPU, SimulatedBus
 
 from ollm_conformance import KVStoreConformance
-from ollm_core.kv.block_storage import KVGeometry
+from ollm_core.contracts.kv import KVGeometry
+from ollm_core.device.memory import OwnMemory
 from ollm_core.kv.disk.storage import DiskKVStore
 from ollm_core.kv.in_memory import HostKVStore
 from ollm_core.memory.accounts import MemoryAccount
@@ -22,11 +22,14 @@ from ollm_core.memory.accounts import MemoryAccount
 BLOCK = 4
 
 
-def open_store(kv, geometry, account, directory, device_account=None):
+def open_store(kv, geometry, bus, account, directory, device_account=None):
     """A store in host memory or on disk, which reads two blocks at a time."""
     if kv == "host":
-        return HostKVStore(geometry, account, device_account)
-    return DiskKVStore(geometry, account, directory, "f00d", device_account, staging_bytes=8192)
+        return HostKVStore(geometry, account, device_account, memory=OwnMemory(bus))
+    memory = OwnMemory(bus)
+    return DiskKVStore(
+        geometry, account, directory, "f00d", device_account, staging_bytes=8192, memory=memory
+    )
 
 
 class TestHostStoreForADevice(KVStoreConformance):
@@ -38,7 +41,7 @@ class TestHostStoreForADevice(KVStoreConformance):
     @classmethod
     def open_store(cls, shape, account, directory):
         geometry = KVGeometry(shape.kinds, shape.dtype, CPU, shape.block_size)
-        return open_store(cls.kv, replace(geometry, bus=SimulatedBus(11)), account, directory)
+        return open_store(cls.kv, geometry, SimulatedBus(11), account, directory)
 
 
 class TestDiskStoreForADevice(TestHostStoreForADevice):
@@ -56,10 +59,10 @@ def test_every_operator_sees_its_block(tmp_path_factory, kv, seed):
     """
     chosen = random.Random(seed)
     bus = SimulatedBus(seed, queued=True)
-    geometry = replace(KVGeometry.uniform(2, 2, 3, torch.float32, CPU, BLOCK), bus=bus)
+    geometry = KVGeometry.uniform(2, 2, 3, torch.float32, CPU, BLOCK)
     device, host = MemoryAccount("device memory", 10**6), MemoryAccount("host memory", 10**6)
     found = []
-    with open_store(kv, geometry, host, tmp_path_factory.mktemp("kv"), device) as store:
+    with open_store(kv, geometry, bus, host, tmp_path_factory.mktemp("kv"), device) as store:
         assert device.used > 0
         sequences = {store.new_sequence(): chosen.randint(1, 40) for _ in range(3)}
         written = {}

@@ -11,11 +11,12 @@ import torch
 
 import ollm
 from ollm_adapter_llama import LlamaAdapter
-from ollm_core import DeviceError, InputError, UnknownModelError
+from ollm_core import InputError, UnknownModelError
 from ollm_core.calibration import disk, rates
 from ollm_core.calibration.rates import find_rates, measure_rates
-from ollm_core.planning.planner import parse_tokens
+from ollm_core.errors import DeviceError
 from ollm_core.plugins.registry import Registry
+from ollm_core.values import parse_tokens
 
 GPU = {"device": "cuda", "device_memory": "8GB", "host_memory": "16GB"}
 GPT_OSS_20B = {

@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 from transformers import MistralConfig, MistralForCausalLM
 
 import ollm
-from ollm_core import PluginError, ReadError
+from ollm_core import ReadError
 from ollm_core.cli.main import cli, main
+from ollm_core.errors import PluginError
 from ollm_core.plugins import hookspecs
 from ollm_core.plugins.loader import KINDS
 from ollm_core.plugins.registry import ENTRY_POINT_GROUP, Registry

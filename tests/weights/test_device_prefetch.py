@@ -17,7 +17,9 @@ from ollm_conformance import WeightStreamerConformance
 from ollm_core import ParameterSource, ReadError
 from ollm_core.checkpoint.safetensors import open_checkpoint
 from ollm_core.device.buffers import ALIGNMENT
+from ollm_core.device.memory import OwnMemory
 from ollm_core.memory.accounts import MemoryAccount
+from ollm_core.memory.pair import PerMemory
 from ollm_core.profiling import Profile
 from ollm_core.weights.sources.posix import open_source
 from ollm_core.weights.streamer import TieredWeights
@@ -32,9 +34,11 @@ class TestWeightsForADevice(WeightStreamerConformance):
     @classmethod
     def open_streamer(cls, units, files, dtype, account):
         bus = SimulatedBus(7)
-        accounts = account, MemoryAccount("host memory", 10**9)  # the contract is of the first
+        accounts = PerMemory(
+            account, MemoryAccount("host memory", 10**9)
+        )  # the contract is of the first
         source = open_source(files)
-        weights = TieredWeights(units, source, dtype, CPU, accounts, bus=bus)
+        weights = TieredWeights(units, source, dtype, CPU, accounts, memory=OwnMemory(bus))
         try:
             weights.fit(account.limit - weights.fixed_device_bytes, weights.least_bytes(0))
         except BaseException:
@@ -93,7 +97,9 @@ def test_every_operator_sees_its_layer(stored, seed):
     source = Unsure(open_source(files), chosen)
     while True:
         try:
-            weights = TieredWeights(units, source, torch.bfloat16, CPU, (device, host), bus=bus)
+            weights = TieredWeights(
+                units, source, torch.bfloat16, CPU, PerMemory(device, host), memory=OwnMemory(bus)
+            )
             break
         except ReadError:
             source._source = open_source(files)
@@ -138,9 +144,11 @@ def test_the_next_layer_comes_while_one_is_computed(stored, num_buffers, refuses
     """If there are two buffers, and copying does not keep the host from asking for the compute."""
     _, units, files = stored
     bus = SimulatedBus(2, queued=True, refuses=refuses)
-    accounts = MemoryAccount("device memory", 10**9), MemoryAccount("host memory", 10**9)
+    accounts = PerMemory(MemoryAccount("device memory", 10**9), MemoryAccount("host memory", 10**9))
     source = open_source(files)
-    with TieredWeights(units, source, torch.bfloat16, CPU, accounts, bus=bus) as weights:
+    with TieredWeights(
+        units, source, torch.bfloat16, CPU, accounts, memory=OwnMemory(bus)
+    ) as weights:
         before = bus.num_copies + NUM_UNITS
         weights.fit((num_buffers - 1) * weights.slot_bytes, 10**6)
         assert weights.held.num_host_units == NUM_UNITS
@@ -161,10 +169,10 @@ def test_a_profile_tells_how_much_was_hidden(stored):
     """Bytes, the copies' own time, and how long compute waited; in a span, what the host spent."""
     _, units, files = stored
     profile, bus = Profile(), SimulatedBus(2, queued=True)
-    accounts = MemoryAccount("device memory", 10**9), MemoryAccount("host memory", 10**9)
+    accounts = PerMemory(MemoryAccount("device memory", 10**9), MemoryAccount("host memory", 10**9))
     source = open_source(files)
     with TieredWeights(
-        units, source, torch.bfloat16, CPU, accounts, span=profile.span, bus=bus
+        units, source, torch.bfloat16, CPU, accounts, span=profile.span, memory=OwnMemory(bus)
     ) as weights:
         weights.fit(weights.slot_bytes, weights.least_bytes(0))
         for i in range(NUM_UNITS):
@@ -188,8 +196,10 @@ def test_what_a_device_keeps_takes_no_host_memory_of_its_own(stored, monkeypatch
     bus = SimulatedBus(2)
     device, host = MemoryAccount("device memory", 10**9), MemoryAccount("host memory", 10**9)
     source = open_source(files)
-    monkeypatch.setattr("ollm_core.weights.streamer.host_buffer", lambda *_: pytest.fail("taken"))
-    with TieredWeights(units, source, torch.bfloat16, CPU, (device, host), bus=bus) as weights:
+    monkeypatch.setattr(OwnMemory, "host_buffer", lambda *_: pytest.fail("taken"))
+    with TieredWeights(
+        units, source, torch.bfloat16, CPU, PerMemory(device, host), memory=OwnMemory(bus)
+    ) as weights:
         weights.fit(10**6, 0)
         for i in range(NUM_UNITS):
             with weights.acquire(i) as (value,):

@@ -60,10 +60,10 @@ class Machine(Pressure):
         self.now += getattr(self, "seconds_a_look", 0)
         return self.now
 
-    def within(self, device, host, needed):
+    def within(self, budgets, needed):
         self.now += self.seconds_a_pass
         self.others = needed.device + needed.host
-        return super().within(device, host, needed)
+        return super().within(budgets, needed)
 
     def relieve(self, num_done):
         self.others = 0  # taken by now

@@ -62,7 +62,7 @@ def test_at_most_so_many(model, ids, layers):
         found, stats = generate(opened, ids)
     assert found == expected
     assert stats.device_layers == min(layers, NUM_LAYERS)
-    scenario = Scenario(40 + NEW, NEW, layers=LayerLimits(layers))
+    scenario = Scenario(40 + NEW, NEW, layers=LayerLimits(layers, None))
     planned = rehearsal(model).run(budgets, scenario)
     assert planned.held.num_device_layers == stats.device_layers
     assert planned.held.resident_bytes == stats.resident_bytes
@@ -75,7 +75,7 @@ def test_never_over_the_budget(model, ids):
     without, but for a model that would be kept whole.
     """
     planner = rehearsal(model)
-    asked = Scenario(40 + NEW, NEW, kv="host", layers=LayerLimits(NUM_LAYERS - 1))
+    asked = Scenario(40 + NEW, NEW, kv="host", layers=LayerLimits(NUM_LAYERS - 1, None))
     least = planner.least(asked, Budgets(1, 1))
     layer_bytes = planner.spec.units.layers[0].file_bytes
     budgets = Budgets(least.device + 2 * layer_bytes, least.host)
@@ -99,9 +99,9 @@ def test_two_memories(model):
     planner, budgets = rehearsal(model, "cuda:0"), Budgets(10**9, 10**9)
     for limits, expected in (
         (LayerLimits(2, 3), (2, 3)),
-        (LayerLimits(2), (2, NUM_LAYERS - 2)),
+        (LayerLimits(2, None), (2, NUM_LAYERS - 2)),
         (LayerLimits(0, 0), (0, 0)),
-        (LayerLimits(host=1), (NUM_LAYERS, 0)),
+        (LayerLimits(None, 1), (NUM_LAYERS, 0)),
     ):
         held = planner.run(budgets, Scenario(40 + NEW, NEW, layers=limits)).held
         assert (held.num_device_layers, held.num_host_layers) == expected

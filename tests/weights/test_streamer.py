@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,11 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from ollm_conformance import ByteSourceConformance, WeightStreamerConformance
-from ollm_core import InputError, ParameterSource, ReadError
+from ollm_core import DoesNotFitError, InputError, ParameterSource, ReadError
 from ollm_core.checkpoint.safetensors import open_checkpoint
 from ollm_core.device.buffers import aligned_buffer, as_memoryview
 from ollm_core.memory.accounts import MemoryAccount
+from ollm_core.memory.pair import PerMemory
 from ollm_core.weights.embedding import EmbeddingRows
 from ollm_core.weights.placement import spread_order
 from ollm_core.weights.prefetch import Ring
@@ -72,7 +74,7 @@ class TestTieredWeights(WeightStreamerConformance):
     @classmethod
     def open_streamer(cls, units, files, dtype, account):
         source = open_source(files, cls.reader)
-        accounts = account, MemoryAccount("host memory", 0)
+        accounts = PerMemory(account, MemoryAccount("host memory", 0))
         weights = TieredWeights(units, source, dtype, CPU, accounts)
         try:
             weights.fit(account.limit - weights.fixed_device_bytes, 0)
@@ -170,9 +172,15 @@ def test_ring_resumes_after_an_error(saved):
 
 
 @settings(max_examples=15, deadline=None)
-@given(budgets=st.lists(st.integers(0, 900_000), min_size=1, max_size=4))
+@given(
+    budgets=st.lists(
+        st.tuples(st.integers(0, 900_000), st.integers(0, 900_000)), min_size=1, max_size=4
+    )
+)
 def test_fit_keeps_to_its_budget(tmp_path_factory, budgets):
-    """Whatever budgets follow one another, every unit is right and no more is held than allowed."""
+    """Whatever budgets follow one another, every unit is right and no more is held than allowed.
+    The placement is what is reserved, also where the account has refused part of it.
+    """
     directory = tmp_path_factory.mktemp("fit")
     torch.manual_seed(0)
     tensors = {f"t{i}": torch.randn(101, 129 + i) for i in range(7)}
@@ -182,14 +190,23 @@ def test_fit_keeps_to_its_budget(tmp_path_factory, budgets):
     cut = [unit_of(checkpoint, f"t{i}") for i in range(7)]
     units = Units(tuple(cut[:5]), (cut[5],), cut[6], checkpoint.tensors["t0"])
     account = MemoryAccount("device memory", 10**9)
-    accounts = account, MemoryAccount("host memory", 0)
+    accounts = PerMemory(account, MemoryAccount("host memory", 0))
     source = open_source(list(checkpoint.files))
     with TieredWeights(units, source, torch.float32, CPU, accounts) as weights:
-        for budget in budgets:
+
+        def held():
+            return weights.held.bytes_of(weights.held.placement).device
+
+        for budget, more in budgets:
             if budget < weights.least_bytes(budget):
                 continue
+            account.limit = account.used + more
+            with suppress(DoesNotFitError):
+                weights.fit(budget, 0)
+            assert account.used - weights.fixed_device_bytes == held()
+            account.limit = 10**9
             weights.fit(budget, 0)
-            assert account.used - weights.fixed_device_bytes <= budget
+            assert account.used - weights.fixed_device_bytes == held() <= budget
             for i in range(6):
                 with weights.acquire(i) as (value,):
                     assert torch.equal(value, tensors[f"t{i}"])

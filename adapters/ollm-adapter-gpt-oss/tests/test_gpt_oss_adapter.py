@@ -9,7 +9,7 @@ from ollm_adapter_gpt_oss import GptOssAdapter
 from ollm_conformance.forms import as_published
 from ollm_conformance.models import meta_model
 from ollm_core import ConfigError, UnsupportedError
-from ollm_core.plugins.registry import Registry
+from ollm_core.testing import Registry
 
 ADAPTER = GptOssAdapter()
 

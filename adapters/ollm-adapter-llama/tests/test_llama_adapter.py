@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ollm_adapter_llama import LlamaAdapter
 from ollm_core import CheckpointError, ConfigError, UnsupportedError
-from ollm_core.plugins.registry import Registry
+from ollm_core.testing import Registry
 
 ADAPTER = LlamaAdapter()
 LLAMA3_ROPE = ADAPTER.tiny_config()["rope_scaling"]

@@ -22,8 +22,8 @@ from ollm_adapter_qwen3_next import (
     Qwen35MoeAdapter,
 )
 from ollm_conformance.subject import Reference, greedy
-from ollm_core import CheckpointError, ConfigError, UnsupportedError
-from ollm_core.plugins.registry import Registry
+from ollm_core import CheckpointError, ConfigError, KVStoreError, UnsupportedError
+from ollm_core.testing import Registry
 
 ADAPTERS = [Qwen3NextAdapter, Qwen3MoeAdapter, Qwen35MoeAdapter, Qwen35Adapter]
 NEXT = Qwen3NextAdapter()
@@ -160,6 +160,51 @@ def test_many_layers_with_kv_on_disk(tmp_path, num_layers, dtype):
         assert model.stats.cached_tokens == len(again)
     following = expected_of(checkpoint, prompt, len(tokens) + 1, dtype)[0][-1:]
     assert found_logits.argmax(-1).tolist() == following
+
+
+def test_a_cut_that_one_row_refuses_cuts_no_row(tmp_path):
+    """Columns that are the short row's whole text: it could go back, the longer one cannot."""
+    random_model(NEXT.tiny_config()).save_pretrained(tmp_path)
+    long, short, other = prompt_of(30), prompt_of(10, seed=1), prompt_of(4, seed=2)
+    ids = torch.stack([torch.cat([torch.zeros(20, dtype=torch.long), short]), long])
+    mask = torch.ones_like(ids)
+    mask[0, :20] = 0
+    grown = torch.nn.functional.pad(mask, (0, 4), value=1)
+    both = other.expand(2, -1)
+    with ollm.load(tmp_path, device="cpu") as model:
+        caches = [model.new_cache() for _ in range(2)]
+        for cache in caches:
+            model(input_ids=ids, attention_mask=mask, past_key_values=cache)
+        with pytest.raises(KVStoreError, match="recurrent states, and none after 18 tokens"):
+            caches[0].crop(-12)
+        assert [caches[0].num_tokens(row) for row in range(2)] == [10, 30]
+        found, expected = (
+            model(input_ids=both, attention_mask=grown, past_key_values=cache).logits
+            for cache in caches
+        )
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("drafts", [{"prompt_lookup_num_tokens": 3}, {}])
+def test_after_a_drafted_text_a_prompt_is_no_draft(tmp_path, drafts):
+    """What is scored on the cache next is computed in chunks, with transformers' bits, and no state
+    is kept for each of its tokens.
+    """
+    random_model(NEXT.tiny_config()).save_pretrained(tmp_path)
+    prompt, second = prompt_of(10).repeat(3), prompt_of(40, seed=1)
+    reference = Reference(tmp_path, torch.float32, chunk_size=64)
+    with ollm.load(tmp_path, device="cpu", attention="exact", kv="host") as model:
+        if not drafts:
+            model.draft_with(lambda token_ids, num_tokens: token_ids[:num_tokens])
+        cache = model.new_cache()
+        options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, **drafts}
+        model.generate(prompt[None], max_new_tokens=5, past_key_values=cache, **options)
+        cache.crop(-cache.get_seq_length())
+        found = model(input_ids=second[None], past_key_values=cache).logits[0]
+        fresh = model.new_cache()
+        model(input_ids=second[None], past_key_values=fresh)
+        assert cache.store.tier_bytes() == fresh.store.tier_bytes()
+    assert torch.equal(found, reference.run(second))
 
 
 def test_a_checkpoint_with_the_drafting_layer_opens(tmp_path):

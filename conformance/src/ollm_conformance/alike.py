@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from ollm_conformance.bound import bound_parameters
 from ollm_conformance.compare import same_bits
 from ollm_conformance.kinds import same_kinds
 from ollm_conformance.subject import Reference, Subject
 from ollm_core import Config
-from ollm_core.generate.causal_lm import StreamedModel
+from ollm_core.testing import StreamedModel, bound_parameters
 
 _PROMPT = 50
 _STEPS = 3

@@ -1,15 +1,10 @@
-"""What breaks a pass off: Ctrl-C at one of its steps, and reads that fail."""
+"""What breaks a pass off: Ctrl-C at one of its steps."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
-import pytest
-
-from ollm_core import ReadError
-from ollm_core.contracts.progress import Progress
-from ollm_core.generate.causal_lm import StreamedModel
+from ollm_core.testing import Progress
 
 
 def interrupt_at(part: float, num_before: int = 0) -> Callable[[Progress], None]:
@@ -23,16 +18,3 @@ def interrupt_at(part: float, num_before: int = 0) -> Callable[[Progress], None]
             raise KeyboardInterrupt
 
     return interrupt
-
-
-def fail_reads(model: StreamedModel, patch: pytest.MonkeyPatch, after: int) -> None:
-    """Let every read fail once so many were made."""
-    source = model.weights._source
-    real, left = source.read, iter(range(after))
-
-    def read(tensors: Any, buffer: Any) -> Any:
-        if next(left, None) is None:
-            raise ReadError("the disk is gone")
-        return real(tensors, buffer)
-
-    patch.setattr(source, "read", read)

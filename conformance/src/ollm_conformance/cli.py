@@ -13,7 +13,6 @@ import click
 
 from ollm_conformance.results import Result, merged, read_json, support_table
 from ollm_core import InputError, OllmError, UnknownModelError
-from ollm_core.plugins.registry import Registry
 
 
 class ConformanceError(OllmError):
@@ -122,6 +121,8 @@ def table(results: Sequence[Path], check: Path | None, out: Path | None) -> None
 
 
 def _must_be_installed(adapter: str) -> None:
+    from ollm_core.testing import Registry  # loads torch, as the run will
+
     registry = Registry.discover()
     if adapter not in registry.adapters:
         failed = "".join(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from ollm_core import hookimpl
@@ -10,11 +10,9 @@ from ollm_core import hookimpl
 if TYPE_CHECKING:
     import click
 
-    from ollm_core.plugins.factories import CommandFactory
-
 
 @hookimpl
-def ollm_commands() -> Mapping[str, CommandFactory]:
+def ollm_commands() -> Mapping[str, Callable[[], click.Command]]:
     """The verbs of this distribution."""
     return {"adapter": _adapter, "conformance": _conformance}
 

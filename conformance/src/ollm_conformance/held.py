@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ollm_core.contracts.kv import KVStore
-from ollm_core.generate.cache import SequenceCache
+from ollm_core import KVStore
+from ollm_core.testing import SequenceCache
 
 
 def same_lengths(

@@ -6,6 +6,7 @@ The template is one for copier: `template/copier.yml` has the questions with wha
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import sys
@@ -18,7 +19,6 @@ import click
 
 from ollm_conformance import __version__
 from ollm_core import InputError
-from ollm_core.files.paths import absolute
 
 TEMPLATE = Path(__file__).with_name("template")
 PUBLISHED = {"_src_path": "gh:ollm-core/ollm-core", "_commit": f"v{__version__}"}
@@ -65,11 +65,11 @@ def new(family: str, defaults: bool, out: str | None, **options: str | None) -> 
     publishes, README, license. Asks what no option says; with --defaults, or where stdin is no
     terminal, it asks nothing.
     """
-    directory = absolute(out or f"ollm-adapter-{family.replace('_', '-')}")
+    directory = _absolute(out or f"ollm-adapter-{family.replace('_', '-')}")
     given = {name: answer for name, answer in options.items() if answer is not None}
     ask = not defaults and sys.stdin.isatty()
     # Only --out names a directory of its own: a FAMILY with a slash is refused as an answer.
-    parent = directory.parent if out else absolute(".")
+    parent = directory.parent if out else _absolute(".")
     make_project(directory, {"family": family, **given}, parent=parent, ask=ask)
     name = shlex.quote(out or directory.name)
     click.echo(
@@ -79,6 +79,14 @@ def new(family: str, defaults: bool, out: str | None, **options: str | None) -> 
         "    pytest\n"
         "README.md there lists what to fill in."
     )
+
+
+def _absolute(path: str) -> Path:
+    """`path` from the root on, with `~` expanded and links as they are."""
+    try:
+        return Path(os.path.abspath(os.path.expanduser(path)))
+    except FileNotFoundError as error:
+        raise InputError(f"{path} is not a path: the current directory is gone") from error
 
 
 def make_project(directory: Path, answers: Mapping[str, str], *, parent: Path, ask: bool) -> None:

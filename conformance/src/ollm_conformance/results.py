@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Literal
 
 from ollm_core import InputError
-from ollm_core.files.untrusted_json import parse_object
 
 Outcome = Literal["passed", "failed", "expected failure", "unsupported", "does not apply"]
 _WORST: tuple[Outcome, ...] = (
@@ -55,9 +54,9 @@ def write_json(results: Iterable[Result], path: Path) -> None:
 def read_json(path: Path) -> list[Result]:
     """What `write_json` wrote. Raises InputError for anything else."""
     try:
-        found = [Result(**fields) for fields in parse_object(path.read_bytes())["results"]]
+        found = [Result(**fields) for fields in json.loads(path.read_bytes())["results"]]
         merged(found)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise InputError(
             f"{path}: these are no results of the suite: {error}",
             hint="make them with pytest --ollm-results FILE",

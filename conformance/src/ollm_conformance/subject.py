@@ -24,13 +24,18 @@ from ollm_conformance.forms import reference_options
 from ollm_conformance.models import DTYPES, model_config, write_random
 from ollm_conformance.seeds import drawn
 from ollm_core import Config, DoesNotFitError, ModelAdapter
-from ollm_core.checkpoint.safetensors import open_checkpoint, read_config
-from ollm_core.contracts.tensors import DTYPE_BYTES
-from ollm_core.generate.cache import SequenceCache
-from ollm_core.generate.causal_lm import StreamedModel
-from ollm_core.model.spec import ModelSpec, inspect_model
-from ollm_core.planning.dry_run import Rehearsal
-from ollm_core.plugins.registry import Registry, supports
+from ollm_core.testing import (
+    DTYPE_BYTES,
+    Registry,
+    Rehearsal,
+    SequenceCache,
+    StreamedModel,
+    open_checkpoint,
+    read_config,
+    rehearse,
+    share_traces,
+    supports,
+)
 
 CHUNK = 96
 """Tokens of a chunk in most checks: no divisor and no multiple of a KV block."""
@@ -150,7 +155,7 @@ class Subject:
         load: Callable[..., StreamedModel] = ollm.load,
         checkpoint: Path | None = None,
         tiny_config: Config | None = None,
-        rehearse: Callable[[ModelSpec], Rehearsal] = Rehearsal,
+        rehearsal: type[Rehearsal] = Rehearsal,
         small_configs: Mapping[str, Config] | None = None,
     ) -> None:
         """`directory` is an empty one for files; `checkpoint` that of a real model, if there is
@@ -163,10 +168,10 @@ class Subject:
         self.directory = directory
         self.real_checkpoint = checkpoint
         self._load = load
-        self._rehearse = rehearse
+        self._rehearsal = rehearsal
         self._rehearsals: dict[tuple[Path, str], Rehearsal] = {}
         self._references: dict[tuple[Path, str], Reference] = {}
-        self._traced: dict[tuple[str, ...], tuple[Any, Any]] = {}
+        self._traces: dict[Hashable, Any] = {}
         self._least_to_open: dict[tuple[str, ...], int] = {}
         self._made: dict[tuple[Hashable, ...], Any] = {}
         self._num_kv_directories = 0
@@ -249,38 +254,17 @@ class Subject:
             options.setdefault("kv_dir", self.new_directory())
         directory = directory or self.tiny()
         model = self._load(directory, **options)
-        self._share_traces(model, directory)
+        share_traces(model, self._traces, (directory / "config.json").read_text())
         return model
-
-    def _share_traces(self, model: StreamedModel, directory: Path) -> None:
-        """Let models of one config and dtype use what was traced for another: most of the time that
-        it takes to open a tiny model goes into that.
-        """
-        workspace = model.engine._admission._workspace
-        config = (directory / "config.json").read_text()
-        key = config, str(model.dtype), str(model.device)
-        mine = workspace._known, workspace._known_mixtures
-        workspace._known, workspace._known_mixtures = self._traced.setdefault(key, mine)
 
     def rehearsal(self, directory: Path, dtype: str = "auto") -> Rehearsal:
         """What plans runs of the model in `directory` on a CPU."""
         key = directory, dtype
         if key not in self._rehearsals:
-            self._rehearsals[key] = self._rehearse(self.spec(directory, dtype))
+            self._rehearsals[key] = rehearse(
+                self.adapter, directory, self.registry, dtype, self._rehearsal
+            )
         return self._rehearsals[key]
-
-    def spec(self, directory: Path, dtype: str = "auto") -> ModelSpec:
-        """What the model in `directory` is, no weight of it read."""
-        return inspect_model(
-            self.adapter,
-            read_config(directory),
-            open_checkpoint(directory),
-            self.registry.offers("ollm_weight_codecs"),
-            dtype=dtype,
-            device=torch.device("cpu"),
-            where=directory,
-            bare=True,
-        )
 
     def copy(self, directory: Path) -> Path:
         """The directory of a copy of a checkpoint, with its times, to be changed."""

@@ -21,7 +21,7 @@ from ollm_core.errors import DoesNotFitError, InputError, OllmError, Unsupported
 from ollm_core.files.paths import check_writable_directory
 from ollm_core.files.scratch import leftovers, make_directory, reap
 from ollm_core.files.untrusted_json import show
-from ollm_core.options import DTYPES
+from ollm_core.values import DTYPES
 
 
 def import_gguf(

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from ollm_core.contracts.closing import Closing
+from ollm_core.contracts.kv import KVGeometry
 from ollm_core.device.buffers import PAGE
 from ollm_core.errors import InputError, KVStoreError
 from ollm_core.files.paths import check_writable_directory, is_private, retrying
 from ollm_core.files.scratch import Scratch, make_directory, reap, take_over
-from ollm_core.kv.block_storage import KVGeometry
 from ollm_core.kv.disk.journal import NAME, Journal, Prefix, read_journal
 from ollm_core.kv.disk.layer_file import MAGIC, LayerFile, header_fields, open_own, storage_error
 

@@ -6,8 +6,8 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
+from ollm_core.contracts.kv import KVGeometry
 from ollm_core.errors import DoesNotFitError
-from ollm_core.kv.block_storage import KVGeometry
 from ollm_core.kv.disk.directory import find_homes
 from ollm_core.kv.disk.storage import DiskSizes
 from ollm_core.memory.sizes import format_size

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from ollm_core.contracts.closing import Closing
+from ollm_core.contracts.kv import KVGeometry
 from ollm_core.device.buffers import PAGE, aligned_buffer, as_memoryview, round_up
 from ollm_core.errors import DoesNotFitError, KVStoreError, OllmError, ReadError
 from ollm_core.files.untrusted_json import parse_object
-from ollm_core.kv.block_storage import KVGeometry
 
 MAGIC = b"OLLMKV\0\1"
 VERSION = 1

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ollm_core.contracts.closing import in_own_thread
+from ollm_core.contracts.kv import KVGeometry
+from ollm_core.device.memory import DeviceMemory
 from ollm_core.errors import DamagedKVError, DoesNotFitError, KVStoreError, OllmError, ReadError
-from ollm_core.kv.block_storage import KVGeometry
 from ollm_core.kv.disk.directory import Home, find_homes, make_home, open_home
 from ollm_core.kv.disk.journal import LayerBlocks, Prefix, read_journal
 from ollm_core.kv.disk.storage import STAGING_BYTES, DiskKVStore
@@ -49,6 +50,7 @@ class KeepingKVStore(DiskKVStore):
         device_account: MemoryAccount | None = None,
         *,
         staging_bytes: int = STAGING_BYTES,
+        memory: DeviceMemory | None = None,
     ) -> None:
         """See DiskKVStore. Goes on in a directory inside `directory` that a store of the same model
         left, if there is one that no other process has.
@@ -71,6 +73,7 @@ class KeepingKVStore(DiskKVStore):
             device_account,
             staging_bytes=staging_bytes,
             home=home,
+            memory=memory,
         )
         self._keeps = home.journal is not None
         self._pin_all(home)

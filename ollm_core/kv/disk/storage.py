@@ -17,17 +17,19 @@ import torch
 from torch import Tensor
 
 from ollm_core.contracts.closing import close_outside
-from ollm_core.contracts.kv import TierBytes
+from ollm_core.contracts.kv import KVGeometry, TierBytes
 from ollm_core.device.buffers import as_memoryview, round_up
-from ollm_core.device.transfer import Event, host_buffer
+from ollm_core.device.memory import SHARED, DeviceMemory, memory_of
+from ollm_core.device.transfer import Event
 from ollm_core.errors import DamagedKVError, DoesNotFitError, OllmError, ReadError
-from ollm_core.kv.block_storage import BlockStorage, KVGeometry
+from ollm_core.kv.block_storage import BlockStorage
 from ollm_core.kv.block_table import BlockKVStore
 from ollm_core.kv.buffer_pool import Charges, Lanes
 from ollm_core.kv.disk.directory import Home, make_home
 from ollm_core.kv.disk.journal import checksum
 from ollm_core.kv.disk.layer_file import LayerFile, storage_error
 from ollm_core.memory.accounts import MemoryAccount
+from ollm_core.memory.kinds import MemoryKind
 from ollm_core.memory.sizes import format_size
 
 STAGING_BYTES = 4 << 20
@@ -81,11 +83,14 @@ class DiskStorage(BlockStorage):
         account: MemoryAccount,
         home: Home,
         staging_bytes: int,
+        memory: DeviceMemory = SHARED,
     ) -> None:
-        """Owns `home`. If that has a journal, blocks get a checksum when they are written, and are
-        compared with it whenever they are read.
+        """Owns `home`. What is read is for a device with `memory`. If `home` has a journal,
+        blocks get a checksum when they are written, and are compared with it whenever they are
+        read.
         """
         self._geometry = geometry
+        self._memory = memory
         self._sizes = DiskSizes(geometry, staging_bytes)
         self._slot_bytes = self._sizes.slot_bytes
         self._charges = Charges(account)
@@ -103,11 +108,11 @@ class DiskStorage(BlockStorage):
             stack.callback(_close_home, self._homes)
             stack.callback(self._charges.close)
             sizes = sorted(set(self._slot_bytes))
-            self._charges.take("kv write buffers", self._sizes.write_bytes)
+            self._charges.take(MemoryKind.KV_WRITE_BUFFERS, self._sizes.write_bytes)
             for size in sizes:
                 self._spares[size] = [self._new_buffer(size) for _ in range(NUM_WRITE_BUFFERS)]
             self._stagings = Lanes(
-                self._new_staging, 2 * self._sizes.lane_bytes, "kv staging", self._charges
+                self._new_staging, 2 * self._sizes.lane_bytes, MemoryKind.KV_STAGING, self._charges
             )
             self._writer, self._reader = (
                 ThreadPoolExecutor(1, thread_name_prefix=_THREAD_NAME) for _ in range(2)
@@ -146,7 +151,7 @@ class DiskStorage(BlockStorage):
         self, num_blocks: Mapping[int, int], tails: Collection[int]
     ) -> dict[int, list[int]]:
         needed = self.growth(num_blocks, tails)
-        self._charges.take("kv tails", needed.host)
+        self._charges.take(MemoryKind.KV_TAILS, needed.host)
         try:
             for layer_idx, number in num_blocks.items():
                 file = self._files[layer_idx]
@@ -154,7 +159,7 @@ class DiskStorage(BlockStorage):
         except BaseException as error:
             for layer_idx in num_blocks:
                 self._files[layer_idx].give_back(())
-            self._charges.give("kv tails", needed.host)
+            self._charges.give(MemoryKind.KV_TAILS, needed.host)
             if not isinstance(error, OSError):
                 raise
             raise self._no_space(error, needed.disk) from error
@@ -176,7 +181,7 @@ class DiskStorage(BlockStorage):
         return self._geometry.as_block(layer_idx, self._new_buffer(self._slot_bytes[layer_idx]))
 
     def drop(self, layer_idx: int) -> None:
-        self._charges.give("kv tails", self._slot_bytes[layer_idx])
+        self._charges.give(MemoryKind.KV_TAILS, self._slot_bytes[layer_idx])
 
     def seal(self, layer_idx: int, block: int, tail: Tensor) -> Tensor:
         """See BlockStorage. Waits while all write buffers are in use. Raises as `check`."""
@@ -357,8 +362,7 @@ class DiskStorage(BlockStorage):
 
     def _read_ahead(self, layer_idx: int, run: Sequence[int], staging: _Staging) -> Future[None]:
         """`_fill` in the thread that reads, when the device has what was uploaded from there."""
-        bus = self._geometry.bus
-        copied = None if bus is None else bus.copied()
+        copied = self._memory.copied()
         return self._reader.submit(self._fill, layer_idx, run, staging, copied)
 
     def _new_staging(self) -> tuple[Tensor, Tensor]:
@@ -366,7 +370,7 @@ class DiskStorage(BlockStorage):
         return self._new_buffer(num_bytes), self._new_buffer(num_bytes)
 
     def _new_buffer(self, num_bytes: int) -> Tensor:
-        return host_buffer(num_bytes, self._geometry.bus)
+        return self._memory.host_buffer(num_bytes)
 
     def _staging(self, layer_idx: int, buffer: Tensor, num_slots: int) -> _Staging:
         first = self._geometry.as_block(layer_idx, buffer)
@@ -396,17 +400,20 @@ class DiskKVStore(BlockKVStore):
         *,
         staging_bytes: int = STAGING_BYTES,
         home: Home | None = None,
+        memory: DeviceMemory | None = None,
     ) -> None:
         """Files go to `home`, or by default to a new directory inside `directory`, and away with
         `close`.
 
         `account` is that of the host; `device_account` holds the block being uploaded.
-        `fingerprint` names the model. Raises KVStoreError if `directory` cannot be written,
+        `fingerprint` names the model, `memory` is that of the geometry's device, by default
+        as `memory_of` says. Raises KVStoreError if `directory` cannot be written,
         DoesNotFitError if the buffers do not fit.
         """
         home = home or make_home(directory, geometry, fingerprint, keeping=False)
-        storage = self._disk = DiskStorage(geometry, account, home, staging_bytes)
-        super().__init__(geometry, storage, device_account, bus=geometry.bus)
+        memory = memory or memory_of(geometry.device)
+        storage = self._disk = DiskStorage(geometry, account, home, staging_bytes, memory)
+        super().__init__(geometry, storage, device_account, memory)
 
 
 def _close_home(homes: list[Home]) -> None:

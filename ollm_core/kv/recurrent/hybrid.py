@@ -6,9 +6,8 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
-from ollm_core.contracts.kv import KVStore, TierBytes
+from ollm_core.contracts.kv import KVGeometry, KVStore, TierBytes
 from ollm_core.errors import KVStoreError
-from ollm_core.kv.block_storage import KVGeometry
 from ollm_core.kv.recurrent.states import StateStore
 
 
@@ -86,6 +85,13 @@ class HybridKVStore(KVStore):
         self._check(sequence, num_tokens, "truncate to")
         self._attention.truncate(sequence, num_tokens)
         self._states.truncate(sequence, num_tokens)
+
+    def can_truncate(self, sequence: int, num_tokens: int) -> bool:
+        return (
+            0 <= num_tokens <= self.num_tokens(sequence)
+            and self._states.restorable(sequence, num_tokens)
+            and self._attention.can_truncate(sequence, num_tokens)
+        )
 
     def fork(self, sequence: int, num_tokens: int | None = None) -> int:
         """See KVStore and `truncate`."""

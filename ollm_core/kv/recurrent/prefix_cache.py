@@ -10,8 +10,8 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
+from ollm_core.contracts.kv import KVGeometry
 from ollm_core.errors import OllmError
-from ollm_core.kv.block_storage import KVGeometry
 from ollm_core.kv.disk.prefix_cache import KeepingKVStore
 from ollm_core.kv.recurrent.hybrid import HybridKVStore
 from ollm_core.kv.recurrent.snapshots import StateFiles, StateWriter
@@ -79,6 +79,11 @@ class KeepingHybridKVStore(HybridKVStore):
     def truncate(self, sequence: int, num_tokens: int) -> None:
         super().truncate(sequence, num_tokens)
         self._drop_writers(sequence)
+
+    def fork(self, sequence: int, num_tokens: int | None = None) -> int:
+        forked = super().fork(sequence, num_tokens)
+        self._ends[forked] = self.num_tokens(forked)
+        return forked
 
     def release(self, sequence: int) -> None:
         super().release(sequence)

@@ -19,11 +19,11 @@ import torch
 import xxhash
 from torch import Tensor
 
+from ollm_core.contracts.kv import KVGeometry
 from ollm_core.device.buffers import PAGE, aligned_buffer, as_memoryview
 from ollm_core.errors import KVStoreError
 from ollm_core.files.paths import is_private
 from ollm_core.files.scratch import leftovers, make_file, reap
-from ollm_core.kv.block_storage import KVGeometry
 from ollm_core.kv.disk.layer_file import header_fields, open_own, read_header, write_header
 
 _PREFIX = "ollm-states-"

@@ -12,15 +12,12 @@ import torch
 from torch import Tensor
 
 from ollm_core.contracts.closing import Closing
-from ollm_core.contracts.kv import Tier, TierBytes
-from ollm_core.device.buffers import round_up
-from ollm_core.device.transfer import host_tensor
+from ollm_core.contracts.kv import KVGeometry, Tier, TierBytes
+from ollm_core.device.memory import SHARED, DeviceMemory
 from ollm_core.errors import KVStoreError
-from ollm_core.kv.block_storage import KVGeometry
 from ollm_core.kv.buffer_pool import Charges
 from ollm_core.memory.accounts import MemoryAccount
-
-_KIND = "recurrent states"
+from ollm_core.memory.kinds import MemoryKind
 
 State = tuple[Tensor, ...]
 OnState = Callable[[int, int, int, int, Sequence[Tensor]], None]
@@ -59,9 +56,16 @@ class StateStore(Closing):
     """
 
     def __init__(
-        self, geometry: KVGeometry, account: MemoryAccount, tier: Tier, device: torch.device
+        self,
+        geometry: KVGeometry,
+        account: MemoryAccount,
+        tier: Tier,
+        device: torch.device,
+        memory: DeviceMemory = SHARED,
     ) -> None:
-        """States of the layers of `geometry` that are recurrent, on `device`, counted as `tier`."""
+        """States of the layers of `geometry` that are recurrent, on `device`, counted as `tier`;
+        those in host memory are for a device with `memory`.
+        """
         self.shapes: Mapping[int, tuple[tuple[tuple[int, ...], torch.dtype], ...]] = {
             layer_idx: geometry.state_shapes(layer_idx)
             for layer_idx, kind in enumerate(geometry.kinds)
@@ -71,9 +75,9 @@ class StateStore(Closing):
         self.on_state: OnState | None = None
         self._tier = tier
         self._device = device
-        self._bus = geometry.bus if tier == "host" else None
+        self._memory = memory
         self._set_bytes = sum(
-            num_bytes if self._bus is None else round_up(num_bytes)
+            memory.host_bytes(num_bytes)
             for shapes in self.shapes.values()
             for num_bytes in (math.prod(shape) * dtype.itemsize for shape, dtype in shapes)
         )
@@ -99,7 +103,9 @@ class StateStore(Closing):
         """
         found, wanted = self._sequences[sequence], self._wanted(sequence, num_tokens)
         if wanted > found.num_sets:
-            self._charges.take(_KIND, (wanted - found.num_sets) * self._set_bytes)
+            self._charges.take(
+                MemoryKind.RECURRENT_STATES, (wanted - found.num_sets) * self._set_bytes
+            )
             found.num_sets = wanted
         found.start = self.num_tokens(sequence)
         found.keep_from = num_tokens - found.num_drafted
@@ -155,7 +161,7 @@ class StateStore(Closing):
         be restorable. Raises DoesNotFitError with nothing changed.
         """
         if num_tokens:
-            self._charges.take(_KIND, self._set_bytes)
+            self._charges.take(MemoryKind.RECURRENT_STATES, self._set_bytes)
         found = self._sequences[forked]
         found.start, found.num_sets = num_tokens, int(num_tokens > 0)
         for layer_idx, source in self._sequences[sequence].layers.items() if num_tokens else ():
@@ -168,7 +174,7 @@ class StateStore(Closing):
         """
         for layer_idx in self.shapes:
             self._check(layer_idx, states[layer_idx])
-        self._charges.take(_KIND, self._set_bytes)
+        self._charges.take(MemoryKind.RECURRENT_STATES, self._set_bytes)
         found = self._sequences[sequence]
         found.start, found.num_sets = num_tokens, 1
         for layer_idx in self.shapes:
@@ -201,14 +207,16 @@ class StateStore(Closing):
         if num_sets < found.num_sets:
             for layer in found.layers.values():
                 del layer.spares[max(num_sets - len(layer.at), 0) :]
-            self._charges.give(_KIND, (found.num_sets - num_sets) * self._set_bytes)
+            self._charges.give(
+                MemoryKind.RECURRENT_STATES, (found.num_sets - num_sets) * self._set_bytes
+            )
             found.num_sets = num_sets
 
     def _new(self, layer_idx: int) -> State:
         return tuple(
-            torch.empty(shape, dtype=dtype, device=self._device)
-            if self._bus is None or self._device.type == "meta"
-            else host_tensor(shape, dtype, self._bus)
+            self._memory.host_tensor(shape, dtype)
+            if self._memory.is_own and self._device.type != "meta"
+            else torch.empty(shape, dtype=dtype, device=self._device)
             for shape, dtype in self.shapes[layer_idx]
         )
 

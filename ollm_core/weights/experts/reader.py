@@ -17,7 +17,8 @@ from torch import Tensor
 from ollm_core.contracts.closing import Closing
 from ollm_core.contracts.weights import ByteSource
 from ollm_core.device.buffers import as_memoryview
-from ollm_core.device.transfer import Bus, Event, host_buffer
+from ollm_core.device.memory import SHARED, DeviceMemory
+from ollm_core.device.transfer import Event
 from ollm_core.errors import ReadError
 from ollm_core.weights.units import WeightUnit
 
@@ -62,13 +63,13 @@ class Filled:
 class GroupReader(Closing):
     """Two buffers and the thread that fills them."""
 
-    def __init__(self, source: ByteSource, slot_bytes: int, bus: Bus | None = None) -> None:
-        """`slot_bytes` must hold the largest group; what is read goes over `bus`, if there is one.
+    def __init__(self, source: ByteSource, slot_bytes: int, memory: DeviceMemory = SHARED) -> None:
+        """`slot_bytes` must hold the largest group; what is read is for a device with `memory`.
         The thread starts with the first read.
         """
         self.slot_bytes = slot_bytes
         self._source = source
-        self._buffers = [host_buffer(slot_bytes, bus) for _ in range(2)]
+        self._buffers = [memory.host_buffer(slot_bytes) for _ in range(2)]
         self._last: list[Filled | None] = [None, None]  # in each buffer
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ollm-experts")
         self._closed = False

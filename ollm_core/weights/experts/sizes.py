@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ollm_core.device.transfer import Bus, host_buffer
+from ollm_core.device.memory import DeviceMemory
 from ollm_core.weights.units import TORCH_DTYPES, Parameter, WeightUnit
 
 
@@ -53,13 +53,13 @@ def pack(
     buffer: Tensor,
     offsets: Sequence[int],
     packed: Tensor | None,
-    bus: Bus | None,
+    memory: DeviceMemory,
 ) -> tuple[Tensor, Sequence[int]]:
     """The bytes of a unit's tensors side by side in `packed`, or in memory of their own, and where
     each begins.
     """
     if packed is None:
-        packed = host_buffer(unit.packed_bytes, bus)
+        packed = memory.host_buffer(unit.packed_bytes)
     for place, part in zip(unit.packed_places, unit.parts(buffer, offsets), strict=True):
         packed[place : place + part.numel()] = part
     return packed, unit.packed_places

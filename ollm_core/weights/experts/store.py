@@ -14,9 +14,12 @@ from torch import Tensor
 
 from ollm_core.contracts.closing import Closing
 from ollm_core.contracts.weights import ByteSource
-from ollm_core.device.transfer import Bus, Event, bus_of
+from ollm_core.device.memory import DeviceMemory, OwnMemory, memory_of
+from ollm_core.device.transfer import Event
 from ollm_core.device.upload import Sent, Upload, UploadCounters
-from ollm_core.memory.accounts import MemoryAccount
+from ollm_core.memory.accounts import Accounts
+from ollm_core.memory.kinds import MemoryKind
+from ollm_core.memory.pair import PerMemory
 from ollm_core.weights.experts.policy import ExpertId, ExpertShares, ExpertTier, Kept
 from ollm_core.weights.experts.reader import Filled, GroupReader, cut_groups, member_bytes
 from ollm_core.weights.experts.sizes import finished_bytes, fitting, made_bytes, owned, pack
@@ -78,23 +81,21 @@ class ExpertStore(Closing):
         source: ByteSource,
         dtype: torch.dtype,
         device: torch.device,
-        accounts: tuple[MemoryAccount, MemoryAccount],
+        accounts: Accounts,
         *,
-        bus: Bus | None = None,
+        memory: DeviceMemory | None = None,
         timed: bool = False,
     ) -> None:
-        """`units` by layer, then by expert. `accounts` are those of the device and the host. `bus`
-        is that of the device, by default as `bus_of` says; without one everything counts as device
-        memory. What goes over it may be `timed`.
+        """`units` by layer, then by expert. `memory` is the device's, by default as `memory_of`
+        says. What is copied to it may be `timed`.
         """
         self.counters = ExpertCounters()
         self._units = units
         self._source = source
         self._dtype = dtype
-        self._bus = bus = bus or bus_of(device)
-        self._one_memory = bus is None
+        self._memory = memory = memory or memory_of(device)
         self._device_account, self._host_account = accounts
-        self._buffer_account = accounts[0] if self._one_memory else accounts[1]
+        self._buffer_account = memory.read_side(accounts)
         every = [unit for layer in units.values() for unit in layer]
         self._one_bytes = max((member_bytes(unit, source) for unit in every), default=0)
         most = max(map(len, units.values()), default=0)
@@ -113,15 +114,15 @@ class ExpertStore(Closing):
         self._placement = ExpertPlacement()
         self._reader: GroupReader | None = None
         self._uploads: tuple[Upload, Upload] | None = None
-        made = (made_bytes(unit, dtype, packed=bus is not None) for unit in every)
+        made = (made_bytes(unit, dtype, packed=memory.is_own) for unit in every)
         self.fixed_device_bytes = max(made, default=0)
         """Held on the device whatever the placement, reserved by the owner: one expert in
         conversion, and what is uploaded.
         """
-        if every and bus is not None:
+        if every and isinstance(memory, OwnMemory):
             self._uploads = (
-                Upload(bus, self._group_bytes, timed=timed),
-                Upload(bus, self._packed[0], timed=timed),
+                Upload(memory.bus, self._group_bytes, timed=timed),
+                Upload(memory.bus, self._packed[0], timed=timed),
             )
             self.fixed_device_bytes += self._uploaded_bytes
 
@@ -177,7 +178,8 @@ class ExpertStore(Closing):
         """What is best held in that much memory, `least_bytes` being there."""
         if not self._units:
             return ExpertPlacement()
-        room = device_bytes if self._one_memory else host_bytes
+        own_memory = self._memory.is_own
+        room = self._memory.read_side(PerMemory(device_bytes, host_bytes))
         slot_bytes = self._one_bytes
         while slot_bytes < self._group_bytes and 2 * min(2 * slot_bytes, self._group_bytes) * 4 <= (
             room
@@ -186,12 +188,12 @@ class ExpertStore(Closing):
         buffers = 2 * slot_bytes
         total = self._num_experts
         more_uploads = 0
-        if not self._one_memory and self._uploaded_bytes <= device_bytes < self._finished[1]:
+        if own_memory and self._uploaded_bytes <= device_bytes < self._finished[1]:
             more_uploads = self._uploaded_bytes
-        taken = buffers if self._one_memory else more_uploads
+        taken = more_uploads if own_memory else buffers
         num_device = _count(device_bytes - taken, total, *self._finished)
         num_host = 0
-        if not self._one_memory:
+        if own_memory:
             num_host = _count(host_bytes - buffers, total, *self._packed)
             num_host = min(num_host, total - num_device)
         on_device = _taken(num_device, total, *self._finished)
@@ -256,7 +258,7 @@ class ExpertStore(Closing):
             return
         slot_bytes = self._placement.slot_bytes
         if self._reader is None:
-            self._reader = GroupReader(self._source, slot_bytes, self._bus)
+            self._reader = GroupReader(self._source, slot_bytes, self._memory)
         groups = list(cut_groups(missing, layer.units, self._source, slot_bytes))
         with (
             self._reader.reading(groups) as filled,
@@ -354,7 +356,7 @@ class ExpertStore(Closing):
                 memory = fitting(self._make_room(self._on_host, goes), unit)
                 if goes is not None and (copied := self._copied.pop(goes, None)) is not None:
                     copied.synchronize()  # the memory is used again; the copy is mostly long past
-                self._on_host.put(place, pack(unit, buffer, offsets, memory, self._bus))
+                self._on_host.put(place, pack(unit, buffer, offsets, memory, self._memory))
                 del memory
         whole = len(kept) == len(group.units)
         self.counters.kept_bytes += (
@@ -372,11 +374,12 @@ class ExpertStore(Closing):
     def _hold(self, now: ExpertPlacement) -> None:
         """Reserve or release, so that as much is held as `now` takes."""
         held, self._placement = self._placement, now
+        device, host = self._device_account, self._host_account
         for account, kind, num_bytes in (
-            (self._device_account, "resident experts", now.device_bytes - held.device_bytes),
-            (self._host_account, "resident experts", now.host_bytes - held.host_bytes),
-            (self._device_account, "upload buffers", now.upload_bytes - held.upload_bytes),
-            (self._buffer_account, "expert buffers", now.buffer_bytes - held.buffer_bytes),
+            (device, MemoryKind.RESIDENT_EXPERTS, now.device_bytes - held.device_bytes),
+            (host, MemoryKind.RESIDENT_EXPERTS, now.host_bytes - held.host_bytes),
+            (device, MemoryKind.UPLOAD_BUFFERS, now.upload_bytes - held.upload_bytes),
+            (self._buffer_account, MemoryKind.EXPERT_BUFFERS, now.buffer_bytes - held.buffer_bytes),
         ):
             if num_bytes > 0:
                 account.reserve(kind, num_bytes)

@@ -185,6 +185,39 @@ def test_kept_states_are_found(tmp_path):
     assert found(tmp_path, [*PROMPT[:18], 70, 71]) == 0
 
 
+def test_states_of_forks_are_kept(tmp_path):
+    """A row that was copied or moved, as beams are, has its state kept with no pass after that."""
+    with keeping(tmp_path) as store:
+        sequence = store.new_sequence()
+        run(store, sequence, [], PROMPT)
+        store.commit(sequence)
+        store.keep(sequence, 0, torch.tensor(PROMPT))
+        run(store, sequence, PROMPT, [50])
+        store.commit(sequence)
+        store.keep(sequence, len(PROMPT), torch.tensor([50]))
+        store.fork(sequence)
+        store.release(sequence)
+    assert found(tmp_path, [*PROMPT, 50, 60]) == 22
+
+
+def test_a_store_says_where_a_sequence_can_go_back_to():
+    """Just where `truncate` does not refuse."""
+    store, _ = new_store()
+    sequence = store.new_sequence()
+    run(store, sequence, [], PROMPT)
+    store.commit(sequence)
+    run(store, sequence, PROMPT, [50, 51, 52], num_drafted=1)
+    store.commit(sequence)
+    able = [n for n in range(-1, 26) if store.can_truncate(sequence, n)]
+    assert able == [0, 21, 23, 24]
+    for number in {*range(-1, 26)} - {*able}:
+        with pytest.raises(KVStoreError):
+            store.truncate(sequence, number)
+    for number in reversed(able):
+        store.truncate(sequence, number)
+        assert store.num_tokens(sequence) == number
+
+
 def test_long_prompts_keep_states_on_their_way(tmp_path, monkeypatch):
     """One about every so many tokens."""
     monkeypatch.setattr("ollm_core.kv.recurrent.prefix_cache.SPACING", 8)

@@ -16,7 +16,9 @@ from simulated_bus import CPU, SimulatedBus
 from ollm_core import ParameterSource
 from ollm_core.checkpoint.safetensors import open_checkpoint
 from ollm_core.device.buffers import ALIGNMENT
+from ollm_core.device.memory import OwnMemory
 from ollm_core.memory.accounts import MemoryAccount
+from ollm_core.memory.pair import PerMemory
 from ollm_core.weights.experts.store import ExpertStore
 from ollm_core.weights.sources.posix import open_source
 from ollm_core.weights.units import Parameter, WeightUnit
@@ -52,11 +54,11 @@ def test_every_operator_sees_its_expert(stored, seed):
     tensors, units, path = stored
     chosen = random.Random(seed)
     bus = SimulatedBus(seed, queued=True)
-    accounts = MemoryAccount("device memory", 10**9), MemoryAccount("host memory", 10**9)
+    accounts = PerMemory(MemoryAccount("device memory", 10**9), MemoryAccount("host memory", 10**9))
     found = []
     with (
         open_source([path]) as source,
-        ExpertStore(units, source, torch.bfloat16, CPU, accounts, bus=bus) as store,
+        ExpertStore(units, source, torch.bfloat16, CPU, accounts, memory=OwnMemory(bus)) as store,
     ):
         for _ in range(3):
             room = chosen.choice([0, store.fixed_device_bytes])

@@ -13,7 +13,9 @@ from simulated_bus import CPU, SimulatedBus
 
 from ollm_core import ParameterSource, ReadError
 from ollm_core.checkpoint.safetensors import open_checkpoint
+from ollm_core.device.memory import SHARED, OwnMemory
 from ollm_core.memory.accounts import MemoryAccount
+from ollm_core.memory.pair import PerMemory
 from ollm_core.weights.experts.reader import GroupReader, cut_groups
 from ollm_core.weights.experts.store import ExpertStore
 from ollm_core.weights.sources.posix import open_source
@@ -66,9 +68,12 @@ def test_right_experts_inside_any_budgets(stored, seed, two_memories):
     chosen = random.Random(seed)
     device, host = MemoryAccount("device memory", 10**9), MemoryAccount("host memory", 10**9)
     bus = SimulatedBus(seed) if two_memories else None
+    memory = OwnMemory(bus) if bus else SHARED
     with (
         open_source([path]) as source,
-        ExpertStore(units, source, torch.float32, CPU, (device, host), bus=bus) as store,
+        ExpertStore(
+            units, source, torch.float32, CPU, PerMemory(device, host), memory=memory
+        ) as store,
     ):
         for _ in range(chosen.randint(1, 4)):
             budgets = [chosen.randint(store.least_bytes, 1_300_000) for _ in range(2)]

@@ -7,9 +7,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import ollm
-from ollm_core import CheckpointError, EncodedTensor, OllmError, ParameterSource, PluginError
+from ollm_core import CheckpointError, EncodedTensor, OllmError, ParameterSource
 from ollm_core.checkpoint.safetensors import open_checkpoint, read_config
 from ollm_core.contracts.tensors import WeightPlan
+from ollm_core.errors import PluginError
 from ollm_core.plugins.loader import Offer
 from ollm_core.plugins.registry import Registry
 from ollm_core.weights.formats.codecs import LogicalTensors

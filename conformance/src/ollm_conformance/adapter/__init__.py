@@ -24,6 +24,7 @@ from ollm_conformance.adapter.sizes import Sizes
 from ollm_conformance.adapter.stored import Stored
 from ollm_conformance.adapter.unstated import Unstated
 from ollm_conformance.adapter.varied import Varied
+from ollm_conformance.adapter.walks import Walks
 from ollm_conformance.adapter.weights import Weights
 from ollm_conformance.checks import MARK, Check
 
@@ -53,6 +54,7 @@ class AdapterConformance(
     BatchFailure,
     Language,
     Stops,
+    Walks,
     Gpu,
     Speed,
 ):

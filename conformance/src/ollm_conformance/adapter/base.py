@@ -14,17 +14,14 @@ from ollm_conformance.checks import UNSUPPORTED, check_of
 from ollm_conformance.models import meta_model
 from ollm_conformance.naming import kept_names
 from ollm_conformance.subject import Subject
-from ollm_core import Config, ModelAdapter, OllmError, PluginError
-from ollm_core.generate.causal_lm import StreamedModel
-from ollm_core.model.spec import ModelSpec
-from ollm_core.planning.dry_run import Rehearsal
-from ollm_core.plugins.registry import Registry, supports
-from ollm_core.plugins.validation import (
-    adapter_name,
-    kinds_of,
-    layout_of,
-    plan_of,
-    text_config_of,
+from ollm_core import Config, ModelAdapter, OllmError
+from ollm_core.testing import (
+    PluginError,
+    Registry,
+    Rehearsal,
+    StreamedModel,
+    check_declarations,
+    supports,
     told,
 )
 
@@ -44,7 +41,7 @@ class AdapterSuite:
     """A directory with a real model of the family, for the checks of its tokenizer."""
     load: ClassVar[Callable[..., StreamedModel]] = staticmethod(ollm.load)
     """How a model is opened; for testing the suite itself."""
-    rehearse: ClassVar[Callable[[ModelSpec], Rehearsal]] = Rehearsal
+    rehearse: ClassVar[type[Rehearsal]] = Rehearsal
     """How a model is planned; for testing the suite itself."""
 
     @classmethod
@@ -118,13 +115,11 @@ def check_usable(subject: Subject) -> None:
     """
     adapter = subject.adapter
     try:
-        adapter_name(adapter)
-        check_tiny(subject.given_config)
         Registry.of(adapter)
-        config = text_config_of(adapter, subject.config)
-        layout = layout_of(adapter, config)
-        kinds_of(adapter, config, layout)
-        plan_of(adapter, config, sorted(kept_names(subject, config).forms))
+        check_tiny(subject.given_config)
+        check_declarations(
+            adapter, subject.config, lambda config: sorted(kept_names(subject, config).forms)
+        )
     except PluginError as error:
         raise AssertionError(f"expected an adapter that can be used, got: {error}") from error
     except OllmError:

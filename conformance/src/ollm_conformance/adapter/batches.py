@@ -14,9 +14,7 @@ from ollm_conformance.checks import check
 from ollm_conformance.compare import same_bits, same_tokens, same_within
 from ollm_conformance.held import same_columns
 from ollm_conformance.subject import Subject, generate, greedy, left_padded
-from ollm_core.engine.batch import NewTokens
-from ollm_core.generate.cache import SequenceCache
-from ollm_core.generate.causal_lm import StreamedModel
+from ollm_core.testing import NewTokens, SequenceCache, StreamedModel, run_pass
 
 _LOOK = "caches() and, if declared, how the layer is split: positions and caches are per row"
 
@@ -40,10 +38,10 @@ class Batches(AdapterSuite):
             for prompt, num_new in zip(prompts, news, strict=True):
                 sequence, start = store.new_sequence(), len(prompt) - num_new
                 if start:
-                    model.engine.run(store, [NewTokens(sequence, prompt[:start], 0)])
+                    run_pass(model, store, [NewTokens(sequence, prompt[:start], 0)])
                 work.append(NewTokens(sequence, prompt[start:], start, num_new))
             passes = model.stats.weight_passes
-            found = model.engine.run(store, work)
+            found = run_pass(model, store, work)
             passes = model.stats.weight_passes - passes
         assert passes == 1, f"{len(work)} rows: expected one weight pass, got {passes}"
         for row, (prompt, logits) in enumerate(zip(prompts, found, strict=True)):

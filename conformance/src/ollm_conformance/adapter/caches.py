@@ -12,7 +12,7 @@ from ollm_conformance.checks import check
 from ollm_conformance.compare import same_bits, same_tokens, same_within
 from ollm_conformance.kinds import same_kinds
 from ollm_conformance.subject import PROMPT, Subject, generate, greedy
-from ollm_core.files.untrusted_json import parse_object
+from ollm_core.testing import parse_object
 
 _LOOK = "caches(): kind, num_kv_heads, head_dim and window of each layer"
 _TIERS = pytest.mark.parametrize(

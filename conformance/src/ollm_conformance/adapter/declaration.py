@@ -10,8 +10,6 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
-
 from ollm_conformance import probe
 from ollm_conformance.adapter.asks import ASKS
 from ollm_conformance.adapter.base import AdapterSuite
@@ -22,10 +20,14 @@ from ollm_conformance.naming import kept_names
 from ollm_conformance.subject import PROMPT, Subject
 from ollm_conformance.untouched import untouched
 from ollm_core import Config, ModelAdapter, OllmError, UnsupportedError
-from ollm_core.engine.activations import Workspace
-from ollm_core.model.skeleton import Skeleton, check_paths
-from ollm_core.plugins.registry import Registry
-from ollm_core.plugins.validation import check_capability, told
+from ollm_core.testing import (
+    Registry,
+    check_capability,
+    check_halves,
+    check_model,
+    check_paths,
+    told,
+)
 
 _BAD_VALUES: tuple[Any, ...] = (
     None, -1, 0, 1.5, 10**30, "x", [], {}, True, [1, 2], {"a": []},
@@ -192,7 +194,7 @@ class Declaration(AdapterSuite):
         for name, whole in configs:
             config = adapter.text_config(whole)
             try:
-                Skeleton(config, adapter.layout(config), torch.bfloat16, torch.device("meta"))
+                check_model(config, adapter.layout(config))
             except OllmError as error:
                 raise AssertionError(f"{name}: {error}") from error
 
@@ -204,7 +206,7 @@ class Declaration(AdapterSuite):
     def test_halves(self, subject: Subject) -> None:
         if not subject.adapter.layout(subject.config).experts:
             does_not_apply("no layer has routed experts")
-        Workspace.of(subject.spec(subject.tiny()))
+        check_halves(subject.adapter, subject.tiny(), subject.registry)
 
     @check(
         "declaration.catalog",

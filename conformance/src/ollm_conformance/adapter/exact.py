@@ -9,7 +9,7 @@ from ollm_conformance.checks import check, does_not_apply
 from ollm_conformance.compare import same_bits, same_tokens, same_within
 from ollm_conformance.rounding import rounded_alike
 from ollm_conformance.subject import PROMPT, Subject, greedy, run_pieces
-from ollm_core.generate.causal_lm import StreamedModel
+from ollm_core.testing import StreamedModel
 
 _LOOK = "run weights.values first; then layout(), layer_types(), and text_config()"
 _DTYPES = pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])

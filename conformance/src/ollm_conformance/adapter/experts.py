@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,8 +13,7 @@ from ollm_conformance.checks import check, does_not_apply
 from ollm_conformance.compare import same_bits
 from ollm_conformance.subject import CHUNK, Reference, Subject
 from ollm_core import ParameterSource, TensorInfo, WeightPlan
-from ollm_core.checkpoint.safetensors import open_checkpoint
-from ollm_core.generate.causal_lm import StreamedModel
+from ollm_core.testing import StreamedModel, counted_reads, open_checkpoint
 
 _LOOK = "layout().experts, and experts() (weights() if you wrote your own): each expert's slices"
 Expert = tuple[int, int]
@@ -44,7 +42,7 @@ class Experts(AdapterSuite):
             mine = model.new_cache()
             for begin, end in ((0, 2 * CHUNK + 7), (2 * CHUNK + 7, 2 * CHUNK + 8)):
                 before = model.stats
-                with _routed(subject, reference) as wanted, _reads(model) as seen:
+                with _routed(subject, reference) as wanted, counted_reads(model) as seen:
                     expected = reference.run(prompt[begin:end], cache=cache)
                     found = model(input_ids=prompt[None, begin:end], past_key_values=mine).logits[0]
                 after = model.stats
@@ -141,21 +139,3 @@ def _routed(subject: Subject, reference: Reference) -> Iterator[set[Expert]]:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-@contextmanager
-def _reads(model: StreamedModel) -> Iterator[Counter[str]]:
-    """How often each tensor is asked of the model's reading engine in the `with`."""
-    seen: Counter[str] = Counter()
-    source = model.weights._source
-    real = source.read
-
-    def read(tensors: Sequence[TensorInfo], buffer: memoryview) -> Sequence[int]:
-        seen.update(tensor.name for tensor in tensors)
-        return real(tensors, buffer)
-
-    source.read = read  # type: ignore[method-assign]
-    try:
-        yield seen
-    finally:
-        source.read = real  # type: ignore[method-assign]

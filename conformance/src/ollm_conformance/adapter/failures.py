@@ -9,16 +9,13 @@ import pytest
 import torch
 
 from ollm_conformance.adapter.base import AdapterSuite
-from ollm_conformance.broken_off import fail_reads, interrupt_at
+from ollm_conformance.broken_off import interrupt_at
 from ollm_conformance.checks import check
 from ollm_conformance.compare import refused, same_bits, same_tokens
 from ollm_conformance.held import same_columns, same_lengths
 from ollm_conformance.subject import Subject, generate, left_padded
-from ollm_core import ReadError
-from ollm_core.contracts.kv import KVStore
-from ollm_core.engine.batch import NewTokens
-from ollm_core.generate.cache import SequenceCache
-from ollm_core.generate.causal_lm import StreamedModel
+from ollm_core import KVStore, ReadError
+from ollm_core.testing import NewTokens, SequenceCache, StreamedModel, failing_reads, run_pass
 
 _LOOK = "layout().mixer and other code of the adapter that keeps tokens or state beside the cache"
 _TIERS = pytest.mark.parametrize("kv", ["device", "disk"])
@@ -45,15 +42,15 @@ class BatchFailure(AdapterSuite):
     def test_batch_cancelled(self, subject: Subject, kv: str) -> None:
         with subject.open(kv=kv) as model:
             cache = model.new_cache()
-            expected = model.engine.run(cache.store, _rows(subject, model, cache.store))
+            expected = run_pass(model, cache.store, _rows(subject, model, cache.store))
             work = _rows(subject, model, cache.store)
             for stage, part in (_STAGES | _LATE_STAGES).items():
                 model.on_progress(interrupt_at(part))
                 with refused(KeyboardInterrupt, f"Ctrl-C {stage}"):
-                    model.engine.run(cache.store, work)
+                    run_pass(model, cache.store, work)
                 model.on_progress(None)
                 _same_rows(cache, work, f"after Ctrl-C {stage}")
-            found = model.engine.run(cache.store, work)
+            found = run_pass(model, cache.store, work)
             for row, (logits, wanted) in enumerate(zip(found, expected, strict=True)):
                 same_bits(logits, wanted, f"logits of row {row} after Ctrl-C")
             cache.close()
@@ -68,24 +65,22 @@ class BatchFailure(AdapterSuite):
         needs=["batch"],
     )
     @_TIERS
-    def test_batch_read_error(
-        self, subject: Subject, kv: str, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_batch_read_error(self, subject: Subject, kv: str) -> None:
         with subject.open(kv=kv) as model:
             model.keep_layers(device=0)  # so that every pass reads
             cache = model.new_cache()
-            expected = model.engine.run(cache.store, _rows(subject, model, cache.store))
+            expected = run_pass(model, cache.store, _rows(subject, model, cache.store))
             work = _rows(subject, model, cache.store)
             for num_read in (0, len(cache) // 2, len(cache) - 1):
-                with monkeypatch.context() as patch:
-                    fail_reads(model, patch, after=0)
+                with failing_reads(model):
                     _use_up_what_was_read(subject, model)
-                with monkeypatch.context() as patch:
-                    fail_reads(model, patch, after=num_read)
-                    with refused(ReadError, f"read {num_read + 1} of a pass fails"):
-                        model.engine.run(cache.store, work)
+                with (
+                    failing_reads(model, after=num_read),
+                    refused(ReadError, f"read {num_read + 1} of a pass fails"),
+                ):
+                    run_pass(model, cache.store, work)
                 _same_rows(cache, work, f"after read {num_read + 1} failed")
-            found = model.engine.run(cache.store, work)
+            found = run_pass(model, cache.store, work)
         for row, (logits, wanted) in enumerate(zip(found, expected, strict=True)):
             same_bits(logits, wanted, f"logits of row {row} after failed reads")
 
@@ -102,7 +97,7 @@ def _rows(subject: Subject, model: StreamedModel, store: KVStore) -> list[NewTok
         for item, prompt in zip(work, prompts, strict=True)
         if item.start
     ]
-    model.engine.run(store, pasts)
+    run_pass(model, store, pasts)
     return work
 
 

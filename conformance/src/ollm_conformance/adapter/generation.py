@@ -16,8 +16,7 @@ from ollm_conformance.checks import check
 from ollm_conformance.compare import same_tokens, same_within
 from ollm_conformance.held import same_lengths
 from ollm_conformance.subject import Reference, Subject, generate, left_padded
-from ollm_core.files.untrusted_json import parse_object
-from ollm_core.generate.causal_lm import StreamedModel
+from ollm_core.testing import StreamedModel, parse_object
 
 _NUM_NEW = 12
 _PROMPT = 50

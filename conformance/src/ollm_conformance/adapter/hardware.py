@@ -14,7 +14,7 @@ from ollm_conformance.checks import check, does_not_apply
 from ollm_conformance.compare import same_bits, same_tokens
 from ollm_conformance.models import DTYPES
 from ollm_conformance.subject import PROMPT, Reference, Subject, greedy
-from ollm_core.generate.causal_lm import StreamedModel
+from ollm_core.testing import StreamedModel
 
 _GPU_DTYPES = pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 

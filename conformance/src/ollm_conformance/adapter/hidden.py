@@ -19,8 +19,7 @@ from ollm_conformance.checks import check
 from ollm_conformance.process_memory import process_bytes
 from ollm_conformance.subject import Subject
 from ollm_core import KVStore
-from ollm_core.generate.causal_lm import StreamedModel
-from ollm_core.plugins.registry import supports
+from ollm_core.testing import StreamedModel, supports
 
 _VOCABULARY = 50_000
 _SLACK = 4 << 20  # where the system gives huge pages, a buffer may take two MiB more

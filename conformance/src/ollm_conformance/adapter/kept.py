@@ -16,7 +16,7 @@ from ollm_conformance.checks import check
 from ollm_conformance.compare import same_bits, same_within
 from ollm_conformance.subject import Subject
 from ollm_core import OllmError
-from ollm_core.generate.causal_lm import StreamedModel
+from ollm_core.testing import StreamedModel
 
 _CHUNK = 64
 """Every number of tokens that may be found is a multiple of it, but where a check says otherwise:

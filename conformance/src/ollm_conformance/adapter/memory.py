@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from ollm_conformance.adapter.base import AdapterSuite
-from ollm_conformance.allocated import TierTracker, live_bytes, only_new_objects
+from ollm_conformance.allocated import live_bytes, only_new_objects
 from ollm_conformance.checks import check, does_not_apply
 from ollm_conformance.compare import refused
 from ollm_conformance.subject import Subject, generate
 from ollm_core import DoesNotFitError
-from ollm_core.generate.causal_lm import StreamedModel
+from ollm_core.testing import StreamedModel, TierTracker
 
 _LOOK = "transforms of source() that allocate more than their scratch_bytes; caches(): sizes"
 

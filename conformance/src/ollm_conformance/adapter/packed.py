@@ -11,17 +11,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ollm_conformance.adapter.base import AdapterSuite
-from ollm_conformance.bound import bound_parameters
 from ollm_conformance.checks import check, does_not_apply
 from ollm_conformance.models import DTYPES
 from ollm_conformance.subject import Reference, Subject
-from ollm_core.checkpoint.safetensors import open_checkpoint
-from ollm_core.generate.causal_lm import StreamedModel
+from ollm_core.testing import bound_parameters, hold_weights, open_checkpoint
 
 _EDGES = (0, 1, 2, 126, 127, 128, 129, 240, 241, 253, 254)
 _INTEGERS = {2: torch.int16, 4: torch.int32}
 _SCALES = "_scales"
-_ROOM = 1 << 29
 
 
 class Numbers(AdapterSuite):
@@ -126,20 +123,10 @@ def _check_bits(
     layout = subject.adapter.layout(subject.config)
     for kept in (True, False):
         with subject.open(directory, dtype=dtype) as model:
-            _place(model, kept=kept)
+            hold_weights(model, all_of_them=kept)
             for name, found in filter(lambda one: wanted(one[0]), bound_parameters(model, layout)):
                 told = f"parameter {name} in {dtype}, {'kept' if kept else 'streamed'}, of {what}"
                 _same_words(found, expected[name], told)
-
-
-def _place(model: StreamedModel, *, kept: bool) -> None:
-    """Let weights be kept in memory, or streamed in as little of it as there may be."""
-    weights = model.weights
-    if kept:
-        weights.fit(_ROOM, _ROOM)
-    else:
-        least = weights.least_bytes(0)
-        weights.fit(least, least)
 
 
 def _same_words(found: Tensor, expected: Tensor, what: str) -> None:

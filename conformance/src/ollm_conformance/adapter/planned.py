@@ -7,12 +7,10 @@ from pathlib import Path
 import pytest
 
 from ollm_conformance.adapter.base import AdapterSuite
-from ollm_conformance.allocated import TierTracker, live_bytes, only_new_objects
+from ollm_conformance.allocated import live_bytes, only_new_objects
 from ollm_conformance.checks import check
 from ollm_conformance.subject import CHUNK, Subject
-from ollm_core.memory.budgets import Budgets
-from ollm_core.planning.dry_run import Scenario
-from ollm_core.plugins.registry import supports
+from ollm_core.testing import PlannedRun, TierTracker, plan_run, supports
 
 _PROMPT = 160
 _ROUNDED = 32 << 10
@@ -40,31 +38,30 @@ class Planned(AdapterSuite):
     )
     def test_plan(self, subject: Subject, kv: str, roomy: bool, dtype: str) -> None:
         chunk_size = CHUNK if supports(subject.adapter, "chunked-prefill") else None
-        scenario = Scenario(_PROMPT + 2, 2, 1, kv, "exact", chunk_size)
         directory = subject.tiny("bfloat16")
-        rehearsal = subject.rehearsal(directory, dtype)
-        budgets = rehearsal.least(scenario, Budgets(1, 1))
-        if roomy:
-            more = rehearsal.spec.checkpoint.total_bytes // 2
-            budgets = Budgets(budgets.device + more, 2 * budgets.host)
-        plan = rehearsal.run(budgets, scenario)
+        plan = plan_run(
+            subject.rehearsal(directory, dtype),
+            num_tokens=_PROMPT + 2,
+            num_new=2,
+            kv=kv,
+            chunk_size=chunk_size,
+            roomy=roomy,
+        )
         with only_new_objects():
-            found = _measured(subject, directory, kv, budgets, dtype)
-        for memory, measured, planned in zip(
-            ("device", "host"),
-            found,
-            (plan.device_peak.device_bytes, plan.host_peak.host_bytes),
-            strict=True,
+            found = _measured(subject, directory, kv, plan, dtype)
+        for memory, measured, told in zip(
+            ("device", "host"), found, (plan.device_peak, plan.host_peak), strict=True
         ):
             most = 1.1 * measured + _ROUNDED
-            assert measured <= planned <= most, (
-                f"{memory} memory with KV on {kv} in {budgets}: expected a plan from "
-                f"{measured} to {most:.0f} bytes, got {planned}"
+            assert measured <= told <= most, (
+                f"{memory} memory with KV on {kv} in {plan.device_memory} bytes of the device and "
+                f"{plan.host_memory} of the host: expected a plan from {measured} to {most:.0f} "
+                f"bytes, got {told}"
             )
 
 
 def _measured(
-    subject: Subject, directory: Path, kv: str, budgets: Budgets, dtype: str
+    subject: Subject, directory: Path, kv: str, plan: PlannedRun, dtype: str
 ) -> tuple[int, int]:
     """Bytes that a prompt and a step really have at their peak, of the device's memory and of the
     host's.
@@ -77,8 +74,8 @@ def _measured(
         directory,
         kv=kv,
         dtype=dtype,
-        device_memory=budgets.device,
-        host_memory=budgets.host,
+        device_memory=plan.device_memory,
+        host_memory=plan.host_memory,
     ) as model:
         with TierTracker(kv_on_device=kv_on_device) as whole:
             cache = model.new_cache(num_tokens=_PROMPT + 2)

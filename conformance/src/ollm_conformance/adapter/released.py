@@ -16,9 +16,7 @@ from ollm_conformance.compare import refused, same_within
 from ollm_conformance.held import same_lengths
 from ollm_conformance.subject import Subject
 from ollm_core import DoesNotFitError
-from ollm_core.engine.batch import NewTokens
-from ollm_core.generate.cache import SequenceCache
-from ollm_core.generate.causal_lm import StreamedModel
+from ollm_core.testing import NewTokens, SequenceCache, StreamedModel, run_pass
 
 _LOOK = "caches(): kind, window and states of each layer; layout().mixer must keep nothing of a row"
 _TIERS = pytest.mark.parametrize("kv", ["device", "disk"])
@@ -136,7 +134,7 @@ def _run(model: StreamedModel, cache: SequenceCache, texts: dict[int, _Text]) ->
         NewTokens(sequence, text[-1], sum(map(len, text[:-1])), len(text[-1]))
         for sequence, text in texts.items()
     ]
-    return model.engine.run(cache.store, work)
+    return run_pass(model, cache.store, work)
 
 
 def _right(subject: Subject, found: Sequence[Tensor], texts: dict[int, _Text], what: str) -> None:

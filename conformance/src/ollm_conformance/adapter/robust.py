@@ -10,16 +10,21 @@ import pytest
 import torch
 
 from ollm_conformance.adapter.base import AdapterSuite
-from ollm_conformance.broken_off import fail_reads, interrupt_at
+from ollm_conformance.broken_off import interrupt_at
 from ollm_conformance.checks import check
 from ollm_conformance.compare import refused, same_bits, same_tokens
 from ollm_conformance.held import same_lengths
 from ollm_conformance.subject import Reference, Subject, greedy
 from ollm_conformance.untouched import untouched
-from ollm_core import NotFiniteError, ReadError
-from ollm_core.checkpoint.safetensors import open_checkpoint, read_config
-from ollm_core.generate.cache import SequenceCache
-from ollm_core.generate.causal_lm import StreamedModel
+from ollm_core import ReadError
+from ollm_core.testing import (
+    NotFiniteError,
+    SequenceCache,
+    StreamedModel,
+    failing_reads,
+    open_checkpoint,
+    read_config,
+)
 
 _LOOK = "module-level state in the adapter"
 
@@ -122,7 +127,7 @@ class Failure(AdapterSuite):
         look="code of the adapter that catches errors",
     )
     @pytest.mark.parametrize("kv", ["device", "disk"])
-    def test_read_error(self, subject: Subject, kv: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_read_error(self, subject: Subject, kv: str) -> None:
         prompt, directory = subject.prompt(330), subject.tiny("bfloat16")
 
         def work(model: StreamedModel) -> None:
@@ -135,8 +140,7 @@ class Failure(AdapterSuite):
             cache = model.new_cache()
             model(input_ids=prompt[None, :270], past_key_values=cache, logits_to_keep=1)
 
-            with monkeypatch.context() as patch:
-                fail_reads(model, patch, after=0)
+            with failing_reads(model):
                 with contextlib.suppress(ReadError):  # uses up what was read ahead
                     model(input_ids=prompt[None, :1])
                 with refused(ReadError, f"a pass with KV on {kv} whose reads fail") as refusal:

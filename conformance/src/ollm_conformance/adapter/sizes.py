@@ -17,7 +17,7 @@ from ollm_conformance.models import model_config
 from ollm_conformance.rounding import rounded_alike
 from ollm_conformance.subject import Reference, Subject, run_pieces
 from ollm_core import KVStoreError
-from ollm_core.plugins.registry import supports
+from ollm_core.testing import read_config, supports
 
 _LONG = 5000
 _LONG_CHUNK = 256
@@ -37,7 +37,7 @@ class Sizes(AdapterSuite):
     )
     def test_long(self, subject: Subject) -> None:
         directory = _long_model(subject)
-        config = subject.spec(directory).config
+        config = subject.adapter.text_config(read_config(directory))
         num_tokens = min(_LONG, int(model_config(config).get_text_config().max_position_embeddings))
         first, *rest = subject.prompt(num_tokens).split([num_tokens - 4, 1, 3])
         reference = Reference(directory, torch.float32)

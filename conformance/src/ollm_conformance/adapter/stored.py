@@ -12,9 +12,7 @@ from ollm_conformance.checks import check, does_not_apply
 from ollm_conformance.naming import Form, Names, kept_names
 from ollm_conformance.subject import Subject
 from ollm_core import Config, ModelAdapter
-from ollm_core.checkpoint.safetensors import open_checkpoint
-from ollm_core.checkpoint.synthetic import STORED_DTYPES
-from ollm_core.contracts.tensors import DTYPE_BYTES
+from ollm_core.testing import DTYPE_BYTES, STORED_DTYPES, open_checkpoint
 
 _LOOK = "source() and experts(), with `stored` where tensors are packed (tensors() if you wrote it)"
 _NOTHING = "tensors() says nothing, so that models of this family are planned with files only"

@@ -22,7 +22,7 @@ from ollm_conformance.subject import Subject
 from ollm_conformance.unstated import Shortened, first_difference, left_out, shortened, taken_for
 from ollm_conformance.without_data import filled_layers, same_full_size
 from ollm_core import Config, OllmError
-from ollm_core.checkpoint.safetensors import read_config
+from ollm_core.testing import read_config
 
 _MOST_NUMBERS = 2_000_000
 """Parameters of a model that is still run."""

@@ -20,8 +20,7 @@ from ollm_conformance.naming import kept_names, one_of_each
 from ollm_conformance.subject import Subject
 from ollm_conformance.uses import used_once
 from ollm_core import CheckpointError
-from ollm_core.checkpoint.safetensors import open_checkpoint
-from ollm_core.generate.causal_lm import StreamedModel
+from ollm_core.testing import StreamedModel, open_checkpoint, weight_tensors
 
 _MINE = "(weights() if you wrote your own)"
 _LOOK = f"layer_parameters(), source(), experts() {_MINE}: names, tensors and transforms"
@@ -183,10 +182,7 @@ class Weights(AdapterSuite):
             for _ in range(4):
                 work(model)
             after = model.stats
-            units = list(model.weights.units)
-            for experts in model.weights.expert_units.values():
-                units.extend(experts)
-        pages = 2 * 4096 * sum(len(unit.tensors) for unit in units)
+            pages = 2 * 4096 * len(weight_tensors(model))
         most = stored - after.resident_bytes + pages
         passes = after.weight_passes - before.weight_passes
         found = (after.weight_bytes_read - before.weight_bytes_read) / passes

@@ -21,7 +21,8 @@ from ollm_conformance.parts.base import PartSuite, refusal
 from ollm_conformance.parts.lists import KVShape, ListKVStore
 from ollm_conformance.process_memory import process_memory
 from ollm_conformance.seeds import drawn
-from ollm_core import Attention, KVView, UnsupportedError
+from ollm_core import UnsupportedError
+from ollm_core.testing import Attention, KVView
 
 BLOCK = 16
 """Tokens per block of the store."""

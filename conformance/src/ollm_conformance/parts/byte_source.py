@@ -26,7 +26,7 @@ from ollm_conformance.parts.base import (
 from ollm_conformance.parts.source_size import SourceSize
 from ollm_conformance.seeds import drawn
 from ollm_core import ByteSource, OllmError, ReadError, TensorInfo
-from ollm_core.device.buffers import PAGE, aligned_buffer, as_memoryview
+from ollm_core.testing import PAGE, aligned_buffer, as_memoryview
 
 SIZES = (3 * PAGE + 17, 700_001, 5)
 """Bytes of the files: the ends are in the middle of a page."""

@@ -21,6 +21,7 @@ from ollm_conformance.parts.encoded import (
     DTYPES,
     SHAPES,
     Stored,
+    WeightCodec,
     bits,
     patterns,
     plain,
@@ -29,8 +30,7 @@ from ollm_conformance.parts.encoded import (
 )
 from ollm_conformance.process_memory import SLACK, peak_grown, process_memory
 from ollm_conformance.seeds import drawn
-from ollm_core import EncodedTensor, OllmError
-from ollm_core.plugins.factories import CodecRequest, WeightCodec
+from ollm_core import CodecRequest, EncodedTensor, OllmError
 
 LARGE = 3072, 4096
 """Shape of a tensor beside which everything else in the process is small."""

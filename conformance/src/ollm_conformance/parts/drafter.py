@@ -19,9 +19,7 @@ from ollm_conformance.compare import same_tokens
 from ollm_conformance.parts.base import PartSuite, nothing_left, refusal
 from ollm_conformance.parts.texts import OpenDrafter, answer, closing, random_text, texts
 from ollm_conformance.process_memory import process_memory
-from ollm_core import DoesNotFitError, DraftRequest
-from ollm_core.contracts.drafting import Drafter, FollowsText
-from ollm_core.memory.accounts import MemoryAccount
+from ollm_core import DoesNotFitError, Drafter, DraftRequest, FollowsText, MemoryAccount
 
 LIMIT = 1 << 30
 MOST = 10

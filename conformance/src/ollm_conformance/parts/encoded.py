@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ollm_conformance.seeds import drawn
 from ollm_core import CodecRequest, EncodedTensor, TensorInfo
-from ollm_core.checkpoint.safetensors import open_checkpoint
-from ollm_core.plugins.factories import WeightCodec
+from ollm_core.testing import open_checkpoint
 
+WeightCodec = Callable[[CodecRequest], Mapping[str, EncodedTensor]]
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 CONFIG: dict[str, Any] = {"model_type": "llama", "vocab_size": 64}
 SHAPES: tuple[tuple[int, ...], ...] = (

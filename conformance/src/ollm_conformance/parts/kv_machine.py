@@ -20,8 +20,7 @@ from torch import Tensor
 
 from ollm_conformance.compare import same_bits
 from ollm_conformance.parts.lists import KVShape, ListKVStore
-from ollm_core import KVStore, TierBytes
-from ollm_core.memory.accounts import MemoryAccount
+from ollm_core import KVStore, MemoryAccount, TierBytes
 
 SHARES = st.one_of(st.just(1.0), st.floats(0, 1))
 """How much of a sequence is kept: often all of it."""

@@ -14,8 +14,7 @@ from ollm_conformance.parts.base import nothing_left, refusal
 from ollm_conformance.parts.kv_machine import OpenStore
 from ollm_conformance.parts.kv_suite import SMALL, KVStoreSuite
 from ollm_conformance.parts.lists import KVShape
-from ollm_core import DoesNotFitError, KVStore, KVStoreError
-from ollm_core.memory.accounts import MemoryAccount
+from ollm_core import DoesNotFitError, KVStore, KVStoreError, MemoryAccount
 
 WIDE = KVShape(2, 2, 64, torch.float32, 16)
 """A block of whole pages, so that rounding to pages hides nothing."""

@@ -11,8 +11,7 @@ from typing import ClassVar
 from ollm_conformance.parts.base import PartSuite
 from ollm_conformance.parts.kv_machine import OpenStore
 from ollm_conformance.parts.lists import KVShape
-from ollm_core import KVStore
-from ollm_core.memory.accounts import MemoryAccount
+from ollm_core import KVStore, MemoryAccount
 
 SMALL = KVShape()
 

@@ -20,7 +20,7 @@ from ollm_conformance.parts.base import PartSuite
 from ollm_conformance.process_memory import process_memory
 from ollm_conformance.seeds import drawn
 from ollm_core import ByteSource, TensorInfo
-from ollm_core.device.buffers import PAGE, aligned_buffer, as_memoryview, round_up
+from ollm_core.testing import PAGE, aligned_buffer, as_memoryview
 
 EDGES = (1 << 31, 1 << 32)
 """Bytes at which numbers of 32 bits end, with a sign and without."""
@@ -171,7 +171,7 @@ def folded_buffer(num_bytes: int, last: int) -> Tensor:
     `last` bytes of it is one window of memory again and again, and holds what was written there
     last.
     """
-    first, size = 1 << 20, round_up(num_bytes)
+    first, size = 1 << 20, -(-num_bytes // PAGE) * PAGE
     mapped = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     address = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
     libc = ctypes.CDLL(None, use_errno=True)

@@ -11,10 +11,8 @@ import torch
 from torch import Tensor
 
 from ollm_conformance.seeds import drawn
-from ollm_core import DraftRequest
-from ollm_core.contracts.closing import Closing
-from ollm_core.contracts.drafting import Drafter, FollowsText
-from ollm_core.memory.accounts import MemoryAccount
+from ollm_core import Drafter, DraftRequest, FollowsText, MemoryAccount
+from ollm_core.testing import Closing
 
 
 def random_text(num_tokens: int, vocab_size: int, seed: int) -> Tensor:

@@ -13,9 +13,15 @@ from torch import Tensor
 
 from ollm_conformance.compare import same_bits
 from ollm_conformance.seeds import drawn
-from ollm_core import ParameterSource, WeightStreamer
-from ollm_core.checkpoint.safetensors import Checkpoint, open_checkpoint
-from ollm_core.weights.units import Parameter, Units, WeightUnit
+from ollm_core import ParameterSource
+from ollm_core.testing import (
+    Checkpoint,
+    Parameter,
+    Units,
+    WeightStreamer,
+    WeightUnit,
+    open_checkpoint,
+)
 
 NUM_LAYERS = 5
 NUM_UNITS = NUM_LAYERS + 2

@@ -25,9 +25,8 @@ from ollm_conformance.parts.base import (
 )
 from ollm_conformance.parts.tiny_weights import NUM_UNITS, Model
 from ollm_conformance.process_memory import SLACK, process_memory
-from ollm_core import DoesNotFitError, ReadError, WeightStreamer
-from ollm_core.memory.accounts import MemoryAccount
-from ollm_core.weights.units import Units
+from ollm_core import DoesNotFitError, MemoryAccount, ReadError
+from ollm_core.testing import Units, WeightStreamer
 
 PAGE_SLACK = 2 * 4096
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -1,0 +1,1 @@
+"""Random walks over a whole model: any order of what a user may do, against transformers."""

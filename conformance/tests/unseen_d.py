@@ -1,0 +1,536 @@
+"""Faults found by going through the contracts of adapters, core and parts, without knowing any
+check. For tests only.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections import Counter
+from contextlib import contextmanager
+from dataclasses import replace
+from types import MappingProxyType
+
+import pytest
+import torch
+from broken import Unseen, unseen
+from families import Granite, Qwen3, Qwen3Moe
+from safetensors.torch import save_file
+
+from ollm_adapter_llama import LlamaAdapter
+from ollm_adapter_qwen3_next import Qwen3NextAdapter, Qwen35Adapter
+from ollm_conformance import (
+    AttentionConformance,
+    ByteSourceConformance,
+    CodecConformance,
+    DrafterConformance,
+    KVStoreConformance,
+    WeightStreamerConformance,
+)
+from ollm_core import (
+    ByteSource,
+    DecoderAdapter,
+    EncodedTensor,
+    InputError,
+    ReadError,
+    UnsupportedError,
+    opening,
+)
+from ollm_core.attention import exact
+from ollm_core.attention.options import CARRIED
+from ollm_core.checkpoint import FileState
+from ollm_core.drafts import LookupDrafter
+from ollm_core.generation import StreamedModel
+from ollm_core.kv import DiskKVStore, HostKVStore, KVGeometry, StateStore
+from ollm_core.memory import MemoryAccount
+from ollm_core.weights.rows import EmbeddingRows
+from ollm_core.weights.sources import open_source
+from ollm_core.weights.tiered import TieredWeights
+
+
+# Hurts: every published Qwen2: its projections have biases, its config.json does not say so, and
+# the good checkpoint is refused for tensors that no such model has.
+class BiasesThatConfigsSay(DecoderAdapter):
+    name = "qwen2"
+    model_types = ("qwen2",)
+    defaults = MappingProxyType(
+        {
+            "max_window_layers": 28,
+            "num_key_value_heads": 32,
+            "sliding_window": 4096,
+            "use_sliding_window": False,
+        }
+    )
+
+    def layer_parameters(self, config, layer_idx):
+        yield from ("input_layernorm.weight", "post_attention_layernorm.weight")
+        for leaf in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            yield f"self_attn.{leaf}.weight"
+            if leaf != "o_proj" and config.get("attention_bias"):
+                yield f"self_attn.{leaf}.bias"
+        for leaf in ("gate_proj", "up_proj", "down_proj"):
+            yield f"mlp.{leaf}.weight"
+
+    def tiny_config(self):
+        dropped = ("mlp_bias", "head_dim", "rope_scaling")
+        config = LlamaAdapter().tiny_config()
+        return {
+            **{key: value for key, value in config.items() if key not in dropped},
+            "architectures": ["Qwen2ForCausalLM"],
+            "attention_bias": True,
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+            "model_type": "qwen2",
+            "sliding_window": 100,
+            "use_sliding_window": True,
+        }
+
+
+# Hurts: a mixture larger than memory: what was fused once stays, with the buffers that it was read
+# into, outside every account, until the machine has no memory left.
+class FusedOnce(Qwen3Moe):
+    fused = staticmethod(functools.lru_cache(maxsize=256)(Qwen3Moe.fused))
+
+
+# Hurts: a mixture in bfloat16 with large experts inside a tight budget: each fused parameter is
+# made at twice its size, beside itself, and no scratch is told.
+class FusedInFloat32(Qwen3Moe):
+    @staticmethod
+    def fused(gate, up):
+        return Qwen3Moe.fused(gate.float(), up.float()).to(gate.dtype)
+
+
+# Hurts: a config.json of a pruned model beside the whole one's weights: the layers that are left
+# over pass for a layer that drafts, and every token is that of half a model.
+class DeeperLayersIgnored(LlamaAdapter):
+    def ignores(self, config, tensor):
+        number, _, _ = tensor.removeprefix("model.layers.").partition(".")
+        deeper = number.isdigit() and int(number) >= config["num_hidden_layers"]
+        return deeper or super().ignores(config, tensor)
+
+
+# Hurts: a Llama whose config.json has a stray sliding_window, as those that were converted from
+# Mistral: its layers see all tokens, the store lets go of the early ones, and a long prompt fails.
+class StrayWindowBelieved(LlamaAdapter):
+    layer_types = DecoderAdapter.layer_types
+
+
+# Hurts: a small Qwen3.5 that also sees: only the outer config says that its head is tied, and the
+# good checkpoint is refused for the head that it lacks.
+class TiedOutsideTheText(Qwen35Adapter):
+    def text_config(self, config):
+        return config.get("text_config") or config
+
+
+# Hurts: two models of one depth in one process, as when one drafts for the other: the second gets
+# the windows of the first.
+class WindowsRememberedByDepth(Qwen3):
+    _types = {}  # noqa: RUF012 - the fault
+
+    def layer_types(self, config):
+        key = config["num_hidden_layers"], config.get("sliding_window")
+        if key not in self._types:
+            self._types[key] = super().layer_types(config)
+        return self._types[key]
+
+
+# Hurts: every mixture of more than ten experts: expert 10 is taken for expert 2. The author's own
+# tiny model has eight.
+class ExpertsByTheirNames(Qwen3Moe):
+    def experts(self, config, parameter):
+        return sorted(super().experts(config, parameter), key=lambda source: source.tensors)
+
+    def tiny_config(self):
+        return {**super().tiny_config(), "num_experts": 8}
+
+
+# Hurts: Granite or Gemma that says one token twice: rows that core multiplied in place are given
+# out again for the same token, and are multiplied once more.
+def rows_given_out_again(self, token_ids, dtype, *, lookup=EmbeddingRows.lookup):
+    before = getattr(self, "_before", None)
+    if before is None or not torch.equal(before[0], token_ids) or before[1].dtype != dtype:
+        self._before = token_ids.clone(), lookup(self, token_ids, dtype)
+    return self._before[1]
+
+
+# Hurts: every Llama 3 chat: of the tokens that end a text the first is <|end_of_text|>, which no
+# answer ends with, and the model talks on to the last new token.
+def first_stop_token_alone(directory, config, *, read=opening.read_generation_config):
+    found = read(directory, config)
+    if found is not None and isinstance(found.eos_token_id, list):
+        found.eos_token_id = found.eos_token_id[0]
+    return found
+
+
+# Hurts: a run of days while the weights are written over by `cp -p` or `rsync -t --inplace` from a
+# fine-tuned copy: half of the layers are of another model, and nothing is said.
+def modification_time_alone(cls, status, *, of=FileState.of.__func__):
+    return replace(of(cls, status), ctime_ns=0, inode=0)
+
+
+# Hurts: `kv_dir` after rope_theta or the scaling in config.json was changed: a prompt goes on from
+# the keys of the old one, which were rotated otherwise.
+def identity_of_weights_alone(checkpoint, config, *args, identity=opening.identity, **options):
+    return identity(checkpoint, {}, *args, **options)
+
+
+# Hurts: one prompt that is read once and gone on with in two ways, on Qwen3-Next: both write to the
+# states that they share.
+def states_shared_by_forks(self, sequence, forked, num_tokens, *, fork=StateStore.fork):
+    fork(self, sequence, forked, num_tokens)
+    for layer_idx, source in self._sequences[sequence].layers.items() if num_tokens else ():
+        self._sequences[forked].layers[layer_idx].at[num_tokens] = source.at[num_tokens]
+
+
+# Hurts: a chunk of a prompt that ends one token past the window, as 129 tokens of gpt-oss: its last
+# token sees one that it must not.
+def mask_from_two_past_the_window(query, start, num_keys, window, *, mask=exact._causal_mask):
+    hides = window is not None and num_keys > window + 1
+    return mask(query, start, num_keys, window if hides else None)
+
+
+# Hurts: a prompt or a text that fills the positions of the model to the last one: it is refused,
+# and transformers gives it.
+def last_position_refused(self, length):
+    limit = self.config.max_position_embeddings
+    if length >= limit:
+        raise InputError(
+            f"{length} tokens are past the model's {limit} positions",
+            hint="shorten the prompt or ask for fewer new tokens",
+        )
+
+
+# Hurts: a server that answers one prompt after the other: the KV of each stays until the model is
+# closed, and at some prompt there is no memory.
+def caches_held_by_the_model(self, *args, new_cache=StreamedModel.new_cache, **options):
+    cache = new_cache(self, *args, **options)
+    self.__dict__.setdefault("_made", []).append(cache)
+    return cache
+
+
+def core(sentence, adapter, owner, name, fault):
+    """An `Unseen` in which `name` of `owner` is `fault` while its suite runs."""
+
+    @pytest.fixture(autouse=True, scope="class")
+    @classmethod
+    def broken(cls):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(owner, name, fault)
+            yield
+
+    made = unseen(sentence, adapter, broken=broken)
+    title = getattr(fault, "__func__", fault).__name__
+    return replace(made, name=title)
+
+
+_CPU = torch.device("cpu")
+
+
+def _geometry(shape):
+    return KVGeometry(shape.kinds, shape.dtype, _CPU, shape.block_size)
+
+
+# Hurts: Ctrl-C in the middle of a long second prompt, on a model with windows: the layers that were
+# through have let go of what was there before, and the conversation is lost.
+class UndoNotPinned(HostKVStore):
+    def reserve(self, sequence, num_tokens, longest=None):
+        super().reserve(sequence, num_tokens, longest)
+        for table in self._tables[sequence]:
+            table.pinned = 0
+
+
+class UndoNotPinnedSuite(KVStoreConformance):
+    @staticmethod
+    def open_store(shape, account, directory):
+        return UndoNotPinned(_geometry(shape), account)
+
+
+# Hurts: a server with KV on disk: each cache leaves a file handle, and after a thousand prompts no
+# file can be opened.
+class DirectoryLeftOpen(DiskKVStore):
+    def __init__(self, geometry, account, directory):
+        super().__init__(geometry, account, directory, "0" * 64)
+        self._directory = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+    def append(self, layer_idx, sequence, keys, values):
+        super().append(layer_idx, sequence, keys, values)
+        if self.num_tokens(sequence, layer_idx) % self.block_size == 0:
+            os.fsync(self._directory)  # the names of the files are safe, too
+
+
+class DirectoryLeftOpenSuite(KVStoreConformance):
+    @staticmethod
+    def open_store(shape, account, directory):
+        return DirectoryLeftOpen(_geometry(shape), account, directory)
+
+
+# Hurts: a mixture, or a model that drafts, where two threads read: one copies from the pages that
+# the other is reading into, and weights are those of other layers.
+class OneBounceBuffer(ByteSource):
+    name = "one-bounce-buffer"
+
+    def __init__(self, paths):
+        self._files, self._bytes_read = {}, 0
+        self._bounce = memoryview(bytearray(256 << 10))
+        try:
+            for path in paths:
+                self._files[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            self.close()
+            raise
+
+    def read(self, tensors, buffer):
+        offsets, end = [], 0
+        for tensor in tensors:
+            start = end + (tensor.offset - end) % 64
+            end = start + tensor.num_bytes
+            self._fill(tensor, buffer[start:end])
+            offsets.append(start)
+        self._bytes_read += sum(tensor.num_bytes for tensor in tensors)
+        return offsets
+
+    def _fill(self, tensor, part):
+        done = 0
+        while done < tensor.num_bytes:
+            wanted = self._bounce[: tensor.num_bytes - done]
+            try:
+                count = os.preadv(self._files[tensor.path], [wanted], tensor.offset + done)
+            except OSError as error:
+                raise ReadError(f"{tensor.path}: {error.strerror}") from error
+            if not count:
+                raise ReadError(f"{tensor.path}: ends before the end of {tensor.name}")
+            part[done : done + count] = wanted[:count]
+            done += count
+
+    def buffer_bytes(self, tensors):
+        return sum(tensor.num_bytes + 64 for tensor in tensors)
+
+    @property
+    def bytes_read(self):
+        return self._bytes_read
+
+    def close(self):
+        while self._files:
+            os.close(self._files.popitem()[1])
+
+
+class OneBounceBufferSuite(ByteSourceConformance):
+    @staticmethod
+    def open_source(paths):
+        return OneBounceBuffer(paths)
+
+
+# Hurts: a program that asks again until a download is complete: each time that the last file is
+# not there yet, the handles of those before it stay.
+class HandlesOfAFailedOpening(OneBounceBuffer):
+    name = "handles-of-a-failed-opening"
+
+    def __init__(self, paths):
+        self._bytes_read = 0
+        self._files = {path: os.open(path, os.O_RDONLY | os.O_CLOEXEC) for path in paths}
+
+    def _fill(self, tensor, part):
+        done = 0
+        while done < tensor.num_bytes:
+            file, offset = self._files[tensor.path], tensor.offset + done
+            try:
+                count = os.preadv(file, [part[done:]], offset)
+            except OSError as error:
+                raise ReadError(f"{tensor.path}: {error.strerror}") from error
+            if not count:
+                raise ReadError(f"{tensor.path}: ends before the end of {tensor.name}")
+            done += count
+
+
+class HandlesOfAFailedOpeningSuite(ByteSourceConformance):
+    @staticmethod
+    def open_source(paths):
+        return HandlesOfAFailedOpening(paths)
+
+
+# Hurts: every model: the gate of an MLP and what goes up beside it have one shape, so both are what
+# was decoded last.
+def planes_into_buffers(request):
+    buffers = {}
+
+    def join(high, low):
+        if high.shape not in buffers:
+            buffers[high.shape] = torch.empty(high.shape, dtype=torch.bfloat16)
+        planes = buffers[high.shape].view(-1).view(torch.uint8).view(*high.shape, 2)
+        planes[..., 0], planes[..., 1] = low, high
+        return buffers[high.shape]
+
+    return _planes(request, join)
+
+
+def _planes(request, join):
+    found = {}
+    for stored, high in request.tensors.items():
+        name = stored.removesuffix(".high")
+        low = request.tensors.get(f"{name}.low")
+        if not stored.endswith(".high") or low is None:
+            continue
+        if high.dtype == low.dtype == "U8" and high.shape == low.shape:
+            found[name] = EncodedTensor((stored, low.name), "BF16", high.shape, join, cpu_only=True)
+    return found
+
+
+class PlanesIntoBuffersSuite(CodecConformance):
+    codec = staticmethod(planes_into_buffers)
+
+    @staticmethod
+    def write(tensors, directory):
+        stored = {}
+        for name, tensor in tensors.items():
+            if tensor.dtype != torch.bfloat16 or "embed_tokens" in name:
+                stored[name] = tensor.contiguous()
+                continue
+            planes = tensor.contiguous().view(-1).view(torch.uint8).view(*tensor.shape, 2)
+            stored[f"{name}.low"] = planes[..., 0].contiguous()
+            stored[f"{name}.high"] = planes[..., 1].contiguous()
+        save_file(stored, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+# Hurts: every text: token ids on the CPU are those of the text itself, and what is hidden from the
+# look-up is gone from the answer.
+class SpecialTokensHidden:
+    def __init__(self, request):
+        self._lookup = LookupDrafter()
+
+    def __call__(self, token_ids, num_tokens):
+        token_ids[token_ids < 3] = 0  # what begins or ends a text is no match
+        return self._lookup(token_ids, num_tokens)
+
+
+class SpecialTokensHiddenSuite(DrafterConformance):
+    @staticmethod
+    def open_drafter(request):
+        return SpecialTokensHidden(request)
+
+
+# Hurts: a mixture of three experts or more for a token: their outputs are added up in another order
+# than in the model that is not streamed, and its last bits are others; in bfloat16 soon its tokens.
+class HottestExpertsFirst(TieredWeights):
+    def experts(self, layer_idx, expert_ids):
+        return self._in_turn(layer_idx, Counter(expert_ids))
+
+    @contextmanager
+    def _in_turn(self, layer_idx, counts):
+        def steps():
+            for expert, count in counts.most_common():
+                with super(HottestExpertsFirst, self).experts(layer_idx, {expert: count}) as found:
+                    yield from found
+
+        yield steps()
+
+
+class HottestExpertsFirstSuite(WeightStreamerConformance):
+    @staticmethod
+    def open_streamer(units, files, dtype, account):
+        accounts = account, MemoryAccount("host memory", 0)
+        weights = HottestExpertsFirst(units, open_source(files), dtype, _CPU, accounts)
+        try:
+            weights.fit(account.free, 0)
+        except BaseException:
+            weights.close()
+            raise
+        return weights
+
+
+# Hurts: Qwen2, whose keys have large biases: scores in the hundreds are more than float32 can take
+# to the power of e, and the logits are no numbers.
+class SumsOfPowers:
+    def __call__(self, module, query, view, *, scaling, sliding_window=None, s_aux=None, **options):
+        for name, value in options.items():
+            if value is not None and name not in CARRIED:
+                raise UnsupportedError(f"this attention does not know the option {name!r}")
+        return torch.stack(
+            [
+                self._row(query[row].float(), view, row, scaling, sliding_window, s_aux)
+                for row in range(len(query))
+            ]
+        ).to(query.dtype)
+
+    def _row(self, query, view, row, scaling, window, sinks):
+        query = query.unflatten(0, (len(view.keys[row]), -1))  # [G, P, T, D]
+        places = torch.arange(query.shape[2])
+        total, whole, begin = 0.0, 0.0, view.first(row, window) - view.starts[row]
+        for keys, values in self._blocks(view, row, window):
+            back = places[:, None] - torch.arange(begin, begin + keys.shape[1])
+            hidden = (back < 0) | (back >= window if window is not None else False)
+            scores = query @ keys.float().transpose(1, 2)[:, None] * scaling
+            powers = self._powers(scores.masked_fill(hidden, -torch.inf))
+            total = total + powers @ values.float()[:, None]
+            whole = whole + powers.sum(-1, keepdim=True)
+            begin += keys.shape[1]
+        if sinks is not None:
+            whole = whole + self._powers(sinks.float()).view(*query.shape[:2], 1, 1)
+        return (total / whole).flatten(0, 1).transpose(0, 1)
+
+    @staticmethod
+    def _blocks(view, row, window):
+        yield from view.past(row, window)
+        yield view.keys[row], view.values[row]
+
+    @staticmethod
+    def _powers(scores):
+        return scores.exp()
+
+
+class SumsOfPowersSuite(AttentionConformance):
+    attention = SumsOfPowers()
+
+
+def part(sentence, suite):
+    return Unseen(suite.__name__.removesuffix("Suite"), sentence, suite)
+
+
+UNSEEN = [
+    unseen("biases are those that config.json tells of", BiasesThatConfigsSay),
+    unseen("what was fused is remembered", FusedOnce),
+    unseen("experts are fused in float32, and nothing says so", FusedInFloat32),
+    unseen("layers past the last one are superfluous", DeeperLayersIgnored),
+    unseen("a Llama has windows if its config.json has the key", StrayWindowBelieved),
+    unseen("whether the head is tied is looked for in the text's config alone", TiedOutsideTheText),
+    unseen("layer types are remembered by depth and window", WindowsRememberedByDepth),
+    unseen("experts are in the order of their names", ExpertsByTheirNames),
+    core(
+        "rows of the same tokens are given out again",
+        Granite, EmbeddingRows, "lookup", rows_given_out_again,
+    ),
+    core(
+        "of several tokens that end a text the first does",
+        LlamaAdapter, opening, "read_generation_config", first_stop_token_alone,
+    ),
+    core(
+        "files are known by size and modification time",
+        LlamaAdapter, FileState, "of", classmethod(modification_time_alone),
+    ),
+    core(
+        "a model is known by its weights alone",
+        LlamaAdapter, opening, "identity", identity_of_weights_alone,
+    ),
+    core(
+        "forks share a recurrent state",
+        Qwen3NextAdapter, StateStore, "fork", states_shared_by_forks,
+    ),
+    core(
+        "nothing is hidden of keys that are one more than the window",
+        Qwen3, exact, "_causal_mask", mask_from_two_past_the_window,
+    ),
+    core(
+        "a text must not fill all positions",
+        LlamaAdapter, StreamedModel, "check_length", last_position_refused,
+    ),
+    core(
+        "a model holds its caches",
+        LlamaAdapter, StreamedModel, "new_cache", caches_held_by_the_model,
+    ),
+    part("what a pass began with is not held", UndoNotPinnedSuite),
+    part("the handle of a directory is not closed", DirectoryLeftOpenSuite),
+    part("all threads read through one buffer", OneBounceBufferSuite),
+    part("handles stay where opening fails", HandlesOfAFailedOpeningSuite),
+    part("tensors of one shape are decoded into one buffer", PlanesIntoBuffersSuite),
+    part("a drafter writes to the text", SpecialTokensHiddenSuite),
+    part("the experts of most tokens come first", HottestExpertsFirstSuite),
+    part("powers are summed up as they are", SumsOfPowersSuite),
+]  # fmt: skip

@@ -1,0 +1,99 @@
+"""Flags of the verbs: those of `ollm_core.options`, and those that any verb takes."""
+
+from __future__ import annotations
+
+import logging
+import re
+import warnings
+from collections.abc import Callable
+from dataclasses import Field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from ollm_core.cli.offered import check_offered
+from ollm_core.files.paths import absolute
+from ollm_core.options import OPTIONS, about, default_text
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+STDIN = "-"
+"""What stands for it where a file is named."""
+
+
+def options_of(verb: str) -> Callable[[Command], Command]:
+    """Every option that `verb` has a flag for, as arguments of the same names."""
+
+    def decorate(command: Command) -> Command:
+        for name in reversed(names_of(verb)):
+            command = _flag(OPTIONS[name], verb)(command)
+        return command
+
+    return decorate
+
+
+def names_of(verb: str) -> list[str]:
+    """The options that `verb` has a flag for."""
+    return [name for name, option in OPTIONS.items() if verb in about(option).verbs]
+
+
+def help_text(option: Field[Any]) -> str:
+    """What `--help` says: other options by their flags, and the default."""
+    text = re.sub(r"`(\w+)`", lambda match: _flag_name(match[1]), about(option).help)
+    return f"{text}  [default: {default_text(option)}]"
+
+
+def _flag(option: Field[Any], verb: str) -> Callable[[Command], Command]:
+    known, name = about(option), "--" + option.name.replace("_", "-")
+    settings: dict[str, Any] = {"default": option.default, "help": help_text(option)}
+    if isinstance(option.default, bool):
+        settings["is_flag"] = True
+        if option.default:
+            name += f"/--no-{option.name.replace('_', '-')}"
+    elif known.takes_plugins(verb):
+        settings["metavar"] = f"[{'|'.join(known.choices)}|PLUGIN]"
+        settings["callback"] = check_offered(known.hook)
+    elif known.choices:
+        settings["type"] = click.Choice(known.choices)
+    elif known.least is not None:
+        settings["type"] = click.IntRange(known.least)
+    else:
+        settings["metavar"] = known.metavar
+    return click.option(name, **settings)
+
+
+def _flag_name(name: str) -> str:
+    return "--" + name.replace("_", "-") if name in OPTIONS else f"`{name}`"
+
+
+def user_path(value: str) -> Path:
+    """The type of options that name a file or directory: `~` is expanded, and the path holds
+    wherever the process goes. `-` stays as it is. Raises InputError.
+    """
+    return Path(value) if value == STDIN else absolute(value)
+
+
+def json_option(command: Command) -> Command:
+    """`--json`, as the argument `as_json`."""
+    text = "Print one JSON object on stdout, and nothing else there."
+    return click.option("--json", "as_json", is_flag=True, help=text)(command)
+
+
+def debug_option(command: Command) -> Command:
+    """`--debug`, which any verb and the group take; it shows what `quiet` and `main` hide."""
+    return click.option(
+        "--debug",
+        is_flag=True,
+        is_eager=True,
+        expose_value=False,
+        callback=_set_debug,
+        help="Show tracebacks, and what the libraries log.",
+    )(command)
+
+
+def _set_debug(context: click.Context, _: click.Parameter, value: bool) -> None:
+    if value:
+        context.ensure_object(dict)["debug"] = True
+        logging.disable(logging.NOTSET)
+        warnings.simplefilter("default")
