@@ -28,22 +28,15 @@ from ollm_conformance import (
     DrafterConformance,
     KVStoreConformance,
 )
-from ollm_core import (
-    ByteSource,
-    CacheKind,
-    EncodedTensor,
-    ReadError,
-    generation_hooks,
-    padding,
-    read_size,
-)
-from ollm_core import drafts as core_drafts
+from ollm_core import ByteSource, CacheKind, EncodedTensor, KVGeometry, ReadError, read_size
 from ollm_core.attention.exact import exact_attention
-from ollm_core.cache import SequenceCache
-from ollm_core.estimate import Estimate
-from ollm_core.generation import StreamedModel
-from ollm_core.kv import HostKVStore, KVGeometry
-from ollm_core.weights.tiered import TieredWeights
+from ollm_core.drafting import lookup as core_drafts
+from ollm_core.generate import hooks, padding
+from ollm_core.generate.cache import SequenceCache
+from ollm_core.generate.causal_lm import StreamedModel
+from ollm_core.kv.in_memory import HostKVStore
+from ollm_core.planning.cost_model import Estimate
+from ollm_core.weights.streamer import TieredWeights
 
 
 def in_core(sentence, adapter, replaced):
@@ -161,7 +154,7 @@ def rows_repeated_as_a_whole(patch):
 # Hurts: a batch from a tokenizer that pads on the right, as Llama's does by default: the shorter
 # rows go on from padding, whose logits are zero: token 0, and then other text.
 def padded_ends_not_refused(patch):
-    for module in (padding, generation_hooks):
+    for module in (padding, hooks):
         patch.setattr(module, "refuse_padded_end", lambda kept: None)
 
 

@@ -32,20 +32,23 @@ from ollm_core import (
     DecoderAdapter,
     EncodedTensor,
     InputError,
+    KVGeometry,
     ReadError,
     UnsupportedError,
-    opening,
+    loader,
 )
 from ollm_core.attention import exact
 from ollm_core.attention.options import CARRIED
-from ollm_core.checkpoint import FileState
-from ollm_core.drafts import LookupDrafter
-from ollm_core.generation import StreamedModel
-from ollm_core.kv import DiskKVStore, HostKVStore, KVGeometry, StateStore
-from ollm_core.memory import MemoryAccount
-from ollm_core.weights.rows import EmbeddingRows
-from ollm_core.weights.sources import open_source
-from ollm_core.weights.tiered import TieredWeights
+from ollm_core.checkpoint.safetensors import FileState
+from ollm_core.drafting.lookup import LookupDrafter
+from ollm_core.generate.causal_lm import StreamedModel
+from ollm_core.kv.disk.storage import DiskKVStore
+from ollm_core.kv.in_memory import HostKVStore
+from ollm_core.kv.recurrent.states import StateStore
+from ollm_core.memory.accounts import MemoryAccount
+from ollm_core.weights.embedding import EmbeddingRows
+from ollm_core.weights.sources.posix import open_source
+from ollm_core.weights.streamer import TieredWeights
 
 
 # Hurts: every published Qwen2: its projections have biases, its config.json does not say so, and
@@ -154,7 +157,7 @@ def rows_given_out_again(self, token_ids, dtype, *, lookup=EmbeddingRows.lookup)
 
 # Hurts: every Llama 3 chat: of the tokens that end a text the first is <|end_of_text|>, which no
 # answer ends with, and the model talks on to the last new token.
-def first_stop_token_alone(directory, config, *, read=opening.read_generation_config):
+def first_stop_token_alone(directory, config, *, read=loader.read_generation_config):
     found = read(directory, config)
     if found is not None and isinstance(found.eos_token_id, list):
         found.eos_token_id = found.eos_token_id[0]
@@ -169,7 +172,7 @@ def modification_time_alone(cls, status, *, of=FileState.of.__func__):
 
 # Hurts: `kv_dir` after rope_theta or the scaling in config.json was changed: a prompt goes on from
 # the keys of the old one, which were rotated otherwise.
-def identity_of_weights_alone(checkpoint, config, *args, identity=opening.identity, **options):
+def identity_of_weights_alone(checkpoint, config, *args, identity=loader.identity, **options):
     return identity(checkpoint, {}, *args, **options)
 
 
@@ -499,7 +502,7 @@ UNSEEN = [
     ),
     core(
         "of several tokens that end a text the first does",
-        LlamaAdapter, opening, "read_generation_config", first_stop_token_alone,
+        LlamaAdapter, loader, "read_generation_config", first_stop_token_alone,
     ),
     core(
         "files are known by size and modification time",
@@ -507,7 +510,7 @@ UNSEEN = [
     ),
     core(
         "a model is known by its weights alone",
-        LlamaAdapter, opening, "identity", identity_of_weights_alone,
+        LlamaAdapter, loader, "identity", identity_of_weights_alone,
     ),
     core(
         "forks share a recurrent state",
