@@ -25,7 +25,7 @@ _TINY = {
     "norm_topk_prob": True,
     "num_attention_heads": 4,
     "num_experts": 6,
-    "num_experts_per_tok": 2,
+    "num_experts_per_tok": 3,
     "num_key_value_heads": 2,
     "rms_norm_eps": 1e-6,
     "rope_theta": 10000.0,
@@ -41,8 +41,8 @@ _TINY_HYBRID = {
     "layer_types": [
         "linear_attention",
         "full_attention",
-        "full_attention",
         "linear_attention",
+        "full_attention",
     ],
     "linear_conv_kernel_dim": 4,
     "linear_key_head_dim": 16,
