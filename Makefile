@@ -74,13 +74,13 @@ template: install ## built wheels in a fresh environment: suite, `ollm adapter n
 	tests/check_wheels.sh $(BIN)/python
 
 bench: install ## decode and prefill against the disk's own limit
-	$(BIN)/python benchmarks/decode.py
+	$(BIN)/python benchmarks decode
 
 bench-peers: install ## ours and other programs on a model beyond memory, in turns (root)
-	$(BIN)/python benchmarks/compare.py
+	$(BIN)/python benchmarks compare
 
-gpu: install ## on a CUDA device: its tests and all that benchmarks/gpu.py finds out, in 8 minutes
-	$(BIN)/python benchmarks/gpu.py
+gpu: install ## on a CUDA device: its tests and all that benchmarks/gpu finds out, in 8 minutes
+	$(BIN)/python benchmarks gpu
 
 clean: ## remove .venv, caches and the demo's KV cache; models and .peers stay
 	rm -rf $(VENV) kv_cache .pytest_cache .mypy_cache .ruff_cache .hypothesis
