@@ -8,7 +8,8 @@ PACKAGES := conformance $(wildcard adapters/ollm-adapter-*)
 INSTALLED := $(VENV)/.installed
 MODEL := models/smollm2-135M
 RESULTS := .conformance.json
-SUPPORT := docs/support.md
+GENERATED := docs/generated
+SUPPORT := $(GENERATED)/support.md
 JOBS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS)
 QUESTION := What is the title of this document?
@@ -64,11 +65,13 @@ support: install model ## write the support table again, from the conformance of
 	$(PYTEST) -q --dist loadscope adapters --ollm-results $(RESULTS)
 	$(BIN)/ollm conformance table $(RESULTS) --out $(SUPPORT)
 
-memory: install ## write docs/memory.md again, when a plan or a catalog changes
-	$(BIN)/python docs/memory_table.py > docs/.memory.md && mv docs/.memory.md docs/memory.md
+memory: install ## write docs/generated/memory.md again, when a plan or a catalog changes
+	$(BIN)/python $(GENERATED)/memory_table.py > $(GENERATED)/.memory.md
+	mv $(GENERATED)/.memory.md $(GENERATED)/memory.md
 
-options: install ## write docs/options.md again, when an option changes
-	$(BIN)/python docs/options_table.py > docs/.options.md && mv docs/.options.md docs/options.md
+options: install ## write docs/generated/options.md again, when an option changes
+	$(BIN)/python $(GENERATED)/options_table.py > $(GENERATED)/.options.md
+	mv $(GENERATED)/.options.md $(GENERATED)/options.md
 
 template: install ## built wheels in a fresh environment: suite, `ollm adapter new`, tutorial
 	tests/check_wheels.sh $(BIN)/python

@@ -1,6 +1,6 @@
-"""Writes docs/memory.md: what large models take, planned, beside what others publish.
+"""Writes docs/generated/memory.md: what large models take, planned, beside what others publish.
 
-python docs/memory_table.py > docs/memory.md
+python docs/generated/memory_table.py > docs/generated/memory.md
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ ROWS = (
 _HEAD = f"""# What large models take
 
 Planned by `ollm plan` for a GPU, from each model's config alone, and written by
-`docs/memory_table.py` (`make memory`); a test compares. The bytes are those that a run's accounts
+`memory_table.py` here (`make memory`); a test compares. The bytes are those that a run's accounts
 would tell: a run holds no more, or is refused. They are **not measured on a GPU**: nothing here has
 run on one. The driver's own memory (some hundred MB) and what torch's allocator rounds up come on
 top; published figures may contain both.

@@ -1,6 +1,6 @@
-"""Writes docs/options.md: every option of `ollm.load`, `ollm.plan` and their verbs.
+"""Writes docs/generated/options.md: every option of `ollm.load`, `ollm.plan` and their verbs.
 
-python docs/options_table.py > docs/options.md
+python docs/generated/options_table.py > docs/generated/options.md
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from ollm_core.options import OPTIONS, LoadOptions, PlanOptions, about, default_
 
 _HEAD = """# Options
 
-Written from `ollm_core/options.py` by `docs/options_table.py` (`make options`); a test compares.
+Written from `ollm_core/options.py` by `options_table.py` here (`make options`); a test compares.
 Each option is a keyword of `ollm.load` or `ollm.plan`, and a flag of the verbs that are named
 behind it, spelled with dashes: `device_memory` is `--device-memory`. `ollm run` and `ollm plan`
 have a few flags more, which `--help` shows.
 
 A plugin may offer more names where PLUGIN stands. Values may be what you pass to transformers; see
-[running.md](running.md#values-of-options).
+[running.md](../running.md#values-of-options).
 """
 
 _TABLE = """
