@@ -100,7 +100,7 @@ def test_wrong_model(tiny, case):
         ({"reader": "fast"}, InputError, "fast"),
         ({"chunk_size": 0}, InputError, "chunk_size"),
         ({"device_memory": "8"}, InputError, "'8'"),
-        ({"device_memory": 100}, DoesNotFitError, "allowed|free"),
+        ({"device_memory": 100}, DoesNotFitError, "limit"),
         ({"host_memory": "-1GB"}, InputError, "-1GB"),
     ],
 )

@@ -92,14 +92,14 @@ def pass_costs(model: Any, prompt: Tensor, text: list[int], rounds: int) -> list
     needed = [text[i % len(text)] for i in range(sum(turns) + 6)]
     for turn, num_tokens in enumerate([1] * 6 + turns):  # the first ones fill what memory keeps
         ids, needed = torch.tensor(needed[:num_tokens]), needed[num_tokens:]
-        before, seconds = model.stats, engine.counters.decode_seconds
+        before, seconds = model.stats, engine.counters.counted.decode_seconds
         work = NewTokens(sequence, ids, start, num_tokens, num_tokens - 1)
         engine.run(store, [work])
         start, after = start + num_tokens, model.stats
         if turn >= 6:
             found[num_tokens].append(
                 {
-                    "seconds": engine.counters.decode_seconds - seconds,
+                    "seconds": engine.counters.counted.decode_seconds - seconds,
                     "bytes_read": after.weight_bytes_read - before.weight_bytes_read,
                     "experts_routed": after.experts_routed - before.experts_routed,
                     "experts_read": after.experts_read - before.experts_read,

@@ -402,7 +402,7 @@ def kept_layers_never_go(patch):
     fit = TieredWeights.fit
 
     def fit_more(self, device_bytes, host_bytes):
-        had = {i: unit for i, unit in self._device_units.items() if unit is not None}
+        had = dict(self._device_units)
         fit(self, device_bytes, host_bytes)
         self._device_units |= had
 

@@ -105,7 +105,7 @@ def _panel(
         )
         below = above
     top = max(peak, 1) / size * 1.22
-    told = f"peak {format_size(peak)} of {format_size(limit)} allowed"
+    told = f"peak {format_size(peak)} / limit {format_size(limit)}"
     if limit <= 2 * peak:
         top = max(top, limit / size * 1.12)
         _line(panel, limit / size, told, _LIMIT, "--")

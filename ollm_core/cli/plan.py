@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ollm_core.planning.plan import Plan
 
 _TERMINAL = "-"
+_COLUMN = 12
 
 
 @click.command()
@@ -69,47 +70,47 @@ def _text(plan: Plan, device_layers: int | None = None, host_layers: int | None 
         ("model", f"{plan.model}, {format_size(plan.weight_bytes)}, {plan.dtype}"),
         (
             "run",
-            f"{plan.batch} x {plan.context - plan.max_new_tokens} tokens of prompt and "
-            f"{plan.max_new_tokens} new ones on {plan.device}",
+            f"{plan.batch} x {plan.context - plan.max_new_tokens} prompt tokens and "
+            f"{plan.max_new_tokens} new tokens on {plan.device}",
         ),
-        ("prefill", f"{_time(plan.prefill_seconds)}, limited by {_limit(plan.prefill_limited_by)}"),
+        ("prefill", f"{_time(plan.prefill_seconds)}, bound by {_limit(plan.prefill_limited_by)}"),
         (
             "decode",
-            f"{plan.tokens_per_second:.3g} tokens/s, limited by {_limit(plan.limited_by)}; "
-            f"{format_size(plan.bytes_read_per_token)} read for each",
+            f"{plan.tokens_per_second:.3g} tokens/s, bound by {_limit(plan.limited_by)}; "
+            f"{format_size(plan.bytes_read_per_token)} read per token",
         ),
-        ("layers", _layers(place)),
+        ("placement", _layers(place)),
     ]
     for name, asked in (("device", device_layers), ("host", host_layers)):
         if asked is not None:
             kept = place[f"{name}_layers"]
-            lines.append(("", f"{kept} layers kept on the {name}, at most {asked} asked for"))
+            lines.append(("", f"{kept} layers on the {name}, your limit is {asked}"))
     if "experts" in place:
         lines.append(
             (
                 "experts",
-                f"{place['device_experts']} of {place['experts']} kept on the device, "
+                f"{place['device_experts']} of {place['experts']} resident on the device, "
                 f"{place['host_experts']} on the host",
             )
         )
     lines += [
-        ("KV", f"{format_size(plan.kv_bytes)} on {place['kv']}"),
+        ("KV cache", f"{format_size(plan.kv_bytes)} on {place['kv']}"),
         ("prompt", f"chunks of {place['chunk_size']} tokens, {place['attention']} attention"),
     ]
-    text = [f"{name:<9}{value}" for name, value in lines]
+    text = [f"{name:<{_COLUMN}}{value}" for name, value in lines]
     text += ["", *_memory("device", plan.device_peak_bytes, plan.device_memory, plan.device_bytes)]
     text += _memory("host", plan.host_peak_bytes, plan.host_memory, plan.host_bytes)
     text += [
         "",
-        f"least    {format_size(plan.smallest_device_bytes)} of device memory would do, with "
-        f"{format_size(plan.smallest_host_bytes)} on the host",
-        f"most     {plan.largest_context} tokens would do in this memory",
+        f"{'minimum':<{_COLUMN}}{format_size(plan.smallest_device_bytes)} device, "
+        f"{format_size(plan.smallest_host_bytes)} host",
+        f"{'max context':<{_COLUMN}}{plan.largest_context} tokens with these limits",
     ]
     for i, rates in enumerate(_rates(plan)):
-        text.append(f"{'' if i else 'rates':<9}{rates}")
+        text.append(f"{'' if i else 'rates':<{_COLUMN}}{rates}")
     for i, change in enumerate(plan.changes):
         text.append(
-            f"{'' if i else 'better':<9}{change.option}: prefill "
+            f"{'' if i else 'better':<{_COLUMN}}{change.option}: prefill "
             f"{_time(change.prefill_seconds)}, {change.tokens_per_second:.3g} tokens/s"
         )
     return "\n".join(text)
@@ -118,23 +119,23 @@ def _text(plan: Plan, device_layers: int | None = None, host_layers: int | None 
 def _layers(place: Mapping[str, Any]) -> str:
     """Where the units of a pass are while tokens are made."""
     units = place["layers"] + place["head_parts"]
-    kept = f"{place['device_units']} of {units} kept on the device"
+    kept = f"{place['device_units']} of {units} units on the device"
     if place["host_units"]:
-        kept += f", {place['host_units']} on the host"
+        kept += f", {place['host_units']} in host memory"
     if place["streamed_units"]:
         size = format_size(place["ring_buffer_bytes"])
         kept += (
             f", {place['streamed_units']} streamed through {place['ring_buffers']} buffers "
             f"of {size}"
         )
-    return kept + f" ({place['layers']} layers, the head in {place['head_parts']})"
+    return kept + f" ({place['layers']} layers, head in {place['head_parts']} parts)"
 
 
 def _memory(name: str, peak: int, limit: int, parts: Mapping[str, int]) -> list[str]:
     """The peak of one memory and what it is made of, the largest first."""
-    text = [f"{name:<9}{format_size(peak):>8} at most of {format_size(limit)} allowed"]
+    text = [f"{name:<{_COLUMN}}peak {format_size(peak)} / limit {format_size(limit)}"]
     for kind, num_bytes in sorted(parts.items(), key=lambda part: -part[1]):
-        text.append(f"{'':<9}{format_size(num_bytes):>8}  {label_of(kind)}")
+        text.append(f"{'':<{_COLUMN}}{format_size(num_bytes):>8}  {label_of(kind)}")
     return text
 
 

@@ -14,16 +14,14 @@ from ollm_core.cli.options import STDIN, debug_option, json_option, names_of, op
 from ollm_core.cli.output import print_json
 from ollm_core.cli.profile import profile_table
 from ollm_core.cli.refused import what_would_do
+from ollm_core.cli.report import json_report, summary
 from ollm_core.cli.streaming import ProgressBar, TextStream
 from ollm_core.cli.waiting import wait_asleep_beside_others
 from ollm_core.errors import DoesNotFitError, InputError
 from ollm_core.files.paths import check_writable_file
-from ollm_core.memory.sizes import format_size
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from ollm_core.contracts.progress import Stats
 
 _SAMPLING = ("top_p", "top_k", "seed")
 
@@ -140,10 +138,10 @@ def run(
     if profile and measured:
         measured.write(profile)
     if as_json:
-        print_json(_report(answer, new_ids, prompt_ids.shape[1], stats, drafting))
+        print_json(json_report(answer, new_ids, prompt_ids.shape[1], stats, drafting))
     else:
         asked = options["device_layers"], options["host_layers"]
-        click.echo("\n" + _summary(stats, *asked, drafting=drafting), err=True)
+        click.echo("\n" + summary(stats, *asked, drafting=drafting), err=True)
     if measured is not None:
         click.echo("\n" + profile_table(measured, seconds, stats), err=True)
 
@@ -213,97 +211,3 @@ def _generation(
 
         torch.manual_seed(seed)
     return {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}
-
-
-def _report(
-    text: str, token_ids: list[int], num_prompt_tokens: int, stats: Stats, drafting: bool = False
-) -> dict[str, object]:
-    """The fields of `--json`. Sizes are bytes; a dense model has no experts to tell of, and a run
-    without a draft source no drafts.
-    """
-    drafts = {
-        "drafted_tokens": stats.drafted_tokens,
-        "accepted_tokens": stats.accepted_tokens,
-        "undrafted_passes": stats.undrafted_passes,
-    }
-    experts = {
-        "experts_routed": stats.experts_routed,
-        "experts_hit": stats.experts_hit,
-        "experts_read": stats.experts_read,
-        "expert_bytes_read": stats.expert_bytes_read,
-    }
-    return {
-        "text": text,
-        "token_ids": token_ids,
-        "num_prompt_tokens": num_prompt_tokens,
-        "num_cached_tokens": stats.cached_tokens,
-        "num_new_tokens": len(token_ids),
-        "prefill_seconds": stats.prefill_seconds,
-        "decode_tokens_per_second": _rate(stats.decode_tokens, stats.decode_seconds),
-        "device_peak_bytes": stats.device_peak_bytes,
-        "host_peak_bytes": stats.host_peak_bytes,
-        "weight_bytes_read": stats.weight_bytes_read,
-        "kv_bytes_read": stats.kv_bytes_read,
-        "weight_passes": stats.weight_passes,
-        "times_short": stats.times_short,
-        **(experts if stats.experts_routed else {}),
-        **(drafts if drafting else {}),
-    }
-
-
-def _summary(
-    stats: Stats,
-    device_layers: int | None = None,
-    host_layers: int | None = None,
-    *,
-    drafting: bool = False,
-) -> str:
-    """What the run cost, a line each; of layers where a number was asked for."""
-    passes = max(stats.weight_passes, 1)
-    read_rate = _rate(stats.weight_bytes_read, stats.read_seconds)
-    prefill_rate = _rate(stats.prefill_tokens, stats.prefill_seconds)
-    decode_rate = _rate(stats.decode_tokens, stats.decode_seconds)
-    lines = {
-        "model": f"{format_size(stats.weight_bytes)}, {format_size(stats.resident_bytes)} of it "
-        "kept in memory",
-        "device memory": f"peak {format_size(stats.device_peak_bytes)} of "
-        f"{format_size(stats.device_limit_bytes)} allowed",
-        "host memory": f"peak {format_size(stats.host_peak_bytes)} of "
-        f"{format_size(stats.host_limit_bytes)} allowed; "
-        f"whole process {format_size(stats.process_peak_bytes)}",
-        "weights read": f"{format_size(stats.weight_bytes_read / passes)} per pass, "
-        f"{stats.weight_passes} passes, {format_size(read_rate)}/s ({stats.reader})",
-        "cached": f"{stats.cached_tokens} tokens of the prompt, not computed again",
-        "prefill": f"{stats.prefill_tokens} tokens in {stats.prefill_seconds:.1f} s, "
-        f"{prefill_rate:.1f} tokens/s",
-        "decode": f"{stats.decode_tokens} tokens in {stats.decode_seconds:.1f} s, "
-        f"{decode_rate:.2f} tokens/s",
-        "KV cache": f"on {stats.kv_tier}, {format_size(stats.kv_disk_bytes)} on disk, "
-        f"{format_size(stats.kv_bytes_read)} read",
-    }
-    if stats.experts_routed:
-        lines["experts"] = (
-            f"{stats.experts_routed} routed to, {stats.experts_hit} of them in memory, "
-            f"{format_size(stats.expert_bytes_read)} read"
-        )
-    for name, kept, asked in (
-        ("device", stats.device_layers, device_layers),
-        ("host", stats.host_layers, host_layers),
-    ):
-        if asked is not None:
-            lines[f"{name} layers"] = f"{kept} kept, at most {asked} asked for"
-    if stats.times_short:
-        lines["memory short"] = (
-            f"{stats.times_short} times; up to {format_size(stats.most_given_up_bytes)} of weights "
-            "were not kept for it, and read again"
-        )
-    if drafting:
-        lines["drafts"] = (
-            f"{stats.accepted_tokens} of {stats.drafted_tokens} tokens right, "
-            f"{stats.undrafted_passes} passes without"
-        )
-    return "\n".join(f"{name:<14}{value}" for name, value in lines.items())
-
-
-def _rate(amount: int, seconds: float) -> float:
-    return amount / seconds if seconds > 0 else 0.0

@@ -20,6 +20,7 @@ from transformers.generation.candidate_generator import (
 )
 
 from ollm_core.contracts.drafting import Drafter, FollowsText
+from ollm_core.contracts.progress import Stats
 from ollm_core.drafting.controller import DraftLength
 from ollm_core.errors import PluginError
 
@@ -31,12 +32,8 @@ class PassCounts(Protocol):
     """What passes have cost, by the engine's own clock, and where it is told of drafts."""
 
     @property
-    def prefill_seconds(self) -> float:
-        """Of passes that read a prompt."""
-
-    @property
-    def decode_seconds(self) -> float:
-        """Of other passes, and of drafting between them."""
+    def counted(self) -> Stats:
+        """What was counted so far."""
 
     def count_drafting(self, seconds: float) -> None:
         """A draft source took time between two passes."""
@@ -95,7 +92,7 @@ class DraftCandidates(CandidateGenerator):
         self._fits = fits
         self._max_positions = max_positions
         self._vocab_size = vocab_size
-        self._before_prompt = counts.prefill_seconds
+        self._before_prompt = counts.counted.prefill_seconds
         self._seconds: float | None = None
         """Of decoding, before the pass; None before the one that reads the prompt."""
         self._num_drafted = 0
@@ -109,7 +106,7 @@ class DraftCandidates(CandidateGenerator):
             start = time.perf_counter()
             candidates = self._drafted(input_ids)
             self._counts.count_drafting(time.perf_counter() - start)
-            self._seconds = self._counts.decode_seconds
+            self._seconds = self._counts.counted.decode_seconds
         self._num_drafted = candidates.shape[1] - input_ids.shape[1]
         return candidates, None
 
@@ -117,9 +114,9 @@ class DraftCandidates(CandidateGenerator):
         self, input_ids: Tensor, scores: Tensor, num_matches: int
     ) -> None:
         """Called by transformers after each pass."""
-        now, num_right = self._counts.decode_seconds, int(num_matches)
+        now, num_right = self._counts.counted.decode_seconds, int(num_matches)
         if self._seconds is None:
-            self._gate.started(self._counts.prefill_seconds - self._before_prompt)
+            self._gate.started(self._counts.counted.prefill_seconds - self._before_prompt)
             self._seconds = now
         else:
             self._gate.checked(self._num_drafted, num_right, now - self._seconds)

@@ -30,19 +30,9 @@ class Counters:
         self._counted = Stats()
 
     @property
-    def weight_passes(self) -> int:
-        """Finished passes."""
-        return self._counted.weight_passes
-
-    @property
-    def prefill_seconds(self) -> float:
-        """Of passes that read a prompt."""
-        return self._counted.prefill_seconds
-
-    @property
-    def decode_seconds(self) -> float:
-        """Of other passes, and of drafting between them."""
-        return self._counted.decode_seconds
+    def counted(self) -> Stats:
+        """What was counted here so far; what other parts of the model count is 0 there."""
+        return self._counted
 
     def count_pass(
         self, work: Sequence[NewTokens], plan: PassPlan, seconds: float, kv_bytes_read: int

@@ -279,9 +279,9 @@ class Admission:
         account = self._accounts.device if missing.device else self._accounts.host
         needed = account.limit + (missing.device or missing.host)
         return DoesNotFitError(
-            f"a pass over {num_tokens} new tokens{after} needs {format_size(needed)} of "
-            f"{account.name}, {format_size(account.limit)} is allowed",
-            hint=f"allow at least {needed} bytes, or give it fewer tokens at once",
+            f"{account.name}: need {format_size(needed)} for a pass over {num_tokens} new "
+            f"tokens{after}, limit {format_size(account.limit)}",
+            hint=f"allow at least {needed} bytes, or fewer tokens at once",
             memory=account.name,
             needed_bytes=needed,
         )

@@ -26,7 +26,7 @@ class ProgressReporter:
     def checked(self, bytes_done: int, bytes_total: int) -> None:
         """So many bytes of the model's files have been hashed."""
         if self.on_progress:
-            passes = self._counters.weight_passes
+            passes = self._counters.counted.weight_passes
             self.on_progress(Progress("check", bytes_done, bytes_total, 0, passes, bytes_done))
 
     def begin(
@@ -42,7 +42,7 @@ class ProgressReporter:
             done += 1
             if self.on_progress:
                 counters, num_bytes = self._counters, self._weights.bytes_read
-                passes = counters.weight_passes
+                passes = counters.counted.weight_passes
                 self.on_progress(
                     Progress(stage, done, total, num_new, passes, num_bytes, given_up_bytes)
                 )

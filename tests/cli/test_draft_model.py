@@ -45,7 +45,7 @@ def test_run_tells_of_the_drafts_of_a_model(capsys, chat):
     assert found["token_ids"] == plain["token_ids"]
     assert found["drafted_tokens"] == found["accepted_tokens"] == 9  # 1, 5 + 1, 4 + 1
     assert found["weight_passes"] == 3 < plain["weight_passes"]
-    assert "9 of 9 tokens right" in run(capsys, chat, *drafting)[2]
+    assert "accepted 9/9 draft tokens" in run(capsys, chat, *drafting)[2]
 
 
 @pytest.mark.parametrize(

@@ -41,8 +41,8 @@ def test_run_tells_of_drafts(capsys, chat):
         assert found["num_new_tokens"] == found["weight_passes"] + found["accepted_tokens"]
         assert 0 <= drafted_passes <= found["drafted_tokens"]
     assert 0 < fixed["drafted_tokens"] <= 4 * fixed["weight_passes"]
-    assert "tokens right" in run(capsys, chat, "--draft", "lookup").err
-    assert "tokens right" not in run(capsys, chat).err
+    assert "draft tokens; " in run(capsys, chat, "--draft", "lookup").err
+    assert "draft tokens; " not in run(capsys, chat).err
 
 
 @pytest.mark.parametrize(

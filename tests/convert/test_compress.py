@@ -224,8 +224,8 @@ files = iter(range(2))
 def kill_at_the_second(*_):
     next(files) and os.kill(os.getpid(), signal.SIGKILL)
     return 0
-convert.check_packed = kill_at_the_second
-convert.convert(Path(sys.argv[1]), Path(sys.argv[2]), min_bytes=1024)
+compress.check_packed = kill_at_the_second
+compress.convert(Path(sys.argv[1]), Path(sys.argv[2]), min_bytes=1024)
 """
 
 

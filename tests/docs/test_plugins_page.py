@@ -15,9 +15,7 @@ from ollm_conformance import (
     DrafterConformance,
     KVStoreConformance,
 )
-from ollm_core import KVRequest
-from ollm_core.contracts.kv import KVGeometry
-from ollm_core.memory.accounts import MemoryAccount
+from ollm_core import KVGeometry, KVRequest, MemoryAccount
 
 PAGE = (Path(__file__).parents[2] / "docs" / "plugins.md").read_text()
 

@@ -115,7 +115,7 @@ def test_it_reads_only_what_is_new(make, ids, family):
             return found[0, len(token_ids) :]
 
         def read():
-            return drafter.engine.counters.prefill_tokens
+            return drafter.engine.counters.counted.prefill_tokens
 
         drafter.catch_up(text)
         assert read() == 299
@@ -286,7 +286,7 @@ def test_the_time_of_drafting_counts(make, ids):
     main = make("llama")
     with load(main, main) as model:
         model.generate(ids(300)[None], max_new_tokens=12, **GREEDY)
-        inside = model._drafter.engine.counters
+        inside = model._drafter.engine.counters.counted
         assert model.stats.decode_tokens == 11
         assert model.stats.decode_seconds > inside.decode_seconds > 0
 
@@ -334,9 +334,9 @@ def test_a_chat_goes_on(make, ids):
         cache = model.new_cache()
         turn = {"past_key_values": cache, "max_new_tokens": 20, **GREEDY}
         assert model.generate(prompt[None], **turn).equal(first)
-        before = model._drafter.engine.counters.prefill_tokens
+        before = model._drafter.engine.counters.counted.prefill_tokens
         assert model.generate(second, **turn).equal(expected)
-        assert model._drafter.engine.counters.prefill_tokens - before < 60
+        assert model._drafter.engine.counters.counted.prefill_tokens - before < 60
 
 
 @pytest.mark.parametrize(

@@ -146,4 +146,4 @@ def test_plan_says_so(model, capfd):
         if more:
             assert json.loads(out)["placement"]["device_layers"] == 2
         else:
-            assert "2 layers kept on the device, at most 2 asked for" in out
+            assert "2 layers on the device, your limit is 2" in out

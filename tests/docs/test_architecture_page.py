@@ -1,0 +1,42 @@
+"""docs/architecture.md shows the tree that is there, and the imports that are tested."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from test_imports import ORDER
+from test_main_path import PATH
+
+import ollm_core
+
+ROOT = Path(ollm_core.__file__).parent
+PAGE = (Path(__file__).parents[2] / "docs/architecture.md").read_text()
+
+
+def section(heading: str) -> str:
+    """What stands below a heading, up to the next of its kind."""
+    return PAGE.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+
+
+def test_folders():
+    """Every folder has its line, and no other has one."""
+    told = re.findall(r"^\| `([\w/]+)/` \|", section("Folders"), re.M)
+    there = {path.parent.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py")} - {"."}
+    assert set(told) == there
+    assert len(told) == len(there)
+
+
+def test_files_that_are_named():
+    """Each is there, and the walk links the files of the main path."""
+    named = set(re.findall(r"`((?:\w+/)*\w+\.py)`", PAGE))
+    assert len(named) > len(PATH)
+    places = ROOT, ROOT.parent
+    assert not {name for name in named if not any((at / name).is_file() for at in places)}
+    assert re.findall(r"\]\(\.\./ollm_core/([\w/]+\.py)\)", PAGE) == PATH
+
+
+def test_rows_of_imports():
+    """Those of tests/test_imports.py, in their order."""
+    rows = re.findall(r"^\| \d+ \| (.+) \|$", section("Imports"), re.M)
+    assert [set(re.findall(r"`(\w+)`", row)) for row in rows] == [set(names) for names in ORDER]
