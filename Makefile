@@ -8,7 +8,8 @@ PACKAGES := conformance $(wildcard adapters/ollm-adapter-*)
 INSTALLED := $(VENV)/.installed
 MODEL := models/smollm2-135M
 RESULTS := .conformance.json
-SUPPORT := docs/support.md
+GENERATED := docs/generated
+SUPPORT := $(GENERATED)/support.md
 JOBS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS)
 QUESTION := What is the title of this document?
@@ -64,23 +65,25 @@ support: install model ## write the support table again, from the conformance of
 	$(PYTEST) -q --dist loadscope adapters --ollm-results $(RESULTS)
 	$(BIN)/ollm conformance table $(RESULTS) --out $(SUPPORT)
 
-memory: install ## write docs/memory.md again, when a plan or a catalog changes
-	$(BIN)/python docs/memory_table.py > docs/.memory.md && mv docs/.memory.md docs/memory.md
+memory: install ## write docs/generated/memory.md again, when a plan or a catalog changes
+	$(BIN)/python $(GENERATED)/memory_table.py > $(GENERATED)/.memory.md
+	mv $(GENERATED)/.memory.md $(GENERATED)/memory.md
 
-options: install ## write docs/options.md again, when an option changes
-	$(BIN)/python docs/options_table.py > docs/.options.md && mv docs/.options.md docs/options.md
+options: install ## write docs/generated/options.md again, when an option changes
+	$(BIN)/python $(GENERATED)/options_table.py > $(GENERATED)/.options.md
+	mv $(GENERATED)/.options.md $(GENERATED)/options.md
 
 template: install ## built wheels in a fresh environment: suite, `ollm adapter new`, tutorial
 	tests/check_wheels.sh $(BIN)/python
 
 bench: install ## decode and prefill against the disk's own limit
-	$(BIN)/python benchmarks/decode.py
+	$(BIN)/python benchmarks decode
 
 bench-peers: install ## ours and other programs on a model beyond memory, in turns (root)
-	$(BIN)/python benchmarks/compare.py
+	$(BIN)/python benchmarks compare
 
-gpu: install ## on a CUDA device: its tests and all that benchmarks/gpu.py finds out, in 8 minutes
-	$(BIN)/python benchmarks/gpu.py
+gpu: install ## on a CUDA device: its tests and all that benchmarks/gpu finds out, in 8 minutes
+	$(BIN)/python benchmarks gpu
 
 clean: ## remove .venv, caches and the demo's KV cache; models and .peers stay
 	rm -rf $(VENV) kv_cache .pytest_cache .mypy_cache .ruff_cache .hypothesis

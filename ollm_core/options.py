@@ -2,7 +2,7 @@
 text and flag.
 
 A new option is a field here. The keywords of `load` and `plan` with their `help()`, the flags of
-the command line and the table in docs/options.md come from the fields. Loads no torch.
+the command line and the table in docs/generated/options.md come from the fields. Loads no torch.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class About:
     help: str
     """One line."""
     more: str = ""
-    """What help() and docs/options.md say after it."""
+    """What help() and docs/generated/options.md say after it."""
     verbs: tuple[str, ...] = ()
     """Those that have a flag for it."""
     unset: str = ""

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from mixtures import write_moe
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ollm_conformance.subject import Reference
@@ -30,6 +31,7 @@ TINY = {
 }
 SMOLLM2 = Path(os.environ.get("OLLM_TEST_MODEL", Path(__file__).parents[1] / "models/smollm2-135M"))
 MakeLlama = Callable[..., Path]
+MakeMoe = Callable[..., Path]
 
 
 @pytest.fixture
@@ -52,6 +54,18 @@ def make_llama(tmp_path: Path) -> MakeLlama:
         model.config.dtype = dtype
         model.save_pretrained(tmp_path / name, max_shard_size=shard)
         return tmp_path / name
+
+    return make
+
+
+@pytest.fixture
+def make_moe(tmp_path: Path) -> MakeMoe:
+    """Writes a random checkpoint of a mixture (see mixtures.py) and returns its directory."""
+
+    def make(
+        family: str, dtype: torch.dtype = torch.float32, *, name: str = "", **how: Any
+    ) -> Path:
+        return write_moe(tmp_path / (name or family), family, dtype, **how)
 
     return make
 

@@ -126,7 +126,7 @@ def test_the_suite_needs_no_inner_module():
         if ".venv" not in path.parts
     }
     assert sum("from ollm_core.testing import" in text for text in texts.values()) > 20
-    for page in [*DOCS.glob("*.md"), root / "README.md", root / "conformance/README.md"]:
+    for page in [*DOCS.rglob("*.md"), root / "README.md", root / "conformance/README.md"]:
         texts[page] = page.read_text()
     for path, text in texts.items():
         for module in re.findall(r"^ *(?:from|import) (ollm_core[\w.]*)", text, re.MULTILINE):

@@ -9,10 +9,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from peers.copies import write_gguf
-from peers.environments import BuildError, Peer, environment_of
-
-HERE = Path(__file__).resolve().parent
+from benchmarks.peers.copies import write_gguf
+from benchmarks.peers.environments import BuildError, Peer, environment_of
+from benchmarks.tools.children import script
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +26,8 @@ class Program:
 
 
 def environ() -> dict[str, str]:
-    """That of a peer: our modules on the path, no network."""
-    return {**os.environ, "PYTHONPATH": str(HERE.parent), "HF_HUB_OFFLINE": "1"}
+    """That of a peer: no network."""
+    return {**os.environ, "HF_HUB_OFFLINE": "1"}
 
 
 def program_of(
@@ -43,23 +42,22 @@ def program_of(
     `checkpoint/peers`, if they are not there. Raises BuildError.
     """
     python = environment_of(peer, environments, say)
-    script = [str(python), str(HERE / "run_peer.py"), peer.name, str(checkpoint)]
+    command = [*script("run_peer", str(python)), peer.name, str(checkpoint)]
     if not any(checkpoint.glob(peer.weights)):
         say(f"writing the weights for {peer.title}")
         if peer.name == "llamacpp":
             write_gguf(checkpoint, checkpoint / "peers" / "model-bf16.gguf")
         else:
-            _write(script)
+            _write(command)
     files = sorted(checkpoint.glob(peer.weights))
-    command = [*script, str(prompt), "--new", str(num_new_tokens)]
+    command += [str(prompt), "--new", str(num_new_tokens)]
     return Program(peer.name, peer.title, command, files)
 
 
-def _write(script: Sequence[str]) -> None:
+def _write(command: Sequence[str]) -> None:
     """Let the peer open the model once. Raises BuildError with the last line that it said."""
     with tempfile.TemporaryFile("w+") as errors:
-        command = [*script, "--prepare"]
-        done = subprocess.run(command, env=environ(), stderr=errors, check=False)
+        done = subprocess.run([*command, "--prepare"], env=environ(), stderr=errors, check=False)
         if done.returncode:
             errors.seek(0)
             lines = [line.strip() for line in errors if line.strip()]

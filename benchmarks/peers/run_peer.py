@@ -6,8 +6,7 @@ usage: run_peer.py PEER CHECKPOINT PROMPT [--new 6]
 PROMPT is a JSON file with a list of token ids. The checkpoint and every copy of it that a peer
 makes lie in the directory CHECKPOINT and are dropped from the page cache before every weight pass.
 --prepare only opens the model, so that a peer that makes a copy has made it before it is measured.
-Prints the one line that `cold.told` describes. `compare.py` is what calls this, with `cold.py` and
-`measure.py` on the path.
+Prints the one line that `cold.told` describes. `compare.py` is what calls this.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from cold import ColdFiles, Counts, PeakAnonymousMemory, Timing, told
+from benchmarks.tools.cold import ColdFiles, Counts, PeakAnonymousMemory, Timing, told
 
 CONTEXT = 512
 """Tokens that llama.cpp makes room for."""
@@ -36,7 +35,8 @@ def transformers_like(model: Any) -> Generate:
 
     def generate(prompt: list[int], num_new_tokens: int, dropping: ColdFiles) -> Timing[Counts]:
         import torch
-        from measure import timed_generate
+
+        from benchmarks.tools.measure import timed_generate
 
         return timed_generate(
             model,

@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from broken import broken_adapter
-from families import GptOss, Qwen3, Qwen3Moe
+from families import Qwen3, Qwen3Moe
 from unclean_adapters import ChangesTransformers, NeedsTorch, PrintsWhenAsked
 
 from ollm_adapter_llama import LlamaAdapter
@@ -216,73 +216,6 @@ class WindowsInOtherLayers(Qwen3):
         return {**config, "layer_types": config["layer_types"][1:] + config["layer_types"][:1]}
 
 
-class SinksDropped(GptOss):
-    def source(self, config, parameter):
-        if parameter.endswith("sinks"):
-            return ParameterSource((parameter,), lambda tensor: tensor * 0 - 100)
-        return super().source(config, parameter)
-
-
-class ExpertsOutOfOrder(GptOss):
-    def source(self, config, parameter):
-        if parameter.endswith("experts.down_proj"):
-            return ParameterSource((parameter,), lambda tensor: tensor.flip(0))
-        return super().source(config, parameter)
-
-
-class FewerExperts(GptOss):
-    def text_config(self, config):
-        return {**config, "num_experts_per_tok": 1, "experts_per_token": 1}
-
-
-class GateAndUpNotInterleaved(GptOss):
-    def source(self, config, parameter):
-        if parameter.endswith("experts.gate_up_proj"):
-            return ParameterSource((parameter,), _halves)
-        return super().source(config, parameter)
-
-
-class RouterBiasDropped(GptOss):
-    def source(self, config, parameter):
-        if parameter.endswith("router.bias"):
-            return ParameterSource((parameter,), lambda tensor: tensor * 0)
-        return super().source(config, parameter)
-
-
-class RouterNotNormalised(Qwen3Moe):
-    def text_config(self, config):
-        return {**config, "norm_topk_prob": False}
-
-
-class ExpertsShifted(Qwen3Moe):
-    def experts(self, config, parameter):
-        sources = super().experts(config, parameter)
-        return [*sources[1:], *sources[:1]]
-
-
-class ExpertHalvesSwapped(Qwen3Moe):
-    @staticmethod
-    def fused(gate, up):
-        return Qwen3Moe.fused(up, gate)
-
-
-class ExpertTransposed(Qwen3Moe):
-    """The tiny experts are not square: what does not fit is refused when it is read."""
-
-    def experts(self, config, parameter):
-        sources = super().experts(config, parameter)
-        if parameter.endswith("down_proj"):
-            return [replace(source, transform=lambda t: t.t().contiguous()) for source in sources]
-        return sources
-
-
-class ExpertsWhole(Qwen3Moe):
-    """All experts of a layer are declared as one parameter, with no slices."""
-
-    def experts(self, config, parameter):
-        return ()
-
-
 class ChangesItsConfig(LlamaAdapter):
     def weights(self, config, tensor_names):
         config["seen"] = True
@@ -362,11 +295,6 @@ def _with_rope(config, **changes):
     return {**config, "rope_parameters": {**config.get("rope_parameters", {}), **changes}}
 
 
-def _halves(tensor):
-    """Even columns first, then odd ones, as most other families have them."""
-    return tensor.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2).contiguous()
-
-
 def _keep(tensor):
     _KEPT.append(tensor.clone())
     return tensor
@@ -420,18 +348,6 @@ BROKEN_ADAPTERS = [
     broken_adapter("caches.kinds", "The cache's window is one token short.", CacheWindowOffByOne),
     broken_adapter("caches.kinds", "Windows are ignored.", WindowIgnored),
     broken_adapter("exact.blockwise", "Other layers than those slide.", WindowsInOtherLayers),
-    broken_adapter("weights.values", "Attention sinks are dropped.", SinksDropped),
-    broken_adapter("weights.values", "Experts are out of order.", ExpertsOutOfOrder),
-    broken_adapter("exact.resident", "Fewer experts are asked than there should be.", FewerExperts),
-    broken_adapter(
-        "weights.values", "Gate and up columns are not interleaved.", GateAndUpNotInterleaved
-    ),
-    broken_adapter("weights.values", "The router loses its bias.", RouterBiasDropped),
-    broken_adapter("exact.resident", "The router is not normalised.", RouterNotNormalised),
-    broken_adapter("weights.values", "Every expert is the next one.", ExpertsShifted),
-    broken_adapter("weights.values", "An expert's two halves are swapped.", ExpertHalvesSwapped),
-    broken_adapter("exact.resident", "Experts are transposed.", ExpertTransposed),
-    broken_adapter("weights.every-tensor-once", "Experts' slices are not declared.", ExpertsWhole),
     broken_adapter("declaration.imports-clean", "It prints when asked.", PrintsWhenAsked),
     broken_adapter("declaration.imports-clean", "Its declarations need torch.", NeedsTorch),
     broken_adapter(

@@ -4,9 +4,6 @@ the store or a budget is not. Each wraps `ollm.load`.
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import hashlib
 import threading
 import time
 from dataclasses import replace
@@ -14,12 +11,11 @@ from pathlib import Path
 
 import torch
 from broken import broken_adapter
-from families import Granite, Limited, Qwen3Moe
+from families import Granite, Limited
 
 import ollm
 from ollm_adapter_llama import LlamaAdapter
 from ollm_core import ReadError
-from ollm_core.checkpoint.safetensors import open_checkpoint
 from ollm_core.model.outside_layers import OutsideLayers
 from ollm_core.plugins.registry import Registry
 
@@ -40,11 +36,6 @@ def blockwise_grows(*args, **options):
 
 def exact_is_blockwise(*args, **options):
     return ollm.load(*args, **{**options, "attention": "blockwise"})
-
-
-def kv_never_on_disk(*args, **options):
-    kv = "host" if options.get("kv") == "disk" else options.get("kv", "auto")
-    return ollm.load(*args, **{**options, "kv": kv})
 
 
 def always_direct(*args, **options):
@@ -152,22 +143,6 @@ def never_looks(*args, **options):
     return model
 
 
-def keyed_by_a_sample(directory, **options):
-    """The first and last 512 bytes of every tensor stand for the weights."""
-    model = ollm.load(directory, **options)
-
-    def sampled():
-        digest = hashlib.sha256()
-        for tensor in open_checkpoint(directory).tensors.values():
-            raw = tensor.path.read_bytes()[tensor.offset :][: tensor.num_bytes]
-            digest.update(raw[:512] + raw[-512:])
-        return digest.hexdigest()
-
-    opener = model._open_store
-    opener._request = replace(opener._request, fingerprint=sampled)
-    return model
-
-
 def zeros_for_missing_bytes(*args, **options):
     """And nothing looks at the file afterwards."""
     model = never_looks(*args, **options)
@@ -195,81 +170,6 @@ def failed_pass_stays(*args, **options):
         return found
 
     real, model.engine.run = model.engine.run, run
-    return model
-
-
-def with_cache(change):
-    """A load whose every cache is changed."""
-
-    @functools.wraps(change)
-    def load(*args, **options):
-        model = ollm.load(*args, **options)
-        real = model.new_cache
-
-        def new_cache(*cache_args, **cache_options):
-            cache = real(*cache_args, **cache_options)
-            change(cache)
-            return cache
-
-        model.new_cache = new_cache
-        return model
-
-    return load
-
-
-@with_cache
-def truncate_rounds_up(cache):
-    """Short cuts are not made."""
-    real = cache.store.truncate
-
-    def truncate(sequence, num_tokens):
-        dropped = cache.store.num_tokens(sequence) - num_tokens
-        if dropped > 4 or dropped == 0:
-            real(sequence, num_tokens)
-
-    cache.store.truncate = truncate
-
-
-@with_cache
-def truncate_one_short(cache):
-    real = cache.store.truncate
-    cache.store.truncate = lambda sequence, n: real(
-        sequence, min(n + 1, cache.store.num_tokens(sequence))
-    )
-
-
-@with_cache
-def fork_shares(cache):
-    """Both rows write to one sequence."""
-
-    def repeat(repeats):
-        cache.rows = cache.rows * repeats
-        cache.kept = cache.kept * repeats
-
-    cache.batch_repeat_interleave = repeat
-
-
-@with_cache
-def reorder_forgotten(cache):
-    cache.reorder_cache = lambda beam_idx: None
-
-
-@with_cache
-def blocks_reversed(cache):
-    real = cache.store.blocks
-    cache.store.blocks = lambda *args, **options: reversed(
-        [(k.clone(), v.clone()) for k, v in real(*args, **options)]
-    )
-
-
-def second_turn_forgets(*args, **options):
-    model = ollm.load(*args, **options)
-    real = model.generate
-
-    def generate(ids, past_key_values=None, **rest):
-        return real(ids, **rest)
-
-    model.generate = generate
     return model
 
 
@@ -318,10 +218,6 @@ def file_left(*args, **options):
     return model
 
 
-def keeps_nothing(*args, **options):
-    return ollm.load(*args, **{**options, "keep_kv": False})
-
-
 def first_shard_only(*args, **options):
     """What the other files hold is zeros."""
     model = ollm.load(*args, **options)
@@ -354,45 +250,6 @@ def current_engine(*args, **options):
     return model
 
 
-def experts_read_twice(*args, **options):
-    model = ollm.load(*args, **options)
-    real = model.weights.experts
-
-    @contextlib.contextmanager
-    def experts(layer_idx, expert_ids):
-        wanted = sorted(expert_ids)
-        with real(layer_idx, wanted) as found:
-            for _ in found:
-                pass
-        with real(layer_idx, wanted) as found:
-            yield found
-
-    model.weights.experts = experts
-    return model
-
-
-def all_experts_read(*args, **options):
-    model = ollm.load(*args, **options)
-    real = model.weights.experts
-
-    @contextlib.contextmanager
-    def experts(layer_idx, expert_ids):
-        wanted = set(expert_ids)
-        with real(layer_idx, range(12)) as found:
-            yield (one for one in found if one[0] in wanted)
-
-    model.weights.experts = experts
-    return model
-
-
-def experts_never_kept(*args, **options):
-    model = ollm.load(*args, **options)
-    store = model.weights._experts
-    real = store.place
-    store.place = lambda device_bytes, host_bytes: real(store.least_bytes, store.least_bytes)
-    return model
-
-
 def never_stops(*args, **options):
     model = ollm.load(*args, **options)
     real = model.generate
@@ -408,20 +265,6 @@ def shifted_positions(*args, **options):
     rotary.forward = lambda hidden, positions: real(
         hidden, positions + (1 if positions.shape[1] == 1 else 0)
     )
-    return model
-
-
-def kv_in_twice_the_bytes(*args, **options):
-    model = ollm.load(*args, **options)
-    real = model.new_cache
-
-    def new_cache(*cache_args, **cache_options):
-        cache = real(*cache_args, **cache_options)
-        cache.more = cache.store.new_sequence()
-        cache.store.reserve(cache.more, 4096)
-        return cache
-
-    model.new_cache = new_cache
     return model
 
 
@@ -462,18 +305,11 @@ def _broken(check, sentence, load):
     return broken_adapter(check, sentence, LlamaAdapter, load=load)
 
 
-def _broken_experts(check, sentence, load):
-    return broken_adapter(check, sentence, Qwen3Moe, load=load)
-
-
 BROKEN_MODELS = [
     broken_adapter("exact.resident", "Rows are not multiplied.", Granite, load=outside_left_out),
     broken_adapter(
         "exact.decode", "Logits are not divided.", Granite, load=logits_left_as_they_are
     ),
-    _broken_experts("experts.routed-only", "Experts are read twice.", experts_read_twice),
-    _broken_experts("experts.routed-only", "All experts are read.", all_experts_read),
-    _broken_experts("experts.kept", "Experts are read again in each pass.", experts_never_kept),
     broken_adapter(
         "declaration.unsupported", "What is unsupported is done.", Limited, load=limits_ignored
     ),
@@ -484,19 +320,10 @@ BROKEN_MODELS = [
     _broken(
         "caches.decode-equals-prefill", "Positions of steps are off by one.", shifted_positions
     ),
-    _broken("caches.reopen", "KV on disk is not found again.", keeps_nothing),
     _broken("weights.sharded", "Only the first shard is read.", first_shard_only),
     _broken("isolation.threads", "Threads share which engine runs.", current_engine),
     _broken("exact.streamed", "The reading engine is not the one asked for.", always_direct),
-    _broken("caches.tiers", "KV never goes to disk.", kv_never_on_disk),
-    _broken("caches.tiers", "KV blocks come in the wrong order.", blocks_reversed),
-    _broken("caches.truncate", "Truncating leaves a token.", truncate_one_short),
-    _broken("drafts.verify", "State is not restored after a rejected draft.", truncate_rounds_up),
     _broken("drafts.assisted", "Drafts cost more passes than they save.", lookup_costs_passes),
-    _broken("caches.fork", "A fork writes into its source.", fork_shares),
-    _broken("caches.fork", "Rows are not reordered.", reorder_forgotten),
-    _broken("caches.second-turn", "The second turn forgets the first.", second_turn_forgets),
-    _broken("caches.bytes", "KV takes more memory than its tokens.", kv_in_twice_the_bytes),
     _broken("batches.ragged", "Sequences of a batch are mixed up.", rows_mixed_up),
     _broken("batches.ragged", "A batch is a pass for each row.", one_pass_for_each_row),
     _broken("batches.left-padded", "Padding is seen.", padding_is_seen),
@@ -513,7 +340,6 @@ BROKEN_MODELS = [
     _broken("failure.read-error", "Errors are swallowed.", errors_swallowed),
     _broken("failure.short-read", "Missing bytes are zeros.", zeros_for_missing_bytes),
     _broken("failure.overwritten", "Nothing looks whether files were changed.", never_looks),
-    _broken("caches.other-weights", "KV is keyed by a sample of the weights.", keyed_by_a_sample),
     _broken("failure.cancelled", "A broken-off pass leaves its tokens.", failed_pass_stays),
     _broken("language.stop", "Generation does not stop.", never_stops),
 ]

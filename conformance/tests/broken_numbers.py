@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 from broken import broken_adapter
-from broken_models import with_cache
+from broken_caches import with_cache
 
 import ollm
 from ollm_adapter_gpt_oss import GptOssAdapter

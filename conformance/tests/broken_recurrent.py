@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from broken import broken_adapter
-from broken_models import with_cache
+from broken_caches import with_cache
 
 from ollm_adapter_qwen3_next import Qwen3NextAdapter
 from ollm_adapter_qwen3_next.hybrid import mixer

@@ -8,7 +8,7 @@ import functools
 from contextlib import ExitStack
 
 from broken import broken_adapter
-from broken_models import with_cache
+from broken_caches import with_cache
 
 import ollm
 from ollm_adapter_llama import LlamaAdapter

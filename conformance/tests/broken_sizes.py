@@ -9,7 +9,7 @@ from unittest.mock import patch
 
 import torch
 from broken import broken_adapter
-from broken_models import with_cache
+from broken_caches import with_cache
 from families import GptOss, GraniteOne, GraniteSmall, Qwen3
 
 import ollm

@@ -5,8 +5,8 @@ wraps `ollm.load`; the adapters are good.
 from __future__ import annotations
 
 from broken import broken_adapter
-from broken_models import with_cache
-from unseen_a import turn_stores
+from broken_caches import with_cache
+from unseen_turns import turn_stores
 
 import ollm
 from ollm_adapter_llama import LlamaAdapter

@@ -1,6 +1,6 @@
-"""Writes docs/conformance-power.md: what is broken on purpose, and the check that catches it.
+"""Writes docs/generated/conformance-power.md: what is broken on purpose, and what catches it.
 
-python conformance/tests/power_table.py > docs/conformance-power.md
+python conformance/tests/power_table.py > docs/generated/conformance-power.md
 """
 
 from __future__ import annotations

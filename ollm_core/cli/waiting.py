@@ -3,7 +3,7 @@
 By default they ask for it again and again, which is the quickest where each has a core of its own.
 Where another program computes too, they so keep each other from the core that they wait for: with
 one such program on two cores, decoding has been fifteen times as slow. Asleep, they lose little
-(benchmarks/waiting.py).
+(benchmarks/decode/waiting.py).
 """
 
 from __future__ import annotations

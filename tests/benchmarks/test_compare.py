@@ -1,4 +1,4 @@
-"""benchmarks/compare.py with stand-ins that print a line, and what it needs beside them."""
+"""benchmarks/peers/compare.py with stand-ins that print a line, and what it needs beside them."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from children import ChildError, result_of
-from compare import OURS, compete, conclude, main, summary
-from make_checkpoint import Shape, write_checkpoint
-from measure import environment
-from peers.copies import write_gguf, write_tokenizer
-from peers.environments import PEERS, BuildError, Peer, environment_of
-from peers.programs import Program
 from transformers import AutoTokenizer, LlamaForCausalLM
+
+from benchmarks.peers.compare import OURS, compete, conclude, main, summary
+from benchmarks.peers.copies import write_gguf, write_tokenizer
+from benchmarks.peers.environments import PEERS, BuildError, Peer, environment_of
+from benchmarks.peers.programs import Program
+from benchmarks.tools.children import ChildError, result_of
+from benchmarks.tools.make_checkpoint import Shape, write_checkpoint
+from benchmarks.tools.measure import environment
 
 LINE = {
     "prefill_s": 3.0,
@@ -151,7 +152,7 @@ def test_an_environment_that_cannot_be_made(tmp_path, monkeypatch):
 
 def test_every_peer_has_its_files():
     """Requirements, and a way to open it."""
-    from peers.run_peer import OPEN
+    from benchmarks.peers.run_peer import OPEN
 
     assert OPEN.keys() == PEERS.keys()
     for peer in PEERS.values():

@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py without a card: its parts on tiny models, and when they go wrong."""
+"""benchmarks/gpu/gpu.py without a card: its parts on tiny models, and when they go wrong."""
 
 from __future__ import annotations
 
@@ -14,19 +14,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from gpu import parsed
-from gpu_parts import choices, experts, long, parity, resident, streamed, weights
-from gpu_parts.checkpoints import LLAMA, cut, llama
-from gpu_parts.listing import chosen, parts
-from gpu_parts.parity import Case
-from gpu_parts.peaks import over_budget
-from gpu_parts.record import Record
-from gpu_parts.running import Ending, run_part
-from gpu_parts.work import OutOfTime, Work
 
 import ollm
-
-SCRIPT = Path(importlib.import_module("gpu").__file__)
+from benchmarks.gpu.gpu import parsed
+from benchmarks.gpu.parts import choices, experts, long, parity, resident, streamed, weights
+from benchmarks.gpu.parts.checkpoints import LLAMA, cut, llama
+from benchmarks.gpu.parts.listing import chosen, parts
+from benchmarks.gpu.parts.parity import Case
+from benchmarks.gpu.parts.peaks import over_budget
+from benchmarks.gpu.parts.record import Record
+from benchmarks.gpu.parts.running import Ending, run_part
+from benchmarks.gpu.parts.work import OutOfTime, Work
+from benchmarks.tools.children import script
 
 
 @pytest.fixture
@@ -81,7 +80,7 @@ def test_how_a_part_ends_is_told(code, state, error):
 
 def test_a_part_that_takes_too_long_is_killed(monkeypatch):
     """With all that it has started; what it had found stays."""
-    monkeypatch.setattr("gpu_parts.running.GRACE_SECONDS", 0.3)
+    monkeypatch.setattr("benchmarks.gpu.parts.running.GRACE_SECONDS", 0.3)
     code = (
         "import subprocess, sys, time\n"
         "started = subprocess.Popen([sys.executable, '-S', '-c', 'import time; time.sleep(60)'])\n"
@@ -139,7 +138,7 @@ def test_parts_can_be_chosen():
     there = parts()
     assert len({part.name for part in there}) == len(there)
     for part in there:
-        assert callable(importlib.import_module(f"gpu_parts.{part.module}").run)
+        assert callable(importlib.import_module(f"benchmarks.gpu.parts.{part.module}").run)
     assert {part.module for part in chosen(["parity", "long"], there)} == {"parity", "long"}
     assert [part.argument for part in chosen(["parity-llama"], there)] == ["llama"]
     with pytest.raises(ValueError, match="no part 'nix'"):
@@ -266,7 +265,7 @@ def test_the_script(tmp_path):
     """As it is called, with a part of each kind; ended early, it leaves its record and no files."""
     out, scratch = tmp_path / "record.json", tmp_path / "scratch"
     scratch.mkdir()
-    command = [sys.executable, str(SCRIPT), "--device", "cpu", "--small", "--out", str(out)]
+    command = [*script("gpu"), "--device", "cpu", "--small", "--out", str(out)]
     command += ["--minutes", "3", "--directory", str(scratch)]
     asked = ["--part", "weights", "--part", "choices"]
     with subprocess.Popen([*command, *asked], stdout=subprocess.PIPE, text=True) as process:

@@ -1,4 +1,4 @@
-"""benchmarks/growth.py at toy size: slopes are those of arithmetic, and others are told."""
+"""benchmarks/memory/growth.py at toy size: slopes are those of arithmetic, and others are told."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from copy import deepcopy
 from dataclasses import replace
 
 import pytest
-from growth import SERIES, TOLERANCE, Work, faults, record_of, slopes
-from growth_plot import draw
+
+from benchmarks.memory.growth import SERIES, TOLERANCE, Work, faults, record_of, slopes
+from benchmarks.memory.growth_plot import draw
 
 BASE = Work(tokens=256, layers=1)
 

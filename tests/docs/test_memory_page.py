@@ -1,4 +1,4 @@
-"""docs/memory.md is what is planned now, and lower than what others publish."""
+"""docs/generated/memory.md is what is planned now, and lower than what others publish."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from memory_table import ROWS, memory_table, planned
 
-PAGE = Path(__file__).parents[2] / "docs/memory.md"
+PAGE = Path(__file__).parents[2] / "docs/generated/memory.md"
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""docs/options.md is what ollm_core/options.py says now."""
+"""docs/generated/options.md is what ollm_core/options.py says now."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from options_table import options_page
 
-PAGE = Path(__file__).parents[2] / "docs/options.md"
+PAGE = Path(__file__).parents[2] / "docs/generated/options.md"
 
 
 def test_the_page_is_what_the_options_say():

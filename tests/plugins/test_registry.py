@@ -4,87 +4,13 @@ import json
 import subprocess
 import sys
 import textwrap
-from importlib.metadata import EntryPoint, distributions
+from importlib.metadata import EntryPoint
 
 import pytest
 
-from ollm_core import Capability, InputError, UnknownModelError, UnsupportedError
+from ollm_core import InputError, UnknownModelError
 from ollm_core.plugins.loader import KINDS
-from ollm_core.plugins.registry import (
-    CAPABILITIES,
-    ENTRY_POINT_GROUP,
-    LOAD_PLUGINS,
-    Registry,
-    limits,
-    require,
-)
-
-PLUGIN = """
-    from ollm_core import (
-        CacheKind, Capability, CatalogEntry, Layout, ModelAdapter, WeightPlan, hookimpl
-    )
-
-    class Adapter(ModelAdapter):
-        name = "{name}"
-        model_types = ("{name}",)
-
-        def layout(self, config):
-            return Layout(1)
-
-        def weights(self, config, tensor_names):
-            return WeightPlan({{}})
-
-        def caches(self, config):
-            return (CacheKind(),)
-
-        def tiny_config(self):
-            return {{"model_type": self.name}}
-
-        def catalog(self):
-            return (CatalogEntry(f"{{self.name}}-Small", "x/y", 1, 2, {{}}),)
-
-    @hookimpl
-    def ollm_adapters():
-        return (Adapter(),)
-"""
-
-
-class Site:
-    """A site-packages directory into which tests install plugins."""
-
-    def __init__(self, path):
-        self.path = path
-        self.modules = set()
-
-    def install(self, name, extra="", *, body=PLUGIN, module=None, distribution=None):
-        """A distribution `ollm-adapter-NAME` with one entry point NAME."""
-        distribution = distribution or f"ollm-adapter-{name}"
-        module = module or f"throwaway_{name}"
-        self.modules.add(module)
-        source = textwrap.dedent(body.format(name=name)) + textwrap.dedent(extra)
-        (self.path / f"{module}.py").write_text(source)
-        info = self.path / f"{distribution.replace('-', '_')}-1.5.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text(
-            f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.5\n"
-        )
-        (info / "entry_points.txt").write_text(f"[{ENTRY_POINT_GROUP}]\n{name} = {module}\n")
-
-    def discover(self):
-        """A registry of what was installed here, and nothing else."""
-        found = [e for d in distributions(path=[str(self.path)]) for e in d.entry_points]
-        return Registry.discover(found)
-
-
-@pytest.fixture
-def site(tmp_path, monkeypatch):
-    """An empty site-packages directory on sys.path."""
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delenv(LOAD_PLUGINS, raising=False)
-    site = Site(tmp_path)
-    yield site
-    for module in site.modules:
-        sys.modules.pop(module, None)
+from ollm_core.plugins.registry import ENTRY_POINT_GROUP, LOAD_PLUGINS, Registry
 
 
 def statuses(registry):
@@ -370,31 +296,6 @@ def test_registries_share_nothing(site, monkeypatch):
     second = site.discover()
     assert set(first.adapters) == {"alpha"}
     assert not second.adapters
-
-
-def test_require(site):
-    """What is declared unsupported raises with the adapter's reason; the undeclared is full."""
-    site.install("alpha")
-    adapter = site.discover().adapters["alpha"]
-    type(adapter).capabilities = {
-        "drafts": Capability("unsupported", "state cannot go back"),
-        "batch": Capability("not-implemented", "one at a time"),
-        "truncate": Capability(),
-    }
-    require(adapter, "truncate")
-    require(adapter, "kv-disk")
-    assert limits(adapter) == {"batch": "one at a time", "drafts": "state cannot go back"}
-    with pytest.raises(UnsupportedError, match="alpha does not support drafts: state cannot"):
-        require(adapter, "drafts")
-    with pytest.raises(UnsupportedError, match="does not support batch yet: one at a time"):
-        require(adapter, "batch")
-    with pytest.raises(ValueError, match="unknown capability"):
-        require(adapter, "dratfs")
-
-
-def test_capabilities_are_explained():
-    """Every ability has a meaning of one line."""
-    assert all(meaning and "\n" not in meaning for meaning in CAPABILITIES.values())
 
 
 def test_discovery_imports_no_torch():

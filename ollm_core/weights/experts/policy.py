@@ -2,7 +2,7 @@
 
 Shares are forgotten by and by, and a newcomer replaces another expert only if it beats it by a
 margin. So a long prompt, which asks for every expert once, cannot flush what decoding needs, and
-few experts are copied. benchmarks/expert_policies.py compares this with other policies.
+few experts are copied. benchmarks/experts/expert_policies.py compares this with other policies.
 """
 
 from __future__ import annotations

@@ -1,0 +1,25 @@
+"""What `ollm run` says of a mixture of experts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from mixtures import open_moe
+
+from ollm_core.cli.report import json_report, summary
+
+
+def test_run_tells_of_experts(make_moe, ids):
+    """What `ollm run` says of experts, in JSON and in its summary; of a dense model it says
+    nothing.
+    """
+    with open_moe(make_moe("mixtral")) as model:
+        model(input_ids=ids(30)[None])
+        stats = model.stats
+    told = json_report("", [], 30, stats)
+    assert told["experts_routed"] == told["experts_read"] + told["experts_hit"] > 0
+    assert told["expert_bytes_read"] == stats.expert_bytes_read > 0
+    assert f"{stats.experts_routed} routed to" in summary(stats)
+    dense = replace(stats, experts_routed=0)
+    assert "experts_routed" not in json_report("", [], 30, dense)
+    assert "experts" not in summary(dense)
