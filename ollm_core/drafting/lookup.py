@@ -92,7 +92,7 @@ class DraftCandidates(CandidateGenerator):
         self._fits = fits
         self._max_positions = max_positions
         self._vocab_size = vocab_size
-        self._before_prompt = counts.prefill_seconds
+        self._before_prompt = counts.counted.prefill_seconds
         self._seconds: float | None = None
         """Of decoding, before the pass; None before the one that reads the prompt."""
         self._num_drafted = 0

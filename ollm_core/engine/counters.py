@@ -31,7 +31,7 @@ class Counters:
 
     @property
     def counted(self) -> Stats:
-        """What was counted here so far; fields that other parts of the model count are as at first."""
+        """What was counted here so far; what other parts of the model count is 0 there."""
         return self._counted
 
     def count_pass(
