@@ -10,10 +10,30 @@ from types import ModuleType
 
 import pytest
 
+from ollm_conformance.checks import MARK
 from ollm_conformance.results import Outcome, Result, read_json
 
 _MODULE = "ollm_suite_under_test"
 _INI = "[pytest]\naddopts =\n"
+_WITHOUT = (
+    "cacheprovider", "doctest", "faulthandler", "junitxml", "logging", "pastebin", "setuponly",
+    "setupplan", "stepwise", "timeout", "xdist", "xdist.looponfail",
+    "unraisableexception",  # it collects garbage for most of the time
+)  # fmt: skip
+"""Plugins of pytest that tell nothing here: setting them up takes longer than many a check."""
+
+
+class _Only:
+    """Lets pytest make items of some checks alone: a suite has some 150."""
+
+    def __init__(self, checks: Sequence[str]) -> None:
+        self._checks = checks
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_pycollect_makeitem(self, obj: object) -> list[pytest.Item] | None:
+        marks = getattr(obj, "pytestmark", ()) if self._checks and not isinstance(obj, type) else ()
+        ids = [mark.args[0].id for mark in marks if mark.name == MARK]
+        return [] if ids and ids[0] not in self._checks else None
 
 
 def results(suite: type, checks: Sequence[str] = (), options: Sequence[str] = ()) -> list[Result]:
@@ -32,16 +52,15 @@ def results(suite: type, checks: Sequence[str] = (), options: Sequence[str] = ()
         arguments = [
             str(file), f"--rootdir={directory}", "--import-mode=importlib",
             "-c", str(directory / "pytest.ini"), f"--basetemp={directory / 'temp'}",
-            f"--ollm-results={found}", "-q", "--tb=short", "-p", "no:cacheprovider",
-            "-p", "no:faulthandler",
-            "-p", "no:unraisableexception",  # it collects garbage for most of the time
+            f"--ollm-results={found}", "-q", "--tb=short",
+            *(word for name in _WITHOUT for word in ("-p", f"no:{name}")),
             *options,
         ]  # fmt: skip
         if checks:
             arguments.append(f"--ollm-checks={','.join(checks)}")
         sys.modules[_MODULE] = module
         try:
-            status = pytest.main(arguments)
+            status = pytest.main(arguments, plugins=[_Only(checks)])
         finally:
             del sys.modules[_MODULE]
         if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):

@@ -28,7 +28,7 @@ from ollm_adapter_qwen3_next import Qwen3MoeAdapter, Qwen3NextAdapter, Qwen35Ada
 from ollm_conformance import AdapterConformance
 from ollm_core import read_size
 from ollm_core.drafting import lookup as core_drafts
-from ollm_core.generate import hooks, padding
+from ollm_core.generate import causal_lm, hooks, padding
 from ollm_core.generate.cache import SequenceCache
 from ollm_core.generate.causal_lm import StreamedModel
 from ollm_core.planning.cost_model import Estimate
@@ -201,12 +201,12 @@ def windows_left_out_of_the_plan(patch):
 # Hurts: a chat that grows turn by turn past the model's positions: it is not refused, and its text
 # is garbage from there on.
 def only_new_tokens_are_counted(patch):
-    check = StreamedModel._check
+    check = causal_lm.check_tokens
 
-    def without_past(self, batch):
-        check(self, replace(batch, starts=(0,) * len(batch.starts)))
+    def without_past(batch, config):
+        check(replace(batch, starts=(0,) * len(batch.starts)), config)
 
-    patch.setattr(StreamedModel, "_check", without_past)
+    patch.setattr(causal_lm, "check_tokens", without_past)
 
 
 # Hurts: a long prompt after short ones, in a budget: layers that were kept should have made room

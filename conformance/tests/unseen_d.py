@@ -28,6 +28,7 @@ from ollm_adapter_qwen3_next import Qwen3NextAdapter, Qwen35Adapter
 from ollm_core import DecoderAdapter, InputError, loader
 from ollm_core.attention import exact
 from ollm_core.checkpoint.safetensors import FileState
+from ollm_core.generate import limits
 from ollm_core.generate.causal_lm import StreamedModel
 from ollm_core.kv.recurrent.states import StateStore
 from ollm_core.weights.embedding import EmbeddingRows
@@ -175,8 +176,8 @@ def mask_from_two_past_the_window(query, start, num_keys, window, *, mask=exact.
 
 # Hurts: a prompt or a text that fills the positions of the model to the last one: it is refused,
 # and transformers gives it.
-def last_position_refused(self, length):
-    limit = self.config.max_position_embeddings
+def last_position_refused(length, config):
+    limit = config.max_position_embeddings
     if length >= limit:
         raise InputError(
             f"{length} tokens are past the model's {limit} positions",
@@ -246,7 +247,7 @@ UNSEEN = [
     ),
     core(
         "a text must not fill all positions",
-        LlamaAdapter, StreamedModel, "check_length", last_position_refused,
+        LlamaAdapter, limits, "check_length", last_position_refused,
     ),
     core(
         "a model holds its caches",

@@ -269,7 +269,7 @@ def _parse_header(
         raise _cut_short(path, str(end - file_bytes), file_bytes)
     if end < file_bytes:
         raise CheckpointError(
-            f"{path}: {file_bytes - end} bytes more than its header tells of", hint=_FETCH_AGAIN
+            f"{path}: {file_bytes - end} extra bytes after the last tensor", hint=_FETCH_AGAIN
         )
     return tensors, MappingProxyType(metadata)
 

@@ -32,7 +32,7 @@ def _kv_dir_option(command: Command) -> Command:
 
 @click.group()
 def cache() -> None:
-    """Show, verify and remove what earlier runs have kept with --kv-dir."""
+    """List, verify and remove prefix caches, which earlier runs saved in --kv-dir."""
 
 
 @cache.command("list")

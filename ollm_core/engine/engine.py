@@ -1,6 +1,6 @@
 """Runs weight passes: one at a time, admitted before, committed and counted after.
 
-A pass that ran out of memory is tried once more with nothing kept that need not be.
+A pass that ran out of memory is tried once more with every weight evicted that can be.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class Engine:
                 return self._attempt(store, work)
             except torch.OutOfMemoryError as error:
                 raise DoesNotFitError(
-                    f"out of memory with nothing kept that need not be: {one_line(error)}",
+                    f"out of memory with every weight evicted that can be: {one_line(error)}",
                     hint="allow less device memory, a smaller chunk size, or end other programs",
                 ) from error
 

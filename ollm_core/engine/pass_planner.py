@@ -172,9 +172,9 @@ class Admission:
         for account, wanted, lacking in zip(self._accounts, num_bytes, missing, strict=True):
             if lacking and wanted:
                 raise DoesNotFitError(
-                    f"{kind} needs {format_size(wanted)} of {account.name} beside the model, "
-                    f"{format_size(max(wanted - lacking, 0))} of {format_size(account.limit)} "
-                    "can be spared",
+                    f"{account.name}: need {format_size(wanted)} for {kind} beside the model, "
+                    f"can spare {format_size(max(wanted - lacking, 0))} "
+                    f"(limit {format_size(account.limit)})",
                     hint=f"allow at least {account.limit + lacking} bytes, or go without",
                     memory=account.name,
                     needed_bytes=account.limit + lacking,

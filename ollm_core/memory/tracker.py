@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,19 +15,33 @@ _ATEN = torch.ops.aten
 _ELEMENTWISE = frozenset(
     {
         _ATEN.add.Tensor,
+        _ATEN.clamp.default,
+        _ATEN.cos.default,
+        _ATEN.div.Tensor,
         _ATEN.exp.default,
+        _ATEN.logaddexp.default,
         _ATEN.mul.Tensor,
         _ATEN.neg.default,
         _ATEN.pow.Tensor_Scalar,
         _ATEN.rsqrt.default,
         _ATEN.sigmoid.default,
         _ATEN.silu.default,
+        _ATEN.sin.default,
+        _ATEN.softplus.default,
         _ATEN.sub.Tensor,
     }
 )
-"""Those that take most of a trace: torch's own meta functions need some 0.3 ms for each."""
-
-
+"""Those that take most of a trace: torch's own meta functions need 0.1 to 3 ms for each."""
+_SHAPED_AS: Mapping[Any, Any] = {
+    _ATEN.clamp.default: _ATEN.neg.default,
+    _ATEN.logaddexp.default: _ATEN.add.Tensor,
+    _ATEN.softplus.default: _ATEN.neg.default,
+}
+"""For those that take longest: others of the same tensors, which give the same without data."""
+_IN_PLACE = frozenset(
+    {_ATEN.addcmul_.default, _ATEN.exp_.default, _ATEN.tril_.default, _ATEN.triu_.default}
+)
+"""Those that give their first argument and allocate nothing."""
 _COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 
 
@@ -56,7 +71,7 @@ class AllocationTracker(TorchDispatchMode):
         if torch.is_inference_mode_enabled() and _is_composite(func):
             with self:  # its parts come here; outside of inference mode they do by themselves
                 return func._op_dk(_COMPOSITE, *args, **kwargs)
-        for tensor in _tensors((args, kwargs)):
+        for tensor in _tensors(args, *kwargs.values()):
             self._count(tensor.untyped_storage(), made_here=False)
         result = self._call(func, args, kwargs)
         for tensor in _tensors(result):
@@ -93,13 +108,20 @@ class _MetaTracker(AllocationTracker):
         super().__init__("meta")
 
     def _call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if func in _ELEMENTWISE and (result := elementwise(args)) is not None:
+        if func in _ELEMENTWISE:
+            if (result := elementwise(args)) is not None:
+                return result
+            if func in _SHAPED_AS and _are_floats(shown := _tensors(args)):
+                return _SHAPED_AS[func](*shown)
+        if func is _ATEN.mean.dim and not kwargs and (result := mean(*args)) is not None:
+            return result
+        if func is _ATEN.cat.default and (result := concatenated(*args)) is not None:
             return result
         if args and isinstance(args[0], Tensor) and args[0].device.type == "meta":
             if func is _ATEN.addmm.default:  # a layer's products with a bias
                 _, left, right = args
                 return torch.empty(left.shape[0], right.shape[1], dtype=left.dtype, device="meta")
-            if func is _ATEN.triu_.default:
+            if func in _IN_PLACE:
                 return args[0]
             if func is _ATEN.nonzero.default:  # a token chooses an expert once
                 shape = args[0].shape
@@ -114,14 +136,43 @@ def elementwise(args: Sequence[Any]) -> Tensor | None:
     that is not plain: all tensors have one dtype and no gaps, and so has the result.
     """
     tensors = [arg for arg in args if isinstance(arg, Tensor)]
-    dtype = tensors[0].dtype
-    if not dtype.is_floating_point or any(isinstance(arg, complex) for arg in args):
+    if any(isinstance(arg, complex) for arg in args):
         return None
-    for tensor in tensors:
-        if tensor.dtype != dtype or tensor.device.type != "meta" or not tensor.is_contiguous():
-            return None
-    shape = torch.broadcast_shapes(*(tensor.shape for tensor in tensors))
-    return torch.empty(shape, dtype=dtype, device="meta")
+    if not _are_plain(tensors):
+        return None
+    shape = tensors[0].shape
+    if len(tensors) > 1:
+        shape = torch.broadcast_shapes(*(tensor.shape for tensor in tensors))
+    return torch.empty(shape, dtype=tensors[0].dtype, device="meta")
+
+
+def mean(value: Tensor, dims: Sequence[int] | None, keepdim: bool = False) -> Tensor | None:
+    """The same of a mean over `dims`."""
+    if not dims or not _are_plain([value]):
+        return None
+    over = {dim % value.dim() for dim in dims}
+    kept = ((1 if i in over else n) for i, n in enumerate(value.shape) if keepdim or i not in over)
+    return torch.empty(tuple(kept), dtype=value.dtype, device="meta")
+
+
+def concatenated(tensors: Sequence[Tensor], dim: int = 0) -> Tensor | None:
+    """The same of tensors of as many dimensions, one after another."""
+    first = tensors[0]
+    if not _are_plain(tensors) or any(one.dim() != first.dim() for one in tensors):
+        return None
+    shape = list(first.shape)
+    shape[dim] = sum(one.shape[dim] for one in tensors)
+    return torch.empty(shape, dtype=first.dtype, device="meta")
+
+
+def _are_plain(tensors: Sequence[Tensor]) -> bool:
+    """Whether they have no data, no gaps, and one dtype, of floating-point numbers."""
+    return _are_floats(tensors) and all(one.is_contiguous() for one in tensors)
+
+
+def _are_floats(tensors: Sequence[Tensor]) -> bool:
+    dtype = tensors[0].dtype
+    return dtype.is_floating_point and all(one.dtype == dtype and one.is_meta for one in tensors)
 
 
 def traced_peak(work: Callable[[], object]) -> int:
@@ -196,6 +247,7 @@ class OneExpertTaken(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@functools.cache
 def _is_composite(func: Any) -> bool:
     """Whether torch makes an operation from others. Its own code for that is meant: what there is
     of it in Python, as `decompose` finds, copies where that does not.
@@ -203,12 +255,12 @@ def _is_composite(func: Any) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), _COMPOSITE.name)
 
 
-def _tensors(value: object) -> Iterator[Tensor]:
+def _tensors(*values: object) -> list[Tensor]:
     """Those in the arguments or the result of an operation."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for part in value:
-            yield from _tensors(part)
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (tuple, list)):
+            found += _tensors(*value)
+    return found

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ollm_core import Stats
+from ollm import Stats
 from ollm_core.engine import counters
 from ollm_core.engine.batch import NewTokens
 from ollm_core.engine.counters import Counters

@@ -24,7 +24,7 @@ _TINY = {
     "moe_intermediate_size": 32,
     "norm_topk_prob": True,
     "num_attention_heads": 4,
-    "num_experts": 12,
+    "num_experts": 6,
     "num_experts_per_tok": 3,
     "num_key_value_heads": 2,
     "rms_norm_eps": 1e-6,
@@ -40,7 +40,6 @@ _TINY_HYBRID = {
     "head_dim": 32,
     "layer_types": [
         "linear_attention",
-        "linear_attention",
         "full_attention",
         "linear_attention",
         "full_attention",
@@ -50,7 +49,7 @@ _TINY_HYBRID = {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
     "linear_value_head_dim": 24,
-    "num_hidden_layers": 5,
+    "num_hidden_layers": 4,
     "partial_rotary_factor": 0.25,
     "shared_expert_intermediate_size": 40,
 }
