@@ -15,11 +15,14 @@ from types import MappingProxyType
 from ollm_core.checkpoint.safetensors import SINGLE_FILE, Checkpoint
 from ollm_core.contracts.adapter import ModelAdapter
 from ollm_core.contracts.model import Config
-from ollm_core.contracts.tensors import DTYPE_BYTES, TensorInfo
+from ollm_core.contracts.tensors import DTYPE_BYTES, TORCH_NAMES, TensorInfo
 from ollm_core.errors import ConfigError, UnsupportedError
 from ollm_core.plugins.infer import Shape
+from ollm_core.values import DTYPES
 
-STORED_DTYPES = MappingProxyType({"float32": "F32", "float16": "F16", "bfloat16": "BF16"})
+STORED_DTYPES = MappingProxyType(
+    {dtype: name for name, dtype in TORCH_NAMES.items() if dtype in DTYPES}
+)
 """safetensors dtype names of the dtypes that a config.json may state."""
 
 

@@ -12,11 +12,29 @@ from ollm_core.errors import PluginError
 if TYPE_CHECKING:
     from torch import Tensor
 
-DTYPE_BYTES: Mapping[str, int] = {
-    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
-    "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1,
-}  # fmt: skip
+_DTYPES = (
+    # name in safetensors, in torch where a parameter may be stored in it, bytes per element
+    ("F64", "float64", 8),
+    ("F32", "float32", 4),
+    ("F16", "float16", 2),
+    ("BF16", "bfloat16", 2),
+    ("F8_E4M3", "float8_e4m3fn", 1),
+    ("F8_E5M2", "float8_e5m2", 1),
+    ("F8_E8M0", None, 1),
+    ("I64", "int64", 8),
+    ("U64", None, 8),
+    ("I32", "int32", 4),
+    ("U32", None, 4),
+    ("I16", "int16", 2),
+    ("U16", None, 2),
+    ("I8", "int8", 1),
+    ("U8", "uint8", 1),
+    ("BOOL", "bool", 1),
+)
+DTYPE_BYTES: Mapping[str, int] = {name: num_bytes for name, _, num_bytes in _DTYPES}
 """Bytes per element of the safetensors dtypes that a checkpoint may hold."""
+TORCH_NAMES: Mapping[str, str] = {name: torch for name, torch, _ in _DTYPES if torch}
+"""torch's names of those that core reads; the others are for codecs."""
 
 
 @dataclass(frozen=True, slots=True)

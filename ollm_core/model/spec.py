@@ -14,6 +14,7 @@ from ollm_core.checkpoint.synthetic import describe_checkpoint
 from ollm_core.contracts.adapter import ModelAdapter
 from ollm_core.contracts.kv import CacheKind, KVGeometry
 from ollm_core.contracts.model import Config
+from ollm_core.contracts.tensors import TORCH_NAMES
 from ollm_core.device.memory import DeviceMemory, memory_of
 from ollm_core.errors import ConfigError, UnsupportedError
 from ollm_core.files.untrusted_json import show
@@ -22,10 +23,10 @@ from ollm_core.plugins.loader import Offer
 from ollm_core.plugins.validation import kinds_of, layout_of, plan_of, text_config_of
 from ollm_core.weights.formats.codecs import LogicalTensors
 from ollm_core.weights.tied_head import untie_head
-from ollm_core.weights.units import Units, cut_units
+from ollm_core.weights.units import PLAIN_FLOATS, Units, cut_units
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in values.DTYPES}
-_FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_FLOATS = {name: TORCH_NAMES[name] for name in PLAIN_FLOATS}
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -16,17 +16,20 @@ from typing import Any
 from ollm_core.contracts.adapter import ModelAdapter
 from ollm_core.contracts.kv import CacheKind, StateShape
 from ollm_core.contracts.model import CatalogEntry, Config, Layout
-from ollm_core.contracts.tensors import ParameterSource, WeightPlan
+from ollm_core.contracts.tensors import DTYPE_BYTES, TORCH_NAMES, ParameterSource, WeightPlan
 from ollm_core.errors import CheckpointError, ConfigError, PluginError, UnsupportedError
 from ollm_core.plugins.infer import infer_tensors
 from ollm_core.plugins.validation import told
+from ollm_core.values import DTYPES
 
 _MAX_SIZE = 1 << 31
 _MAX_LAYERS = 10_000
 _MIXERS = MappingProxyType(
     {"full_attention": "full", "sliding_attention": "sliding", "linear_attention": "recurrent"}
 )
-_DTYPE_BYTES = MappingProxyType({"float32": 4, "float16": 2, "bfloat16": 2})
+_DTYPE_BYTES = MappingProxyType(
+    {dtype: DTYPE_BYTES[name] for name, dtype in TORCH_NAMES.items() if dtype in DTYPES}
+)
 
 
 class DecoderAdapter(ModelAdapter):

@@ -13,24 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from ollm_core.contracts.model import Layout
-from ollm_core.contracts.tensors import ParameterSource, TensorInfo, WeightPlan
+from ollm_core.contracts.tensors import TORCH_NAMES, ParameterSource, TensorInfo, WeightPlan
 from ollm_core.device.buffers import ALIGNMENT, round_up
 from ollm_core.errors import CheckpointError, OllmError, PluginError, one_line
 from ollm_core.plugins.validation import told
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+    name: getattr(torch, torch_name) for name, torch_name in TORCH_NAMES.items()
 }
 PLAIN_FLOATS = ("F64", "F32", "F16", "BF16")
 """What a parameter may be stored in as it is. One of 8 bits is half of a quantised one: its scales

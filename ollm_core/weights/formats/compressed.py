@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ollm_core.contracts.tensors import EncodedTensor, TensorInfo
+from ollm_core.contracts.tensors import TORCH_NAMES, EncodedTensor, TensorInfo
 from ollm_core.errors import CheckpointError, UnsupportedError
 from ollm_core.plugins.factories import CodecRequest
 from ollm_core.plugins.loader import Offer
@@ -134,7 +134,7 @@ class _Decode:
     def __call__(self, zstd: Tensor, low: Tensor) -> Tensor:
         import torch
 
-        dtype = {"BF16": torch.bfloat16, "F16": torch.float16}[self.dtype]
+        dtype: torch.dtype = getattr(torch, TORCH_NAMES[self.dtype])
         return byte_planes.decode(zstd, low, dtype, self.num_threads, self.name)
 
 
