@@ -22,13 +22,15 @@ help: ## show this list
 
 install: $(INSTALLED) ## make .venv with everything, at the versions of constraints.txt
 
-# Redone when a file that says what to install changes; torch goes first, alone, because it is big.
+# Redone when a file that says what to install changes. First torch, which is big, and what builds
+# ours, once for all of them. Nothing is compiled that is not imported.
 $(INSTALLED): pyproject.toml constraints.txt $(PACKAGES:%=%/pyproject.toml)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "error: $(PYTHON) is older than 3.11"; echo "hint: make PYTHON=python3.12"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet -c constraints.txt torch
-	$(PIP) install --quiet -c constraints.txt -e '.[dev,gguf]' $(PACKAGES:%=-e ./%)
+	$(PIP) install --quiet --no-compile -c constraints.txt torch hatchling editables
+	$(PIP) install --quiet --no-compile -c constraints.txt --no-build-isolation \
+		-e '.[dev,gguf]' $(PACKAGES:%=-e ./%)
 	@touch $@
 
 lint: install ## ruff, rules and format
