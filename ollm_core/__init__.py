@@ -51,6 +51,7 @@ from ollm_core.plugins.decoder import (
 )
 from ollm_core.plugins.factories import CodecRequest, DraftRequest, KVRequest
 from ollm_core.plugins.hookspecs import hookimpl
+from ollm_core.plugins.validation import CAPABILITIES
 from ollm_core.weights.formats.mxfp4 import mxfp4_source
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "CAPABILITIES",
     "ByteSource",
     "CacheKind",
     "Capability",
@@ -108,7 +110,6 @@ _NEEDS_TORCH = {"HostKVStore": "ollm_core.kv.in_memory"}
 _MOVED = {
     "ADAPTER_API": ("ollm_core.contracts.adapter", "ollm_core.testing"),
     "Attention": ("ollm_core.contracts.attention", "ollm_core.testing"),
-    "CAPABILITIES": ("ollm_core.plugins.validation", "ollm_core.testing"),
     "DeviceError": ("ollm_core.errors", "ollm_core.errors"),
     "KVView": ("ollm_core.contracts.attention", "ollm_core.testing"),
     "KeepsStates": ("ollm_core.contracts.kv", "ollm_core.testing"),

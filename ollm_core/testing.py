@@ -44,7 +44,6 @@ from ollm_core.model.spec import ModelSpec, inspect_model
 from ollm_core.planning.dry_run import Rehearsal, Scenario
 from ollm_core.plugins.registry import Registry, supports
 from ollm_core.plugins.validation import (
-    CAPABILITIES,
     check_capability,
     kinds_of,
     layout_of,
@@ -56,7 +55,6 @@ from ollm_core.weights.units import Parameter, Units, WeightUnit
 
 __all__ = [
     "ADAPTER_API",
-    "CAPABILITIES",
     "DTYPE_BYTES",
     "PAGE",
     "STORED_DTYPES",

@@ -6,8 +6,15 @@ from dataclasses import replace
 from types import MappingProxyType
 
 from ollm_adapter_llama import LlamaAdapter
-from ollm_core import Capability, Config, DecoderAdapter, ParameterSource, bad_config, read_size
-from ollm_core.testing import CAPABILITIES
+from ollm_core import (
+    CAPABILITIES,
+    Capability,
+    Config,
+    DecoderAdapter,
+    ParameterSource,
+    bad_config,
+    read_size,
+)
 
 _NOT_HERE = sorted(CAPABILITIES.keys() - {"kv-device"})
 

@@ -19,7 +19,7 @@ from power_table import BROKEN
 from ollm_conformance import AdapterConformance
 from ollm_conformance.adapter import adapter_checks
 from ollm_conformance.adapter.asks import ASKS
-from ollm_core.testing import CAPABILITIES
+from ollm_core import CAPABILITIES
 
 
 def suite_of(family):

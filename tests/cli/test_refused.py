@@ -23,7 +23,7 @@ def test_a_refusal_names_the_least_memory_and_the_longest_context(capsys, chat):
     code, err = run(capsys, chat, 1500, "500kB")
     assert code == 3
     error, hint = err.splitlines()[-2:]
-    assert error.startswith("error: a pass over ")
+    assert error.startswith("error: host memory: need ")
     least, longest = re.fullmatch(
         r"hint: the prompt has 1500 tokens: allow --host-memory (\w+), "
         r"or a context of at most (\d+) tokens",

@@ -19,7 +19,7 @@ def test_run_tells_of_experts(make_moe, ids):
     told = json_report("", [], 30, stats)
     assert told["experts_routed"] == told["experts_read"] + told["experts_hit"] > 0
     assert told["expert_bytes_read"] == stats.expert_bytes_read > 0
-    assert f"{stats.experts_routed} routed to" in summary(stats)
+    assert f"{stats.experts_routed} routed, " in summary(stats)
     dense = replace(stats, experts_routed=0)
     assert "experts_routed" not in json_report("", [], 30, dense)
     assert "experts" not in summary(dense)

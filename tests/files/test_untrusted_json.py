@@ -94,8 +94,9 @@ def test_nobody_else_parses_json(package: ModuleType):
         if (isinstance(node, ast.ImportFrom) and node.module == "json")
         or (isinstance(node, ast.Call) and ast.unparse(node.func) in ("json.load", "json.loads"))
     ]
-    # What a process of our own is told by the one that started it.
-    assert found in (
+    # What a process of our own is told by the one that started it, and results of the suite, whose
+    # reader loads no torch and takes any fault of theirs for a wrong file.
+    assert sorted(found) in (
         ["text/template_process.py: json.load(sys.stdin)"],
-        ["probe.py: json.loads(path)"],
+        ["probe.py: json.loads(path)", "results.py: json.loads(path.read_bytes())"],
     )
