@@ -187,7 +187,7 @@ def test_truncated_data_says_how_much_is_missing(tmp_path):
 
 def test_trailing_bytes_are_refused(tmp_path):
     """A file longer than its header says is refused, with the surplus."""
-    refused(write_raw(tmp_path, GOOD, bytes(35)), SINGLE_FILE, "3 bytes more")
+    refused(write_raw(tmp_path, GOOD, bytes(35)), SINGLE_FILE, "3 extra bytes")
 
 
 def test_git_lfs_pointer_is_recognised(tmp_path):

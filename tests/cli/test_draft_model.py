@@ -72,7 +72,7 @@ def test_a_draft_model_that_does_not_fit(capsys, chat):
     drafting = ["--draft", "model", "--draft-model", str(chat)]
     code, out, err = run(capsys, chat, *drafting, "--device-memory", "1MB")
     assert (code, out) == (3, "")
-    assert "draft model needs" in err
+    assert "for draft model beside the model" in err
     assert "allow at least" in err
 
 

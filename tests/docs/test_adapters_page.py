@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from ollm_core import (
+    CAPABILITIES,
     CacheKind,
     CatalogEntry,
     DecoderAdapter,
@@ -21,7 +22,6 @@ from ollm_core import (
     WeightPlan,
     mxfp4_source,
 )
-from ollm_core.testing import CAPABILITIES
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE = (DOCS / "adapters.md").read_text()

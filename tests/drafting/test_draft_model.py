@@ -198,7 +198,7 @@ def test_what_does_not_fit_is_refused_before_the_run(make, ids):
     main, draft, prompt = make("llama"), make("llama", 1), ids(30)
     plain, _ = text_of(main, prompt, 12)
     refused = refusal_of(main, prompt, draft, 600_000)
-    assert "draft model needs" in str(refused)
+    assert "for draft model beside the model" in str(refused)
     assert "allow at least" in str(refused)
     for _ in range(6):  # each names what is missing at that moment
         budget, refused = (

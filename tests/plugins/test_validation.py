@@ -8,11 +8,10 @@ import pytest
 
 import ollm
 from ollm_adapter_llama import LlamaAdapter
-from ollm_core import ConfigError, ParameterSource
+from ollm_core import CAPABILITIES, ConfigError, ParameterSource
 from ollm_core.errors import PluginError
 from ollm_core.plugins.registry import Registry
 from ollm_core.plugins.validation import check_capability, kinds_of, layout_of
-from ollm_core.testing import CAPABILITIES
 
 LLAMA = LlamaAdapter()
 

@@ -21,6 +21,8 @@ _HELD = ("RssAnon:", "RssShmem:", "VmSwap:")  # pages of files are the kernel's
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
 _CLEAR_PEAK = "5"
+_MMAP_THRESHOLD = -3  # of mallopt
+_LARGE = 1 << 18
 
 
 class ProcessMemory:
@@ -71,8 +73,12 @@ def peak_grown(work: Callable[[], object]) -> int | None:
 def process_bytes() -> int:
     """Bytes that the process has in memory, files not counted, whoever allocated them. Those that
     are free are given back first. 0 where the system does not tell.
+
+    From the first call on large blocks are maps of their own, which go when they are freed: glibc
+    raises that limit to 32 MiB as a process frees blocks, and what threads free below it stays.
     """
-    if hasattr(_LIBC, "malloc_trim"):  # glibc has it
+    if hasattr(_LIBC, "malloc_trim"):  # glibc has both
+        _LIBC.mallopt(_MMAP_THRESHOLD, _LARGE)
         _LIBC.malloc_trim(0)
     return sum(map(_status, _HELD))
 
