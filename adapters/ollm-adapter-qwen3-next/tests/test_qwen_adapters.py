@@ -81,7 +81,7 @@ def test_a_config_without_experts_or_sizes_is_one_line(adapter):
 def test_layers_of_linear_attention_only_where_the_family_has_them():
     """Qwen3-MoE ignores layer types, Qwen3-Next refuses those it does not know."""
     with pytest.raises(UnsupportedError, match="layer 1 of type 'chunked_attention'"):
-        NEXT.layout(config_with(layer_types=["full_attention", "chunked_attention"] * 2 + ["x"]))
+        NEXT.layout(config_with(layer_types=["full_attention", "chunked_attention"] * 2))
     config = config_with(layer_types=None, num_hidden_layers=8, full_attention_interval=3)
     assert NEXT.layout(config).mixers == ("recurrent", "recurrent", "full") * 2 + ("recurrent",) * 2
 
