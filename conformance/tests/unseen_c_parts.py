@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 from broken import Unseen
+from broken_kv_stores import geometry_of
 from safetensors.torch import save_file
 
 from ollm_conformance import (
@@ -16,21 +17,10 @@ from ollm_conformance import (
     DrafterConformance,
     KVStoreConformance,
 )
-from ollm_core import ByteSource, CacheKind, EncodedTensor, KVGeometry, ReadError
+from ollm_core import ByteSource, EncodedTensor, ReadError
 from ollm_core.attention.exact import exact_attention
 from ollm_core.drafting import lookup as core_drafts
 from ollm_core.kv.in_memory import HostKVStore
-
-
-def geometry_of(shape):
-    """The geometry of what the suite asks for."""
-    windows = shape.windows or (None,) * shape.num_layers
-    sizes = shape.num_kv_heads, shape.head_dim
-    kinds = tuple(
-        CacheKind("full", *sizes) if window is None else CacheKind("sliding", *sizes, window)
-        for window in windows
-    )
-    return KVGeometry(kinds, shape.dtype, torch.device("cpu"), shape.block_size)
 
 
 def kv_store(sentence, store):

@@ -7,6 +7,7 @@ from collections import Counter
 from contextlib import contextmanager
 
 import torch
+from broken_kv_stores import geometry_of
 from safetensors.torch import save_file
 
 from ollm_conformance import (
@@ -17,7 +18,7 @@ from ollm_conformance import (
     KVStoreConformance,
     WeightStreamerConformance,
 )
-from ollm_core import ByteSource, EncodedTensor, KVGeometry, ReadError, UnsupportedError
+from ollm_core import ByteSource, EncodedTensor, ReadError, UnsupportedError
 from ollm_core.attention.options import CARRIED
 from ollm_core.drafting.lookup import LookupDrafter
 from ollm_core.kv.disk.storage import DiskKVStore
@@ -27,10 +28,6 @@ from ollm_core.weights.sources.posix import open_source
 from ollm_core.weights.streamer import TieredWeights
 
 _CPU = torch.device("cpu")
-
-
-def _geometry(shape):
-    return KVGeometry(shape.kinds, shape.dtype, _CPU, shape.block_size)
 
 
 # Hurts: Ctrl-C in the middle of a long second prompt, on a model with windows: the layers that were
@@ -45,7 +42,7 @@ class UndoNotPinned(HostKVStore):
 class UndoNotPinnedSuite(KVStoreConformance):
     @staticmethod
     def open_store(shape, account, directory):
-        return UndoNotPinned(_geometry(shape), account)
+        return UndoNotPinned(geometry_of(shape), account)
 
 
 # Hurts: a server with KV on disk: each cache leaves a file handle, and after a thousand prompts no
@@ -64,7 +61,7 @@ class DirectoryLeftOpen(DiskKVStore):
 class DirectoryLeftOpenSuite(KVStoreConformance):
     @staticmethod
     def open_store(shape, account, directory):
-        return DirectoryLeftOpen(_geometry(shape), account, directory)
+        return DirectoryLeftOpen(geometry_of(shape), account, directory)
 
 
 # Hurts: a mixture, or a model that drafts, where two threads read: one copies from the pages that
