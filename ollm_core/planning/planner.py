@@ -30,7 +30,7 @@ from ollm_core.planning.cost_model import Estimate
 from ollm_core.planning.dry_run import Rehearsal, Scenario
 from ollm_core.planning.plan import Plan
 from ollm_core.plugins.registry import Registry
-from ollm_core.values import Count, PathLike, dtype_name, parse_tokens, whole_number
+from ollm_core.values import PathLike, dtype_name, whole_number
 
 DEFAULT_CONTEXT = 8192
 
@@ -88,7 +88,7 @@ class Planner:
         )
         num_new = index(options.max_new_tokens)
         scenario = Scenario(
-            self._length(options.context, num_new),
+            self._length(whole_number(options.context), num_new),
             num_new,
             index(options.batch),
             options.kv,
@@ -101,9 +101,9 @@ class Planner:
         )
         return question.answer(self._model, from_files=self._from_files, compare=compare)
 
-    def _length(self, context: str | Count | None, max_new_tokens: int) -> int:
+    def _length(self, context: int | None, max_new_tokens: int) -> int:
         positions = self._positions
-        length = min(DEFAULT_CONTEXT, positions) if context is None else parse_tokens(context)
+        length = min(DEFAULT_CONTEXT, positions) if context is None else context
         if length > positions:
             raise InputError(
                 f"a context of {length} tokens is past the model's {positions} positions",
