@@ -1,4 +1,5 @@
-"""A checkpoint written again with its weights compressed, losslessly; see `weights.compressed`.
+"""A checkpoint written again with its weights compressed, losslessly, in the form that
+`weights.formats.compressed` reads.
 
 The original is only read. Each file gets its name when it is whole, on the disk and checked against
 the original bit for bit, and config.json comes last: half a model is never opened. A conversion
