@@ -5,7 +5,6 @@ of, and not when it is damaged.
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -14,8 +13,8 @@ from ollm_conformance.adapter.base import AdapterSuite
 from ollm_conformance.adapter.damage import damages
 from ollm_conformance.checks import check
 from ollm_conformance.compare import same_bits, same_within
+from ollm_conformance.found_again import ask_again, not_misled
 from ollm_conformance.subject import Subject
-from ollm_core import OllmError
 from ollm_core.testing import StreamedModel
 
 _CHUNK = 64
@@ -118,7 +117,7 @@ class KeptKV(AdapterSuite):
         expected = [subject.reference().run(one, _CHUNK, last_only=True) for one in prompts]
         with subject.open(chunk_size=_CHUNK, kv="disk", kv_dir=kept, keep_kv=True) as model:
             _last_logits(model, prompt[:stored])
-            found, num_cached = _again(model, prompts[0], subject.copy(kept))
+            found, num_cached = ask_again(model, prompts[0], subject.copy(kept))
             assert num_cached == stored, (
                 f"before any damage: expected {stored} tokens to be found, got {num_cached}"
             )
@@ -129,27 +128,10 @@ class KeptKV(AdapterSuite):
                 # What was damaged is written anew: a second run finds that.
                 for turn in range(2 if damage.again else 1):
                     what = f"{damage.what}, run {turn + 1} after it"
-                    logits = _not_misled(model, prompts[turn], directory, what)
+                    logits = not_misled(model, prompts[turn], directory, what)
                     if logits is not None:
                         same_bits(logits, expected[turn], f"{what}: logits")
                 shutil.rmtree(directory)
-
-
-def _not_misled(model: StreamedModel, prompt: Tensor, directory: Path, what: str) -> Tensor | None:
-    """Logits of a run on a damaged directory, or None if it was refused in one line. Raises
-    AssertionError for any other error.
-    """
-    try:
-        return _again(model, prompt, directory)[0]
-    except OllmError as error:
-        if "\n" in str(error):
-            raise AssertionError(f"{what}: expected one line, got {str(error)!r}") from error
-        return None
-    except Exception as error:
-        raise AssertionError(
-            f"{what}: expected the logits of an undamaged run or an OllmError, "
-            f"got {type(error).__name__}: {error}"
-        ) from error
 
 
 def _last_logits(model: StreamedModel, prompt: Tensor) -> tuple[Tensor, int]:
@@ -157,14 +139,3 @@ def _last_logits(model: StreamedModel, prompt: Tensor) -> tuple[Tensor, int]:
     before = model.stats.cached_tokens
     logits = model(input_ids=prompt[None], logits_to_keep=1).logits[0]
     return logits.float(), model.stats.cached_tokens - before
-
-
-def _again(model: StreamedModel, prompt: Tensor, directory: Path) -> tuple[Tensor, int]:
-    """The same of a cache in another directory."""
-    before = model.stats.cached_tokens
-    cache = model.new_cache(kv_dir=directory)
-    try:
-        logits = model(input_ids=prompt[None], past_key_values=cache, logits_to_keep=1).logits[0]
-    finally:
-        cache.close()
-    return logits, model.stats.cached_tokens - before
