@@ -22,12 +22,12 @@ from ollm_core.contracts.drafting import Drafter
 from ollm_core.contracts.weights import ByteSource
 from ollm_core.device.memory import DeviceMemory, memory_of
 from ollm_core.device.select import pick_device
-from ollm_core.drafting.draft_memory import DraftPart, DraftRoom
+from ollm_core.drafting.draft_memory import DraftAccounts, DraftMemory
 from ollm_core.drafting.draft_model import ModelDrafter, check_vocabulary
 from ollm_core.drafting.lookup import LookupDrafter
 from ollm_core.engine.activations import Workspace
 from ollm_core.engine.engine import Engine
-from ollm_core.engine.pass_planner import Admission, Policy
+from ollm_core.engine.pass_planner import PassPlanner, Policy
 from ollm_core.errors import InputError, PluginError, one_line
 from ollm_core.generate.causal_lm import StreamedModel
 from ollm_core.kv.factory import StoreOpener, find_directory
@@ -47,9 +47,9 @@ from ollm_core.profiling import Span, no_span
 from ollm_core.text.generation_config import read_generation_config
 from ollm_core.text.tokenizer import open_tokenizer
 from ollm_core.values import PathLike, dtype_name, whole_number
-from ollm_core.weights.eviction import Pressure, reserve_bytes
+from ollm_core.weights.eviction import Eviction, reserve_bytes
 from ollm_core.weights.sources.posix import check_source, open_source
-from ollm_core.weights.streamer import TieredWeights
+from ollm_core.weights.streamer import TieredStreamer
 
 logger = logging.getLogger("ollm")
 
@@ -101,14 +101,14 @@ def open_model(path_or_id: PathLike, options: LoadOptions, registry: Registry) -
 
         # The engine: what admits its passes, and what runs them.
         workspace = Workspace.of(spec, registry.proven)
-        admission = Admission(policy, accounts, weights, workspace, _pressure(weights))
+        pass_planner = PassPlanner(policy, accounts, weights, workspace, _eviction(weights))
         check_files = spec.checkpoint.check_unchanged
         engine = Engine(
-            spec.skeleton, weights, admission, options.on_progress, cap, span, check_files
+            spec.skeleton, weights, pass_planner, options.on_progress, cap, span, check_files
         )
 
         # The model as transformers knows one: KV caches, a generation config, a tokenizer.
-        kv_request = _kv_request(spec, accounts, engine, admission, kv_dir, keep=options.keep_kv)
+        kv_request = _kv_request(spec, accounts, engine, pass_planner, kv_dir, keep=options.keep_kv)
         directory = spec.checkpoint.directory
         model = StreamedModel(
             spec.skeleton,
@@ -172,18 +172,20 @@ def build_drafter(
         # Weights, and the part of the memory that holds all of them.
         source = opened.enter_context(_open_source(runtime, spec.checkpoint))
         workspace = Workspace.of(spec, runtime.registry.proven)
-        room = DraftRoom(spec, source, workspace, fastest_blocks(runtime.device, spec.dtype))
-        part = opened.enter_context(DraftPart(whole, set_aside))
+        room = DraftMemory(spec, source, workspace, fastest_blocks(runtime.device, spec.dtype))
+        part = opened.enter_context(DraftAccounts(whole, set_aside))
         part.resize(room.needed(1))
         weights = opened.enter_context(_open_weights(runtime, spec, source, part.accounts))
 
         # The engine.
-        admission = room.admission(part.accounts, weights, _pressure(weights))
+        pass_planner = room.pass_planner(part.accounts, weights, _eviction(weights))
         check_files = spec.checkpoint.check_unchanged
-        engine = Engine(spec.skeleton, weights, admission, cap=runtime.cap, check_files=check_files)
+        engine = Engine(
+            spec.skeleton, weights, pass_planner, cap=runtime.cap, check_files=check_files
+        )
 
         # One KV store on the device.
-        kv_request = _kv_request(spec, part.accounts, engine, admission)
+        kv_request = _kv_request(spec, part.accounts, engine, pass_planner)
         open_store = StoreOpener("device", kv_request, spec.adapter, runtime.registry, spec.memory)
         _, store = open_store("device", None, num_tokens=0)
         opened.enter_context(store)
@@ -240,9 +242,9 @@ def _open_weights(
     source: ByteSource,
     accounts: Accounts,
     span: Span = no_span,
-) -> TieredWeights:
+) -> TieredStreamer:
     """The weights, which close `source`. Raises DoesNotFitError."""
-    return TieredWeights(
+    return TieredStreamer(
         spec.units,
         source,
         spec.dtype,
@@ -254,24 +256,24 @@ def _open_weights(
     )
 
 
-def _pressure(weights: TieredWeights) -> Pressure:
+def _eviction(weights: TieredStreamer) -> Eviction:
     """Lets kept weights give way when others take the machine's memory."""
     device, host = weights.device, HostMemory()
     free = functools.partial(free_device_bytes, device) if device.type == "cuda" else None
-    return Pressure(weights, host.free, free, reserve_bytes=reserve_bytes(host.total()))
+    return Eviction(weights, host.free, free, reserve_bytes=reserve_bytes(host.total()))
 
 
 def _kv_request(
     spec: ModelSpec,
     accounts: Accounts,
     engine: Engine,
-    admission: Admission,
+    pass_planner: PassPlanner,
     directory: Path | None = None,
     *,
     keep: bool = False,
 ) -> KVRequest:
     """What KV stores are made from. Their fingerprint of the model is taken once."""
-    checkpoint, exact = spec.checkpoint, admission.exact
+    checkpoint, exact = spec.checkpoint, pass_planner.exact
     fingerprint = functools.cache(
         functools.partial(identity, checkpoint, spec.config, engine.progress.checked, exact=exact)
     )

@@ -41,7 +41,7 @@ from ollm_core.memory.budgets import Budgets
 from ollm_core.memory.tracker import AllocationTracker
 from ollm_core.model.skeleton import Skeleton, check_paths
 from ollm_core.model.spec import ModelSpec, inspect_model
-from ollm_core.planning.dry_run import Rehearsal, Scenario
+from ollm_core.planning.dry_run import DryRun, Scenario
 from ollm_core.plugins.registry import Registry, supports
 from ollm_core.plugins.validation import (
     check_capability,
@@ -61,6 +61,7 @@ __all__ = [
     "Attention",
     "Checkpoint",
     "Closing",
+    "DryRun",
     "KVView",
     "KeepsStates",
     "NewTokens",
@@ -70,7 +71,6 @@ __all__ = [
     "PluginError",
     "Progress",
     "Registry",
-    "Rehearsal",
     "SequenceCache",
     "StreamedModel",
     "TierTracker",
@@ -89,10 +89,10 @@ __all__ = [
     "failing_reads",
     "hold_weights",
     "open_checkpoint",
+    "open_dry_run",
     "parse_object",
     "plan_run",
     "read_config",
-    "rehearse",
     "run_pass",
     "share_traces",
     "supports",
@@ -152,7 +152,7 @@ def share_traces(model: StreamedModel, traces: MutableMapping[Hashable, Any], ke
     instance the text of config.json, dtype and device: opening a tiny model takes most of its time
     for that. `traces` is empty at first.
     """
-    workspace = model.engine._admission._workspace
+    workspace = model.engine._pass_planner._workspace
     whole = key, str(model.dtype), str(model.device)
     mine = workspace._known, workspace._known_mixtures
     workspace._known, workspace._known_mixtures = traces.setdefault(whole, mine)
@@ -265,13 +265,13 @@ class PlannedRun:
     host_peak: int
 
 
-def rehearse(
+def open_dry_run(
     adapter: ModelAdapter,
     directory: Path,
     registry: Registry,
     dtype: str = "auto",
-    make: Callable[[ModelSpec], Rehearsal] = Rehearsal,
-) -> Rehearsal:
+    make: Callable[[ModelSpec], DryRun] = DryRun,
+) -> DryRun:
     """What plans runs of the model in `directory` on a CPU, by the code of `ollm plan`. Nothing is
     allocated and only headers are read. `make` is for testing a test: a subclass that plans wrong.
     """
@@ -279,7 +279,7 @@ def rehearse(
 
 
 def plan_run(
-    rehearsal: Rehearsal,
+    dry_run: DryRun,
     *,
     num_tokens: int,
     num_new: int,
@@ -292,11 +292,11 @@ def plan_run(
     the device and twice as much on the host.
     """
     scenario = Scenario(num_tokens, num_new, 1, kv, "exact", chunk_size)
-    budgets = rehearsal.least(scenario, Budgets(1, 1))
+    budgets = dry_run.least(scenario, Budgets(1, 1))
     if roomy:
-        more = rehearsal.spec.checkpoint.total_bytes // 2
+        more = dry_run.spec.checkpoint.total_bytes // 2
         budgets = Budgets(budgets.device + more, 2 * budgets.host)
-    found = rehearsal.run(budgets, scenario)
+    found = dry_run.run(budgets, scenario)
     return PlannedRun(
         budgets.device,
         budgets.host,

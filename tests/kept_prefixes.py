@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from ollm_core.contracts.kv import KVGeometry
-from ollm_core.kv.disk.prefix_cache import KeepingKVStore
+from ollm_core.kv.disk.prefix_cache import PrefixCachingStore
 from ollm_core.memory.accounts import MemoryAccount
 
 GEOMETRY = KVGeometry.uniform(2, 3, 5, torch.float32, torch.device("cpu"), block_size=4)
@@ -15,7 +15,9 @@ GEOMETRY = KVGeometry.uniform(2, 3, 5, torch.float32, torch.device("cpu"), block
 
 def open_store(directory, geometry=GEOMETRY, fingerprint="f00d"):
     """A store that keeps."""
-    return KeepingKVStore(geometry, MemoryAccount("memory", 10**8), Path(directory), fingerprint)
+    return PrefixCachingStore(
+        geometry, MemoryAccount("memory", 10**8), Path(directory), fingerprint
+    )
 
 
 def expected_kv(token_ids, layer_idx, geometry=GEOMETRY):

@@ -6,8 +6,8 @@ import torch
 
 from ollm_core import CacheKind, StateShape
 from ollm_core.contracts.kv import KVGeometry
-from ollm_core.kv.disk.prefix_cache import KeepingKVStore
-from ollm_core.kv.recurrent.prefix_cache import KeepingHybridKVStore
+from ollm_core.kv.disk.prefix_cache import PrefixCachingStore
+from ollm_core.kv.recurrent.prefix_cache import PrefixCachingHybridStore
 from ollm_core.kv.recurrent.snapshots import StateFiles
 from ollm_core.kv.recurrent.states import StateStore
 from ollm_core.memory.accounts import MemoryAccount
@@ -61,9 +61,9 @@ def check_tokens(store, sequence, token_ids):
 
 def keeping(directory, geometry=GEOMETRY):
     account = MemoryAccount("memory", 64 << 20)
-    attention = KeepingKVStore(geometry.attention_layers(), account, directory, "model")
+    attention = PrefixCachingStore(geometry.attention_layers(), account, directory, "model")
     states = StateStore(geometry, account, "host", CPU)
-    return KeepingHybridKVStore(
+    return PrefixCachingHybridStore(
         geometry, attention, states, StateFiles(directory, geometry, "model")
     )
 

@@ -13,9 +13,9 @@ from ollm_adapter_llama import LlamaAdapter
 from ollm_core import ConfigError, OllmError, ReadError
 from ollm_core.errors import PluginError
 from ollm_core.testing import (
+    DryRun,
     NewTokens,
     Registry,
-    Rehearsal,
     TierTracker,
     bound_parameters,
     check_declarations,
@@ -24,9 +24,9 @@ from ollm_core.testing import (
     failing_reads,
     hold_weights,
     open_checkpoint,
+    open_dry_run,
     plan_run,
     read_config,
-    rehearse,
     run_pass,
     share_traces,
     weight_tensors,
@@ -112,7 +112,7 @@ def test_a_plan_is_what_the_run_holds(tiny):
     subclass that plans wrong is heard.
     """
 
-    class Twice(Rehearsal):
+    class Twice(DryRun):
         def run(self, budgets, scenario, **options):
             return super().run(budgets, replace(scenario, context=2 * scenario.context), **options)
 
@@ -120,7 +120,7 @@ def test_a_plan_is_what_the_run_holds(tiny):
     registry = Registry.of(adapter)
     options = {"num_tokens": 22, "num_new": 2, "kv": "host", "chunk_size": None}
     for roomy in (False, True):
-        plan = plan_run(rehearse(adapter, tiny, registry), roomy=roomy, **options)
+        plan = plan_run(open_dry_run(adapter, tiny, registry), roomy=roomy, **options)
         with ollm.load(
             tiny,
             device="cpu",
@@ -133,7 +133,7 @@ def test_a_plan_is_what_the_run_holds(tiny):
             stats = model.stats
         assert stats.device_peak_bytes == plan.device_peak <= plan.device_memory
         assert stats.host_peak_bytes == plan.host_peak <= plan.host_memory
-    wrong = plan_run(rehearse(adapter, tiny, registry, make=Twice), roomy=True, **options)
+    wrong = plan_run(open_dry_run(adapter, tiny, registry, make=Twice), roomy=True, **options)
     assert wrong.device_peak > plan.device_peak
 
 

@@ -42,7 +42,7 @@ class BrokenPart:
 def broken_adapter(check, sentence, adapter, **attributes):
     """An entry for an adapter class; `attributes` go to its test class."""
     name = adapter.__name__
-    for replaced in attributes.keys() & {"load", "rehearse"}:
+    for replaced in attributes.keys() & {"load", "dry_run"}:
         name = attributes[replaced].__name__
         attributes[replaced] = staticmethod(attributes[replaced])
     suite = type(f"Test{name}", (AdapterConformance,), {"adapter": adapter, **attributes})

@@ -20,7 +20,7 @@ from ollm_core.checkpoint.safetensors import open_checkpoint, read_config
 from ollm_core.device.buffers import PAGE
 from ollm_core.errors import DamagedKVError, KVStoreError
 from ollm_core.kv.disk.layer_file import MAGIC, read_header
-from ollm_core.kv.disk.prefix_cache import KeepingKVStore
+from ollm_core.kv.disk.prefix_cache import PrefixCachingStore
 from ollm_core.model.fingerprint import identity
 
 
@@ -35,7 +35,7 @@ def with_store(change):
         def open_store(*asked):
             tier, store = real(*asked)
             kept = getattr(store, "_kept", store)
-            if isinstance(kept, KeepingKVStore):
+            if isinstance(kept, PrefixCachingStore):
                 change(store)
             return tier, store
 

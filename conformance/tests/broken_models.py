@@ -57,14 +57,14 @@ def host_budget_ignored(*args, **options):
 def budget_understated(*args, **options):
     """The planner forgets the activations."""
     model = ollm.load(*args, **options)
-    model.engine._admission._workspace.layer_bytes = lambda *_: 0
+    model.engine._pass_planner._workspace.layer_bytes = lambda *_: 0
     return model
 
 
 def budget_overstated(*args, **options):
     """The planner counts activations three times."""
     model = ollm.load(*args, **options)
-    workspace = model.engine._admission._workspace
+    workspace = model.engine._pass_planner._workspace
     real = workspace.layer_bytes
     workspace.layer_bytes = lambda *shape: 3 * real(*shape)
     return model

@@ -9,10 +9,10 @@ from families import Qwen3Moe
 
 import ollm
 from ollm_adapter_llama import LlamaAdapter
-from ollm_core.planning.dry_run import Rehearsal
+from ollm_core.planning.dry_run import DryRun
 
 
-class KVForgotten(Rehearsal):
+class KVForgotten(DryRun):
     def run(self, budgets, scenario, **options):
         found = super().run(budgets, scenario, **options)
         moments = [
@@ -22,12 +22,12 @@ class KVForgotten(Rehearsal):
         return replace(found, moments=moments)
 
 
-class LongPrompt(Rehearsal):
+class LongPrompt(DryRun):
     def run(self, budgets, scenario, **options):
         return super().run(budgets, replace(scenario, context=2 * scenario.context), **options)
 
 
-class ExpertsForgotten(Rehearsal):
+class ExpertsForgotten(DryRun):
     def run(self, budgets, scenario, **options):
         found = super().run(budgets, scenario, **options)
         moments = [
@@ -60,12 +60,12 @@ def kv_kept_twice(*args, **options):
 
 BROKEN_PLANS = [
     broken_adapter(
-        "memory.plan", "The plan forgets KV on the host.", LlamaAdapter, rehearse=KVForgotten
+        "memory.plan", "The plan forgets KV on the host.", LlamaAdapter, dry_run=KVForgotten
     ),
     broken_adapter(
-        "memory.plan", "The plan is for twice the prompt.", LlamaAdapter, rehearse=LongPrompt
+        "memory.plan", "The plan is for twice the prompt.", LlamaAdapter, dry_run=LongPrompt
     ),
-    broken_adapter("memory.plan", "The plan forgets experts.", Qwen3Moe, rehearse=ExpertsForgotten),
+    broken_adapter("memory.plan", "The plan forgets experts.", Qwen3Moe, dry_run=ExpertsForgotten),
     broken_adapter(
         "memory.plan", "KV has a copy that nobody counts.", LlamaAdapter, load=kv_kept_twice
     ),

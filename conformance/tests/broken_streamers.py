@@ -17,7 +17,7 @@ from ollm_core.memory.accounts import MemoryAccount
 from ollm_core.memory.pair import PerMemory
 from ollm_core.testing import WeightStreamer
 from ollm_core.weights.sources.posix import open_source
-from ollm_core.weights.streamer import TieredWeights
+from ollm_core.weights.streamer import TieredStreamer
 
 
 class Wrapped(WeightStreamer):
@@ -27,7 +27,7 @@ class Wrapped(WeightStreamer):
         accounts = PerMemory(account, MemoryAccount("host memory", 0))
         self.dtype = dtype
         self.account = account
-        self.inner = TieredWeights(units, open_source(files), dtype, torch.device("cpu"), accounts)
+        self.inner = TieredStreamer(units, open_source(files), dtype, torch.device("cpu"), accounts)
         try:
             self.inner.fit(account.limit - self.inner.fixed_device_bytes, 0)
         except BaseException:

@@ -12,7 +12,7 @@ import ollm
 from ollm_adapter_llama import LlamaAdapter
 from ollm_adapter_qwen3_next import Qwen3NextAdapter
 from ollm_core.kv.disk.storage import DiskKVStore
-from ollm_core.kv.recurrent.prefix_cache import KeepingHybridKVStore
+from ollm_core.kv.recurrent.prefix_cache import PrefixCachingHybridStore
 
 
 @with_cache
@@ -40,7 +40,7 @@ class _KeepsNoForks:
 def states_of_forks_not_kept(*args, **options):
     """Nobody finds again what was copied last."""
     model = ollm.load(*args, **options)
-    turn_stores(model, KeepingHybridKVStore, _KeepsNoForks)
+    turn_stores(model, PrefixCachingHybridStore, _KeepsNoForks)
     return model
 
 

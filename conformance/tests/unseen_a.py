@@ -107,7 +107,7 @@ class CountsOneRow:
 # vocabulary of 128k they are gigabytes beyond the budget.
 def counts_one_row_of_logits(*args, **options):
     model = ollm.load(*args, **options)
-    turn(model.engine._admission, CountsOneRow)
+    turn(model.engine._pass_planner, CountsOneRow)
     return model
 
 
@@ -184,7 +184,7 @@ class TakesAnyNumber:
         start = time.perf_counter()
         read_before = store.bytes_read
         self._expect(store, work)
-        with self._cap(), self._admission.admit(store, work) as plan:
+        with self._cap(), self._pass_planner.admit(store, work) as plan:
             self.counters.count_kv_on_disk(store.tier_bytes().disk)
             logits = self._run(store, work, plan)
             self._check_files()

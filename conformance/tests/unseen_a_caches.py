@@ -10,7 +10,7 @@ from unseen_turns import turn, turn_stores
 import ollm
 from ollm_core.generate.causal_lm import StreamedModel
 from ollm_core.kv.block_table import BlockKVStore
-from ollm_core.kv.disk.prefix_cache import KeepingKVStore
+from ollm_core.kv.disk.prefix_cache import PrefixCachingStore
 from ollm_core.kv.disk.storage import DiskKVStore
 from ollm_core.kv.in_memory import MemoryStorage
 from ollm_core.kv.recurrent.hybrid import HybridKVStore
@@ -62,7 +62,7 @@ class ComparesABit:
 # old one.
 def compares_the_start_of_each_block(*args, **options):
     model = ollm.load(*args, **options)
-    turn_stores(model, KeepingKVStore, ComparesABit)
+    turn_stores(model, PrefixCachingStore, ComparesABit)
     return model
 
 

@@ -236,9 +236,9 @@ def busiest_expert_first(*args, **options):
     def sort_of(mixture):
         serve = mixture._serve
 
-        def serving(chunks, parking, fetch):
+        def serving(chunks, offload, fetch):
             if len(chunks) == 1:
-                serve(chunks, parking, fetch)
+                serve(chunks, offload, fetch)
                 return
             counts = torch.stack([chunk.starts.diff() for chunk in chunks]).sum(0)
             busiest = counts.argsort(descending=True, stable=True).tolist()
@@ -249,7 +249,7 @@ def busiest_expert_first(*args, **options):
                             for chunk in chunks:
                                 begin, end = chunk.starts[number : number + 2].tolist()
                                 if begin < end:
-                                    mixture.add(chunk, begin, end, parking)
+                                    mixture.add(chunk, begin, end, offload)
                         del parameters
 
         mixture._serve = serving

@@ -32,7 +32,7 @@ from ollm_core.generate import causal_lm, hooks, padding
 from ollm_core.generate.cache import SequenceCache
 from ollm_core.generate.causal_lm import StreamedModel
 from ollm_core.planning.cost_model import Estimate
-from ollm_core.weights.streamer import TieredWeights
+from ollm_core.weights.streamer import TieredStreamer
 
 
 def in_core(sentence, adapter, replaced):
@@ -212,14 +212,14 @@ def only_new_tokens_are_counted(patch):
 # Hurts: a long prompt after short ones, in a budget: layers that were kept should have made room
 # for it and stay, and the process takes more than it may.
 def kept_layers_never_go(patch):
-    fit = TieredWeights.fit
+    fit = TieredStreamer.fit
 
     def fit_more(self, device_bytes, host_bytes):
         had = dict(self._device_units)
         fit(self, device_bytes, host_bytes)
         self._device_units |= had
 
-    patch.setattr(TieredWeights, "fit", fit_more)
+    patch.setattr(TieredStreamer, "fit", fit_more)
 
 
 UNSEEN = [

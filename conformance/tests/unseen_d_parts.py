@@ -25,7 +25,7 @@ from ollm_core.kv.disk.storage import DiskKVStore
 from ollm_core.kv.in_memory import HostKVStore
 from ollm_core.memory.accounts import MemoryAccount
 from ollm_core.weights.sources.posix import open_source
-from ollm_core.weights.streamer import TieredWeights
+from ollm_core.weights.streamer import TieredStreamer
 
 _CPU = torch.device("cpu")
 
@@ -210,7 +210,7 @@ class SpecialTokensHiddenSuite(DrafterConformance):
 
 # Hurts: a mixture of three experts or more for a token: their outputs are added up in another order
 # than in the model that is not streamed, and its last bits are others; in bfloat16 soon its tokens.
-class HottestExpertsFirst(TieredWeights):
+class HottestExpertsFirst(TieredStreamer):
     def experts(self, layer_idx, expert_ids):
         return self._in_turn(layer_idx, Counter(expert_ids))
 

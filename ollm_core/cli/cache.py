@@ -16,7 +16,7 @@ from ollm_core.errors import InputError, KVStoreError
 from ollm_core.memory.sizes import format_size
 
 if TYPE_CHECKING:
-    from ollm_core.kv.disk.admin import Kept
+    from ollm_core.kv.disk.admin import StoredPrefix
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -106,7 +106,7 @@ def remove(prefix_id: str | None, everything: bool, kv_dir: Path, as_json: bool)
         )
 
 
-def _kept(kv_dir: Path) -> tuple[list[Kept], list[Path]]:
+def _kept(kv_dir: Path) -> tuple[list[StoredPrefix], list[Path]]:
     from ollm_core.kv.disk.admin import list_kept
 
     if not os.path.isdir(kv_dir):
@@ -114,7 +114,7 @@ def _kept(kv_dir: Path) -> tuple[list[Kept], list[Path]]:
     return list_kept(kv_dir)
 
 
-def _date(one: Kept) -> str:
+def _date(one: StoredPrefix) -> str:
     try:
         when = datetime.datetime.fromtimestamp(one.prefix.seconds, datetime.UTC)
     except (ValueError, OverflowError, OSError):
@@ -122,7 +122,7 @@ def _date(one: Kept) -> str:
     return when.strftime("%Y-%m-%d %H:%M UTC")
 
 
-def _fields(one: Kept) -> dict[str, object]:
+def _fields(one: StoredPrefix) -> dict[str, object]:
     """One prefix as JSON shows it."""
     return {
         "id": one.id,

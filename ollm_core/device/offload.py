@@ -13,7 +13,7 @@ from ollm_core.device.buffers import put_into
 
 
 @dataclass(frozen=True, slots=True)
-class Parking:
+class ActivationOffload:
     """Brings what waits for its turn to the device and back.
 
     On a CPU, whose host memory is the device's too, it copies as it would to a GPU: the memory of a
@@ -23,7 +23,7 @@ class Parking:
     device: torch.device
     on_host: bool
 
-    def park(self, value: Tensor) -> Tensor:
+    def store(self, value: Tensor) -> Tensor:
         """`value`, which the device has, where it can wait."""
         return host_like(value).copy_(value) if self.on_host else value
 
@@ -31,29 +31,29 @@ class Parking:
         """Zeros of its shape and dtype, where they can wait."""
         return host_like(value).zero_() if self.on_host else torch.zeros_like(value)
 
-    def fetch(self, parked: Tensor) -> Tensor:
-        """What was parked, on the device: itself if it is there."""
+    def fetch(self, offloaded: Tensor) -> Tensor:
+        """What was offloaded, on the device: itself if it is there."""
         if not self.on_host:
-            return parked
-        return torch.empty_like(parked, device=self.device).copy_(parked)
+            return offloaded
+        return torch.empty_like(offloaded, device=self.device).copy_(offloaded)
 
     def put(self, place: Tensor, value: Tensor) -> Tensor:
-        """`value` where `place` is parked, in its memory if it has its dtype."""
+        """`value` where `place` is offloaded, in its memory if it has its dtype."""
         if self.on_host and value.dtype != place.dtype:
-            return self.park(value)
+            return self.store(value)
         return put_into(place, value)
 
-    def rows(self, parked: Tensor, indices: Tensor) -> Tensor:
-        """Some rows of what was parked, on the device. `indices` are parked too."""
-        return parked[indices].to(self.device)
+    def rows(self, offloaded: Tensor, indices: Tensor) -> Tensor:
+        """Some rows of what was offloaded, on the device. `indices` are offloaded too."""
+        return offloaded[indices].to(self.device)
 
-    def add_rows(self, parked: Tensor, indices: Tensor, values: Tensor) -> None:
-        """Add `values`, which the device has, to some rows. `indices` are parked too."""
-        parked.index_add_(0, indices, values.to(parked.device))
+    def add_rows(self, offloaded: Tensor, indices: Tensor, values: Tensor) -> None:
+        """Add `values`, which the device has, to some rows. `indices` are offloaded too."""
+        offloaded.index_add_(0, indices, values.to(offloaded.device))
 
 
 def host_like(value: Tensor) -> Tensor:
-    """Host memory for what has the shape and dtype of `value`. All that is parked there is
+    """Host memory for what has the shape and dtype of `value`. All that is offloaded there is
     allocated here.
     """
     return torch.empty_like(value, device="cpu")

@@ -88,10 +88,10 @@ def draft_length(longest: int, fixed: int | None, *, sampling: bool) -> DraftLen
     """
     if fixed is not None or sampling:
         return FixedLength(fixed or longest)
-    return DraftGate(longest)
+    return DraftLengthController(longest)
 
 
-class DraftGate(DraftLength):
+class DraftLengthController(DraftLength):
     """The number that pays, at most `longest`; see this module."""
 
     def __init__(self, longest: int) -> None:

@@ -13,17 +13,17 @@ from ollm_core.contracts.closing import Closing
 from ollm_core.contracts.weights import ByteSource
 from ollm_core.engine.activations import Workspace
 from ollm_core.engine.batch import NewTokens
-from ollm_core.engine.pass_planner import Admission, Policy
+from ollm_core.engine.pass_planner import PassPlanner, Policy
 from ollm_core.engine.torch_state import own_torch_state
-from ollm_core.kv.simulated import planned_store
+from ollm_core.kv.simulated import simulated_store
 from ollm_core.memory.accounts import Accounts, open_accounts
 from ollm_core.memory.kinds import MemoryKind
 from ollm_core.memory.pair import PerMemory
 from ollm_core.model.spec import ModelSpec
 from ollm_core.plugins.registry import supports
-from ollm_core.weights.eviction import Pressure
-from ollm_core.weights.placement import HeldWeights, Placement
-from ollm_core.weights.streamer import TieredWeights
+from ollm_core.weights.eviction import Eviction
+from ollm_core.weights.placement import Placement, ResidentWeights
+from ollm_core.weights.streamer import TieredStreamer
 
 PIECE = 256
 """Tokens that a draft model reads in one pass. Its weights are in memory, so more passes over a
@@ -33,7 +33,7 @@ prompt read nothing twice, and what a pass takes does not grow with the prompt.
 _NO_LIMIT = 1 << 62
 
 
-class DraftRoom:
+class DraftMemory:
     """Tells what a draft model takes of memory, by going through a text without data."""
 
     def __init__(
@@ -60,14 +60,14 @@ class DraftRoom:
         limit: int = spec.skeleton.config.max_position_embeddings
         self.max_positions = limit
 
-    def admission(
+    def pass_planner(
         self,
         accounts: Accounts,
-        weights: TieredWeights | HeldWeights,
-        pressure: Pressure | None = None,
-    ) -> Admission:
+        weights: TieredStreamer | ResidentWeights,
+        eviction: Eviction | None = None,
+    ) -> PassPlanner:
         """How its passes run."""
-        return Admission(self._policy, accounts, weights, self._workspace, pressure)
+        return PassPlanner(self._policy, accounts, weights, self._workspace, eviction)
 
     @own_torch_state()
     def needed(self, num_tokens: int) -> PerMemory[int]:
@@ -75,7 +75,7 @@ class DraftRoom:
         with all weights kept.
         """
         accounts, spec = open_accounts(PerMemory(_NO_LIMIT, _NO_LIMIT)), self._spec
-        weights = HeldWeights(
+        weights = ResidentWeights(
             spec.units,
             self._source,
             spec.dtype,
@@ -84,12 +84,12 @@ class DraftRoom:
             buffer_bytes=spec.skeleton.buffer_bytes,
             memory=spec.memory,
         )
-        admission = self.admission(accounts, weights)
+        pass_planner = self.pass_planner(accounts, weights)
         with ExitStack() as stack:
             weights.reserve()
             stack.callback(weights.unreserve)
             stack.callback(weights.hold, Placement())
-            store = planned_store("device", spec.geometry, accounts, spec.memory)
+            store = simulated_store("device", spec.geometry, accounts, spec.memory)
             stack.callback(store.close)
             sequence = store.new_sequence()
             most = num_tokens - 1 if self.forks and num_tokens > 1 else num_tokens
@@ -103,18 +103,18 @@ class DraftRoom:
                     length += step
                 new = end - length
                 ids = torch.zeros(new, dtype=torch.long)
-                with admission.admit(store, [NewTokens(sequence, ids, length)]):
+                with pass_planner.admit(store, [NewTokens(sequence, ids, length)]):
                     store.advance(sequence, new, self.piece or new)
                 store.commit(sequence)
                 length = end
             if self.forks:
                 copy = store.fork(sequence)
-                with admission.admit(store, [NewTokens(copy, ids[:1], length)]):
+                with pass_planner.admit(store, [NewTokens(copy, ids[:1], length)]):
                     pass
         return accounts.map(lambda account: account.peak)
 
 
-class DraftPart(Closing):
+class DraftAccounts(Closing):
     """The part of a model's accounts that its draft model may fill."""
 
     def __init__(self, whole: Accounts, set_aside: Callable[[str, PerMemory[int]], None]) -> None:

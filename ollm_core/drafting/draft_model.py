@@ -12,7 +12,7 @@ from torch import Tensor
 from ollm_core.contracts.closing import Belongings, Closing, close_outside
 from ollm_core.contracts.drafting import FollowsText
 from ollm_core.contracts.kv import KVStore
-from ollm_core.drafting.draft_memory import DraftPart, DraftRoom
+from ollm_core.drafting.draft_memory import DraftAccounts, DraftMemory
 from ollm_core.drafting.lookup import NUM_DRAFT_TOKENS
 from ollm_core.engine.batch import NewTokens
 from ollm_core.engine.engine import Engine
@@ -32,7 +32,9 @@ class ModelDrafter(Closing, FollowsText):
     A family with recurrent states, which go back over one pass only, drafts on a copy.
     """
 
-    def __init__(self, engine: Engine, store: KVStore, room: DraftRoom, part: DraftPart) -> None:
+    def __init__(
+        self, engine: Engine, store: KVStore, room: DraftMemory, part: DraftAccounts
+    ) -> None:
         """Owns `engine` and `store`, whose accounts are `part`'s, and `part`. Reads the weights at
         once.
         """

@@ -16,7 +16,7 @@ from ollm_core.attention.select import find_attention
 from ollm_core.contracts.attention import KVView
 from ollm_core.contracts.kv import KVGeometry, KVStore
 from ollm_core.device.buffers import round_up
-from ollm_core.device.offload import Parking
+from ollm_core.device.offload import ActivationOffload
 from ollm_core.engine.layer_call import call_layer
 from ollm_core.engine.recurrent_call import StateCache
 from ollm_core.memory.tracker import OneExpertTaken, called_operations, traced_peak
@@ -127,7 +127,7 @@ class Workspace:
 
     def mixture_bytes(self, num_tokens: int, num_chunks: int, largest: int) -> tuple[int, int]:
         """What the MLP of a layer with routed experts takes for `num_tokens` in `num_chunks` of at
-        most `largest`: peak bytes while it works on one, and bytes parked for all of them.
+        most `largest`: peak bytes while it works on one, and bytes offloaded for all of them.
 
         Hidden states and weights are not counted; any expert may get all tokens of a chunk.
         """
@@ -139,32 +139,32 @@ class Workspace:
                     self._known_mixtures[key] = self._trace_mixture(mixture, *key[1:])
                 work, per_token, per_chunk = self._known_mixtures[key]
                 found.append((work, per_token * num_tokens + per_chunk * num_chunks))
-        return max(work for work, _ in found), max(parked for _, parked in found)
+        return max(work for work, _ in found), max(offloaded for _, offloaded in found)
 
     def _trace_mixture(
         self, mixture: Mixture, num_tokens: int, alone: bool
     ) -> tuple[int, int, int]:
-        """Peak bytes for one chunk, bytes parked per token, and per chunk beside those. For one
-        that is `alone` nothing is parked.
+        """Peak bytes for one chunk, bytes offloaded per token, and per chunk beside those. For one
+        that is `alone` nothing is offloaded.
         """
         meta, dtype = torch.device("meta"), self._geometry.dtype
-        parking = Parking(meta, on_host=False)
+        offload = ActivationOffload(meta, on_host=False)
         hidden_size: int = self._skeleton.config.hidden_size
         hidden = torch.empty(1, num_tokens, hidden_size, dtype=dtype, device=meta)
         parameters = [
             torch.empty(shape, dtype=dtype, device=meta) for shape in mixture.slice_shapes
         ]
 
-        def add(chunk: RoutedChunk, _: Parking = parking) -> None:
+        def add(chunk: RoutedChunk, _: ActivationOffload = offload) -> None:
             taken: TorchDispatchMode = OneExpertTaken()  # type: ignore[no-untyped-call]
             with taken, mixture.bound(parameters):
-                mixture.add(chunk, 0, num_tokens, parking)
+                mixture.add(chunk, 0, num_tokens, offload)
 
         if alone:
             return traced_peak(lambda: mixture.at_once(hidden, add)), 0, 0
-        chunk = mixture.route(hidden, parking)
+        chunk = mixture.route(hidden, offload)
         work = max(
-            traced_peak(lambda: mixture.route(hidden, parking)),
+            traced_peak(lambda: mixture.route(hidden, offload)),
             traced_peak(lambda: add(chunk)),
             traced_peak(lambda: mixture.finish(hidden, chunk.total)),
         )

@@ -14,8 +14,8 @@ from ollm_core.engine.batch import NewTokens, num_new_tokens, stage_of
 from ollm_core.engine.pass_planner import PassPlan
 from ollm_core.memory.accounts import Accounts
 from ollm_core.memory.host import peak_process_bytes
-from ollm_core.weights.eviction import Pressure
-from ollm_core.weights.streamer import TieredWeights
+from ollm_core.weights.eviction import Eviction
+from ollm_core.weights.streamer import TieredStreamer
 
 
 class Counters:
@@ -70,9 +70,9 @@ class Counters:
 
     def stats(
         self,
-        weights: TieredWeights,
+        weights: TieredStreamer,
         accounts: Accounts,
-        eviction: Pressure | None,
+        eviction: Eviction | None,
         *,
         weight_bytes: int,
     ) -> Stats:

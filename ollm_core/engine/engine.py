@@ -19,7 +19,7 @@ from ollm_core.contracts.progress import Progress
 from ollm_core.engine.batch import NewTokens, num_new_tokens, stage_of
 from ollm_core.engine.counters import Counters
 from ollm_core.engine.finite import require_finite
-from ollm_core.engine.pass_planner import Admission, PassPlan
+from ollm_core.engine.pass_planner import PassPlan, PassPlanner
 from ollm_core.engine.progress import ProgressReporter
 from ollm_core.engine.torch_state import own_torch_state
 from ollm_core.engine.weight_pass import WeightPass
@@ -27,8 +27,8 @@ from ollm_core.errors import DoesNotFitError, one_line
 from ollm_core.memory.pair import PerMemory
 from ollm_core.model.skeleton import Skeleton
 from ollm_core.profiling import Span, no_span
-from ollm_core.weights.eviction import Pressure
-from ollm_core.weights.streamer import TieredWeights
+from ollm_core.weights.eviction import Eviction
+from ollm_core.weights.streamer import TieredStreamer
 
 logger = logging.getLogger("ollm")
 
@@ -43,8 +43,8 @@ class Engine:
     def __init__(
         self,
         skeleton: Skeleton,
-        weights: TieredWeights,
-        admission: Admission,
+        weights: TieredStreamer,
+        pass_planner: PassPlanner,
         on_progress: Callable[[Progress], None] | None = None,
         cap: Callable[[], AbstractContextManager[None]] = nullcontext,
         span: Span = no_span,
@@ -59,16 +59,16 @@ class Engine:
         self.progress = ProgressReporter(self.counters, weights, on_progress)
         self._skeleton = skeleton
         self._weights = weights
-        self._admission = admission
+        self._pass_planner = pass_planner
         self._cap = cap
         self._check_files = check_files
         self._span = span
         self._lock = threading.RLock()
 
     @property
-    def eviction(self) -> Pressure | None:
+    def eviction(self) -> Eviction | None:
         """What lets kept weights give way where memory runs short, if anything does."""
-        return self._admission.pressure
+        return self._pass_planner.eviction
 
     def close(self) -> None:
         """Free the weights, and hold nothing on the device any more."""
@@ -110,7 +110,7 @@ class Engine:
         start = time.perf_counter()
         read_before = store.bytes_read
         self._expect(store, work)
-        with self._cap(), self._admission.admit(store, work) as plan:
+        with self._cap(), self._pass_planner.admit(store, work) as plan:
             # All that the pass may take is reserved.
             self.counters.count_kv_on_disk(store.tier_bytes().disk)
             logits = self._run(store, work, plan)
@@ -126,14 +126,14 @@ class Engine:
         """Whether there is memory for a pass over `work`; of its tokens only the number counts."""
         with self._lock, own_torch_state():
             self._expect(store, work)
-            return self._admission.fits(store, work)
+            return self._pass_planner.fits(store, work)
 
     def set_aside(self, kind: str, num_bytes: PerMemory[int]) -> None:
         """Reserve memory for what stands beside the model, between passes; kept weights give way to
         it. Raises DoesNotFitError with nothing reserved.
         """
         with self._lock:
-            self._admission.set_aside(kind, num_bytes)
+            self._pass_planner.set_aside(kind, num_bytes)
 
     def demand_room(self, store: KVStore, lengths: Sequence[int]) -> None:
         """Raises DoesNotFitError if there is no memory for the pass that takes new sequences to
@@ -145,7 +145,7 @@ class Engine:
             for length in lengths:
                 work.append(NewTokens(store.new_sequence(), ids, length - 1))
                 stack.callback(store.release, work[-1].sequence)
-            self._admission.choose(store, work)
+            self._pass_planner.choose(store, work)
 
     def _expect(self, store: KVStore, work: Sequence[NewTokens]) -> None:
         if self._skeleton.recurrent and isinstance(store, KeepsStates):

@@ -22,9 +22,9 @@ from ollm_core.memory.pair import PerMemory, added
 from ollm_core.memory.sizes import format_size
 from ollm_core.model.spec import ModelSpec
 from ollm_core.plugins.registry import require, supports
-from ollm_core.weights.eviction import Pressure
-from ollm_core.weights.placement import HELD_KINDS, HeldWeights
-from ollm_core.weights.streamer import TieredWeights
+from ollm_core.weights.eviction import Eviction
+from ollm_core.weights.placement import HELD_KINDS, ResidentWeights
+from ollm_core.weights.streamer import TieredStreamer
 
 EXACT_CONTEXT = 8192
 """Tokens up to which attention "auto" is exact. Beyond, the exact form would cost more memory than
@@ -87,7 +87,7 @@ class PassPlan:
         return self.parts.map(lambda parts: sum(parts.values()))
 
 
-class Admission:
+class PassPlanner:
     """Chooses the first way to run a pass that fits, dropping resident weights for it where that
     helps.
     """
@@ -96,12 +96,12 @@ class Admission:
         self,
         policy: Policy,
         accounts: Accounts,
-        weights: TieredWeights | HeldWeights,
+        weights: TieredStreamer | ResidentWeights,
         workspace: Workspace,
-        pressure: Pressure | None = None,
+        eviction: Eviction | None = None,
     ) -> None:
-        """Without `pressure`, what others take of the machine is not looked at."""
-        self.pressure = pressure
+        """Without `eviction`, what others take of the machine is not looked at."""
+        self.eviction = eviction
         self._policy = policy
         self._accounts = accounts
         self._weights = weights
@@ -127,8 +127,8 @@ class Admission:
         plan, growth = self.choose(store, work)
         needed = added(plan.needed, growth)
         budgets = self._weight_budgets(needed)
-        if self.pressure is not None:
-            budgets = self.pressure.within(budgets, needed)
+        if self.eviction is not None:
+            budgets = self.eviction.within(budgets, needed)
         self._weights.fit(*budgets)
         device, host = self._accounts
         with ExitStack() as undo:
@@ -230,7 +230,7 @@ class Admission:
             self._workspace.layer_bytes(*shape, past, attention) for shape, past in shapes.items()
         )
         largest = max(len(chunk.rows) * chunk.num_tokens for chunk in chunks)
-        experts, parked = self._workspace.mixture_bytes(num_tokens, len(chunks), largest)
+        experts, offloaded = self._workspace.mixture_bytes(num_tokens, len(chunks), largest)
         num_logits = sum(item.num_logits for item in work)
         # Logits in parts and whole, the highest, the normalised rows, float32 copies to choose
         # tokens from.
@@ -240,14 +240,14 @@ class Admission:
         tokens = num_tokens * (_POSITION_BYTES + (0 if self._memory.is_own else _TOKEN_BYTES))
         if on_host:
             chunk_bytes = largest * self._hidden_size * self._itemsize
-            if parked:  # parts of a chunk on their way from and to the host
+            if offloaded:  # parts of a chunk on their way from and to the host
                 experts += 2 * chunk_bytes
-                parked += 2 * chunk_bytes if self._memory.is_own else 0
+                offloaded += 2 * chunk_bytes if self._memory.is_own else 0
             device = _device_parts(layer, experts, head, hidden=chunk_bytes, positions=tokens)
             return PerMemory(
-                device, {MemoryKind.HIDDEN_STATES: hidden, MemoryKind.ROUTED_TOKENS: parked}
+                device, {MemoryKind.HIDDEN_STATES: hidden, MemoryKind.ROUTED_TOKENS: offloaded}
             )
-        experts += parked
+        experts += offloaded
         device = _device_parts(layer, experts, head, hidden=hidden, positions=tokens)
         return PerMemory(device, {})
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from ollm_core.contracts.progress import Progress
 from ollm_core.engine.batch import NewTokens, num_new_tokens, stage_of
 from ollm_core.engine.counters import Counters
-from ollm_core.weights.streamer import TieredWeights
+from ollm_core.weights.streamer import TieredStreamer
 
 
 class ProgressReporter:
@@ -16,7 +16,7 @@ class ProgressReporter:
     def __init__(
         self,
         counters: Counters,
-        weights: TieredWeights,
+        weights: TieredStreamer,
         on_progress: Callable[[Progress], None] | None,
     ) -> None:
         self.on_progress = on_progress

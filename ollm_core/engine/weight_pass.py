@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ollm_core.contracts.kv import KVStore
-from ollm_core.device.offload import Parking
+from ollm_core.device.offload import ActivationOffload
 from ollm_core.engine.batch import Chunk, NewTokens
 from ollm_core.engine.layer_call import LayerCall, PositionEmbeddings
 from ollm_core.engine.pass_planner import PassPlan
@@ -23,8 +23,8 @@ from ollm_core.engine.recurrent_call import RecurrentCall
 from ollm_core.model.outside_layers import apply
 from ollm_core.model.skeleton import Skeleton
 from ollm_core.profiling import Span
-from ollm_core.weights.eviction import Pressure
-from ollm_core.weights.streamer import TieredWeights
+from ollm_core.weights.eviction import Eviction
+from ollm_core.weights.streamer import TieredStreamer
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -32,12 +32,12 @@ class WeightPass:
     """One pass over `work`: each unit of weights is acquired once, for all chunks."""
 
     skeleton: Skeleton
-    weights: TieredWeights
+    weights: TieredStreamer
     store: KVStore
     work: Sequence[NewTokens]
     plan: PassPlan
     progress: ProgressReporter
-    eviction: Pressure | None
+    eviction: Eviction | None
     """Asked after each call of a layer whether kept weights must give way."""
     span: Span
 
@@ -48,8 +48,8 @@ class WeightPass:
         skeleton, weights, device = self.skeleton, self.weights, self.weights.device
         given_up_bytes = self.eviction.shortage.now_bytes if self.eviction else 0
         report = self.progress.begin(self.work, self._num_reports, given_up_bytes)
-        parking = Parking(device, self.plan.hidden_on_host)
-        hidden = [parking.park(self._embed(chunk)) for chunk in self.plan.chunks]  # [R, T, C]
+        offload = ActivationOffload(device, self.plan.hidden_on_host)
+        hidden = [offload.store(self._embed(chunk)) for chunk in self.plan.chunks]  # [R, T, C]
         calls = [
             LayerCall(self.store, self.work, chunk, self.plan.attention, device)
             for chunk in self.plan.chunks
@@ -65,10 +65,10 @@ class WeightPass:
                 forward = skeleton.chunk_forward(layer_idx)
                 runs = recurrent_calls if layer_idx in skeleton.recurrent else calls
                 for i, call in enumerate(calls):
-                    chunk_hidden = parking.fetch(hidden[i])
+                    chunk_hidden = offload.fetch(hidden[i])
                     embeddings = self._positions(layer_idx, chunk_hidden, call)
                     with self.span("layer", layer_idx=layer_idx):
-                        hidden[i] = parking.put(
+                        hidden[i] = offload.put(
                             hidden[i], runs[i].run(forward, layer_idx, chunk_hidden, embeddings)
                         )
                     if self.eviction:
@@ -78,8 +78,8 @@ class WeightPass:
                 if mixture := skeleton.mixtures.get(layer_idx):
                     fetch = functools.partial(weights.experts, layer_idx)
                     with self.span("experts", layer_idx=layer_idx):
-                        mixture.run(hidden, parking, fetch, report)
-        return self._head(hidden, parking, report)
+                        mixture.run(hidden, offload, fetch, report)
+        return self._head(hidden, offload, report)
 
     @property
     def _num_reports(self) -> int:
@@ -109,7 +109,7 @@ class WeightPass:
         return embeddings
 
     def _head(
-        self, hidden: Sequence[Tensor], parking: Parking, report: Callable[[], None]
+        self, hidden: Sequence[Tensor], offload: ActivationOffload, report: Callable[[], None]
     ) -> list[Tensor]:
         """Logits [num_logits, V] per item. The head is walked once, shard by shard of the
         vocabulary, for all of them.
@@ -119,7 +119,7 @@ class WeightPass:
         for chunk, states in zip(self.plan.chunks, hidden, strict=True):
             first = min(len(work[row].token_ids) - work[row].num_logits for row in chunk.rows)
             if first < chunk.end:
-                normalised = self.skeleton.norm(apply(outside.before_norm, parking.fetch(states)))
+                normalised = self.skeleton.norm(apply(outside.before_norm, offload.fetch(states)))
                 normalised = normalised[:, max(first - chunk.begin, 0) :]
                 wanted.append((chunk, apply(outside.before_head, normalised)))
         shards: list[list[Tensor]] = [[] for _ in wanted]  # logits [R, t, v] of each chunk

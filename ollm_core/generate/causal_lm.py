@@ -27,7 +27,7 @@ from ollm_core.generate.padding import PaddedBatch, padded_batch
 from ollm_core.generate.surface import FixedModel, only_what_works
 from ollm_core.memory.accounts import Accounts
 from ollm_core.model.skeleton import Skeleton
-from ollm_core.weights.streamer import TieredWeights
+from ollm_core.weights.streamer import TieredStreamer
 
 
 @only_what_works
@@ -47,7 +47,7 @@ class StreamedModel(  # type: ignore[misc]  # torch overloads `to`
     def __init__(
         self,
         skeleton: Skeleton,
-        weights: TieredWeights,
+        weights: TieredStreamer,
         engine: Engine,
         accounts: Accounts,
         open_store: OpenStore,

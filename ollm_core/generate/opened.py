@@ -19,7 +19,7 @@ from ollm_core.generate.cache import SequenceCache
 from ollm_core.memory.accounts import Accounts
 from ollm_core.memory.budgets import layer_limits
 from ollm_core.values import Count, PathLike
-from ollm_core.weights.streamer import TieredWeights
+from ollm_core.weights.streamer import TieredStreamer
 
 OpenStore = Callable[[str, "Path | None", int, int], tuple[str, KVStore]]
 """(tier or "auto", directory, tokens to expect, at least) -> (tier, store)."""
@@ -30,13 +30,13 @@ class OpenedModel(Closing):
 
     config: PreTrainedConfig
     engine: Engine
-    weights: TieredWeights
+    weights: TieredStreamer
     accounts: Accounts
     weight_bytes: int
 
     def _own(
         self,
-        weights: TieredWeights,
+        weights: TieredStreamer,
         engine: Engine,
         accounts: Accounts,
         open_store: OpenStore,

@@ -20,7 +20,7 @@ from ollm_core.device.upload import Upload
 from ollm_core.errors import KVStoreError
 from ollm_core.kv.block_storage import BlockStorage
 from ollm_core.kv.block_views import Cut, CutBlocks
-from ollm_core.kv.buffer_pool import Charges, Lanes
+from ollm_core.kv.buffer_pool import BufferPool, Charges
 from ollm_core.memory.accounts import MemoryAccount
 from ollm_core.memory.kinds import MemoryKind
 
@@ -75,12 +75,12 @@ class BlockKVStore(KVStore):
         self._closed = False
         uploads = isinstance(memory, OwnMemory)
         self._upload_charges = Charges(upload_account) if uploads and upload_account else None
-        self._uploads: Lanes[Upload] | None = None
+        self._uploads: BufferPool[Upload] | None = None
         if isinstance(memory, OwnMemory):
             bus = memory.bus
             largest = max(map(geometry.block_bytes, range(geometry.num_layers)))
             try:
-                self._uploads = Lanes(
+                self._uploads = BufferPool(
                     lambda: Upload(bus, largest, _UPLOADS),
                     _UPLOADS * largest,
                     MemoryKind.KV_UPLOAD,
@@ -255,7 +255,7 @@ class BlockKVStore(KVStore):
         self._num_sharers.clear()
 
     def _on_device(
-        self, layer_idx: int, blocks: Iterator[Tensor], uploads: Lanes[Upload]
+        self, layer_idx: int, blocks: Iterator[Tensor], uploads: BufferPool[Upload]
     ) -> Iterator[Tensor]:
         with uploads.lane() as upload:
             for block in blocks:

@@ -45,7 +45,7 @@ class Charges:
         self._closed = True
 
 
-class Lanes(Generic[T]):
+class BufferPool(Generic[T]):
     """A set of buffers for each iterator that is alive: the first set is kept for the next
     iterator, any other is freed.
     """

@@ -18,11 +18,11 @@ from ollm_core.errors import KVStoreError
 from ollm_core.files.paths import absolute, cache_directory
 from ollm_core.kv.disk.directory import check_parent, reap_homes
 from ollm_core.kv.disk.free_space import check_room
-from ollm_core.kv.disk.prefix_cache import KeepingKVStore
+from ollm_core.kv.disk.prefix_cache import PrefixCachingStore
 from ollm_core.kv.disk.storage import DiskKVStore
 from ollm_core.kv.in_memory import DeviceKVStore, HostKVStore
 from ollm_core.kv.recurrent.hybrid import HybridKVStore
-from ollm_core.kv.recurrent.prefix_cache import KeepingHybridKVStore
+from ollm_core.kv.recurrent.prefix_cache import PrefixCachingHybridStore
 from ollm_core.kv.recurrent.snapshots import StateFiles, reap_states
 from ollm_core.kv.recurrent.states import StateStore
 from ollm_core.memory.pair import PerMemory
@@ -138,13 +138,13 @@ def _hybrid(
     else:
         states = StateStore(geometry, request.host_account, "host", torch.device("cpu"), memory)
     attention = open_store(replace(request, geometry=geometry.attention_layers()))
-    if isinstance(attention, KeepingKVStore) and request.directory is not None:
+    if isinstance(attention, PrefixCachingStore) and request.directory is not None:
         try:
             files = StateFiles(request.directory, geometry, request.fingerprint())
         except (OSError, KVStoreError) as error:
             logger.warning("recurrent states are not kept: %s", error)
         else:
-            return KeepingHybridKVStore(geometry, attention, states, files)
+            return PrefixCachingHybridStore(geometry, attention, states, files)
     return HybridKVStore(geometry, attention, states)
 
 
@@ -155,7 +155,7 @@ def _open(tier: str, request: KVRequest, *, memory: DeviceMemory) -> KVStore:
     if tier == "host":
         return HostKVStore(geometry, host, device, memory=memory)
     if request.directory and request.keep:
-        return KeepingKVStore(
+        return PrefixCachingStore(
             geometry, host, request.directory, request.fingerprint(), device, memory=memory
         )
     return DiskKVStore(geometry, host, _home(request), _NOBODY, device, memory=memory)

@@ -25,7 +25,7 @@ from ollm_core.memory.kinds import MemoryKind
 _META = torch.device("meta")
 
 
-class PlannedDiskStorage(BlockStorage):
+class SimulatedDiskStorage(BlockStorage):
     """The accounts of DiskStorage, without files."""
 
     def __init__(self, geometry: KVGeometry, account: MemoryAccount) -> None:
@@ -95,7 +95,7 @@ class PlannedDiskStorage(BlockStorage):
         self._charges.close()
 
 
-class PlannedMemoryStorage(MemoryStorage):
+class SimulatedMemoryStorage(MemoryStorage):
     """The accounts of MemoryStorage. Its tensors have no data."""
 
     def _new_block(self, layer_idx: int) -> Tensor:
@@ -106,7 +106,7 @@ class PlannedMemoryStorage(MemoryStorage):
         return torch.empty(shape, dtype=self._geometry.dtype, device=_META)
 
 
-class PlannedKVStore(BlockKVStore):
+class SimulatedKVStore(BlockKVStore):
     """The block tables and accounts of a store in `tier`: "device", "host" or "disk"."""
 
     def __init__(
@@ -122,11 +122,11 @@ class PlannedKVStore(BlockKVStore):
         bare = replace(geometry, device=_META)
         storage: BlockStorage
         if tier == "disk":
-            storage = PlannedDiskStorage(bare, host_account)
+            storage = SimulatedDiskStorage(bare, host_account)
         elif tier == "host":
-            storage = PlannedMemoryStorage(bare, host_account, "host", _META, memory)
+            storage = SimulatedMemoryStorage(bare, host_account, "host", _META, memory)
         else:
-            storage = PlannedMemoryStorage(bare, device_account, "device", _META)
+            storage = SimulatedMemoryStorage(bare, device_account, "device", _META)
         super().__init__(bare, storage, device_account, memory)
 
     def advance(self, sequence: int, num_tokens: int, longest: int) -> None:
@@ -142,7 +142,7 @@ class PlannedKVStore(BlockKVStore):
                     pass
 
 
-class PlannedHybridStore(HybridKVStore):
+class SimulatedHybridStore(HybridKVStore):
     """The same for a model with recurrent layers."""
 
     def __init__(
@@ -152,26 +152,28 @@ class PlannedHybridStore(HybridKVStore):
         accounts: Accounts,
         memory: DeviceMemory,
     ) -> None:
-        """See PlannedKVStore."""
+        """See SimulatedKVStore."""
         bare = replace(geometry, device=_META)
         if tier == "device":
             states = StateStore(bare, accounts.device, "device", _META)
         else:
             states = StateStore(bare, accounts.host, "host", _META, memory)
-        self._planned = PlannedKVStore(tier, geometry.attention_layers(), accounts, memory)
+        self._planned = SimulatedKVStore(tier, geometry.attention_layers(), accounts, memory)
         super().__init__(bare, self._planned, states)
 
     def advance(self, sequence: int, num_tokens: int, longest: int) -> None:
-        """See PlannedKVStore."""
+        """See SimulatedKVStore."""
         self._planned.advance(sequence, num_tokens, longest)
         for layer_idx, shapes in self._states.shapes.items():
             state = [torch.empty(shape, dtype=dtype, device=_META) for shape, dtype in shapes]
             self.put_state(layer_idx, sequence, num_tokens, state)
 
 
-def planned_store(
+def simulated_store(
     tier: str, geometry: KVGeometry, accounts: Accounts, memory: DeviceMemory
-) -> PlannedKVStore | PlannedHybridStore:
+) -> SimulatedKVStore | SimulatedHybridStore:
     """What stands for the store that a run would have. Raises DoesNotFitError."""
     recurrent = any(kind.kind == "recurrent" for kind in geometry.kinds)
-    return (PlannedHybridStore if recurrent else PlannedKVStore)(tier, geometry, accounts, memory)
+    return (SimulatedHybridStore if recurrent else SimulatedKVStore)(
+        tier, geometry, accounts, memory
+    )

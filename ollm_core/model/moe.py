@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ollm_core.contracts.model import Layout
-from ollm_core.device.offload import Parking
+from ollm_core.device.offload import ActivationOffload
 from ollm_core.errors import UnsupportedError
 
 Fetch = Callable[
@@ -33,7 +33,7 @@ Fetch = Callable[
 @dataclass(eq=False, slots=True)
 class RoutedChunk:
     """One chunk of N tokens between router and experts. Its tensors stay where hidden states are
-    parked.
+    offloaded.
     """
 
     states: Tensor
@@ -175,34 +175,36 @@ class Mixture:
     def run(
         self,
         hidden: list[Tensor],
-        parking: Parking,
+        offload: ActivationOffload,
         fetch: Fetch,
         report: Callable[[], None],
     ) -> None:
-        """The second half: replace `hidden`, the chunks [R, T, C], where they are parked."""
+        """The second half: replace `hidden`, the chunks [R, T, C], where they are offloaded."""
         if len(hidden) == 1:
             output = self.at_once(
-                parking.fetch(hidden[0]), lambda chunk, at: self._serve([chunk], at, fetch)
+                offload.fetch(hidden[0]), lambda chunk, at: self._serve([chunk], at, fetch)
             )
-            hidden[0] = parking.put(hidden[0], output)
+            hidden[0] = offload.put(hidden[0], output)
             report()
             return
-        chunks = [self.route(parking.fetch(states), parking) for states in hidden]
-        self._serve(chunks, parking, fetch)
+        chunks = [self.route(offload.fetch(states), offload) for states in hidden]
+        self._serve(chunks, offload, fetch)
         for i, states in enumerate(hidden):
             total = chunks[i].total
             chunks[i] = chunks[-1]  # frees the rest of it
-            output = self.finish(parking.fetch(states), parking.fetch(total))
-            hidden[i] = parking.put(states, output)
+            output = self.finish(offload.fetch(states), offload.fetch(total))
+            hidden[i] = offload.put(states, output)
             del output  # before the next chunk
             report()
 
-    def at_once(self, hidden: Tensor, serve: Callable[[RoutedChunk, Parking], None]) -> Tensor:
+    def at_once(
+        self, hidden: Tensor, serve: Callable[[RoutedChunk, ActivationOffload], None]
+    ) -> Tensor:
         """Run a chunk [R, T, C] through the whole second half. `serve` adds up what its experts
         say.
         """
         called = False
-        here = Parking(hidden.device, on_host=False)
+        here = ActivationOffload(hidden.device, on_host=False)
 
         def answer(states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
             nonlocal called
@@ -217,7 +219,9 @@ class Mixture:
             raise self._not_called()
         return output
 
-    def _serve(self, chunks: Sequence[RoutedChunk], parking: Parking, fetch: Fetch) -> None:
+    def _serve(
+        self, chunks: Sequence[RoutedChunk], offload: ActivationOffload, fetch: Fetch
+    ) -> None:
         """Add the output of each wanted expert to the chunks that want it."""
         counts = torch.stack([chunk.starts.diff() for chunk in chunks]).sum(0).tolist()
         wanted = {expert: count for expert, count in enumerate(counts) if count}
@@ -227,15 +231,15 @@ class Mixture:
                     for chunk in chunks:
                         begin, end = chunk.starts[expert : expert + 2].tolist()
                         if begin < end:
-                            self.add(chunk, begin, end, parking)
+                            self.add(chunk, begin, end, offload)
                 del parameters  # before the next ones are made
 
-    def route(self, hidden: Tensor, parking: Parking) -> RoutedChunk:
+    def route(self, hidden: Tensor, offload: ActivationOffload) -> RoutedChunk:
         """Run a chunk [R, T, C] up to the experts, to learn which ones it wants."""
         try:
             self._mlp(self._layer, hidden)
         except _Asked as asked:
-            return self._routed(*asked.arguments, parking)
+            return self._routed(*asked.arguments, offload)
         raise self._not_called()
 
     def _not_called(self) -> UnsupportedError:
@@ -245,7 +249,7 @@ class Mixture:
         )
 
     def _routed(
-        self, states: Tensor, index: Tensor, weights: Tensor, parking: Parking
+        self, states: Tensor, index: Tensor, weights: Tensor, offload: ActivationOffload
     ) -> RoutedChunk:
         num_tokens = states.shape[0]
         # As eager code goes through them: expert by expert, first choices before second ones.
@@ -253,22 +257,22 @@ class Mixture:
         bounds = torch.arange(self.num_experts + 1, device=experts.device)
         starts = torch.searchsorted(experts, bounds)
         return RoutedChunk(
-            parking.park(states),
-            parking.park(order % num_tokens),
-            parking.park(weights.t().reshape(-1)[order]),
+            offload.store(states),
+            offload.store(order % num_tokens),
+            offload.store(weights.t().reshape(-1)[order]),
             starts if starts.is_meta else starts.cpu(),
-            parking.zeros_like(states),
+            offload.zeros_like(states),
         )
 
-    def add(self, chunk: RoutedChunk, begin: int, end: int, parking: Parking) -> None:
+    def add(self, chunk: RoutedChunk, begin: int, end: int, offload: ActivationOffload) -> None:
         """Add the bound expert's output for its tokens, which are at `begin` to `end`."""
-        device, tokens = parking.device, chunk.tokens[begin:end]
+        device, tokens = offload.device, chunk.tokens[begin:end]
         output = self._family(
-            parking.rows(chunk.states, tokens),
+            offload.rows(chunk.states, tokens),
             torch.zeros(end - begin, 1, dtype=torch.int64, device=device),
             chunk.weights[begin:end, None].to(device),
         )
-        parking.add_rows(chunk.total, tokens, output)
+        offload.add_rows(chunk.total, tokens, output)
 
     def finish(self, hidden: Tensor, total: Tensor) -> Tensor:
         """Run a chunk [R, T, C] to the end of the layer, `total` [N, C] being what the experts

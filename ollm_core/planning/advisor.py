@@ -1,4 +1,4 @@
-"""One question to a planner: the rehearsals that answer it, and those of other ways to run it."""
+"""One question to a planner: the dry runs that answer it, and those of other ways to run it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ollm_core.kv.factory import TIERS
 from ollm_core.memory.budgets import Budgets
 from ollm_core.memory.pair import PerMemory
 from ollm_core.planning.cost_model import Estimate, slowest
-from ollm_core.planning.dry_run import Rehearsal, Rehearsed, Scenario
+from ollm_core.planning.dry_run import DryRun, DryRunResult, Scenario
 from ollm_core.planning.plan import Change, Plan
 from ollm_core.plugins.registry import supports
 
@@ -26,14 +26,14 @@ class Question:
 
     def __init__(
         self,
-        rehearsal: Rehearsal,
+        dry_run: DryRun,
         estimate: Estimate,
         rates: Rates,
         budgets: Budgets,
         scenario: Scenario,
         positions: int,
     ) -> None:
-        self._rehearsal = rehearsal
+        self._dry_run = dry_run
         self._estimate = estimate
         self._rates = rates
         self._budgets = budgets
@@ -44,15 +44,15 @@ class Question:
         """The whole plan, with other ways to run it if they are to be compared. `model` is what it
         was called, `from_files` whether its own were seen.
         """
-        rehearsal, scenario, budgets = self._rehearsal, self._scenario, self._budgets
-        spec, reason = rehearsal.spec, ""
-        least = rehearsal.least(scenario, PerMemory(1, 1))
+        dry_run, scenario, budgets = self._dry_run, self._scenario, self._budgets
+        spec, reason = dry_run.spec, ""
+        least = dry_run.least(scenario, PerMemory(1, 1))
         try:
-            run = rehearsal.run(budgets, scenario)
+            run = dry_run.run(budgets, scenario)
         except DoesNotFitError as refused:
             reason = refused.message
-            budgets = rehearsal.least(scenario, budgets)
-            run = rehearsal.run(budgets, scenario)
+            budgets = dry_run.least(scenario, budgets)
+            run = dry_run.run(budgets, scenario)
         largest = self._largest_context() if compare else 0
         prefill, token = self._times(run, scenario)
         return Plan(
@@ -93,7 +93,7 @@ class Question:
         )
 
     def _times(
-        self, run: Rehearsed, scenario: Scenario
+        self, run: DryRunResult, scenario: Scenario
     ) -> tuple[tuple[str, float], tuple[str, float]]:
         """What limits the prompt and a decode step, and their seconds."""
         estimate, rates = self._estimate, self._rates
@@ -102,9 +102,9 @@ class Question:
             slowest(estimate.token(run, scenario).seconds(rates)),
         )
 
-    def _placement(self, run: Rehearsed) -> dict[str, Any]:
+    def _placement(self, run: DryRunResult) -> dict[str, Any]:
         held, estimate = run.held, self._estimate
-        layers = len(self._rehearsal.spec.units.layers)
+        layers = len(self._dry_run.spec.units.layers)
         found: dict[str, Any] = {
             "layers": layers,
             "head_parts": held.num_units - layers,
@@ -147,7 +147,7 @@ class Question:
         return max(known, low * _STEP if low >= least else 0)
 
     def _fits(self, context: int) -> bool:
-        return self._rehearsal.fits(replace(self._scenario, context=context), self._budgets)
+        return self._dry_run.fits(replace(self._scenario, context=context), self._budgets)
 
     def _hint(self, budgets: Budgets, largest: int) -> str:
         allow = []
@@ -160,12 +160,12 @@ class Question:
         hint = f"allow {' and '.join(allow)}"
         return f"{hint}, or a context of at most {largest} tokens" if largest else hint
 
-    def _changes(self, run: Rehearsed, *, fits: bool) -> list[Change]:
+    def _changes(self, run: DryRunResult, *, fits: bool) -> list[Change]:
         """Those that would help most, first the one that helps most."""
         found = []
         for option, scenario, budgets in self._candidates(run):
             try:
-                other = self._rehearsal.run(budgets, scenario, ends_only=True)
+                other = self._dry_run.run(budgets, scenario, ends_only=True)
             except DoesNotFitError:
                 continue
             found.append((self._seconds(other, scenario), option, other, scenario))
@@ -179,9 +179,9 @@ class Question:
                 changes.append(Change(option, True, prefill, scenario.batch / token, peak))
         return changes
 
-    def _candidates(self, run: Rehearsed) -> Iterator[tuple[str, Scenario, Budgets]]:
+    def _candidates(self, run: DryRunResult) -> Iterator[tuple[str, Scenario, Budgets]]:
         scenario, budgets = self._scenario, self._budgets
-        spec = self._rehearsal.spec
+        spec = self._dry_run.spec
         for tier in TIERS:
             if tier != run.kv_tier and supports(spec.adapter, f"kv-{tier}"):
                 yield f"--kv {tier}", replace(scenario, kv=tier), budgets
@@ -196,7 +196,7 @@ class Question:
         if half > scenario.new_tokens:
             yield f"--context {half}", replace(scenario, context=half), budgets
 
-    def _seconds(self, run: Rehearsed, scenario: Scenario) -> float:
+    def _seconds(self, run: DryRunResult, scenario: Scenario) -> float:
         (_, prefill), (_, token) = self._times(run, scenario)
         return prefill + scenario.new_tokens * token
 

@@ -1,4 +1,4 @@
-"""How long a rehearsed run would take: what each pass moves and computes, at given rates."""
+"""How long a simulated run would take: what each pass moves and computes, at given rates."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 
 from ollm_core.calibration.rates import Rates
 from ollm_core.contracts.kv import CacheKind
-from ollm_core.device.offload import Parking
+from ollm_core.device.offload import ActivationOffload
 from ollm_core.model.spec import ModelSpec
-from ollm_core.planning.dry_run import Rehearsed, Scenario
+from ollm_core.planning.dry_run import DryRunResult, Scenario
 
 _CONVERSION = 2  # a converted byte is written, and read where it comes from
 _SCORE_PASSES = 8  # of exact attention over its scores: scaled, masked, normalised, cast, each anew
@@ -83,7 +83,7 @@ class Estimate:
             count * (1 - (1 - self._num_chosen / count) ** num_tokens) for count in self._counts
         )
 
-    def prompt(self, run: Rehearsed, scenario: Scenario) -> PassCost:
+    def prompt(self, run: DryRunResult, scenario: Scenario) -> PassCost:
         """The first pass, which reads everything once."""
         num_tokens = scenario.batch * scenario.prompt_tokens
         distinct = self.distinct_experts(num_tokens)
@@ -110,7 +110,7 @@ class Estimate:
             self._seconds + distinct * self._expert_seconds,
         )
 
-    def token(self, run: Rehearsed, scenario: Scenario) -> PassCost:
+    def token(self, run: DryRunResult, scenario: Scenario) -> PassCost:
         """A decode step at the end, for one new token of each sequence."""
         held, batch = run.held, scenario.batch
         distinct = self.distinct_experts(batch)
@@ -180,5 +180,5 @@ def _experts_per_token(spec: ModelSpec) -> int:
     for mixture in spec.skeleton.mixtures.values():
         hidden = torch.empty(1, 1, spec.skeleton.config.hidden_size, dtype=spec.dtype, device=meta)
         with torch.no_grad():
-            return mixture.route(hidden, Parking(meta, on_host=False)).tokens.numel()
+            return mixture.route(hidden, ActivationOffload(meta, on_host=False)).tokens.numel()
     return 0

@@ -1,4 +1,4 @@
-"""A run without data: the admission, the placement and the accounts of a real one, so that a plan
+"""A run without data: pass planner, placement and the accounts of a real one, so that a plan
 and a run cannot disagree.
 """
 
@@ -12,17 +12,17 @@ import torch
 
 from ollm_core.engine.activations import Workspace
 from ollm_core.engine.batch import NewTokens
-from ollm_core.engine.pass_planner import EXACT_CONTEXT, Admission, PassPlan, Policy
+from ollm_core.engine.pass_planner import EXACT_CONTEXT, PassPlan, PassPlanner, Policy
 from ollm_core.errors import DoesNotFitError
 from ollm_core.kv.factory import TIERS, choose_tier
-from ollm_core.kv.simulated import PlannedHybridStore, PlannedKVStore, planned_store
+from ollm_core.kv.simulated import SimulatedHybridStore, SimulatedKVStore, simulated_store
 from ollm_core.memory.accounts import open_accounts
 from ollm_core.memory.budgets import NO_LAYER_LIMITS, Budgets, LayerLimits
 from ollm_core.memory.kinds import MemoryKind
 from ollm_core.memory.pair import PerMemory
 from ollm_core.model.spec import ModelSpec
 from ollm_core.plugins.registry import require
-from ollm_core.weights.placement import HeldWeights, Placement
+from ollm_core.weights.placement import Placement, ResidentWeights
 from ollm_core.weights.sources.page_aligned import DescribedSource
 
 EVERY_STEP = 256
@@ -103,7 +103,7 @@ class Held:
 
 
 @dataclass(frozen=True, slots=True)
-class Rehearsed:
+class DryRunResult:
     """How a run went."""
 
     kv_tier: str
@@ -132,7 +132,7 @@ class Rehearsed:
         return max(moment.disk_bytes for moment in self.moments)
 
 
-class Rehearsal:
+class DryRun:
     """One model, to be run on paper as often as wanted. What layers take is traced once."""
 
     def __init__(self, spec: ModelSpec, blocks: str = "blockwise") -> None:
@@ -142,7 +142,7 @@ class Rehearsal:
         self.spec = spec
         self._blocks = blocks
         self._accounts = open_accounts(PerMemory(_NO_LIMIT, _NO_LIMIT))
-        self._weights = HeldWeights(
+        self._weights = ResidentWeights(
             spec.units,
             DescribedSource(),
             spec.dtype,
@@ -153,7 +153,7 @@ class Rehearsal:
         )
         self._workspace = Workspace.of(spec)
 
-    def run(self, budgets: Budgets, scenario: Scenario, *, ends_only: bool = False) -> Rehearsed:
+    def run(self, budgets: Budgets, scenario: Scenario, *, ends_only: bool = False) -> DryRunResult:
         """Go through a run. With `ends_only`, of the decode steps only the last.
 
         Raises DoesNotFitError as the run would, UnsupportedError for what the family cannot do.
@@ -186,17 +186,17 @@ class Rehearsal:
             return False
         return True
 
-    def _run(self, scenario: Scenario, stack: ExitStack, *, ends_only: bool) -> Rehearsed:
+    def _run(self, scenario: Scenario, stack: ExitStack, *, ends_only: bool) -> DryRunResult:
         spec = self.spec
         if scenario.batch > 1:
             require(spec.adapter, "batch")
         policy = Policy.of(spec, scenario.attention, scenario.chunk_size, self._blocks)
-        admission = Admission(policy, self._accounts, self._weights, self._workspace)
+        pass_planner = PassPlanner(policy, self._accounts, self._weights, self._workspace)
         self._weights.limit_layers(scenario.layers)
         self._weights.reserve()
         stack.callback(self._weights.unreserve)
         tier = self._tier(scenario)
-        store = planned_store(tier, spec.geometry, self._accounts, spec.memory)
+        store = simulated_store(tier, spec.geometry, self._accounts, spec.memory)
         stack.callback(store.close)
         sequences = [store.new_sequence() for _ in range(scenario.batch)]
         moments = [self._moment("opened", store, None, 0)]
@@ -211,7 +211,7 @@ class Rehearsal:
 
         prompt = torch.empty(scenario.prompt_tokens, dtype=torch.int64, device="meta")
         work = [NewTokens(sequence, prompt, 0) for sequence in sequences]
-        with admission.admit(store, work) as first:
+        with pass_planner.admit(store, work) as first:
             moments.append(self._moment("prompt", store, first, 0))
             held = self._held()
         grow(scenario.prompt_tokens, first.chunk_size)
@@ -219,14 +219,14 @@ class Rehearsal:
             work = [NewTokens(sequence, prompt[:1], step) for sequence in sequences]
             if ends_only:
                 self._weights.hold(Placement())  # as the steps between would make room
-                admission.choose(store, work)  # a refusal names all that the steps would take
+                pass_planner.choose(store, work)  # a refusal names all that the steps would take
             while length < step:
                 grow(min(step - length, store.block_size), store.block_size)
-            with admission.admit(store, work) as plan:
+            with pass_planner.admit(store, work) as plan:
                 moments.append(self._moment(f"token {step + 1}", store, plan, step))
                 held = self._held()
             grow(1, 1)
-        return Rehearsed(
+        return DryRunResult(
             tier,
             first.chunk_size,
             len(first.chunks),
@@ -264,7 +264,7 @@ class Rehearsal:
     def _moment(
         self,
         name: str,
-        store: PlannedKVStore | PlannedHybridStore,
+        store: SimulatedKVStore | SimulatedHybridStore,
         plan: PassPlan | None,
         num_tokens: int,
     ) -> Moment:

@@ -1,4 +1,4 @@
-"""What fits where, and how long it takes: a run is rehearsed, timed, and compared with others."""
+"""What fits where, and how long it takes: a run is tried without data and timed beside others."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from ollm_core.model.spec import inspect_model
 from ollm_core.options import PlanOptions, takes
 from ollm_core.planning.advisor import Question
 from ollm_core.planning.cost_model import Estimate
-from ollm_core.planning.dry_run import Rehearsal, Scenario
+from ollm_core.planning.dry_run import DryRun, Scenario
 from ollm_core.planning.plan import Plan
 from ollm_core.plugins.registry import Registry
 from ollm_core.values import PathLike, dtype_name, whole_number
@@ -70,7 +70,7 @@ class Planner:
         self._from_files = found.checkpoint is not None
         self._positions = int(spec.skeleton.config.max_position_embeddings)
         self._rates = options.rates or find_rates(found.where, self._target, spec.dtype)
-        self._rehearsal, self._estimate = Rehearsal(spec, blocks), Estimate(spec)
+        self._dry_run, self._estimate = DryRun(spec, blocks), Estimate(spec)
 
     def plan(self, options: PlanOptions | None = None, *, compare: bool = True) -> Plan:
         """See `plan`. Other `options` than those of the planner may differ in all but those that
@@ -97,7 +97,7 @@ class Planner:
             layer_limits(self._target, options.device_layers, options.host_layers),
         )
         question = Question(
-            self._rehearsal, self._estimate, self._rates, budgets, scenario, self._positions
+            self._dry_run, self._estimate, self._rates, budgets, scenario, self._positions
         )
         return question.answer(self._model, from_files=self._from_files, compare=compare)
 

@@ -27,7 +27,7 @@ def staging_bytes(units: Iterable[WeightUnit], source: ByteSource) -> int:
     return _NUM_BUFFERS * max(source.buffer_bytes([piece]) for piece in pieces)
 
 
-class Staging(Closing):
+class DeviceLoader(Closing):
     """Reads units of weights to a device; one piece while another is copied."""
 
     def __init__(self, source: ByteSource, bus: Bus, num_bytes: int) -> None:

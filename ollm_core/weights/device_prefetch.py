@@ -29,7 +29,7 @@ class Begin(Protocol):
         """None if it is not there yet, unless one is to `wait`."""
 
 
-class Arrivals:
+class DevicePrefetch:
     """Gives out units on the device. With two buffers, the unit that comes next is copied while one
     is used; with one, while a unit is used that stays on the device.
     """

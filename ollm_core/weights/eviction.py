@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from ollm_core.memory.budgets import RESERVE_BYTES, Budgets
 from ollm_core.memory.pair import PerMemory
 from ollm_core.memory.sizes import format_size
-from ollm_core.weights.streamer import TieredWeights
+from ollm_core.weights.streamer import TieredStreamer
 
 logger = logging.getLogger("ollm")
 
@@ -95,14 +95,14 @@ class _Level:
         self._ceiling, self._patience = 0, _PATIENCE
 
 
-class Pressure:
+class Eviction:
     """Asked once before each pass, and now and then in a long one. What goes first is what costs
     least: kept experts, of which a pass wants few, then whole layers.
     """
 
     def __init__(
         self,
-        weights: TieredWeights,
+        weights: TieredStreamer,
         free_host: Callable[[], int],
         free_device: Callable[[], int] | None = None,
         *,

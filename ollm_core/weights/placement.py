@@ -60,7 +60,7 @@ class Placement:
     num_uploads: int = 1
 
 
-class HeldWeights:
+class ResidentWeights:
     """The accounts of one model's weights: `place` says what is best held, `hold` reserves it."""
 
     def __init__(
@@ -75,7 +75,7 @@ class HeldWeights:
         memory: DeviceMemory | None = None,
         timed: bool = False,
     ) -> None:
-        """See TieredWeights; uploads of experts may be `timed`. Reserves nothing yet."""
+        """See TieredStreamer; uploads of experts may be `timed`. Reserves nothing yet."""
         self.units = units.in_pass_order
         self.dtype = dtype
         self.device = device

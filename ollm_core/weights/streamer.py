@@ -19,16 +19,16 @@ from ollm_core.memory.accounts import Accounts
 from ollm_core.memory.budgets import Budgets, LayerLimits
 from ollm_core.memory.pair import PerMemory
 from ollm_core.profiling import Span, no_span
-from ollm_core.weights.device_load import Staging
-from ollm_core.weights.device_prefetch import Arrivals, Arriving, Packed, Send
+from ollm_core.weights.device_load import DeviceLoader
+from ollm_core.weights.device_prefetch import Arriving, DevicePrefetch, Packed, Send
 from ollm_core.weights.embedding import EmbeddingRows
 from ollm_core.weights.experts.store import ExpertCounters
-from ollm_core.weights.placement import HeldWeights, Placement
+from ollm_core.weights.placement import Placement, ResidentWeights
 from ollm_core.weights.prefetch import Ring, Slot
 from ollm_core.weights.units import Units, WeightUnit
 
 
-class TieredWeights(WeightStreamer):
+class TieredStreamer(WeightStreamer):
     """Gives out the units of a model. `fit` says how much memory it may hold; it may be called
     between passes.
     """
@@ -52,7 +52,7 @@ class TieredWeights(WeightStreamer):
         cannot be opened.
         """
         self.memory = memory = memory or memory_of(device)
-        self.held = HeldWeights(
+        self.held = ResidentWeights(
             units,
             source,
             dtype,
@@ -75,12 +75,14 @@ class TieredWeights(WeightStreamer):
         self._streamed_bytes = 0
         self._read_seconds = 0.0
         self._experts = self.held.experts
-        self._arrivals: Arrivals | None = None
-        self._staging: Staging | None = None
+        self._prefetch_to_device: DevicePrefetch | None = None
+        self._device_loader: DeviceLoader | None = None
         if isinstance(memory, OwnMemory):
             num_bytes, timed = self.held.upload_bytes, span is not no_span
-            self._arrivals = Arrivals(memory.bus, num_bytes, self._begin, timed=timed)
-            self._staging = Staging(source, memory.bus, self.held.staging_bytes)
+            self._prefetch_to_device = DevicePrefetch(
+                memory.bus, num_bytes, self._begin, timed=timed
+            )
+            self._device_loader = DeviceLoader(source, memory.bus, self.held.staging_bytes)
         self.norm: list[Tensor] = []
         try:
             self.held.reserve()
@@ -163,8 +165,8 @@ class TieredWeights(WeightStreamer):
     def uploads(self) -> UploadCounters:
         """What went to a device with memory of its own, experts included."""
         found = self._experts.uploads
-        if self._arrivals is not None:
-            found.add(self._arrivals.counters)
+        if self._prefetch_to_device is not None:
+            found.add(self._prefetch_to_device.counters)
         return found
 
     @property
@@ -186,9 +188,9 @@ class TieredWeights(WeightStreamer):
             del self._host_units[i]
         if wanted.num_slots != self.held.num_slots:
             self._drop_ring()
-        if self._arrivals is not None:
+        if self._prefetch_to_device is not None:
             streamed = [i for i in range(len(self.units)) if i not in wanted.device]
-            self._arrivals.expect(streamed, wanted.num_uploads)
+            self._prefetch_to_device.expect(streamed, wanted.num_uploads)
         self.held.hold(wanted)
         if wanted.num_slots and self._ring is None:
             num_slots, slot_bytes = wanted.num_slots, self.slot_bytes
@@ -200,8 +202,8 @@ class TieredWeights(WeightStreamer):
         """See WeightStreamer. `unit_idx` counts in pass order: layers first, then the parts of the
         head.
         """
-        if self._arrivals is not None:
-            return self._arrived(self._arrivals, unit_idx)
+        if self._prefetch_to_device is not None:
+            return self._arrived(self._prefetch_to_device, unit_idx)
         if self.held.is_on_device(unit_idx):
             return nullcontext(self._kept_on_device(unit_idx))
         assert self._ring is not None, "fit() makes it before anything is streamed"
@@ -250,10 +252,10 @@ class TieredWeights(WeightStreamer):
         self._device_units.clear()
         self._host_units.clear()
         self.norm = []
-        if self._arrivals is not None:
-            self._arrivals.close()
-        if self._staging is not None:
-            self._staging.close()
+        if self._prefetch_to_device is not None:
+            self._prefetch_to_device.close()
+        if self._device_loader is not None:
+            self._device_loader.close()
         self.held.close()
         self._source.close()
 
@@ -265,17 +267,17 @@ class TieredWeights(WeightStreamer):
         return resident
 
     @contextmanager
-    def _arrived(self, arrivals: Arrivals, unit_idx: int) -> Iterator[Sequence[Tensor]]:
+    def _arrived(self, prefetch: DevicePrefetch, unit_idx: int) -> Iterator[Sequence[Tensor]]:
         """`acquire` for a device with memory of its own: the next unit is on its way there while
         this one is used.
         """
         if self.held.is_on_device(unit_idx):
             parameters = self._kept_on_device(unit_idx)
             with self._span("wait for weights", unit_idx=unit_idx):
-                arrivals.look_ahead(unit_idx)
+                prefetch.look_ahead(unit_idx)
             yield parameters
             return
-        with arrivals.arrived(unit_idx, self._span) as (buffer, offsets):
+        with prefetch.arrived(unit_idx, self._span) as (buffer, offsets):
             yield self.units[unit_idx].build(buffer, offsets, self.dtype)
 
     def _begin(self, unit_idx: int, send: Send, *, wait: bool) -> Arriving | None:
@@ -332,9 +334,11 @@ class TieredWeights(WeightStreamer):
         """To be kept on the device. Views of the buffer stay views only where all are: it is freed
         otherwise.
         """
-        buffer, offsets = self._staging.read(unit) if self._staging else self._read(unit)
+        buffer, offsets = (
+            self._device_loader.read(unit) if self._device_loader else self._read(unit)
+        )
         found = unit.build(buffer, offsets, self.dtype)
-        if unit.copied_bytes(self.dtype, packed=self._staging is not None) == 0:
+        if unit.copied_bytes(self.dtype, packed=self._device_loader is not None) == 0:
             return found
         memory = buffer.untyped_storage().data_ptr()
         return [v.clone() if v.untyped_storage().data_ptr() == memory else v for v in found]

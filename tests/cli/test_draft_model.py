@@ -9,7 +9,7 @@ import json
 import pytest
 
 from ollm_core.cli.main import main
-from ollm_core.drafting.controller import DraftGate, FixedLength
+from ollm_core.drafting.controller import DraftLengthController, FixedLength
 
 
 def run(capsys, directory, *options):
@@ -104,19 +104,19 @@ def test_reading_the_prompt_is_paid_from_the_prompts_twentieth():
     """A source that reads the prompt in a twentieth of the prompt's time is drafted with at once,
     and what never pays takes no more than a twentieth of the whole text.
     """
-    tokens, _, first = decoded(DraftGate(10), 100.0, 4.0, num_right=10)
+    tokens, _, first = decoded(DraftLengthController(10), 100.0, 4.0, num_right=10)
     assert first < 5
     assert tokens > 2000
-    tokens, seconds, _ = decoded(DraftGate(10), 100.0, 4.0, num_right=0)
+    tokens, seconds, _ = decoded(DraftLengthController(10), 100.0, 4.0, num_right=0)
     assert seconds <= 1.05 * (100.0 + tokens * COSTS[0])
 
 
 def test_reading_that_takes_longer_is_paid_back_first():
     """What it took beyond that is earned by plain passes before anything is drafted."""
-    tokens, seconds, first = decoded(DraftGate(10), 100.0, 14.0, num_right=0)
+    tokens, seconds, first = decoded(DraftLengthController(10), 100.0, 14.0, num_right=0)
     assert first is None or first > 100
     assert seconds <= 1.05 * (100.0 + tokens * COSTS[0]) + 14.0
-    soon = decoded(DraftGate(10), 0.0, 1.0, num_right=10)[2]
+    soon = decoded(DraftLengthController(10), 0.0, 1.0, num_right=10)[2]
     assert 15 < soon < 60
 
 

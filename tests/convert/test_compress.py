@@ -94,9 +94,9 @@ def test_logits_are_those_of_the_original(subject_of, family, stored, dtype):
     assert stats.resident_bytes > total or family == "qwen3-next"  # kept decoded
     if dtype == stored:
         scenario = Scenario(122, 2, 1, "device", "exact", 96)
-        rehearsal = subject.rehearsal(out)
-        needed = rehearsal.least(scenario, Budgets(1, 1))
-        plan = rehearsal.run(needed, scenario)
+        dry_run = subject.dry_run(out)
+        needed = dry_run.least(scenario, Budgets(1, 1))
+        plan = dry_run.run(needed, scenario)
         with subject.open(
             out, device_memory=needed.device, host_memory=needed.host, kv="device"
         ) as model:

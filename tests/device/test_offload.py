@@ -8,35 +8,35 @@ import pytest
 import torch
 
 import ollm
-from ollm_core.device.offload import Parking
+from ollm_core.device.offload import ActivationOffload
 from ollm_core.errors import DoesNotFitError
 
 CPU = torch.device("cpu")
 
 
-def test_what_is_parked_on_the_host_is_a_copy_and_comes_back_as_one():
+def test_what_is_offloaded_to_the_host_is_a_copy_and_comes_back_as_one():
     """On a CPU too, where both memories are one."""
-    parking = Parking(CPU, on_host=True)
+    offload = ActivationOffload(CPU, on_host=True)
     value = torch.randn(2, 3)
-    place = parking.park(value)
-    fetched = parking.fetch(place)
+    place = offload.store(value)
+    fetched = offload.fetch(place)
     assert len({t.data_ptr() for t in (value, place, fetched)}) == 3
     assert torch.equal(fetched, value)
-    again = parking.put(place, 2 * value)
+    again = offload.put(place, 2 * value)
     assert again.data_ptr() == place.data_ptr()
-    assert torch.equal(parking.rows(again, torch.tensor([1])), 2 * value[1:])
-    parking.add_rows(again, torch.tensor([0]), value[:1])
+    assert torch.equal(offload.rows(again, torch.tensor([1])), 2 * value[1:])
+    offload.add_rows(again, torch.tensor([0]), value[:1])
     assert torch.equal(again[0], 3 * value[0])
-    assert parking.put(place, value.half()).dtype == torch.float16
+    assert offload.put(place, value.half()).dtype == torch.float16
 
 
 def test_what_stays_on_the_device_is_not_copied():
     """There nothing moves but what a layer gives."""
-    parking = Parking(CPU, on_host=False)
+    offload = ActivationOffload(CPU, on_host=False)
     value = torch.randn(2, 3)
-    assert parking.park(value) is value
-    assert parking.fetch(value) is value
-    assert parking.put(value, torch.ones(2, 3)) is value
+    assert offload.store(value) is value
+    assert offload.fetch(value) is value
+    assert offload.put(value, torch.ones(2, 3)) is value
     assert torch.equal(value, torch.ones(2, 3))
 
 

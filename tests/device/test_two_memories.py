@@ -19,7 +19,7 @@ from ollm_core.checkpoint.safetensors import open_checkpoint, read_config
 from ollm_core.device.memory import OwnMemory
 from ollm_core.memory.budgets import NO_LAYER_LIMITS, Budgets, LayerLimits
 from ollm_core.model.spec import inspect_model
-from ollm_core.planning.dry_run import Rehearsal, Scenario
+from ollm_core.planning.dry_run import DryRun, Scenario
 
 FAMILIES = {"llama": LlamaAdapter, "gpt-oss": GptOssAdapter, "qwen3-next": Qwen3NextAdapter}
 NUM_NEW = 3
@@ -46,9 +46,9 @@ def bus(request, monkeypatch):
     return made
 
 
-def rehearsal_of(subject, directory, bus):
+def dry_run_of(subject, directory, bus):
     """What plans runs of a model over this bus."""
-    return Rehearsal(
+    return DryRun(
         inspect_model(
             subject.adapter,
             read_config(directory),
@@ -78,17 +78,17 @@ def test_every_logit_is_that_of_transformers(subject_of, bus, family, dtype, kv)
     subject = subject_of(family)
     prompt = subject.prompt(2 * CHUNK + 5)
     expected = subject.reference(dtype).greedy(prompt, NUM_NEW)
-    rehearsal = rehearsal_of(subject, subject.tiny(dtype), bus)
+    dry_run = dry_run_of(subject, subject.tiny(dtype), bus)
     scenario = Scenario(len(prompt) + NUM_NEW, NUM_NEW, 1, kv, "exact", CHUNK)
-    least = rehearsal.least(scenario, Budgets(1, 1))
-    one_more = rehearsal.run(least, scenario).held.slot_bytes
+    least = dry_run.least(scenario, Budgets(1, 1))
+    one_more = dry_run.run(least, scenario).held.slot_bytes
     used = set()
     for device, host, layers in (
         (least.device, least.host, NO_LAYER_LIMITS),
         (least.device + one_more, least.host, LayerLimits(0, 0)),
         (10**9, 10**9, LayerLimits(1, 1)),
     ):
-        planned = rehearsal.run(Budgets(device, host), replace(scenario, layers=layers))
+        planned = dry_run.run(Budgets(device, host), replace(scenario, layers=layers))
         options = {"device_memory": device, "host_memory": host, "kv": kv}
         with subject.open(subject.tiny(dtype), **options) as model:
             model.weights.limit_layers(layers)
@@ -104,4 +104,4 @@ def test_every_logit_is_that_of_transformers(subject_of, bus, family, dtype, kv)
         assert not bus.locked
     assert used == {1, 2}
     with pytest.raises(DoesNotFitError):
-        rehearsal.run(Budgets(least.device - 1, least.host), scenario)
+        dry_run.run(Budgets(least.device - 1, least.host), scenario)

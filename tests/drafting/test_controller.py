@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ollm_core.drafting.controller import DraftGate, FixedLength, draft_length
+from ollm_core.drafting.controller import DraftLengthController, FixedLength, draft_length
 
 LONGEST = 10
 SECONDS = st.floats(0.001, 10)
@@ -87,7 +87,7 @@ def test_never_more_than_a_twentieth(costs, question, each, prompt, after, draft
     most 5% longer than without drafts: 5% of the prompt, at most one pass, included; what the very
     first question took, and what a draft did to the pass after it, once, come on top.
     """
-    text = Text(DraftGate(LONGEST), costs, lambda n: question + n * each, prompt)
+    text = Text(DraftLengthController(LONGEST), costs, lambda n: question + n * each, prompt)
     text.after = after * costs[0]
     for num_given, num_right in drafts:
         text.one_pass(num_given, min(num_given, num_right))
@@ -100,7 +100,7 @@ def test_never_more_than_a_twentieth(costs, question, each, prompt, after, draft
 @given(costs=cost_curves(), num_good=st.integers(1, 120), seed=st.integers(0, 9))
 def test_never_more_when_drafts_turn_bad(costs, num_good, seed):
     """Drafts that were right and then are not: the same bound."""
-    text = Text(DraftGate(LONGEST), costs)
+    text = Text(DraftLengthController(LONGEST), costs)
     text.run(num_good, [1.0] * LONGEST).run(100, [0.0] * LONGEST)
     assert text.seconds <= 1.05 * text.tokens * costs[0] * (1 + 1e-9)
 
@@ -130,7 +130,7 @@ def test_finds_what_pays(shape, chance):
     that is none, within the 5% that it may lose.
     """
     costs, chances = SHAPES[shape], [chance] * LONGEST
-    text = Text(DraftGate(LONGEST), costs, prompt=30.0).run(500, chances)
+    text = Text(DraftLengthController(LONGEST), costs, prompt=30.0).run(500, chances)
     best, length = best_fixed(costs, chances)
     assert text.rate > best * (0.85 if length else 0.95)
 
@@ -138,7 +138,7 @@ def test_finds_what_pays(shape, chance):
 def test_gives_up_and_comes_back():
     """Where drafts stop being right it stops, and begins again when they are."""
     costs = [1 + 0.5 * k for k in range(LONGEST + 1)]
-    text = Text(DraftGate(LONGEST), costs, prompt=30.0)
+    text = Text(DraftLengthController(LONGEST), costs, prompt=30.0)
     text.run(60, [1.0] * LONGEST)
     assert max(text.lengths) == LONGEST
     text.run(300, [0.0] * LONGEST)
@@ -150,15 +150,17 @@ def test_gives_up_and_comes_back():
 def test_a_slow_source_is_not_asked():
     """A draft source that takes as long as its drafts save is left alone, right as they are."""
     costs = SHAPES["weights are all"]
-    slow = Text(DraftGate(LONGEST), costs, lambda n: 1.5 * n, prompt=30.0).run(400, [1.0] * LONGEST)
+    slow = Text(DraftLengthController(LONGEST), costs, lambda n: 1.5 * n, prompt=30.0).run(
+        400, [1.0] * LONGEST
+    )
     assert sum(length > 0 for length in slow.lengths) < 40
-    quick = Text(DraftGate(LONGEST), costs, lambda n: 0.1 * n, prompt=30.0)
+    quick = Text(DraftLengthController(LONGEST), costs, lambda n: 0.1 * n, prompt=30.0)
     assert quick.run(400, [1.0] * LONGEST).rate > 3
 
 
 def test_a_source_that_never_answers():
     """It is asked for as long as that costs nothing, and the text goes on."""
-    text = Text(DraftGate(LONGEST), SHAPES["weights are all"], lambda n: 0.001)
+    text = Text(DraftLengthController(LONGEST), SHAPES["weights are all"], lambda n: 0.001)
     for _ in range(5000):
         text.one_pass(0, 0)
     assert text.seconds <= 1.05 * text.tokens + 0.001
@@ -167,7 +169,7 @@ def test_a_source_that_never_answers():
 def test_a_first_slow_pass_misleads_nobody():
     """A length whose first pass was slow, for what happens but once, is tried again."""
     costs = SHAPES["weights are all"]
-    text = Text(DraftGate(LONGEST), costs, prompt=30.0)
+    text = Text(DraftLengthController(LONGEST), costs, prompt=30.0)
     for length in range(1, LONGEST + 1):
         text.gate._passes.add(length, 3.0)
     text.run(500, [1.0] * LONGEST)
@@ -181,12 +183,12 @@ def test_a_busy_machine_misleads_seldom(shape):
     """
     draw, costs, num_tokens = random.Random(0), SHAPES[shape], []
     for _ in range(20):
-        gate = DraftGate(LONGEST)
+        gate = DraftLengthController(LONGEST)
         busy = Text(
             gate, costs, prompt=30.0, busy=lambda: max(1.0, draw.uniform(-14, 6))
         )  # a fourth of that is above 1
         num_tokens.append(busy.run(60, [1.0] * LONGEST).tokens)
-    quiet = Text(DraftGate(LONGEST), costs, prompt=30.0).run(60, [1.0] * LONGEST)
+    quiet = Text(DraftLengthController(LONGEST), costs, prompt=30.0).run(60, [1.0] * LONGEST)
     assert statistics.mean(num_tokens) > 0.8 * quiet.tokens
 
 
@@ -201,7 +203,7 @@ def test_a_fixed_length_is_fixed():
 
 def test_what_decides():
     """The gate, but for a number that is given, and for sampling: a seed knows no clock."""
-    assert isinstance(draft_length(10, None, sampling=False), DraftGate)
+    assert isinstance(draft_length(10, None, sampling=False), DraftLengthController)
     assert draft_length(10, 4, sampling=False).ask(9) == 4
     assert draft_length(10, 4, sampling=True).ask(9) == 4
     assert [draft_length(10, None, sampling=True).ask(n) for n in (9, 99)] == [9, 10]

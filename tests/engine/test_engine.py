@@ -257,7 +257,7 @@ def test_planned_activations_cover_the_real_ones(make_llama, ids, dtype, attenti
         prompt = ids(1000)
         model(input_ids=prompt[None, :500], past_key_values=cache, logits_to_keep=1)
         work = [NewTokens(cache.rows[0], prompt[500:], 500)]
-        with model.engine._admission.admit(cache.store, work) as plan:
+        with model.engine._pass_planner.admit(cache.store, work) as plan:
             pass
         with AllocationTracker("cpu") as tracker:
             model.engine.run(cache.store, work)
@@ -275,7 +275,7 @@ def test_blockwise_peak_does_not_grow_with_the_prompt(tiny, ids):
         for num_tokens in (1024, 2048):
             cache = model.new_cache()
             work = [NewTokens(cache.store.new_sequence(), ids(num_tokens), 0)]
-            with model.engine._admission.admit(cache.store, work) as plan:
+            with model.engine._pass_planner.admit(cache.store, work) as plan:
                 needed.append(plan.needed.device)
     assert needed[1] - needed[0] == 1024 * (64 * 4 + 18)  # and its ids and positions
 

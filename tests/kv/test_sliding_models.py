@@ -341,7 +341,7 @@ def test_planned_activations_cover_the_real_ones(make, ids, family, dtype, atten
         model(input_ids=prompt[None, :700], past_key_values=cache, logits_to_keep=1)
         work = [NewTokens(cache.rows[0], prompt[700:], 700)]
         growth = cache.store.growth_bytes(cache.rows[0], 1400, 256).device
-        with model.engine._admission.admit(cache.store, work) as plan:
+        with model.engine._pass_planner.admit(cache.store, work) as plan:
             pass
         with AllocationTracker("cpu") as tracker:
             model.engine.run(cache.store, work)

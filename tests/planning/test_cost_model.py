@@ -11,19 +11,19 @@ from ollm_adapter_llama import LlamaAdapter
 from ollm_core.checkpoint.safetensors import open_checkpoint, read_config
 from ollm_core.model.spec import inspect_model
 from ollm_core.planning.cost_model import Estimate
-from ollm_core.planning.dry_run import Budgets, Rehearsal, Scenario
+from ollm_core.planning.dry_run import Budgets, DryRun, Scenario
 
 ROOMY = Budgets(10**8, 10**8)
 LAYERS = 12
 
 
 @pytest.fixture
-def rehearsal_of(make_llama):
+def dry_run_of(make_llama):
     """Of a tiny Llama that is stored in bfloat16, with 4 query and 2 KV heads of 16."""
     directory = make_llama(torch.bfloat16, num_hidden_layers=LAYERS)
 
     def make(dtype):
-        return Rehearsal(
+        return DryRun(
             inspect_model(
                 LlamaAdapter(),
                 read_config(directory),
@@ -39,17 +39,17 @@ def rehearsal_of(make_llama):
     return make
 
 
-def test_exact_attention_copies_all_keys(rehearsal_of):
+def test_exact_attention_copies_all_keys(dry_run_of):
     """A decode step writes KV in one piece, then for each query head, and reads that; block-wise it
     does not. The prompt's scores are gone through as well.
     """
-    rehearsal = rehearsal_of("bfloat16")
-    estimate = Estimate(rehearsal.spec)
+    dry_run = dry_run_of("bfloat16")
+    estimate = Estimate(dry_run.spec)
     scenario = Scenario(1000, 10, kv="device", attention="exact", chunk_size=256)
     costs = {}
     for attention in ("exact", "blockwise"):
         asked = replace(scenario, attention=attention)
-        run = rehearsal.run(ROOMY, asked)
+        run = dry_run.run(ROOMY, asked)
         costs[attention] = estimate.prompt(run, asked), estimate.token(run, asked)
     (exact_prompt, exact), (prompt, token) = costs["exact"], costs["blockwise"]
     assert exact.memory_bytes - token.memory_bytes == LAYERS * 1000 * 2 * 16 * 2 * (2 + 2 * 4)
@@ -63,14 +63,14 @@ def test_exact_attention_copies_all_keys(rehearsal_of):
     assert exact_prompt.flops - prompt.flops == 4 * 4 * 16 * hidden_pairs
 
 
-def test_streamed_weights_of_another_dtype_are_made_anew(rehearsal_of):
+def test_streamed_weights_of_another_dtype_are_made_anew(dry_run_of):
     """Which a step pays for; with room for all of them it does not."""
-    rehearsal = rehearsal_of("float32")
-    estimate = Estimate(rehearsal.spec)
+    dry_run = dry_run_of("float32")
+    estimate = Estimate(dry_run.spec)
     scenario = Scenario(200, 5, kv="disk", attention="blockwise")
-    least = rehearsal.least(scenario, Budgets(1, 1))
-    tight, roomy = rehearsal.run(least, scenario), rehearsal.run(ROOMY, scenario)
-    units = rehearsal.spec.units.in_pass_order
+    least = dry_run.least(scenario, Budgets(1, 1))
+    tight, roomy = dry_run.run(least, scenario), dry_run.run(ROOMY, scenario)
+    units = dry_run.spec.units.in_pass_order
     whole = sum(p.num_bytes(torch.float32) for unit in units for p in unit.parameters)
     assert tight.held.converted_bytes == whole - tight.held.resident_bytes > 0
     assert roomy.held.converted_bytes == 0
@@ -79,9 +79,9 @@ def test_streamed_weights_of_another_dtype_are_made_anew(rehearsal_of):
     assert more - most == 2 * tight.held.converted_bytes
 
 
-def test_weights_as_stored_are_not(rehearsal_of):
+def test_weights_as_stored_are_not(dry_run_of):
     """Streamed bfloat16 is used where it was read."""
-    rehearsal = rehearsal_of("bfloat16")
+    dry_run = dry_run_of("bfloat16")
     scenario = Scenario(200, 5, kv="disk", attention="blockwise")
-    held = rehearsal.run(rehearsal.least(scenario, Budgets(1, 1)), scenario).held
+    held = dry_run.run(dry_run.least(scenario, Budgets(1, 1)), scenario).held
     assert held.streamed_bytes > 0 == held.converted_bytes

@@ -16,7 +16,7 @@ from ollm_core import ConfigError, DoesNotFitError, ParameterSource, StoredForm,
 from ollm_core.checkpoint.safetensors import open_checkpoint, read_config
 from ollm_core.memory.budgets import Budgets
 from ollm_core.model.spec import inspect_model
-from ollm_core.planning.dry_run import Rehearsal, Scenario
+from ollm_core.planning.dry_run import DryRun, Scenario
 from ollm_core.plugins.registry import Registry
 
 CPU = torch.device("cpu")
@@ -63,7 +63,7 @@ def model_of(tmp_path_factory):
 
 
 def spec_of(directory, adapter, *, described=False, dtype="auto", device=CPU):
-    """The spec of a model for a rehearsal, from its files or from its config.json alone."""
+    """The spec of a model for a dry run, from its files or from its config.json alone."""
     return inspect_model(
         adapter,
         read_config(directory),
@@ -123,14 +123,14 @@ def test_peaks_are_those_of_the_run(model_of, tmp_path, family, kv, changes):
     directory, adapter = model_of(family, "bfloat16"), FAMILIES[family]()
     scenario = replace(Scenario(context=259, new_tokens=5, kv=kv), **changes)
     spec = spec_of(directory, adapter)
-    rehearsal = Rehearsal(spec)
-    least = rehearsal.least(scenario, Budgets(1, 1))
+    dry_run = DryRun(spec)
+    least = dry_run.least(scenario, Budgets(1, 1))
     half = spec.checkpoint.total_bytes // 2
     for budgets in (
         least,
         Budgets(least.device + half, 10**9),
     ):
-        planned = rehearsal.run(budgets, scenario)
+        planned = dry_run.run(budgets, scenario)
         stats = real_run(directory, adapter, budgets, scenario, tmp_path)
         assert planned.device_peak.device_bytes == stats.device_peak_bytes <= budgets.device
         assert planned.host_peak.host_bytes == stats.host_peak_bytes <= budgets.host
@@ -138,7 +138,7 @@ def test_peaks_are_those_of_the_run(model_of, tmp_path, family, kv, changes):
         assert planned.disk_bytes == stats.kv_disk_bytes
         assert planned.held.resident_bytes == stats.resident_bytes
     short = Budgets(least.device - 1, least.host)
-    assert not rehearsal.fits(scenario, short)
+    assert not dry_run.fits(scenario, short)
     with pytest.raises(DoesNotFitError):
         real_run(directory, adapter, short, scenario, tmp_path)
 
@@ -159,16 +159,16 @@ def test_a_gpu_that_is_not_here(model_of):
     """For CUDA nothing is allocated there: weights are streamed through the host and uploaded."""
     adapter = StackedGptOss()
     cuda = torch.device("cuda:0")
-    rehearsal = Rehearsal(spec_of(model_of("gpt-oss", "bfloat16"), adapter, device=cuda))
+    dry_run = DryRun(spec_of(model_of("gpt-oss", "bfloat16"), adapter, device=cuda))
     scenario = Scenario(context=400, new_tokens=3, kv="host")
-    least = rehearsal.least(scenario, Budgets(1, 1))
-    run = rehearsal.run(least, scenario)
+    least = dry_run.least(scenario, Budgets(1, 1))
+    run = dry_run.run(least, scenario)
     assert run.hidden_on_host
     assert {"weight ring", "expert buffers", "kv blocks"} <= run.host_peak.host.keys()
     assert "kv upload" in run.device_peak.device
-    assert not rehearsal.fits(scenario, Budgets(least.device - 1, least.host))
-    assert not rehearsal.fits(scenario, Budgets(least.device, least.host - 1))
-    roomy = rehearsal.run(Budgets(10**9, 10**9), scenario)
+    assert not dry_run.fits(scenario, Budgets(least.device - 1, least.host))
+    assert not dry_run.fits(scenario, Budgets(least.device, least.host - 1))
+    roomy = dry_run.run(Budgets(10**9, 10**9), scenario)
     assert roomy.held.streamed_bytes == 0 < roomy.held.num_device_experts
 
 
@@ -176,13 +176,13 @@ def test_steps_between_blocks_add_nothing(model_of):
     """Past 256 new tokens only the steps around a block's edge are looked at: the peak is that of
     all steps.
     """
-    rehearsal = Rehearsal(spec_of(model_of("llama", "bfloat16"), LlamaAdapter()))
+    dry_run = DryRun(spec_of(model_of("llama", "bfloat16"), LlamaAdapter()))
     scenario = Scenario(context=900, new_tokens=300, kv="device", attention="blockwise")
     budgets = Budgets(10**7, 1)
-    few = rehearsal.run(budgets, scenario)
+    few = dry_run.run(budgets, scenario)
     assert len(few.moments) < 10
     assert few.device_peak.device_bytes == max(
-        rehearsal.run(
+        dry_run.run(
             budgets, replace(scenario, context=n, new_tokens=n - 600)
         ).device_peak.device_bytes
         for n in range(602, 901, 20)

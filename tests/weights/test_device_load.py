@@ -78,7 +78,7 @@ def test_every_byte_comes_through_little_memory(stored, places, piece_pages, see
         num_bytes = device_load.staging_bytes([unit], source)
         assert num_bytes <= 2 * piece_pages * PAGE
         for engine in (Fails(source, fails_at), source):
-            with device_load.Staging(engine, bus, num_bytes) as stage:
+            with device_load.DeviceLoader(engine, bus, num_bytes) as stage:
                 try:
                     found, begins = stage.read(unit)
                 except ReadError:

@@ -22,7 +22,7 @@ from ollm_core.memory.accounts import MemoryAccount
 from ollm_core.memory.pair import PerMemory
 from ollm_core.profiling import Profile
 from ollm_core.weights.sources.posix import open_source
-from ollm_core.weights.streamer import TieredWeights
+from ollm_core.weights.streamer import TieredStreamer
 from ollm_core.weights.units import Parameter, Units, WeightUnit
 
 NUM_UNITS = 6
@@ -38,7 +38,7 @@ class TestWeightsForADevice(WeightStreamerConformance):
             account, MemoryAccount("host memory", 10**9)
         )  # the contract is of the first
         source = open_source(files)
-        weights = TieredWeights(units, source, dtype, CPU, accounts, memory=OwnMemory(bus))
+        weights = TieredStreamer(units, source, dtype, CPU, accounts, memory=OwnMemory(bus))
         try:
             weights.fit(account.limit - weights.fixed_device_bytes, weights.least_bytes(0))
         except BaseException:
@@ -97,7 +97,7 @@ def test_every_operator_sees_its_layer(stored, seed):
     source = Unsure(open_source(files), chosen)
     while True:
         try:
-            weights = TieredWeights(
+            weights = TieredStreamer(
                 units, source, torch.bfloat16, CPU, PerMemory(device, host), memory=OwnMemory(bus)
             )
             break
@@ -146,7 +146,7 @@ def test_the_next_layer_comes_while_one_is_computed(stored, num_buffers, refuses
     bus = SimulatedBus(2, queued=True, refuses=refuses)
     accounts = PerMemory(MemoryAccount("device memory", 10**9), MemoryAccount("host memory", 10**9))
     source = open_source(files)
-    with TieredWeights(
+    with TieredStreamer(
         units, source, torch.bfloat16, CPU, accounts, memory=OwnMemory(bus)
     ) as weights:
         before = bus.num_copies + NUM_UNITS
@@ -171,7 +171,7 @@ def test_a_profile_tells_how_much_was_hidden(stored):
     profile, bus = Profile(), SimulatedBus(2, queued=True)
     accounts = PerMemory(MemoryAccount("device memory", 10**9), MemoryAccount("host memory", 10**9))
     source = open_source(files)
-    with TieredWeights(
+    with TieredStreamer(
         units, source, torch.bfloat16, CPU, accounts, span=profile.span, memory=OwnMemory(bus)
     ) as weights:
         weights.fit(weights.slot_bytes, weights.least_bytes(0))
@@ -197,7 +197,7 @@ def test_what_a_device_keeps_takes_no_host_memory_of_its_own(stored, monkeypatch
     device, host = MemoryAccount("device memory", 10**9), MemoryAccount("host memory", 10**9)
     source = open_source(files)
     monkeypatch.setattr(OwnMemory, "host_buffer", lambda *_: pytest.fail("taken"))
-    with TieredWeights(
+    with TieredStreamer(
         units, source, torch.bfloat16, CPU, PerMemory(device, host), memory=OwnMemory(bus)
     ) as weights:
         weights.fit(10**6, 0)

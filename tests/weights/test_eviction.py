@@ -15,7 +15,7 @@ from ollm_adapter_llama import LlamaAdapter
 from ollm_core import DoesNotFitError
 from ollm_core.memory.budgets import RESERVE_BYTES
 from ollm_core.plugins.registry import Registry
-from ollm_core.weights.eviction import Pressure, reserve_bytes
+from ollm_core.weights.eviction import Eviction, reserve_bytes
 
 RESERVE = 200_000
 FAMILIES = {"llama": LlamaAdapter, "qwen3-moe": Qwen3Moe}
@@ -41,7 +41,7 @@ def open_model(request, tmp_path):
     return load
 
 
-class Machine(Pressure):
+class Machine(Eviction):
     """The real thing, on a machine with `room` bytes for weights and a reserve, beside what each
     pass takes.
     """
@@ -52,7 +52,7 @@ class Machine(Pressure):
         self.seconds_a_look = seconds_a_look
         self.seconds_a_pass = seconds_a_pass
         self.num_asked = self.others = 0
-        model.engine._admission.pressure = self
+        model.engine._pass_planner.eviction = self
 
     now = 0
 

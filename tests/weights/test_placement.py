@@ -13,7 +13,7 @@ from ollm_core.checkpoint.safetensors import open_checkpoint, read_config
 from ollm_core.cli.main import main
 from ollm_core.memory.budgets import Budgets, LayerLimits
 from ollm_core.model.spec import inspect_model
-from ollm_core.planning.dry_run import Rehearsal, Scenario
+from ollm_core.planning.dry_run import DryRun, Scenario
 from ollm_core.plugins.registry import Registry
 
 NUM_LAYERS = 6
@@ -32,10 +32,10 @@ def generate(model, ids):
     return found.tolist(), model.stats
 
 
-def rehearsal(directory, device="cpu"):
+def dry_run(directory, device="cpu"):
     """A run of the model on paper, on a device that need not be here."""
     config = read_config(directory)
-    return Rehearsal(
+    return DryRun(
         inspect_model(
             Registry.discover().adapter_for(config),
             config,
@@ -63,7 +63,7 @@ def test_at_most_so_many(model, ids, layers):
     assert found == expected
     assert stats.device_layers == min(layers, NUM_LAYERS)
     scenario = Scenario(40 + NEW, NEW, layers=LayerLimits(layers, None))
-    planned = rehearsal(model).run(budgets, scenario)
+    planned = dry_run(model).run(budgets, scenario)
     assert planned.held.num_device_layers == stats.device_layers
     assert planned.held.resident_bytes == stats.resident_bytes
     assert planned.device_peak.device_bytes == stats.device_peak_bytes
@@ -74,7 +74,7 @@ def test_never_over_the_budget(model, ids):
     """More than fit are asked for: as many as fit are kept. The least budget is the same as
     without, but for a model that would be kept whole.
     """
-    planner = rehearsal(model)
+    planner = dry_run(model)
     asked = Scenario(40 + NEW, NEW, kv="host", layers=LayerLimits(NUM_LAYERS - 1, None))
     least = planner.least(asked, Budgets(1, 1))
     layer_bytes = planner.spec.units.layers[0].file_bytes
@@ -96,7 +96,7 @@ def test_never_over_the_budget(model, ids):
 
 def test_two_memories(model):
     """Beside a GPU, those for the host are others than those on the device."""
-    planner, budgets = rehearsal(model, "cuda:0"), Budgets(10**9, 10**9)
+    planner, budgets = dry_run(model, "cuda:0"), Budgets(10**9, 10**9)
     for limits, expected in (
         (LayerLimits(2, 3), (2, 3)),
         (LayerLimits(2, None), (2, NUM_LAYERS - 2)),

@@ -23,7 +23,7 @@ from ollm_core.weights.embedding import EmbeddingRows
 from ollm_core.weights.placement import spread_order
 from ollm_core.weights.prefetch import Ring
 from ollm_core.weights.sources.posix import DirectSource, MmapSource, open_source
-from ollm_core.weights.streamer import TieredWeights
+from ollm_core.weights.streamer import TieredStreamer
 from ollm_core.weights.units import Parameter, Units, WeightUnit
 
 CPU = torch.device("cpu")
@@ -75,7 +75,7 @@ class TestTieredWeights(WeightStreamerConformance):
     def open_streamer(cls, units, files, dtype, account):
         source = open_source(files, cls.reader)
         accounts = PerMemory(account, MemoryAccount("host memory", 0))
-        weights = TieredWeights(units, source, dtype, CPU, accounts)
+        weights = TieredStreamer(units, source, dtype, CPU, accounts)
         try:
             weights.fit(account.limit - weights.fixed_device_bytes, 0)
         except BaseException:
@@ -192,7 +192,7 @@ def test_fit_keeps_to_its_budget(tmp_path_factory, budgets):
     account = MemoryAccount("device memory", 10**9)
     accounts = PerMemory(account, MemoryAccount("host memory", 0))
     source = open_source(list(checkpoint.files))
-    with TieredWeights(units, source, torch.float32, CPU, accounts) as weights:
+    with TieredStreamer(units, source, torch.float32, CPU, accounts) as weights:
 
         def held():
             return weights.held.bytes_of(weights.held.placement).device

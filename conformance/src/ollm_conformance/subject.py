@@ -26,13 +26,13 @@ from ollm_conformance.seeds import drawn
 from ollm_core import Config, DoesNotFitError, ModelAdapter
 from ollm_core.testing import (
     DTYPE_BYTES,
+    DryRun,
     Registry,
-    Rehearsal,
     SequenceCache,
     StreamedModel,
     open_checkpoint,
+    open_dry_run,
     read_config,
-    rehearse,
     share_traces,
     supports,
 )
@@ -155,7 +155,7 @@ class Subject:
         load: Callable[..., StreamedModel] = ollm.load,
         checkpoint: Path | None = None,
         tiny_config: Config | None = None,
-        rehearsal: type[Rehearsal] = Rehearsal,
+        dry_run: type[DryRun] = DryRun,
         small_configs: Mapping[str, Config] | None = None,
     ) -> None:
         """`directory` is an empty one for files; `checkpoint` that of a real model, if there is
@@ -168,8 +168,8 @@ class Subject:
         self.directory = directory
         self.real_checkpoint = checkpoint
         self._load = load
-        self._rehearsal = rehearsal
-        self._rehearsals: dict[tuple[Path, str], Rehearsal] = {}
+        self._dry_run = dry_run
+        self._dry_runs: dict[tuple[Path, str], DryRun] = {}
         self._references: dict[tuple[Path, str], Reference] = {}
         self._traces: dict[Hashable, Any] = {}
         self._least_to_open: dict[tuple[str, ...], int] = {}
@@ -257,14 +257,14 @@ class Subject:
         share_traces(model, self._traces, (directory / "config.json").read_text())
         return model
 
-    def rehearsal(self, directory: Path, dtype: str = "auto") -> Rehearsal:
+    def dry_run(self, directory: Path, dtype: str = "auto") -> DryRun:
         """What plans runs of the model in `directory` on a CPU."""
         key = directory, dtype
-        if key not in self._rehearsals:
-            self._rehearsals[key] = rehearse(
-                self.adapter, directory, self.registry, dtype, self._rehearsal
+        if key not in self._dry_runs:
+            self._dry_runs[key] = open_dry_run(
+                self.adapter, directory, self.registry, dtype, self._dry_run
             )
-        return self._rehearsals[key]
+        return self._dry_runs[key]
 
     def copy(self, directory: Path) -> Path:
         """The directory of a copy of a checkpoint, with its times, to be changed."""

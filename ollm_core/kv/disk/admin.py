@@ -24,7 +24,7 @@ _MAX_LAYERS = 10_000
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class StoredPrefix:
     """One kept prefix and what its directory says of the model."""
 
     directory: Path
@@ -46,19 +46,19 @@ class Kept:
         return sum(len(layer.blocks) * round_up(block_bytes) for layer, block_bytes in sizes)
 
 
-def list_kept(parent: Path) -> tuple[list[Kept], list[Path]]:
+def list_kept(parent: Path) -> tuple[list[StoredPrefix], list[Path]]:
     """The prefixes that are kept in `parent`, oldest first, and directories of ours that hold none:
     a process was killed there, or is at work, or they are damaged.
     """
-    found: list[Kept] = []
+    found: list[StoredPrefix] = []
     empty = []
     for directory in find_homes(parent):
-        here: list[Kept] = []
+        here: list[StoredPrefix] = []
         with suppress(OSError, KVStoreError):
             fields, prefixes, _ = read_journal(directory)
             model = str(fields.get("fingerprint")), str(fields.get("dtype")), _block_bytes(fields)
             here = [
-                Kept(directory, *model, prefix)
+                StoredPrefix(directory, *model, prefix)
                 for prefix in prefixes
                 if len(prefix.layers) == len(model[2])
             ]
@@ -68,7 +68,7 @@ def list_kept(parent: Path) -> tuple[list[Kept], list[Path]]:
     return sorted(found, key=lambda kept: kept.prefix.seconds), empty
 
 
-def verify(kept: Kept) -> str:
+def verify(kept: StoredPrefix) -> str:
     """What is wrong with a prefix, or "" if all its blocks are what was written."""
     total = 0
     for layer_idx, layer in enumerate(kept.prefix.layers):
@@ -84,7 +84,7 @@ def verify(kept: Kept) -> str:
     return "" if total else "it has no blocks"
 
 
-def remove(kept: Sequence[Kept]) -> list[Kept]:
+def remove(kept: Sequence[StoredPrefix]) -> list[StoredPrefix]:
     """Remove prefixes; a directory that then has none goes too. Returns those that are in use by
     another process and stay. Raises KVStoreError if it fails.
     """
@@ -108,7 +108,7 @@ def remove(kept: Sequence[Kept]) -> list[Kept]:
     return in_use
 
 
-def _remove_states(gone: Sequence[Kept]) -> None:
+def _remove_states(gone: Sequence[StoredPrefix]) -> None:
     """Remove the recurrent states of removed prefixes that no other prefix begins with."""
     for parent, fingerprint in {(one.directory.parent, one.fingerprint) for one in gone}:
         left = [one for one in list_kept(parent)[0] if one.fingerprint == fingerprint]
@@ -131,7 +131,7 @@ def remove_empty(directories: Sequence[Path]) -> list[Path]:
     return in_use
 
 
-def pick(kept: Sequence[Kept], beginning: str) -> list[Kept]:
+def pick(kept: Sequence[StoredPrefix], beginning: str) -> list[StoredPrefix]:
     """Those whose id begins so: one id, maybe in several directories. Raises InputError."""
     found = [one for one in kept if beginning and one.id.startswith(beginning.lower())]
     if len({one.id for one in found}) != 1:

@@ -30,7 +30,7 @@ _ELSEWHERE = "name a directory for KV that can be written"
 logger = logging.getLogger("ollm")
 
 
-class Home(Closing):
+class KVDirectory(Closing):
     """A directory that this process owns. Closing it removes it, unless it has `prefixes`."""
 
     def __init__(self, directory: Path, lock: int, files: Sequence[LayerFile]) -> None:
@@ -68,7 +68,9 @@ class Home(Closing):
                 stack.callback(part.close)
 
 
-def make_home(parent: Path, geometry: KVGeometry, fingerprint: str, *, keeping: bool) -> Home:
+def make_home(
+    parent: Path, geometry: KVGeometry, fingerprint: str, *, keeping: bool
+) -> KVDirectory:
     """A new directory in `parent`, for this user only. With `keeping`, it has a journal.
 
     Raises KVStoreError if `parent` cannot be written, DoesNotFitError if it is full.
@@ -79,7 +81,7 @@ def make_home(parent: Path, geometry: KVGeometry, fingerprint: str, *, keeping: 
         stack.callback(os.close, made.descriptor)
         stack.callback(remove_files, directory)
         files = _layer_files(directory, geometry, fingerprint, stack)
-        home = Home(directory, made.descriptor, files)
+        home = KVDirectory(directory, made.descriptor, files)
         if keeping and made.locked:
             try:
                 home.journal = Journal(directory, _fields(geometry, fingerprint), create=True)
@@ -91,7 +93,7 @@ def make_home(parent: Path, geometry: KVGeometry, fingerprint: str, *, keeping: 
         return home
 
 
-def open_home(directory: Path, geometry: KVGeometry, fingerprint: str) -> Home | None:
+def open_home(directory: Path, geometry: KVGeometry, fingerprint: str) -> KVDirectory | None:
     """The directory that another store left, if it is free and of the same model; then only its
     sound prefixes are left in it.
     """
@@ -120,7 +122,7 @@ def open_home(directory: Path, geometry: KVGeometry, fingerprint: str) -> Home |
         except (OSError, KVStoreError) as error:
             logger.info("%s: KV there is of no use: %s", directory, error)
             return None
-        home = Home(directory, lock, files)
+        home = KVDirectory(directory, lock, files)
         home.journal, home.prefixes = journal, sound
         stack.pop_all()
         return home

@@ -16,7 +16,7 @@ from ollm_core.contracts.closing import in_own_thread
 from ollm_core.contracts.kv import KVGeometry
 from ollm_core.device.memory import DeviceMemory
 from ollm_core.errors import DamagedKVError, DoesNotFitError, KVStoreError, OllmError, ReadError
-from ollm_core.kv.disk.directory import Home, find_homes, make_home, open_home
+from ollm_core.kv.disk.directory import KVDirectory, find_homes, make_home, open_home
 from ollm_core.kv.disk.journal import LayerBlocks, Prefix, read_journal
 from ollm_core.kv.disk.storage import STAGING_BYTES, DiskKVStore
 from ollm_core.memory.accounts import MemoryAccount
@@ -34,7 +34,7 @@ class _Pin:
     """int32 [T]."""
 
 
-class KeepingKVStore(DiskKVStore):
+class PrefixCachingStore(DiskKVStore):
     """A DiskKVStore whose sequences are kept when it is closed (see KeepsPrefixes).
 
     Full blocks are kept as soon as they are there, so that a process that is killed has kept them.
@@ -236,7 +236,7 @@ class KeepingKVStore(DiskKVStore):
                 self._pin_all(home)
                 return
 
-    def _pin_all(self, home: Home) -> None:
+    def _pin_all(self, home: KVDirectory) -> None:
         """Hold the blocks of all that is kept in `home`."""
         kept = [
             (len(one.token_ids), [(layer.first, list(layer.blocks)) for layer in one.layers])

@@ -24,8 +24,8 @@ from ollm_core.device.transfer import Event
 from ollm_core.errors import DamagedKVError, DoesNotFitError, OllmError, ReadError
 from ollm_core.kv.block_storage import BlockStorage
 from ollm_core.kv.block_table import BlockKVStore
-from ollm_core.kv.buffer_pool import Charges, Lanes
-from ollm_core.kv.disk.directory import Home, make_home
+from ollm_core.kv.buffer_pool import BufferPool, Charges
+from ollm_core.kv.disk.directory import KVDirectory, make_home
 from ollm_core.kv.disk.journal import checksum
 from ollm_core.kv.disk.layer_file import LayerFile, storage_error
 from ollm_core.memory.accounts import MemoryAccount
@@ -81,7 +81,7 @@ class DiskStorage(BlockStorage):
         self,
         geometry: KVGeometry,
         account: MemoryAccount,
-        home: Home,
+        home: KVDirectory,
         staging_bytes: int,
         memory: DeviceMemory = SHARED,
     ) -> None:
@@ -111,7 +111,7 @@ class DiskStorage(BlockStorage):
             self._charges.take(MemoryKind.KV_WRITE_BUFFERS, self._sizes.write_bytes)
             for size in sizes:
                 self._spares[size] = [self._new_buffer(size) for _ in range(NUM_WRITE_BUFFERS)]
-            self._stagings = Lanes(
+            self._stagings = BufferPool(
                 self._new_staging, 2 * self._sizes.lane_bytes, MemoryKind.KV_STAGING, self._charges
             )
             self._writer, self._reader = (
@@ -123,7 +123,7 @@ class DiskStorage(BlockStorage):
             self._close = weakref.finalize(self, close_outside, stack.pop_all().close)
 
     @property
-    def home(self) -> Home:
+    def home(self) -> KVDirectory:
         """The directory that the blocks are in."""
         return self._homes[0]
 
@@ -131,7 +131,7 @@ class DiskStorage(BlockStorage):
     def _files(self) -> Sequence[LayerFile]:
         return self._homes[0].files
 
-    def move(self, home: Home) -> None:
+    def move(self, home: KVDirectory) -> None:
         """Go on in another directory, which it then owns. What is in this one stays and is
         forgotten.
         """
@@ -399,7 +399,7 @@ class DiskKVStore(BlockKVStore):
         device_account: MemoryAccount | None = None,
         *,
         staging_bytes: int = STAGING_BYTES,
-        home: Home | None = None,
+        home: KVDirectory | None = None,
         memory: DeviceMemory | None = None,
     ) -> None:
         """Files go to `home`, or by default to a new directory inside `directory`, and away with
@@ -416,7 +416,7 @@ class DiskKVStore(BlockKVStore):
         super().__init__(geometry, storage, device_account, memory)
 
 
-def _close_home(homes: list[Home]) -> None:
+def _close_home(homes: list[KVDirectory]) -> None:
     homes[0].close()
 
 

@@ -1,4 +1,4 @@
-"""A hybrid store that outlives its process: keys and values as a KeepingKVStore keeps them, and
+"""A hybrid store that outlives its process: keys and values as a PrefixCachingStore keeps them, and
 recurrent states in files of their own.
 """
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ollm_core.contracts.kv import KVGeometry
 from ollm_core.errors import OllmError
-from ollm_core.kv.disk.prefix_cache import KeepingKVStore
+from ollm_core.kv.disk.prefix_cache import PrefixCachingStore
 from ollm_core.kv.recurrent.hybrid import HybridKVStore
 from ollm_core.kv.recurrent.snapshots import StateFiles, StateWriter
 from ollm_core.kv.recurrent.states import StateStore
@@ -23,13 +23,17 @@ SPACING = 8192
 logger = logging.getLogger("ollm")
 
 
-class KeepingHybridKVStore(HybridKVStore):
+class PrefixCachingHybridStore(HybridKVStore):
     """See KeepsPrefixes. A kept prefix is of use where there is a state: after each prompt, after
     the last text, and within a long prompt at some edges of chunks.
     """
 
     def __init__(
-        self, geometry: KVGeometry, attention: KeepingKVStore, states: StateStore, files: StateFiles
+        self,
+        geometry: KVGeometry,
+        attention: PrefixCachingStore,
+        states: StateStore,
+        files: StateFiles,
     ) -> None:
         """See HybridKVStore; `files` is where states are kept."""
         super().__init__(geometry, attention, states)

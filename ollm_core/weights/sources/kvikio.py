@@ -18,13 +18,13 @@ from typing import Any
 
 from ollm_core.device.buffers import PAGE, aligned_buffer, as_memoryview, round_up
 from ollm_core.errors import InputError, ReadError
-from ollm_core.weights.sources.page_aligned import PagedSource, Run
+from ollm_core.weights.sources.page_aligned import PageAlignedSource, Run
 
 _WHERE = re.compile(r"^KvikIO failure at: \S+:\d+: ")
 """What the library puts before a message: a line of its own source."""
 
 
-class KvikioSource(PagedSource):
+class KvikioSource(PageAlignedSource):
     """Reads through KvikIO, which cuts each run into tasks for its own threads.
 
     How many threads there are, and whether they go past the page cache, the library knows only for

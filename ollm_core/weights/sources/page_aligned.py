@@ -60,7 +60,7 @@ def _run_around(group: list[TensorInfo], end: int) -> Run:
     return Run(group[0].path, start, round_up(end) - start, end - start)
 
 
-class PagedSource(ByteSource):
+class PageAlignedSource(ByteSource):
     """The layout of runs in a buffer, and the count of bytes, for every built-in engine."""
 
     def __init__(self) -> None:
@@ -109,7 +109,7 @@ class PagedSource(ByteSource):
         """
 
 
-class DescribedSource(PagedSource):
+class DescribedSource(PageAlignedSource):
     """The sizes of the others, for files that need not be there."""
 
     name = "described"

@@ -15,7 +15,7 @@ from ollm_core.contracts.weights import ByteSource
 from ollm_core.device.buffers import ALIGNMENT, PAGE, aligned_buffer, as_memoryview
 from ollm_core.errors import InputError, ReadError
 from ollm_core.weights.sources.kvikio import KvikioSource
-from ollm_core.weights.sources.page_aligned import PagedSource, Run
+from ollm_core.weights.sources.page_aligned import PageAlignedSource, Run
 
 _MAX_READ = 1 << 30  # the kernel caps one call just below 2 GiB
 
@@ -23,7 +23,7 @@ READERS = ("direct", "mmap", "kvikio")
 """The built-in engines by name."""
 
 
-class DirectSource(PagedSource):
+class DirectSource(PageAlignedSource):
     """O_DIRECT: the disk writes into the buffer itself, past the page cache. One call per run where
     it can be.
     """
@@ -64,7 +64,7 @@ class DirectSource(PagedSource):
             os.close(self._files.popitem()[1])
 
 
-class MmapSource(PagedSource):
+class MmapSource(PageAlignedSource):
     """A memory map, copied into the buffer: works on every file system, at the price of the page
     cache.
     """

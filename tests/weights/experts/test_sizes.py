@@ -49,7 +49,7 @@ def test_planned_activations_cover_the_real_ones(make_moe, ids, family, dtype):
             model(input_ids=prompt[None], logits_to_keep=1)
         model(input_ids=prompt[None, :500], past_key_values=cache, logits_to_keep=1)
         work = [NewTokens(cache.rows[0], prompt[500:], 500)]
-        with model.engine._admission.admit(cache.store, work) as plan:
+        with model.engine._pass_planner.admit(cache.store, work) as plan:
             pass
         assert model.stats.experts_routed > model.stats.experts_hit > 0
         with AllocationTracker("cpu") as tracker:

@@ -16,9 +16,9 @@ from ollm_conformance.naming import kept_names
 from ollm_conformance.subject import Subject
 from ollm_core import Config, ModelAdapter, OllmError
 from ollm_core.testing import (
+    DryRun,
     PluginError,
     Registry,
-    Rehearsal,
     StreamedModel,
     check_declarations,
     supports,
@@ -41,7 +41,7 @@ class AdapterSuite:
     """A directory with a real model of the family, for the checks of its tokenizer."""
     load: ClassVar[Callable[..., StreamedModel]] = staticmethod(ollm.load)
     """How a model is opened; for testing the suite itself."""
-    rehearse: ClassVar[type[Rehearsal]] = Rehearsal
+    dry_run: ClassVar[type[DryRun]] = DryRun
     """How a model is planned; for testing the suite itself."""
 
     @classmethod
@@ -69,7 +69,7 @@ class AdapterSuite:
             cls.load,
             checkpoint,
             cls.tiny_config,
-            cls.rehearse,
+            cls.dry_run,
             cls.small_configs,
         )
         check_usable(subject)

@@ -40,7 +40,7 @@ class Planned(AdapterSuite):
         chunk_size = CHUNK if supports(subject.adapter, "chunked-prefill") else None
         directory = subject.tiny("bfloat16")
         plan = plan_run(
-            subject.rehearsal(directory, dtype),
+            subject.dry_run(directory, dtype),
             num_tokens=_PROMPT + 2,
             num_new=2,
             kv=kv,

@@ -19,7 +19,7 @@ from ollm_conformance.checks import UNSUPPORTED, check, does_not_apply
 from ollm_conformance.compare import same_bits, same_within
 from ollm_conformance.parts.base import PartSuite, refusal
 from ollm_conformance.parts.lists import KVShape, ListKVStore
-from ollm_conformance.process_memory import process_memory
+from ollm_conformance.process_memory import every_time, process_memory
 from ollm_conformance.seeds import drawn
 from ollm_core import UnsupportedError
 from ollm_core.testing import Attention, KVView
@@ -348,6 +348,7 @@ class AttentionConformance(PartSuite):
         look="results, masks and joined keys that are kept for the next call: numpy arrays, bytes "
         "and maps count too",
     )
+    @every_time
     def test_memory(self) -> None:
         past = 12_000  # 12 MB of keys and values
         cases = [Case.random([past], 1, (4, 4), seed=seed) for seed in range(2)]

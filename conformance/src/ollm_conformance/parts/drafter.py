@@ -18,7 +18,7 @@ from ollm_conformance.checks import check, does_not_apply
 from ollm_conformance.compare import same_tokens
 from ollm_conformance.parts.base import PartSuite, nothing_left, refusal
 from ollm_conformance.parts.texts import OpenDrafter, answer, closing, random_text, texts
-from ollm_conformance.process_memory import process_memory
+from ollm_conformance.process_memory import every_time, process_memory
 from ollm_core import DoesNotFitError, Drafter, DraftRequest, FollowsText, MemoryAccount
 
 LIMIT = 1 << 30
@@ -224,6 +224,7 @@ class DrafterConformance(PartSuite):
         "asked about, and nothing when it is closed.",
         look="texts, tables and drafts that are kept and in no account: Python's own objects count",
     )
+    @every_time
     def test_memory(self) -> None:
         size = 500_000  # 4 MB of ids
         with self.opened() as opened:  # what is made once is made here

@@ -15,7 +15,7 @@ from ollm_conformance.parts.base import fills_memory
 from ollm_conformance.parts.kv_machine import OpenStore
 from ollm_conformance.parts.kv_suite import KVStoreSuite
 from ollm_conformance.parts.lists import KVShape
-from ollm_conformance.process_memory import process_memory
+from ollm_conformance.process_memory import every_time, process_memory
 from ollm_core import DoesNotFitError
 
 LONG = KVShape(2, 1, 8, torch.bfloat16, 16)
@@ -100,6 +100,7 @@ class KVSize(KVStoreSuite):
         look="copies of keys and values, of forks or of released blocks that are in no account: "
         "numpy arrays, bytes and maps count too",
     )
+    @every_time
     def test_memory(self) -> None:
         pieces = [LARGE.random(PIECE, seed) for seed in range(3)]
         with self.opened(LARGE) as opened:  # what is made once is made here

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ollm_conformance.checks import check, does_not_apply
 from ollm_conformance.parts.base import PartSuite
-from ollm_conformance.process_memory import process_memory
+from ollm_conformance.process_memory import every_time, process_memory
 from ollm_conformance.seeds import drawn
 from ollm_core import ByteSource, TensorInfo
 from ollm_core.testing import PAGE, aligned_buffer, as_memoryview
@@ -148,6 +148,7 @@ class SourceSize(PartSuite):
         "often it is read.",
         look="copies that are kept: numpy arrays, bytes and maps count too",
     )
+    @every_time
     def test_memory(self) -> None:
         with tempfile.TemporaryDirectory() as name:
             file = SparseFile(Path(name, "file.bin"), LARGE + PATCH, [0, LARGE])

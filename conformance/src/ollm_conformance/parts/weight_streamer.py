@@ -24,7 +24,7 @@ from ollm_conformance.parts.base import (
     unreadable,
 )
 from ollm_conformance.parts.tiny_weights import NUM_UNITS, Model
-from ollm_conformance.process_memory import SLACK, process_memory
+from ollm_conformance.process_memory import SLACK, every_time, process_memory
 from ollm_core import DoesNotFitError, MemoryAccount, ReadError
 from ollm_core.testing import Units, WeightStreamer
 
@@ -273,6 +273,7 @@ class WeightStreamerConformance(PartSuite):
         "nothing when it is closed.",
         look="copies of weights that are in no account: numpy arrays, bytes and maps count too",
     )
+    @every_time
     def test_memory(self) -> None:
         with tempfile.TemporaryDirectory() as name:
             model = Model.write(Path(name), scale=LARGE)
