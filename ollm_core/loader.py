@@ -64,6 +64,7 @@ class Runtime:
     device: torch.device
     dtype: str
     """To compute in, or "auto"."""
+    precision: str
     reader: str
     memory: DeviceMemory
     """That of the device."""
@@ -80,7 +81,8 @@ def open_model(path_or_id: PathLike, options: LoadOptions, registry: Registry) -
     accounts = open_accounts(budgets)
     cap = AllocatorCap(accounts.device, device) if device.type == "cuda" else nullcontext
     dtype = dtype_name(options.dtype)
-    runtime = Runtime(registry, device, dtype, options.reader, memory_of(device), cap)
+    precision, reader = options.precision, options.reader
+    runtime = Runtime(registry, device, dtype, precision, reader, memory_of(device), cap)
     kv_dir = find_directory(options.kv_dir)
 
     # What the model is, and whether it can do what is asked. Of its files only headers are read.
@@ -205,6 +207,7 @@ def inspect_directory(runtime: Runtime, directory: Path) -> ModelSpec:
         dtype=runtime.dtype,
         device=runtime.device,
         where=directory,
+        precision=runtime.precision,
         memory=runtime.memory,
     )
 

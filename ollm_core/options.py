@@ -46,6 +46,7 @@ Chosen = TypeVar("Chosen")
 Made = TypeVar("Made")
 
 _RUN, _BOTH = ("run",), ("run", "plan")
+PRECISIONS = ("fast", "exact")
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,14 +194,25 @@ class ModelOptions:
         verbs=_BOTH,
         without_plugins=("plan",),
     )
+    precision: str = _choice(
+        "fast",
+        PRECISIONS,
+        "How near the numbers are to those of transformers.",
+        "exact is bit for bit what the un-offloaded model gives in transformers with eager "
+        "attention and the same chunks. fast has the same weights, sums products in float32 and "
+        "attends block by block: no further from the model in float32 than transformers is in the "
+        "same dtype, several times as fast on most processors, and its memory does not grow with "
+        "the context. Nothing is quantised in either.",
+        verbs=_BOTH,
+    )
     attention: str = _choice(
         "auto",
         ("auto", *ATTENTIONS),
-        "How attention is computed.",
-        "exact is bit for bit transformers' eager attention, and its memory grows with the "
-        "context; that of blockwise does not. flash is blockwise by the package flash-attn, on "
-        "CUDA. auto is exact up to 8,192 tokens where that fits, and else blockwise, or flash "
-        "where `ollm doctor` measured that to be faster.",
+        "Kernel of attention.",
+        "exact is transformers' eager attention, and means precision exact; its memory grows with "
+        "the context. blockwise does not grow. flash is blockwise by the package flash-attn, on "
+        "CUDA. auto goes by `precision`: with fast it is blockwise, or flash where `ollm doctor` "
+        "measured that to be faster, and exact for families that have no other.",
         verbs=_BOTH,
     )
     chunk_size: Count | None = _count(
@@ -230,6 +242,15 @@ class ModelOptions:
             if known.hook and not known.takes_plugins(self.verb):
                 one_of(each.name, value, known.choices)
             object.__setattr__(self, each.name, known.check(each.name, value))
+        if self.precision == "exact":
+            if self.attention not in ("auto", "exact"):
+                raise InputError(
+                    f"precision is 'exact', and attention {self.attention!r} is not",
+                    hint="leave attention out (--attention), or use precision='fast'",
+                )
+            object.__setattr__(self, "attention", "exact")
+        elif self.attention == "exact":
+            object.__setattr__(self, "precision", "exact")
 
     def check_names(self, registry: Registry) -> None:
         """Raises InputError for a name that is not built in and that no plugin offers."""

@@ -27,7 +27,7 @@ ORDER = [
     ["contracts", "files", "values"],
     ["memory", "profiling"],
     ["device", "plugins"],
-    ["attention", "checkpoint"],
+    ["attention", "checkpoint", "products"],
     ["kv", "text", "weights"],
     ["calibration", "model"],
     ["convert", "engine", "options"],

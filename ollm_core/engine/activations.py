@@ -70,6 +70,11 @@ class Workspace:
         """Logits of one token."""
         return int(self._skeleton.config.vocab_size)
 
+    def product_bytes(self, num_logits: int) -> int:
+        """What products of so many states with the head take, its output not counted."""
+        products = self._skeleton.products
+        return products.scratch_bytes(num_logits, self.hidden_size) if products else 0
+
     def check_halves(self) -> None:
         """Raises UnsupportedError if the two halves of a layer with routed experts compute anything
         else than the layer, as where a multiplier on its residual stream was left out. They are
@@ -199,6 +204,10 @@ class Workspace:
         ]
 
         def run() -> Tensor:
+            with self._skeleton.traced(layer_idx, num_rows * num_new):
+                return traced()
+
+        def traced() -> Tensor:
             cache: object = _TracedCache(self._geometry, num_past, attention)
             if states:
                 past = states if num_past else None

@@ -26,23 +26,20 @@ from ollm_core.weights.eviction import Eviction
 from ollm_core.weights.placement import HELD_KINDS, ResidentWeights
 from ollm_core.weights.streamer import TieredStreamer
 
-EXACT_CONTEXT = 8192
-"""Tokens up to which attention "auto" is exact. Beyond, the exact form would cost more memory than
-it is worth.
-"""
-
 _POSITION_BYTES = 8
 _TOKEN_BYTES = 10  # an id, and twice whether it is padding
 
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """What the user fixed: None or "auto" leaves the choice to the pass."""
+    """What the user fixed. Attention "auto" is `blocks`, where the family has that; a `chunk_size`
+    of None leaves the choice to the pass.
+    """
 
     attention: str
     chunk_size: int | None
     blocks: str = "blockwise"
-    """What "auto" takes where attention is not exact."""
+    """What "auto" takes."""
     may_chunk: bool = True
     """Whether the family allows a prompt in chunks."""
     may_use_blocks: bool = True
@@ -113,7 +110,7 @@ class PassPlanner:
 
     @property
     def exact(self) -> bool:
-        """Whether every pass has exact attention, whatever it takes."""
+        """Whether exact attention was asked for."""
         return self._policy.attention == "exact"
 
     @contextmanager
@@ -189,15 +186,10 @@ class PassPlanner:
             undo.pop_all()
 
     def _candidates(self, work: Sequence[NewTokens]) -> Iterator[PassPlan]:
-        context = max(item.start + len(item.token_ids) for item in work)
         longest = max(len(item.token_ids) for item in work)
         attention = self._policy.attention
         if attention == "auto":
-            blocks = self._policy.blocks
-            names = ["exact", blocks] if context <= EXACT_CONTEXT else [blocks]
-            names = names if self._policy.may_use_blocks else ["exact"]
-        else:
-            names = [attention]
+            attention = self._policy.blocks if self._policy.may_use_blocks else "exact"
         first = 2048 if self._memory.is_own else 512
         sizes = [self._policy.chunk_size or first]
         if not self._policy.may_chunk:
@@ -209,12 +201,11 @@ class PassPlanner:
             and longest > 64
         ):
             sizes.append(sizes[-1] // 2)
-        for name in names:
-            for size in sizes:
-                chunks = tuple(cut_chunks(work, size))
-                for hidden_on_host in (False, True):
-                    needed = self._needed(work, chunks, name, hidden_on_host)
-                    yield PassPlan(chunks, size, name, hidden_on_host, needed)
+        for size in sizes:
+            chunks = tuple(cut_chunks(work, size))
+            for hidden_on_host in (False, True):
+                needed = self._needed(work, chunks, attention, hidden_on_host)
+                yield PassPlan(chunks, size, attention, hidden_on_host, needed)
 
     def _needed(
         self, work: Sequence[NewTokens], chunks: Sequence[Chunk], attention: str, on_host: bool
@@ -236,6 +227,7 @@ class PassPlanner:
         # tokens from.
         head = num_logits * (2 * self._vocab_size + 1 + self._hidden_size) * self._itemsize
         head += len(work) * self._vocab_size * 2 * torch.float32.itemsize
+        head += self._workspace.product_bytes(num_logits)
         head += 4 * largest * self._hidden_size * torch.float32.itemsize  # the norm's own
         tokens = num_tokens * (_POSITION_BYTES + (0 if self._memory.is_own else _TOKEN_BYTES))
         if on_host:

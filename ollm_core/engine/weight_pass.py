@@ -59,8 +59,12 @@ class WeightPass:
             for chunk, call in zip(self.plan.chunks, calls, strict=True)
             if skeleton.recurrent
         ]
+        rows = max(len(chunk.rows) * chunk.num_tokens for chunk in self.plan.chunks)
         for layer_idx in range(len(skeleton.layers)):
-            with weights.acquire(layer_idx) as parameters, skeleton.bound(layer_idx, parameters):
+            with (
+                weights.acquire(layer_idx) as parameters,
+                skeleton.bound(layer_idx, parameters, rows),
+            ):
                 del parameters  # a name would keep copies while the next layer's are made
                 forward = skeleton.chunk_forward(layer_idx)
                 runs = recurrent_calls if layer_idx in skeleton.recurrent else calls
@@ -122,9 +126,11 @@ class WeightPass:
                 normalised = self.skeleton.norm(apply(outside.before_norm, offload.fetch(states)))
                 normalised = normalised[:, max(first - chunk.begin, 0) :]
                 wanted.append((chunk, apply(outside.before_head, normalised)))
+        rows = sum(item.num_logits for item in work)
         shards: list[list[Tensor]] = [[] for _ in wanted]  # logits [R, t, v] of each chunk
         for unit_idx in range(len(self.skeleton.layers), len(self.weights.units)):
             with self.weights.acquire(unit_idx) as (weight,), self.span("head"):
+                (weight,) = self.skeleton.multiplied([weight], rows)
                 for of_chunk, (_, states) in zip(shards, wanted, strict=True):
                     of_chunk.append(functional.linear(states, weight))
                 del weight

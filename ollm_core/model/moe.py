@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ollm_core.contracts.model import Layout
 from ollm_core.device.offload import ActivationOffload
 from ollm_core.errors import UnsupportedError
+from ollm_core.products.products import CpuProducts
 
 Fetch = Callable[
     [Mapping[int, int]], AbstractContextManager[Iterator[tuple[int, Sequence[Tensor]]]]
@@ -106,13 +107,17 @@ class Mixture:
     experts here.
     """
 
-    def __init__(self, layer: nn.Module, layout: Layout) -> None:
-        """Puts a stand-in into `layer` in place of its experts. Raises UnsupportedError for experts
+    def __init__(
+        self, layer: nn.Module, layout: Layout, products: CpuProducts | None = None
+    ) -> None:
+        """Puts a stand-in into `layer` in place of its experts, whose products are then `products`.
+        Raises UnsupportedError for experts
         that are not slices of stacked parameters.
         """
         path, _, leaf = layout.experts.rpartition(".")
         holder = layer.get_submodule(path)
         self._layer = layer
+        self._products = products
         self._family = holder.get_submodule(leaf)
         self._slots: Any = self._family._parameters  # slices are no tensors
         names = [name for name, _ in self._family.named_parameters()]
@@ -286,7 +291,10 @@ class Mixture:
         """One expert in place, whatever number it is called by."""
         previous = [self._slots[name] for name in self._names]
         for name, value in zip(self._names, parameters, strict=True):
-            self._slots[name] = _Slice(value)
+            if self._products and value.dim() == 2:
+                self._slots[name] = _Slice(self._products.weight(value))
+            else:
+                self._slots[name] = _Slice(value)
         try:
             yield
         finally:

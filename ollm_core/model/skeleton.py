@@ -21,6 +21,11 @@ from ollm_core.contracts.model import Config, Layout
 from ollm_core.errors import ConfigError, PluginError, UnsupportedError
 from ollm_core.model.moe import Mixture
 from ollm_core.model.outside_layers import OutsideLayers, watch_outside
+from ollm_core.products.products import CpuProducts
+from ollm_core.products.weight import ProductWeight
+
+_READY = frozenset({nn.Parameter, ProductWeight})
+"""What a module takes for a parameter as it is."""
 
 _RECURRENT_KERNELS = {"fla": "flash-linear-attention", "causal_conv1d": "causal-conv1d"}
 
@@ -44,8 +49,13 @@ class _Slots(AbstractContextManager[nn.Module]):
     def fill(self, parameters: Sequence[Tensor]) -> None:
         """Put `parameters` in, in the order of `named_parameters`."""
         for (holder, leaf), value in zip(self._places, parameters, strict=True):
-            ready = type(value) is nn.Parameter  # isinstance asks Python code, at each of them
+            ready = type(value) in _READY  # isinstance asks Python code, at each of them
             holder[leaf] = value if ready else nn.Parameter(value, requires_grad=False)
+
+    @property
+    def empty(self) -> Sequence[Tensor]:
+        """What they hold while they are empty."""
+        return self._empty
 
     def __enter__(self) -> nn.Module:
         return self._module
@@ -61,16 +71,22 @@ class Skeleton:
     """
 
     def __init__(
-        self, config: Config, layout: Layout, dtype: torch.dtype, device: torch.device
+        self,
+        config: Config,
+        layout: Layout,
+        dtype: torch.dtype,
+        device: torch.device,
+        products: CpuProducts | None = None,
     ) -> None:
-        """Raises ConfigError if transformers cannot build a model from `config`. However its
-        weights are stored, the model is a plain one. Raises UnsupportedError if transformers would
-        compute its recurrent layers by another package.
+        """`products` multiply in place of torch. However its weights are stored, the model is a
+        plain one. Raises ConfigError if transformers cannot build a model from `config`,
+        UnsupportedError if it would compute recurrent layers by another package.
         """
         self.recurrent = frozenset(
             i for i, mixer in enumerate(layout.mixers) if mixer == "recurrent"
         )
         """Layers with a state in place of keys and values."""
+        self.products = products
         if self.recurrent:
             _refuse_kernels()
         register_attention()
@@ -106,7 +122,7 @@ class Skeleton:
             self.rotary: nn.Module = type(self.meta_rotary)(self.config).to(device)
         self._rotary_axes = layout.rotary_axes
         self.rotary_types = _rotary_types(self.rotary, self.config, len(self.layers))
-        self.mixtures: Mapping[int, Mixture] = dict(_mixtures(self.layers, layout))
+        self.mixtures: Mapping[int, Mixture] = dict(_mixtures(self.layers, layout, products))
         """Layers with routed experts, which are run in two halves."""
         self._slots = [_Slots(layer) for layer in self.layers]
         self.outside: OutsideLayers = watch_outside(model, layout, self.rotary_types)
@@ -127,12 +143,22 @@ class Skeleton:
         return found
 
     def bound(
-        self, layer_idx: int, parameters: Sequence[Tensor]
+        self, layer_idx: int, parameters: Sequence[Tensor], rows: int
     ) -> AbstractContextManager[nn.Module]:
-        """The layer with `parameters` in place; afterwards it is on the meta device again."""
+        """The layer with `parameters` in place, for calls with up to `rows` tokens; afterwards it
+        is on the meta device again.
+        """
         slots = self._slots[layer_idx]
-        slots.fill(parameters)
+        slots.fill(self.multiplied(parameters, rows))
         return slots
+
+    def traced(self, layer_idx: int, rows: int) -> AbstractContextManager[nn.Module]:
+        """The layer as `bound` makes it, with parameters without data."""
+        return self.bound(layer_idx, self._slots[layer_idx].empty, rows)
+
+    def multiplied(self, parameters: Sequence[Tensor], rows: int) -> Sequence[Tensor]:
+        """`parameters`, for products with up to `rows` rows."""
+        return self.products.bind(parameters, rows) if self.products else parameters
 
     def chunk_forward(self, layer_idx: int) -> Callable[..., Tensor]:
         """What is run chunk by chunk: the layer, or its mixer if it has routed experts."""
@@ -145,12 +171,17 @@ class Skeleton:
 
     @property
     def buffer_bytes(self) -> int:
-        """Bytes on the device beside parameters: the rotary frequencies."""
-        return sum(buffer.nbytes for buffer in self.rotary.buffers())
+        """Bytes on the device beside parameters: the rotary frequencies, and what products need
+        at all times.
+        """
+        rotary = sum(buffer.nbytes for buffer in self.rotary.buffers())
+        return rotary + (self.products.buffer_bytes if self.products else 0)
 
     def close(self) -> None:
         """Hold nothing on the device any more, nor the constants of operations outside layers."""
         self.rotary = self.meta_rotary
+        if self.products:
+            self.products.close()
         self.outside = OutsideLayers()
         self.bind_norm([torch.empty_like(p, device="meta") for p in self.norm.parameters()])
 
@@ -203,7 +234,9 @@ def _refuse_kernels() -> None:
             )
 
 
-def _mixtures(layers: Sequence[nn.Module], layout: Layout) -> Iterator[tuple[int, Mixture]]:
+def _mixtures(
+    layers: Sequence[nn.Module], layout: Layout, products: CpuProducts | None
+) -> Iterator[tuple[int, Mixture]]:
     for layer_idx, layer in enumerate(layers):
         if layout.experts and layout.experts in dict(layer.named_modules()):
-            yield layer_idx, Mixture(layer, layout)
+            yield layer_idx, Mixture(layer, layout, products)

@@ -21,6 +21,7 @@ from ollm_core.files.untrusted_json import show
 from ollm_core.model.skeleton import Skeleton
 from ollm_core.plugins.loader import Offer
 from ollm_core.plugins.validation import kinds_of, layout_of, plan_of, text_config_of
+from ollm_core.products.select import choose_products
 from ollm_core.weights.formats.codecs import LogicalTensors
 from ollm_core.weights.tied_head import untie_head
 from ollm_core.weights.units import PLAIN_FLOATS, Units, cut_units
@@ -60,6 +61,7 @@ def inspect_model(
     dtype: str,
     device: torch.device,
     where: Path,
+    precision: str = "exact",
     bare: bool = False,
     memory: DeviceMemory | None = None,
 ) -> ModelSpec:
@@ -82,7 +84,9 @@ def inspect_model(
     compute_dtype = _compute_dtype(dtype, declared, where, tensors, indexed)
     layout = layout_of(adapter, config)
     kinds = kinds_of(adapter, config, layout)
-    skeleton = Skeleton(config, layout, compute_dtype, torch.device("meta") if bare else device)
+    products = choose_products(compute_dtype, device, precision)
+    place = torch.device("meta") if bare else device
+    skeleton = Skeleton(config, layout, compute_dtype, place, products)
     if checkpoint is None or tensors is None:
         stored = str(declared["dtype"])
         checkpoint = describe_checkpoint(adapter, config, skeleton.shapes, stored, where)

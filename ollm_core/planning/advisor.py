@@ -191,7 +191,7 @@ class Question:
         if spec.device.type != "cpu":
             yield f"--host-memory {_as_option(more)}", scenario, budgets._replace(host=more)
         if run.attention == "exact" and supports(spec.adapter, "blockwise-attention"):
-            yield "--attention blockwise", replace(scenario, attention="blockwise"), budgets
+            yield "--precision fast", replace(scenario, attention="auto"), budgets
         half = scenario.context // 2
         if half > scenario.new_tokens:
             yield f"--context {half}", replace(scenario, context=half), budgets

@@ -12,7 +12,7 @@ import torch
 
 from ollm_core.engine.activations import Workspace
 from ollm_core.engine.batch import NewTokens
-from ollm_core.engine.pass_planner import EXACT_CONTEXT, PassPlan, PassPlanner, Policy
+from ollm_core.engine.pass_planner import PassPlan, PassPlanner, Policy
 from ollm_core.errors import DoesNotFitError
 from ollm_core.kv.factory import TIERS, choose_tier
 from ollm_core.kv.simulated import SimulatedHybridStore, SimulatedKVStore, simulated_store
@@ -21,7 +21,7 @@ from ollm_core.memory.budgets import NO_LAYER_LIMITS, Budgets, LayerLimits
 from ollm_core.memory.kinds import MemoryKind
 from ollm_core.memory.pair import PerMemory
 from ollm_core.model.spec import ModelSpec
-from ollm_core.plugins.registry import require
+from ollm_core.plugins.registry import require, supports
 from ollm_core.weights.placement import Placement, ResidentWeights
 from ollm_core.weights.sources.page_aligned import DescribedSource
 
@@ -253,7 +253,8 @@ class DryRun:
             return ()
         if ends_only:
             return (end - 1,)
-        exact = scenario.attention == "exact" or scenario.context <= EXACT_CONTEXT
+        may_use_blocks = supports(self.spec.adapter, "blockwise-attention")
+        exact = scenario.attention == "exact" or not may_use_blocks
         if exact and scenario.new_tokens <= EVERY_STEP:
             return range(first, end)  # what a step takes grows with each token
         block_size = self.spec.geometry.block_size

@@ -63,6 +63,7 @@ class Planner:
             dtype=dtype_name(options.dtype),
             device=self._target,
             where=found.where,
+            precision=options.precision,
             bare=True,
         )
         blocks = fastest_blocks(self._target, spec.dtype)

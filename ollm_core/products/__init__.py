@@ -1,0 +1,1 @@
+"""Matrix products on processors that multiply half precision slowly, chosen by rows."""

@@ -1,0 +1,131 @@
+"""Products of states with weights in half precision, summed in float32, on a processor without
+instructions for them. The weights stay as small as they are stored.
+
+Letters: R rows, the tokens of a call; K numbers of a state; N outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ollm_core.device.buffers import aligned_buffer
+from ollm_core.products.small_batch import MOST_ROWS, SmallBatch
+from ollm_core.products.weight import ProductWeight
+
+TILE_BYTES = 2 << 20
+"""Of weights that are widened together: as much as a core's cache holds."""
+
+_FEWEST_ROWS = 4  # for fewer, without a compiled kernel, torch's own product is as fast
+
+
+class CpuProducts:
+    """How the products of one model run, by their rows:
+
+    - one row: torch's own, which is bound by memory;
+    - up to MOST_ROWS: a compiled kernel, if there is one;
+    - more: tiles of the weights, widened into one buffer that is used again and again, and float32
+      products with them.
+    """
+
+    def __init__(self, dtype: torch.dtype, small_batch: SmallBatch | None) -> None:
+        self.dtype = dtype
+        self.small_batch = small_batch
+        self._buffer: Tensor | None = None
+        self._traced = torch.empty(TILE_BYTES // 4, dtype=torch.float32, device="meta")
+
+    buffer_bytes = TILE_BYTES
+    """Of the buffer for tiles, which stays until `close`."""
+
+    def bind(self, parameters: Sequence[Tensor], rows: int) -> Sequence[Tensor]:
+        """`parameters`, the matrices among them multiplied by `linear` and `matmul` where they meet
+        up to `rows` rows.
+        """
+        if rows < 2:
+            return parameters
+        return [self.weight(one) if one.dim() == 2 else one for one in parameters]
+
+    def weight(self, matrix: Tensor) -> Tensor:
+        """A matrix, of which products are as here; itself in another dtype."""
+        return ProductWeight.of(matrix, self) if matrix.dtype == self.dtype else matrix
+
+    def linear(self, states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`states` [..., K] times `weight` [N, K] transposed, plus `bias` [N] -> [..., N]."""
+        if states.dtype != self.dtype:
+            return functional.linear(states, weight, bias)
+        if weight.stride(1) != 1:
+            if weight.stride(0) != 1:
+                return functional.linear(states, weight, bias)
+            return self._with_rows_in_place(states, weight.t(), bias)
+        rows = states.numel() // max(states.shape[-1], 1)
+        compiled = self.small_batch is not None and rows <= MOST_ROWS
+        if rows < (2 if compiled else _FEWEST_ROWS) or not weight.numel():
+            return functional.linear(states, weight, bias)
+        output = states.new_empty(*states.shape[:-1], weight.shape[0])
+        flat = states.reshape(rows, -1).float()  # [R, K]
+        out = output.view(rows, -1)
+        if compiled:
+            if not flat.is_meta:
+                assert self.small_batch is not None, "just looked at"
+                self.small_batch(flat, weight, bias, out)
+            return output
+        step = self._tile(weight)
+        part = flat.new_empty(rows * min(step, len(weight)))
+        for first in range(0, len(weight), step):
+            tile = self._widened(weight[first : first + step])
+            sums = part[: rows * len(tile)].view(rows, len(tile))
+            torch.mm(flat, tile.t(), out=sums)
+            if bias is not None:
+                sums += bias[first : first + step]
+            out[:, first : first + step] = sums
+        return output
+
+    def matmul(self, states: Tensor, weight: Tensor) -> Tensor:
+        """`states` [..., K] times `weight` [K, N] -> [..., N]."""
+        return self.linear(states, weight.t())
+
+    def _with_rows_in_place(self, states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """`states` [..., K] times `weight` [K, N], whose rows are in one piece each: the product is
+        summed up over tiles of them.
+        """
+        output = states.new_empty(*states.shape[:-1], weight.shape[1])
+        flat = states.reshape(-1, len(weight)).float()
+        sums = flat.new_zeros(len(flat), weight.shape[1])
+        if bias is not None:
+            sums += bias
+        step = self._tile(weight)
+        for first in range(0, len(weight), step):
+            sums.addmm_(flat[:, first : first + step], self._widened(weight[first : first + step]))
+        output.view(len(flat), -1).copy_(sums)
+        return output
+
+    def scratch_bytes(self, rows: int, size: int) -> int:
+        """The most that `linear` holds beside its output and the buffer: R states of K = `size` in
+        float32, and their products with one tile.
+        """
+        return rows * (size + max(TILE_BYTES // 4 // size, 1)) * 4 if rows > 1 else 0
+
+    @staticmethod
+    def _tile(weight: Tensor) -> int:
+        """Rows of a tile."""
+        return max(TILE_BYTES // 4 // weight.shape[1], 1)
+
+    def _widened(self, rows: Tensor) -> Tensor:
+        """Some rows of a matrix in float32, until the next call."""
+        if rows.is_meta:
+            buffer = self._traced
+        else:
+            if self._buffer is None:
+                with torch.inference_mode(mode=False):
+                    self._buffer = aligned_buffer(TILE_BYTES).view(torch.float32)
+            buffer = self._buffer
+        if rows.numel() > buffer.numel():  # one row that is longer than a tile
+            return rows.float()
+        return buffer[: rows.numel()].view(rows.shape).copy_(rows)
+
+    def close(self) -> None:
+        """Give the buffer back."""
+        self._buffer = None

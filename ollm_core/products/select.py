@@ -1,0 +1,55 @@
+"""Which matrix products a model is given: torch's own, or those of this folder."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import platform
+
+import torch
+
+from ollm_core.products.products import CpuProducts
+from ollm_core.products.small_batch import SmallBatch, load_kernel
+from ollm_core.products.trial import trial
+
+HALF = frozenset({torch.bfloat16, torch.float16})
+_X86 = frozenset({"x86_64", "AMD64"})
+
+logger = logging.getLogger("ollm")
+
+
+def choose_products(dtype: torch.dtype, device: torch.device, precision: str) -> CpuProducts | None:
+    """What multiplies the weights of a model in `dtype` on `device`; None: torch itself.
+
+    That is so wherever `precision` is "exact", in float32, on a GPU, and on a processor that has
+    instructions for products in `dtype`. torch has no fast kernel for the others: it multiplies one
+    number after another.
+    """
+    if precision == "exact" or dtype not in HALF or device.type != "cpu" or has_instructions(dtype):
+        return None
+    return CpuProducts(dtype, _small_batch() if dtype == torch.bfloat16 else None)
+
+
+def has_instructions(dtype: torch.dtype) -> bool:
+    """Whether this processor multiplies matrices in `dtype`, and torch makes use of it."""
+    if dtype == torch.float16:
+        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    supported = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    # On x86 that only says that torch converts in wide registers.
+    if supported and platform.machine() in _X86:
+        return bool(torch.cpu._is_avx512_bf16_supported())
+    return supported
+
+
+@functools.cache
+def _small_batch() -> SmallBatch | None:
+    """The compiled kernel, if there is one that passes its trial on this processor."""
+    try:
+        kernel = load_kernel()
+    except ImportError:
+        return None
+    reason = trial(kernel)
+    if reason:
+        logger.warning("the compiled matrix product is not used on this processor: %s", reason)
+        return None
+    return kernel
