@@ -51,6 +51,7 @@ from ollm_core.plugins.validation import (
     text_config_of,
     told,
 )
+from ollm_core.products.select import without_instructions
 from ollm_core.weights.units import Parameter, Units, WeightUnit
 
 __all__ = [
@@ -98,6 +99,7 @@ __all__ = [
     "supports",
     "told",
     "weight_tensors",
+    "without_instructions",
 ]
 
 _STORES = "ollm_core.kv."

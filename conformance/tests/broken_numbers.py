@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from broken import broken_adapter
 from broken_caches import with_cache
+from torch.nn import functional
 
 import ollm
 from ollm_adapter_gpt_oss import GptOssAdapter
@@ -252,6 +253,33 @@ def _mapped(num_bytes):
     return room
 
 
+def _with_products(linear):
+    """Loads models of which products in half precision are `linear`."""
+
+    def load(*args, **options):
+        model = ollm.load(*args, **options)
+        products = model.engine._skeleton.products
+        if products is not None:
+            products.linear = linear
+        return model
+
+    return load
+
+
+def _half_sums(states, weight, bias=None):
+    """Sums are rounded after every eight numbers."""
+    total = 0
+    for begin in range(0, weight.shape[1], 8):
+        part = slice(begin, begin + 8)
+        total = total + functional.linear(states[..., part], weight[:, part])
+    return total if bias is None else total + bias
+
+
+def _coarse_weights(states, weight, bias=None):
+    """Weights have lost three bits."""
+    return functional.linear(states, weight.to(torch.float8_e4m3fn).to(weight.dtype), bias)
+
+
 def _llama(check, sentence, load):
     return broken_adapter(check, sentence, LlamaAdapter, load=load)
 
@@ -267,6 +295,8 @@ BROKEN_NUMBERS = [
     broken_adapter("weights.special-values", "Subnormals become zero.", SubnormalsFlushed),
     broken_adapter("weights.special-values", "The largest numbers are cut.", LargestClamped),
     broken_adapter("weights.special-values", "Numbers are halved and doubled.", ScaledAndBack),
+    _llama("precision.fast", "Sums are in half precision.", _with_products(_half_sums)),
+    _llama("precision.fast", "Weights are quantised.", _with_products(_coarse_weights)),
     _llama("memory.hidden", "Weights have a copy in numpy.", weights_kept_in_numpy),
     _llama("memory.hidden", "KV has a copy in a mapping.", kv_kept_in_a_mapping),
     _llama("memory.hidden", "A bytearray is not counted.", scratch_in_a_bytearray),

@@ -16,7 +16,6 @@ from torch import Tensor
 from ollm_core.device.buffers import round_up
 
 HALF = frozenset({torch.float16, torch.bfloat16})
-_UNPACKED = 23  # queries of a head; for more, torch on a CPU looks at the number of heads in all
 _MOST_HEAD_DIM = 256  # of the flash kernels
 _HEAD_UNIT = 8  # they take heads of a multiple of it
 _SPLIT_ROWS = 64  # queries of one block of threads, where the kernels split keys among several
@@ -73,7 +72,9 @@ class Kernel(ABC):
 
 
 class CpuFlash(Kernel):
-    """torch's fused kernel on a CPU. It repeats keys where it hides some."""
+    """torch's fused kernel on a CPU, in float32 whatever the dtype of keys and values. It repeats
+    keys where it hides some.
+    """
 
     name = "torch"
     windows = False
@@ -92,6 +93,8 @@ class CpuFlash(Kernel):
         before: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         assert before is None, "declared by `windows`"
+        shape = query.shape
+        query, keys, values = query.float(), keys.float(), values.float()
         if causal:  # its mask counts queries from the first key: here there are as many
             group = query.shape[1]
             part = query.flatten(0, 1)
@@ -101,22 +104,20 @@ class CpuFlash(Kernel):
         output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             part[None], keys[None], values[None], 0.0, causal, scale=scaling
         )
-        return output[0].reshape(query.shape), lse[0].float().reshape(query.shape[:3])
+        return output[0].reshape(shape), lse[0].reshape(shape[:3])
 
     def several(
         self, query: Tensor, keys: Tensor, values: Tensor, scaling: float
     ) -> tuple[Tensor, Tensor] | None:
-        """See Kernel. In half precision torch packs keys first where a head has many queries and
-        the processor multiplies packed ones, unless there are too many keys in all.
-        """
-        part = query.flatten(1, 2)  # [G, P * T, D]
-        if query.dtype in HALF and part.shape[1] > _UNPACKED:
+        """See Kernel. Not in half precision: all blocks would be widened at the same time."""
+        if query.dtype in HALF:
             return None
+        part = query.flatten(1, 2)  # [G, P * T, D]
         shape = len(keys), *query.shape[:3]
         output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             part.expand(len(keys), *part.shape), keys, values, 0.0, False, scale=scaling
         )
-        return output.reshape(*shape, -1), lse.float().reshape(shape)
+        return output.reshape(*shape, -1), lse.reshape(shape)
 
 
 class Products(Kernel):

@@ -124,16 +124,18 @@ class WeightPass:
             first = min(len(work[row].token_ids) - work[row].num_logits for row in chunk.rows)
             if first < chunk.end:
                 normalised = self.skeleton.norm(apply(outside.before_norm, offload.fetch(states)))
-                normalised = normalised[:, max(first - chunk.begin, 0) :]
+                # In one piece: of a part, torch would multiply by another kernel than it takes
+                # for transformers' weights, which could be trained.
+                normalised = normalised[:, max(first - chunk.begin, 0) :].contiguous()
                 wanted.append((chunk, apply(outside.before_head, normalised)))
-        rows = sum(item.num_logits for item in work)
+        num_logits = sum(item.num_logits for item in work)
         shards: list[list[Tensor]] = [[] for _ in wanted]  # logits [R, t, v] of each chunk
         for unit_idx in range(len(self.skeleton.layers), len(self.weights.units)):
             with self.weights.acquire(unit_idx) as (weight,), self.span("head"):
-                (weight,) = self.skeleton.multiplied([weight], rows)
+                (matrix,) = self.skeleton.multiplied([weight], num_logits)
                 for of_chunk, (_, states) in zip(shards, wanted, strict=True):
-                    of_chunk.append(functional.linear(states, weight))
-                del weight
+                    of_chunk.append(functional.linear(states, matrix))
+                del weight, matrix
             report()
         row_logits: list[list[Tensor]] = [[] for _ in work]
         for of_chunk, (chunk, _) in zip(shards, wanted, strict=True):

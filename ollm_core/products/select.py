@@ -5,9 +5,13 @@ from __future__ import annotations
 import functools
 import logging
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 
+from ollm_core.errors import one_line
 from ollm_core.products.products import CpuProducts
 from ollm_core.products.small_batch import SmallBatch, load_kernel
 from ollm_core.products.trial import trial
@@ -30,8 +34,25 @@ def choose_products(dtype: torch.dtype, device: torch.device, precision: str) ->
     return CpuProducts(dtype, _small_batch() if dtype == torch.bfloat16 else None)
 
 
+_taken_away: ContextVar[bool] = ContextVar("taken_away", default=False)
+
+
+@contextmanager
+def without_instructions() -> Iterator[None]:
+    """What is opened in the `with` block, by the same thread, takes the processor for one without
+    instructions for half precision: for tests and benchmarks of what others have.
+    """
+    token = _taken_away.set(True)
+    try:
+        yield
+    finally:
+        _taken_away.reset(token)
+
+
 def has_instructions(dtype: torch.dtype) -> bool:
     """Whether this processor multiplies matrices in `dtype`, and torch makes use of it."""
+    if _taken_away.get():
+        return False
     if dtype == torch.float16:
         return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
     supported = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
@@ -46,9 +67,11 @@ def _small_batch() -> SmallBatch | None:
     """The compiled kernel, if there is one that passes its trial on this processor."""
     try:
         kernel = load_kernel()
+        reason = trial(kernel)
     except ImportError:
         return None
-    reason = trial(kernel)
+    except Exception as error:  # noqa: BLE001 # a compiler without a directory for its results
+        reason = one_line(error)
     if reason:
         logger.warning("the compiled matrix product is not used on this processor: %s", reason)
         return None

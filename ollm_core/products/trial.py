@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
-if TYPE_CHECKING:
-    from ollm_core.products.small_batch import SmallBatch
+from ollm_core.products.small_batch import SmallBatch
 
 _LARGEST_ERROR = 2.0**-7
 """Of a result of the size of 1, which is rounded to bfloat16 at the end."""
@@ -30,7 +27,7 @@ def trial(kernel: SmallBatch) -> str:
         try:
             kernel(states.float(), weight, bias, found)
         except Exception as error:  # noqa: BLE001 # a compiler's errors have no common class
-            return f"{type(error).__name__}: {' '.join(str(error).split())}"
+            return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         if not bool(
             ((found.float() - expected).abs() <= _LARGEST_ERROR * (1 + expected.abs())).all()
         ):

@@ -5,17 +5,24 @@ transformers, experts, the head.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-if TYPE_CHECKING:
-    from ollm_core.products.products import CpuProducts
-
 _MATMUL = frozenset({torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm})
 _VIEWS = frozenset({Tensor.t, torch.t, Tensor.T.__get__, Tensor.mT.__get__, Tensor.transpose})  # type: ignore[attr-defined]
+
+
+class Products(Protocol):
+    """What multiplies with a weight."""
+
+    def linear(self, states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`states` [..., K] times `weight` [N, K] transposed, plus `bias` [N] -> [..., N]."""
+
+    def matmul(self, states: Tensor, weight: Tensor) -> Tensor:
+        """`states` [..., K] times `weight` [K, N] -> [..., N]."""
 
 
 class ProductWeight(Tensor):
@@ -25,10 +32,10 @@ class ProductWeight(Tensor):
     is its way of extension, and nothing of torch or transformers is replaced.
     """
 
-    products: CpuProducts
+    products: Products
 
     @classmethod
-    def of(cls, matrix: Tensor, products: CpuProducts) -> ProductWeight:
+    def of(cls, matrix: Tensor, products: Products) -> ProductWeight:
         """A view of `matrix`, which holds no more memory."""
         weight = matrix.detach().as_subclass(cls)
         weight.products = products

@@ -12,7 +12,6 @@ import torch
 import ollm
 from ollm_conformance.models import random_model
 from ollm_core import Capability, DecoderAdapter, UnsupportedError
-from ollm_core.engine import pass_planner
 from ollm_core.plugins.registry import Registry
 
 CONFIG = {
@@ -67,12 +66,6 @@ def checkpoint(tmp_path_factory):
     return directory
 
 
-@pytest.fixture(autouse=True)
-def _long(monkeypatch):
-    """A prompt of 300 tokens is longer than "auto" is exact for."""
-    monkeypatch.setattr(pass_planner, "EXACT_CONTEXT", 100)
-
-
 def test_declared_is_exact_at_any_length(checkpoint, reference, ids):
     """By default each logit is transformers', and block-wise attention is refused at opening."""
     registry = Registry.of(Declared())
@@ -86,7 +79,7 @@ def test_declared_is_exact_at_any_length(checkpoint, reference, ids):
 
 @pytest.mark.parametrize("attention", ["auto", "blockwise"])
 def test_undeclared_is_refused_where_it_would_be_wrong(checkpoint, ids, attention):
-    """Before a pass begins, by the option's name; a short prompt is exact."""
+    """Before a pass begins, by the option's name; an exact run has none of it."""
     with ollm.load(
         checkpoint, device="cpu", attention=attention, registry=Registry.of(Undeclared())
     ) as model:
@@ -94,6 +87,8 @@ def test_undeclared_is_refused_where_it_would_be_wrong(checkpoint, ids, attentio
             model(input_ids=ids(300)[None])
         assert "declares blockwise-attention unsupported" in refused.value.hint
         assert model.stats.weight_passes == 0
-        if attention == "auto":
-            model(input_ids=ids(90)[None])
-            assert model.stats.attention == "exact"
+    with ollm.load(
+        checkpoint, device="cpu", precision="exact", registry=Registry.of(Undeclared())
+    ) as model:
+        model(input_ids=ids(90)[None])
+        assert model.stats.attention == "exact"

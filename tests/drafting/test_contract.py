@@ -60,6 +60,6 @@ class TestModelDrafter(DrafterConformance):
                 whole.host.reserve(kind, more.host)
                 stack.pop_all()
 
-        runtime = Runtime(Registry.discover(), torch.device("cpu"), "auto", "auto", SHARED)
+        runtime = Runtime(Registry.discover(), torch.device("cpu"), "auto", "fast", "auto", SHARED)
         spec = inspect_directory(runtime, cls.directory)
         return build_drafter(runtime, spec, whole, set_aside)

@@ -293,13 +293,10 @@ def test_what_is_allocated_is_what_is_planned(tmp_path, tier, num_new, dtype):
         assert found <= planned(case) <= 1.1 * found
 
 
-def test_queries_that_torch_may_pack_come_one_by_one():
-    """In half precision from 24 of a head on, and products always."""
-    for dtype, num_new, together in (
-        (torch.bfloat16, 5, True), (torch.bfloat16, 6, False), (torch.float16, 6, False),
-        (torch.float32, 16, True),
-    ):  # fmt: skip
-        query = torch.zeros(2, 4, num_new, 8, dtype=dtype)
-        keys = torch.zeros(3, 2, 16, 8, dtype=dtype)
-        assert (CpuFlash().several(query, keys, keys, 1.0) is not None) == together
+def test_half_precision_comes_block_by_block():
+    """Several blocks of it would be widened together; products always come one by one."""
+    for dtype in ERRORS:
+        query, keys = torch.zeros(2, 4, 5, 8, dtype=dtype), torch.zeros(3, 2, 16, 8, dtype=dtype)
+        together = CpuFlash().several(query, keys, keys, 1.0) is not None
+        assert together == (dtype == torch.float32)
         assert Products().several(query, keys, keys, 1.0) is None

@@ -31,6 +31,7 @@ _CLEAR = Path("/proc/self/clear_refs")
 _CLEAR_PEAK = "5"
 _MMAP_THRESHOLD = -3  # of mallopt
 _LARGE = 1 << 18
+_SET_THP_DISABLE = 41  # of prctl
 
 
 Measure = TypeVar("Measure", bound=Callable[..., None])
@@ -88,8 +89,23 @@ def process_memory() -> Iterator[ProcessMemory]:
     that measuring is quick.
     """
     gc.collect()
-    with only_new_objects():
+    with only_new_objects(), _small_pages():
         yield ProcessMemory()
+
+
+@contextmanager
+def _small_pages() -> Iterator[None]:
+    """No huge pages: an object of a few bytes would take two megabytes where numpy once had an
+    array, for whose addresses it asked for them.
+    """
+    if not hasattr(_LIBC, "prctl"):
+        yield
+        return
+    _LIBC.prctl(_SET_THP_DISABLE, 1, 0, 0, 0)
+    try:
+        yield
+    finally:
+        _LIBC.prctl(_SET_THP_DISABLE, 0, 0, 0, 0)
 
 
 def peak_grown(work: Callable[[], object]) -> int | None:

@@ -18,6 +18,7 @@ from ollm_conformance.adapter.language import Language
 from ollm_conformance.adapter.memory import Memory
 from ollm_conformance.adapter.packed import Numbers
 from ollm_conformance.adapter.planned import Planned
+from ollm_conformance.adapter.precision import Precision
 from ollm_conformance.adapter.released import Released
 from ollm_conformance.adapter.robust import Failure, Isolation
 from ollm_conformance.adapter.sizes import Sizes
@@ -39,6 +40,7 @@ class AdapterConformance(
     Numbers,
     Foreign,
     Exact,
+    Precision,
     Sizes,
     Caches,
     KeptKV,
