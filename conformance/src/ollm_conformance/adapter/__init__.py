@@ -22,6 +22,7 @@ from ollm_conformance.adapter.released import Released
 from ollm_conformance.adapter.robust import Failure, Isolation
 from ollm_conformance.adapter.sizes import Sizes
 from ollm_conformance.adapter.stored import Stored
+from ollm_conformance.adapter.stray import Stray
 from ollm_conformance.adapter.unstated import Unstated
 from ollm_conformance.adapter.varied import Varied
 from ollm_conformance.adapter.walks import Walks
@@ -35,6 +36,7 @@ class AdapterConformance(
     Weights,
     Configs,
     Unstated,
+    Stray,
     Varied,
     Numbers,
     Foreign,
