@@ -149,13 +149,19 @@ def run_pass(model: StreamedModel, store: KVStore, work: Sequence[NewTokens]) ->
     return model.engine.run(store, work)
 
 
-def share_traces(model: StreamedModel, traces: MutableMapping[Hashable, Any], key: str) -> None:
-    """Let a model use, and add to, what was traced for those before it that had the same `key`, for
-    instance the text of config.json, dtype and device: opening a tiny model takes most of its time
-    for that. `traces` is empty at first.
+def share_traces(
+    model: StreamedModel | DryRun, traces: MutableMapping[Hashable, Any], key: str
+) -> None:
+    """Let a model, or the plan of one, use, and add to, what was traced for those before it that
+    had the same `key`, for instance the text of config.json, dtype and device: opening a tiny model
+    takes most of its time for that. `traces` is empty at first.
     """
-    workspace = model.engine._pass_planner._workspace
-    whole = key, str(model.dtype), str(model.device)
+    if isinstance(model, DryRun):
+        workspace = model._workspace
+        whole = key, str(model.spec.dtype), str(model.spec.device)
+    else:
+        workspace = model.engine._pass_planner._workspace
+        whole = key, str(model.dtype), str(model.device)
     mine = workspace._known, workspace._known_mixtures
     workspace._known, workspace._known_mixtures = traces.setdefault(whole, mine)
 

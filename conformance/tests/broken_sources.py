@@ -263,6 +263,34 @@ class FilesKept(PlainSource):
                 self.copies.append(copy)
 
 
+class OnePlaceForAllThreads(PlainSource):
+    """What is read is where the file is at; another thread may have moved that."""
+
+    def fetch(self, path, offset, part):
+        done = 0
+        os.lseek(self.files[path], offset, os.SEEK_SET)
+        time.sleep(1e-5)  # so that it happens for sure
+        while done < len(part):
+            count = os.readv(self.files[path], [part[done : done + (1 << 18)]])
+            if count <= 0:
+                raise ReadError(f"{path}: shorter than it was")
+            done += count
+
+
+class PlaceInAnyFile(PlainSource):
+    """The last place that was read is known, but not of which file it was."""
+
+    last = None
+
+    def fetch(self, path, offset, part):
+        place = offset, len(part)
+        if self.last and self.last[0] == place and len(part) > 16:
+            part[:] = self.last[1]
+        else:
+            super().fetch(path, offset, part)
+            self.last = place, bytes(part)
+
+
 BROKEN_SOURCES = [
     BrokenPart(name, fault, suite_of(source), f"byte-source.{check}")
     for name, fault, source, check in [
@@ -296,6 +324,9 @@ BROKEN_SOURCES = [
          RefusesMuch, "over-2gib"),
         ("reads-kept", "The bytes of all readings are kept.", ReadsKept, "memory"),
         ("files-kept", "A copy of the files is held in memory.", FilesKept, "memory"),
+        ("one-place-for-all", "Threads share a file's position.", OnePlaceForAllThreads, "walk"),
+        ("place-in-any-file", "A place that was read last is taken for that of any file.",
+         PlaceInAnyFile, "walk"),
         ("leaves-open", "A closed source leaves a file open.", LeavesAFileOpen, "closed"),
         ("leaves-open-on-failure", "Files stay open when opening fails.",
          LeavesFilesOpenOnFailure, "open-failed"),

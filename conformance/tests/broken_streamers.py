@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections import deque
+from collections import Counter, deque
 from contextlib import contextmanager
 from typing import ClassVar
 
@@ -264,6 +264,30 @@ class SlowRelease(Wrapped):
         return self.given[-1]
 
 
+class MostWantedFirst(Wrapped):
+    """Experts come in the order of how many tokens go to them."""
+
+    @contextmanager
+    def experts(self, layer_idx, expert_ids):
+        def steps():
+            for number, count in Counter(expert_ids).most_common():
+                with self.inner.experts(layer_idx, {number: count}) as found:
+                    yield from found
+
+        yield steps()
+
+
+class RowsGivenOutAgain(Wrapped):
+    """Rows of the same tokens are the tensor that was given out before."""
+
+    given = None
+
+    def embed(self, token_ids):
+        if self.given is None or not torch.equal(self.given[0], token_ids):
+            self.given = token_ids.clone(), self.inner.embed(token_ids)
+        return self.given[1]
+
+
 BROKEN_STREAMERS = [
     BrokenPart(name, fault, suite_of(streamer), f"weight-streamer.{check}")
     for name, fault, streamer, check in [
@@ -287,6 +311,10 @@ BROKEN_STREAMERS = [
         ("kept-by-the-class", "Bytes of units are kept by the class.", KeptByTheClass, "memory"),
         ("slow-release", "What was given out is held much longer.", SlowRelease, "memory"),
         ("sorted-rows", "Embedding rows come in the order of the table.", SortedRows, "embed"),
+        ("most-wanted-first", "Experts of the most tokens come first.",
+         MostWantedFirst, "experts"),
+        ("rows-given-out-again", "Rows that the caller has changed are given out again.",
+         RowsGivenOutAgain, "embed"),
         ("counts-nothing", "No bytes are counted.", CountsNothing, "bytes-read"),
         ("counts-twice", "Bytes are counted twice.", CountsTwice, "bytes-read"),
         ("budget-ignored", "Everything is kept, whatever the budget.", BudgetIgnored, "budget"),

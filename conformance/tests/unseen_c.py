@@ -39,7 +39,8 @@ def in_core(sentence, adapter, replaced):
     """A core in which `replaced(monkeypatch)` has put something else, with a good adapter."""
 
     @pytest.fixture(autouse=True, scope="class")
-    def broken_core(request):
+    @classmethod
+    def broken_core(cls):
         with pytest.MonkeyPatch.context() as patch:
             replaced(patch)
             yield
@@ -48,7 +49,7 @@ def in_core(sentence, adapter, replaced):
     suite = type(
         f"Test{name}",
         (AdapterConformance,),
-        {"adapter": adapter, "broken_core": staticmethod(broken_core)},
+        {"adapter": adapter, "broken_core": broken_core},
     )
     return Unseen(name, sentence, suite)
 

@@ -24,6 +24,7 @@ from ollm_core.drafting.lookup import LookupDrafter
 from ollm_core.kv.disk.storage import DiskKVStore
 from ollm_core.kv.in_memory import HostKVStore
 from ollm_core.memory.accounts import MemoryAccount
+from ollm_core.memory.pair import PerMemory
 from ollm_core.weights.sources.posix import open_source
 from ollm_core.weights.streamer import TieredStreamer
 
@@ -227,10 +228,10 @@ class HottestExpertsFirst(TieredStreamer):
 class HottestExpertsFirstSuite(WeightStreamerConformance):
     @staticmethod
     def open_streamer(units, files, dtype, account):
-        accounts = account, MemoryAccount("host memory", 0)
+        accounts = PerMemory(account, MemoryAccount("host memory", 0))
         weights = HottestExpertsFirst(units, open_source(files), dtype, _CPU, accounts)
         try:
-            weights.fit(account.free, 0)
+            weights.fit(account.limit - weights.fixed_device_bytes, 0)
         except BaseException:
             weights.close()
             raise

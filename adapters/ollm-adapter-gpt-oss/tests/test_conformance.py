@@ -22,7 +22,7 @@ class TestGptOssPlain(AdapterConformance):
         {
             **GptOssAdapter().tiny_config(),
             "intermediate_size": 96,
-            "num_local_experts": 8,
+            "num_local_experts": 5,
             "quantization_config": None,
         }
     )

@@ -261,9 +261,9 @@ class Subject:
         """What plans runs of the model in `directory` on a CPU."""
         key = directory, dtype
         if key not in self._dry_runs:
-            self._dry_runs[key] = open_dry_run(
-                self.adapter, directory, self.registry, dtype, self._dry_run
-            )
+            found = open_dry_run(self.adapter, directory, self.registry, dtype, self._dry_run)
+            share_traces(found, self._traces, (directory / "config.json").read_text())
+            self._dry_runs[key] = found
         return self._dry_runs[key]
 
     def copy(self, directory: Path) -> Path:

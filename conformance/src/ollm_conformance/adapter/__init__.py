@@ -23,6 +23,7 @@ from ollm_conformance.adapter.released import Released
 from ollm_conformance.adapter.robust import Failure, Isolation
 from ollm_conformance.adapter.sizes import Sizes
 from ollm_conformance.adapter.stored import Stored
+from ollm_conformance.adapter.stray import Stray
 from ollm_conformance.adapter.unstated import Unstated
 from ollm_conformance.adapter.varied import Varied
 from ollm_conformance.adapter.walks import Walks
@@ -36,6 +37,7 @@ class AdapterConformance(
     Weights,
     Configs,
     Unstated,
+    Stray,
     Varied,
     Numbers,
     Foreign,

@@ -11,9 +11,10 @@ from torch.nn import functional
 
 from ollm_conformance.adapter.base import AdapterSuite
 from ollm_conformance.checks import check
-from ollm_conformance.compare import same_bits, same_tokens, same_within
+from ollm_conformance.compare import refused, same_bits, same_tokens, same_within
 from ollm_conformance.held import same_columns
 from ollm_conformance.subject import Subject, generate, greedy, left_padded
+from ollm_core import InputError
 from ollm_core.testing import NewTokens, SequenceCache, StreamedModel, run_pass
 
 _LOOK = "caches() and, if declared, how the layer is split: positions and caches are per row"
@@ -98,6 +99,27 @@ class Batches(AdapterSuite):
             what = f"logits of row {row}, {len(prompt)} of 120 columns"
             same_within(found[row, : len(prompt)], expected[:-1], 1e-4, what)
             same_within(step[row], expected[-1:], 1e-4, f"{what}, and a step")
+
+    @check(
+        "batches.padded-ends",
+        "A text that should go on from padding is refused, in `generate` and in a pass that asks "
+        "for the last logits alone, and the cache stays as it was.",
+        look="core refuses it; code of the adapter that changes masks",
+        needs=["batch"],
+    )
+    def test_padded_ends(self, subject: Subject) -> None:
+        ids = torch.stack([subject.prompt(12, seed=s) for s in (1, 2, 3)])
+        mask = torch.ones_like(ids)
+        mask[1, 9:] = 0
+        what = "3 rows of 12 columns, of which row 1 ends in 3 of padding"
+        with subject.open() as model:
+            cache = model.new_cache()
+            with refused(InputError, f"`generate` after {what}"):
+                generate(model, ids, 2, attention_mask=mask, past_key_values=cache)
+            with refused(InputError, f"the last logits of {what}"):
+                model(input_ids=ids, attention_mask=mask, past_key_values=cache, logits_to_keep=1)
+            length = cache.get_seq_length()
+            assert length == 0, f"{what}, refused: expected an empty cache, got {length} positions"
 
     @check(
         "batches.crop",

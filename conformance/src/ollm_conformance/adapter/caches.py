@@ -102,26 +102,31 @@ class Caches(AdapterSuite):
 
     @check(
         "caches.fork",
-        "Two continuations of one prompt do not see each other.",
+        "Two continuations of each of two prompts do not see each other.",
         look=_LOOK,
         needs=["batch"],
     )
     @_TIERS
     def test_fork(self, subject: Subject, kv: str) -> None:
-        prompt, tails = subject.prompt(300), [subject.prompt(20, seed=s) for s in (1, 2)]
-        expected = [subject.reference().run(torch.cat([prompt, tail]))[-1] for tail in tails]
+        prompts = [subject.prompt(300), subject.prompt(300, seed=3)]
+        tails = [subject.prompt(20, seed=s) for s in (1, 2)]
+        rows = [(prompt, tail) for prompt in prompts for tail in tails]
+        expected = [subject.reference().run(torch.cat(row))[-1] for row in rows]
         with subject.open(kv=kv) as model:
             cache = model.new_cache()
-            model(input_ids=prompt[None], past_key_values=cache, logits_to_keep=1)
+            ids = torch.stack(prompts)
+            model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
             cache.batch_repeat_interleave(2)
-            model(input_ids=torch.stack(tails)[:, :10], past_key_values=cache, logits_to_keep=1)
-            cache.reorder_cache(torch.tensor([1, 0]))
-            swapped = torch.stack([tails[1], tails[0]])[:, 10:]
-            found = model(input_ids=swapped, past_key_values=cache, logits_to_keep=1).logits
-        for row, other in ((0, 1), (1, 0)):
-            same_within(
-                found[row, -1], expected[other], 1e-4, f"logits of row {row} with KV on {kv}"
-            )
+            new = torch.stack([tail for _, tail in rows])
+            model(input_ids=new[:, :10], past_key_values=cache, logits_to_keep=1)
+            swapped = [1, 0, 3, 2]
+            cache.reorder_cache(torch.tensor(swapped))
+            found = model(
+                input_ids=new[swapped, 10:], past_key_values=cache, logits_to_keep=1
+            ).logits
+        for row, other in enumerate(swapped):
+            what = f"logits of row {row} of 2 prompts that go on in 2 ways, KV on {kv}"
+            same_within(found[row, -1], expected[other], 1e-4, what)
 
     @check(
         "caches.second-turn",

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 
 from ollm_conformance.adapter.base import AdapterSuite
+from ollm_conformance.alike import same_model
 from ollm_conformance.checks import check, does_not_apply
 from ollm_conformance.compare import same_bits
+from ollm_conformance.small import EXPERT_COUNTS, first_of
 from ollm_conformance.subject import CHUNK, Reference, Subject
 from ollm_core import ParameterSource, TensorInfo, WeightPlan
 from ollm_core.testing import StreamedModel, counted_reads, open_checkpoint
@@ -87,6 +89,24 @@ class Experts(AdapterSuite):
         assert again == 0, f"second pass: expected no expert to be read again, got {again}"
         hits = second.experts_hit - first.experts_hit
         assert hits > 0, f"second pass: expected experts to be found in memory, got {hits}"
+
+    @check(
+        "experts.many",
+        "With more than ten experts, whatever number the tiny config has, the parameters and the "
+        "logits are transformers', bit for bit.",
+        look="experts(): by number, not by the names of tensors, where 10 comes before 2",
+    )
+    def test_many(self, subject: Subject) -> None:
+        if not subject.adapter.layout(subject.config).experts:
+            does_not_apply("the model has no experts that are read one by one")
+        few = first_of(subject.config, EXPERT_COUNTS)
+        if few is None:
+            does_not_apply("tiny_config() states no number of experts at its top")
+        if few > 10:
+            does_not_apply("tiny_config() has more than ten, and other checks run it")
+        more = {key: 11 for key in EXPERT_COUNTS if subject.config.get(key) == few}
+        config = {**subject.config, **more}
+        same_model(subject, config, f"tiny_config() with 11 experts in place of {few}", steps=1)
 
 
 def _experts_of(subject: Subject) -> dict[Expert, list[str]]:

@@ -14,7 +14,14 @@ from ollm_conformance.compare import refused
 from ollm_conformance.models import model_config
 from ollm_conformance.naming import Names, kept_names, one_of_each
 from ollm_conformance.subject import Subject
-from ollm_core import CheckpointError, Config, ConfigError, ModelAdapter, UnsupportedError
+from ollm_core import (
+    CheckpointError,
+    Config,
+    ConfigError,
+    ModelAdapter,
+    OllmError,
+    UnsupportedError,
+)
 
 _LOOK = "ignores() (weights() if you wrote your own): name only what is known to be superfluous"
 _BESIDE = (
@@ -46,6 +53,32 @@ class Foreign(AdapterSuite):
         names, layout = kept_names(subject, config), adapter.layout(config)
         for foreign in _foreign(names, f"{layout.layers}.", layout.num_layers):
             _is_refused(adapter, config, names.forms, foreign, "tiny_config()")
+
+    @check(
+        "weights.superfluous",
+        "What transformers passes over in a checkpoint of the family, as layers that "
+        "predict further tokens, is passed over, and changes nothing of what is read.",
+        look=_LOOK,
+    )
+    def test_superfluous(self, subject: Subject) -> None:
+        adapter, config = subject.adapter, subject.adapter.text_config(subject.config)
+        names, layers = kept_names(subject, config), adapter.layout(config).layers
+        plain = adapter.weights(config, sorted(names.forms))
+        for pattern in names.ignored:
+            for tensor in _matching(pattern, names, layers):
+                case = f"tiny_config(), with tensor {tensor}, which transformers ignores"
+                try:
+                    plan = adapter.weights(config, [*sorted(names.forms), tensor])
+                except OllmError as error:
+                    raise AssertionError(f"{case}: expected it ignored, got: {error}") from error
+                expected, got = (
+                    [name for source in one.sources() for name in source.tensors]
+                    for one in (plain, plan)
+                )
+                assert got == expected, (
+                    f"{case}: expected {len(expected)} tensors read as without it, got {len(got)}, "
+                    f"{'that one too' if tensor in got else 'in another order'}"
+                )
 
     @check(
         "weights.flags",
@@ -88,6 +121,22 @@ def _is_refused(
     with refused(CheckpointError, f"{what}, with tensor {foreign}") as refusal:
         adapter.weights(config, [*stored, foreign])
     refusal.says(foreign)
+
+
+def _matching(pattern: str, names: Names, layers: str) -> list[str]:
+    """Names that a pattern of transformers matches, made of what a model has: a layer, a norm and
+    a projection below the words that the pattern begins with. None for a pattern with a number,
+    which means a layer of a published model.
+    """
+    begin = re.match(r"[\w.\\]*", pattern.removeprefix("^"))
+    root = begin[0].replace("\\", "").rstrip(".") if begin else ""
+    if not root or re.search(r"\d", root):
+        return []
+    first = f"{layers}.0."
+    rests = [name.removeprefix(first) for name in sorted(names.forms) if name.startswith(first)]
+    leaves = ["fc.weight", "norm.weight", "proj.bias", *(f"layers.0.{rest}" for rest in rests)]
+    found = [f"{root}.{leaf}" for leaf in leaves]
+    return [name for name in found if re.search(pattern, name) and name not in names.forms]
 
 
 def _foreign(names: Names, layers: str, num_layers: int) -> Iterator[str]:

@@ -12,15 +12,16 @@ import torch
 
 from ollm_conformance.adapter.base import AdapterSuite
 from ollm_conformance.checks import check, does_not_apply
-from ollm_conformance.compare import same_bits, same_within
+from ollm_conformance.compare import refused, same_bits, same_tokens, same_within
 from ollm_conformance.models import model_config
 from ollm_conformance.rounding import rounded_alike
-from ollm_conformance.subject import Reference, Subject, run_pieces
-from ollm_core import KVStoreError
+from ollm_conformance.subject import Reference, Subject, greedy, run_pieces
+from ollm_core import InputError, KVStoreError
 from ollm_core.testing import read_config, supports
 
 _LONG = 5000
 _LONG_CHUNK = 256
+_FEW_POSITIONS = 150
 _FAR = 600  # tokens before a window that no store of ours keeps
 _LOOK = "caches(): the window of each layer; layout(): masks that depend on more than the position"
 
@@ -130,6 +131,39 @@ class Sizes(AdapterSuite):
             found = run_pieces(model, pieces)
         expected = subject.reference(dtype).run_pieces(pieces)
         same_bits(found, expected, f"logits in {dtype} of passes of few tokens")
+
+    @check(
+        "exact.last-position",
+        "A prompt, a text that grows on a cache and one that is generated may fill every position "
+        "of the model, with transformers' bits; one token more is refused, and the cache stays.",
+        look="layout(), text_config(): max_position_embeddings",
+    )
+    def test_last_position(self, subject: Subject) -> None:
+        if "max_position_embeddings" not in subject.config:
+            does_not_apply("its tiny config states no number of positions")
+        directory = subject.tiny(changes={"max_position_embeddings": _FEW_POSITIONS})
+        reference, prompt = subject.reference(directory=directory), subject.prompt(_FEW_POSITIONS)
+        told = f"a model of {_FEW_POSITIONS} positions"
+        pieces = prompt.split([_FEW_POSITIONS - 9, 8, 1])
+        with subject.open(directory) as model:
+            found = model(input_ids=prompt[None]).logits[0]
+            same_bits(found, reference.run(prompt), f"{told}: logits of a prompt that fills it")
+            with refused(InputError, f"{told}: a prompt of one token more"):
+                model(input_ids=torch.cat([prompt, prompt[:1]])[None])
+            cache = model.new_cache()
+            found = run_pieces(model, pieces, cache)
+            same_bits(found, reference.run_pieces(pieces), f"{told}: logits of a text that grew")
+            for count in (1, 5):
+                with refused(InputError, f"{told}: {count} tokens after as many as it has"):
+                    model(input_ids=prompt[None, :count], past_key_values=cache)
+                length = cache.get_seq_length()
+                assert length == _FEW_POSITIONS, (
+                    f"{told}: expected all in the cache after a refusal, got {length}"
+                )
+            tokens = greedy(model, pieces[0], 10)[0]  # the last one of them is not read
+            same_tokens(tokens, reference.greedy(pieces[0], 10)[0], f"{told}: generated tokens")
+            with refused(InputError, f"{told}: 12 new tokens after {len(pieces[0])}"):
+                greedy(model, pieces[0], 12)
 
 
 def _windows(subject: Subject) -> list[int]:

@@ -6,6 +6,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -20,7 +21,7 @@ from ollm_conformance.naming import kept_names, one_of_each
 from ollm_conformance.subject import Subject
 from ollm_conformance.uses import used_once
 from ollm_core import CheckpointError
-from ollm_core.testing import StreamedModel, open_checkpoint, weight_tensors
+from ollm_core.testing import StreamedModel, TierTracker, open_checkpoint, weight_tensors
 
 _MINE = "(weights() if you wrote your own)"
 _LOOK = f"layer_parameters(), source(), experts() {_MINE}: names, tensors and transforms"
@@ -163,6 +164,32 @@ class Weights(AdapterSuite):
         with subject.open(directory) as model:
             found = model(input_ids=prompt[None]).logits[0]
         same_bits(found, subject.reference("bfloat16").run(prompt), "logits of the shards")
+
+    @check(
+        "weights.scratch",
+        "A transform holds no more beside its tensors and the parameter than its scratch_bytes, "
+        "however small.",
+        look=f"scratch_bytes of source() and experts() {_MINE}: copies in float32, parts that are "
+        "joined",
+    )
+    def test_scratch(self, subject: Subject) -> None:
+        (file,) = subject.tiny("bfloat16").glob("*.safetensors")
+        stored = load_file(file)
+        plan = subject.adapter.weights(subject.config, sorted(stored))
+        made = dict(plan.parameters) | {name: one[0] for name, one in plan.experts.items()}
+        for name in one_of_each(name for name, source in made.items() if source.transform):
+            source = made[name]
+            whole = [stored[tensor] for tensor in source.tensors]
+            raw = whole if source.row is None else [one[source.row] for one in whole]
+            with TierTracker(kv_on_device=True) as tracker:
+                value = cast("Callable[..., Tensor]", source.transform)(*raw)
+            result = value.untyped_storage().nbytes()
+            given = {tensor.untyped_storage().data_ptr() for tensor in whole}
+            held = tracker.peak - (0 if value.untyped_storage().data_ptr() in given else result)
+            assert held <= source.scratch_bytes, (
+                f"parameter {name}, from {len(raw)} tensors in bfloat16: expected at most its "
+                f"scratch_bytes, {source.scratch_bytes}, beside its {result} bytes, got {held}"
+            )
 
     @check(
         "weights.read-once",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -103,6 +104,17 @@ def nothing_left(directory: Path) -> Iterator[None]:
     assert not mapped, f"expected no mapped file afterwards, got {', '.join(mapped)}"
     running = [thread.name for thread in threading.enumerate() if thread not in threads]
     assert not running, f"expected no thread afterwards, got {', '.join(running)}"
+
+
+@contextmanager
+def switching_often() -> Iterator[None]:
+    """Let threads take turns as often as they can."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
 
 
 @contextmanager

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import random
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -21,10 +23,11 @@ from ollm_conformance.parts.base import (
     nothing_left,
     open_files,
     refusal,
+    switching_often,
     unreadable,
 )
 from ollm_conformance.parts.source_size import SourceSize
-from ollm_conformance.seeds import drawn
+from ollm_conformance.seeds import drawn, run_seed
 from ollm_core import ByteSource, OllmError, ReadError, TensorInfo
 from ollm_core.testing import PAGE, aligned_buffer, as_memoryview
 
@@ -104,6 +107,21 @@ def read(
             f"{offset}"
         )
     return buffer, offsets
+
+
+def drawn_places(draw: random.Random) -> list[Place]:
+    """Some random places, large and small, at times one after the other in two files."""
+    places: list[Place] = []
+    for _ in range(1 + draw.randrange(3)):
+        file = draw.choice([0, 1, 1, 1, 2])
+        if places and draw.random() < 0.4:  # the place of the one before, in this file
+            _, offset, length = places[-1]
+        else:
+            offset = draw.randrange(draw.choice([1, SIZES[file]]))
+            length = 1 + draw.randrange(draw.choice([8, 5000, SIZES[file]]))
+        offset = min(offset, SIZES[file] - 1)
+        places.append((file, offset, min(length, SIZES[file] - offset)))
+    return places
 
 
 class ByteSourceConformance(SourceSize):
@@ -207,6 +225,31 @@ class ByteSourceConformance(SourceSize):
                 files.check(source, places, what)
             alone = source.bytes_read - before
             assert together == alone, f"expected {alone} bytes counted, got {together}"
+
+    @check(
+        "byte-source.walk",
+        "Whatever several threads ask for at the same moment, much or little, of one file or of "
+        "several, each gets its bytes.",
+        look="read(): a position in a file, a buffer or a table of readings, which calls share",
+    )
+    def test_walk(self) -> None:
+        draw = random.Random(run_seed())
+        with self.opened() as (source, files), ThreadPoolExecutor(4) as pool, switching_often():
+            for number in range(100):
+                jobs = [[drawn_places(draw) for _ in range(6)] for _ in range(1 + number % 4)]
+                told = f"seed {run_seed()}, round {number}, {len(jobs)} threads"
+                start = threading.Barrier(len(jobs))
+
+                def work(
+                    reads: list[list[Place]],
+                    told: str = told,
+                    start: threading.Barrier = start,
+                ) -> None:
+                    start.wait()
+                    for places in reads:
+                        files.check(source, places, f"{told}, one of which reads {places}")
+
+                list(pool.map(work, jobs))
 
     @check(
         "byte-source.shrunk-file",

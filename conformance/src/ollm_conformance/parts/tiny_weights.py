@@ -41,11 +41,19 @@ class Model:
     expected: list[list[Tensor]]
     """Parameters of each unit in pass order, as stored."""
     embedding: Tensor
+    experts: list[Tensor]
+    """Weights of each routed expert of layer 1; none unless they were asked for."""
 
     @classmethod
-    def write(cls, directory: Path, dtype: torch.dtype = torch.float32, scale: int = 1) -> Model:
+    def write(
+        cls,
+        directory: Path,
+        dtype: torch.dtype = torch.float32,
+        scale: int = 1,
+        num_experts: int = 0,
+    ) -> Model:
         """Write random tensors of odd sizes, most in `dtype`, some stored the other way round. A
-        layer is about 0.2 MB in float32, or `scale` times that.
+        layer is about 0.2 MB in float32, or `scale` times that, and an expert about 10 KB.
         """
         generator = drawn(11)
 
@@ -65,6 +73,8 @@ class Model:
             }
             plan.append(list(layer)[i % 2 :] + list(layer)[: i % 2])
             saved |= layer
+        experts = [random(33, 77, dtype=dtype) for _ in range(num_experts)]
+        saved |= {f"expert.{i}": one for i, one in enumerate(experts)}
         _save(saved, directory)
         checkpoint = open_checkpoint(directory)
         layers = [_unit(checkpoint, names) for names in plan]
@@ -79,10 +89,15 @@ class Model:
         ]
         expected = [[_value(saved[name], name) for name in names] for names in plan]
         expected += [[saved["head"][a:b]] for a, b in cuts]
+        routed = tuple(_unit(checkpoint, [f"expert.{i}"]) for i in range(num_experts))
         units = Units(
-            tuple(layers), tuple(head), _unit(checkpoint, ["norm"]), checkpoint.tensors["embedding"]
+            tuple(layers),
+            tuple(head),
+            _unit(checkpoint, ["norm"]),
+            checkpoint.tensors["embedding"],
+            {1: routed} if routed else {},
         )
-        return cls(checkpoint, units, expected, saved["embedding"])
+        return cls(checkpoint, units, expected, saved["embedding"], experts)
 
     @property
     def streamed_bytes(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -169,6 +169,33 @@ class WeightStreamerConformance(PartSuite):
                 model.walk(streamer, f"after a pass that stopped at {stop}")
 
     @check(
+        "weight-streamer.experts",
+        "Routed experts come each once, in ascending order, with their own weights, whatever is "
+        "asked for first or most, in little memory and in much.",
+        look="experts(): their order is that in which outputs are added up; which buffer holds one",
+    )
+    def test_experts(self) -> None:
+        requests: list[Iterable[int]] = [
+            [2], [4, 0, 2], [1, 1, 3, 1], {5: 1, 0: 7, 3: 2}, {0: 1, 11: 9, 2: 3}, range(12),
+        ]  # fmt: skip
+        for share in (self.least_share, 4.0):
+            with tempfile.TemporaryDirectory() as name:
+                model = Model.write(Path(name), num_experts=12)
+                account = MemoryAccount("memory", int(share * model.streamed_bytes))
+                files = list(model.checkpoint.files)
+                with self.open_streamer(model.units, files, torch.float32, account) as streamer:
+                    for request in requests * 2:
+                        model.walk(streamer, "before the experts", order=[0, 1])
+                        what = f"experts {request} of layer 1 in {account.limit} bytes"
+                        wanted, got = sorted(set(request)), []
+                        with streamer.experts(1, request) as steps:
+                            for number, parameters in steps:
+                                got.append(number)
+                                told = f"{what}: expert {number}"
+                                same_bits(parameters[0], model.experts[number], told)
+                        assert got == wanted, f"{what}: expected the order {wanted}, got {got}"
+
+    @check(
         "weight-streamer.embed",
         "Embedding rows come in the order of the token ids, repeated ones and the last one too.",
         look="embed()",
@@ -176,8 +203,10 @@ class WeightStreamerConformance(PartSuite):
     def test_embed(self) -> None:
         with self.opened() as (streamer, model, _):
             for ids in ([0], [56], [5, 0, 5, 56, 1, 1], list(range(57)), [56, 3, 2, 1] * 30):
-                rows = streamer.embed(torch.tensor(ids))
-                same_bits(rows, model.embedding[ids], f"rows {ids[:6]}")
+                for time in ("once", "again"):
+                    rows = streamer.embed(torch.tensor(ids))
+                    same_bits(rows, model.embedding[ids], f"rows {ids[:6]}, asked for {time}")
+                    rows.mul_(3)  # they are the caller's
                 model.walk(streamer, "a pass after embed()", order=[0, 1])
 
     @check(
