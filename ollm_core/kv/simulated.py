@@ -15,7 +15,7 @@ from ollm_core.device.memory import SHARED, DeviceMemory
 from ollm_core.kv.block_storage import BlockStorage
 from ollm_core.kv.block_table import BlockKVStore
 from ollm_core.kv.buffer_pool import Charges
-from ollm_core.kv.disk.storage import DiskSizes
+from ollm_core.kv.disk.sizes import DiskSizes
 from ollm_core.kv.in_memory import MemoryStorage
 from ollm_core.kv.recurrent.hybrid import HybridKVStore
 from ollm_core.kv.recurrent.states import StateStore

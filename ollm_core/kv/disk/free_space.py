@@ -9,7 +9,7 @@ from pathlib import Path
 from ollm_core.contracts.kv import KVGeometry
 from ollm_core.errors import DoesNotFitError
 from ollm_core.kv.disk.directory import find_homes
-from ollm_core.kv.disk.storage import DiskSizes
+from ollm_core.kv.disk.sizes import DiskSizes
 from ollm_core.memory.sizes import format_size
 
 

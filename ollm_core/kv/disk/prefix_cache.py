@@ -18,7 +18,8 @@ from ollm_core.device.memory import DeviceMemory
 from ollm_core.errors import DamagedKVError, DoesNotFitError, KVStoreError, OllmError, ReadError
 from ollm_core.kv.disk.directory import KVDirectory, find_homes, make_home, open_home
 from ollm_core.kv.disk.journal import LayerBlocks, Prefix, read_journal
-from ollm_core.kv.disk.storage import STAGING_BYTES, DiskKVStore
+from ollm_core.kv.disk.sizes import STAGING_BYTES
+from ollm_core.kv.disk.storage import DiskKVStore
 from ollm_core.memory.accounts import MemoryAccount
 
 logger = logging.getLogger("ollm")
