@@ -175,7 +175,10 @@ class _Conversion:
         use, or holds something else: what it has is checked.
         """
         if self._out.resolve() == self._checkpoint.directory.resolve():
-            raise InputError(f"{self._out} is the model itself", hint="choose another --out")
+            raise InputError(
+                f"{self._out} is the directory of the model itself",
+                hint="choose another --out",
+            )
         if self._out.exists() and not self._out.is_dir():
             raise InputError(f"{self._out} is not a directory", hint="choose another --out")
         is_new = not self._out.exists()

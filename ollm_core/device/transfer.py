@@ -120,7 +120,7 @@ class Bus(ABC):
         if not self._told:
             self._told = True
             logger.warning(
-                "%s of host memory cannot be locked for %s, copies take longer: %s",
+                "%s of host memory cannot be pinned for %s, copies take longer: %s",
                 format_size(num_bytes),
                 self.device,
                 refused,

@@ -449,8 +449,8 @@ class BlockKVStore(KVStore):
     def _gone(self, layer_idx: int, sequence: int, what: str) -> KVStoreError:
         window, slack = self.geometry.kinds[layer_idx].window, self.geometry.slack
         return KVStoreError(
-            f"layer {layer_idx} of sequence {sequence} slides and has let go of tokens before its "
-            f"last {window}; cannot {what}",
+            f"layer {layer_idx} of sequence {sequence} has a sliding window, and only its last "
+            f"{window} tokens; cannot {what}",
             hint=f"go back by at most {slack} tokens, or start a new sequence",
         )
 

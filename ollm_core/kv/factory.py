@@ -138,7 +138,7 @@ def _hybrid(
         try:
             files = StateFiles(request.directory, geometry, request.fingerprint())
         except (OSError, KVStoreError) as error:
-            logger.warning("recurrent states are not kept: %s", error)
+            logger.warning("recurrent states are not saved in the prefix cache: %s", error)
         else:
             return PrefixCachingHybridStore(geometry, attention, states, files)
     return HybridKVStore(geometry, attention, states)

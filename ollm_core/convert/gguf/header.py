@@ -109,7 +109,9 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
         with path.open("rb") as file:
             magic = file.read(len(MAGIC))
             if magic != MAGIC:
-                raise InputError(f"{path} is not a GGUF file: it starts with {magic!r}")
+                raise InputError(
+                    f"{path} is not a GGUF file: it begins with {magic!r}, need {MAGIC!r}"
+                )
             yield file
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error

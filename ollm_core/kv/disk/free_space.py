@@ -31,10 +31,10 @@ def check_room(geometry: KVGeometry, directory: Path, num_tokens: int) -> None:
     free = free_bytes(directory)
     if needed > free + sum(map(_size, find_homes(directory))):
         raise DoesNotFitError(
-            f"KV of {num_tokens} tokens needs {format_size(needed)} in {directory}, "
-            f"{format_size(free)} is free there",
-            hint=f"make {needed - free} bytes free, name a directory on another disk for KV, or "
-            "ask for fewer tokens",
+            f"KV cache of {num_tokens} tokens: need {format_size(needed)} in {directory}, "
+            f"have {format_size(free)} free",
+            hint=f"free {needed - free} bytes, name a directory on another disk with --kv-dir "
+            "(kv_dir), or ask for fewer tokens",
         )
 
 

@@ -202,15 +202,16 @@ class DiskStorage(BlockStorage):
         parent = self.home.directory.parent
         disk = os.statvfs(parent)
         free = disk.f_bavail * disk.f_frsize
-        needs = f"KV needs {format_size(num_bytes)} more in {parent}"
+        needs = f"KV cache: need {format_size(num_bytes)} more in {parent}"
         if error.errno != errno.ENOSPC:  # a quota, or a limit of this process
             return DoesNotFitError(
                 f"{needs}, which is not allowed: {error.strerror}",
-                hint="raise the quota or the limit of file sizes, or name another directory for KV",
+                hint="raise the quota or the limit of file sizes, or name another directory with "
+                "--kv-dir (kv_dir)",
             )
         return DoesNotFitError(
-            f"{needs}, {format_size(free)} is free there",
-            hint=f"make {num_bytes} bytes free, or name another directory for KV",
+            f"{needs}, have {format_size(free)} free",
+            hint=f"free {num_bytes} bytes, or name another directory with --kv-dir (kv_dir)",
         )
 
     def _write_slot(self, layer_idx: int, block: int, tail: Tensor) -> None:

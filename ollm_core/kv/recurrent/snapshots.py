@@ -111,7 +111,7 @@ class StateFiles:
         try:
             return self._read(path, token_ids)
         except (OSError, KVStoreError) as error:
-            logger.warning("a kept state is of no use: %s", error)
+            logger.warning("a saved recurrent state cannot be used: %s", error)
             with suppress(OSError):
                 path.unlink()
             return None
