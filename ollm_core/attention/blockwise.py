@@ -1,5 +1,5 @@
-"""Attention block by block: the partial results are merged by their log-sum-exp, so no key is
-needed twice.
+"""Blockwise attention: block by block, with partial results merged by their log-sum-exp, so that no
+key is needed twice.
 
 Its memory does not grow with the context. What computes a part is a kernel; the merge is that of
 FlashAttention (Dao et al. 2022, arXiv:2205.14135).

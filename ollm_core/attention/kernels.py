@@ -1,5 +1,5 @@
-"""What computes one part of block-wise attention: some queries over some keys, and the log-sum-exp
-that parts are merged by.
+"""The kernels of blockwise attention: each computes one part, some queries over some keys, and the
+log-sum-exp by which parts are merged.
 
 Letters: G key-value heads, P query heads that share one, T queries, n keys, D head dimension.
 """

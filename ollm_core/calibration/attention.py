@@ -1,4 +1,4 @@
-"""How fast the kernels of block-wise attention are on a device."""
+"""Measures how fast the attention kernels are on a device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How fast this machine reads, moves and multiplies: measured once and kept, or assumed."""
+"""The rates of this machine (disk, bus, memory, compute): measured once and saved, or assumed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The verb `convert`: a model with its weights compressed, losslessly."""
+"""The verb `convert`: compresses the weights of a model, losslessly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The verb `doctor`: measure what this machine can do, for the times that `plan` tells."""
+"""The verb `doctor`: measures this machine, so that `plan` can predict times."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The `ollm` command: its verbs, and what the user sees when one fails."""
+"""The `ollm` command: runs a verb, and shows errors as one line and a hint."""
 
 from __future__ import annotations
 

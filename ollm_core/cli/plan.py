@@ -1,4 +1,4 @@
-"""The verb `plan`: what a run would hold and how long it would take, before there are weights."""
+"""The verb `plan`: predicts the memory and the time of a run, without weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A checkpoint written again with its weights compressed, losslessly, in the form that
+"""Compresses the weights of a checkpoint, losslessly, into a new directory, in the form that
 `weights.formats.compressed` reads.
 
 The original is only read. Each file gets its name when it is whole, on the disk and checked against

@@ -1,4 +1,4 @@
-"""JSON from files that anybody may have written: the one place where it is parsed."""
+"""Parses JSON from untrusted files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which KV store a cache gets: the tier or plugin that was named, or the first tier with room."""
+"""Opens a KV store for a cache: the named tier or plugin, or the first tier with room."""
 
 from __future__ import annotations
 

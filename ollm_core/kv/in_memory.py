@@ -1,4 +1,4 @@
-"""KV in memory: on the compute device, or on the host."""
+"""KV stores in memory: on the compute device, or on the host."""
 
 from __future__ import annotations
 

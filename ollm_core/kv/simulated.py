@@ -1,4 +1,4 @@
-"""Stores that hold no data, and reserve what the real ones would: what a plan asks."""
+"""Simulated KV stores for dry runs: they reserve what the real ones would, and hold no data."""
 
 from __future__ import annotations
 

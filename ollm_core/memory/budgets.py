@@ -1,5 +1,5 @@
-"""What a model may use of each memory: what the user states, or else what is free now less a
-reserve. No other part decides on this.
+"""Memory limits of a model: the ones that you set, or defaults from what is free now. No other part
+decides on this.
 """
 
 from __future__ import annotations

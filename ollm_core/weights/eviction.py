@@ -1,5 +1,5 @@
-"""When memory runs short while a model runs, because others took it: what is kept of the weights
-gives way, and comes back when there is room again. Tokens stay the same; more is read.
+"""Evicts weights when other programs take the machine's memory, and loads them again when there is
+room. Tokens stay the same; more is read.
 """
 
 from __future__ import annotations

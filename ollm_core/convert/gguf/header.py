@@ -1,4 +1,4 @@
-"""What a GGUF file says and where its tensors are, read as the hostile input that it is.
+"""Parses the header of a GGUF file, as the hostile input that it is.
 
 Every count and size is held against the bytes that are there before anything is made of it, so
 that the libraries that read the file after this meet nothing unbounded.

@@ -1,4 +1,4 @@
-"""What is kept in a KV directory: shown, verified and removed. Needs no model."""
+"""Lists, verifies and removes the prefix caches in a directory, without a model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A store's directory: its lock, its layer files and, where prefixes are kept, their journal.
+"""A KV store's directory: its lock, its layer files and, with a prefix cache, the journal.
 
 One process owns a directory, by flock on it, for as long as it is open. Anybody may read a journal.
 """

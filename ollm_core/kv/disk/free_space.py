@@ -1,4 +1,4 @@
-"""Whether a disk has room for the KV of a run: asked before its first token."""
+"""Checks that the disk has room for the KV of a run, before its first token."""
 
 from __future__ import annotations
 

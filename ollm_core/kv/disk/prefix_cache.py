@@ -1,4 +1,4 @@
-"""KV on disk that outlives its store: what the sequences hold is kept, and found by its tokens."""
+"""The prefix cache on disk: a store that saves its sequences, and finds them by their tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Blocks that a thread reads from disk while those before them are attended to."""
+"""Reads blocks from disk in a thread, ahead of the attention that uses them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many bytes blocks on disk take: in their files, and in the buffers in front of them."""
+"""Sizes of KV on disk: slots in the files, and the buffers for reading and writing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""KV on disk: a store whose blocks are in files, with only the unfinished ones in memory."""
+"""KV on disk: blocks are in files, only the unfinished one of each layer is in memory."""
 
 from __future__ import annotations
 

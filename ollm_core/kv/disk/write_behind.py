@@ -1,4 +1,4 @@
-"""Blocks that a thread writes to disk while the pass goes on."""
+"""Writes full blocks to disk in a thread, while the pass goes on."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""A hybrid store that outlives its process: keys and values as a PrefixCachingStore keeps them, and
-recurrent states in files of their own.
+"""The prefix cache of hybrid models: keys and values in a PrefixCachingStore, recurrent states in
+files of their own.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Recurrent states on disk, a file each, named by the tokens that lead to it and the dtype.
+"""Snapshots of recurrent states on disk: a file each, named by the tokens before it and the dtype.
 
 A header page as the layer files have, with a checksum of the rest: the states of all layers, raw
 and little-endian, in layer order. A file is there when it is whole, because it is renamed last, and

@@ -1,6 +1,4 @@
-"""Recurrent states of many sequences, in memory. This module knows positions and owners, and
-nothing of keys and values.
-"""
+"""Recurrent states of many sequences, in memory: positions and owners, no keys and values."""
 
 from __future__ import annotations
 
