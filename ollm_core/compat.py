@@ -1,6 +1,4 @@
-"""The interface of the predecessor (ollm 0.x and 1.x on PyPI), so that its scripts run
-unchanged.
-"""
+"""The API of ollm 0.x and 1.x on PyPI, so that scripts for the predecessor run unchanged."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Builds a model inside its accounts. `open_model` is the whole of it, from top to bottom; a draft
-model is built in the same order by `open_drafter`.
+"""Builds a model inside its memory accounts: `open_model` is all of it, from top to bottom;
+`open_drafter` builds a draft model in the same order.
 """
 
 from __future__ import annotations

@@ -337,13 +337,13 @@ class LoadOptions(ModelOptions):
         ModelOptions.__post_init__(self)
         if self.draft == "model" and self.draft_model is None:
             raise InputError(
-                "draft is 'model', and no model is named for it",
+                "draft is 'model': need a draft model, have none",
                 hint="name it with draft_model (--draft-model), a directory or an id",
             )
         if self.draft != "model" and self.draft_model is not None:
             raise InputError(
-                f"a draft model is named, and draft is {self.draft!r}",
-                hint="draft='model' (--draft model)",
+                f"draft_model: need draft 'model', have {self.draft!r}",
+                hint="add draft='model' (--draft model)",
             )
         if self.draft == "none" and self.num_draft_tokens is not None:
             raise InputError("num_draft_tokens needs a draft source", hint="add draft='lookup'")

@@ -1,4 +1,4 @@
-"""Where the time of a run goes: spans by thread, summed by name, and as a trace for Perfetto."""
+"""Profile: where the time of a run goes, by thread and name, and as a trace for Perfetto."""
 
 from __future__ import annotations
 

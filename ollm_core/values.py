@@ -1,4 +1,4 @@
-"""What users pass as a value, in the forms that they know from transformers, made one form.
+"""Converts the values that users pass (sizes, counts, dtypes, devices) to one form.
 
 Loads no torch before it is needed.
 """

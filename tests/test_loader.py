@@ -146,7 +146,7 @@ def test_full_kv_disk(tiny, tmp_path, ids, monkeypatch):
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr(os, "posix_fallocate", full)
-        with pytest.raises(DoesNotFitError, match="KV needs"):
+        with pytest.raises(DoesNotFitError, match="KV cache: need"):
             model(input_ids=ids(300)[None])
         monkeypatch.undo()
         assert model.stats.weight_passes == 0

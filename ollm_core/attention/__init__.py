@@ -1,1 +1,1 @@
-"""Attention: exact, block by block, and the kernels that compute it."""
+"""Attention: exact, blockwise, and the kernels that blockwise attention runs on."""

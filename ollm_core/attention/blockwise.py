@@ -1,5 +1,5 @@
-"""Attention block by block: the partial results are merged by their log-sum-exp, so no key is
-needed twice.
+"""Blockwise attention: block by block, with partial results merged by their log-sum-exp, so that no
+key is needed twice.
 
 Its memory does not grow with the context. What computes a part is a kernel; the merge is that of
 FlashAttention (Dao et al. 2022, arXiv:2205.14135).
@@ -17,6 +17,7 @@ from ollm_core.attention.kernels import (
     CpuFlash,
     FlashKernel,
     Kernel,
+    Part,
     Products,
     flash_attn_2,
     masked_products,
@@ -183,7 +184,9 @@ class _Partials:
             tile = slice(done, done + count)
             found = None
             if count > 1:
-                found = self._kernel.several(self._query, keys[tile], values[tile], self._scaling)
+                found = self._kernel.several(
+                    Part(self._query, keys[tile], values[tile], self._scaling)
+                )
             if found is None:
                 self._add_before(keys[done], values[done], at, 0)
                 done += 1
@@ -230,19 +233,19 @@ class _Partials:
         before: int | None = None,
     ) -> None:
         """What the kernel makes of the queries from `first` to `end`."""
-        part = self._query[:, :, first:end]
-        output, lse = self._kernel(part, keys, values, self._scaling, causal=causal, before=before)
+        query = self._query[:, :, first:end]
+        output, lse = self._kernel(Part(query, keys, values, self._scaling, causal, before))
         self._merge(output, lse, first, end)
 
     def _add_masked(self, keys: Tensor, values: Tensor, begin: int, first: int, end: int) -> None:
         """Keys from `begin` on, of which each query from `first` to `end` sees at least one."""
-        part = self._query[:, :, first:end]
+        query = self._query[:, :, first:end]
         at = torch.arange(first, end, device=keys.device)[:, None]
         back = at - torch.arange(begin, begin + keys.shape[1], device=keys.device)  # [T, n]
         hidden = back < 0
         if self._window is not None:
             hidden |= back >= self._window
-        output, lse = masked_products(part, keys, values, self._scaling, hidden)
+        output, lse = masked_products(Part(query, keys, values, self._scaling), hidden)
         self._merge(output, lse, first, end)
 
     def _merge(self, output: Tensor, lse: Tensor, first: int, end: int) -> None:

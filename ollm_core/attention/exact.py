@@ -1,5 +1,5 @@
-"""The oracle: transformers' own eager attention of the family, over all keys and values in one
-piece.
+"""Exact attention: transformers' own eager attention of the family, over all keys and values at
+once. It is the reference for everything else.
 
 Bit for bit what the un-offloaded model computes for the same chunk. Its memory grows with the
 context.

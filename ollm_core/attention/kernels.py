@@ -1,5 +1,5 @@
-"""What computes one part of block-wise attention: some queries over some keys, and the log-sum-exp
-that parts are merged by.
+"""The kernels of blockwise attention: each computes one part, some queries over some keys, and the
+log-sum-exp by which parts are merged.
 
 Letters: G key-value heads, P query heads that share one, T queries, n keys, D head dimension.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,10 +26,39 @@ _LARGEST_ROUNDED = 192  # up to it heads take a multiple of 32 in a split, other
 _MOST_BLOCKS = 320  # from there on a device of 200 multiprocessors does not split
 
 
-class Kernel(ABC):
-    """Attention of queries over keys. Rows and keys are aligned at their ends: query i of T stands
-    at key i + n - T.
+class Part(NamedTuple):
+    """One call of a kernel. Queries and keys are aligned at their ends: query i of T stands at key
+    i + n - T. Each query must see a key.
     """
+
+    query: Tensor
+    """[G, P, T, D]."""
+    keys: Tensor
+    """[G, n, D], or [B, G, n, D] for `Kernel.several`; as `values`."""
+    values: Tensor
+    scaling: float
+    causal: bool = False
+    """T is n, and each query sees its own key and those before."""
+    before: int | None = None
+    """At most so many keys before its own place. Without `causal` there are no more queries than
+    keys, and each sees all keys behind.
+    """
+
+    def hidden(self) -> Tensor:
+        """[T, n], true where a query does not see a key."""
+        num_new, num_keys, device = self.query.shape[2], self.keys.shape[1], self.keys.device
+        rows = torch.arange(num_new, device=device)[:, None] + num_keys - num_new
+        back = rows - torch.arange(num_keys, device=device)
+        hidden = (back < 0) & self.causal
+        return hidden if self.before is None else hidden | (back > self.before)
+
+
+PartialResult = tuple[Tensor, Tensor]
+"""Output [G, P, T, D] and the log-sum-exp of the scaled scores [G, P, T] in float32."""
+
+
+class Kernel(ABC):
+    """Computes a Part."""
 
     name: str
     causal: bool = True
@@ -43,29 +73,12 @@ class Kernel(ABC):
         """Whether it computes in this dtype, with heads of this size."""
 
     @abstractmethod
-    def __call__(
-        self,
-        query: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        scaling: float,
-        *,
-        causal: bool = False,
-        before: int | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """`query` [G, P, T, D] over `keys`, `values` [G, n, D] -> output [G, P, T, D] and the
-        log-sum-exp of the scaled scores [G, P, T] in float32.
+    def __call__(self, part: Part) -> PartialResult:
+        """Attention of the part's queries over its keys."""
 
-        `causal`: T is n, and each query sees its own key and those before. `before`: at most so
-        many keys before its own place. Each query must see a key; without `causal`, one with
-        `before` has no more queries than keys, and sees all keys behind.
-        """
-
-    def several(
-        self, query: Tensor, keys: Tensor, values: Tensor, scaling: float
-    ) -> tuple[Tensor, Tensor] | None:
-        """What so many calls for one of B blocks each would give, bit for bit, in one: `keys` and
-        `values` [B, G, n, D] -> [B, G, P, T, D] and [B, G, P, T]. None, as by default, if it
+    def several(self, part: Part) -> PartialResult | None:
+        """What B calls, one for each block of keys, would give, bit for bit, in one call: output
+        [B, G, P, T, D] and log-sum-exp [B, G, P, T]. Nothing is hidden. None, as by default, if it
         cannot.
         """
         return None
@@ -82,40 +95,31 @@ class CpuFlash(Kernel):
     def takes(self, dtype: torch.dtype, head_dim: int) -> bool:
         return True
 
-    def __call__(
-        self,
-        query: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        scaling: float,
-        *,
-        causal: bool = False,
-        before: int | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    def __call__(self, part: Part) -> PartialResult:
+        query, keys, values, scaling, causal, before = part
         assert before is None, "declared by `windows`"
         shape = query.shape
         query, keys, values = query.float(), keys.float(), values.float()
         if causal:  # its mask counts queries from the first key: here there are as many
             group = query.shape[1]
-            part = query.flatten(0, 1)
+            rows = query.flatten(0, 1)
             keys, values = (t.repeat_interleave(group, 0) for t in (keys, values))
         else:  # queries that share keys, as one long query
-            part = query.flatten(1, 2)
+            rows = query.flatten(1, 2)
         output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            part[None], keys[None], values[None], 0.0, causal, scale=scaling
+            rows[None], keys[None], values[None], 0.0, causal, scale=scaling
         )
         return output[0].reshape(shape), lse[0].reshape(shape[:3])
 
-    def several(
-        self, query: Tensor, keys: Tensor, values: Tensor, scaling: float
-    ) -> tuple[Tensor, Tensor] | None:
+    def several(self, part: Part) -> PartialResult | None:
         """See Kernel. Not in half precision: all blocks would be widened at the same time."""
+        query, keys, values, scaling, *_ = part
         if query.dtype in HALF:
             return None
-        part = query.flatten(1, 2)  # [G, P * T, D]
+        rows = query.flatten(1, 2)  # [G, P * T, D]
         shape = len(keys), *query.shape[:3]
         output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            part.expand(len(keys), *part.shape), keys, values, 0.0, False, scale=scaling
+            rows.expand(len(keys), *rows.shape), keys, values, 0.0, False, scale=scaling
         )
         return output.reshape(*shape, -1), lse.reshape(shape)
 
@@ -132,27 +136,19 @@ class Products(Kernel):
     def takes(self, dtype: torch.dtype, head_dim: int) -> bool:
         return True
 
-    def __call__(
-        self,
-        query: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        scaling: float,
-        *,
-        causal: bool = False,
-        before: int | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        assert not causal, "declared by `causal`"
-        assert before is None, "declared by `windows`"
-        return masked_products(query, keys, values, scaling, None)
+    def __call__(self, part: Part) -> PartialResult:
+        assert not part.causal, "declared by `causal`"
+        assert part.before is None, "declared by `windows`"
+        return masked_products(part, None)
 
 
-def masked_products(
-    query: Tensor, keys: Tensor, values: Tensor, scaling: float, hidden: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """As a kernel, with any mask: `hidden` [T, n] is true where a key is not seen."""
-    part = query.flatten(1, 2)  # [G, P * T, D]
-    scores = torch.matmul(part.float(), keys.float().transpose(1, 2)).mul_(scaling)
+def masked_products(part: Part, hidden: Tensor | None) -> PartialResult:
+    """As a kernel, with any mask: `hidden` [T, n] is true where a key is not seen. What the part
+    itself says of that is not looked at.
+    """
+    query, keys, values, scaling, *_ = part
+    rows = query.flatten(1, 2)  # [G, P * T, D]
+    scores = torch.matmul(rows.float(), keys.float().transpose(1, 2)).mul_(scaling)
     if hidden is not None:
         scores.masked_fill_(hidden.repeat(query.shape[1], 1), -torch.inf)
     # In place: torch's own log-sum-exp holds another copy of the scores, which no trace sees.
@@ -182,16 +178,8 @@ class FlashKernel(Kernel):
     def takes(self, dtype: torch.dtype, head_dim: int) -> bool:
         return dtype in self.dtypes and head_dim <= _MOST_HEAD_DIM
 
-    def __call__(
-        self,
-        query: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        scaling: float,
-        *,
-        causal: bool = False,
-        before: int | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    def __call__(self, part: Part) -> PartialResult:
+        query, keys, values, scaling, causal, before = part
         num_groups, group, num_new, head_dim = query.shape
         if missing := -head_dim % _HEAD_UNIT:  # zeros change no score
             query, keys, values = (

@@ -1,4 +1,4 @@
-"""Whether a kernel of block-wise attention works on a device: shown by a trial."""
+"""Tests whether an attention kernel works on a device, by running it beside plain products."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ollm_core.attention.blockwise import kernels_on
-from ollm_core.attention.kernels import HALF, Kernel, masked_products
+from ollm_core.attention.kernels import HALF, Kernel, Part, masked_products
 from ollm_core.errors import InputError
 
 _LARGEST_ERROR = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -21,19 +21,12 @@ _FAILURES = (AttributeError, ImportError, OSError, RuntimeError, TypeError, Valu
 
 
 class _Case(NamedTuple):
-    """One call of a kernel, and which keys it must hide."""
+    """The shape of one call of a kernel, and which keys it must hide."""
 
     num_new: int
     num_keys: int
     causal: bool = False
     before: int | None = None
-
-    def hidden(self, device: torch.device) -> Tensor:
-        """True where a query [T] does not see a key [n]."""
-        rows = torch.arange(self.num_new, device=device)[:, None] + self.num_keys - self.num_new
-        back = rows - torch.arange(self.num_keys, device=device)
-        hidden = (back < 0) & self.causal
-        return hidden if self.before is None else hidden | (back > self.before)
 
 
 def _cases(kernel: Kernel) -> Iterator[_Case]:
@@ -63,12 +56,10 @@ def trial(kernel: Kernel, device: torch.device, dtype: torch.dtype, head_dim: in
     for case in _cases(kernel):
         query = random(num_groups, group, case.num_new, head_dim)
         keys, values = (random(num_groups, case.num_keys, head_dim) for _ in range(2))
-        hidden = case.hidden(device)
-        expected, expected_lse = masked_products(query, keys, values, scaling, hidden)
+        part = Part(query, keys, values, scaling, case.causal, case.before)
+        expected, expected_lse = masked_products(part, part.hidden())
         try:
-            output, lse = kernel(
-                query, keys, values, scaling, causal=case.causal, before=case.before
-            )
+            output, lse = kernel(part)
             wrong = (output.float() - expected).abs().max() > _LARGEST_ERROR[dtype]
             wrong |= (lse - expected_lse).abs().max() > _LARGEST_LSE_ERROR
             if not bool(torch.isfinite(output).all()) or bool(wrong):

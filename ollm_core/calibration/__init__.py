@@ -1,1 +1,1 @@
-"""What this machine can do, measured."""
+"""Calibration: measures how fast this machine is."""

@@ -1,4 +1,4 @@
-"""How fast the kernels of block-wise attention are on a device."""
+"""Measures how fast the attention kernels are on a device."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 
 from ollm_core.attention.blockwise import kernels_on
-from ollm_core.attention.kernels import Kernel, Products
+from ollm_core.attention.kernels import Kernel, Part, Products
 from ollm_core.attention.trial import _HEAD_DIM, trial
 
 _HEADS = (8, 4)  # key-value heads, and query heads for each: of a Llama 3.1 8B
@@ -45,13 +45,14 @@ def measure_kernels(
     num_groups, group = _HEADS
     query = torch.randn(num_groups, group, num_new, _HEAD_DIM, device=device).to(dtype)
     keys = torch.randn(num_groups, _BLOCK_TOKENS, _HEAD_DIM, device=device).to(dtype)
+    part = Part(query, keys, keys, _HEAD_DIM**-0.5)
     flops = 4 * num_groups * group * num_new * num_blocks * _BLOCK_TOKENS * _HEAD_DIM
     found = dict.fromkeys(kernels, 0.0)
     for _ in range(_REPEATS):
         for name, kernel in kernels.items():
             start = time.perf_counter()
             for _ in range(num_blocks):
-                kernel(query, keys, keys, _HEAD_DIM**-0.5)
+                kernel(part)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             found[name] = max(found[name], flops / max(time.perf_counter() - start, 1e-9))

@@ -1,4 +1,4 @@
-"""How fast the reading engines bring weights from where models lie, cold."""
+"""Measures how fast each reading engine reads the models directory, with a cold cache."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How fast this machine reads, moves and multiplies: measured once and kept, or assumed."""
+"""The rates of this machine (disk, bus, memory, compute): measured once and saved, or assumed."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def measure_rates(directory: Path, device: torch.device, dtype: torch.dtype) -> 
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, (json.dumps(kept, indent=1) + "\n").encode())
     except OSError as error:
-        raise InputError(f"cannot keep the rates in {path}: {error.strerror}") from error
+        raise InputError(f"cannot save the rates in {path}: {error.strerror}") from error
     return find_rates(directory, device, dtype)
 
 

@@ -1,4 +1,4 @@
-"""Models on disk by id: where they lie, whether they are there, and fetching them from the hub.
+"""Finds models on disk by id, and downloads them from the hub.
 
 Knows directories and ids, and nothing of how a model is opened. Only `pull` reaches the network.
 """

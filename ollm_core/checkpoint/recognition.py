@@ -1,4 +1,4 @@
-"""What a directory is that is no plain checkpoint, told by the names of its files.
+"""Says what a directory holds when it is no plain checkpoint, from the names of its files.
 
 The one place that knows other forms of weights. It opens none of these files: a pickle runs code.
 """

@@ -1,4 +1,5 @@
-"""A checkpoint that is not on disk, described: which tensors its files would hold, and where.
+"""Describes a checkpoint that is not on disk, for plans: which tensors its files would hold, and
+where.
 
 It is laid out as transformers saves it into one file, so that a plan without the files counts the
 very pages that a run with them would read.

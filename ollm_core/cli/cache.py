@@ -1,4 +1,4 @@
-"""The verb `cache`: what earlier runs have kept in a KV directory."""
+"""The verb `cache`: prefix caches that earlier runs saved, listed, verified and removed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _SHOWN = 12  # digits of an id or fingerprint
 
 
 def _kv_dir_option(command: Command) -> Command:
-    text = "What was given to `ollm run --kv-dir`."
+    text = "Directory that you gave to `ollm run --kv-dir`."
     return click.option("--kv-dir", metavar="DIR", type=user_path, required=True, help=text)(
         command
     )
@@ -32,7 +32,7 @@ def _kv_dir_option(command: Command) -> Command:
 
 @click.group()
 def cache() -> None:
-    """List, verify and remove prefix caches, which earlier runs saved in --kv-dir."""
+    """List, verify and remove the prefix caches that earlier runs saved in --kv-dir."""
 
 
 @cache.command("list")
@@ -40,14 +40,14 @@ def cache() -> None:
 @json_option
 @debug_option
 def list_(kv_dir: Path, as_json: bool) -> None:
-    """Show every kept prefix: its model, tokens, bytes and date."""
+    """Show every cached prefix: its model, tokens, size and date."""
     kept, empty = _kept(kv_dir)
     if as_json:
         print_json(
             {"prefixes": [_fields(one) for one in kept], "empty": [str(path) for path in empty]}
         )
         return
-    rows = [("ID", "MODEL", "DTYPE", "TOKENS", "SIZE", "KEPT")]
+    rows = [("ID", "MODEL", "DTYPE", "TOKENS", "SIZE", "SAVED")]
     rows += [
         (one.id[:_SHOWN], one.fingerprint[:_SHOWN], one.dtype, str(len(one.prefix.token_ids)),
          format_size(one.num_bytes), _date(one))
@@ -55,7 +55,7 @@ def list_(kv_dir: Path, as_json: bool) -> None:
     ]  # fmt: skip
     print_table(rows)
     if empty:
-        click.echo(f"{len(empty)} directories hold none; `ollm cache remove --all` removes them")
+        click.echo(f"{len(empty)} directories are empty; `ollm cache remove --all` removes them")
 
 
 @cache.command()
@@ -63,7 +63,7 @@ def list_(kv_dir: Path, as_json: bool) -> None:
 @json_option
 @debug_option
 def verify(kv_dir: Path, as_json: bool) -> None:
-    """Read every kept block and compare it with its checksum. Exit code 1 if one is damaged."""
+    """Check every block of the cached prefixes by its checksum. Exits with 1 if one is damaged."""
     from ollm_core.kv.disk.admin import verify as verify_one
 
     kept, _ = _kept(kv_dir)
@@ -79,12 +79,12 @@ def verify(kv_dir: Path, as_json: bool) -> None:
 
 @cache.command()
 @click.argument("prefix_id", metavar="[ID]", required=False)
-@click.option("--all", "everything", is_flag=True, help="Remove all that is kept there.")
+@click.option("--all", "everything", is_flag=True, help="Remove every cached prefix.")
 @_kv_dir_option
 @json_option
 @debug_option
 def remove(prefix_id: str | None, everything: bool, kv_dir: Path, as_json: bool) -> None:
-    """Remove the kept prefix whose id begins with ID, or all. Other files are left alone."""
+    """Remove the cached prefix whose id begins with ID, or all of them. Other files stay."""
     from ollm_core.kv.disk.admin import pick, remove_empty
     from ollm_core.kv.disk.admin import remove as remove_kept
 
@@ -99,10 +99,10 @@ def remove(prefix_id: str | None, everything: bool, kv_dir: Path, as_json: bool)
     if as_json:
         print_json({"removed": [_fields(one) for one in removed], "in_use": len(in_use)})
     else:
-        click.echo(f"removed {len(removed)} of {len(kept)} kept prefixes")
+        click.echo(f"removed {len(removed)} of {len(kept)} cached prefixes")
     if in_use:
         raise KVStoreError(
-            f"{len(in_use)} kept prefixes are in use by another process", hint="try again later"
+            f"{len(in_use)} cached prefixes are in use by another process", hint="try again later"
         )
 
 

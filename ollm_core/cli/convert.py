@@ -1,4 +1,4 @@
-"""The verb `convert`: a model with its weights compressed, losslessly."""
+"""The verb `convert`: compresses the weights of a model, losslessly."""
 
 from __future__ import annotations
 
@@ -25,16 +25,17 @@ if TYPE_CHECKING:
     metavar="DIR",
     required=True,
     type=user_path,
-    help="Where the compressed model goes.",
+    help="Directory for the compressed model.",
 )
 @options_of("convert")
 @json_option
 @debug_option
 def convert(model: str, out: Path, models_dir: str | None, as_json: bool) -> None:
-    """Write MODEL, an id or a directory, again with its bf16 weights compressed, losslessly.
+    """Compress the bf16 weights of MODEL, an id or a directory, into a new model, losslessly.
 
-    A third less is read from the disk, for work of the CPU: it pays where the disk is slow. The
-    original is only read. What was interrupted goes on with the files that are missing.
+    A run of it reads a third less from the disk and works the CPU more: use it where the disk is
+    slow. The original is not changed. After an interruption, run the command again: it writes the
+    files that are missing.
     """
     from ollm_core.checkpoint.hub import resolve
     from ollm_core.convert.compress import convert

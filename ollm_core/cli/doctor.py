@@ -1,4 +1,4 @@
-"""The verb `doctor`: measure what this machine can do, for the times that `plan` tells."""
+"""The verb `doctor`: measures this machine, so that `plan` can predict times."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ollm_core.memory.sizes import format_size
 @json_option
 @debug_option
 def doctor(device: str, dtype: str, models_dir: str | None, as_json: bool) -> None:
-    """Measure the disk that models lie on, and the device; `ollm plan` then goes by that."""
+    """Measure your disk and your device, so that `ollm plan` knows how fast they are."""
     from ollm_core.calibration.rates import (
         as_fields,
         measure_rates,
@@ -58,9 +58,9 @@ def doctor(device: str, dtype: str, models_dir: str | None, as_json: bool) -> No
         each = ", ".join(f"{name} {rate / 1e9:.4g}" for name, rate in attention.items())
         click.echo(f"blocks   {best} attention is the fastest: {each} GFLOP/s")
     click.echo(
-        f"budgets  {format_size(budgets.device)} of device memory and {format_size(budgets.host)} "
-        "of host memory, where none are stated:"
+        f"limits   {format_size(budgets.device)} device memory, {format_size(budgets.host)} host "
+        "memory, unless you set others:"
     )
     click.echo(f"{'':<9}device: {DEVICE_DEFAULT}")
     click.echo(f"{'':<9}host: {HOST_DEFAULT}")
-    click.echo(f"kept in {rates_file()}")
+    click.echo(f"saved in {rates_file()}")

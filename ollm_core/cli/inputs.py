@@ -1,4 +1,4 @@
-"""What a verb reads of the user's text."""
+"""Reads the user's text: a file or stdin."""
 
 from __future__ import annotations
 

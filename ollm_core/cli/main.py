@@ -1,4 +1,4 @@
-"""The `ollm` command: its verbs, and what the user sees when one fails."""
+"""The `ollm` command: runs a verb, and shows errors as one line and a hint."""
 
 from __future__ import annotations
 
@@ -33,10 +33,11 @@ from ollm_core.errors import DoesNotFitError, OllmError, one_line
 @click.version_option(__version__, prog_name="ollm")
 @debug_option
 def cli() -> None:
-    """Run large language models exactly, in a bounded memory, with weights from the SSD.
+    """Run large language models that do not fit in your memory: exact answers, a memory limit that
+    holds, weights read from the SSD.
 
-    Sizes are written 8GB or 512MiB. Exit codes: 0 done, 2 bad usage or input, 3 does not fit, 4
-    unknown model or plugin, 1 anything else. Errors go to stderr, also with --json.
+    Write sizes as 8GB or 512MiB. Exit codes: 0 done, 2 bad usage or input, 3 does not fit, 4
+    unknown model or plugin, 1 any other error. Errors go to stderr, with --json too.
     """
 
 

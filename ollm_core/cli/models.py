@@ -27,7 +27,7 @@ def list_models(models_dir: str | None, as_json: bool) -> None:
     from ollm_core.checkpoint.hub import is_on_disk, local_path
     from ollm_core.plugins.registry import Registry, limits
 
-    rows = [("ID", "ADAPTER", "DISTRIBUTION", "PARAMETERS", "SIZE", "ON DISK", "WITHOUT")]
+    rows = [("ID", "ADAPTER", "DISTRIBUTION", "PARAMETERS", "SIZE", "ON DISK", "UNSUPPORTED")]
     models = []
     for adapter, entry, plugin in Registry.discover().catalog():
         on_disk = is_on_disk(entry.id, models_dir)
@@ -63,7 +63,7 @@ def list_models(models_dir: str | None, as_json: bool) -> None:
 @json_option
 @debug_option
 def plugins(as_json: bool) -> None:
-    """Show the installed plugins, what each brings, and why one failed to load."""
+    """Show the installed plugins, what each provides, and why one failed to load."""
     from ollm_core.contracts.adapter import ADAPTER_API
     from ollm_core.plugins.loader import KINDS
     from ollm_core.plugins.registry import Registry
@@ -72,7 +72,7 @@ def plugins(as_json: bool) -> None:
     if as_json:
         print_json({"core_adapter_api": ADAPTER_API, "plugins": [_fields(one) for one in found]})
         return
-    rows = [("PLUGIN", "DISTRIBUTION", "VERSION", "BRINGS", "STATUS")]
+    rows = [("PLUGIN", "DISTRIBUTION", "VERSION", "PROVIDES", "STATUS")]
     for plugin in found:
         brings = [f"adapter {one.name} ({one.adapter_api})" for one in plugin.adapters]
         brings += [f"{KINDS[offer.hook].title} {offer.name}" for offer in plugin.offers]
@@ -110,11 +110,11 @@ def _fields(plugin: PluginInfo) -> dict[str, object]:
 @click.command()
 @click.argument("model_id", metavar="ID")
 @options_of("pull")
-@click.option("--force", is_flag=True, help="Fetch again what is there.")
+@click.option("--force", is_flag=True, help="Download again, even if the model is on disk.")
 @json_option
 @debug_option
 def pull(model_id: str, models_dir: str | None, force: bool, as_json: bool) -> None:
-    """Fetch the model ID from the hub. What was interrupted goes on where it stopped."""
+    """Download the model ID from the Hugging Face hub. Run it again to resume a download."""
     from ollm_core.checkpoint import hub
     from ollm_core.plugins.registry import Registry
 
@@ -132,16 +132,17 @@ def pull(model_id: str, models_dir: str | None, force: bool, as_json: bool) -> N
     "--out",
     metavar="DIR",
     type=user_path,
-    help="Where the model goes.  [default: the file's name, in the models directory]",
+    help="Directory for the model.  [default: the file's name, in the models directory]",
 )
 @click.option(
     "--dtype",
     type=click.Choice(["bfloat16", "float16", "float32"]),
     default="bfloat16",
     show_default=True,
+    help="dtype of the new weights.",
 )
 @options_of("import")
-@click.option("--force", is_flag=True, help="If DIR is there, give it another name first.")
+@click.option("--force", is_flag=True, help="If the directory exists, rename it first.")
 @json_option
 @debug_option
 @click.pass_context
@@ -154,7 +155,7 @@ def import_(
     force: bool,
     as_json: bool,
 ) -> None:
-    """Make a safetensors model from a GGUF file. Quantised weights are unpacked."""
+    """Convert a GGUF file to a safetensors model. Quantised weights are dequantised."""
     from ollm_core.checkpoint.hub import models_root
     from ollm_core.convert.gguf.importer import import_gguf
 
@@ -163,7 +164,7 @@ def import_(
     with nullcontext() if show else redirect_stderr(io.StringIO()):  # the libraries' own bars
         aside = import_gguf(gguf_file, out, dtype, force=force)
     if aside is not None:
-        click.echo(f"{out} was there and is now {aside}", err=True)
+        click.echo(f"renamed {out}, which existed, to {aside}", err=True)
     if as_json:
         print_json({"path": str(out), "dtype": dtype, "moved": str(aside) if aside else None})
     else:

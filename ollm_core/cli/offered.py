@@ -1,4 +1,4 @@
-"""What plugins bring to the command line: names for options, and verbs."""
+"""Verbs and option values that plugins add to the command line."""
 
 from __future__ import annotations
 

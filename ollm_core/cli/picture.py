@@ -1,4 +1,4 @@
-"""What is held over a run, drawn into a file: both memories, stacked by kind. Needs matplotlib."""
+"""`--plot FILE`: draws both memories over a run into a file, stacked by kind. Needs matplotlib."""
 
 from __future__ import annotations
 

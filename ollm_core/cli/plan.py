@@ -1,4 +1,4 @@
-"""The verb `plan`: what a run would hold and how long it would take, before there are weights."""
+"""The verb `plan`: predicts the memory and the time of a run, without weights."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ _COLUMN = 12
     metavar="[FILE.png]",
     is_flag=False,
     flag_value=_TERMINAL,
-    help="Also draw what is held over the run: in the terminal, or into a file.",
+    help="Also draw the memory held during the run: in the terminal, or into a file.",
 )
 @json_option
 @debug_option
 def plan(model: str, as_json: bool, plot: str | None, **options: Any) -> None:
-    """Say what a run of MODEL would hold and how long it would take.
+    """Predict the memory and the time that a run of MODEL needs, without running it.
 
     MODEL is an id, a directory, or a lone config.json: no weights are needed, and no such device.
     """
@@ -156,7 +156,7 @@ def _rates(plan: Plan) -> list[str]:
         if rate is not None:
             number = format_size(rate.per_second).removesuffix("B")  # ends with a prefix: "2 G"
             by_source.setdefault(rate.source, []).append(f"{name} {number}{unit}")
-    hint = "; `ollm doctor` measures"
+    hint = "; run `ollm doctor` to measure"
     return [
         f"{', '.join(told)} ({source}{hint if source == 'assumed' else ''})"
         for source, told in by_source.items()

@@ -1,4 +1,4 @@
-"""`--profile`: where the time of a run went, for people."""
+"""`--profile`: the table of where the time of a run went."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What would do instead of a run that does not fit."""
+"""Hints for a run that does not fit: the limits that would be enough."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run has cost, from its Stats: fields of JSON, and lines for people."""
+"""Reports a run from its Stats: fields for `--json`, and the summary for people."""
 
 from __future__ import annotations
 

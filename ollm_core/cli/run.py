@@ -1,4 +1,4 @@
-"""The verb `run`: one prompt, one answer, and what it cost."""
+"""The verb `run`: answers one prompt, and reports the time and memory it took."""
 
 from __future__ import annotations
 
@@ -24,24 +24,26 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _SAMPLING = ("top_p", "top_k", "seed")
+_TOP_P = "Sample among the most likely tokens that sum up to this probability.  [default: all]"
+_TOP_K = "Sample among this many of the most likely tokens.  [default: all]"
 
 
 @click.command()
 @click.argument("model")
-@click.option("--prompt", metavar="TEXT", help="What to ask. Without --prompt and --file: stdin.")
+@click.option("--prompt", metavar="TEXT", help="Your prompt. Without --prompt and --file, stdin.")
 @click.option(
     "--file",
     metavar="FILE",
     type=user_path,
-    help="A document to put before the prompt; - is stdin.",
+    help="A document that the model reads before the prompt; - is stdin.",
 )
 @click.option("--system", metavar="TEXT", help="A system message for the chat template.")
 @click.option(
     "--reasoning-effort",
     type=click.Choice(["low", "medium", "high"]),
-    help="How long to think, where the model's chat template asks.  [default: the template's]",
+    help="How long the model thinks, if its chat template can say.  [default: the template's]",
 )
-@click.option("--raw", is_flag=True, help="Continue the text as it is, without a chat template.")
+@click.option("--raw", is_flag=True, help="Continue your text as it is, without a chat template.")
 @click.option(
     "--allow-special-tokens",
     is_flag=True,
@@ -49,16 +51,19 @@ _SAMPLING = ("top_p", "top_k", "seed")
 )
 @options_of("run")
 @click.option(
-    "--temperature", type=click.FloatRange(0), default=0.0, help="0, the default, is greedy."
+    "--temperature",
+    type=click.FloatRange(0),
+    default=0.0,
+    help="Sampling temperature; 0, the default, is greedy.",
 )
-@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="[default: all]")
-@click.option("--top-k", type=click.IntRange(1), help="[default: all]")
+@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help=_TOP_P)
+@click.option("--top-k", type=click.IntRange(1), help=_TOP_K)
 @click.option("--seed", type=int, help="Make sampling repeatable.")
 @click.option(
     "--profile",
     metavar="FILE",
     type=user_path,
-    help="Tell where the time went, and write it as a trace that ui.perfetto.dev opens.",
+    help="Print where the time went, and write a trace for ui.perfetto.dev to FILE.",
 )
 @json_option
 @debug_option

@@ -1,5 +1,5 @@
-"""What SIGINT, SIGTERM and SIGHUP do to a verb: it is broken off as by Ctrl-C, closes what it has
-open, and the command ends with the exit code that shells give for the signal.
+"""Handles SIGINT, SIGTERM and SIGHUP: the verb stops as by Ctrl-C, closes what it has open, and the
+command exits with the code that shells give for the signal.
 """
 
 from __future__ import annotations

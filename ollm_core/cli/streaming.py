@@ -1,4 +1,4 @@
-"""What a terminal shows while a model works: a progress bar first, then the text as it is made."""
+"""Shows progress in a terminal: a bar while the prompt is read, then the text as it is made."""
 
 from __future__ import annotations
 

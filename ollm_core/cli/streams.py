@@ -1,4 +1,4 @@
-"""The standard streams: closed ones, ones that take no more, and readers that have gone."""
+"""Standard streams that are closed, full, or whose reader has gone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is held over a run, drawn for a terminal: a bar for each pass, stacked by kind."""
+"""`--plot`: draws both memories over a run in the terminal, one bar for each pass."""
 
 from __future__ import annotations
 

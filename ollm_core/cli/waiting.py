@@ -1,4 +1,5 @@
-"""How torch's threads wait for their next work: chosen before torch is loaded, for good.
+"""Chooses how torch's threads wait for work: spinning or asleep. It must be chosen before torch is
+loaded.
 
 By default they ask for it again and again, which is the quickest where each has a core of its own.
 Where another program computes too, they so keep each other from the core that they wait for: with

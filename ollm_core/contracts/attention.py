@@ -1,4 +1,4 @@
-"""The contract of attention, and what a layer may see."""
+"""The contract of an attention function, and the view of keys and values that a layer gets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-""""""
+"""Closing: objects that own resources, and free them once, in the right thread."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is declared of a model: frozen data, free of torch."""
+"""Data that an adapter declares about a model: frozen, free of torch."""
 
 from __future__ import annotations
 

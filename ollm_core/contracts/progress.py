@@ -1,4 +1,4 @@
-"""What a running model tells: progress of a pass, and counters."""
+"""Progress of a weight pass, and the counters of a running model (Stats)."""
 
 from __future__ import annotations
 

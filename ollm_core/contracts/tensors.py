@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint, and which of them make which parameter: frozen data, free of torch."""
+"""Tensors of a checkpoint, and which of them make each parameter: frozen data, free of torch."""
 
 from __future__ import annotations
 

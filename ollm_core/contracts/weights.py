@@ -1,4 +1,4 @@
-"""The contracts of reading engines and of the streamer that gives out parameters."""
+"""The contracts of reading engines, and of the streamer that gives parameters to layers."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Checkpoints written again in another form."""
+"""Converts checkpoints: to compressed weights, and from GGUF."""

@@ -1,4 +1,4 @@
-"""A checkpoint written again with its weights compressed, losslessly, in the form that
+"""Compresses the weights of a checkpoint, losslessly, into a new directory, in the form that
 `weights.formats.compressed` reads.
 
 The original is only read. Each file gets its name when it is whole, on the disk and checked against
@@ -175,7 +175,10 @@ class _Conversion:
         use, or holds something else: what it has is checked.
         """
         if self._out.resolve() == self._checkpoint.directory.resolve():
-            raise InputError(f"{self._out} is the model itself", hint="choose another --out")
+            raise InputError(
+                f"{self._out} is the directory of the model itself",
+                hint="choose another --out",
+            )
         if self._out.exists() and not self._out.is_dir():
             raise InputError(f"{self._out} is not a directory", hint="choose another --out")
         is_new = not self._out.exists()

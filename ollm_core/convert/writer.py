@@ -1,4 +1,4 @@
-"""One safetensors file written again with some of its tensors compressed, and checked bit for bit.
+"""Writes one safetensors file with some of its tensors compressed, and checks it bit for bit.
 
 Knows one file; which there are and which of their tensors are worth it is for `convert` to say.
 """

@@ -1,6 +1,4 @@
-"""Page-aligned memory on huge pages: what O_DIRECT wants, and what makes a read run at the speed of
-the disk.
-"""
+"""Page-aligned buffers on huge pages, as O_DIRECT needs them for reads at the speed of the disk."""
 
 from __future__ import annotations
 

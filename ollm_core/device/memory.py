@@ -1,5 +1,5 @@
-"""Whether a device has memory of its own, decided once, and what follows from it: which memory
-weights are read into, how host memory is made, and whether there are transfers.
+"""Whether a device has memory of its own, decided once, and what follows: where weights are read
+into, how host memory is allocated, and whether there are transfers.
 """
 
 from __future__ import annotations

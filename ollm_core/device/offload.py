@@ -1,5 +1,5 @@
-"""Where hidden states lie between a pass's layers: on the device, or in host memory where the
-budget asks for it.
+"""Activation offload: hidden states between layers stay on the device, or go to host memory where
+the budget needs it.
 """
 
 from __future__ import annotations

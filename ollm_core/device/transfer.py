@@ -1,5 +1,5 @@
-"""The way between host memory and that of a device which has its own: two streams, the events that
-order them, and host memory that is locked for it. Which devices have one says `device.memory`.
+"""Host-to-device transfers: two streams, the events that order them, and pinned host memory.
+`device.memory` says which devices have them.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ class Bus(ABC):
         if not self._told:
             self._told = True
             logger.warning(
-                "%s of host memory cannot be locked for %s, copies take longer: %s",
+                "%s of host memory cannot be pinned for %s, copies take longer: %s",
                 format_size(num_bytes),
                 self.device,
                 refused,

@@ -1,4 +1,4 @@
-"""What is copied to a device beside what it computes: a few device buffers, used in turn."""
+"""Copies data to a device while it computes, through a few device buffers that are used in turn."""
 
 from __future__ import annotations
 

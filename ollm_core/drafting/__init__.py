@@ -1,1 +1,1 @@
-"""Draft sources, and how many tokens are worth drafting."""
+"""Drafting: draft sources, and how many tokens are worth drafting."""

@@ -1,6 +1,7 @@
-"""How many tokens are worth drafting, from what drafts have cost and brought in this text so far.
+"""The draft-length controller: how many tokens are worth drafting, from what drafts have cost and
+gained in this text so far.
 
-The gate knows seconds and counts. It knows nothing of tokens, models or clocks.
+The controller knows seconds and counts. It knows nothing of tokens, models or clocks.
 
 **What it may lose.** Let c be the seconds of a pass over one token, without a draft. A pass that
 gave t tokens would have been t passes, so its allowance is 1.05 t c, and what it and the draft
@@ -83,8 +84,8 @@ class FixedLength(DraftLength):
 
 
 def draft_length(longest: int, fixed: int | None, *, sampling: bool) -> DraftLength:
-    """What decides for one text: a fixed number, if there is one, or the gate. What is sampled
-    depends on where drafts end, and what the gate decides on the clock: there it is fixed too.
+    """What decides for one text: a fixed number, if there is one, or the controller. Sampled
+    text depends on where drafts end, and the controller on the clock: there it is fixed too.
     """
     if fixed is not None or sampling:
         return FixedLength(fixed or longest)

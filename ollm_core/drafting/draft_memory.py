@@ -1,5 +1,5 @@
-"""The memory of a model that drafts: what it takes for a text, and the part of the main model's
-accounts that is its own.
+"""The memory of a draft model: how much it needs for a text, and its part of the main model's
+accounts.
 """
 
 from __future__ import annotations

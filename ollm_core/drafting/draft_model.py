@@ -1,4 +1,4 @@
-"""A small model in memory as a draft source: what it would say next is what it guesses."""
+"""A small model in memory as a draft source: it guesses what it would say next."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Draft sources: tokens guessed ahead, which the model checks several of in one weight pass.
+"""Draft tokens for transformers' assisted decoding, and the built-in source that looks them up
+earlier in the text.
 
 The checking is transformers' assisted decoding; this module hands it the guesses. How many, the
-gate decides.
+draft-length controller decides.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ class DraftCandidates(CandidateGenerator):
     def __init__(
         self,
         drafter: Drafter,
-        gate: DraftLength,
+        controller: DraftLength,
         counts: PassCounts,
         stopping_criteria: StoppingCriteriaList,
         fits: Callable[[int], bool],
@@ -86,7 +87,7 @@ class DraftCandidates(CandidateGenerator):
         `fits` says whether there is memory for a pass that checks so many.
         """
         self._drafter = drafter
-        self._gate = gate
+        self._controller = controller
         self._counts = counts
         self._stopping_criteria = stopping_criteria
         self._fits = fits
@@ -116,21 +117,21 @@ class DraftCandidates(CandidateGenerator):
         """Called by transformers after each pass."""
         now, num_right = self._counts.counted.decode_seconds, int(num_matches)
         if self._seconds is None:
-            self._gate.started(self._counts.counted.prefill_seconds - self._before_prompt)
+            self._controller.started(self._counts.counted.prefill_seconds - self._before_prompt)
             self._seconds = now
         else:
-            self._gate.checked(self._num_drafted, num_right, now - self._seconds)
+            self._controller.checked(self._num_drafted, num_right, now - self._seconds)
         self._counts.count_accepted(num_right)
 
     def _drafted(self, input_ids: Tensor) -> Tensor:
         """`input_ids` [1, S] with as much of a draft as is worth to be checked."""
         limit = self._max_positions - input_ids.shape[1]
-        num_asked = self._gate.ask(limit)
+        num_asked = self._controller.ask(limit)
         if num_asked > 0 and isinstance(self._drafter, FollowsText):
             start = time.perf_counter()
             self._drafter.catch_up(input_ids[0].cpu())
-            self._gate.caught_up(time.perf_counter() - start)
-            num_asked = self._gate.ask(limit)
+            self._controller.caught_up(time.perf_counter() - start)
+            num_asked = self._controller.ask(limit)
         start = time.perf_counter()
         while num_asked > 0 and not self._fits(num_asked):
             num_asked //= 2
@@ -138,7 +139,7 @@ class DraftCandidates(CandidateGenerator):
             return input_ids
         draft = self._checked(self._drafter(input_ids[0].cpu(), num_asked))[:num_asked]
         seconds = time.perf_counter() - start
-        draft = draft[: self._gate.answered(num_asked, len(draft), seconds)]
+        draft = draft[: self._controller.answered(num_asked, len(draft), seconds)]
         candidates = torch.cat([input_ids, draft.to(input_ids.device)[None]], dim=1)
         for length in range(input_ids.shape[1] + 1, candidates.shape[1] + 1):
             if bool(self._stopping_criteria(candidates[:, :length], None).any()):

@@ -1,4 +1,4 @@
-"""No token is chosen from numbers that are none."""
+"""Refuses logits that are NaN or infinite, so that no token is chosen from them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tells whoever asked how far a weight pass is, or the hashing of the model's files."""
+"""Reports the progress of a weight pass, or of hashing the model's files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a caller's torch settings must not change: they hold for the thread, and so for us too."""
+"""Keeps the caller's torch settings (autocast, default device and dtype) from changing a pass."""
 
 from __future__ import annotations
 

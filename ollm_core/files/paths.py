@@ -1,4 +1,4 @@
-"""Paths of the user: where files lie that no option names, and what a path in an option means."""
+"""Paths: what a path in an option means, and where files go that no option names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files and directories of one process only: those being written, and KV that is not to be kept.
+"""Temporary files and directories, which belong to one process and are removed after it.
 
 The process owns each by flock for as long as it uses it. What a killed process left is owned by
 nobody: the next one removes it.

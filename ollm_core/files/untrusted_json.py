@@ -1,4 +1,4 @@
-"""JSON from files that anybody may have written: the one place where it is parsed."""
+"""Parses JSON from untrusted files."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ def parse_object(raw: bytes, *, strict: bool = False) -> dict[str, Any]:
         parsed = json.loads(raw.decode("utf-8"), **options)
     except RecursionError:
         raise ValueError("JSON nested too deeply") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error}") from error
     if not isinstance(parsed, dict):
         raise ValueError("must be a JSON object")
     return parsed

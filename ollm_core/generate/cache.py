@@ -1,4 +1,4 @@
-"""The cache object that `generate` carries: rows of a batch, each a sequence of a KV store."""
+"""The cache that `generate` passes around: one sequence of a KV store for each row of a batch."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The transformers face of the engine: `generate` is transformers' own, each of its steps is one
-weight pass.
+"""StreamedModel: a causal language model whose `generate` is transformers' own; each of its steps
+is one weight pass.
 """
 
 from __future__ import annotations

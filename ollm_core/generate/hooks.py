@@ -1,4 +1,4 @@
-"""What transformers' `generate` asks of a model on the way: a cache, each step's inputs, drafts."""
+"""Methods that transformers' `generate` calls on a model: caches, inputs of each step, drafts."""
 
 from __future__ import annotations
 

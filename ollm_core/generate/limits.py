@@ -1,4 +1,4 @@
-"""What a model of one config can take: tokens of its vocabulary, as many as it has positions."""
+"""Checks token ids and lengths against the model's vocabulary and positions."""
 
 from __future__ import annotations
 

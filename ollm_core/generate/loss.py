@@ -1,4 +1,4 @@
-"""Labels of a forward pass: transformers' own loss, in memory that is accounted."""
+"""Computes transformers' own loss from `labels`, in memory that is accounted."""
 
 from __future__ import annotations
 

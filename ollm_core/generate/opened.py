@@ -1,4 +1,4 @@
-"""An opened model beside its calls: what it owns, its caches, its draft source, what it tells."""
+"""What an opened model owns beside its calls: resources, caches, draft source, counters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A batch as transformers gives it, padded, and as the engine takes it: each row's real tokens."""
+"""Converts between transformers' padded batches and the engine's lists of real tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a streamed model inherits from transformers and torch, and what it makes of it.
+"""Methods that a streamed model inherits from transformers and torch: which work, and which raise.
 
 Its base classes promise much that is not so here: there are no parameters to train, move or save.
 What works is listed; anything else raises, also what a later transformers adds.

@@ -1,4 +1,6 @@
-"""Keys, values and recurrent states of many sequences: on the device, in host memory or on disk."""
+"""KV stores: keys, values and recurrent states of many sequences, on the device, in host memory or
+on disk.
+"""
 
 import warnings
 from typing import Any

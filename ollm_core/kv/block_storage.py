@@ -1,4 +1,6 @@
-"""What a tier has to do: keep the bytes of blocks. It knows nothing of sequences."""
+"""BlockStorage, the base class of KV tiers: keeps the bytes of blocks, and knows nothing of
+sequences.
+"""
 
 from __future__ import annotations
 

@@ -11,20 +11,15 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from ollm_core.contracts.kv import KVGeometry, KVStore, TierBytes
 from ollm_core.device.memory import SHARED, DeviceMemory, OwnMemory
-from ollm_core.device.upload import Upload
 from ollm_core.errors import KVStoreError
 from ollm_core.kv.block_storage import BlockStorage
+from ollm_core.kv.block_upload import BlockUpload
 from ollm_core.kv.block_views import Cut, CutBlocks
-from ollm_core.kv.buffer_pool import BufferPool, Charges
 from ollm_core.memory.accounts import MemoryAccount
-from ollm_core.memory.kinds import MemoryKind
-
-_UPLOADS = 2  # blocks on the device: one is attended while the next is copied
 
 
 @dataclass(eq=False, slots=True)
@@ -73,19 +68,10 @@ class BlockKVStore(KVStore):
         self._next_sequence = 0
         self._num_sharers: Counter[tuple[int, int]] = Counter()  # owners beyond the first
         self._closed = False
-        uploads = isinstance(memory, OwnMemory)
-        self._upload_charges = Charges(upload_account) if uploads and upload_account else None
-        self._uploads: BufferPool[Upload] | None = None
+        self._upload: BlockUpload | None = None
         if isinstance(memory, OwnMemory):
-            bus = memory.bus
-            largest = max(map(geometry.block_bytes, range(geometry.num_layers)))
             try:
-                self._uploads = BufferPool(
-                    lambda: Upload(bus, largest, _UPLOADS),
-                    _UPLOADS * largest,
-                    MemoryKind.KV_UPLOAD,
-                    self._upload_charges,
-                )
+                self._upload = BlockUpload(geometry, memory.bus, upload_account)
             except BaseException:
                 storage.close()
                 raise
@@ -145,8 +131,8 @@ class BlockKVStore(KVStore):
         tail = () if table.tail is None or num_sealed not in indices else (table.tail,)
         blocks: Iterator[Tensor] = itertools.chain(self._storage.read(layer_idx, sealed), tail)
         cut = Cut(first, wanted, self.block_size, self._check_open)
-        if self._uploads is not None:
-            return cut.pairs(self._on_device(layer_idx, blocks, self._uploads))
+        if self._upload is not None:
+            return cut.pairs(self._upload.sent(layer_idx, blocks))
         runs = self._storage.read_runs(layer_idx, sealed)
         if runs is None:
             return cut.pairs(blocks)
@@ -155,7 +141,7 @@ class BlockKVStore(KVStore):
 
     @property
     def in_place(self) -> bool:
-        return self._uploads is None and self._storage.in_place
+        return self._upload is None and self._storage.in_place
 
     def num_tokens(self, sequence: int, layer_idx: int | None = None) -> int:
         if layer_idx is not None:
@@ -214,9 +200,9 @@ class BlockKVStore(KVStore):
         self._closed = True
         self._tables.clear()
         self._num_sharers.clear()
-        self._uploads = None
-        if self._upload_charges:
-            self._upload_charges.close()
+        if self._upload is not None:
+            self._upload.close()
+            self._upload = None
         self._storage.close()
 
     def _blocks_of(self, sequence: int) -> list[tuple[int, list[int]]]:
@@ -253,18 +239,6 @@ class BlockKVStore(KVStore):
         for sequence in sequences:
             del self._tables[sequence]
         self._num_sharers.clear()
-
-    def _on_device(
-        self, layer_idx: int, blocks: Iterator[Tensor], uploads: BufferPool[Upload]
-    ) -> Iterator[Tensor]:
-        with uploads.lane() as upload:
-            for block in blocks:
-                # A tail is written by operators that are called later: they come after its copy.
-                sent = upload.send(block.view(-1).view(torch.uint8))
-                try:
-                    yield self.geometry.as_block(layer_idx, upload.receive(sent))
-                finally:
-                    upload.release(sent)
 
     def _num_blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
@@ -475,8 +449,8 @@ class BlockKVStore(KVStore):
     def _gone(self, layer_idx: int, sequence: int, what: str) -> KVStoreError:
         window, slack = self.geometry.kinds[layer_idx].window, self.geometry.slack
         return KVStoreError(
-            f"layer {layer_idx} of sequence {sequence} slides and has let go of tokens before its "
-            f"last {window}; cannot {what}",
+            f"layer {layer_idx} of sequence {sequence} has a sliding window, and only its last "
+            f"{window} tokens; cannot {what}",
             hint=f"go back by at most {slack} tokens, or start a new sequence",
         )
 

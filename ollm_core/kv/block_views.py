@@ -1,6 +1,4 @@
-"""Stored blocks as they are given out: cut to the positions that are asked for, one by one or
-several at once.
-"""
+"""Cuts stored blocks to the positions that are asked for, one block or several at a time."""
 
 from __future__ import annotations
 

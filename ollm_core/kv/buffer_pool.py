@@ -1,4 +1,4 @@
-"""What a store holds of a memory, and buffers that iterators share out among themselves."""
+"""A store's share of a memory account, and a pool of buffers for its iterators."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which KV store a cache gets: the tier or plugin that was named, or the first tier with room."""
+"""Opens a KV store for a cache: the named tier or plugin, or the first tier with room."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-
-import torch
 
 from ollm_core.contracts.adapter import ModelAdapter
 from ollm_core.contracts.kv import KVGeometry, KVStore
@@ -24,7 +22,7 @@ from ollm_core.kv.in_memory import DeviceKVStore, HostKVStore
 from ollm_core.kv.recurrent.hybrid import HybridKVStore
 from ollm_core.kv.recurrent.prefix_cache import PrefixCachingHybridStore
 from ollm_core.kv.recurrent.snapshots import StateFiles, reap_states
-from ollm_core.kv.recurrent.states import StateStore
+from ollm_core.kv.recurrent.states import state_store
 from ollm_core.memory.pair import PerMemory
 from ollm_core.plugins.factories import KVRequest
 from ollm_core.plugins.registry import Registry, require, supports
@@ -131,18 +129,16 @@ def _hybrid(
     open_store: Callable[[KVRequest], KVStore],
     memory: DeviceMemory,
 ) -> HybridKVStore:
-    """A store whose states are on the device if its keys and values are, else in host memory."""
+    """A store of what is asked for, and of recurrent states beside it."""
     geometry = request.geometry
-    if tier == "device":
-        states = StateStore(geometry, request.device_account, "device", geometry.device)
-    else:
-        states = StateStore(geometry, request.host_account, "host", torch.device("cpu"), memory)
+    accounts = PerMemory(request.device_account, request.host_account)
+    states = state_store(tier, geometry, accounts, memory)
     attention = open_store(replace(request, geometry=geometry.attention_layers()))
     if isinstance(attention, PrefixCachingStore) and request.directory is not None:
         try:
             files = StateFiles(request.directory, geometry, request.fingerprint())
         except (OSError, KVStoreError) as error:
-            logger.warning("recurrent states are not kept: %s", error)
+            logger.warning("recurrent states are not saved in the prefix cache: %s", error)
         else:
             return PrefixCachingHybridStore(geometry, attention, states, files)
     return HybridKVStore(geometry, attention, states)

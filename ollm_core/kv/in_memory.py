@@ -1,4 +1,4 @@
-"""KV in memory: on the compute device, or on the host."""
+"""KV stores in memory: on the compute device, or on the host."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from ollm_core.kv.block_table import BlockKVStore
 from ollm_core.kv.buffer_pool import Charges
 from ollm_core.memory.accounts import MemoryAccount
 from ollm_core.memory.kinds import MemoryKind
+from ollm_core.memory.sizes import format_size
 
 
 class MemoryStorage(BlockStorage):
@@ -60,8 +61,8 @@ class MemoryStorage(BlockStorage):
             if not isinstance(error, RuntimeError):  # torch's out of memory; it has no other cause
                 raise
             raise DoesNotFitError(
-                f"{self._charges.account.name} has no {num_bytes} bytes left for KV",
-                hint="allow less of it, or keep KV on disk",
+                f"{self._charges.account.name}: cannot allocate {format_size(num_bytes)} for KV",
+                hint="set a lower limit, or put the KV cache on disk: --kv disk (kv='disk')",
             ) from error
         found = {}
         for layer_idx, tensors in made.items():

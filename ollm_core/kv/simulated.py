@@ -1,4 +1,4 @@
-"""Stores that hold no data, and reserve what the real ones would: what a plan asks."""
+"""Simulated KV stores for dry runs: they reserve what the real ones would, and hold no data."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from ollm_core.device.memory import SHARED, DeviceMemory
 from ollm_core.kv.block_storage import BlockStorage
 from ollm_core.kv.block_table import BlockKVStore
 from ollm_core.kv.buffer_pool import Charges
-from ollm_core.kv.disk.storage import DiskSizes
+from ollm_core.kv.disk.sizes import DiskSizes
 from ollm_core.kv.in_memory import MemoryStorage
 from ollm_core.kv.recurrent.hybrid import HybridKVStore
-from ollm_core.kv.recurrent.states import StateStore
+from ollm_core.kv.recurrent.states import state_store
 from ollm_core.memory.accounts import Accounts, MemoryAccount
 from ollm_core.memory.kinds import MemoryKind
 
@@ -154,10 +154,7 @@ class SimulatedHybridStore(HybridKVStore):
     ) -> None:
         """See SimulatedKVStore."""
         bare = replace(geometry, device=_META)
-        if tier == "device":
-            states = StateStore(bare, accounts.device, "device", _META)
-        else:
-            states = StateStore(bare, accounts.host, "host", _META, memory)
+        states = state_store(tier, bare, accounts, memory, _META)
         self._planned = SimulatedKVStore(tier, geometry.attention_layers(), accounts, memory)
         super().__init__(bare, self._planned, states)
 

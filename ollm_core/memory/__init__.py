@@ -1,1 +1,1 @@
-"""Memory: budgets, accounts of who holds what, and what the machine has."""
+"""Memory: budgets, accounts, and what the machine has."""

@@ -1,4 +1,4 @@
-"""Accounts of memory: who holds how many bytes of it, the peak, and a limit that holds."""
+"""Memory accounts: how many bytes are held, by kind, the peak, and a limit that holds."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""What a model may use of each memory: what the user states, or else what is free now less a
-reserve. No other part decides on this.
+"""Memory limits of a model: the ones that you set, or defaults from what is free now. No other part
+decides on this.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def layer_limits(
     )
     if host_layers is not None and device.type == "cpu":
         raise InputError(
-            "host_layers is for a device beside the CPU",
-            hint="on a CPU, layers in memory are the device's: device_layers",
+            "host_layers: need a GPU, have a CPU",
+            hint="on a CPU, use device_layers (--device-layers)",
         )
     return limits
 
@@ -97,9 +97,9 @@ def stated_budgets(
 def _check(name: str, num_bytes: int, there: int, default: Budgets) -> None:
     if num_bytes > there:
         raise DoesNotFitError(
-            f"{name}: {format_size(num_bytes)} is allowed, and {format_size(there)} is there",
-            hint=f"allow less, or state none: then {format_size(default.device)} of device memory "
-            f"and {format_size(default.host)} of host memory",
+            f"{name}: the limit is {format_size(num_bytes)}, the machine has {format_size(there)}",
+            hint="set a lower limit; the defaults are now "
+            f"{format_size(default.device)} device memory, {format_size(default.host)} host memory",
         )
 
 

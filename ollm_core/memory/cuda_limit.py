@@ -1,6 +1,4 @@
-"""The device's budget as a limit of CUDA's allocator: what no account has seen then fails, and does
-not pass unnoticed.
-"""
+"""Limits CUDA's allocator to the device's budget: memory that no account knows of then fails."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Host memory: how much there is and how much is free now, of the machine and of the control groups
-that this process is in.
+"""How much memory the host has and how much is free, for the machine and this process's control
+groups.
 """
 
 from __future__ import annotations

@@ -1,6 +1,4 @@
-"""What memory is held for: each kind once, with its name in accounts and JSON, its label for people
-and its colour.
-"""
+"""Kinds of held memory: the name in accounts and JSON, the label for people, and the colour."""
 
 from __future__ import annotations
 

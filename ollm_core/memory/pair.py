@@ -1,4 +1,4 @@
-"""A value for each memory of a model: the device's and the host's."""
+"""PerMemory: a value for the device's memory and one for the host's."""
 
 from __future__ import annotations
 

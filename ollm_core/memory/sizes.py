@@ -1,4 +1,4 @@
-"""Sizes as people write them, and as they are shown."""
+"""Parses and formats sizes, such as 8GB."""
 
 from __future__ import annotations
 

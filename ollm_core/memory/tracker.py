@@ -1,4 +1,6 @@
-"""Counts what torch allocates, op by op: exact, and too slow for anything but plans and tests."""
+"""Counts what torch allocates, operation by operation: exact, and only for plans and tests, as it
+is slow.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model is: a hash of its config and of every byte of its files, computed once.
+"""The fingerprint of a model: a hash of its config and of every byte of its files, computed once.
 
 A file's hash is SHA-256, so that no file can be made to pass for another one: over the SHA-256 of
 each piece of 4 MiB, so that several threads can work at it. Reading and hashing takes 0.63 CPU

@@ -1,1 +1,1 @@
-"""Plans: what a run would hold and how long it would take, without running it."""
+"""Plans: the memory and the time of a run, predicted without running it."""

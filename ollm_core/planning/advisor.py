@@ -1,4 +1,4 @@
-"""One question to a planner: the dry runs that answer it, and those of other ways to run it."""
+"""Answers one planning question: dry runs of the options, and of better ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How long a simulated run would take: what each pass moves and computes, at given rates."""
+"""The cost model: how long a simulated run takes, from what each pass moves and computes."""
 
 from __future__ import annotations
 

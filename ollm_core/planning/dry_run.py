@@ -1,5 +1,5 @@
-"""A run without data: pass planner, placement and the accounts of a real one, so that a plan
-and a run cannot disagree.
+"""A dry run: the pass planner, placement and accounts of a real run, without data, so that plan and
+run cannot disagree.
 """
 
 from __future__ import annotations

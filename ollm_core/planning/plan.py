@@ -1,4 +1,4 @@
-"""What a plan tells."""
+"""Plan: the result of planning, as data."""
 
 from __future__ import annotations
 

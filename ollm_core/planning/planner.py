@@ -1,4 +1,4 @@
-"""What fits where, and how long it takes: a run is tried without data and timed beside others."""
+"""The planner: makes dry runs of a model, times them, and compares other options."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The declarations that most families share: a decoder whose checkpoint uses the parameter names of
+"""DecoderAdapter, the base of most adapters: a decoder whose checkpoint uses the parameter names of
 its transformers model. A family says what one layer holds; sizes, rotary embeddings, tied heads,
 windows and damaged files are dealt with here. No torch is needed.
 """

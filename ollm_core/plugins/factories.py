@@ -1,4 +1,4 @@
-"""What the factory of a plugin is given, and what it must return. Free of torch.
+"""Requests: what the factory of a plugin gets, and what it must return. Free of torch.
 
 Each request is a frozen dataclass, so that it can say more in a later version.
 """

@@ -1,4 +1,4 @@
-"""What a plugin may implement: one or more of these hooks. docs/plugins.md has an example of each.
+"""The hooks that a plugin may implement. docs/plugins.md has an example of each.
 
 One entry point in the group `ollm.adapters` names the plugin module. Hooks are called once, when
 plugins are looked for, and must not import torch: what they offer is named here and made later.

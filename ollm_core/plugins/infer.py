@@ -1,5 +1,5 @@
-"""The stored tensors that make a parameter, inferred from how it is made. Torch is imported only to
-try transforms.
+"""Infers which stored tensors make a parameter, from how it is made. Torch is imported only to try
+transforms.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What one plugin brings: its hooks are asked, and what they return is checked.
+"""Loads one plugin: calls its hooks, and checks what they return.
 
 Knows one plugin at a time; who may have which name is for the registry to say.
 """

@@ -1,4 +1,4 @@
-"""Which plugins are installed and what they bring: discover, check, look up; imports no torch.
+"""The registry of installed plugins: finds, checks and looks up; imports no torch.
 
 A plugin is one entry point in the group `ollm.adapters`. Each is loaded in isolation: one that is
 broken is kept as failed with its reason, and hurts no other. There is no module-level state.

@@ -1,5 +1,5 @@
-"""What adapters declare, asked for and held against what it must be: each mistake that an author
-makes is told in one sentence. Imports no torch.
+"""Checks the declarations of adapters: each mistake that an author makes is one sentence with its
+fix. Imports no torch.
 """
 
 from __future__ import annotations

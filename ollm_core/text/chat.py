@@ -1,4 +1,4 @@
-"""What a model is to read: token ids of a text, by a chat template or as it is.
+"""Encodes prompts as token ids, with a chat template or as they are.
 
 Documents and questions are text. What in them spells a control token, `<|im_end|>` say, becomes
 plain characters, so that a document cannot end the user's turn and speak as the system; only what

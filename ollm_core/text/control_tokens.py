@@ -1,4 +1,4 @@
-"""Which tokens steer a model, and how text that spells one is encoded as text.
+"""Finds a tokenizer's control tokens, and encodes text that spells one as plain text.
 
 A control token is what a chat template marks turns with: each special token, and each other added
 token that the template spells (`<tool_call>`), as transformers' own `sanitize_control_tokens` has

@@ -1,4 +1,4 @@
-"""Token ids into text, as they come: characters appear once they are whole."""
+"""Turns token ids into text as they come: a character appears once it is whole."""
 
 from __future__ import annotations
 

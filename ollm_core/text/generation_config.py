@@ -1,4 +1,4 @@
-"""What generation_config.json may say: every field by a table, nothing that is not in it.
+"""Checks generation_config.json: every field by a table, and nothing else.
 
 transformers keeps whatever the file has, and finds out in the middle of `generate`. Here a field of
 a wrong kind is refused when the model is opened. What no model here could honour is left out:

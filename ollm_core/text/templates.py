@@ -1,4 +1,4 @@
-"""The chat template of a checkpoint: which one it is, and what it makes of messages.
+"""The chat template of a checkpoint: finds it, and renders messages with it.
 
 A template is a program that somebody else wrote. transformers runs it in a sandbox that keeps it
 from files and from Python, but not from memory and time. Here it runs in a process of its own that

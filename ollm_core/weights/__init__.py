@@ -1,1 +1,1 @@
-"""Weights: what is read together, where it is kept, and how it arrives."""
+"""Weights: units, where they are placed, and how they arrive."""

@@ -1,5 +1,5 @@
-"""How weights that are kept on a device with memory of its own get there: in pieces, through a
-little host memory.
+"""Loads resident weights onto a device with memory of its own, in pieces, through a small host
+buffer.
 """
 
 from __future__ import annotations

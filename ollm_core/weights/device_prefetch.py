@@ -1,6 +1,4 @@
-"""Units on their way to a device that has memory of its own: one is sent ahead while another is
-used.
-"""
+"""Sends the next unit to a device with memory of its own while the pass uses the one before."""
 
 from __future__ import annotations
 

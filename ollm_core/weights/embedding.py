@@ -1,4 +1,4 @@
-"""Rows of the input embedding, read one by one: a pass needs those of its tokens, not the table."""
+"""Reads rows of the input embedding one by one: those of a pass's tokens, not the table."""
 
 from __future__ import annotations
 

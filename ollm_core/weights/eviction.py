@@ -1,5 +1,5 @@
-"""When memory runs short while a model runs, because others took it: what is kept of the weights
-gives way, and comes back when there is room again. Tokens stay the same; more is read.
+"""Evicts weights when other programs take the machine's memory, and loads them again when there is
+room. Tokens stay the same; more is read.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class _Level:
         if room - self._reserve_bytes // 2 < before and now < before:
             self._shortage.times += 1
             logger.warning(
-                "%s runs short: %s of weights are kept, not %s",
+                "%s runs short: %s of weights stay resident, not %s",
                 self._name,
                 format_size(now),
                 format_size(before),
@@ -170,7 +170,7 @@ class Eviction:
             shortage.times += 1
             shortage.now_bytes += freed
             shortage.most_bytes = max(shortage.most_bytes, shortage.now_bytes)
-            logger.warning("memory runs short in a pass: %s of weights freed", format_size(freed))
+            logger.warning("memory runs short in a pass: %s of weights evicted", format_size(freed))
 
     def give_way(self) -> None:
         """An allocation failed: keep as little as can be in the next passes."""

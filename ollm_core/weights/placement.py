@@ -1,4 +1,4 @@
-"""What is held of a model's weights, and in which memory: sizes, placement and accounts.
+"""Placement: which weights are resident, in which memory, and how many bytes they take.
 
 Nothing is allocated or read here: a run holds what this says, and a plan only asks.
 

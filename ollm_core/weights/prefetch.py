@@ -1,5 +1,5 @@
-"""The prefetching ring: one thread reads units in pass order into a few reused buffers, ahead of
-the pass.
+"""The prefetching ring: a thread reads units in pass order into a few reused buffers, ahead of the
+pass.
 """
 
 from __future__ import annotations

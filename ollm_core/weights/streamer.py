@@ -1,5 +1,5 @@
-"""The weights of one model over the tiers: some units resident, the rest streamed from disk, inside
-a budget. Which ones is for `held` to say; here are their bytes.
+"""Gives the weights of each unit to a pass: resident ones from memory, the others streamed from
+disk. `placement` says which are resident.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A tied head whose own tensor is stored too: it is the embedding's only if it equals that.
+"""Decides whether a tied head that is also stored is the embedding: only if the two are equal.
 
 transformers compares the two when it has loaded both, in the dtype that it computes in, and does
 not tie them where they differ. So does this, in pieces, and only where both are there.

@@ -1,4 +1,4 @@
-"""What is read together: a decoder layer, the final norm, or a slice of the head.
+"""Units, which are read together: a decoder layer, the final norm, or a slice of the head.
 
 A unit knows which checkpoint tensors it needs and how they become parameters; it holds no data.
 """

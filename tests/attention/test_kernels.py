@@ -21,7 +21,14 @@ from ollm_conformance import AttentionConformance
 from ollm_core import CacheKind, InputError
 from ollm_core.attention import trial as attention_rates
 from ollm_core.attention.blockwise import BlockwiseAttention, kernels_on
-from ollm_core.attention.kernels import CpuFlash, FlashKernel, Products, flash_attn_2, torch_flash
+from ollm_core.attention.kernels import (
+    CpuFlash,
+    FlashKernel,
+    Part,
+    Products,
+    flash_attn_2,
+    torch_flash,
+)
 from ollm_core.attention.trial import require_flash, trial
 from ollm_core.calibration import rates
 from ollm_core.calibration.attention import measure_kernels
@@ -316,7 +323,7 @@ def test_a_flash_kernel_is_traced_with_its_splits():
         def work():
             query = torch.empty(2, 4, num_new, head_dim, dtype=torch.float16, device="meta")
             keys = torch.empty(2, num_keys, head_dim, dtype=torch.float16, device="meta")
-            return PACKAGE(query, keys, keys, 1.0)
+            return PACKAGE(Part(query, keys, keys, 1.0))
 
         return traced_peak(work) - 2 * (2 * num_keys + 8 * num_new) * head_dim
 

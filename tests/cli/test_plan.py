@@ -66,7 +66,7 @@ def test_table_and_plot(ollm):
     code, out, err = ollm("plan", "llama3-8B-chat", *GPU, "--context", "20k", "--plot")
     assert code == 0
     assert not err
-    for expected in ("resident weights", "/ limit 8 GB", "(assumed; `ollm doctor` measures)"):
+    for expected in ("resident weights", "/ limit 8 GB", "(assumed; run `ollm doctor` to measure)"):
         assert expected in out
     assert max(map(len, out.splitlines())) <= 120
     bars = [line for line in out.splitlines() if line.endswith("B") and "|" in line]

@@ -127,7 +127,7 @@ def test_memory_that_cannot_be_locked_will_do(caplog):
     bus.finish()
     assert all(all(each) for each in found)
     assert [record.message.split(":")[0] for record in caplog.records] == [
-        "4.1 kB of host memory cannot be locked for cpu, copies take longer"
+        "4.1 kB of host memory cannot be pinned for cpu, copies take longer"
     ]
 
 

@@ -342,9 +342,9 @@ def test_a_chat_goes_on(make, ids):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"draft": "model"}, "no model is named"),
-        ({"draft_model": "x"}, "draft is 'none'"),
-        ({"draft": "lookup", "draft_model": "x"}, "draft is 'lookup'"),
+        ({"draft": "model"}, "need a draft model, have none"),
+        ({"draft_model": "x"}, "need draft 'model', have 'none'"),
+        ({"draft": "lookup", "draft_model": "x"}, "need draft 'model', have 'lookup'"),
         ({"draft": "model", "draft_model": "./not/there"}, "there is no directory"),
     ],
 )

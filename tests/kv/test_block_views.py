@@ -17,7 +17,7 @@ from torch import nn
 
 from ollm_core import CacheKind, TiledBlocks
 from ollm_core.attention.blockwise import BlockwiseAttention, most_blocks
-from ollm_core.attention.kernels import CpuFlash, Products
+from ollm_core.attention.kernels import CpuFlash, Part, Products
 from ollm_core.contracts.kv import KVGeometry
 from ollm_core.engine.activations import _TracedCache
 from ollm_core.kv.disk.storage import DiskKVStore
@@ -173,14 +173,14 @@ class Counted(CpuFlash):
 
     calls: list = field(default_factory=list)
 
-    def __call__(self, query, keys, values, scaling, **options):
+    def __call__(self, part):
         self.calls.append(1)
-        return CpuFlash.__call__(self, query, keys, values, scaling, **options)
+        return CpuFlash.__call__(self, part)
 
-    def several(self, query, keys, values, scaling):
-        found = CpuFlash.several(self, query, keys, values, scaling)
+    def several(self, part):
+        found = CpuFlash.several(self, part)
         if found is not None:
-            self.calls.append(len(keys))
+            self.calls.append(len(part.keys))
         return found
 
 
@@ -297,6 +297,6 @@ def test_half_precision_comes_block_by_block():
     """Several blocks of it would be widened together; products always come one by one."""
     for dtype in ERRORS:
         query, keys = torch.zeros(2, 4, 5, 8, dtype=dtype), torch.zeros(3, 2, 16, 8, dtype=dtype)
-        together = CpuFlash().several(query, keys, keys, 1.0) is not None
-        assert together == (dtype == torch.float32)
-        assert Products().several(query, keys, keys, 1.0) is None
+        part = Part(query, keys, keys, 1.0)
+        assert (CpuFlash().several(part) is not None) == (dtype == torch.float32)
+        assert Products().several(part) is None

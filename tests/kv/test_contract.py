@@ -320,7 +320,7 @@ store.append(0, store.new_sequence(), torch.ones(1, 9, 4), torch.ones(1, 9, 4))
 
 def wait_for_writes(store):
     """Return when the disk has, or has refused, every sealed block."""
-    while store._storage._pending:
+    while store._storage._writes._pending:
         time.sleep(0.001)
 
 

@@ -131,7 +131,7 @@ def test_what_makes_no_sense_is_refused(model):
     """One line each."""
     with pytest.raises(InputError, match=r"^device_layers is -1, expected at least 0\. hint: "):
         ollm.load(model, device="cpu", device_layers=-1)
-    with pytest.raises(InputError, match=r"^host_layers is for a device beside the CPU\. hint: "):
+    with pytest.raises(InputError, match=r"^host_layers: need a GPU, have a CPU\. hint: "):
         ollm.plan(model, device="cpu", host_layers=2)
 
 

@@ -1,1 +1,1 @@
-"""GGUF files: what one says, and that all of it is in the model that transformers makes of it."""
+"""Imports GGUF files, and checks that nothing in the file is lost."""

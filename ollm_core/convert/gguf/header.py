@@ -1,4 +1,4 @@
-"""What a GGUF file says and where its tensors are, read as the hostile input that it is.
+"""Parses the header of a GGUF file, as the hostile input that it is.
 
 Every count and size is held against the bytes that are there before anything is made of it, so
 that the libraries that read the file after this meet nothing unbounded.
@@ -109,7 +109,9 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
         with path.open("rb") as file:
             magic = file.read(len(MAGIC))
             if magic != MAGIC:
-                raise InputError(f"{path} is not a GGUF file: it starts with {magic!r}")
+                raise InputError(
+                    f"{path} is not a GGUF file: it begins with {magic!r}, need {MAGIC!r}"
+                )
             yield file
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error

@@ -1,5 +1,4 @@
-"""Makes a safetensors model from a GGUF file: weights unpacked, config, tokenizer and chat
-template.
+"""Converts a GGUF file to a safetensors model: weights, config, tokenizer and chat template.
 
 The unpacking is transformers' own, with the whole model in host memory. Quantised weights keep the
 values that they were quantised to. What of the file does not come out in the model is named, and

@@ -1,4 +1,4 @@
-"""Whether the model that transformers has made of a GGUF file is the one in the file.
+"""Checks that the model which transformers made of a GGUF file is the one in the file.
 
 transformers passes over keys and tensors that it does not know, and fills parameters that it misses
 with random numbers. So what counts is not what it reads but what came of it: each key must show in

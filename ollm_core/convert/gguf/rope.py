@@ -1,5 +1,4 @@
-"""Rotary frequencies: a GGUF file says them by keys and by a tensor of divisors, transformers by
-parameters in config.json that make the same ones.
+"""Finds the rope parameters of config.json that give the rotary frequencies of a GGUF file.
 
 llama.cpp turns by `base ** (-2i / n)`, divided by `rope_freqs.weight[i]` and by a linear factor.
 Parameters are looked for that make just these frequencies in transformers' own rotary module; where

@@ -1,4 +1,4 @@
-"""The tokenizer of a GGUF file: what transformers makes of it, set right and held against the file.
+"""Makes the tokenizer of a GGUF file, with transformers, and checks it against the file.
 
 How text is split before its pieces are merged is a name in the file (`tokenizer.ggml.pre`), and
 what it stands for is in llama.cpp's code. Versions of transformers know other ones of these names,

@@ -1,4 +1,4 @@
-"""What is kept in a KV directory: shown, verified and removed. Needs no model."""
+"""Lists, verifies and removes the prefix caches in a directory, without a model."""
 
 from __future__ import annotations
 
@@ -136,8 +136,8 @@ def pick(kept: Sequence[StoredPrefix], beginning: str) -> list[StoredPrefix]:
     found = [one for one in kept if beginning and one.id.startswith(beginning.lower())]
     if len({one.id for one in found}) != 1:
         raise InputError(
-            f"{len(found)} kept prefixes have an id that begins with {beginning!r}, expected one",
-            hint="`ollm cache list` shows them",
+            f"{beginning!r}: need the beginning of one prefix's id, have that of {len(found)}",
+            hint="`ollm cache list` shows the ids",
         )
     return found
 

@@ -1,4 +1,4 @@
-"""A store's directory: its lock, its layer files and, where prefixes are kept, their journal.
+"""A KV store's directory: its lock, its layer files and, with a prefix cache, the journal.
 
 One process owns a directory, by flock on it, for as long as it is open. Anybody may read a journal.
 """
@@ -88,7 +88,7 @@ def make_home(
             except OSError as error:
                 raise storage_error(error, directory, "making a KV file") from error
         elif keeping:
-            logger.warning("%s cannot be locked: KV there will not be kept", directory)
+            logger.warning("%s cannot be locked: its prefix cache will not be saved", directory)
         stack.pop_all()
         return home
 
@@ -113,14 +113,14 @@ def open_home(directory: Path, geometry: KVGeometry, fingerprint: str) -> KVDire
             sound = _sound(found, files, geometry)
             if len(sound) < len(found):
                 logger.warning(
-                    "%s: %d kept prefixes are damaged", directory, len(found) - len(sound)
+                    "%s: %d cached prefixes are damaged", directory, len(found) - len(sound)
                 )
             if useless or len(sound) < len(found):
                 journal.replace(sound)
             for layer_idx, file in enumerate(files):
                 file.keep({slot for prefix in sound for slot in prefix.layers[layer_idx].blocks})
         except (OSError, KVStoreError) as error:
-            logger.info("%s: KV there is of no use: %s", directory, error)
+            logger.info("%s: its prefix cache cannot be used: %s", directory, error)
             return None
         home = KVDirectory(directory, lock, files)
         home.journal, home.prefixes = journal, sound

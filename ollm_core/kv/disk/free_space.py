@@ -1,4 +1,4 @@
-"""Whether a disk has room for the KV of a run: asked before its first token."""
+"""Checks that the disk has room for the KV of a run, before its first token."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from ollm_core.contracts.kv import KVGeometry
 from ollm_core.errors import DoesNotFitError
 from ollm_core.kv.disk.directory import find_homes
-from ollm_core.kv.disk.storage import DiskSizes
+from ollm_core.kv.disk.sizes import DiskSizes
 from ollm_core.memory.sizes import format_size
 
 
@@ -31,10 +31,10 @@ def check_room(geometry: KVGeometry, directory: Path, num_tokens: int) -> None:
     free = free_bytes(directory)
     if needed > free + sum(map(_size, find_homes(directory))):
         raise DoesNotFitError(
-            f"KV of {num_tokens} tokens needs {format_size(needed)} in {directory}, "
-            f"{format_size(free)} is free there",
-            hint=f"make {needed - free} bytes free, name a directory on another disk for KV, or "
-            "ask for fewer tokens",
+            f"KV cache of {num_tokens} tokens: need {format_size(needed)} in {directory}, "
+            f"have {format_size(free)} free",
+            hint=f"free {needed - free} bytes, name a directory on another disk with --kv-dir "
+            "(kv_dir), or ask for fewer tokens",
         )
 
 

@@ -1,4 +1,4 @@
-"""The index of kept prefixes: which tokens they are and which blocks hold them, in one file.
+"""The index of cached prefixes: their tokens, and the blocks that hold them, in one file.
 
 A header page as the layer files have, then records, appended. A record is its mark, kind, payload
 length and checksum, then the payload. Kind 1 keeps a prefix, kind 2 drops one:

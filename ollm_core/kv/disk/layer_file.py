@@ -91,7 +91,7 @@ def storage_error(error: OSError, path: Path, doing: str) -> OllmError:
     if error.errno in _FULL:
         return DoesNotFitError(
             f"{path}: {doing} failed: {error.strerror}",
-            hint="free space on that disk, or name another directory for KV",
+            hint="free space on that disk, or name another directory with --kv-dir (kv_dir)",
         )
     return ReadError(f"{path}: {doing} failed: {error.strerror}")
 

@@ -1,4 +1,4 @@
-"""KV on disk that outlives its store: what the sequences hold is kept, and found by its tokens."""
+"""The prefix cache on disk: a store that saves its sequences, and finds them by their tokens."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from ollm_core.device.memory import DeviceMemory
 from ollm_core.errors import DamagedKVError, DoesNotFitError, KVStoreError, OllmError, ReadError
 from ollm_core.kv.disk.directory import KVDirectory, find_homes, make_home, open_home
 from ollm_core.kv.disk.journal import LayerBlocks, Prefix, read_journal
-from ollm_core.kv.disk.storage import STAGING_BYTES, DiskKVStore
+from ollm_core.kv.disk.sizes import STAGING_BYTES
+from ollm_core.kv.disk.storage import DiskKVStore
 from ollm_core.memory.accounts import MemoryAccount
 
 logger = logging.getLogger("ollm")
@@ -96,7 +97,7 @@ class PrefixCachingStore(DiskKVStore):
             except KVStoreError:  # windows that have moved on: a shorter one may do
                 continue
             except (DoesNotFitError, ReadError) as error:
-                logger.warning("a kept prefix cannot be used: %s", error)
+                logger.warning("a cached prefix cannot be used: %s", error)
                 return self.new_sequence(), 0
             else:
                 self._num_kept[sequence] = num_tokens
@@ -156,7 +157,7 @@ class PrefixCachingStore(DiskKVStore):
             self._keep(sequence, num_tokens)
         except (OllmError, OSError) as error:
             self._keeps = False
-            logger.warning("KV is not kept: %s", error)
+            logger.warning("the prefix cache is not saved: %s", error)
 
     def _keep(self, sequence: int, num_tokens: int) -> None:
         """Write the first `num_tokens` of a sequence into the journal, and drop the prefixes that
@@ -203,7 +204,9 @@ class PrefixCachingStore(DiskKVStore):
         for pin in [*self._pins] if damaged else ():
             layers = enumerate(self._blocks_of(pin.sequence))
             if any((i, block) in damaged for i, (_, blocks) in layers for block in blocks):
-                logger.warning("a kept prefix of %d tokens is damaged", len(pin.token_ids))
+                logger.warning(
+                    "a cached prefix of %d tokens is damaged, and not used", len(pin.token_ids)
+                )
                 with suppress(OSError):
                     self._drop(pin)
 

@@ -1,16 +1,15 @@
-"""KV on disk: blocks written behind the pass and read ahead of it; only tails stay in memory."""
+"""KV on disk: blocks are in files, only the unfinished one of each layer is in memory."""
 
 from __future__ import annotations
 
 import errno
-import operator
 import os
 import threading
 import weakref
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,63 +17,28 @@ from torch import Tensor
 
 from ollm_core.contracts.closing import close_outside
 from ollm_core.contracts.kv import KVGeometry, TierBytes
-from ollm_core.device.buffers import as_memoryview, round_up
+from ollm_core.device.buffers import as_memoryview
 from ollm_core.device.memory import SHARED, DeviceMemory, memory_of
-from ollm_core.device.transfer import Event
 from ollm_core.errors import DamagedKVError, DoesNotFitError, OllmError, ReadError
 from ollm_core.kv.block_storage import BlockStorage
 from ollm_core.kv.block_table import BlockKVStore
-from ollm_core.kv.buffer_pool import BufferPool, Charges
+from ollm_core.kv.buffer_pool import Charges
 from ollm_core.kv.disk.directory import KVDirectory, make_home
 from ollm_core.kv.disk.journal import checksum
 from ollm_core.kv.disk.layer_file import LayerFile, storage_error
+from ollm_core.kv.disk.read_ahead import ReadAhead, Staging, consecutive
+from ollm_core.kv.disk.sizes import NUM_WRITE_BUFFERS, STAGING_BYTES, DiskSizes
+from ollm_core.kv.disk.write_behind import WriteBehind
 from ollm_core.memory.accounts import MemoryAccount
 from ollm_core.memory.kinds import MemoryKind
 from ollm_core.memory.sizes import format_size
 
-STAGING_BYTES = 4 << 20
-"""One read: large enough for the full speed of the disk. An iterator has two such buffers."""
-NUM_WRITE_BUFFERS = 4
-"""Full blocks that may wait to be written before `append` waits too."""
-
 _THREAD_NAME = "ollm-kv"
 
 
-class DiskSizes:
-    """What blocks on disk take of each memory."""
-
-    def __init__(self, geometry: KVGeometry, staging_bytes: int = STAGING_BYTES) -> None:
-        layers = range(geometry.num_layers)
-        self.slot_bytes = [round_up(geometry.block_bytes(layer_idx)) for layer_idx in layers]
-        """Of each layer: a block in its file, or its tail in memory."""
-        self.run_slots = [max(staging_bytes // size, 1) for size in self.slot_bytes]
-        """Slots of each layer that are read together."""
-        self.lane_bytes = max(map(operator.mul, self.run_slots, self.slot_bytes))
-        """One of the two buffers that an iterator reads into."""
-        self.write_bytes = NUM_WRITE_BUFFERS * sum(set(self.slot_bytes))
-        """Full blocks on their way to the disk."""
-
-    def growth(self, num_blocks: Mapping[int, int], tails: Collection[int]) -> TierBytes:
-        """What so many more slots of each layer, and a tail for each of `tails`, take."""
-        return TierBytes(
-            host=sum(self.slot_bytes[layer_idx] for layer_idx in tails),
-            disk=sum(n * self.slot_bytes[layer_idx] for layer_idx, n in num_blocks.items()),
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class _Staging:
-    """A buffer for a run of slots of a layer, and its blocks [B, 2, G, block_size, D]."""
-
-    buffer: memoryview
-    blocks: Tensor
-
-
 class DiskStorage(BlockStorage):
-    """A file per layer in a directory of its own. A block is a slot of its layer's file.
-
-    One thread writes, one reads. A block that waits to be written, or could not be, is served from
-    memory; the error of the latter is raised by `check` until the block is freed or unsealed.
+    """A file per layer in a directory of its own. A block is a slot of its layer's file, written
+    behind the pass (see WriteBehind) and read ahead of it (see ReadAhead).
     """
 
     def __init__(
@@ -94,11 +58,8 @@ class DiskStorage(BlockStorage):
         self._sizes = DiskSizes(geometry, staging_bytes)
         self._slot_bytes = self._sizes.slot_bytes
         self._charges = Charges(account)
-        self._changed = threading.Condition()  # guards the four below
-        self._spares: dict[int, list[Tensor]] = {}  # byte buffers, by their size
-        self._pending: dict[tuple[int, int], Tensor] = {}
-        self._failed: dict[tuple[int, int], tuple[Tensor, BaseException]] = {}
         self._bytes_read = 0
+        self._counting = threading.Lock()  # guards it: two threads read
         self.checksums: dict[tuple[int, int], int] = {}
         """Of the blocks that are on disk, if there is a journal."""
         self.damaged: set[tuple[int, int]] = set()
@@ -107,18 +68,15 @@ class DiskStorage(BlockStorage):
         with ExitStack() as stack:
             stack.callback(_close_home, self._homes)
             stack.callback(self._charges.close)
-            sizes = sorted(set(self._slot_bytes))
             self._charges.take(MemoryKind.KV_WRITE_BUFFERS, self._sizes.write_bytes)
-            for size in sizes:
-                self._spares[size] = [self._new_buffer(size) for _ in range(NUM_WRITE_BUFFERS)]
-            self._stagings = BufferPool(
-                self._new_staging, 2 * self._sizes.lane_bytes, MemoryKind.KV_STAGING, self._charges
-            )
-            self._writer, self._reader = (
+            sizes = NUM_WRITE_BUFFERS * sorted(set(self._slot_bytes))
+            writer, reader = (
                 ThreadPoolExecutor(1, thread_name_prefix=_THREAD_NAME) for _ in range(2)
             )
-            stack.callback(self._writer.shutdown, cancel_futures=True)
-            stack.callback(self._reader.shutdown, cancel_futures=True)
+            stack.callback(writer.shutdown, cancel_futures=True)
+            stack.callback(reader.shutdown, cancel_futures=True)
+            self._writes = WriteBehind(map(memory.host_buffer, sizes), writer)
+            self._reads = ReadAhead(geometry, self._sizes, self._charges, memory, reader)
             # Also runs when nobody closed the store, and at exit: the files are the user's text.
             self._close = weakref.finalize(self, close_outside, stack.pop_all().close)
 
@@ -178,24 +136,24 @@ class DiskStorage(BlockStorage):
             self._forget(layer_idx, block)
 
     def open(self, layer_idx: int, block: int) -> Tensor:
-        return self._geometry.as_block(layer_idx, self._new_buffer(self._slot_bytes[layer_idx]))
+        buffer = self._memory.host_buffer(self._slot_bytes[layer_idx])
+        return self._geometry.as_block(layer_idx, buffer)
 
     def drop(self, layer_idx: int) -> None:
         self._charges.give(MemoryKind.KV_TAILS, self._slot_bytes[layer_idx])
 
     def seal(self, layer_idx: int, block: int, tail: Tensor) -> Tensor:
         """See BlockStorage. Waits while all write buffers are in use. Raises as `check`."""
-        spares = self._spares[self._slot_bytes[layer_idx]]
-        with self._changed:
-            self._changed.wait_for(lambda: spares or self._failed)
-            self.check()
-            spare = spares.pop()
-            self._pending[layer_idx, block] = tail
-        self._writer.submit(self._write, layer_idx, block, tail)
+        spare = self._writes.put(
+            (layer_idx, block),
+            tail,
+            self._buffer_of(layer_idx, tail),
+            partial(self._write_slot, layer_idx, block, tail),
+        )
         return self._geometry.as_block(layer_idx, spare)
 
     def load(self, layer_idx: int, block: int, tail: Tensor) -> None:
-        if not self._copy_unwritten(layer_idx, block, tail):
+        if not self._writes.copy((layer_idx, block), tail):
             buffer = as_memoryview(self._buffer_of(layer_idx, tail))
             self._read_slots(layer_idx, [block], buffer)
 
@@ -208,32 +166,11 @@ class DiskStorage(BlockStorage):
             yield from run.unbind()
 
     def read_runs(self, layer_idx: int, blocks: Sequence[int]) -> Iterator[Tensor]:
-        run_slots = self._sizes.run_slots[layer_idx]
-        runs = [
-            run[start : start + run_slots]
-            for run in _consecutive(blocks)
-            for start in range(0, len(run), run_slots)
-        ]
-        if not runs:
-            return
-        with self._stagings.lane() as buffers:
-            longest = max(map(len, runs))
-            stagings = [self._staging(layer_idx, buffer, longest) for buffer in buffers]
-            coming = self._read_ahead(layer_idx, runs[0], stagings[0])
-            try:
-                for i, run in enumerate(runs):
-                    coming.result()
-                    if i + 1 < len(runs):
-                        coming = self._read_ahead(layer_idx, runs[i + 1], stagings[(i + 1) % 2])
-                    yield stagings[i % 2].blocks[: len(run)]
-            finally:
-                _finish(coming)  # before others get the staging
+        return self._reads.runs(layer_idx, blocks, self._fill)
 
     def flush(self) -> None:
         """Return when the disk has every sealed block, or has refused one: raises as `check`."""
-        with self._changed:
-            self._changed.wait_for(lambda: not self._pending)
-            self.check()
+        self._writes.flush()
 
     def write_part(self, layer_idx: int, block: int, tail: Tensor, num_tokens: int) -> None:
         """Write the first `num_tokens` of a tail, and zeros after them, as `block`. The tail is not
@@ -243,9 +180,7 @@ class DiskStorage(BlockStorage):
         self._write_slot(layer_idx, block, tail)
 
     def check(self) -> None:
-        with self._changed:
-            for _, error in self._failed.values():
-                raise error
+        self._writes.check()
 
     def tier_bytes(self) -> TierBytes:
         on_disk = sum(file.num_bytes for file in self._files) if self._close.alive else 0
@@ -257,10 +192,8 @@ class DiskStorage(BlockStorage):
 
     def close(self) -> None:
         self._close()
-        self._spares.clear()
-        self._pending.clear()
-        self._failed.clear()
-        self._stagings.close()
+        self._writes.clear()
+        self._reads.clear()
 
     def _no_space(self, error: OSError, num_bytes: int) -> OllmError:
         found = storage_error(error, self.home.directory, "reserving space")
@@ -269,30 +202,17 @@ class DiskStorage(BlockStorage):
         parent = self.home.directory.parent
         disk = os.statvfs(parent)
         free = disk.f_bavail * disk.f_frsize
-        needs = f"KV needs {format_size(num_bytes)} more in {parent}"
+        needs = f"KV cache: need {format_size(num_bytes)} more in {parent}"
         if error.errno != errno.ENOSPC:  # a quota, or a limit of this process
             return DoesNotFitError(
                 f"{needs}, which is not allowed: {error.strerror}",
-                hint="raise the quota or the limit of file sizes, or name another directory for KV",
+                hint="raise the quota or the limit of file sizes, or name another directory with "
+                "--kv-dir (kv_dir)",
             )
         return DoesNotFitError(
-            f"{needs}, {format_size(free)} is free there",
-            hint=f"make {num_bytes} bytes free, or name another directory for KV",
+            f"{needs}, have {format_size(free)} free",
+            hint=f"free {num_bytes} bytes, or name another directory with --kv-dir (kv_dir)",
         )
-
-    def _write(self, layer_idx: int, block: int, tail: Tensor) -> None:
-        failure: BaseException | None = None
-        try:
-            self._write_slot(layer_idx, block, tail)
-        except BaseException as error:  # noqa: BLE001 - handed to the pass by `check`
-            failure = error
-        with self._changed:
-            del self._pending[layer_idx, block]
-            if failure:
-                self._failed[layer_idx, block] = tail, failure
-            else:
-                self._give_spare(layer_idx, tail)
-            self._changed.notify_all()
 
     def _write_slot(self, layer_idx: int, block: int, tail: Tensor) -> None:
         slot = as_memoryview(self._buffer_of(layer_idx, tail))
@@ -304,34 +224,18 @@ class DiskStorage(BlockStorage):
     def _forget(self, layer_idx: int, block: int) -> None:
         """Return when nothing will write or remember `block` any more."""
         key = layer_idx, block
-        with self._changed:
-            self._changed.wait_for(lambda: key not in self._pending)
-            self.checksums.pop(key, None)
-            self.damaged.discard(key)
-            if key in self._failed:
-                self._give_spare(layer_idx, self._failed.pop(key)[0])
+        self._writes.forget(key)
+        self.checksums.pop(key, None)
+        self.damaged.discard(key)
 
-    def _copy_unwritten(self, layer_idx: int, block: int, target: Tensor) -> bool:
-        """Copy `block` if it is not on disk. The lock keeps its buffer from being used again."""
-        key = layer_idx, block
-        with self._changed:
-            source = self._failed[key][0] if key in self._failed else self._pending.get(key)
-            if source is not None:
-                target.copy_(source)
-        return source is not None
-
-    def _fill(
-        self, layer_idx: int, run: Sequence[int], staging: _Staging, copied: Event | None
-    ) -> None:
+    def _fill(self, layer_idx: int, run: Sequence[int], staging: Staging) -> None:
         """Bring consecutive slots into `staging`, in one read unless some are not on disk yet."""
-        if copied is not None:
-            copied.synchronize()
         on_disk = [
             place
             for place, block in enumerate(run)
-            if not self._copy_unwritten(layer_idx, block, staging.blocks[place])
+            if not self._writes.copy((layer_idx, block), staging.blocks[place])
         ]
-        for places in _consecutive(on_disk):
+        for places in consecutive(on_disk):
             slot_bytes = self._slot_bytes[layer_idx]
             begin, end = places[0] * slot_bytes, (places[-1] + 1) * slot_bytes
             slots = run[places[0] : places[-1] + 1]
@@ -348,7 +252,7 @@ class DiskStorage(BlockStorage):
             if not damaged:
                 raise
             raise DamagedKVError(error.message, hint=error.hint) from error
-        with self._changed:
+        with self._counting:
             self._bytes_read += len(buffer)
         for place, slot in enumerate(slots):
             begin = place * self._slot_bytes[layer_idx]
@@ -359,27 +263,6 @@ class DiskStorage(BlockStorage):
                     f"{self._files[layer_idx].path}: block {slot} is not what was written",
                     hint="`ollm cache verify` shows which prefixes are damaged",
                 )
-
-    def _read_ahead(self, layer_idx: int, run: Sequence[int], staging: _Staging) -> Future[None]:
-        """`_fill` in the thread that reads, when the device has what was uploaded from there."""
-        copied = self._memory.copied()
-        return self._reader.submit(self._fill, layer_idx, run, staging, copied)
-
-    def _new_staging(self) -> tuple[Tensor, Tensor]:
-        num_bytes = self._sizes.lane_bytes
-        return self._new_buffer(num_bytes), self._new_buffer(num_bytes)
-
-    def _new_buffer(self, num_bytes: int) -> Tensor:
-        return self._memory.host_buffer(num_bytes)
-
-    def _staging(self, layer_idx: int, buffer: Tensor, num_slots: int) -> _Staging:
-        first = self._geometry.as_block(layer_idx, buffer)
-        slot = self._slot_bytes[layer_idx] // first.itemsize  # elements from block to block
-        blocks = first.as_strided((num_slots, *first.shape), (slot, *first.stride()))
-        return _Staging(as_memoryview(buffer), blocks)
-
-    def _give_spare(self, layer_idx: int, tail: Tensor) -> None:
-        self._spares[self._slot_bytes[layer_idx]].append(self._buffer_of(layer_idx, tail))
 
     def _buffer_of(self, layer_idx: int, tail: Tensor) -> Tensor:
         """The whole pages of a tail, which the block need not fill."""
@@ -418,20 +301,3 @@ class DiskKVStore(BlockKVStore):
 
 def _close_home(homes: list[KVDirectory]) -> None:
     homes[0].close()
-
-
-def _consecutive(numbers: Sequence[int]) -> list[list[int]]:
-    """`numbers` cut where the next is not one more."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return runs
-
-
-def _finish(coming: Future[None]) -> None:
-    """Wait, whatever comes of it."""
-    if not coming.cancel():
-        coming.exception()

@@ -1,4 +1,6 @@
-"""A store for models in which some layers have keys and values, and others a recurrent state."""
+"""The KV store of a model that has both layers with keys and values and layers with recurrent
+states.
+"""
 
 from __future__ import annotations
 

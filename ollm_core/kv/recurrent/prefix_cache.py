@@ -1,5 +1,5 @@
-"""A hybrid store that outlives its process: keys and values as a PrefixCachingStore keeps them, and
-recurrent states in files of their own.
+"""The prefix cache of hybrid models: keys and values in a PrefixCachingStore, recurrent states in
+files of their own.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class PrefixCachingHybridStore(HybridKVStore):
                 self._kept.truncate(sequence, num_tokens)
                 self._states.adopt(sequence, num_tokens, states)
             except OllmError as error:
-                logger.warning("a kept prefix cannot be used: %s", error)
+                logger.warning("a cached prefix cannot be used: %s", error)
                 break
             return sequence, num_tokens
         self.release(sequence)
@@ -142,7 +142,7 @@ class PrefixCachingHybridStore(HybridKVStore):
             yield
         except OSError as error:
             self._keeps = False
-            logger.warning("recurrent states are not kept: %s", error)
+            logger.warning("recurrent states are not saved in the prefix cache: %s", error)
 
     def _drop_writers(self, sequence: int) -> None:
         for key in [key for key in self._writers if key[0] == sequence]:

@@ -1,4 +1,4 @@
-"""Recurrent states on disk, a file each, named by the tokens that lead to it and the dtype.
+"""Snapshots of recurrent states on disk: a file each, named by the tokens before it and the dtype.
 
 A header page as the layer files have, with a checksum of the rest: the states of all layers, raw
 and little-endian, in layer order. A file is there when it is whole, because it is renamed last, and
@@ -111,7 +111,7 @@ class StateFiles:
         try:
             return self._read(path, token_ids)
         except (OSError, KVStoreError) as error:
-            logger.warning("a kept state is of no use: %s", error)
+            logger.warning("a saved recurrent state cannot be used: %s", error)
             with suppress(OSError):
                 path.unlink()
             return None

@@ -1,6 +1,4 @@
-"""Recurrent states of many sequences, in memory. This module knows positions and owners, and
-nothing of keys and values.
-"""
+"""Recurrent states of many sequences, in memory: positions and owners, no keys and values."""
 
 from __future__ import annotations
 
@@ -18,6 +16,9 @@ from ollm_core.errors import KVStoreError
 from ollm_core.kv.buffer_pool import Charges
 from ollm_core.memory.accounts import MemoryAccount
 from ollm_core.memory.kinds import MemoryKind
+from ollm_core.memory.pair import PerMemory
+
+_CPU = torch.device("cpu")
 
 State = tuple[Tensor, ...]
 OnState = Callable[[int, int, int, int, Sequence[Tensor]], None]
@@ -227,6 +228,21 @@ class StateStore(Closing):
                 f"the state of layer {layer_idx} is {_told(given)}, "
                 f"expected {_told(self.shapes[layer_idx])}"
             )
+
+
+def state_store(
+    tier: str,
+    geometry: KVGeometry,
+    accounts: PerMemory[MemoryAccount],
+    memory: DeviceMemory,
+    host: torch.device = _CPU,
+) -> StateStore:
+    """States beside keys and values in `tier`: on the device if these are, else in host memory,
+    which `host` stands for.
+    """
+    if tier == "device":
+        return StateStore(geometry, accounts.device, "device", geometry.device)
+    return StateStore(geometry, accounts.host, "host", host, memory)
 
 
 def _told(shapes: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> str:

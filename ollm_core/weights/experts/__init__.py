@@ -1,1 +1,1 @@
-"""Routed experts: which are kept, and reading the others when a layer wants them."""
+"""Routed experts: which stay resident, and how the others are read when a layer wants them."""

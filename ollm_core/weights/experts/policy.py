@@ -1,4 +1,5 @@
-"""Which routed experts are worth keeping: those that get the largest share of their layer's tokens.
+"""Chooses which routed experts stay resident: those that get the largest share of their layer's
+tokens.
 
 Shares are forgotten by and by, and a newcomer replaces another expert only if it beats it by a
 margin. So a long prompt, which asks for every expert once, cannot flush what decoding needs, and

@@ -1,4 +1,4 @@
-"""Reads groups of units into two buffers in turn: one group is read while the one before is used.
+"""Reads groups of experts into two buffers in turn: one is filled while the other is used.
 
 Unlike the ring, it is told what to read only when a layer knows which experts it wants.
 """

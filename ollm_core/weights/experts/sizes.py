@@ -1,4 +1,4 @@
-"""The bytes of one routed expert: how many there are in each form, and how it is kept."""
+"""Sizes of one routed expert, in each form, and the memory that a resident one is put into."""
 
 from __future__ import annotations
 

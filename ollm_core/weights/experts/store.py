@@ -1,5 +1,5 @@
-"""Routed experts over the tiers: some are kept, the others are read when a layer wants them, in
-groups.
+"""The store of routed experts: some are resident, the others are read in groups when a layer wants
+them.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Reading engines: how bytes of checkpoint files are brought into memory."""
+"""Reading engines: read bytes of checkpoint files into memory."""

@@ -1,5 +1,5 @@
-"""The reading engine of the library KvikIO (https://github.com/rapidsai/kvikio): many threads read
-parts of a run at once.
+"""The reading engine `kvikio` (https://github.com/rapidsai/kvikio): many threads read parts of a
+run at once.
 
 The library is an extra and is imported when the engine is opened. It looks up what kind of memory a
 buffer is with the NVIDIA driver, so it imports without one and then fails at every read: only a

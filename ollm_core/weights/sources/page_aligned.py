@@ -1,4 +1,4 @@
-"""Where tensors of a file come to lie in a buffer: whole pages around each run of neighbours.
+"""Lays tensors of a file out in a buffer: whole pages around each run of neighbours.
 
 A byte's place in its page is the same in memory as in the file. The built-in reading engines share
 this and differ in how they fetch a run.

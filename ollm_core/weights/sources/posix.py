@@ -1,6 +1,4 @@
-"""Reading engines: O_DIRECT into the caller's pages, and a memory map where the file system refuses
-O_DIRECT; and the choice of one by name.
-"""
+"""The reading engines `direct` (O_DIRECT) and `mmap`, and the choice of an engine by name."""
 
 from __future__ import annotations
 

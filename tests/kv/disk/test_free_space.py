@@ -60,9 +60,9 @@ def test_refused_before_the_first_token(tiny, ids, tmp_path, free_is):
         with pytest.raises(DoesNotFitError) as refused:
             generate(model, ids(900), 100)
         error = refused.value
-        assert error.message.startswith("KV of 999 tokens needs 786 kB in ")
-        assert error.message.endswith("782 kB is free there")
-        assert error.hint.startswith("make 4096 bytes free, ")
+        assert error.message.startswith("KV cache of 999 tokens: need 786 kB in ")
+        assert error.message.endswith("have 782 kB free")
+        assert error.hint.startswith("free 4096 bytes, ")
         assert model.stats.weight_passes == 0
         assert not kv_dir.exists()
         assert model.accounts.host.used == 0
@@ -149,7 +149,7 @@ def test_as_a_user_sees_it(make_llama, smollm2, tmp_path, capsys, free_is):
     out, err = capsys.readouterr()
     assert late.value.code == 3
     assert not out
-    assert err.splitlines()[0].startswith("error: KV needs ")
+    assert err.splitlines()[0].startswith("error: KV cache: need ")
     assert len(err.splitlines()) == 2
     assert list(kv_dir.iterdir()) == []
     free_is(50_000)
@@ -157,7 +157,7 @@ def test_as_a_user_sees_it(make_llama, smollm2, tmp_path, capsys, free_is):
         main(arguments)
     _, err = capsys.readouterr()
     assert early.value.code == 3
-    assert "is free there" in err.splitlines()[0]
+    assert err.splitlines()[0].endswith("have 49.2 kB free")
     assert list(kv_dir.iterdir()) == []
 
 
