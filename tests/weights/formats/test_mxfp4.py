@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
+from contextlib import ExitStack, contextmanager
 from math import prod
 from pathlib import Path
 
@@ -12,7 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
+import ollm
 from ollm_adapter_gpt_oss import GptOssAdapter
+from ollm_conformance import CodecConformance
+from ollm_conformance.forms import as_published
+from ollm_conformance.models import write_random
 from ollm_conformance.subject import Subject, greedy
 from ollm_core import CheckpointError, ParameterSource, TensorInfo, UnsupportedError
 from ollm_core.checkpoint.safetensors import Checkpoint
@@ -21,7 +27,7 @@ from ollm_core.memory.tracker import AllocationTracker
 from ollm_core.weights.experts.sizes import made_bytes
 from ollm_core.weights.formats import mxfp4
 from ollm_core.weights.formats.codecs import LogicalTensors
-from ollm_core.weights.formats.mxfp4 import dequantize_mxfp4
+from ollm_core.weights.formats.mxfp4 import Mxfp4Codec, dequantize_mxfp4
 from ollm_core.weights.units import Parameter, WeightUnit
 
 CONFIG = {"quantization_config": {"quant_method": "mxfp4"}}
@@ -71,6 +77,66 @@ def same(found, expected):
     """Equal bit for bit, the sign of zero included, and laid out alike."""
     assert found.is_contiguous()
     assert torch.equal(found.view(torch.int16), expected.view(torch.int16))
+
+
+def blocks_of(name, stack):
+    """The nearest packed form of a stack [E, in, out]."""
+    parts = [
+        as_published(CONFIG, {"down_proj": some.clone()}).values()
+        for some in stack.split(128, dim=2)  # packing takes many times their memory
+    ]
+    blocks, scales = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
+    return {f"{name}_blocks": blocks, f"{name}_scales": scales}
+
+
+class TestMxfp4(CodecConformance):
+    """Stacks of matrices, such as experts are; what they cannot hold is stored as it is."""
+
+    codec = Mxfp4Codec()
+    config = CONFIG
+
+    @classmethod
+    def sample(cls, dtype, shape, seed):
+        num_rows, num_inputs, num_outputs = {
+            1: (2, 32, shape[-1]), 2: (2, shape[0] // 2, shape[-1]), 3: shape,
+        }[len(shape)]  # fmt: skip
+        generator = torch.Generator().manual_seed(seed)
+        size = num_rows, max(num_inputs // 32, 1) * 32, num_outputs
+        near = torch.randn(size, generator=generator).to(dtype)
+        return convert_moe_packed_tensors(*blocks_of("", near).values(), dtype=dtype)
+
+    @classmethod
+    def write(cls, tensors, directory):
+        stored = {}
+        for name, tensor in tensors.items():
+            packed = {name: tensor.clone()}
+            if tensor.dim() == 3 and tensor.shape[1] % 32 == 0 and tensor.numel():
+                blocks = blocks_of(name, tensor)
+                made = convert_moe_packed_tensors(*blocks.values(), dtype=tensor.dtype)
+                if torch.equal(made.view(torch.int16), tensor.view(torch.int16)):
+                    packed = blocks
+            stored |= packed
+        save_file(stored, directory / "model.safetensors")
+
+    @classmethod
+    @contextmanager
+    def models(cls):
+        with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
+            packed, plain = Path(name, "packed"), Path(name, "plain")
+            write_random(packed, GptOssAdapter().tiny_config(), "bfloat16")
+            shutil.copytree(packed, plain)
+            config = json.loads((plain / "config.json").read_text())
+            assert config.pop("quantization_config")["quant_method"] == "mxfp4"
+            (plain / "config.json").write_text(json.dumps(config))
+            tensors = load_file(packed / "model.safetensors")
+            for tensor in [one for one in tensors if one.endswith("_blocks")]:
+                whole = tensor.removesuffix("_blocks")
+                parts = tensors.pop(tensor), tensors.pop(f"{whole}_scales")
+                tensors[whole] = convert_moe_packed_tensors(*parts)
+            save_file(tensors, plain / "model.safetensors", {"format": "pt"})
+            yield tuple(
+                stack.enter_context(ollm.load(one, device="cpu")) for one in (plain, packed)
+            )
 
 
 @pytest.mark.parametrize("chunk", [32, 1 << 12, 1 << 22])
