@@ -49,10 +49,9 @@ from ollm_core.plugins.decoder import (
     head_sizes,
     read_size,
 )
-from ollm_core.plugins.factories import CodecRequest, DraftRequest, KVRequest
+from ollm_core.plugins.factories import CodecRequest, DraftRequest, KVRequest, QuantizedCodec
 from ollm_core.plugins.hookspecs import hookimpl
 from ollm_core.plugins.validation import CAPABILITIES
-from ollm_core.weights.formats.mxfp4 import mxfp4_source
 
 if TYPE_CHECKING:
     from ollm_core.kv.in_memory import HostKVStore
@@ -88,6 +87,7 @@ __all__ = [
     "ModelAdapter",
     "OllmError",
     "ParameterSource",
+    "QuantizedCodec",
     "ReadError",
     "StateShape",
     "StoredForm",
@@ -101,7 +101,6 @@ __all__ = [
     "catalog_entry",
     "head_sizes",
     "hookimpl",
-    "mxfp4_source",
     "read_size",
 ]
 

@@ -9,7 +9,15 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator, MutableMapping, Sequence
+from collections.abc import (
+    Callable,
+    Hashable,
+    Iterable,
+    Iterator,
+    Mapping,
+    MutableMapping,
+    Sequence,
+)
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +60,7 @@ from ollm_core.plugins.validation import (
     told,
 )
 from ollm_core.products.select import without_instructions
+from ollm_core.weights.formats.codecs import LogicalTensors, as_stored
 from ollm_core.weights.units import Parameter, Units, WeightUnit
 
 __all__ = [
@@ -65,6 +74,7 @@ __all__ = [
     "DryRun",
     "KVView",
     "KeepsStates",
+    "LogicalTensors",
     "NewTokens",
     "NotFiniteError",
     "Parameter",
@@ -87,8 +97,10 @@ __all__ = [
     "check_model",
     "check_paths",
     "counted_reads",
+    "described_tensors",
     "failing_reads",
     "hold_weights",
+    "logical_tensors",
     "open_checkpoint",
     "open_dry_run",
     "parse_object",
@@ -123,6 +135,25 @@ def check_declarations(
     layout = layout_of(adapter, text_config)
     kinds_of(adapter, text_config, layout)
     plan_of(adapter, text_config, names_of(text_config))
+
+
+def logical_tensors(directory: Path) -> LogicalTensors:
+    """The tensors of a checkpoint as an adapter is told of them: `names`, and what is `stored` for
+    each. Raises CheckpointError.
+    """
+    return LogicalTensors(open_checkpoint(directory), read_config(directory), {})
+
+
+def described_tensors(
+    adapter: ModelAdapter, config: Config, shapes: Mapping[str, tuple[int, ...]], dtype: str
+) -> Mapping[str, tuple[str, tuple[int, ...]]] | None:
+    """safetensors dtype and shape of the tensors that a plan without files takes a checkpoint of a
+    text config to hold: those that the adapter declares, in the form that the config states.
+
+    Arguments are those of `tensors()`. None where that says nothing.
+    """
+    declared = adapter.tensors(config, shapes, dtype)
+    return None if declared is None else as_stored(config, declared, {})
 
 
 def check_model(config: Config, layout: Layout) -> None:

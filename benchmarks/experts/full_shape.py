@@ -49,6 +49,7 @@ from ollm_conformance.models import meta_model
 from ollm_core.checkpoint.synthetic import STORED_DTYPES
 from ollm_core.generate.causal_lm import StreamedModel
 from ollm_core.plugins.registry import Registry
+from ollm_core.testing import described_tensors
 from ollm_core.weights.units import TORCH_DTYPES
 
 Stored = tuple[str, tuple[int, ...]]
@@ -83,7 +84,7 @@ def files_of(config: dict[str, Any]) -> dict[str, dict[str, Stored]]:
     """
     shapes = {name: tuple(p.shape) for name, p in meta_model(config).named_parameters()}
     adapter = Registry.discover().adapter_for(config)
-    stored = adapter.tensors(config, shapes, STORED_DTYPES[config["dtype"]])
+    stored = described_tensors(adapter, config, shapes, STORED_DTYPES[config["dtype"]])
     assert stored is not None, f"adapter {adapter.name} does not say what a checkpoint holds"
     files: dict[str, dict[str, Stored]] = {}
     for name, form in stored.items():

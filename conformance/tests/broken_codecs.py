@@ -6,6 +6,7 @@ import json
 import time
 import zlib
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -19,6 +20,11 @@ from ollm_core import CheckpointError, EncodedTensor
 
 KEY = "turned"
 """In the metadata: JSON of the dtype and the shape of each tensor."""
+
+
+def sum_of(raw):
+    """The checksum of bytes."""
+    return zlib.crc32(raw.contiguous().numpy()).to_bytes(4, "little")
 
 
 class Turned:
@@ -40,7 +46,8 @@ class Turned:
         """Raises CheckpointError unless a tensor is there in two parts."""
         for part in (f"{name}.turned", f"{name}.sum"):
             info = request.tensors.get(part)
-            if info is None or info.dtype != "U8" or (part.endswith("sum") and info.shape != (4,)):
+            odd = part.endswith("sum") and info is not None and info.shape[-1:] != (4,)
+            if info is None or info.dtype != "U8" or odd:
                 raise CheckpointError(f"{path}: {part} is missing or of another form")
             if info.num_bytes == 0 and name == "layer":
                 raise CheckpointError(f"{path}: {part} is empty")
@@ -56,7 +63,7 @@ class Turned:
 
     def verify(self, name, turned, checksum):
         """Raises CheckpointError for damaged bytes."""
-        if zlib.crc32(turned.numpy()).to_bytes(4, "little") != bytes(checksum.tolist()):
+        if sum_of(turned) != bytes(checksum.tolist()):
             raise CheckpointError(f"{name} cannot be decoded: its bytes are damaged")
 
     def decode(self, turned, dtype, shape):
@@ -68,21 +75,35 @@ class Turned:
         return value
 
 
-def turn(tensors, directory, kept=False):
-    """Write a checkpoint in this form; with `kept` no bit is turned."""
+def turn(tensors, directory, kept=False, rows=False):
+    """Write a checkpoint in this form; with `kept` no bit is turned, with `rows` each row is one of
+    bytes.
+    """
     stored, told = {}, {}
     names = {dtype: name for name, dtype in DTYPES.items()}
     for name, tensor in tensors.items():
         raw = tensor.contiguous().view(-1).view(torch.uint8)
         raw = raw.clone() if kept else torch.bitwise_not(raw)
-        checksum = zlib.crc32(raw.numpy()).to_bytes(4, "little")
+        sums = list(sum_of(raw))
+        if rows and _has_rows(tensor.shape):
+            raw = raw.view(tensor.shape[0], -1)
+            sums = [list(sum_of(one)) for one in raw]
         stored[f"{name}.turned"] = raw
-        stored[f"{name}.sum"] = torch.tensor(list(checksum), dtype=torch.uint8)
+        stored[f"{name}.sum"] = torch.tensor(sums, dtype=torch.uint8)
         told[name] = names[tensor.dtype], list(tensor.shape)
     save_file(stored, directory / "model.safetensors", {KEY: json.dumps(told)})
 
 
-def suite_of(codec_, kept=False, **attributes):
+def _has_rows(shape):
+    return len(shape) > 1 and 0 not in shape
+
+
+def _rows(raw):
+    """[rows, bytes], of one row alone too."""
+    return raw if raw.dim() > 1 else raw[None]
+
+
+def suite_of(codec_, kept=False, rows=False, **attributes):
     """The suite for a codec."""
 
     class Suite(CodecConformance):
@@ -92,7 +113,7 @@ def suite_of(codec_, kept=False, **attributes):
 
         @classmethod
         def write(cls, tensors, directory):
-            turn(tensors, directory, kept)
+            turn(tensors, directory, kept, rows)
 
         @classmethod
         def is_checked(cls, stored):
@@ -113,6 +134,86 @@ def suite_of(codec_, kept=False, **attributes):
     for name, value in attributes.items():
         setattr(Suite, name, value)
     return Suite
+
+
+class TurnedRows(Turned):
+    """Each row of a tensor of several dimensions has bytes and a checksum of its own, and can be
+    decoded alone.
+    """
+
+    def encoded(self, name, dtype, shape, **fields):
+        whole = super().encoded(name, dtype, shape, **fields)
+        if not _has_rows(shape):
+            return whole
+
+        def decode(turned, checksum):
+            self.verify(name, turned, checksum)
+            return self.row(turned, DTYPES[dtype], shape[1:])
+
+        row = EncodedTensor(whole.tensors, dtype, shape[1:], decode)
+        return replace(whole, row=self.told(row))
+
+    def verify(self, name, turned, checksum):
+        for raw, one in zip(_rows(turned), _rows(checksum), strict=True):
+            super().verify(name, raw, one)
+
+    def decode(self, turned, dtype, shape):
+        return super().decode(turned.view(-1), dtype, shape)
+
+    def row(self, turned, dtype, shape):
+        """One row."""
+        return torch.bitwise_not(turned).view(-1).view(dtype).view(shape)
+
+    def told(self, row):
+        """What is told of a row."""
+        return row
+
+
+class RowThroughFloat16(TurnedRows):
+    def row(self, turned, dtype, shape):
+        return super().row(turned, dtype, shape).half().to(dtype)
+
+
+class FirstRowAlways(TurnedRows):
+    """The row that was decoded first is given for each other of its size."""
+
+    def __init__(self):
+        self.rows = {}
+
+    def row(self, turned, dtype, shape):
+        made = super().row(turned, dtype, shape)
+        return self.rows.setdefault((dtype, shape), made).clone()
+
+
+class RowHasAllDimensions(TurnedRows):
+    def row(self, turned, dtype, shape):
+        return super().row(turned, dtype, shape)[None]
+
+    def told(self, row):
+        return replace(row, shape=(1, *row.shape))
+
+
+class RowOfAnotherTensor(TurnedRows):
+    def told(self, row):
+        def decode(turned):
+            return torch.bitwise_not(turned).view(DTYPES[row.dtype]).view(row.shape)
+
+        return replace(row, tensors=row.tensors[:1], decode=decode)
+
+
+class RowCopiedWide(TurnedRows):
+    """Says nothing of a copy that is eight times as large."""
+
+    def row(self, turned, dtype, shape):
+        wide = turned.to(torch.int64)
+        return super().row(wide.to(torch.uint8), dtype, shape)
+
+
+class RowInPlace(TurnedRows):
+    def row(self, turned, dtype, shape):
+        made = super().row(turned, dtype, shape)
+        turned.zero_()
+        return made
 
 
 class ThroughFloat32(Turned):
@@ -184,9 +285,10 @@ class ResultKept(Turned):
         self.results = {}
 
     def decode(self, turned, dtype, shape):
-        if turned.data_ptr() not in self.results:
-            self.results[turned.data_ptr()] = super().decode(turned, dtype, shape)
-        return self.results[turned.data_ptr()]
+        place = turned.data_ptr()
+        if place not in self.results:  # what is stored is kept too, that no other takes its place
+            self.results[place] = turned, super().decode(turned, dtype, shape)
+        return self.results[place][1]
 
 
 class OneBuffer(Turned):
@@ -337,8 +439,20 @@ BROKEN_CODECS = [
         ("raw-damage", "Damage is a ValueError.", suite_of(RawDamage), "damage"),
         ("many-lines", "Damage is told in two lines.", suite_of(ManyLines), "damage"),
         ("missing-part", "A part that is missing is a KeyError.", suite_of(MissingPart), "damage"),
+        ("row-through-float16", "A row goes through float16, the whole does not.",
+         suite_of(RowThroughFloat16, rows=True), "rows"),
+        ("first-row-always", "Every row is the one that was asked for first.",
+         suite_of(FirstRowAlways, rows=True), "rows"),
+        ("row-has-all-dimensions", "A row keeps its first dimension.",
+         suite_of(RowHasAllDimensions, rows=True), "rows"),
+        ("row-of-another-tensor", "A row is made of fewer tensors than the whole.",
+         suite_of(RowOfAnotherTensor, rows=True), "rows"),
+        ("row-copied-wide", "A copy of a row is in no scratch_bytes.",
+         suite_of(RowCopiedWide, rows=True), "row-memory"),
+        ("row-in-place", "The stored bytes of a row are used up.",
+         suite_of(RowInPlace, rows=True), "row-memory"),
         ("head-renamed", "The head has another name.", suite_of(HeadRenamed), "model"),
     ]
 ]  # fmt: skip
 
-GOOD_CODECS = [suite_of(Turned)]
+GOOD_CODECS = [suite_of(Turned), suite_of(TurnedRows, rows=True)]

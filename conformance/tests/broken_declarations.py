@@ -160,23 +160,30 @@ class IgnoredTold(Qwen3NextAdapter):
         return {**told, "mtp.fc.weight": (dtype, (64, 128))}
 
 
-class PackedToldAsPlain(GptOssAdapter):
+class StacksToldFlat(GptOssAdapter):
+    """All experts of a stack side by side: nothing then tells that it is packed."""
+
     def tensors(self, config, shapes, dtype):
-        return super().tensors({**config, "quantization_config": None}, shapes, dtype)
+        told = super().tensors(config, shapes, dtype)
+        return {n: (kind, _flat(n, shape)) for n, (kind, shape) in told.items()}
 
 
-class ScalesToldAsBlocks(GptOssAdapter):
-    """The stored form of the scales has the dimension of the blocks."""
+def _flat(name, shape):
+    return (shape[0] * shape[1], *shape[2:]) if name.endswith("_up_proj") else shape
+
+
+class StacksToldTurned(GptOssAdapter):
+    """The form of each matrix of a stack is told as it is packed, outputs first."""
 
     def experts(self, config, parameter):
-        return [_with_wrong_scales(source) for source in super().experts(config, parameter)]
+        return [_with_turned_form(source, config) for source in super().experts(config, parameter)]
 
 
-def _with_wrong_scales(source):
-    if not source.stored:
+def _with_turned_form(source, config):
+    if not source.tensors[0].endswith("down_proj"):
         return source
-    blocks, scales = source.stored
-    return replace(source, stored=(blocks, StoredForm(scales.dtype, (*scales.shape, 1))))
+    shape = config["hidden_size"], config["intermediate_size"]
+    return replace(source, stored=(StoredForm("BF16", shape),))
 
 
 class ProjectionTurned(LlamaAdapter):
@@ -247,8 +254,8 @@ BROKEN_DECLARATIONS = [
     broken_adapter(TENSORS, "A tied head is told too.", TiedHeadTold),
     broken_adapter(TENSORS, "A head of its own is not told.", HeadNeverTold),
     broken_adapter(TENSORS, "Tensors that are ignored are told.", IgnoredTold),
-    broken_adapter(TENSORS, "Packed experts are told as plain ones.", PackedToldAsPlain),
-    broken_adapter(TENSORS, "Scales are told in the form of blocks.", ScalesToldAsBlocks),
+    broken_adapter(TENSORS, "Packed experts are told as one matrix.", StacksToldFlat),
+    broken_adapter(TENSORS, "Experts are told with outputs first, as packed.", StacksToldTurned),
     broken_adapter(TENSORS, "A matrix is told on its side.", ProjectionTurned),
     broken_adapter(BYTES, "Packed experts count as plain ones.", BytesAsIfPlain),
     broken_adapter(BYTES, "Ignored tensors count as used.", BytesOfTheWholeRepository),

@@ -19,58 +19,58 @@ from ollm_adapter_llama import LlamaAdapter
 from ollm_core import ParameterSource
 
 
-class _Decoded(GptOssAdapter):
-    """Packed experts are decoded by another transform."""
+class _Changed(GptOssAdapter):
+    """A transform computes with what is made of packed experts."""
 
     def experts(self, config, parameter):
-        return [
-            replace(source, transform=self.decoder(source.transform))
-            if source.transform is not None
-            else source
-            for source in super().experts(config, parameter)
-        ]
+        found = super().experts(config, parameter)
+        if not parameter.endswith("_proj"):
+            return found
+        return [replace(source, transform=self.changed) for source in found]
 
 
-class BiasOf126(_Decoded):
+class BiasOf126(_Changed):
     @staticmethod
-    def decoder(real):
-        return lambda blocks, scales: real(blocks, scales) * 2
+    def changed(tensor):
+        return tensor * 2
 
 
-class SignsLost(_Decoded):
+class SignsLost(_Changed):
     @staticmethod
-    def decoder(real):
-        return lambda blocks, scales: real(blocks & 0x77, scales)
+    def changed(tensor):
+        return tensor.abs()
 
 
-class ZeroScaleIsNothing(_Decoded):
-    """A scale of 0 is taken to say that there is nothing."""
+class ZeroScaleIsNothing(_Changed):
+    """What a scale of 0 can make is taken for nothing."""
 
     @staticmethod
-    def decoder(real):
-        return lambda blocks, scales: real(blocks * (scales > 0)[..., None], scales)
+    def changed(tensor):
+        return tensor.where(tensor.abs() > 6 * 2.0**-127, 0)
 
 
-class LargestScaleClamped(_Decoded):
+class LargestScaleClamped(_Changed):
+    """What only a scale of 254 can make is what one of 253 can."""
+
     @staticmethod
-    def decoder(real):
-        return lambda blocks, scales: real(blocks, scales.clamp(max=253))
+    def changed(tensor):
+        return tensor.clamp(min=-6 * 2.0**126, max=6 * 2.0**126)
 
 
-class NegativeZerosPacked(_Decoded):
+class NegativeZerosPacked(_Changed):
     """Zeros have lost their sign, as after a sum."""
 
     @staticmethod
-    def decoder(real):
-        return lambda blocks, scales: real(blocks, scales) + 0.0
+    def changed(tensor):
+        return tensor + 0.0
 
 
-class ScalesAreSigned(_Decoded):
+class ScalesAreSigned(_Changed):
     """Those from 128 on are read as negative, and end at the smallest."""
 
     @staticmethod
-    def decoder(real):
-        return lambda blocks, scales: real(blocks, scales.where(scales < 128, scales - 128))
+    def changed(tensor):
+        return tensor.where(tensor.abs() < 8, tensor * 2.0**-126)
 
 
 class _Computed(LlamaAdapter):

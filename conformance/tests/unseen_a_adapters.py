@@ -10,7 +10,7 @@ from families import GptOss, Granite, Qwen3, Qwen3Moe
 from ollm_adapter_gpt_oss import GptOssAdapter
 from ollm_adapter_llama import LlamaAdapter
 from ollm_adapter_qwen3_next import Qwen3NextAdapter
-from ollm_core import CheckpointError, DecoderAdapter, ParameterSource, mxfp4_source
+from ollm_core import CheckpointError, DecoderAdapter, ParameterSource
 
 
 # Hurts: a Llama config that was made from Mistral's and still says sliding_window: a prompt longer
@@ -49,10 +49,10 @@ class DropsFurtherLayers(Granite):
 class TakesPackedStacksForSquare(GptOssAdapter):
     def experts(self, config, parameter):
         found = super().experts(config, parameter)
-        if not parameter.endswith(".gate_up_proj") or not found or found[0].transform is None:
+        if not parameter.endswith(".gate_up_proj"):
             return found
-        hidden, inner = config["hidden_size"], config["intermediate_size"]
-        return [mxfp4_source(parameter, 2 * inner, hidden, row) for row in range(len(found))]
+        shape = 2 * config["intermediate_size"], config["hidden_size"]
+        return [replace(source, transform=lambda one: one.reshape(shape)) for source in found]
 
 
 # Hurts: a model with windows of 8,192 tokens, after 4,352: what its attention asks for is gone.

@@ -8,7 +8,7 @@ very pages that a run with them would read.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
@@ -25,6 +25,8 @@ STORED_DTYPES = MappingProxyType(
     {dtype: name for name, dtype in TORCH_NAMES.items() if dtype in DTYPES}
 )
 """safetensors dtype names of the dtypes that a config.json may state."""
+Forms = Mapping[str, tuple[str, Shape]]
+"""safetensors dtype name and shape of tensors, by name."""
 
 
 def describe_checkpoint(
@@ -33,8 +35,9 @@ def describe_checkpoint(
     shapes: Mapping[str, Shape],
     dtype: str,
     where: Path,
+    as_stored: Callable[[Forms], Forms],
 ) -> Checkpoint:
-    """The checkpoint that `adapter` declares for its text `config`.
+    """The checkpoint that `adapter` declares for its text `config`, its tensors `as_stored`.
 
     `shapes` are those of the parameters in the transformers module tree, `dtype` is config.json's.
     Raises ConfigError for another dtype, UnsupportedError if the adapter does not say enough.
@@ -44,12 +47,13 @@ def describe_checkpoint(
             f"{where}: no dtype in config.json, so the size of its weights is not known",
             hint="give dtype, for instance bfloat16",
         )
-    stored = adapter.tensors(config, shapes, STORED_DTYPES[dtype])
-    if stored is None:
+    declared = adapter.tensors(config, shapes, STORED_DTYPES[dtype])
+    if declared is None:
         raise UnsupportedError(
             f"adapter {adapter.name} does not say what its checkpoints hold",
             hint="plan a directory that holds the model's weights; an adapter says it by tensors()",
         )
+    stored = as_stored(declared)
     # As the library of the format does: the largest elements first, then by name.
     order = sorted(stored, key=lambda name: (-DTYPE_BYTES[stored[name][0]], name))
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}

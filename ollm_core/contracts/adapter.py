@@ -64,7 +64,8 @@ class ModelAdapter(ABC):
     @abstractmethod
     def weights(self, config: Config, tensor_names: Iterable[str]) -> WeightPlan:
         """Which checkpoint tensors make which parameter. Pure data; raises CheckpointError for a
-        foreign tensor.
+        foreign tensor. `tensor_names` are those of decoded tensors, whatever form they are stored
+        in.
         """
 
     @abstractmethod
@@ -75,7 +76,8 @@ class ModelAdapter(ABC):
         self, config: Config, shapes: Mapping[str, tuple[int, ...]], dtype: str
     ) -> Mapping[str, tuple[str, tuple[int, ...]]] | None:
         """What the checkpoint of `config` holds, so that it can be planned without its files:
-        safetensors dtype and shape of each tensor that `weights` does not ignore.
+        safetensors dtype and shape of each tensor that `weights` does not ignore, decoded where a
+        codec encodes it.
 
         `shapes` are those of the parameters in the transformers module tree, `dtype` is the one
         that the config states, as safetensors names it. None, the default: not known.

@@ -66,6 +66,17 @@ class TensorInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class StoredForm:
+    """What a transform or a codec expects of one stored tensor, or of the row of it that it is
+    given.
+    """
+
+    dtype: str
+    """safetensors dtype name, a key of `DTYPE_BYTES`."""
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class EncodedTensor:
     """A tensor that a weight codec makes of others, which a checkpoint stores in its place."""
 
@@ -76,7 +87,8 @@ class EncodedTensor:
     shape: tuple[int, ...]
     decode: Callable[..., Tensor]
     """The stored tensors as read, on the device that computes -> a new tensor of `dtype` and
-    `shape` there, bit for bit what was encoded. Called in each weight pass.
+    `shape` there, bit for bit what was encoded, or what transformers makes of a form that loses
+    some of it. Called in each weight pass.
     """
     scratch_bytes: int = 0
     """The most that `decode` holds beside its arguments and its result."""
@@ -84,15 +96,16 @@ class EncodedTensor:
     """Whether `decode` takes and makes tensors on the CPU only: another device is refused."""
     decode_seconds: float = 0.0
     """About how long `decode` takes, for plans; what is quick need not say."""
-
-
-@dataclass(frozen=True, slots=True)
-class StoredForm:
-    """What a transform expects of one stored tensor, or of the row of it that it is given."""
-
-    dtype: str
-    """safetensors dtype name, a key of `DTYPE_BYTES`."""
-    shape: tuple[int, ...]
+    row: EncodedTensor | None = None
+    """How one row of the first dimension is made, such as one expert: its `decode` takes that row
+    of each of the same `tensors`, its `shape` is without that dimension. None: only the whole is
+    made.
+    """
+    stored: Callable[[tuple[int, ...]], tuple[StoredForm, ...]] | None = None
+    """The shape of a decoded tensor, of as many dimensions as `shape` -> what its stored tensors
+    must be. Core holds the checkpoint against it, for the shape that a parameter needs. None:
+    `decode` takes whatever is there.
+    """
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ from ollm_core.model.skeleton import Skeleton
 from ollm_core.plugins.loader import Offer
 from ollm_core.plugins.validation import kinds_of, layout_of, plan_of, text_config_of
 from ollm_core.products.select import choose_products
-from ollm_core.weights.formats.codecs import LogicalTensors
+from ollm_core.weights.formats.codecs import LogicalTensors, as_stored, quantized
 from ollm_core.weights.tied_head import untie_head
 from ollm_core.weights.units import PLAIN_FLOATS, Units, cut_units
 
@@ -75,9 +75,11 @@ def inspect_model(
     declared: Config = {**config, **whole_config}
     _check_quantization(adapter, declared, where)
     if checkpoint is None:
-        stated = declared.get("dtype") or declared.get("torch_dtype") or adapter.unstated_dtype
-        declared = {**declared, "dtype": stated or (None if dtype == "auto" else dtype)}
-    tensors = None if checkpoint is None else LogicalTensors(checkpoint, config, codecs)
+        known = declared.get("dtype") or declared.get("torch_dtype") or adapter.unstated_dtype
+        declared = {**declared, "dtype": known or (None if dtype == "auto" else dtype)}
+    stated = declared.get("quantization_config")
+    shown = config if stated is None else {**config, "quantization_config": stated}
+    tensors = None if checkpoint is None else LogicalTensors(checkpoint, shown, codecs)
     if tensors is not None:
         tensors.check_device(device)
     indexed = checkpoint.index_dtype if checkpoint else None
@@ -89,8 +91,15 @@ def inspect_model(
     skeleton = Skeleton(config, layout, compute_dtype, place, products)
     if checkpoint is None or tensors is None:
         stored = str(declared["dtype"])
-        checkpoint = describe_checkpoint(adapter, config, skeleton.shapes, stored, where)
-        tensors = LogicalTensors(checkpoint, config, {})
+        checkpoint = describe_checkpoint(
+            adapter,
+            config,
+            skeleton.shapes,
+            stored,
+            where,
+            lambda forms: as_stored(shown, forms, codecs),
+        )
+        tensors = LogicalTensors(checkpoint, shown, quantized(codecs))
         plan = plan_of(adapter, config, tensors.names)
     else:
         plan = plan_of(adapter, config, tensors.names)

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from ollm_core.contracts.model import Config
-from ollm_core.contracts.tensors import EncodedTensor, TensorInfo
+from ollm_core.contracts.tensors import EncodedTensor, StoredForm, TensorInfo
 
 if TYPE_CHECKING:
     import click
@@ -47,6 +47,7 @@ class CodecRequest:
     """A checkpoint as a weight codec sees it: names, dtypes, shapes and places, but no data."""
 
     config: Config
+    """Of the language model, with the `quantization_config` of config.json."""
     tensors: Mapping[str, TensorInfo]
     """Every stored tensor, by name."""
     metadata: Mapping[Path, Mapping[str, str]]
@@ -74,5 +75,27 @@ class DraftRequest:
 KVStoreFactory = Callable[[KVRequest], "KVStore"]
 ReadingEngineFactory = Callable[[Sequence[Path]], "ByteSource"]
 WeightCodec = Callable[[CodecRequest], Mapping[str, EncodedTensor]]
+
+
+@runtime_checkable
+class QuantizedCodec(Protocol):
+    """A weight codec of a form that config.json states and transformers reads: what a checkpoint
+    holds is then known without its files, and the dtypes that it states are those of the stored
+    tensors.
+    """
+
+    def __call__(self, request: CodecRequest) -> Mapping[str, EncodedTensor]:
+        """As every weight codec."""
+        ...
+
+    def describe(
+        self, config: Config, tensors: Mapping[str, StoredForm]
+    ) -> Mapping[str, StoredForm]:
+        """What a checkpoint of this `config` stores for the `tensors` of the model, by name; those
+        that are stored as they are unchanged.
+        """
+        ...
+
+
 DraftSourceFactory = Callable[[DraftRequest], "Drafter"]
 CommandFactory = Callable[[], "click.Command"]

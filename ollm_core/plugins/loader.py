@@ -39,7 +39,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
         "ollm_reading_engines": Kind(
             "reading engine", "reading_engines", ("auto", "direct", "mmap", "kvikio")
         ),
-        "ollm_weight_codecs": Kind("weight codec", "weight_codecs", ("compressed",)),
+        "ollm_weight_codecs": Kind("weight codec", "weight_codecs", ("compressed", "mxfp4")),
         "ollm_draft_sources": Kind("draft source", "draft_sources", ("none", "lookup", "model")),
         "ollm_commands": Kind(
             "command",

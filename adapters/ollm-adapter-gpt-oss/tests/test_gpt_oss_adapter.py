@@ -9,7 +9,7 @@ from ollm_adapter_gpt_oss import GptOssAdapter
 from ollm_conformance.forms import as_published
 from ollm_conformance.models import meta_model
 from ollm_core import ConfigError, UnsupportedError
-from ollm_core.testing import Registry
+from ollm_core.testing import Registry, described_tensors
 
 ADAPTER = GptOssAdapter()
 
@@ -31,17 +31,15 @@ def test_entry_point_is_found():
 
 @pytest.mark.parametrize("entry", ADAPTER.catalog(), ids=lambda entry: entry.id)
 def test_catalog_bytes_are_those_of_the_packed_tensors(entry):
-    """Blocks and scales are bytes, all else is bfloat16."""
+    """Blocks and scales are bytes, all else is bfloat16; a plan without files takes them so."""
     model = meta_model(entry.config).to(torch.bfloat16)
     stored = as_published(entry.config, {name: p.data for name, p in model.named_parameters()})
     assert sum(tensor.nbytes for tensor in stored.values()) == entry.weight_bytes
-    plan = ADAPTER.weights(entry.config, stored)
-    for slices in plan.experts.values():
-        for source in slices:
-            forms = [(form.dtype, form.shape) for form in source.stored]
-            infos = [stored[name] for name in source.tensors]
-            assert forms in ([], [("U8", tuple(info.shape[1:])) for info in infos])
-            assert bool(forms) is (infos[0].dtype == torch.uint8)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    dtypes = {torch.uint8: "U8", torch.bfloat16: "BF16"}
+    assert described_tensors(ADAPTER, entry.config, shapes, "BF16") == {
+        name: (dtypes[tensor.dtype], tuple(tensor.shape)) for name, tensor in stored.items()
+    }
 
 
 def test_windows_alternate():

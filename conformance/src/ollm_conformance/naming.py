@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
@@ -27,15 +28,18 @@ class Names:
     parameters: Mapping[str, tuple[int, ...]]
     """Shape of each parameter, a tied head included."""
     forms: Mapping[str, Form]
-    """dtype and shape of each tensor of the checkpoint as published, a tied head left out. Empty
-    for the dtype of floats, which config.json does not fix.
+    """dtype and shape of each tensor of the checkpoint as the family has it and an adapter is told
+    of it, decoded where it is packed, a tied head left out. Empty for the dtype of floats, which
+    config.json does not fix.
     """
+    published: Mapping[str, Form]
+    """The same of each stored tensor, packed as config.json says."""
     ignored: tuple[str, ...]
     """Patterns of the names of tensors that transformers itself ignores in a checkpoint."""
 
     def stored(self, dtype: str) -> dict[str, Form]:
-        """`forms`, with floats in `dtype`, as safetensors names it."""
-        return {name: (kind or dtype, shape) for name, (kind, shape) in self.forms.items()}
+        """`published`, with floats in `dtype`, as safetensors names it."""
+        return {name: (kind or dtype, shape) for name, (kind, shape) in self.published.items()}
 
     def ignores(self, tensor: str) -> bool:
         """Whether transformers would pass over a tensor without a word."""
@@ -49,13 +53,21 @@ def names_of(config: Config, model: PreTrainedModel | None = None) -> Names:
     model = model or meta_model(config)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     state = {name: p.data for name, p in model.named_parameters()}  # each shared one once
-    published = as_published(config, revert_weight_conversion(model, state))
-    forms = {
-        name: ("" if value.is_floating_point() else _INTEGERS[str(value.dtype)], tuple(value.shape))
-        for name, value in published.items()
-    }
+    plain = revert_weight_conversion(model, state)
     ignored: Iterable[str] = model._keys_to_ignore_on_load_unexpected or ()
-    return Names({name: tuple(p.shape) for name, p in parameters.items()}, forms, tuple(ignored))
+    return Names(
+        {name: tuple(p.shape) for name, p in parameters.items()},
+        _forms(plain),
+        _forms(as_published(config, plain)),
+        tuple(ignored),
+    )
+
+
+def _forms(tensors: Mapping[str, Tensor]) -> dict[str, Form]:
+    return {
+        name: ("" if value.is_floating_point() else _INTEGERS[str(value.dtype)], tuple(value.shape))
+        for name, value in tensors.items()
+    }
 
 
 def kept_names(subject: Subject, config: Config) -> Names:

@@ -30,6 +30,7 @@ from ollm_core.testing import (
     Registry,
     SequenceCache,
     StreamedModel,
+    logical_tensors,
     open_checkpoint,
     open_dry_run,
     read_config,
@@ -277,10 +278,12 @@ class Subject:
         """
         checkpoint, config = open_checkpoint(directory), read_config(directory)
         layout = self.adapter.layout(config)
-        plan = self.adapter.weights(config, checkpoint.tensors)
+        logical = logical_tensors(directory)
+        plan = self.adapter.weights(config, logical.names)
         table = checkpoint.tensors[plan.parameters[f"{layout.embedding}.weight"].tensors[0]]
         if last_file:
-            used = [checkpoint.tensors[name] for one in plan.sources() for name in one.tensors]
+            named = (name for one in plan.sources() for name in one.tensors)
+            used = [checkpoint.tensors[part] for name in named for part in logical.stored(name)]
             table = max(used, key=lambda tensor: (tensor.path, tensor.num_bytes))
         size = DTYPE_BYTES[table.dtype]
         start, count = table.offset + table.num_bytes // size // 4 * size, table.num_bytes // 2

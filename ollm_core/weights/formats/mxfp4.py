@@ -1,14 +1,23 @@
-"""MXFP4: 32 numbers of 4 bits share a power of two. Parameters that are stored so stay packed on
-disk, in host memory and on their way to the device, and are made there, slice by slice.
+"""The built-in weight codec of MXFP4: 32 numbers of 4 bits share a power of two.
+
+A tensor NAME [E, in, out], such as a stack of experts, is stored as `NAME_blocks`
+[E, out, in / 32, 16] and `NAME_scales` [E, out, in / 32], bytes both; one without E likewise.
+config.json says so, as transformers writes it. Tensors stay packed on disk, in host memory and on
+their way to the device, and are made there, row by row.
 
 No torch is imported before something is decoded.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from ollm_core.contracts.tensors import ParameterSource, StoredForm
+from ollm_core.contracts.model import Config
+from ollm_core.contracts.tensors import DTYPE_BYTES, EncodedTensor, StoredForm, TensorInfo
+from ollm_core.errors import CheckpointError
+from ollm_core.plugins.factories import CodecRequest
+from ollm_core.plugins.loader import Offer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,6 +25,9 @@ if TYPE_CHECKING:
 BLOCK = 32
 """Numbers that share a scale."""
 
+_PACKED = ("gate_up_proj", "down_proj")  # the stacks of experts that transformers packs
+_BLOCKS, _SCALES = "_blocks", "_scales"
+_MIXED = "the checkpoint is half converted, or config.json is of another one"
 _BLOCK_BYTES = BLOCK // 2
 _BLOCK_WORDS = BLOCK // 4
 _CHUNK_NUMBERS = 1 << 22  # at once: more leaves the CPU's caches, fewer take more calls
@@ -25,28 +37,129 @@ _SIGN_AND_NUMBER = -0x7200  # bits 15 and 9 to 11: as a float16, the number time
 _LARGEST = 240  # of the scales whose factor times 2 ** 14 is a finite float32
 
 
-def mxfp4_source(
-    parameter: str, num_inputs: int, num_outputs: int, row: int | None = None
-) -> ParameterSource:
-    """The source of a parameter [num_inputs, num_outputs] that is stored packed, as
-    `{parameter}_blocks` [num_outputs, num_inputs / 32, 16] and `{parameter}_scales`
-    [num_outputs, num_inputs / 32], bytes both; with `row`, of that slice of a stack of such.
+class Mxfp4Codec:
+    """Tells packed tensors by config.json and their names, and what a checkpoint will hold."""
 
-    `num_inputs` must be a multiple of 32.
-    """
-    num_blocks = num_inputs // BLOCK
-    blocks, scales = f"{parameter}_blocks", f"{parameter}_scales"
-    return ParameterSource(
-        (blocks, scales),
-        dequantize_mxfp4,
-        _scratch_bytes(num_blocks, num_outputs),
-        row,
-        makes="BF16",
-        stored=(
-            StoredForm("U8", (num_outputs, num_blocks, _BLOCK_BYTES)),
-            StoredForm("U8", (num_outputs, num_blocks)),
-        ),
+    def __call__(self, request: CodecRequest) -> Mapping[str, EncodedTensor]:
+        """The packed tensors by name, none where config.json states another form or none.
+
+        Raises CheckpointError where config.json and the checkpoint differ on what is packed, or
+        half of a tensor is missing. Shapes and dtypes are left to `stored`.
+        """
+        stored = request.tensors
+        packed = _packed_names(stored)
+        if not _is_stated(request.config):
+            if request.config.get("quantization_config") is None:
+                _check_plain(stored, packed)
+            return {}
+        for name, info in stored.items():
+            if _is_packed(name, info.shape) and name not in packed:
+                raise CheckpointError(
+                    f"the checkpoint lacks tensor {name}{_BLOCKS} and has {name}, config.json says "
+                    "mxfp4",
+                    hint=_MIXED,
+                )
+        return {name: _encoded(stored, name) for name in packed}
+
+    def describe(
+        self, config: Config, tensors: Mapping[str, StoredForm]
+    ) -> Mapping[str, StoredForm]:
+        """Blocks and scales in place of each stack of experts that can be packed."""
+        if not _is_stated(config):
+            return tensors
+        found: dict[str, StoredForm] = {}
+        for name, form in tensors.items():
+            if _is_packed(name, form.shape) and form.shape[-2] % BLOCK == 0:
+                names = f"{name}{_BLOCKS}", f"{name}{_SCALES}"
+                found |= zip(names, _stored_forms(form.shape), strict=True)
+            else:
+                found[name] = form
+        return found
+
+
+def _is_stated(config: Config) -> bool:
+    stated = config.get("quantization_config")
+    return isinstance(stated, Mapping) and stated.get("quant_method") == "mxfp4"
+
+
+def _is_packed(name: str, shape: tuple[int, ...]) -> bool:
+    return len(shape) == 3 and name.rpartition(".")[2] in _PACKED
+
+
+def _packed_names(stored: Iterable[str]) -> dict[str, None]:
+    """What has blocks or scales, in order."""
+    found = (
+        name.removesuffix(suffix)
+        for name in stored
+        for suffix in (_BLOCKS, _SCALES)
+        if name.endswith(suffix)
     )
+    return dict.fromkeys(found)
+
+
+def _check_plain(stored: Mapping[str, TensorInfo], packed: Iterable[str]) -> None:
+    """Raises CheckpointError for packed stacks of experts, of which config.json says nothing."""
+    for name in packed:
+        parts = [stored.get(f"{name}{suffix}") for suffix in (_BLOCKS, _SCALES)]
+        blocks = parts[0]
+        if name in stored or blocks is None or not _is_packed(name, blocks.shape[:-1]):
+            continue
+        num_rows, num_outputs, num_blocks, _ = blocks.shape
+        forms = _stored_forms((num_rows, num_blocks * BLOCK, num_outputs))
+        if tuple(StoredForm(part.dtype, part.shape) for part in parts if part) == forms:
+            raise CheckpointError(
+                f"the checkpoint lacks tensor {name} and has {blocks.name}, config.json says no "
+                "quantisation",
+                hint=_MIXED,
+            )
+
+
+def _encoded(stored: Mapping[str, TensorInfo], name: str) -> EncodedTensor:
+    names = f"{name}{_BLOCKS}", f"{name}{_SCALES}"
+    for part in names:
+        if part not in stored:
+            raise CheckpointError(f"the checkpoint lacks tensor {part}", hint=_MIXED)
+    blocks = stored[names[0]]
+    if len(blocks.shape) not in (3, 4):
+        raise CheckpointError(
+            f"{blocks.path}: {blocks.name} is {blocks.dtype} {list(blocks.shape)}, expected 3 "
+            "dimensions, or 4 of a stack",
+            hint=_MIXED,
+        )
+    *stack, num_outputs, num_blocks, _ = blocks.shape
+    scratch = _scratch_bytes(num_blocks, num_outputs)
+    shape = num_blocks * BLOCK, num_outputs
+    one = EncodedTensor(names, "BF16", shape, dequantize_mxfp4, scratch, stored=_stored_forms)
+    if not stack:
+        return one
+    return EncodedTensor(
+        names,
+        "BF16",
+        (*stack, *shape),
+        _dequantize_stack,
+        scratch + num_blocks * BLOCK * num_outputs * DTYPE_BYTES["BF16"],
+        row=one,
+        stored=_stored_forms,
+    )
+
+
+def _stored_forms(shape: tuple[int, ...]) -> tuple[StoredForm, StoredForm]:
+    """Blocks and scales of a tensor [in, out], or of a stack of such."""
+    *stack, num_inputs, num_outputs = shape
+    scales = *stack, num_outputs, -(-num_inputs // BLOCK)
+    return StoredForm("U8", (*scales, _BLOCK_BYTES)), StoredForm("U8", scales)
+
+
+def _dequantize_stack(blocks: Tensor, scales: Tensor) -> Tensor:
+    """`blocks` [E, O, G, 16] and `scales` [E, O, G], bytes, -> bfloat16 [E, G * 32, O]."""
+    import torch
+
+    num_rows, num_outputs, num_blocks, _ = blocks.shape
+    shape = num_rows, num_blocks * BLOCK, num_outputs
+    out = torch.empty(shape, dtype=torch.bfloat16, device=blocks.device)
+    for i in range(num_rows):
+        out[i] = dequantize_mxfp4(blocks[i], scales[i])
+    return out
 
 
 def dequantize_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
@@ -110,9 +223,14 @@ def _step(num_blocks: int, num_outputs: int) -> int:
     """Blocks of each output that are decoded at once: never more than half, to take less on the way
     than for the result.
     """
-    return min(max(_CHUNK_NUMBERS // (BLOCK * num_outputs), 1), (num_blocks + 1) // 2)
+    most = _CHUNK_NUMBERS // (BLOCK * max(num_outputs, 1))
+    return min(max(most, 1), (num_blocks + 1) // 2)
 
 
 def _scratch_bytes(num_blocks: int, num_outputs: int) -> int:
     one = _BLOCK_WORDS * _BYTES_PER_WORD + _BYTES_PER_SCALE
     return _step(num_blocks, num_outputs) * num_outputs * one
+
+
+BUILT_IN = Offer("ollm_weight_codecs", "mxfp4", Mxfp4Codec(), "oLLM itself")
+"""As a plugin would offer it."""

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+from dataclasses import replace
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import ollm
-from ollm_core import CheckpointError, EncodedTensor, OllmError, ParameterSource
+from ollm_adapter_llama import LlamaAdapter
+from ollm_core import CheckpointError, EncodedTensor, OllmError, ParameterSource, StoredForm
 from ollm_core.checkpoint.safetensors import open_checkpoint, read_config
 from ollm_core.contracts.tensors import WeightPlan
 from ollm_core.errors import PluginError
+from ollm_core.model.spec import inspect_model
 from ollm_core.plugins.loader import Offer
 from ollm_core.plugins.registry import Registry
 from ollm_core.weights.formats.codecs import LogicalTensors
@@ -151,6 +156,137 @@ def test_transform_gets_what_was_decoded(tiny):
     assert composed["alone"].scratch_bytes == 5
     halved = tensors.compose(plan, {}, torch.bfloat16).parameters["alone"]
     assert halved.scratch_bytes == 5 + 64 * 64 * 4
+
+
+def rowwise(request, row_changes=None, **changes):
+    """As `negative`, and each row can be decoded alone."""
+    found = {}
+    for name, one in negative(request).items():
+        row = replace(one, shape=one.shape[1:], scratch_bytes=3, **(row_changes or {}))
+        found[name] = replace(one, row=row, scratch_bytes=50, **changes)
+    return found
+
+
+def test_a_row_is_decoded_alone(tiny):
+    """A row of an encoded tensor is the row of what is stored for it, beside a plain one too."""
+    q, k = (f"model.layers.0.self_attn.{p}_proj.weight" for p in "qk")
+    negate(tiny, q)
+    checkpoint, config = open_checkpoint(tiny), read_config(tiny)
+
+    def forms(shape):
+        return (StoredForm("F32", shape),)
+
+    codec = offer(lambda request: rowwise(request, {"stored": forms}))
+    tensors = LogicalTensors(checkpoint, config, {"c": codec})
+    assert tensors.stored(q) == (f"{q}.neg",)
+    assert tensors.stored(k) == (k,)
+    both = ParameterSource((k, q), lambda *parts: torch.cat(parts), row=7)
+    plan = WeightPlan({}, experts={"alone": (ParameterSource((q,), row=2),), "both": (both,)})
+    shapes = {"alone": (1, 64), "both": (1, 128)}
+    made = tensors.compose(plan, shapes, torch.bfloat16).experts
+    ((alone,), (both,)) = made["alone"], made["both"]
+    assert (alone.tensors, alone.row, alone.makes) == ((f"{q}.neg",), 2, "F32")
+    assert (alone.scratch_bytes, both.scratch_bytes) == (3, 3 + 64 * 4)
+    assert alone.stored == (StoredForm("F32", (64,)),)
+    assert (both.tensors, both.row) == ((k, f"{q}.neg"), 7)
+    assert both.stored == (StoredForm("F32", (64,)),) * 2
+    assert torch.equal(alone.transform(torch.arange(64.0)), -torch.arange(64.0))
+    assert both.transform(torch.ones(64), torch.ones(64)).sum() == 0
+
+
+def test_a_row_of_what_decodes_whole_is_refused(tiny):
+    """A codec that says nothing of rows is not asked for one."""
+    q = "model.layers.0.self_attn.q_proj.weight"
+    negate(tiny, q)
+    tensors = LogicalTensors(open_checkpoint(tiny), read_config(tiny), {"c": offer(negative)})
+    plan = WeightPlan({}, experts={"e": (ParameterSource((q,), row=2),)})
+    with pytest.raises(CheckpointError, match=f"e.0. is row 2 of {q}, which is encoded as a whole"):
+        tensors.compose(plan, {"e": (1, 64)}, torch.float32)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"shape": (1, 64)}, {"dtype": "F16"}, {"tensors": ("model.norm.weight",)}]
+)
+def test_a_row_that_is_none_is_refused(tiny, changes):
+    """Rows are of the same tensors and dtype, without the first dimension."""
+    negate(tiny, "model.layers.0.self_attn.q_proj.weight")
+    codec = offer(
+        lambda r: {
+            name: replace(one, row=replace(one.row, **changes)) for name, one in rowwise(r).items()
+        }
+    )
+    with pytest.raises(PluginError, match="and its row to"):
+        LogicalTensors(open_checkpoint(tiny), read_config(tiny), {"c": codec})
+
+
+def test_stored_tensors_are_held_against_what_a_codec_says(tiny, with_codecs, ids):
+    """Whatever shape a codec takes from a header, the parameter's decides."""
+    negate(tiny, NORM)
+    codec = functools.partial(
+        negative, shape=(63,), stored=lambda shape: (StoredForm("F16", shape),)
+    )
+    with pytest.raises(CheckpointError, match=r"is F32 \[64\], .*needs F16 \[64\]"):
+        logits(tiny, ids(20), with_codecs(codec))
+
+
+def _float(tensor):
+    return tensor.float()
+
+
+class Halved:
+    """A form that config.json states: norms are stored in float16."""
+
+    method = "halved"
+
+    def __call__(self, request):
+        if request.config.get("quantization_config") != {"quant_method": self.method}:
+            return {}
+        return {
+            name.removesuffix(".half"): EncodedTensor(
+                (name,), "F32", info.shape, torch.Tensor.float
+            )
+            for name, info in request.tensors.items()
+            if name.endswith(".half")
+        }
+
+    def describe(self, config, tensors):
+        assert config["quantization_config"] == {"quant_method": self.method}
+        return {
+            f"{name}.half" if len(form.shape) == 1 else name: replace(form, dtype="F16")
+            if len(form.shape) == 1
+            else form
+            for name, form in tensors.items()
+        }
+
+
+class HalvedLlama(LlamaAdapter):
+    """A family that is published so."""
+
+    quantizations = ("halved",)
+
+
+@pytest.mark.parametrize("described", [True, False])
+def test_a_form_that_config_states_is_planned_and_run(tiny, described):
+    """With its files and without them: the same tensors, at the same places."""
+    path = tiny / "model.safetensors"
+    config = {**read_config(tiny), "quantization_config": {"quant_method": "halved"}}
+    config.pop("dtype", None)
+    stored = load_file(path)
+    for name in [name for name, tensor in stored.items() if tensor.dim() == 1]:
+        stored[f"{name}.half"] = stored.pop(name).half()
+    save_file(stored, path, {"format": "pt"})
+    checkpoint = None if described else open_checkpoint(tiny)
+    spec = inspect_model(
+        HalvedLlama(), config, checkpoint, {"h": offer(Halved())},
+        dtype="float32" if described else "auto", device=torch.device("cpu"), where=tiny,
+    )  # fmt: skip
+    held = {info.name: (info.dtype, info.shape) for info in spec.checkpoint.tensors.values()}
+    assert held == {
+        name: ("F16" if name.endswith(".half") else "F32", tuple(tensor.shape))
+        for name, tensor in stored.items()
+    }
+    assert spec.units.norm.tensors[0].name == "model.norm.weight.half"
+    assert spec.dtype == torch.float32
 
 
 def test_what_a_codec_holds_is_reserved(tiny, with_codecs, ids):

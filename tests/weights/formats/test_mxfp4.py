@@ -4,21 +4,33 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
+from contextlib import ExitStack, contextmanager
+from math import prod
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
+import ollm
 from ollm_adapter_gpt_oss import GptOssAdapter
+from ollm_conformance import CodecConformance
+from ollm_conformance.forms import as_published
+from ollm_conformance.models import write_random
 from ollm_conformance.subject import Subject, greedy
-from ollm_core import CheckpointError, ParameterSource, TensorInfo, UnsupportedError, mxfp4_source
+from ollm_core import CheckpointError, ParameterSource, TensorInfo, UnsupportedError
+from ollm_core.checkpoint.safetensors import Checkpoint
+from ollm_core.contracts.tensors import WeightPlan
 from ollm_core.memory.tracker import AllocationTracker
 from ollm_core.weights.experts.sizes import made_bytes
 from ollm_core.weights.formats import mxfp4
-from ollm_core.weights.formats.mxfp4 import dequantize_mxfp4
+from ollm_core.weights.formats.codecs import LogicalTensors
+from ollm_core.weights.formats.mxfp4 import Mxfp4Codec, dequantize_mxfp4
 from ollm_core.weights.units import Parameter, WeightUnit
 
+CONFIG = {"quantization_config": {"quant_method": "mxfp4"}}
 STACK = "model.layers.1.mlp.experts.gate_up_proj"
 
 
@@ -30,6 +42,32 @@ def packed(num_outputs, num_blocks, scales=(90, 140), seed=0):
     return blocks.to(torch.uint8), found.to(torch.uint8)
 
 
+def composed(forms, plan, shapes, dtype=torch.bfloat16):
+    """`plan` over the stored tensors, all bytes of these shapes, of a checkpoint in MXFP4."""
+    file = Path("model.safetensors")
+    infos = {n: TensorInfo(n, "U8", shape, file, 0, prod(shape)) for n, shape in forms.items()}
+    return LogicalTensors(Checkpoint(file.parent, infos, {}), CONFIG, {}).compose(
+        plan, shapes, dtype
+    )
+
+
+def source_of(num_inputs, num_outputs, name="p", dtype=torch.bfloat16):
+    """What makes one packed parameter."""
+    scales = num_outputs, num_inputs // 32
+    forms = {f"{name}_blocks": (*scales, 16), f"{name}_scales": scales}
+    plan = WeightPlan({name: ParameterSource((name,))})
+    return composed(forms, plan, {name: (num_inputs, num_outputs)}, dtype).parameters[name]
+
+
+def row_of(name, num_inputs, num_outputs, dtype):
+    """What makes one row of a packed stack of two."""
+    scales = 2, num_outputs, num_inputs // 32
+    forms = {f"{name}_blocks": (*scales, 16), f"{name}_scales": scales}
+    plan = WeightPlan({}, experts={name: (ParameterSource((name,), row=1),)})
+    shapes = {name: (2, num_inputs, num_outputs)}
+    return composed(forms, plan, shapes, dtype).experts[name][0]
+
+
 def transformers_says(blocks, scales, dtype=torch.bfloat16):
     """What transformers makes of one expert's bytes."""
     return convert_moe_packed_tensors(blocks[None], scales[None], dtype=dtype)[0]
@@ -39,6 +77,66 @@ def same(found, expected):
     """Equal bit for bit, the sign of zero included, and laid out alike."""
     assert found.is_contiguous()
     assert torch.equal(found.view(torch.int16), expected.view(torch.int16))
+
+
+def blocks_of(name, stack):
+    """The nearest packed form of a stack [E, in, out]."""
+    parts = [
+        as_published(CONFIG, {"down_proj": some.clone()}).values()
+        for some in stack.split(128, dim=2)  # packing takes many times their memory
+    ]
+    blocks, scales = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
+    return {f"{name}_blocks": blocks, f"{name}_scales": scales}
+
+
+class TestMxfp4(CodecConformance):
+    """Stacks of matrices, such as experts are; what they cannot hold is stored as it is."""
+
+    codec = Mxfp4Codec()
+    config = CONFIG
+
+    @classmethod
+    def sample(cls, dtype, shape, seed):
+        num_rows, num_inputs, num_outputs = {
+            1: (2, 32, shape[-1]), 2: (2, shape[0] // 2, shape[-1]), 3: shape,
+        }[len(shape)]  # fmt: skip
+        generator = torch.Generator().manual_seed(seed)
+        size = num_rows, max(num_inputs // 32, 1) * 32, num_outputs
+        near = torch.randn(size, generator=generator).to(dtype)
+        return convert_moe_packed_tensors(*blocks_of("", near).values(), dtype=dtype)
+
+    @classmethod
+    def write(cls, tensors, directory):
+        stored = {}
+        for name, tensor in tensors.items():
+            packed = {name: tensor.clone()}
+            if tensor.dim() == 3 and tensor.shape[1] % 32 == 0 and tensor.numel():
+                blocks = blocks_of(name, tensor)
+                made = convert_moe_packed_tensors(*blocks.values(), dtype=tensor.dtype)
+                if torch.equal(made.view(torch.int16), tensor.view(torch.int16)):
+                    packed = blocks
+            stored |= packed
+        save_file(stored, directory / "model.safetensors")
+
+    @classmethod
+    @contextmanager
+    def models(cls):
+        with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
+            packed, plain = Path(name, "packed"), Path(name, "plain")
+            write_random(packed, GptOssAdapter().tiny_config(), "bfloat16")
+            shutil.copytree(packed, plain)
+            config = json.loads((plain / "config.json").read_text())
+            assert config.pop("quantization_config")["quant_method"] == "mxfp4"
+            (plain / "config.json").write_text(json.dumps(config))
+            tensors = load_file(packed / "model.safetensors")
+            for tensor in [one for one in tensors if one.endswith("_blocks")]:
+                whole = tensor.removesuffix("_blocks")
+                parts = tensors.pop(tensor), tensors.pop(f"{whole}_scales")
+                tensors[whole] = convert_moe_packed_tensors(*parts)
+            save_file(tensors, plain / "model.safetensors", {"format": "pt"})
+            yield tuple(
+                stack.enter_context(ollm.load(one, device="cpu")) for one in (plain, packed)
+            )
 
 
 @pytest.mark.parametrize("chunk", [32, 1 << 12, 1 << 22])
@@ -95,7 +193,7 @@ def test_scratch_is_what_is_taken(shape, large):
     beside the result of a large parameter it is small.
     """
     blocks, scales = packed(*shape, scales=(90, 250 if large else 140))
-    source = mxfp4_source("p", shape[1] * 32, shape[0])
+    source = source_of(shape[1] * 32, shape[0])
     with AllocationTracker("cpu") as tracker:
         made = dequantize_mxfp4(blocks, scales)
     taken = tracker.peak - made.nbytes
@@ -119,7 +217,7 @@ def test_planned_bytes_of_an_expert(tmp_path, dtype):
     unit = WeightUnit(
         "expert",
         tuple(
-            Parameter(name, (inputs, outputs), mxfp4_source(name, inputs, outputs), parts)
+            Parameter(name, (inputs, outputs), row_of(name, inputs, outputs, dtype), parts)
             for name, inputs, outputs, parts in (
                 ("up", 64, 192, (infos["up_blocks"], infos["up_scales"])),
                 ("down", 96, 64, (infos["down_blocks"], infos["down_scales"])),
@@ -185,7 +283,7 @@ DAMAGES = {
         lambda t: without(t, BLOCKS, SCALES) | {STACK: WHOLE},
         f"lacks tensor {BLOCKS} and has {STACK}, config.json says mxfp4",
     ),
-    "both": (lambda t: t | {STACK: WHOLE}, f"has tensor '{STACK}'"),
+    "both": (lambda t: t | {STACK: WHOLE}, f"{STACK} is stored both as it is and encoded"),
     "blocks of another width": (
         lambda t: t | {BLOCKS: t[BLOCKS][:, :, :1].clone()},
         r"is U8 \[64, 1, 16\], .* needs U8 \[64, 2, 16\]",
@@ -235,10 +333,24 @@ def test_another_quantisation_is_refused(subject, tmp_path, quantization, error,
         subject.open(directory)
 
 
-def test_a_source_says_what_it_takes():
-    """Rows of a stack by name, packed, and what is made of them."""
-    source = mxfp4_source("m.up", 64, 192, row=3)
-    assert isinstance(source, ParameterSource)
-    assert (source.tensors, source.row, source.makes) == (("m.up_blocks", "m.up_scales"), 3, "BF16")
+def test_a_row_says_what_it_takes():
+    """Rows of a stack by name, packed, and what is made of them; not of another shape."""
+    source = row_of("m.up", 64, 192, torch.float32)
+    assert (source.tensors, source.row, source.makes) == (("m.up_blocks", "m.up_scales"), 1, "BF16")
     assert [form.shape for form in source.stored] == [(192, 2, 16), (192, 2)]
-    assert source == mxfp4_source("m.up", 64, 192, row=3)
+    assert source == row_of("m.up", 64, 192, torch.float32)
+    assert source.scratch_bytes == source_of(64, 192).scratch_bytes
+    assert source_of(64, 192, dtype=torch.float32).scratch_bytes == (
+        source.scratch_bytes + 64 * 192 * 2
+    )
+
+
+@pytest.mark.parametrize("shape", [(5, 0, 2, 16), (5, 64, 0, 16), (0, 64, 2, 16), (16,), ()])
+def test_odd_headers_are_refused(subject, tmp_path, shape):
+    """Blocks of no number, or of other dimensions: one line, before anything is read."""
+    directory = damaged(
+        subject, tmp_path / "model", lambda t: t | {BLOCKS: torch.zeros(shape, dtype=torch.uint8)}
+    )
+    with pytest.raises(CheckpointError, match=f"{BLOCKS}.* (needs|expected) ") as refused:
+        subject.open(directory)
+    assert "\n" not in str(refused.value)

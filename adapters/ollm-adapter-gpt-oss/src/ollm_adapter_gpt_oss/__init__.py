@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -10,23 +10,19 @@ from typing import Any
 from ollm_adapter_gpt_oss.catalog import entries, tiny
 from ollm_core import (
     CatalogEntry,
-    CheckpointError,
     Config,
     DecoderAdapter,
     Layout,
     ModelAdapter,
     ParameterSource,
     UnsupportedError,
-    WeightPlan,
     bad_config,
     hookimpl,
-    mxfp4_source,
     read_size,
 )
 
 _EXPERTS = "mlp.experts"
 _STACKS = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
-_PACKED_STACKS = ("gate_up_proj", "down_proj")
 _MAX_EXPERTS = 1 << 14
 
 
@@ -78,40 +74,16 @@ class GptOssAdapter(DecoderAdapter):
         return tuple("full_attention" if i % 2 else "sliding_attention" for i in range(len(whole)))
 
     def experts(self, config: Config, parameter: str) -> Sequence[ParameterSource]:
-        """A row of each stack for each expert; packed ones are decoded for it."""
-        path, _, leaf = parameter.rpartition(".")
-        if not path.endswith(f".{_EXPERTS}"):
+        """A row of each stack for each expert, whatever form the stack is stored in."""
+        if not parameter.rpartition(".")[0].endswith(f".{_EXPERTS}"):
             return ()
         key = "num_experts" if "num_experts" in config else "num_local_experts"
         rows = range(read_size(config, key, _MAX_EXPERTS))
-        if leaf not in _PACKED_STACKS or not self._is_packed(config):
-            return [ParameterSource((parameter,), row=row) for row in rows]
-        hidden, inner = read_size(config, "hidden_size"), read_size(config, "intermediate_size")
-        for size_key, size in (("hidden_size", hidden), ("intermediate_size", inner)):
-            if size % 32:
-                raise bad_config(size_key, size, "a multiple of 32, as mxfp4 has it")
-        num_inputs, num_outputs = (hidden, 2 * inner) if leaf == "gate_up_proj" else (inner, hidden)
-        return [mxfp4_source(parameter, num_inputs, num_outputs, row) for row in rows]
-
-    def weights(self, config: Config, tensor_names: Iterable[str]) -> WeightPlan:
-        """See DecoderAdapter. A checkpoint that is packed otherwise than config.json says is
-        refused with that reason.
-        """
-        names = frozenset(tensor_names)
-        layout, packed = self.layout(config), self._is_packed(config)
-        for layer_idx in range(layout.num_layers):
-            for leaf in _PACKED_STACKS:
-                stack = f"{layout.layers}.{layer_idx}.{_EXPERTS}.{leaf}"
-                parts = {f"{stack}_blocks", f"{stack}_scales"}
-                wanted, other = (parts, {stack}) if packed else ({stack}, parts)
-                if names & other and wanted - names:
-                    says = "mxfp4" if packed else "no quantisation"
-                    raise CheckpointError(
-                        f"the checkpoint lacks tensor {min(wanted - names)} and has "
-                        f"{min(names & other)}, config.json says {says}",
-                        hint="the checkpoint is half converted, or config.json is of another one",
-                    )
-        return super().weights(config, names)
+        if self._is_packed(config):
+            for size_key in ("hidden_size", "intermediate_size"):
+                if (size := read_size(config, size_key)) % 32:
+                    raise bad_config(size_key, size, "a multiple of 32, as mxfp4 has it")
+        return [ParameterSource((parameter,), row=row) for row in rows]
 
     def tiny_config(self) -> Config:
         """MXFP4, sinks, both kinds of layers, YaRN, biases, and a gate that is clamped."""

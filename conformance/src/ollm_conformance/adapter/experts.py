@@ -15,7 +15,13 @@ from ollm_conformance.compare import same_bits
 from ollm_conformance.small import EXPERT_COUNTS, first_of
 from ollm_conformance.subject import CHUNK, Reference, Subject
 from ollm_core import ParameterSource, TensorInfo, WeightPlan
-from ollm_core.testing import StreamedModel, counted_reads, open_checkpoint
+from ollm_core.testing import (
+    LogicalTensors,
+    StreamedModel,
+    counted_reads,
+    logical_tensors,
+    open_checkpoint,
+)
 
 _LOOK = "layout().experts, and experts() (weights() if you wrote your own): each expert's slices"
 Expert = tuple[int, int]
@@ -114,13 +120,14 @@ def _experts_of(subject: Subject) -> dict[Expert, list[str]]:
     layout = subject.adapter.layout(subject.config)
     if not layout.experts:
         does_not_apply("the model has no experts that are read one by one")
-    names = open_checkpoint(subject.tiny("bfloat16")).tensors
-    plan = subject.adapter.weights(subject.config, names)
+    directory = subject.tiny("bfloat16")
+    stored, logical = open_checkpoint(directory).tensors, logical_tensors(directory)
+    plan = subject.adapter.weights(subject.config, logical.names)
     found: dict[Expert, list[str]] = {}
     for layer_idx in range(layout.num_layers):
         for sources in _slices(plan, f"{layout.layers}.{layer_idx}.{layout.experts}."):
             for number, source in enumerate(sources):
-                found.setdefault((layer_idx, number), []).extend(_asked(source, names))
+                found.setdefault((layer_idx, number), []).extend(_asked(source, logical, stored))
     assert found, (
         f"layout().experts is {layout.experts!r}: expected experts() to give sources for the "
         "parameters of that module, got none"
@@ -132,8 +139,9 @@ def _slices(plan: WeightPlan, path: str) -> Iterator[Sequence[ParameterSource]]:
     return (sources for name, sources in plan.experts.items() if name.startswith(path))
 
 
-def _asked(source: ParameterSource, stored: Any) -> list[str]:
-    infos: list[TensorInfo] = [stored[name] for name in source.tensors]
+def _asked(source: ParameterSource, logical: LogicalTensors, stored: Any) -> list[str]:
+    names = (name for tensor in source.tensors for name in logical.stored(tensor))
+    infos: list[TensorInfo] = [stored[name] for name in names]
     return [info.name if source.row is None else info.row(source.row).name for info in infos]
 
 

@@ -28,7 +28,7 @@ class Numbers(AdapterSuite):
         "weights.packed-edges",
         "Packed numbers of every code and sign, under scales from the smallest to the largest, are "
         "bit for bit what transformers makes of them.",
-        look="weights(), experts(): the transform of packed tensors, or mxfp4_source",
+        look="weights(), experts(): transforms, of packed tensors or of what is made of them",
     )
     @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float16"])
     def test_packed_edges(self, subject: Subject, dtype: str) -> None:

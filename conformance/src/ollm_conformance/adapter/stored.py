@@ -12,7 +12,13 @@ from ollm_conformance.checks import check, does_not_apply
 from ollm_conformance.naming import Form, Names, kept_names
 from ollm_conformance.subject import Subject
 from ollm_core import Config, ModelAdapter
-from ollm_core.testing import DTYPE_BYTES, STORED_DTYPES, open_checkpoint
+from ollm_core.testing import (
+    DTYPE_BYTES,
+    STORED_DTYPES,
+    described_tensors,
+    logical_tensors,
+    open_checkpoint,
+)
 
 _LOOK = "source() and experts(), with `stored` where tensors are packed (tensors() if you wrote it)"
 _NOTHING = "tensors() says nothing, so that models of this family are planned with files only"
@@ -31,8 +37,10 @@ class Stored(AdapterSuite):
     def test_stored_tensors(self, subject: Subject, dtype: str) -> None:
         adapter = subject.adapter
         config = adapter.text_config(subject.config)
-        checkpoint = open_checkpoint(subject.tiny(dtype)).tensors
-        ignored = adapter.weights(config, checkpoint).ignored
+        directory = subject.tiny(dtype)
+        checkpoint, logical = open_checkpoint(directory).tensors, logical_tensors(directory)
+        unused = adapter.weights(config, logical.names).ignored
+        ignored = {part for name in unused for part in logical.stored(name)}
         held = {t.name: (t.dtype, t.shape) for t in checkpoint.values() if t.name not in ignored}
         said = _said(adapter, config, kept_names(subject, config), dtype)
         _same_forms(said, held, f"tiny checkpoint in {dtype}")
@@ -75,7 +83,7 @@ class Stored(AdapterSuite):
 
 def _said(adapter: ModelAdapter, config: Config, names: Names, dtype: str) -> Mapping[str, Form]:
     """What the adapter declares of the checkpoint of a text config."""
-    said = adapter.tensors(config, names.parameters, STORED_DTYPES[dtype])
+    said = described_tensors(adapter, config, names.parameters, STORED_DTYPES[dtype])
     if said is None:
         does_not_apply(_NOTHING)
     return said

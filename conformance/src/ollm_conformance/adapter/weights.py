@@ -21,7 +21,13 @@ from ollm_conformance.naming import kept_names, one_of_each
 from ollm_conformance.subject import Subject
 from ollm_conformance.uses import used_once
 from ollm_core import CheckpointError
-from ollm_core.testing import StreamedModel, TierTracker, open_checkpoint, weight_tensors
+from ollm_core.testing import (
+    StreamedModel,
+    TierTracker,
+    logical_tensors,
+    open_checkpoint,
+    weight_tensors,
+)
 
 _MINE = "(weights() if you wrote your own)"
 _LOOK = f"layer_parameters(), source(), experts() {_MINE}: names, tensors and transforms"
@@ -37,9 +43,9 @@ class Weights(AdapterSuite):
     )
     @pytest.mark.parametrize("shards", [False, True])
     def test_every_tensor_once(self, subject: Subject, shards: bool) -> None:
-        stored = open_checkpoint(subject.tiny(shards=shards)).tensors
-        names = kept_names(subject, subject.config)
-        used_once(subject.adapter, subject.config, set(stored), names.parameters, "tiny_config()")
+        names = logical_tensors(subject.tiny(shards=shards)).names
+        made = kept_names(subject, subject.config).parameters
+        used_once(subject.adapter, subject.config, set(names), made, "tiny_config()")
 
     @check(
         "weights.catalog-complete",
@@ -107,19 +113,19 @@ class Weights(AdapterSuite):
         embedding, head = f"{layout.embedding}.weight", f"{layout.head}.weight"
         directories = [directory]
         if tied:
-            stored = subject.adapter.weights(config, open_checkpoint(directory).tensors)
+            stored = subject.adapter.weights(config, logical_tensors(directory).names)
             (table,) = stored.parameters[embedding].tensors
             directories.append(_with_head(directory, "same", head, lambda ts: ts[table].clone()))
             directories.append(_with_head(directory, "alone", head, lambda ts: ts.pop(table)))
         else:
-            names = open_checkpoint(directory).tensors
+            names = logical_tensors(directory).names
             own = subject.adapter.weights(config, names).parameters[head].tensors
             with refused(CheckpointError, f"tie_word_embeddings = False, without {own[0]}"):
-                subject.adapter.weights(config, sorted(names.keys() - set(own)))
+                subject.adapter.weights(config, sorted(set(names) - set(own)))
         prompt = subject.prompt(40)
         expected = subject.reference(directory=directory).run(prompt)
         for place in directories:
-            found = subject.adapter.weights(config, open_checkpoint(place).tensors).parameters
+            found = subject.adapter.weights(config, logical_tensors(place).names).parameters
             assert (found[head] == found[embedding]) is tied, (
                 f"tie_word_embeddings = {tied}: expected {'one tensor' if tied else 'two tensors'} "
                 f"for embedding and head, got {found[embedding].tensors} and {found[head].tensors}"
@@ -143,7 +149,7 @@ class Weights(AdapterSuite):
         if model.get_parameter(head) is not model.get_parameter(embedding):
             does_not_apply("transformers ties no head of this family")
         directory = subject.tiny(changes=changes)
-        stored = subject.adapter.weights(config, open_checkpoint(directory).tensors)
+        stored = subject.adapter.weights(config, logical_tensors(directory).names)
         (table,) = stored.parameters[embedding].tensors
         directory = _with_head(directory, "other", head, lambda ts: ts[table].flip(0).clone())
         prompt = subject.prompt(40)

@@ -23,6 +23,7 @@ from ollm_conformance.parts.encoded import (
     Stored,
     WeightCodec,
     bits,
+    decoded,
     patterns,
     plain,
     same_pattern,
@@ -30,10 +31,12 @@ from ollm_conformance.parts.encoded import (
 )
 from ollm_conformance.process_memory import every_time, expect, peak_grown, process_memory
 from ollm_conformance.seeds import drawn
-from ollm_core import CodecRequest, EncodedTensor, OllmError
+from ollm_core import CodecRequest, Config, EncodedTensor, OllmError, StoredForm
 
 LARGE = 3072, 4096
 """Shape of a tensor beside which everything else in the process is small."""
+LARGE_ROWS = 2, 3072, 2048
+"""Shape of one whose rows are so too."""
 SMALL: dict[str, tuple[int, ...]] = {
     "model.layers.0.mlp.up_proj.weight": (33, 64),
     "model.layers.1.mlp.up_proj.weight": (33, 64),
@@ -50,6 +53,8 @@ class CodecConformance(PartSuite):
     """The factory: a request -> the encoded tensors by name."""
     dtypes: ClassVar[Sequence[str]] = ("BF16",)
     """safetensors names of the dtypes that it encodes, of BF16, F16 and F32."""
+    config: ClassVar[Config] = {}
+    """What config.json says of a checkpoint in the codec's form, as `quantization_config`."""
     edges: ClassVar[Sequence[int]] = ()
     """Numbers of elements at which the form changes, as the length of a block: one less, so many
     and one more are tried.
@@ -63,6 +68,13 @@ class CodecConformance(PartSuite):
         What the form cannot hold is stored as it is; of each dtype in `dtypes` it holds some.
         """
         raise NotImplementedError
+
+    @classmethod
+    def sample(cls, dtype: torch.dtype, shape: tuple[int, ...], seed: int) -> Tensor:
+        """Random numbers that the form can hold and `write` encodes. Default: such as weights are,
+        of `shape`; a form that cannot hold all gives others, in a shape of about as many.
+        """
+        return weights(dtype, shape, seed)
 
     @classmethod
     def is_checked(cls, stored: str) -> bool:
@@ -85,7 +97,7 @@ class CodecConformance(PartSuite):
         """A checkpoint of `tensors` and what the codec says of it."""
         with tempfile.TemporaryDirectory() as name:
             cls.write(tensors, Path(name))
-            yield Stored.open(Path(name), cls.codec)
+            yield Stored.open(Path(name), cls.codec, cls.config)
 
     @classmethod
     def compare(cls, tensors: Mapping[str, Tensor], what: str) -> None:
@@ -183,7 +195,7 @@ class CodecConformance(PartSuite):
     )
     def test_threads(self) -> None:
         originals = {
-            f"layer.{i}": weights(DTYPES[name], (200 + i, 257), i)
+            f"layer.{i}": self.sample(DTYPES[name], (200 + i, 257), i)
             for name in self.dtypes
             for i in range(4)
         }
@@ -214,7 +226,7 @@ class CodecConformance(PartSuite):
         for what, tensors in foreign.items():
             for metadata in ({}, {"format": "pt"}):
                 with plain(tensors, metadata) as directory:
-                    claimed = self.claimed(Stored.request_of(directory), what)
+                    claimed = self.claimed(Stored.request_of(directory, {}), what)
                     assert not claimed, f"{what}: expected nothing claimed, got {claimed}"
         claimed = self.claimed(CodecRequest({}, {}, {}), "no tensors")
         assert not claimed, f"no tensors: expected nothing claimed, got {claimed}"
@@ -232,8 +244,8 @@ class CodecConformance(PartSuite):
     @every_time
     def test_memory(self) -> None:
         dtype = DTYPES[self.dtypes[0]]
-        name, original = "large", weights(dtype, LARGE, 0)
-        with self.stored({name: original, "other": weights(dtype, (64, 64), 1)}) as stored:
+        name, original = "large", self.sample(dtype, LARGE, 0)
+        with self.stored({name: original, "other": self.sample(dtype, (64, 64), 1)}) as stored:
             if "other" in stored.encoded:
                 stored.decode("other", "other")  # what is made once is made here
             if name not in stored.encoded:
@@ -246,11 +258,58 @@ class CodecConformance(PartSuite):
                 if peak is not None:
                     expect(peak, most, "decode", "the result and scratch_bytes")
                 memory.expect(result, "after decode", "the result")
-                same_pattern(made[0], original, f"a tensor {list(LARGE)}")
+                same_pattern(made[0], original, f"the sample of {list(LARGE)}")
                 made.clear()
                 for _ in range(2):
                     stored.decode(name, name)
                 memory.expect(0, "when the results are gone", "as before decode")
+
+    @check(
+        "codec.rows",
+        "Where it is said how one row is decoded, each row decoded alone is that row of the whole, "
+        "bit for bit, whichever was decoded before it.",
+        look="`row` of EncodedTensor: its tensors, dtype and shape, and its decode",
+    )
+    def test_rows(self) -> None:
+        for name in self.dtypes:
+            originals = self.small(name)
+            with self.stored(originals) as stored:
+                for tensor, row in _rows_of(stored).items():
+                    whole = stored.encoded[tensor]
+                    told = f"{name} {tensor}, `row`"
+                    _check_fields(row, stored.tensors.keys(), told)
+                    form = whole.tensors, whole.dtype, whole.shape[1:], None
+                    got = row.tensors, row.dtype, row.shape, row.row
+                    assert got == form, f"{told}: expected {form}, got {got}"
+                    for i in (*reversed(range(whole.shape[0])), 0):
+                        what = f"{name} {tensor}, row {i}"
+                        arguments = [one[i] for one in stored.arguments(tensor)]
+                        same_pattern(decoded(row, arguments, what), originals[tensor][i], what)
+
+    @check(
+        "codec.row-memory",
+        "To decode one row takes the memory of that row and its own scratch_bytes, not that of the "
+        "whole, and leaves the stored bytes as they were.",
+        look="scratch_bytes of `row`; work in place on what its decode is given",
+    )
+    @every_time
+    def test_row_memory(self) -> None:
+        original = self.sample(DTYPES[self.dtypes[0]], LARGE_ROWS, 0)
+        with self.stored({"large": original}) as stored:
+            row = _rows_of(stored)["large"]
+            arguments = [one[-1] for one in stored.arguments("large")]
+            before = [one.clone() for one in arguments]
+            same_pattern(decoded(row, arguments, "a row"), original[-1], "the last row")
+            for one, kept in zip(arguments, before, strict=True):
+                same_pattern(one, kept, "a stored tensor after its row was decoded")
+            result = original[-1].numel() * original.element_size()
+            with process_memory() as memory:
+                made: list[Tensor] = []
+                peak = peak_grown(lambda: made.append(decoded(row, arguments, "a row")))
+                if peak is not None:
+                    most = result + row.scratch_bytes
+                    expect(peak, most, "decode of a row", "the row and its scratch_bytes")
+                memory.expect(result, "after decode of a row", "the row")
 
     @check(
         "codec.damage",
@@ -260,8 +319,8 @@ class CodecConformance(PartSuite):
     )
     def test_damage(self) -> None:
         dtype = DTYPES[self.dtypes[0]]
-        with self.stored({"layer": weights(dtype, (160, 129), 3)}) as stored:
-            assert "layer" in stored.encoded, "expected a tensor [160, 129] encoded, got it plain"
+        with self.stored({"layer": self.sample(dtype, (160, 129), 3)}) as stored:
+            assert "layer" in stored.encoded, "expected its sample encoded, got it plain"
             for name in stored.encoded["layer"].tensors:
                 self.damage(stored, name)
                 info = stored.request.tensors[name]
@@ -302,7 +361,8 @@ class CodecConformance(PartSuite):
     def small(cls, dtype: str) -> dict[str, Tensor]:
         """A few tensors with names of models."""
         return {
-            name: weights(DTYPES[dtype], shape, i) for i, (name, shape) in enumerate(SMALL.items())
+            name: cls.sample(DTYPES[dtype], shape, i)
+            for i, (name, shape) in enumerate(SMALL.items())
         }
 
     @classmethod
@@ -347,6 +407,15 @@ def _check_fields(encoded: object, stored: Collection[str], what: str) -> None:
     )
 
 
+def _rows_of(stored: Stored) -> dict[str, EncodedTensor]:
+    """How one row is decoded, of each tensor that has rows of its own."""
+    rows = {name: encoded.row for name, encoded in stored.encoded.items()}
+    found = {name: row for name, row in rows.items() if row is not None}
+    if not found:
+        does_not_apply("its tensors are decoded as a whole")
+    return found
+
+
 def _name_of(dtype: torch.dtype) -> str:
     return next((name for name, one in DTYPES.items() if one == dtype), str(dtype))
 
@@ -378,5 +447,14 @@ def _refused_or_left(request: CodecRequest, codec: WeightCodec, what: str) -> No
         assert "\n" not in line, f"{what}: expected one line, got {line}"
     except Exception as error:
         raise AssertionError(f"{what}: expected an OllmError or nothing, got {error!r}") from error
-    claimed = sorted(found)
+    claimed = sorted(name for name, one in found.items() if not _is_held(one, request))
     assert not claimed, f"{what}: expected it refused or left alone, got {claimed} claimed"
+
+
+def _is_held(encoded: EncodedTensor, request: CodecRequest) -> bool:
+    """Whether core refuses what is stored, by what the codec says that it must be."""
+    if encoded.stored is None:
+        return False
+    infos = [request.tensors[name] for name in encoded.tensors]
+    forms = [StoredForm(info.dtype, info.shape) for info in infos]
+    return forms != list(encoded.stored(encoded.shape))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ollm_conformance.seeds import drawn
-from ollm_core import CodecRequest, EncodedTensor, TensorInfo
+from ollm_core import CodecRequest, Config, EncodedTensor, TensorInfo
 from ollm_core.testing import open_checkpoint
 
 WeightCodec = Callable[[CodecRequest], Mapping[str, EncodedTensor]]
@@ -69,6 +69,16 @@ def same_pattern(found: Tensor, expected: Tensor, what: str) -> None:
         )
 
 
+def decoded(encoded: EncodedTensor, arguments: Sequence[Tensor], what: str) -> Tensor:
+    """What `decode` makes. Raises AssertionError for anything but a tensor."""
+    try:
+        found = encoded.decode(*arguments)
+    except Exception as error:
+        raise AssertionError(f"{what}: expected a tensor, got {error!r}") from error
+    assert isinstance(found, Tensor), f"{what}: expected a tensor, got {found!r:.60}"
+    return found
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Stored:
     """A checkpoint, and what a codec says of it."""
@@ -80,18 +90,18 @@ class Stored:
     encoded: Mapping[str, EncodedTensor]
 
     @classmethod
-    def open(cls, directory: Path, codec: WeightCodec) -> Stored:
-        """Ask the codec about the checkpoint in a directory."""
-        request = cls.request_of(directory)
+    def open(cls, directory: Path, codec: WeightCodec, config: Config) -> Stored:
+        """Ask the codec about the checkpoint in a directory; `config` goes into its config.json."""
+        request = cls.request_of(directory, config)
         files = map(load_file, request.metadata)
         tensors = {name: t.clone() for file in files for name, t in file.items()}  # no maps
         return cls(directory, request, tensors, codec(request))
 
     @staticmethod
-    def request_of(directory: Path) -> CodecRequest:
+    def request_of(directory: Path, config: Config) -> CodecRequest:
         """What a codec is told of the checkpoint in a directory."""
         checkpoint = open_checkpoint(directory)
-        return CodecRequest(dict(CONFIG), checkpoint.tensors, checkpoint.metadata)
+        return CodecRequest({**CONFIG, **config}, checkpoint.tensors, checkpoint.metadata)
 
     def arguments(self, name: str) -> list[Tensor]:
         """What `decode` of a logical tensor is given."""
@@ -99,12 +109,7 @@ class Stored:
 
     def decode(self, name: str, what: str) -> Tensor:
         """The tensor of a name. Raises AssertionError for anything but a tensor."""
-        try:
-            found = self.encoded[name].decode(*self.arguments(name))
-        except Exception as error:
-            raise AssertionError(f"{what}: expected a tensor, got {error!r}") from error
-        assert isinstance(found, Tensor), f"{what}: expected a tensor, got {found!r:.60}"
-        return found
+        return decoded(self.encoded[name], self.arguments(name), what)
 
     def without(self, stored: str) -> CodecRequest:
         """The request of a checkpoint that lacks one stored tensor."""
