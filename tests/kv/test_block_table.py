@@ -1,4 +1,4 @@
-"""KV stores of which one layer slides, against a plain model."""
+"""Block tables of which one layer slides, in stores on every tier, against a plain model."""
 
 from __future__ import annotations
 
