@@ -50,7 +50,7 @@ class _Slots(AbstractContextManager[nn.Module]):
         """Put `parameters` in, in the order of `named_parameters`."""
         for (holder, leaf), value in zip(self._places, parameters, strict=True):
             ready = type(value) in _READY  # isinstance asks Python code, at each of them
-            holder[leaf] = value if ready else nn.Parameter(value, requires_grad=False)
+            holder[leaf] = value if ready else nn.Parameter(value)
 
     @property
     def empty(self) -> Sequence[Tensor]:
