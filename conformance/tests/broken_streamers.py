@@ -243,12 +243,10 @@ class CopiesInNumpy(Wrapped):
 class KeptByTheClass(Wrapped):
     """The bytes of units stay when the streamer is closed."""
 
-    units: ClassVar = {}
+    units: ClassVar = []
 
     def changed(self, unit_idx, parameters):
-        self.units[unit_idx] = [
-            bytearray(p.contiguous().view(torch.uint8).numpy()) for p in parameters
-        ]
+        self.units += [bytearray(p.contiguous().view(torch.uint8).numpy()) for p in parameters]
         return parameters
 
 

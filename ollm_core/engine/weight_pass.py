@@ -124,9 +124,7 @@ class WeightPass:
             first = min(len(work[row].token_ids) - work[row].num_logits for row in chunk.rows)
             if first < chunk.end:
                 normalised = self.skeleton.norm(apply(outside.before_norm, offload.fetch(states)))
-                # In one piece: of a part, torch would multiply by another kernel than it takes
-                # for transformers' weights, which could be trained.
-                normalised = normalised[:, max(first - chunk.begin, 0) :].contiguous()
+                normalised = normalised[:, max(first - chunk.begin, 0) :]
                 wanted.append((chunk, apply(outside.before_head, normalised)))
         num_logits = sum(item.num_logits for item in work)
         shards: list[list[Tensor]] = [[] for _ in wanted]  # logits [R, t, v] of each chunk
@@ -134,7 +132,10 @@ class WeightPass:
             with self.weights.acquire(unit_idx) as (weight,), self.span("head"):
                 (matrix,) = self.skeleton.multiplied([weight], num_logits)
                 for of_chunk, (_, states) in zip(shards, wanted, strict=True):
-                    of_chunk.append(functional.linear(states, matrix))
+                    # As one matrix, which is what torch makes of it for weights that could be
+                    # trained, like those of transformers: another kernel has other last bits.
+                    logits = functional.linear(states.flatten(0, 1), matrix)
+                    of_chunk.append(logits.unflatten(0, states.shape[:2]))
                 del weight, matrix
             report()
         row_logits: list[list[Tensor]] = [[] for _ in work]

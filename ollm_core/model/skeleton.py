@@ -24,9 +24,6 @@ from ollm_core.model.outside_layers import OutsideLayers, watch_outside
 from ollm_core.products.products import CpuProducts
 from ollm_core.products.weight import ProductWeight
 
-_READY = frozenset({nn.Parameter, ProductWeight})
-"""What a module takes for a parameter as it is."""
-
 _RECURRENT_KERNELS = {"fla": "flash-linear-attention", "causal_conv1d": "causal-conv1d"}
 
 
@@ -47,10 +44,17 @@ class _Slots(AbstractContextManager[nn.Module]):
         self._empty = [holder[leaf] for holder, leaf in self._places]
 
     def fill(self, parameters: Sequence[Tensor]) -> None:
-        """Put `parameters` in, in the order of `named_parameters`."""
+        """Put `parameters` in, in the order of `named_parameters`.
+
+        Like those of transformers they could be trained, though none is: torch chooses the kernel
+        of some products by that, and with the kernel the last bits.
+        """
         for (holder, leaf), value in zip(self._places, parameters, strict=True):
-            ready = type(value) in _READY  # isinstance asks Python code, at each of them
-            holder[leaf] = value if ready else nn.Parameter(value)
+            kind = type(value)  # isinstance asks Python code, at each of them
+            if kind is nn.Parameter:
+                holder[leaf] = value.requires_grad_()
+            else:
+                holder[leaf] = value if kind is ProductWeight else nn.Parameter(value)
 
     @property
     def empty(self) -> Sequence[Tensor]:

@@ -150,9 +150,7 @@ class WeightUnit:
             tensor.name: offset for tensor, offset in zip(self.tensors, offsets, strict=True)
         }
         built = (p.build(buffer, by_name, dtype) for p in self.parameters)
-        # As transformers has them, though nothing is ever trained: torch chooses the kernel of some
-        # products by it, and with the kernel the last bits.
-        return [nn.Parameter(value) for value in built]
+        return [nn.Parameter(value, requires_grad=False) for value in built]
 
 
 @dataclass(frozen=True, slots=True)
