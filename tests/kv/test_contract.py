@@ -131,7 +131,7 @@ def test_full_disk_is_refused_before_writing(tmp_path, monkeypatch):
 
         monkeypatch.setattr(os, "posix_fallocate", full)
         used = account.used
-        with pytest.raises(DoesNotFitError, match="bytes free, or name"):
+        with pytest.raises(DoesNotFitError, match="bytes, or name another"):
             store.reserve(sequence, 100)
         monkeypatch.undo()
         assert [path.stat().st_size for path in sorted(tmp_path.glob("*/*"))] == sizes

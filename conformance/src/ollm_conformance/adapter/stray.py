@@ -144,7 +144,9 @@ def _wholes(subject: Subject) -> Iterator[tuple[dict[str, Any], PreTrainedModel]
             whole = {"model_type": model_type, "text_config": tiny, "tie_word_embeddings": tied}
             try:
                 with torch.device("meta"):
-                    model = AutoModelForImageTextToText.from_config(model_config(whole))
+                    model = AutoModelForImageTextToText.from_config(
+                        model_config(whole), trust_remote_code=False
+                    )
             except ValueError:  # it does not see
                 continue
             yield whole, model
