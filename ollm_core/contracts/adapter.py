@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from ollm_core.contracts.kv import CacheKind
 from ollm_core.contracts.model import Capability, CatalogEntry, Config, Layout
 from ollm_core.contracts.tensors import WeightPlan
-
-if TYPE_CHECKING:
-    pass
 
 ADAPTER_API = "1.0"
 """The adapter contract that this core speaks. Another major is refused, a newer minor is warned
@@ -33,10 +29,20 @@ class ModelAdapter(ABC):
     """The values of `quant_method` in config.json's `quantization_config` whose checkpoints it
     opens. A checkpoint with another is refused before `layout` is asked.
     """
+    claims_rest: bool = False
+    """Whether it opens every model whose `model_type` no adapter names. Of several that claim the
+    rest, the first does.
+    """
     unstated_dtype: str = ""
     """What the family's checkpoints hold where config.json states no dtype, for instance
     `bfloat16`. Only for plans of models that are not on disk.
     """
+
+    def for_model(self, config: Config) -> ModelAdapter:
+        """The adapter that answers for the model of a config.json: itself, or one that is made for
+        this model and has looked at it. Raises ConfigError or UnsupportedError.
+        """
+        return self
 
     @property
     def capabilities(self) -> Mapping[str, Capability]:

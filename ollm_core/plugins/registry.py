@@ -111,11 +111,16 @@ class Registry:
         return MappingProxyType(self._adapters)
 
     def adapter_for(self, config: Config) -> ModelAdapter:
-        """The adapter that opens a config.json. Raises UnknownModelError if there is none."""
+        """The adapter that opens a config.json: one that names its `model_type`, else one that
+        claims the rest. Raises UnknownModelError if there is none.
+        """
         model_type = config.get("model_type")
         for adapter in self._adapters.values():
             if model_type in adapter.model_types:
-                return adapter
+                return adapter.for_model(config)
+        for adapter in self._adapters.values():
+            if adapter.claims_rest and isinstance(model_type, str):
+                return adapter.for_model(config)
         installed = ", ".join(sorted(t for a in self._adapters.values() for t in a.model_types))
         raise UnknownModelError(
             f"no adapter opens model_type {show(model_type)}; installed ones open: "

@@ -8,9 +8,9 @@ from importlib.metadata import EntryPoint
 
 import pytest
 
-from ollm_core import InputError, UnknownModelError
+from ollm_core import InputError, ModelAdapter, UnknownModelError
 from ollm_core.plugins.loader import KINDS
-from ollm_core.plugins.registry import ENTRY_POINT_GROUP, LOAD_PLUGINS, Registry
+from ollm_core.plugins.registry import ENTRY_POINT_GROUP, LOAD_PLUGINS, PluginInfo, Registry
 
 
 def statuses(registry):
@@ -48,6 +48,34 @@ def test_looks_up_models(site):
         ("alpha", "alpha-Small", "ollm-adapter-alpha"),
         ("beta", "beta-Small", "ollm-adapter-beta"),
     ]
+
+
+class Rest(ModelAdapter):
+    """Claims what no other adapter names, and makes one of its own for each model."""
+
+    name = "rest"
+    model_types = ()
+    claims_rest = True
+
+    def for_model(self, config):
+        made = Rest()
+        made.model = config["model_type"]
+        return made
+
+    layout = weights = caches = tiny_config = None
+
+
+def test_an_adapter_may_claim_the_rest(site):
+    """A family adapter takes precedence; what nobody names goes to the adapter that claims it."""
+    site.install("alpha")
+    registry = site.discover()
+    registry._take(PluginInfo("rest", "", "", adapters=(Rest(),)))
+    assert registry.adapter_for({"model_type": "alpha"}).name == "alpha"
+    found = registry.adapter_for({"model_type": "gamma"})
+    assert (found.name, found.model) == ("rest", "gamma")
+    assert found is not registry.adapters["rest"]
+    with pytest.raises(UnknownModelError):
+        registry.adapter_for({"model_type": ["gamma"]})
 
 
 def test_views_cannot_be_written(site):
