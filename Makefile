@@ -15,7 +15,7 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS)
 QUESTION := What is the title of this document?
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint format type test demo model support memory options template bench bench-peers gpu clean
+.PHONY: help install lint format type test demo model models support memory options template bench bench-peers gpu clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
@@ -74,6 +74,9 @@ memory: install ## write docs/generated/memory.md again, when a plan or a catalo
 options: install ## write docs/generated/options.md again, when an option changes
 	$(BIN)/python $(GENERATED)/options_table.py > $(GENERATED)/.options.md
 	mv $(GENERATED)/.options.md $(GENERATED)/options.md
+
+models: install ## try every causal model type of transformers, and write docs/generated/models.md
+	OMP_NUM_THREADS=1 $(BIN)/python adapters/ollm-adapter-transformers/walk --jobs $(JOBS) --page $(GENERATED)/models.md
 
 template: install ## built wheels in a fresh environment: suite, `ollm adapter new`, tutorial
 	tests/check_wheels.sh $(BIN)/python

@@ -30,12 +30,23 @@ class StateShape:
 class CacheKind:
     """What one layer remembers. `window` counts tokens, for "sliding" only."""
 
-    kind: Literal["full", "sliding", "recurrent"] = "full"
+    kind: Literal["full", "sliding", "recurrent", "none"] = "full"
     num_kv_heads: int = 0
     head_dim: int = 0
+    """Numbers of a key and of a value as they are kept: the longer of the two."""
     window: int | None = None
     states: tuple[StateShape, ...] = ()
-    """For "recurrent" only: the convolution's state [channels, width], then the recurrent one."""
+    """For "recurrent": the convolution's state [channels, width], then the recurrent one. A layer
+    that is run by its model's own forward may have states beside keys and values.
+    """
+    key_dim: int = 0
+    value_dim: int = 0
+    """Numbers of a key and of a value where they differ; 0: `head_dim`."""
+
+    @property
+    def has_keys(self) -> bool:
+        """Whether the layer keeps keys and values."""
+        return self.kind in ("full", "sliding")
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +123,12 @@ class KVGeometry:
 
     def attention_layers(self) -> KVGeometry:
         """The same for the layers alone that have keys and values."""
-        return replace(self, kinds=tuple(one for one in self.kinds if one.kind != "recurrent"))
+        return replace(self, kinds=tuple(one for one in self.kinds if one.has_keys))
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether every layer has keys and values, and nothing else."""
+        return all(kind.has_keys and not kind.states for kind in self.kinds)
 
     def first_needed(self, layer_idx: int, num_tokens: int) -> int:
         """The first position that a layer must have kept to go on after `num_tokens`. It always

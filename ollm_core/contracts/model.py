@@ -46,6 +46,11 @@ class Layout:
     """`mlp(layer, hidden)` does the rest of the layer, and may do it twice up to the experts. None:
     `post_attention_layernorm`, `mlp` and the residual.
     """
+    own_forward: bool = False
+    """Whether everything around the layers, and what each layer is called with, is left to the
+    model's own forward, which is followed when a model is opened. Then `norm`, `rotary`, `mixers`
+    and the halves of a layer are not asked for, and caches are those that transformers makes.
+    """
 
 
 @dataclass(frozen=True, slots=True)

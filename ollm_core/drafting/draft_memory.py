@@ -55,9 +55,9 @@ class DraftMemory:
         # whose memory does not grow, where the family has it.
         blockwise = supports(spec.adapter, "blockwise-attention")
         self._policy = Policy.of(spec, "blockwise" if blockwise else "exact", self.piece, blocks)
-        self.forks = any(kind.kind == "recurrent" for kind in spec.kinds)
+        self.forks = any(kind.states for kind in spec.kinds)
         """Whether drafts are made on a copy, because a state does not go back over many passes."""
-        limit: int = spec.skeleton.config.max_position_embeddings
+        limit: int = spec.skeleton.max_positions
         self.max_positions = limit
 
     def pass_planner(

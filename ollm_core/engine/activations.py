@@ -4,7 +4,8 @@ and quick.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import cast
 
 import torch
@@ -18,9 +19,11 @@ from ollm_core.contracts.kv import KVGeometry, KVStore
 from ollm_core.device.buffers import round_up
 from ollm_core.device.offload import ActivationOffload
 from ollm_core.engine.layer_call import call_layer
+from ollm_core.engine.own_call import OwnCall
 from ollm_core.engine.recurrent_call import StateCache
 from ollm_core.memory.tracker import OneExpertTaken, called_operations, traced_peak
 from ollm_core.model.moe import Mixture, RoutedChunk
+from ollm_core.model.own_forward import OwnForward
 from ollm_core.model.skeleton import Skeleton
 from ollm_core.model.spec import ModelSpec
 
@@ -42,7 +45,7 @@ class Workspace:
             zip(skeleton.layers, geometry.kinds, strict=True)
         ):
             made_of = tuple((name, value.shape) for name, value in layer.named_parameters())
-            mixture = skeleton.mixtures.get(layer_idx)
+            mixture = skeleton.mixtures.get(layer_idx) or skeleton.routed.get(layer_idx)
             experts = mixture and mixture.slice_shapes
             kinds.setdefault((cache, type(layer), made_of, experts), layer_idx)
         self._distinct = tuple(kinds.values())
@@ -63,7 +66,21 @@ class Workspace:
     @property
     def hidden_size(self) -> int:
         """Numbers in the hidden state of one token."""
-        return int(self._skeleton.config.hidden_size)
+        return self._skeleton.hidden_size
+
+    @property
+    def aligned(self) -> bool:
+        """Whether rows of one call must come after equally many tokens."""
+        return self._skeleton.own is not None
+
+    def leaving_bytes(self, num_rows: int, num_new: int, num_past: int, num_logits: int) -> int:
+        """Peak bytes of making `num_logits` logits of each row of what the last layer gives, where
+        that is left to the model's own forward; else 0.
+        """
+        if self._skeleton.own is None:
+            return 0
+        past = round_up(num_past, self._geometry.block_size)
+        return self._remembered(-1 - num_logits, num_rows, num_new, past, "exact")
 
     @property
     def vocab_size(self) -> int:
@@ -110,6 +127,8 @@ class Workspace:
     ) -> int:
         block_size, window = self._geometry.block_size, self._geometry.kinds[layer_idx].window
         shape = layer_idx, num_rows, num_new
+        if self._skeleton.own is not None:
+            attention, window = "exact", None  # masks of all layers are made together
         if layer_idx in self._skeleton.recurrent:
             return self._remembered(*shape, min(num_past, 1), attention)
         below, above = num_past // block_size * block_size, round_up(num_past, block_size)
@@ -179,8 +198,47 @@ class Workspace:
     def _trace(
         self, layer_idx: int, num_rows: int, num_new: int, num_past: int, attention: str
     ) -> int:
+        if self._skeleton.own is not None:
+            return self._trace_own(self._skeleton.own, layer_idx, num_rows, num_new, num_past)
         forward = self._skeleton.chunk_forward(layer_idx)
         return traced_peak(self._call(layer_idx, num_rows, num_new, num_past, attention, forward))
+
+    def _trace_own(
+        self, own: OwnForward, layer_idx: int, num_rows: int, num_new: int, num_past: int
+    ) -> int:
+        """The same of a layer that its model's own forward calls, with what that makes for it; of
+        the end of that forward, with -1 - n logits, for a negative `layer_idx`.
+        """
+        meta, dtype, skeleton = torch.device("meta"), self._geometry.dtype, self._skeleton
+        ids = torch.zeros(num_rows, num_new, dtype=torch.long, device=meta)
+        store = _TracedStore(self._geometry, num_past)
+        hidden_shape = num_rows, num_new, *own.hidden_shape
+        hidden = torch.empty(hidden_shape, dtype=dtype, device=meta)
+
+        def embed(token_ids: Tensor) -> Tensor:
+            return torch.empty(len(token_ids), own.embedding_size, dtype=dtype, device=meta)
+
+        def add(mixture: Mixture) -> Callable[[RoutedChunk, ActivationOffload], None]:
+            slices = [torch.empty(one, dtype=dtype, device=meta) for one in mixture.slice_shapes]
+
+            def serve(chunk: RoutedChunk, here: ActivationOffload) -> None:
+                with mixture.bound(slices):
+                    mixture.add(chunk, 0, num_rows * num_new, here)
+
+            return serve
+
+        def work() -> Tensor:
+            sequences = tuple(range(num_rows))
+            call = OwnCall(own, cast("KVStore", store), sequences, ids, num_past, embed, alone=True)
+            if layer_idx < 0:
+                return call.leave(hidden, -1 - layer_idx)
+            call.enter()
+            return call.run(layer_idx, hidden)
+
+        mixture = skeleton.routed.get(layer_idx)
+        taken: TorchDispatchMode = OneExpertTaken()  # type: ignore[no-untyped-call]
+        with skeleton.on_meta(), taken, mixture.serving(add(mixture)) if mixture else nullcontext():
+            return traced_peak(work)
 
     def _call(
         self,
@@ -252,3 +310,27 @@ class _TracedCache:
         for begin in range(first, self._num_tokens, self._geometry.block_size):
             count = min(self._geometry.block_size, self._num_tokens - begin)
             yield block[0, :, :count], block[1, :, :count]
+
+
+class _TracedStore(_TracedCache):
+    """Stands for the store of a model that is run by its own forward."""
+
+    def __init__(self, geometry: KVGeometry, num_tokens: int) -> None:
+        super().__init__(geometry, num_tokens, "exact")
+
+    def append(self, layer_idx: int, sequence: int, keys: Tensor, values: Tensor) -> None:
+        """Nothing is kept."""
+
+    def expect(self, sequence: int, num_drafted: int) -> None:
+        """Nothing is kept."""
+
+    def state(self, layer_idx: int, sequence: int) -> Sequence[Tensor]:
+        return [
+            torch.empty(shape, dtype=dtype, device="meta")
+            for shape, dtype in self._geometry.state_shapes(layer_idx)
+        ]
+
+    def put_state(
+        self, layer_idx: int, sequence: int, num_new: int, state: Sequence[Tensor]
+    ) -> None:
+        """Nothing is kept."""

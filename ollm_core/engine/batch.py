@@ -56,15 +56,19 @@ def stage_of(work: Sequence[NewTokens]) -> Literal["prefill", "decode"]:
     return "prefill" if reads_prompt else "decode"
 
 
-def cut_chunks(work: Sequence[NewTokens], chunk_size: int) -> Iterator[Chunk]:
+def cut_chunks(
+    work: Sequence[NewTokens], chunk_size: int, *, aligned: bool = False
+) -> Iterator[Chunk]:
     """Cut `work` into chunks of at most `chunk_size` tokens.
 
     Sequences with equally many new tokens and guesses share a call while they fit in a chunk
-    together, if all of them go on or all begin; a longer one goes chunk by chunk, alone.
+    together, if all of them go on or all begin; a longer one goes chunk by chunk, alone. If
+    `aligned`, they must come after equally many tokens.
     """
-    alike: dict[tuple[int, int, bool], list[int]] = {}
+    alike: dict[tuple[int, int, int], list[int]] = {}
     for row, item in enumerate(work):
-        key = len(item.token_ids), item.num_drafted, item.start > 0
+        start = item.start if aligned else int(item.start > 0)
+        key = len(item.token_ids), item.num_drafted, start
         alike.setdefault(key, []).append(row)
     for (length, *_), rows in alike.items():
         together = max(chunk_size // length, 1)

@@ -202,7 +202,7 @@ class PassPlanner:
         ):
             sizes.append(sizes[-1] // 2)
         for size in sizes:
-            chunks = tuple(cut_chunks(work, size))
+            chunks = tuple(cut_chunks(work, size, aligned=self._workspace.aligned))
             for hidden_on_host in (False, True):
                 needed = self._needed(work, chunks, attention, hidden_on_host)
                 yield PassPlan(chunks, size, attention, hidden_on_host, needed)
@@ -229,6 +229,10 @@ class PassPlanner:
         head += len(work) * self._vocab_size * 2 * torch.float32.itemsize
         head += self._workspace.product_bytes(num_logits)
         head += 4 * largest * self._hidden_size * torch.float32.itemsize  # the norm's own
+        head += max(
+            self._workspace.leaving_bytes(*shape, past, min(num_logits, shape[1]))
+            for shape, past in shapes.items()
+        )
         tokens = num_tokens * (_POSITION_BYTES + (0 if self._memory.is_own else _TOKEN_BYTES))
         if on_host:
             chunk_bytes = largest * self._hidden_size * self._itemsize

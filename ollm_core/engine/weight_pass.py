@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -17,10 +18,12 @@ from ollm_core.contracts.kv import KVStore
 from ollm_core.device.offload import ActivationOffload
 from ollm_core.engine.batch import Chunk, NewTokens
 from ollm_core.engine.layer_call import LayerCall, PositionEmbeddings
+from ollm_core.engine.own_call import OwnCall
 from ollm_core.engine.pass_planner import PassPlan
 from ollm_core.engine.progress import ProgressReporter
 from ollm_core.engine.recurrent_call import RecurrentCall
 from ollm_core.model.outside_layers import apply
+from ollm_core.model.own_forward import OwnForward
 from ollm_core.model.skeleton import Skeleton
 from ollm_core.profiling import Span
 from ollm_core.weights.eviction import Eviction
@@ -49,6 +52,8 @@ class WeightPass:
         given_up_bytes = self.eviction.shortage.now_bytes if self.eviction else 0
         report = self.progress.begin(self.work, self._num_reports, given_up_bytes)
         offload = ActivationOffload(device, self.plan.hidden_on_host)
+        if skeleton.own is not None:
+            return self._run_own(skeleton.own, offload, report)
         hidden = [offload.store(self._embed(chunk)) for chunk in self.plan.chunks]  # [R, T, C]
         calls = [
             LayerCall(self.store, self.work, chunk, self.plan.attention, device)
@@ -84,6 +89,66 @@ class WeightPass:
                     with self.span("experts", layer_idx=layer_idx):
                         mixture.run(hidden, offload, fetch, report)
         return self._head(hidden, offload, report)
+
+    def _run_own(
+        self, own: OwnForward, offload: ActivationOffload, report: Callable[[], None]
+    ) -> list[Tensor]:
+        """The same for a model whose own forward says what its layers are called with, and makes
+        logits of what the last one gives.
+        """
+        skeleton, weights, work = self.skeleton, self.weights, self.work
+        calls = [self._own_call(own, chunk) for chunk in self.plan.chunks]
+        hidden = [offload.store(call.enter()) for call in calls]
+        for layer_idx in range(len(skeleton.layers)):
+            fetch = functools.partial(weights.experts, layer_idx)
+            mixture = skeleton.routed.get(layer_idx)
+            with (
+                weights.acquire(layer_idx) as parameters,
+                skeleton.bound(layer_idx, parameters, 1),
+                mixture.fetching(fetch) if mixture else nullcontext(),
+            ):
+                del parameters  # a name would keep copies while the next layer's are made
+                for i, call in enumerate(calls):
+                    chunk_hidden = offload.fetch(hidden[i])
+                    with self.span("layer", layer_idx=layer_idx):
+                        output = call.run(layer_idx, chunk_hidden)
+                    # On the device the old ones may be part of what layers are called with.
+                    on_host = self.plan.hidden_on_host
+                    hidden[i] = offload.put(hidden[i], output) if on_host else output
+                    del chunk_hidden, output
+                    if self.eviction:
+                        self.eviction.relieve(layer_idx)
+                    report()
+        row_logits: list[list[Tensor]] = [[] for _ in work]
+        with (
+            weights.acquire(len(skeleton.layers)) as parameters,
+            skeleton.bound_head(parameters),
+            self.span("head"),
+        ):
+            del parameters
+            for chunk, call, states in zip(self.plan.chunks, calls, hidden, strict=True):
+                first = min(len(work[row].token_ids) - work[row].num_logits for row in chunk.rows)
+                if first < chunk.end:
+                    num_logits = chunk.end - max(first, chunk.begin)
+                    logits = call.leave(offload.fetch(states), num_logits)
+                    for place, row in enumerate(chunk.rows):
+                        row_logits[row].append(logits[place])
+        report()
+        rows = [torch.cat(chunks) if len(chunks) > 1 else chunks[0] for chunks in row_logits]
+        return [row[-item.num_logits :] for item, row in zip(work, rows, strict=True)]
+
+    def _own_call(self, own: OwnForward, chunk: Chunk) -> OwnCall:
+        work = [self.work[row] for row in chunk.rows]
+        ids = torch.stack([item.token_ids[chunk.begin : chunk.end] for item in work])
+        return OwnCall(
+            own,
+            self.store,
+            [item.sequence for item in work],
+            ids.to(self.weights.device),
+            work[0].start + chunk.begin,
+            self.weights.embed,
+            alone=len(self.plan.chunks) == 1,
+        )
 
     @property
     def _num_reports(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from typing import Any
 
 from torch import Tensor
@@ -129,7 +130,7 @@ class GenerationHooks(OpenedModel):
             self.engine.counters,
             stopping_criteria,
             lambda number: self.engine.fits(cache.store, [cache.drafted(number)]),
-            max_positions=self.config.max_position_embeddings,
+            max_positions=getattr(self.config, "max_position_embeddings", None) or sys.maxsize,
             vocab_size=self.config.vocab_size,
         )
         # The assistant model is only handed on, to _get_candidate_generator.

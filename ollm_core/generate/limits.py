@@ -23,8 +23,8 @@ def check_tokens(batch: PaddedBatch, config: PreTrainedConfig) -> None:
 
 def check_length(length: int, config: PreTrainedConfig) -> None:
     """Raise InputError for more tokens than the model has positions."""
-    limit = config.max_position_embeddings
-    if length > limit:
+    limit = getattr(config, "max_position_embeddings", None)  # Mamba has none
+    if isinstance(limit, int) and length > limit:
         raise InputError(
             f"{length} tokens are past the model's {limit} positions",
             hint="shorten the prompt or ask for fewer new tokens",

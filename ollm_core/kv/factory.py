@@ -20,6 +20,7 @@ from ollm_core.kv.disk.prefix_cache import PrefixCachingStore
 from ollm_core.kv.disk.storage import DiskKVStore
 from ollm_core.kv.in_memory import DeviceKVStore, HostKVStore
 from ollm_core.kv.recurrent.hybrid import HybridKVStore
+from ollm_core.kv.recurrent.no_keys import NoKeysStore
 from ollm_core.kv.recurrent.prefix_cache import PrefixCachingHybridStore
 from ollm_core.kv.recurrent.snapshots import StateFiles, reap_states
 from ollm_core.kv.recurrent.states import state_store
@@ -77,10 +78,10 @@ class StoreOpener:
                 named = request.directory is not None
                 tier = choose_tier(self._adapter, request.geometry, limits, num_tokens, named=named)
             require(self._adapter, f"kv-{tier}")
-            if tier == "disk":
+            if tier == "disk" and request.geometry.attention_layers().kinds:
                 check_room(request.geometry.attention_layers(), _home(request), at_least)
             open_store = functools.partial(_open, tier, memory=memory)
-        if any(kind.kind == "recurrent" for kind in request.geometry.kinds):
+        if not request.geometry.is_plain:
             return tier, _hybrid(tier, request, open_store, memory)
         return tier, open_store(request)
 
@@ -133,7 +134,8 @@ def _hybrid(
     geometry = request.geometry
     accounts = PerMemory(request.device_account, request.host_account)
     states = state_store(tier, geometry, accounts, memory)
-    attention = open_store(replace(request, geometry=geometry.attention_layers()))
+    kept = geometry.attention_layers()
+    attention = open_store(replace(request, geometry=kept)) if kept.kinds else NoKeysStore(geometry)
     if isinstance(attention, PrefixCachingStore) and request.directory is not None:
         try:
             files = StateFiles(request.directory, geometry, request.fingerprint())

@@ -170,7 +170,7 @@ def simulated_store(
     tier: str, geometry: KVGeometry, accounts: Accounts, memory: DeviceMemory
 ) -> SimulatedKVStore | SimulatedHybridStore:
     """What stands for the store that a run would have. Raises DoesNotFitError."""
-    recurrent = any(kind.kind == "recurrent" for kind in geometry.kinds)
+    recurrent = not geometry.is_plain
     return (SimulatedHybridStore if recurrent else SimulatedKVStore)(
         tier, geometry, accounts, memory
     )

@@ -147,6 +147,27 @@ class Mixture:
             output: Tensor = self._layer(hidden, **options)
         return output
 
+    def idle(self) -> AbstractContextManager[None]:
+        """In the `with`, the layer may be called, with experts that do nothing."""
+        return self._stand_in.answering(_do_nothing)
+
+    @contextmanager
+    def serving(self, serve: Callable[[RoutedChunk, ActivationOffload], None]) -> Iterator[None]:
+        """In the `with`, the layer may be called: `serve` adds up what a chunk's experts say."""
+
+        def answer(states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+            here = ActivationOffload(states.device, on_host=False)
+            chunk = self._routed(states, index, weights, here)
+            serve(chunk, here)
+            return chunk.total
+
+        with self._stand_in.answering(answer):
+            yield
+
+    def fetching(self, fetch: Fetch) -> AbstractContextManager[None]:
+        """In the `with`, the layer may be called: it fetches the experts that it wants."""
+        return self.serving(lambda chunk, at: self._serve([chunk], at, fetch))
+
     def halves(self, hidden: Tensor, **options: Any) -> Tensor:
         """The same by its two halves. Raises UnsupportedError if they do without the experts."""
         called: list[Tensor] = []

@@ -10,6 +10,7 @@ import importlib.util
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -21,27 +22,35 @@ from ollm_core.contracts.model import Config, Layout
 from ollm_core.errors import ConfigError, PluginError, UnsupportedError
 from ollm_core.model.moe import Mixture
 from ollm_core.model.outside_layers import OutsideLayers, watch_outside
+from ollm_core.model.own_forward import OwnForward
 from ollm_core.products.products import CpuProducts
 from ollm_core.products.weight import ProductWeight
 
+_ANY_LENGTH = 1 << 20
 _RECURRENT_KERNELS = {"fla": "flash-linear-attention", "causal_conv1d": "causal-conv1d"}
 
 
-class _Slots(AbstractContextManager[nn.Module]):
+class Slots(AbstractContextManager[nn.Module]):
     """Where the parameters of a module are kept: their owners' dictionaries. What they are filled
     with stays until the end of a `with` block.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        """They are empty while they hold what they hold now."""
+    def __init__(
+        self, module: nn.Module, places: Sequence[tuple[dict[str, Any], str]] | None = None
+    ) -> None:
+        """They are empty while they hold what they hold now. `places`: by default all of the
+        module.
+        """
         self._module = module
-        self._places: list[tuple[dict[str, Any], str]] = [
-            (owner._parameters, leaf)
-            for owner in module.modules()
-            for leaf, value in owner._parameters.items()
-            if value is not None
-        ]
-        self._empty = [holder[leaf] for holder, leaf in self._places]
+        self._places: list[tuple[dict[str, Any], str]] = list(places or ())
+        if places is None:
+            self._places = [
+                (owner._parameters, leaf)
+                for owner in module.modules()
+                for leaf, value in owner._parameters.items()
+                if value is not None
+            ]
+        self._empty: list[Tensor] = [holder[leaf] for holder, leaf in self._places]
 
     def fill(self, parameters: Sequence[Tensor]) -> None:
         """Put `parameters` in, in the order of `named_parameters`.
@@ -55,6 +64,11 @@ class _Slots(AbstractContextManager[nn.Module]):
                 holder[leaf] = value.requires_grad_()
             else:
                 holder[leaf] = value if kind is ProductWeight else nn.Parameter(value)
+
+    @property
+    def places(self) -> Sequence[tuple[dict[str, Any], str]]:
+        """The dictionaries, and the keys in them."""
+        return self._places
 
     @property
     def empty(self) -> Sequence[Tensor]:
@@ -74,6 +88,15 @@ class Skeleton:
     bound.
     """
 
+    own: OwnForward | None = None
+    """What follows the model's own forward, where the layout leaves it that."""
+    kept_dtypes: Mapping[str, torch.dtype] = MappingProxyType({})
+    """Parameters that are not in the dtype to compute in, by name."""
+    outer: tuple[str, ...] = ()
+    """Names of what is bound with the norm, where it is more than that."""
+    routed: Mapping[int, Mixture] = MappingProxyType({})
+    """Layers with routed experts that are called whole."""
+
     def __init__(
         self,
         config: Config,
@@ -92,26 +115,10 @@ class Skeleton:
         """Layers with a state in place of keys and values."""
         self.products = products
         if self.recurrent:
-            _refuse_kernels()
+            refuse_kernels()
         register_attention()
-        self.config: PreTrainedConfig
-        plain = {key: value for key, value in config.items() if key != "quantization_config"}
-        try:
-            self.config = AutoConfig.for_model(**copy.deepcopy(plain))
-            with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(
-                    self.config,
-                    dtype=dtype,
-                    attn_implementation=ATTENTION_NAME,
-                    experts_implementation="eager",  # the others give other last bits
-                    trust_remote_code=False,
-                )
-        except Exception as error:
-            raise ConfigError(
-                f"transformers cannot build a {config.get('model_type')} model from config.json: "
-                f"{' '.join(str(error).split())}"
-            ) from error
-        model.eval()
+        model = empty_model(config, dtype, ATTENTION_NAME)
+        self.config: PreTrainedConfig = model.config
         check_paths(model, layout)
         self.shapes = {
             name: tuple(parameter.shape)
@@ -128,7 +135,7 @@ class Skeleton:
         self.rotary_types = _rotary_types(self.rotary, self.config, len(self.layers))
         self.mixtures: Mapping[int, Mixture] = dict(_mixtures(self.layers, layout, products))
         """Layers with routed experts, which are run in two halves."""
-        self._slots = [_Slots(layer) for layer in self.layers]
+        self._slots = [Slots(layer) for layer in self.layers]
         self.outside: OutsideLayers = watch_outside(model, layout, self.rotary_types)
         """What the family computes between embedding, layers, norm and head."""
 
@@ -164,6 +171,14 @@ class Skeleton:
         """`parameters`, for products with up to `rows` rows."""
         return self.products.bind(parameters, rows) if self.products else parameters
 
+    def on_meta(self) -> AbstractContextManager[None]:
+        """In the `with`, a model that is run by its own forward has no data, for tracing."""
+        raise NotImplementedError
+
+    def bound_head(self, parameters: Sequence[Tensor]) -> AbstractContextManager[nn.Module]:
+        """The head with `parameters` in place; for a model that is run by its own forward."""
+        raise NotImplementedError
+
     def chunk_forward(self, layer_idx: int) -> Callable[..., Tensor]:
         """What is run chunk by chunk: the layer, or its mixer if it has routed experts."""
         mixture = self.mixtures.get(layer_idx)
@@ -171,7 +186,18 @@ class Skeleton:
 
     def bind_norm(self, parameters: Sequence[Tensor]) -> None:
         """Give the final norm its parameters until `close`."""
-        _Slots(self.norm).fill(parameters)
+        Slots(self.norm).fill(parameters)
+
+    @property
+    def hidden_size(self) -> int:
+        """Numbers in the hidden state of one token, between layers."""
+        return int(self.config.hidden_size)
+
+    @property
+    def max_positions(self) -> int:
+        """The most tokens that a sequence may have."""
+        stated = getattr(self.config, "max_position_embeddings", None)
+        return stated if isinstance(stated, int) else _ANY_LENGTH
 
     @property
     def buffer_bytes(self) -> int:
@@ -208,9 +234,33 @@ def _rotary_types(rotary: nn.Module, config: PreTrainedConfig, num_layers: int) 
     return types
 
 
-def check_paths(model: nn.Module, layout: Layout) -> None:
+def empty_model(config: Config, dtype: torch.dtype, attention: str) -> Any:
+    """transformers' model on the meta device. Raises ConfigError if it cannot build one."""
+    plain = {key: value for key, value in config.items() if key != "quantization_config"}
+    try:
+        made = AutoConfig.for_model(**copy.deepcopy(plain))
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                made,
+                dtype=dtype,
+                attn_implementation=attention,
+                experts_implementation="eager",  # the others give other last bits
+                trust_remote_code=False,
+            )
+    except Exception as error:
+        raise ConfigError(
+            f"transformers cannot build a {config.get('model_type')} model from config.json: "
+            f"{' '.join(str(error).split())}"
+        ) from error
+    return model.eval()
+
+
+_PARTS = "embedding", "layers", "norm", "head", "rotary"
+
+
+def check_paths(model: nn.Module, layout: Layout, parts: Sequence[str] = _PARTS) -> None:
     """Raises PluginError for a path of the layout that leads nowhere."""
-    for part in ("embedding", "layers", "norm", "head", "rotary"):
+    for part in parts:
         path = getattr(layout, part)
         try:
             model.get_submodule(path)
@@ -224,7 +274,7 @@ def check_paths(model: nn.Module, layout: Layout) -> None:
             ) from error
 
 
-def _refuse_kernels() -> None:
+def refuse_kernels() -> None:
     """Packages that transformers takes for recurrent layers as soon as they are there. They give
     other bits than its own code, only on a GPU, and cannot be traced for a plan.
     """

@@ -18,7 +18,9 @@ from ollm_core.contracts.tensors import TORCH_NAMES
 from ollm_core.device.memory import DeviceMemory, memory_of
 from ollm_core.errors import ConfigError, UnsupportedError
 from ollm_core.files.untrusted_json import show
+from ollm_core.model.own_skeleton import OwnSkeleton
 from ollm_core.model.skeleton import Skeleton
+from ollm_core.plugins.limited import LimitedAdapter
 from ollm_core.plugins.loader import Offer
 from ollm_core.plugins.validation import kinds_of, layout_of, plan_of, text_config_of
 from ollm_core.products.select import choose_products
@@ -85,10 +87,16 @@ def inspect_model(
     indexed = checkpoint.index_dtype if checkpoint else None
     compute_dtype = _compute_dtype(dtype, declared, where, tensors, indexed)
     layout = layout_of(adapter, config)
-    kinds = kinds_of(adapter, config, layout)
-    products = choose_products(compute_dtype, device, precision)
     place = torch.device("meta") if bare else device
-    skeleton = Skeleton(config, layout, compute_dtype, place, products)
+    skeleton: Skeleton
+    if layout.own_forward:
+        skeleton = own = OwnSkeleton(config, layout, compute_dtype, place)
+        kinds = own.kinds
+        adapter = LimitedAdapter(adapter, own.limits)
+    else:
+        kinds = kinds_of(adapter, config, layout)
+        products = choose_products(compute_dtype, device, precision)
+        skeleton = Skeleton(config, layout, compute_dtype, place, products)
     if checkpoint is None or tensors is None:
         stored = str(declared["dtype"])
         checkpoint = describe_checkpoint(
@@ -111,6 +119,8 @@ def inspect_model(
         skeleton.shapes,
         # In float32, matrix libraries give other last bits for a part of the rows.
         slice_head=compute_dtype != torch.float32,
+        kept_dtypes=skeleton.kept_dtypes,
+        outer=skeleton.outer,
     )
     return ModelSpec(
         adapter,

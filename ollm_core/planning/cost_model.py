@@ -56,9 +56,9 @@ class Estimate:
 
     def __init__(self, spec: ModelSpec) -> None:
         units, itemsize = spec.units, spec.dtype.itemsize
-        self._kinds = [kind for kind in spec.kinds if kind.kind != "recurrent"]
+        self._kinds = [kind for kind in spec.kinds if kind.has_keys]
         self._itemsize = itemsize
-        self._num_heads = int(spec.skeleton.config.num_attention_heads)
+        self._num_heads = int(getattr(spec.skeleton.config, "num_attention_heads", 0) or 0)
         self._layers = sum(p.num_bytes(spec.dtype) for u in units.layers for p in u.parameters)
         self._head = sum(p.num_bytes(spec.dtype) for u in units.head for p in u.parameters)
         self._stored = sum(unit.file_bytes for unit in units.in_pass_order)

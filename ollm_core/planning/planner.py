@@ -69,7 +69,7 @@ class Planner:
         blocks = fastest_blocks(self._target, spec.dtype)
         self._model = str(path_or_id)
         self._from_files = found.checkpoint is not None
-        self._positions = int(spec.skeleton.config.max_position_embeddings)
+        self._positions = spec.skeleton.max_positions
         self._rates = options.rates or find_rates(found.where, self._target, spec.dtype)
         self._dry_run, self._estimate = DryRun(spec, blocks), Estimate(spec)
 

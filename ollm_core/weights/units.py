@@ -6,8 +6,9 @@ A unit knows which checkpoint tensors it needs and how they become parameters; i
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -35,12 +36,14 @@ class Parameter:
     shape: tuple[int, ...]
     source: ParameterSource
     tensors: tuple[TensorInfo, ...]
+    keeps: torch.dtype | None = None
+    """Its dtype, where that is not the one to compute in."""
 
     def needs_copy(self, dtype: torch.dtype, *, packed: bool = False) -> bool:
         """Whether it cannot simply be a view of the bytes, which are as read, page for page, from
         the file, or `packed`.
         """
-        tensor = self.tensors[0]
+        tensor, dtype = self.tensors[0], self.keeps or dtype
         if self.source.transform or TORCH_DTYPES[tensor.dtype] != dtype:
             return True
         if packed:
@@ -50,7 +53,7 @@ class Parameter:
 
     def num_bytes(self, dtype: torch.dtype) -> int:
         """Bytes of the finished parameter."""
-        return torch.Size(self.shape).numel() * dtype.itemsize
+        return torch.Size(self.shape).numel() * (self.keeps or dtype).itemsize
 
     def build(self, buffer: Tensor, offsets: Mapping[str, int], dtype: torch.dtype) -> Tensor:
         """The parameter from the bytes read: a view where it can be, else a new tensor."""
@@ -66,6 +69,7 @@ class Parameter:
                 f"{self.name} needs {list(self.shape)}",
                 hint=hint,
             )
+        dtype = self.keeps or dtype
         value = value.to(dtype)
         if dtype == torch.float32 and value.device.type == "cpu" and value.data_ptr() % ALIGNMENT:
             value = value.clone()
@@ -179,14 +183,20 @@ def cut_units(
     shapes: Mapping[str, tuple[int, ...]],
     *,
     slice_head: bool,
+    kept_dtypes: Mapping[str, torch.dtype] = MappingProxyType({}),
+    outer: Sequence[str] = (),
 ) -> Units:
     """Cut a model into units.
 
     `shapes` are those of the skeleton's parameters. With `slice_head` the head is cut over the
     vocabulary into parts no larger than the largest layer, so that it needs no larger buffer.
+    `kept_dtypes` and `outer` are those of the skeleton.
     Raises CheckpointError if the plan, the checkpoint and the skeleton do not agree.
     """
-    parameters = dict(_checked(plan, tensors, shapes))
+    parameters = {
+        name: replace(one, keeps=kept_dtypes[name]) if name in kept_dtypes else one
+        for name, one in _checked(plan, tensors, shapes)
+    }
     _check_rows(plan, tensors)
 
     def below(prefix: str) -> tuple[Parameter, ...]:
@@ -195,6 +205,7 @@ def cut_units(
     layers = tuple(
         WeightUnit(f"layer {i}", below(f"{layout.layers}.{i}")) for i in range(layout.num_layers)
     )
+    norm = tuple(parameters[name] for name in outer) if layout.own_forward else below(layout.norm)
     head = parameters[f"{layout.head}.weight"]
     limit = max(unit.file_bytes for unit in layers) if slice_head else head.tensors[0].num_bytes
     embedding = parameters[f"{layout.embedding}.weight"]
@@ -206,8 +217,10 @@ def cut_units(
         )
     return Units(
         layers,
-        tuple(_head_slices(head, limit)),
-        WeightUnit("norm", below(layout.norm)),
+        (WeightUnit("head", below(layout.head)),)
+        if layout.own_forward
+        else tuple(_head_slices(head, limit)),
+        WeightUnit("norm", norm),
         embedding.tensors[0],
         dict(_expert_units(layout, plan, tensors, shapes)),
     )

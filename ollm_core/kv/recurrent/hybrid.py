@@ -23,7 +23,7 @@ class HybridKVStore(KVStore):
         self.block_size = attention.block_size
         self._attention = attention
         self._states = states
-        places = (i for i, kind in enumerate(geometry.kinds) if kind.kind != "recurrent")
+        places = (i for i, kind in enumerate(geometry.kinds) if kind.has_keys)
         self._places = {layer_idx: place for place, layer_idx in enumerate(places)}
 
     def new_sequence(self) -> int:
@@ -76,9 +76,15 @@ class HybridKVStore(KVStore):
         if layer_idx is None:
             stored = self._attention.num_tokens(sequence)
             return min(stored, self._states.num_tokens(sequence))
+        found = self.num_tokens(sequence)  # of a layer that keeps nothing
         if layer_idx in self._states.shapes:
-            return self._states.num_tokens(sequence, layer_idx)
-        return self._attention.num_tokens(sequence, self._place(layer_idx))
+            found = self._states.num_tokens(sequence, layer_idx)
+        if layer_idx in self._places:
+            stored = self._attention.num_tokens(sequence, self._places[layer_idx])
+            # Of both, what is not as long as the rest shows where they differ.
+            if layer_idx not in self._states.shapes or stored > found:
+                return stored
+        return found
 
     def truncate(self, sequence: int, num_tokens: int) -> None:
         """See KVStore. A recurrent layer goes back to where the last pass began, to before each of

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -70,7 +71,7 @@ class StateStore(Closing):
         self.shapes: Mapping[int, tuple[tuple[tuple[int, ...], torch.dtype], ...]] = {
             layer_idx: geometry.state_shapes(layer_idx)
             for layer_idx, kind in enumerate(geometry.kinds)
-            if kind.kind == "recurrent"
+            if kind.states
         }
         """Shape and dtype of each tensor of a layer's state."""
         self.on_state: OnState | None = None
@@ -119,7 +120,7 @@ class StateStore(Closing):
         layers = self._sequences[sequence].layers
         if layer_idx is not None:
             return layers[layer_idx].num_tokens
-        return min(layer.num_tokens for layer in layers.values())
+        return min((layer.num_tokens for layer in layers.values()), default=sys.maxsize)
 
     def state(self, layer_idx: int, sequence: int) -> State | None:
         """See KeepsStates."""
@@ -155,7 +156,7 @@ class StateStore(Closing):
             layer.spares += [layer.at.pop(n) for n in [*layer.at] if n > num_tokens]
             layer.num_tokens = num_tokens
         found.start = min(found.start, num_tokens)
-        self._shrink(found, max(len(layer.at) for layer in found.layers.values()))
+        self._shrink(found, max((len(layer.at) for layer in found.layers.values()), default=0))
 
     def fork(self, sequence: int, forked: int, num_tokens: int) -> None:
         """Let `forked`, which is new, begin with a copy of `sequence` at `num_tokens`, which must

@@ -1,0 +1,75 @@
+"""Looks at a config before anything is built: what is refused, and which part is the language
+model's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ollm_core import Config, ConfigError, UnknownModelError, UnsupportedError
+
+_TEXT_PARTS = ("text_config", "llm_config", "language_config", "thinker_config")
+
+
+def check_config(config: Config) -> None:
+    """Raises UnknownModelError for a `model_type` that the installed transformers does not have,
+    UnsupportedError for code of its own and for a model that is no decoder.
+    """
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    model_type = config.get("model_type")
+    if model_type not in CONFIG_MAPPING:
+        version = config.get("transformers_version")
+        written = f", config.json was written by {version!a:.40}" if version else ""
+        if config.get("auto_map"):
+            raise UnsupportedError(
+                f"model_type {model_type!a:.80} is Python code of the checkpoint (auto_map), which "
+                "is never run",
+                hint="a checkpoint of an architecture that transformers has itself is opened",
+            )
+        raise UnknownModelError(
+            f"transformers {transformers.__version__} has no model_type {model_type!a:.80}"
+            f"{written}",
+            hint="pip install -U transformers, if a newer version has it",
+        )
+    if config.get("is_encoder_decoder") or _is_encoder_decoder(str(model_type)):
+        raise UnsupportedError(
+            f"model_type {model_type!a} is an encoder-decoder, need a decoder alone",
+            hint="oLLM runs causal language models",
+        )
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not _text_part(config):
+        raise UnsupportedError(
+            f"model_type {model_type!a} is no causal language model in transformers",
+            hint="oLLM runs causal language models",
+        )
+
+
+def language_config(config: Config) -> Config:
+    """The part of a config that is a causal language model's by itself; else all of it."""
+    return _text_part(config) or config
+
+
+def _text_part(config: Config) -> Config | None:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    for name in _TEXT_PARTS:
+        part: Any = config.get(name)
+        if part is None:
+            continue
+        if not isinstance(part, dict):
+            raise ConfigError(f"{name} of config.json is {part!a:.80}, need an object")
+        if part.get("model_type") in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+            tied = {key: config[key] for key in ("tie_word_embeddings",) if key in config}
+            return {**tied, **part}
+    return None
+
+
+def _is_encoder_decoder(model_type: str) -> bool:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    try:
+        return bool(getattr(CONFIG_MAPPING[model_type](), "is_encoder_decoder", False))
+    except Exception:  # noqa: BLE001 - a config class may want arguments
+        return False

@@ -1,0 +1,107 @@
+"""Finds embedding, layers, head and experts in transformers' module tree of a model, built without
+data.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from ollm_core import Config, ConfigError, Layout, UnsupportedError
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Tree:
+    """transformers' model on the meta device, and where its parts are."""
+
+    model: Any
+    layout: Layout
+
+
+def build_tree(config: Config) -> Tree:
+    """Raises ConfigError if transformers cannot build a model, UnsupportedError for a tree without
+    the usual parts.
+    """
+    plain = {key: value for key, value in config.items() if key != "quantization_config"}
+    try:
+        made = AutoConfig.for_model(**copy.deepcopy(plain))
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                made,
+                attn_implementation="eager",
+                experts_implementation="eager",
+                trust_remote_code=False,
+            )
+    except Exception as error:
+        raise ConfigError(
+            f"transformers cannot build a {config.get('model_type')} model from config.json: "
+            f"{' '.join(str(error).split())}"
+        ) from error
+    paths = {id(module): path for path, module in model.named_modules()}
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if not isinstance(embedding, nn.Embedding):
+        raise _error(model, "has no plain input embedding")
+    if head is None or getattr(head, "weight", None) is None:
+        raise _error(model, "has no output head of one module")
+    path, layers = _layers(model, paths[id(embedding)])
+    layout = Layout(
+        len(layers),
+        embedding=paths[id(embedding)],
+        layers=path,
+        norm="",
+        head=paths[id(head)],
+        rotary="",
+        experts=next((inside for layer in layers for inside in _experts(layer)), ""),
+        own_forward=True,
+    )
+    return Tree(model, layout)
+
+
+def _layers(model: Any, embedding: str) -> tuple[str, nn.ModuleList]:
+    """The list of layers: of those that are in no other list, the one nearest to the embedding,
+    and of these the one with most parameters.
+    """
+    lists: dict[str, nn.ModuleList] = {}
+    for path, module in model.named_modules():
+        inside = any(path.startswith(f"{other}.") for other in lists)
+        if isinstance(module, nn.ModuleList) and len(module) and not inside:
+            lists[path] = module
+    if not lists:
+        raise _error(model, "has no list of layers")
+
+    def nearness(path: str) -> tuple[int, int]:
+        common = 0
+        for one, other in zip(path.split("."), embedding.split("."), strict=False):
+            if one != other:
+                break
+            common += 1
+        return common, sum(p.numel() for p in lists[path].parameters())
+
+    best = max(lists, key=nearness)
+    return best, lists[best]
+
+
+def _experts(layer: nn.Module) -> Iterator[str]:
+    """Paths of modules with routed experts that transformers calls by its own interface: stacked,
+    one slice for each expert.
+    """
+    for path, module in layer.named_modules():
+        own = list(module.parameters(recurse=False))
+        stacked = len({one.shape[0] for one in own if one.dim() > 1}) == 1
+        stacked &= all(one.dim() > 1 for one in own)
+        is_interface = getattr(module, "is_concatenated", None) is not None
+        if path and own and stacked and is_interface and not list(module.children()):
+            yield path
+
+
+def _error(model: Any, what: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"{type(model).__name__} {what}",
+        hint="a model is run layer by layer, from an embedding to a head",
+    )

@@ -1,0 +1,128 @@
+"""Makes a tiny config of any causal model type, out of what its config class assumes."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+HIDDEN, HEADS, HEAD_DIM, INNER, VOCAB, WINDOW, EXPERTS = 64, 4, 16, 96, 256, 24, 8
+MOST_LAYERS = 6
+_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "depth")
+_HEADS = (
+    "num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads",
+    "swa_num_attention_heads", "linear_num_value_heads", "mamba_n_heads", "mamba_num_heads",
+    "encoder_attention_heads", "linear_num_heads",
+)  # fmt: skip
+_KV_HEADS = (
+    "num_key_value_heads", "num_global_key_value_heads", "swa_num_key_value_heads",
+    "linear_num_key_heads", "num_kv_heads", "n_head_kv",
+)  # fmt: skip
+_CHOSEN = (
+    "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts",
+    "moe_top_k", "experts_per_token",
+)  # fmt: skip
+_PLAIN: Mapping[str, int] = {
+    "hidden_size": HIDDEN, "n_embd": HIDDEN, "d_model": HIDDEN, "embedding_size": HIDDEN,
+    "word_embed_proj_dim": HIDDEN, "emb_dim": HIDDEN, "attention_hidden_size": HIDDEN,
+    "lru_width": HIDDEN, "dim_model": HIDDEN, "input_embedding_size": HIDDEN,
+    "output_embedding_size": HIDDEN, "embedding_dim": HIDDEN,
+    "head_dim": HEAD_DIM, "global_head_dim": 2 * HEAD_DIM, "qk_nope_head_dim": HEAD_DIM,
+    "qk_rope_head_dim": 8, "qk_head_dim": HEAD_DIM + 8, "v_head_dim": HEAD_DIM,
+    "swa_head_dim": HEAD_DIM, "swa_v_head_dim": HEAD_DIM, "kv_channels": HEAD_DIM,
+    "linear_key_head_dim": HEAD_DIM, "linear_value_head_dim": HEAD_DIM, "d_kv": HEAD_DIM,
+    "dim_head": HEAD_DIM, "rotary_dim": 8,
+    "intermediate_size": INNER, "ffn_dim": INNER, "n_inner": INNER, "dff": INNER, "d_ff": INNER,
+    "dim_ff": INNER, "moe_intermediate_size": INNER // 2, "intermediate_size_mlp": INNER,
+    "shared_expert_intermediate_size": INNER, "shared_intermediate_size": INNER,
+    "moe_shared_expert_intermediate_size": INNER, "ffn_hidden_size": INNER,
+    "dense_intermediate_size": INNER, "prefix_dense_intermediate_size": INNER,
+    "expert_ffn_hidden_size": INNER // 2, "decoder_ffn_dim": INNER, "encoder_ffn_dim": INNER,
+    "block_ff_dim": INNER, "mlp_hidden_size": INNER,
+    "vocab_size": VOCAB, "vocab_size_per_layer_input": VOCAB,
+    "hidden_size_per_layer_input": 16, "laurel_rank": 8,
+    "sliding_window": WINDOW, "attention_window_size": WINDOW, "window_size": WINDOW,
+    "local_attention": 2 * WINDOW, "attention_chunk_size": WINDOW, "sliding_window_size": WINDOW,
+    "num_experts": EXPERTS, "num_local_experts": EXPERTS, "n_routed_experts": EXPERTS,
+    "moe_num_experts": EXPERTS, "num_routed_experts": EXPERTS, "zero_expert_num": 2,
+    "q_lora_rank": 24, "kv_lora_rank": 16, "o_lora_rank": 8, "index_head_dim": 16,
+    "index_n_heads": 2, "index_topk": 16,
+    "mamba_d_state": 8, "state_size": 8, "ssm_state_size": 8, "mamba_d_head": 32,
+    "mamba_head_dim": 32, "time_step_rank": 4, "mamba_dt_rank": 4, "mamba_d_ssm": 128,
+    "chunk_size": 64, "mamba_chunk_size": 64, "mamba_expand": 2,
+    "mamba_latent_size": HIDDEN, "moe_latent_size": None or HIDDEN,
+    "max_position_embeddings": 512, "n_positions": 512, "max_seq_len": 512, "n_ctx": 512,
+    "num_nextn_predict_layers": 0, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "adapter_rank": 8, "use_mem_rank": 8, "decoder_start_token_id": 1,
+}  # fmt: skip
+
+
+def tiny_config(model_type: str, **changes: Any) -> Any:
+    """The config of a small model, an object of transformers: flags as they are by default, sizes
+    small, every kind of layer kept.
+    """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    kind = CONFIG_MAPPING[model_type]
+    default = kind()
+    given = shrink(default, model_type)
+    given.update(changes)
+    return kind(**given)
+
+
+def shrink(config: Any, model_type: str = "") -> dict[str, Any]:
+    """The arguments of a small config of the class of `config`."""
+    stated = config.to_dict()
+    parameters = inspect.signature(type(config).__init__).parameters
+    for gone in ("model_type", "transformers_version", "architectures", "_name_or_path"):
+        stated.pop(gone, None)
+    for key, value in list(stated.items()):
+        if isinstance(value, Mapping) and key.endswith(("text_config", "llm_config")):
+            stated[key] = shrink(getattr(config, key))
+    del parameters
+    num_layers = next((stated[k] for k in _LAYERS if isinstance(stated.get(k), int)), 0)
+    kept = _kept_layers(stated, num_layers)
+    heads = next((stated[k] for k in _HEADS if isinstance(stated.get(k), int)), 0)
+    small: dict[str, Any] = {}
+    for key, value in stated.items():
+        small[key] = value
+        if key in _LAYERS and isinstance(value, int) and value == num_layers:
+            small[key] = len(kept)
+        elif isinstance(value, list) and num_layers and len(value) == num_layers:
+            small[key] = [value[i] for i in kept]
+        elif key in _HEADS and isinstance(value, int):
+            small[key] = HEADS
+        elif key in _KV_HEADS and isinstance(value, int):
+            whole = heads or value
+            small[key] = HEADS if value >= whole else max(1, min(2, HEADS * value // whole or 1))
+        elif key in _PLAIN and isinstance(value, int) and not isinstance(value, bool):
+            if value > 0 or key.endswith("token_id"):
+                small[key] = _PLAIN[key] if key.endswith("token_id") else min(value, _PLAIN[key])
+        elif key in _CHOSEN:
+            small[key] = min(value, 2) if isinstance(value, int) else value
+        elif key in ("n_group", "topk_group") and isinstance(value, int):
+            small[key] = min(value, 2 if key == "n_group" else 1)
+        elif key in ("mamba_n_groups", "n_groups") and isinstance(value, int):
+            small[key] = min(value, 2)
+        elif key.endswith("token_id") and isinstance(value, int) and value >= VOCAB:
+            small[key] = 3
+    if isinstance(small.get("eos_token_id"), list):
+        small["eos_token_id"] = 2
+    return small
+
+
+def _kept_layers(stated: Mapping[str, Any], num_layers: int) -> list[int]:
+    """Numbers of layers of every kind that the config lists, in order: at most MOST_LAYERS."""
+    if num_layers <= 4:
+        return list(range(num_layers))
+    lists = [v for v in stated.values() if isinstance(v, list) and len(v) == num_layers]
+    kept, seen = [], set()
+    for i in range(num_layers):
+        kind = tuple(repr(one[i]) for one in lists)
+        if kind not in seen:
+            seen.add(kind)
+            kept.append(i)
+    fill = (i for i in range(num_layers) if i not in kept)
+    while len(kept) < 4:
+        kept.append(next(fill))
+    return sorted(kept)[:MOST_LAYERS]

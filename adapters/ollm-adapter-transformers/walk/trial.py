@@ -1,0 +1,177 @@
+"""Tries one model type: a tiny random model through oLLM and through transformers, bit by bit."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tiny import tiny_config
+from torch import Tensor
+
+PROMPT, STEPS = 75, 4
+"""Tokens of the prompt, more than a window and a chunk of the tiny models; and of decoding."""
+
+
+@contextlib.contextmanager
+def saved(model_type: str, dtype: torch.dtype, **changes: Any) -> Iterator[tuple[Any, Path]]:
+    """A tiny random model of transformers, as loaded from its checkpoint, and the directory."""
+    from transformers import AutoModelForCausalLM
+
+    config = tiny_config(model_type, **changes)
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():  # what is 0 or 1 by default should be seen
+            if parameter.dim() < 2 or not parameter.any():
+                parameter += 0.1 * torch.randn_like(parameter)
+    with tempfile.TemporaryDirectory(prefix="ollm-walk-") as directory:
+        model.to(dtype).save_pretrained(directory)
+        del model
+        yield reference(directory, dtype), Path(directory)
+
+
+def reference(directory: Any, dtype: torch.dtype) -> Any:
+    """transformers' own model of a checkpoint."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        directory,
+        dtype=dtype,
+        attn_implementation="eager",
+        experts_implementation="eager",
+    ).eval()
+    for parameter in model.parameters():  # a view of the file may lie at any byte
+        parameter.data = parameter.data.clone()
+    return model
+
+
+def run_reference(model: Any, ids: Tensor, cuts: Sequence[int]) -> Tensor:
+    """Logits [B, n, V] at the last position of each call, of tokens up to each of `cuts`."""
+    from transformers import DynamicCache
+
+    cache, found, start = DynamicCache(config=model.config), [], 0
+    parameters = inspect.signature(model.forward).parameters
+    name = "cache_params" if "cache_params" in parameters else "past_key_values"
+    with torch.no_grad():
+        for end in cuts:
+            options = {name: cache, "use_cache": True}
+            if "position_ids" in parameters:
+                options["position_ids"] = torch.arange(start, end)[None].expand(len(ids), -1)
+            if "logits_to_keep" in parameters:
+                options["logits_to_keep"] = 1
+            output = model(input_ids=ids[:, start:end], **options)
+            found.append(output.logits[:, -1:])
+            start = end
+    return torch.cat(found, dim=1)
+
+
+def run_ours(model: Any, ids: Tensor, cuts: Sequence[int]) -> Tensor:
+    """The same of a streamed model, whose chunks are its own."""
+    found, start = [], 0
+    with contextlib.closing(model.new_cache()) as cache:
+        for end in cuts:
+            logits = model(ids[:, start:end], past_key_values=cache, logits_to_keep=1).logits
+            found.append(logits)
+            start = end
+    return torch.cat(found, dim=1)
+
+
+def differs(one: Tensor, other: Tensor) -> str:
+    """In words; empty: they are equal bit for bit."""
+    if one.shape != other.shape:
+        return f"shape {list(one.shape)}, need {list(other.shape)}"
+    if torch.equal(one, other):
+        return ""
+    return f"logits differ by {(one.float() - other.float()).abs().max().item():.1e}"
+
+
+def steps(end: int) -> list[int]:
+    """A prompt and some tokens."""
+    return [end - STEPS, *range(end - STEPS + 1, end + 1)]
+
+
+def checks(model_type: str, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], str]]]:
+    """Names of checks, and what runs each: what is wrong, or nothing."""
+    import ollm
+
+    with saved(model_type, dtype) as (model, directory):
+        size = min(int(getattr(model.config.get_text_config(), "vocab_size", 256)), 250)
+        seeded = torch.Generator().manual_seed(0)
+        ids = torch.randint(3, size, (2, PROMPT + STEPS), generator=seeded)
+        options: dict[str, Any] = {
+            "device": "cpu", "dtype": str(dtype)[6:], "precision": "exact", "attention": "exact",
+            "device_memory": "2GB",
+        }  # fmt: skip
+
+        def logits(rows: int, **more: Any) -> str:
+            chunk = more.get("chunk_size")
+            cuts = steps(ids.shape[1])
+            whole = cuts if chunk is None else [*range(chunk, cuts[0], chunk), *cuts]
+            expected = run_reference(model, ids[:rows], whole)[:, -len(cuts) :]
+            with ollm.load(directory, **{**options, **more}) as ours:
+                return differs(run_ours(ours, ids[:rows], cuts), expected)
+
+        def greedy() -> str:
+            expected = run_reference_greedy(model, ids[:1, :20])
+            with ollm.load(directory, **options) as ours:
+                found = ours.generate(
+                    ids[:1, :20], max_new_tokens=6, do_sample=False, eos_token_id=None,
+                    pad_token_id=0,
+                )[0, 20:]  # fmt: skip
+            return "" if found.tolist() == expected else f"{found.tolist()}, need {expected}"
+
+        yield "logits", lambda: logits(1)
+        yield "chunks", lambda: logits(1, chunk_size=64)
+        yield "batch", lambda: logits(2)
+        if dtype == torch.float32:
+            yield "greedy", greedy
+            yield "kv-disk", lambda: logits(1, kv="disk", kv_dir=directory / "kv")
+            yield "plan", lambda: planned(directory, options)
+
+
+def run_reference_greedy(model: Any, ids: Tensor) -> list[int]:
+    """Six tokens."""
+    for _ in range(6):
+        length = ids.shape[1]
+        cuts = [20, *range(21, length + 1)]
+        best = run_reference(model, ids, cuts)[:, -1:].argmax(-1)
+        ids = torch.cat([ids, best], dim=1)
+    return ids[0, 20:].tolist()
+
+
+def planned(directory: Path, options: dict[str, Any]) -> str:
+    """Whether the config alone tells the tensors that are stored."""
+    from ollm_core.testing import Registry, open_checkpoint, read_config
+
+    config = read_config(directory)
+    adapter = Registry.discover().adapter_for(config)
+    text = adapter.text_config(config)
+    told = adapter.tensors(text, {}, "F32") if adapter.name == "transformers" else None
+    if told is None:
+        return ""
+    stored = {name: one.shape for name, one in open_checkpoint(directory).tensors.items()}
+    wrong = {name for name, (_, shape) in told.items() if stored.get(name) != shape}
+    wrong |= stored.keys() - told.keys()
+    return f"{len(wrong)} tensors are not as told: {min(wrong)}" if wrong else ""
+
+
+def try_type(model_type: str) -> dict[str, str]:
+    """Each check by name: "" if it passed, else what is wrong."""
+    from ollm_core import OllmError
+
+    found: dict[str, str] = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        for name, check in checks(model_type, dtype):
+            label = f"{name} {str(dtype)[6:]}"
+            try:
+                found[label] = check()
+            except OllmError as error:
+                found[label] = f"refused: {error}"
+                if name == "logits":
+                    return {"refused": str(error)}
+    return found

@@ -1,0 +1,211 @@
+"""One chunk's calls of layers that get what the model's own forward gives them, and transformers'
+own cache with their past laid out in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import Cache
+
+from ollm_core.contracts.kv import CacheKind, KeepsStates, KVStore
+from ollm_core.model.layer_memory import pretend
+from ollm_core.model.own_forward import LayerArguments, OwnForward
+
+Embed = Callable[[Tensor], Tensor]
+"""Token ids [N] -> rows of the embedding, [N, C]."""
+
+
+class OwnCall:
+    """One chunk's call of every layer of a model that is run by its own forward: rows that have
+    equally many tokens before it.
+    """
+
+    def __init__(
+        self,
+        own: OwnForward,
+        store: KVStore,
+        sequences: Sequence[int],
+        ids: Tensor,
+        start: int,
+        embed: Embed,
+        *,
+        alone: bool,
+    ) -> None:
+        """`ids` [R, T] come after `start` tokens of each of `sequences`. `alone`: there is no other
+        chunk, so what layers are called with may be kept from one to the next.
+        """
+        self._own = own
+        self._store = store
+        self._sequences = tuple(sequences)
+        self._ids = ids
+        self._start = start
+        self._embed = embed
+        self._alone = alone
+        self._arguments: list[LayerArguments] = []
+        positions = torch.arange(start, start + ids.shape[1], device=ids.device)
+        self._positions = positions.expand(ids.shape[0], -1)
+        self._cache = LaidOutCache(own, store, self._sequences, start)
+
+    def enter(self) -> Tensor:
+        """Hidden states before the first layer, [R, T, C]."""
+        with torch.inference_mode():
+            rows = self._embed(self._ids.flatten())
+            hidden, found = self._own.enter(
+                self._ids, self._positions, rows, self._cache, -1 if self._alone else 0
+            )
+            if self._alone:
+                self._arguments = found
+            return hidden
+
+    def run(self, layer_idx: int, hidden: Tensor) -> Tensor:
+        """Run a layer: [R, T, C] -> the same."""
+        with torch.inference_mode():
+            arguments = self._arguments
+            if not self._alone:
+                _, arguments = self._own.enter(
+                    self._ids, self._positions, self._rows(hidden), self._cache, layer_idx
+                )
+            with self._cache.laid_out(layer_idx, hidden):
+                return self._own.call(layer_idx, hidden, arguments[layer_idx])
+
+    def leave(self, hidden: Tensor, num_logits: int) -> Tensor:
+        """Logits [R, n, V] at the last positions."""
+        with torch.inference_mode():
+            return self._own.leave(
+                self._ids, self._positions, self._rows(hidden), self._cache, hidden, num_logits
+            )
+
+    def _rows(self, hidden: Tensor) -> Tensor:
+        """Rows of the embedding; where nothing depends on them, some of the right shape."""
+        if self._own.uses_embedding:
+            return self._embed(self._ids.flatten())
+        return hidden.new_zeros(1, self._own.embedding_size).expand(self._ids.numel(), -1)
+
+
+class LaidOutCache(Cache):
+    """The cache that transformers makes for a model, which holds the past of one layer at a time:
+    for the others it only says how long that is.
+    """
+
+    def __init__(
+        self,
+        own: OwnForward,
+        store: KVStore,
+        sequences: Sequence[int],
+        start: int,
+    ) -> None:
+        super().__init__(layers=[own.new_layer(i) for i in range(own.num_layers)])
+        self._own = own
+        self._store = store
+        self._sequences = sequences
+        self._start = start
+        self._layer_idx = -1
+        self._keeping = nullcontext() if store.in_place else torch.inference_mode(mode=False)
+        like = torch.empty(0, device=own.device)
+        for layer in self.layers:
+            pretend(layer, start, len(sequences), like)
+
+    def laid_out(self, layer_idx: int, like: Tensor) -> _LaidOut:
+        """In the `with`, the past of a layer is here, as tensors `like` hidden states; after it,
+        what the layer has added is in the store.
+        """
+        return _LaidOut(self, layer_idx, like)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """See Cache. What is new, [R, G, T, D], is stored."""
+        assert layer_idx == self._layer_idx, "the model was followed when it was opened"
+        kind = self._own.memories[layer_idx].kind
+        keys, values = (_padded(one, kind.head_dim) for one in (key_states, value_states))
+        with self._keeping:
+            for row, sequence in enumerate(self._sequences):
+                self._store.append(layer_idx, sequence, keys[row], values[row])
+        found: tuple[Tensor, Tensor] = super().update(
+            key_states, value_states, layer_idx, *args, **kwargs
+        )
+        return found
+
+    def begin(self, layer_idx: int, like: Tensor) -> None:
+        """Lay the past of a layer out."""
+        self._layer_idx = layer_idx
+        memory = self._own.memories[layer_idx]
+        layer = self._fresh(layer_idx)
+        if self._start:
+            if memory.kind.has_keys:
+                pretend(layer, self._start, len(self._sequences), like)
+                memory.fill(layer, *self._past(layer_idx, memory.kind, like))
+            if memory.kind.states:
+                assert isinstance(self._store, KeepsStates), "such a model has such a store"
+                rows = [self._store.state(layer_idx, one) for one in self._sequences]
+                states = [torch.stack(same).to(like.device) for same in zip(*rows, strict=True)]
+                memory.fill_states(layer, states)
+
+    def end(self, num_new: int) -> None:
+        """Store the state of the layer that was called, and hold nothing of it."""
+        layer_idx, memory = self._layer_idx, self._own.memories[self._layer_idx]
+        if memory.kind.states:
+            assert isinstance(self._store, KeepsStates), "such a model has such a store"
+            states = memory.states(self.layers[layer_idx])
+            for row, sequence in enumerate(self._sequences):
+                state = [one[row] for one in states]
+                self._store.put_state(layer_idx, sequence, num_new, state)
+        self.drop()
+
+    def drop(self) -> None:
+        """Hold nothing of the layer that was called."""
+        layer_idx, self._layer_idx = self._layer_idx, -1
+        layer = self._fresh(layer_idx)
+        like = torch.empty(0, device=self._own.device)
+        pretend(layer, self._start, len(self._sequences), like)
+
+    def _fresh(self, layer_idx: int) -> Any:
+        layer = self._own.new_layer(layer_idx)
+        self.layers[layer_idx] = layer
+        return layer
+
+    def _past(self, layer_idx: int, kind: CacheKind, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values before the chunk that the layer still has, [R, G, S, D] each."""
+        first = 0 if kind.window is None else max(self._start - kind.window + 1, 0)
+        shape = len(self._sequences), kind.num_kv_heads, self._start - first
+        keys = like.new_empty(*shape, kind.key_dim or kind.head_dim)
+        values = like.new_empty(*shape, kind.value_dim or kind.head_dim)
+        for row, sequence in enumerate(self._sequences):
+            place = 0
+            blocks = self._store.blocks(layer_idx, sequence, self._start, first)
+            for past_keys, past_values in blocks:
+                count = past_keys.shape[1]
+                for whole, part in ((keys, past_keys), (values, past_values)):
+                    whole[row].narrow(1, place, count).copy_(part[..., : whole.shape[3]])
+                place += count
+        return keys, values
+
+
+class _LaidOut:
+    """See `LaidOutCache.laid_out`."""
+
+    def __init__(self, cache: LaidOutCache, layer_idx: int, like: Tensor) -> None:
+        self._cache = cache
+        self._layer_idx = layer_idx
+        self._like = like
+
+    def __enter__(self) -> None:
+        self._cache.begin(self._layer_idx, self._like)
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            self._cache.end(self._like.shape[1])
+        else:
+            self._cache.drop()
+
+
+def _padded(states: Tensor, size: int) -> Tensor:
+    """Keys or values in the size in which they are kept."""
+    lacking = size - states.shape[-1]
+    return functional.pad(states, (0, lacking)) if lacking else states

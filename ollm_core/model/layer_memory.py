@@ -1,0 +1,159 @@
+"""What a layer remembers, as transformers' own cache of the model has it: seen in that cache after
+a run, and put back into one for a call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedConfig
+from transformers.cache_utils import (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
+)
+
+from ollm_core.contracts.kv import CacheKind, StateShape
+from ollm_core.errors import UnsupportedError
+
+_KNOWN = frozenset(
+    {
+        "DummyLayer",
+        "DynamicLayer",
+        "DynamicSlidingWindowLayer",
+        "LinearAttentionLayer",
+        "LinearAttentionAndFullAttentionLayer",
+        "LinearAttentionAndSlidingWindowAttentionLayer",
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerMemory:
+    """What one layer remembers."""
+
+    kind: CacheKind
+    convolutions: tuple[int, ...] = ()
+    """Numbers of the states of convolutions, in the order of `kind.states`, before the others."""
+    recurrences: tuple[int, ...] = ()
+    """Numbers of the recurrent states."""
+    begun: tuple[bool, ...] = ()
+    """By number, whether transformers says that there is a state after the first token."""
+
+    def fill(self, layer: Any, keys: Tensor | None, values: Tensor | None) -> None:
+        """Put the past [R, G, S, D] into a fresh `layer` of transformers' cache."""
+        if keys is not None and values is not None:
+            DynamicLayer.lazy_initialization(layer, keys, values)
+            layer.keys, layer.values = keys, values
+
+    def fill_states(self, layer: Any, states: Sequence[Tensor]) -> None:
+        """Put states, [R, ...] each, into a fresh `layer`, which may change them."""
+        tensors = iter(states)
+        for number in self.convolutions:
+            state = next(tensors)
+            layer.lazy_initialization(conv_states=state, state_idx=number)
+            layer.conv_states[number] = state
+        for number in self.recurrences:
+            state = next(tensors)
+            layer.lazy_initialization(recurrent_states=state, state_idx=number)
+            layer.recurrent_states[number] = state
+        for number, begun in enumerate(self.begun):
+            layer.has_previous_state[number] = begun
+
+    def states(self, layer: Any) -> list[Tensor]:
+        """The states [R, ...] that a call has left in `layer`."""
+        return [
+            *(layer.conv_states[number] for number in self.convolutions),
+            *(layer.recurrent_states[number] for number in self.recurrences),
+        ]
+
+
+def new_cache(config: PreTrainedConfig) -> DynamicCache:
+    """The empty cache that transformers makes for a model, with a layer for each of its layers."""
+    return DynamicCache(config=config)
+
+
+def new_layer(like: Any) -> Any:
+    """An empty layer of the kind of `like`."""
+    options: dict[str, int] = {}
+    if isinstance(like, DynamicSlidingWindowLayer):
+        options["sliding_window"] = like.sliding_window
+    if isinstance(like, LinearAttentionCacheLayerMixin):
+        options["number_of_states"] = like.number_of_states
+    return type(like)(**options)
+
+
+def pretend(layer: Any, num_tokens: int, rows: int, like: Tensor) -> None:
+    """Let an empty `layer` say that it has `num_tokens`, for masks and positions: it holds none."""
+    if isinstance(layer, DynamicLayer) and num_tokens:
+        keys = like.new_empty(1).expand(rows, 1, num_tokens, 1)
+        DynamicLayer.lazy_initialization(layer, keys, keys)
+        layer.keys = layer.values = keys
+        if isinstance(layer, DynamicSlidingWindowLayer):
+            layer.cumulative_length = num_tokens
+    if isinstance(layer, LinearAttentionCacheLayerMixin) and num_tokens:
+        for number in layer.has_previous_state:
+            layer.has_previous_state[number] = True
+
+
+def remembered(layer: Any, layer_idx: int, dtype: torch.dtype, model: str) -> LayerMemory:
+    """What a `layer` of a cache holds after a run of one row. Raises UnsupportedError for what
+    core cannot keep.
+    """
+
+    def error(what: str) -> UnsupportedError:
+        return UnsupportedError(
+            f"{model} keeps {what} in layer {layer_idx}",
+            hint="core keeps keys and values of each token, and states of one size",
+        )
+
+    if type(layer).__name__ not in _KNOWN:
+        raise error(f"its past in a {type(layer).__name__}")
+    kind, window = "none", None
+    heads = key_dim = value_dim = 0
+    keys: Any = getattr(layer, "keys", None)
+    values: Any = getattr(layer, "values", None)
+    if keys is not None and keys.numel():
+        if keys.dim() != 4 or values.dim() != 4 or keys.shape[:2] != values.shape[:2]:
+            raise error(f"keys {list(keys.shape)} and values {list(values.shape)}")
+        if {keys.dtype, values.dtype} != {dtype}:
+            raise error(f"keys in {keys.dtype} and values in {values.dtype}")
+        kind, heads = "full", keys.shape[1]
+        key_dim, value_dim = keys.shape[3], values.shape[3]
+        if isinstance(layer, DynamicSlidingWindowLayer):
+            kind, window = "sliding", layer.sliding_window
+            if window < 2:
+                raise error(f"a window of {window} tokens")
+    convolutions: list[int] = []
+    recurrences: list[int] = []
+    begun: tuple[bool, ...] = ()
+    states: list[StateShape] = []
+    if isinstance(layer, LinearAttentionCacheLayerMixin):
+        begun = tuple(layer.has_previous_state[i] for i in range(layer.number_of_states))
+        pairs: tuple[tuple[dict[int, Tensor | None], Callable[[int], None]], ...] = (
+            (layer.conv_states, convolutions.append),
+            (layer.recurrent_states, recurrences.append),
+        )
+        for held, note in pairs:
+            for number, state in held.items():
+                if state is None:
+                    continue
+                if state.dtype not in (dtype, torch.float32):
+                    raise error(f"a state in {state.dtype}")
+                note(number)
+                states.append(StateShape(tuple(state.shape[1:]), state.dtype == torch.float32))
+        if states and kind == "none":
+            kind = "recurrent"
+    found = CacheKind(
+        kind,  # type: ignore[arg-type]
+        heads,
+        max(key_dim, value_dim),
+        window,
+        tuple(states),
+        *((key_dim, value_dim) if key_dim != value_dim else (0, 0)),
+    )
+    return LayerMemory(found, tuple(convolutions), tuple(recurrences), begun)

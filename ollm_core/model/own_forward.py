@@ -1,0 +1,374 @@
+"""Follows a model's own forward, for models of which core does not know what they do around their
+layers: embeddings with positions or norms, masks, biases of attention, heads of several parts.
+
+The forward is transformers' own, run with stand-ins for its layers. Up to a layer it tells what
+that layer is called with; from the last layer on it makes logits. Nothing is declared, and whatever
+the model computes there is computed. What this takes for granted is looked at when a model is
+opened: each layer gives hidden states to the next one, and is given nothing else that depends on
+another layer. A model in which that does not hold is refused.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ollm_core.contracts.model import Layout
+from ollm_core.errors import UnsupportedError, one_line
+from ollm_core.memory.tracker import OneExpertTaken
+from ollm_core.model.layer_memory import LayerMemory, new_cache, new_layer, remembered
+
+_CACHES = ("past_key_values", "cache_params")
+"""What models call the cache that they are given."""
+_TRIED = 5
+"""Tokens of the run that is followed when a model is opened."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerArguments:
+    """What a layer is called with, without its hidden states."""
+
+    args: tuple[Any, ...]
+    options: Mapping[str, Any]
+    name: str
+    """Of the option that takes hidden states; empty where they are the first argument."""
+
+    def call(self, forward: Callable[..., Any], hidden: Tensor) -> Any:
+        """What `forward` gives for `hidden`."""
+        if self.name:
+            return forward(*self.args, **{**self.options, self.name: hidden})
+        return forward(hidden, *self.args, **self.options)
+
+
+class _Reached(Exception):
+    """Leaves the forward at the layer that was asked for."""
+
+
+@dataclass(slots=True)
+class _Run:
+    """One run of the forward: what its parts answer."""
+
+    rows: Tensor
+    """[R * T, C], of the embedding."""
+    last: int = -1
+    """The forward is left at this layer; -1: not."""
+    output: Tensor | None = None
+    """What the last layer gives; None: what it is given."""
+    num_logits: int = 0
+    """Rows of the head's input that count, from the end; 0: all."""
+    real: bool = False
+    """Whether layers compute."""
+    hidden: Tensor | None = None
+    """What the first layer is given."""
+    found: list[LayerArguments] = field(default_factory=list)
+
+
+class OwnForward:
+    """The forward of one model whose layers are called by somebody else."""
+
+    def __init__(self, model: Any, layout: Layout, layers: Sequence[nn.Module]) -> None:
+        """Puts stand-ins for `layers`, the embedding and the input of the head into `model`."""
+        self._model = model
+        self._run: _Run | None = None
+        self._forwards: list[Callable[..., Any]] = [layer.forward for layer in layers]
+        self._layers = layers
+        self._makes: list[int] = [-1] * len(layers)
+        """How many values each layer returns; -1: hidden states as they are."""
+        self._embedding = model.get_submodule(layout.embedding)
+        self._embed_forward = self._embedding.forward
+        self._embedding.padding_idx = None  # for training; rows are numbered anew
+        self._embedding.forward = self._embed
+        head = model.get_submodule(layout.head)
+        head.register_forward_pre_hook(self._at_head, with_kwargs=True)
+        for i, layer in enumerate(layers):
+            layer.forward = self._stand_in(i)
+        parameters = inspect.signature(model.forward).parameters
+        self._cache_name = next((name for name in _CACHES if name in parameters), "")
+        self._takes_positions = "position_ids" in parameters
+        self._empty_layers = new_cache(model.config).layers
+        self.memories: tuple[LayerMemory, ...] = ()
+        """What each layer remembers, once it was `followed`."""
+        self.uses_embedding = True
+        """Whether layers or the head are given what depends on the embedding, beside hidden
+        states.
+        """
+        self.device = torch.device("meta")
+        """Where the model is run."""
+        self.width = 0
+        """Numbers in the hidden states of one token between layers."""
+        self.hidden_shape: tuple[int, ...] = ()
+        """Their shape."""
+
+    @property
+    def embedding_size(self) -> int:
+        """Numbers in a row of the embedding."""
+        return int(self._embedding.weight.shape[-1])
+
+    def new_layer(self, layer_idx: int) -> Any:
+        """An empty layer of transformers' cache of the model."""
+        return new_layer(self._empty_layers[layer_idx])
+
+    @property
+    def num_layers(self) -> int:
+        """How many there are."""
+        return len(self._layers)
+
+    def enter(
+        self, ids: Tensor, positions: Tensor, rows: Tensor, cache: object, last: int = -1
+    ) -> tuple[Tensor, list[LayerArguments]]:
+        """What the first layer is given, and what all layers up to `last` are called with; -1: all.
+
+        `ids` and `positions` [R, T], `rows` [R * T, C] of the embedding table, `cache` of the past.
+        """
+        run = _Run(rows, last if last >= 0 else self.num_layers - 1)
+        with self._running(run), suppress(_Reached):
+            self._forward(ids, positions, cache)
+        assert run.hidden is not None, "the forward was followed when the model was opened"
+        return run.hidden, run.found
+
+    def leave(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        rows: Tensor,
+        cache: object,
+        hidden: Tensor,
+        num_logits: int,
+    ) -> Tensor:
+        """Logits [R, n, V] at the last positions, where `hidden` is what the last layer gives."""
+        run = _Run(rows, output=hidden, num_logits=num_logits)
+        with self._running(run):
+            output = self._forward(ids, positions, cache)
+        logits: Tensor = output.logits if hasattr(output, "logits") else output[0]
+        return logits
+
+    def call(self, layer_idx: int, hidden: Tensor, arguments: LayerArguments) -> Tensor:
+        """The layer itself."""
+        output = arguments.call(self._forwards[layer_idx], hidden)
+        first: Tensor = output if isinstance(output, Tensor) else output[0]
+        return first
+
+    def follow(self, dtype: torch.dtype, mixtures: Sequence[Any]) -> None:
+        """Run the forward of a model on the meta device to see that it can be followed. Raises
+        UnsupportedError, naming what cannot.
+        """
+        try:
+            with ExitStack() as stack:
+                stack.enter_context(torch.inference_mode(False))
+                stack.enter_context(torch.no_grad())
+                taken: TorchDispatchMode = OneExpertTaken()  # type: ignore[no-untyped-call]
+                stack.enter_context(taken)
+                for mixture in mixtures:
+                    stack.enter_context(mixture.idle())
+                self._try_real(dtype)
+                self._try_apart(dtype)
+        except UnsupportedError:
+            raise
+        except Exception as error:
+            raise self._error(
+                f"cannot be followed layer by layer: {type(error).__name__}: {one_line(error)}"
+            ) from error
+
+    def _try_real(self, dtype: torch.dtype) -> None:
+        """Two steps with layers that compute: what they return and what they remember."""
+        cache = new_cache(self._model.config)
+        for start, count in ((0, _TRIED), (_TRIED, 1)):
+            run = _Run(self._empty_rows(count, dtype), real=True)
+            with self._running(run):
+                self._forward(*_tokens(start, count), cache)
+            if len(run.found) != self.num_layers:
+                raise self._error(f"calls {len(run.found)} of its {self.num_layers} layers")
+            if start == 0:
+                self.memories = tuple(
+                    remembered(layer, i, dtype, type(self._model).__name__)
+                    for i, layer in enumerate(cache.layers[: self.num_layers])
+                )
+        after = [
+            remembered(layer, i, dtype, type(self._model).__name__)
+            for i, layer in enumerate(cache.layers[: self.num_layers])
+        ]
+        if len(after) != self.num_layers or tuple(after) != self.memories:
+            raise self._error("has layers whose state changes its shape from step to step")
+
+    def _try_apart(self, dtype: torch.dtype) -> None:
+        """Once with stand-ins: what each layer is given depends on no other one, but for the hidden
+        states, which are those of the layer before.
+        """
+        marks = _Marks()
+        rows = self._empty_rows(_TRIED, dtype)
+        given: list[Tensor] = []
+
+        def standing_in(layer_idx: int, hidden: Tensor, arguments: LayerArguments) -> Tensor:
+            if layer_idx and hidden is not given[-1]:
+                raise self._error(f"computes between layers {layer_idx - 1} and {layer_idx}")
+            for value in _tensors(arguments.args, arguments.options):
+                if "layer" in marks.of(value):
+                    raise self._error(f"gives layer {layer_idx} what another layer computed")
+                uses.update(marks.of(value))
+            if layer_idx == 0:
+                self.width, self.hidden_shape = hidden[0, 0].numel(), tuple(hidden.shape[2:])
+            elif hidden[0, 0].numel() != self.width:
+                raise self._error("changes the size of hidden states from layer to layer")
+            output = torch.empty_like(hidden)
+            marks.add(output, "layer" if layer_idx < self.num_layers - 1 else "last")
+            given.append(output)
+            return output
+
+        uses: set[str] = set()
+        marks.add(rows, "embedding")
+        run = _Run(rows)
+        self._watch = standing_in
+        try:
+            with self._running(run), marks:
+                output = self._forward(*_tokens(0, _TRIED), new_cache(self._model.config))
+        finally:
+            self._watch = None
+        if len(run.found) != self.num_layers:
+            raise self._error("calls its layers more or less than once each")
+        logits = output.logits if hasattr(output, "logits") else output[0]
+        if "layer" in marks.of(logits):
+            raise self._error("makes logits of more than what its last layer gives")
+        self.uses_embedding = "embedding" in (uses | marks.of(logits))
+
+    _watch: Callable[[int, Tensor, LayerArguments], Tensor] | None = None
+
+    def _empty_rows(self, count: int, dtype: torch.dtype) -> Tensor:
+        size = self._embedding.weight.shape[-1]
+        return torch.empty(count, size, dtype=dtype, device="meta")
+
+    def _forward(self, ids: Tensor, positions: Tensor, cache: object) -> Any:
+        options: dict[str, Any] = {"use_cache": True, "return_dict": True}
+        if self._cache_name:
+            options[self._cache_name] = cache
+        if self._takes_positions:
+            options["position_ids"] = positions
+        return self._model(input_ids=ids, **options)
+
+    @contextmanager
+    def _running(self, run: _Run) -> Iterator[None]:
+        self._run = run
+        try:
+            yield
+        finally:
+            self._run = None
+
+    def _embed(self, ids: Tensor) -> Tensor:
+        """The embedding's own forward, on a table of the rows that are wanted."""
+        run = self._run
+        assert run is not None, "the model is run here alone"
+        module: Any = self._embedding
+        table = module._parameters["weight"]
+        module._parameters["weight"] = run.rows
+        try:
+            numbers = torch.arange(ids.numel(), device=ids.device).view(ids.shape)
+            embedded: Tensor = self._embed_forward(numbers)
+        finally:
+            module._parameters["weight"] = table
+        return embedded
+
+    def _at_head(self, _: nn.Module, args: tuple[Any, ...], kwargs: Any) -> Any:
+        run = self._run
+        if run is None or not run.num_logits or not args:
+            return None
+        return (args[0][:, -run.num_logits :], *args[1:]), kwargs
+
+    def _stand_in(self, layer_idx: int) -> Callable[..., Any]:
+        names = list(inspect.signature(self._forwards[layer_idx]).parameters)
+
+        def forward(*args: Any, **options: Any) -> Any:
+            run = self._run
+            assert run is not None, "the model is run here alone"
+            if args:
+                hidden, arguments = args[0], LayerArguments(args[1:], options, "")
+            else:
+                rest = {key: value for key, value in options.items() if key != names[0]}
+                hidden, arguments = options[names[0]], LayerArguments((), rest, names[0])
+            if layer_idx == 0:
+                run.hidden = hidden
+            run.found.append(arguments)
+            if run.real:
+                return self._real(layer_idx, hidden, arguments)
+            if layer_idx == run.last:
+                raise _Reached
+            output = hidden
+            if self._watch is not None:
+                output = self._watch(layer_idx, hidden, arguments)
+            elif run.output is not None and layer_idx == self.num_layers - 1:
+                output = run.output
+            count = self._makes[layer_idx]
+            return output if count < 0 else (output, *[None] * (count - 1))
+
+        return forward
+
+    def _real(self, layer_idx: int, hidden: Tensor, arguments: LayerArguments) -> Any:
+        output = arguments.call(self._forwards[layer_idx], hidden)
+        first = output if isinstance(output, Tensor) else output[0]
+        if not isinstance(first, Tensor) or first.shape != hidden.shape:
+            raise self._error(f"has a layer {layer_idx} that gives no hidden states")
+        self._makes[layer_idx] = -1 if isinstance(output, Tensor) else len(output)
+        return output
+
+    def _error(self, what: str) -> UnsupportedError:
+        return UnsupportedError(
+            f"{type(self._model).__name__} {what}",
+            hint="a model is run layer by layer; this one is not made so",
+        )
+
+
+class _Marks(TorchDispatchMode):
+    """Follows which tensors depend on marked ones."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._found: dict[int, frozenset[str]] = {}
+        self._alive: list[Tensor] = []  # an id is one tensor's for as long as that lives
+
+    def add(self, value: Tensor, mark: str) -> None:
+        """From here on `value` has this mark alone."""
+        self._alive.append(value)
+        self._found[id(value)] = frozenset((mark,))
+
+    def of(self, value: Tensor) -> frozenset[str]:
+        """The marks of a tensor."""
+        return self._found.get(id(value), frozenset())
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        marks = frozenset().union(*(self.of(one) for one in _tensors(args, kwargs or {})))
+        if marks:
+            for one in _tensors(result):
+                self._alive.append(one)
+                self._found[id(one)] = self.of(one) | marks
+        return result
+
+
+def _tokens(start: int, count: int) -> tuple[Tensor, Tensor]:
+    """Ids and positions [1, T] without data."""
+    ids = torch.zeros(1, count, dtype=torch.long, device="meta")
+    return ids, torch.arange(start, start + count, device="meta")[None]
+
+
+def _tensors(*values: object) -> list[Tensor]:
+    """Those in nested values."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, Mapping):
+            found += _tensors(*value.values())
+        elif isinstance(value, (tuple, list)):
+            found += _tensors(*value)
+    return found

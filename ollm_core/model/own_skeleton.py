@@ -1,0 +1,201 @@
+"""The skeleton of a model whose surroundings of the layers are left to its own forward."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ollm_core.contracts.kv import CacheKind
+from ollm_core.contracts.model import Capability, Config, Layout
+from ollm_core.errors import UnsupportedError
+from ollm_core.model.moe import Mixture
+from ollm_core.model.outside_layers import OutsideLayers
+from ollm_core.model.own_forward import OwnForward
+from ollm_core.model.skeleton import (
+    Skeleton,
+    Slots,
+    check_paths,
+    empty_model,
+    refuse_kernels,
+)
+
+_LAID_OUT = "the past of a layer is laid out for transformers' own attention of the model"
+
+
+class OwnSkeleton(Skeleton):
+    """See Skeleton. Layers, norms, embeddings of positions, the head and what else there is stay in
+    the model, whose forward is followed.
+    """
+
+    own: OwnForward
+
+    def __init__(
+        self, config: Config, layout: Layout, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """Raises ConfigError if transformers cannot build a model from `config`, UnsupportedError
+        for one whose forward cannot be followed.
+        """
+        self.recurrent = frozenset()
+        self.products = None
+        self.outside = OutsideLayers()
+        self.mixtures: Mapping[int, Mixture] = {}
+        model = empty_model(config, dtype, "eager")
+        self.config = model.config.get_text_config(decoder=True)
+        check_paths(model, layout, ("embedding", "layers", "head"))
+        _give_buffers(model)
+        self.layers: Sequence[nn.Module] = list(model.get_submodule(layout.layers))
+        self.rotary_types = [None] * len(self.layers)
+        places = dict(_places(model))
+        self.shapes = {name: tuple(owner[leaf].shape) for name, (owner, leaf) in places.items()}
+        plan = model._get_dtype_plan(dtype)
+        self.kept_dtypes = {
+            name: kept
+            for name, (owner, leaf) in places.items()
+            if (kept := _kept_dtype(name, owner[leaf].dtype, plan)) != dtype
+        }
+        self.routed = {
+            i: Mixture(layer, layout)
+            for i, layer in enumerate(self.layers)
+            if layout.experts and layout.experts in dict(layer.named_modules())
+        }
+        prefixes = [f"{layout.layers}.{i}." for i in range(len(self.layers))]
+        experts = f".{layout.experts}." if layout.experts else "\0"
+        self._slots = [
+            Slots(
+                layer,
+                [
+                    places[name]
+                    for name in places
+                    if name.startswith(prefix)
+                    and not (i in self.routed and name.startswith(prefix[:-1] + experts))
+                ],
+            )
+            for i, (layer, prefix) in enumerate(zip(self.layers, prefixes, strict=True))
+        ]
+        inside = (f"{layout.layers}.", f"{layout.head}.", f"{layout.embedding}.weight")
+        outer = [name for name in places if not name.startswith(inside)]
+        self.outer = tuple(outer)
+        """Names of the parameters outside layers, embedding and head."""
+        self._outer = Slots(model, [places[name] for name in outer])
+        head = [name for name in places if name.startswith(f"{layout.head}.")]
+        self._head = Slots(model, [places[name] for name in head])
+        self._buffers = [
+            (module._buffers, name, value.to(device))
+            for module in model.modules()
+            for name, value in module._buffers.items()
+            if value is not None and not value.is_meta
+        ]
+        self._device = device
+        self.own = OwnForward(model, layout, self.layers)
+        self._place_buffers(torch.device("meta"))
+        self.own.follow(dtype, list(self.routed.values()))
+        if any(kind.states for kind in self.kinds):
+            refuse_kernels()
+        self._place_buffers(device)
+
+    @property
+    def kinds(self) -> tuple[CacheKind, ...]:
+        """What each layer remembers."""
+        return tuple(memory.kind for memory in self.own.memories)
+
+    @property
+    def limits(self) -> Mapping[str, Capability]:
+        """What the model cannot do."""
+        limits = {"blockwise-attention": Capability("unsupported", _LAID_OUT)}
+        if any(kind.states for kind in self.kinds):
+            reason = "the states of its layers before each drafted token are not known"
+            limits["drafts"] = Capability("unsupported", reason)
+        return limits
+
+    @property
+    def hidden_size(self) -> int:
+        return self.own.width
+
+    def bound_head(self, parameters: Sequence[Tensor]) -> Slots:
+        """The head with `parameters` in place, in a `with`."""
+        self._head.fill(parameters)
+        return self._head
+
+    def bind_norm(self, parameters: Sequence[Tensor]) -> None:
+        """Give everything outside layers, embedding and head its parameters until `close`."""
+        self._outer.fill(parameters)
+
+    @contextmanager
+    def on_meta(self) -> Iterator[None]:
+        outer = [holder[leaf] for holder, leaf in self._outer.places]
+        self._outer.__exit__()
+        self._place_buffers(torch.device("meta"))
+        try:
+            yield
+        finally:
+            for (holder, leaf), value in zip(self._outer.places, outer, strict=True):
+                holder[leaf] = value
+            self._place_buffers(self._device)
+
+    def chunk_forward(self, layer_idx: int) -> Any:
+        return None
+
+    @property
+    def buffer_bytes(self) -> int:
+        return sum(value.nbytes for _, _, value in self._buffers)
+
+    def close(self) -> None:
+        self._outer.__exit__()
+        self._place_buffers(torch.device("meta"))
+        self._buffers = []
+
+    def _place_buffers(self, device: torch.device) -> None:
+        """Buffers are kept on the device alone; without data, they need none."""
+        for holder, name, value in self._buffers:
+            holder[name] = (
+                value if value.device == device else torch.empty_like(value, device=device)
+            )
+        self.own.device = device
+
+
+def _places(model: nn.Module) -> Iterator[tuple[str, tuple[dict[str, Any], str]]]:
+    """Where each parameter is, and each buffer that a checkpoint holds, by name."""
+    for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
+        for leaf, value in module._parameters.items():
+            if value is not None:
+                yield prefix + leaf, (module._parameters, leaf)
+        for leaf, value in module._buffers.items():
+            if value is not None and leaf not in module._non_persistent_buffers_set:
+                yield prefix + leaf, (module._buffers, leaf)
+
+
+def _kept_dtype(name: str, dtype: torch.dtype, plan: Mapping[str, torch.dtype]) -> torch.dtype:
+    """The dtype in which transformers loads a parameter: as it plans for it, else the model's."""
+    for pattern, kept in plan.items():
+        if re.search(pattern.replace("*", r".*"), name):
+            return kept
+    return dtype
+
+
+def _give_buffers(model: Any) -> None:
+    """Values for the buffers that are in no checkpoint, as transformers initialises them when it
+    loads a model: on the CPU, whose powers and quotients are those of any device there.
+    """
+    for path, module in model.named_modules():
+        missing = [
+            name
+            for name, value in module._buffers.items()
+            if value is not None and value.is_meta and name in module._non_persistent_buffers_set
+        ]
+        if not missing:
+            continue
+        for name in missing:
+            module._buffers[name] = torch.full_like(module._buffers[name], -1, device="cpu")
+        try:
+            model._init_weights(module)
+        except (RuntimeError, NotImplementedError) as error:
+            raise UnsupportedError(
+                f"{type(model).__name__} has buffers in {path} that cannot be made without its "
+                f"weights: {' '.join(missing)}"
+            ) from error
