@@ -92,6 +92,7 @@ class OwnForward:
         parameters = inspect.signature(model.forward).parameters
         self._cache_name = next((name for name in _CACHES if name in parameters), "")
         self._takes_positions = "position_ids" in parameters
+        self._cuts_logits = "logits_to_keep" in parameters
         self._empty_layers = new_cache(model.config).layers
         self.memories: tuple[LayerMemory, ...] = ()
         """What each layer remembers, once it was `followed`."""
@@ -167,8 +168,14 @@ class OwnForward:
                 stack.enter_context(taken)
                 for mixture in mixtures:
                     stack.enter_context(mixture.idle())
+                before = dict(_held(self._model))
                 self._try_real(dtype)
                 self._try_apart(dtype)
+                for name, value in _held(self._model):
+                    if before.get(name) is not value:
+                        raise self._error(
+                            f"keeps what it has computed in {name}, where another sequence finds it"
+                        )
         except UnsupportedError:
             raise
         except Exception as error:
@@ -249,6 +256,8 @@ class OwnForward:
             options[self._cache_name] = cache
         if self._takes_positions:
             options["position_ids"] = positions
+        if self._cuts_logits and self._run is not None and self._run.num_logits:
+            options["logits_to_keep"] = self._run.num_logits
         return self._model(input_ids=ids, **options)
 
     @contextmanager
@@ -275,7 +284,7 @@ class OwnForward:
 
     def _at_head(self, _: nn.Module, args: tuple[Any, ...], kwargs: Any) -> Any:
         run = self._run
-        if run is None or not run.num_logits or not args:
+        if run is None or not run.num_logits or not args or self._cuts_logits:
             return None
         return (args[0][:, -run.num_logits :], *args[1:]), kwargs
 
@@ -353,6 +362,14 @@ class _Marks(TorchDispatchMode):
                 self._alive.append(one)
                 self._found[id(one)] = self.of(one) | marks
         return result
+
+
+def _held(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Tensors that modules hold beside parameters, by name."""
+    for path, module in model.named_modules():
+        for name, value in {**vars(module), **module._buffers}.items():
+            if isinstance(value, Tensor):
+                yield f"{path}.{name}", value
 
 
 def _tokens(start: int, count: int) -> tuple[Tensor, Tensor]:

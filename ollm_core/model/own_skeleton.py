@@ -180,22 +180,26 @@ def _kept_dtype(name: str, dtype: torch.dtype, plan: Mapping[str, torch.dtype]) 
 
 def _give_buffers(model: Any) -> None:
     """Values for the buffers that are in no checkpoint, as transformers initialises them when it
-    loads a model: on the CPU, whose powers and quotients are those of any device there.
+    loads a model: on the CPU, whose powers and quotients are those of any device there. Raises
+    UnsupportedError for one that is left without.
     """
-    for path, module in model.named_modules():
-        missing = [
-            name
-            for name, value in module._buffers.items()
-            if value is not None and value.is_meta and name in module._non_persistent_buffers_set
-        ]
-        if not missing:
-            continue
-        for name in missing:
-            module._buffers[name] = torch.full_like(module._buffers[name], -1, device="cpu")
-        try:
-            model._init_weights(module)
-        except (RuntimeError, NotImplementedError) as error:
+    given = [
+        (path, name, module)
+        for path, module in model.named_modules()
+        for name, value in module._buffers.items()
+        if value is not None and value.is_meta and name in module._non_persistent_buffers_set
+    ]
+    for _, name, module in given:
+        like = module._buffers[name]
+        unset = float("nan") if like.dtype.is_floating_point else like.dtype != torch.bool and -1
+        module._buffers[name] = torch.full_like(like, unset, device="cpu")
+    with torch.no_grad():
+        model.initialize_weights()  # of a parent, too, which may set those of its layers
+    for path, name, module in given:
+        value = module._buffers[name]
+        if value.is_meta or (value.dtype.is_floating_point and bool(value.isnan().any())):
             raise UnsupportedError(
-                f"{type(model).__name__} has buffers in {path} that cannot be made without its "
-                f"weights: {' '.join(missing)}"
-            ) from error
+                f"{type(model).__name__} has the buffer {path}.{name}, which is in no checkpoint "
+                "and which nothing makes",
+                hint="its numbers cannot be known",
+            )

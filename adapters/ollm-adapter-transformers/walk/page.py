@@ -8,10 +8,9 @@ _HEAD = """# Models
 
 Every causal model type of transformers {version}, tried by `ollm-adapter-transformers` on a tiny
 random model against transformers' own run with the same chunks, by `make models`. Bit for bit, in
-float32 and bfloat16: a prompt and four tokens after it (`logits`), the same with the prompt in
-chunks (`chunks`), and for two rows (`batch`). In float32 also greedy `generate` (`greedy`), keys
-and values on disk (`kv-disk`), and whether config.json alone tells what the checkpoint holds
-(`plan`).
+float32 and bfloat16: a prompt and four tokens after it (`logits`), the same for two rows (`batch`),
+and with the prompt in chunks and keys and values on disk (`chunks`). In float32 also greedy
+`generate` (`greedy`), and whether config.json alone tells what the checkpoint holds (`plan`).
 A family adapter, where one is installed, opens its types in place of this one.
 """
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +17,32 @@ _KV_HEADS = (
     "num_key_value_heads", "num_global_key_value_heads", "swa_num_key_value_heads",
     "linear_num_key_heads", "num_kv_heads", "n_head_kv",
 )  # fmt: skip
+CHANGES: Mapping[str, Mapping[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1, 3]},
+    "cohere_compass_text": {},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
+        "ffn_config": {"ffn_hidden_size": INNER, "moe_num_experts": EXPERTS, "moe_top_k": 2},
+    },
+    "deepseek_v2": {"num_experts_per_tok": 2, "first_k_dense_replace": 1},
+    "dots1": {"n_routed_experts": EXPERTS, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "falcon_h1": {"mamba_d_head": 32, "mamba_d_ssm": 128},
+    "gemma3n_text": {"num_kv_shared_layers": 2},
+    "granitemoehybrid": {
+        "layer_types": ["linear_attention", "full_attention", "linear_attention", "full_attention"]
+    },
+    "hunyuan_v1_dense": {"head_dim": HEAD_DIM},
+    "hunyuan_v1_moe": {"head_dim": HEAD_DIM},
+    "jamba": {
+        "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+    },
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
+    "mamba2": {"num_heads": HEADS, "head_dim": 32},
+    "ministral": {"head_dim": HEAD_DIM},
+    "nemotron": {"num_key_value_heads": 2},
+}  # fmt: skip
+"""What a type needs beside, where its defaults make no model, or not one of every kind of layer."""
 _CHOSEN = (
     "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts",
     "moe_top_k", "experts_per_token",
@@ -30,7 +55,8 @@ _PLAIN: Mapping[str, int] = {
     "head_dim": HEAD_DIM, "global_head_dim": 2 * HEAD_DIM, "qk_nope_head_dim": HEAD_DIM,
     "qk_rope_head_dim": 8, "qk_head_dim": HEAD_DIM + 8, "v_head_dim": HEAD_DIM,
     "swa_head_dim": HEAD_DIM, "swa_v_head_dim": HEAD_DIM, "kv_channels": HEAD_DIM,
-    "linear_key_head_dim": HEAD_DIM, "linear_value_head_dim": HEAD_DIM, "d_kv": HEAD_DIM,
+    "linear_head_dim": HEAD_DIM, "linear_key_head_dim": HEAD_DIM,
+    "linear_value_head_dim": HEAD_DIM, "d_kv": HEAD_DIM,
     "dim_head": HEAD_DIM, "rotary_dim": 8,
     "intermediate_size": INNER, "ffn_dim": INNER, "n_inner": INNER, "dff": INNER, "d_ff": INNER,
     "dim_ff": INNER, "moe_intermediate_size": INNER // 2, "intermediate_size_mlp": INNER,
@@ -66,20 +92,20 @@ def tiny_config(model_type: str, **changes: Any) -> Any:
     kind = CONFIG_MAPPING[model_type]
     default = kind()
     given = shrink(default, model_type)
-    given.update(changes)
+    if "is_decoder" in given:
+        given["is_decoder"] = True
+    given |= {**CHANGES.get(model_type, {}), **changes}
     return kind(**given)
 
 
 def shrink(config: Any, model_type: str = "") -> dict[str, Any]:
     """The arguments of a small config of the class of `config`."""
     stated = config.to_dict()
-    parameters = inspect.signature(type(config).__init__).parameters
     for gone in ("model_type", "transformers_version", "architectures", "_name_or_path"):
         stated.pop(gone, None)
     for key, value in list(stated.items()):
         if isinstance(value, Mapping) and key.endswith(("text_config", "llm_config")):
             stated[key] = shrink(getattr(config, key))
-    del parameters
     num_layers = next((stated[k] for k in _LAYERS if isinstance(stated.get(k), int)), 0)
     kept = _kept_layers(stated, num_layers)
     heads = next((stated[k] for k in _HEADS if isinstance(stated.get(k), int)), 0)
@@ -100,12 +126,15 @@ def shrink(config: Any, model_type: str = "") -> dict[str, Any]:
                 small[key] = _PLAIN[key] if key.endswith("token_id") else min(value, _PLAIN[key])
         elif key in _CHOSEN:
             small[key] = min(value, 2) if isinstance(value, int) else value
-        elif key in ("n_group", "topk_group") and isinstance(value, int):
-            small[key] = min(value, 2 if key == "n_group" else 1)
+        elif key in ("n_group", "num_expert_group", "topk_group") and isinstance(value, int):
+            small[key] = min(value, 1 if key == "topk_group" else 2)
         elif key in ("mamba_n_groups", "n_groups") and isinstance(value, int):
             small[key] = min(value, 2)
         elif key.endswith("token_id") and isinstance(value, int) and value >= VOCAB:
             small[key] = 3
+    rotary = stated.get("qk_rope_head_dim")
+    if rotary and stated.get("head_dim") == rotary:
+        small["head_dim"] = small["qk_rope_head_dim"]
     if isinstance(small.get("eos_token_id"), list):
         small["eos_token_id"] = 2
     return small

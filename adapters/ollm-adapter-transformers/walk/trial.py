@@ -5,16 +5,16 @@ from __future__ import annotations
 import contextlib
 import inspect
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from tiny import tiny_config
+from tiny import CHANGES, tiny_config
 from torch import Tensor
 
-PROMPT, STEPS = 75, 4
-"""Tokens of the prompt, more than a window and a chunk of the tiny models; and of decoding."""
+PROMPT, STEPS, CHUNK = 75, 4, 64
+"""Tokens of the prompt, more than a window of the tiny models; of decoding; and of a chunk."""
 
 
 @contextlib.contextmanager
@@ -95,43 +95,39 @@ def steps(end: int) -> list[int]:
     return [end - STEPS, *range(end - STEPS + 1, end + 1)]
 
 
-def checks(model_type: str, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], str]]]:
-    """Names of checks, and what runs each: what is wrong, or nothing."""
+def checks(model_type: str, dtype: torch.dtype) -> Iterator[tuple[str, str]]:
+    """Names of checks, and what is wrong, or nothing. Raises an OllmError if the model is not
+    opened.
+    """
     import ollm
 
     with saved(model_type, dtype) as (model, directory):
         size = min(int(getattr(model.config.get_text_config(), "vocab_size", 256)), 250)
         seeded = torch.Generator().manual_seed(0)
         ids = torch.randint(3, size, (2, PROMPT + STEPS), generator=seeded)
+        cuts = steps(ids.shape[1])
         options: dict[str, Any] = {
             "device": "cpu", "dtype": str(dtype)[6:], "precision": "exact", "attention": "exact",
             "device_memory": "2GB",
         }  # fmt: skip
-
-        def logits(rows: int, **more: Any) -> str:
-            chunk = more.get("chunk_size")
-            cuts = steps(ids.shape[1])
-            whole = cuts if chunk is None else [*range(chunk, cuts[0], chunk), *cuts]
-            expected = run_reference(model, ids[:rows], whole)[:, -len(cuts) :]
-            with ollm.load(directory, **{**options, **more}) as ours:
-                return differs(run_ours(ours, ids[:rows], cuts), expected)
-
-        def greedy() -> str:
-            expected = run_reference_greedy(model, ids[:1, :20])
-            with ollm.load(directory, **options) as ours:
+        with ollm.load(directory, **options) as ours:
+            for name, rows in (("logits", 1), ("batch", 2)):
+                expected = run_reference(model, ids[:rows], cuts)
+                yield name, differs(run_ours(ours, ids[:rows], cuts), expected)
+            if dtype == torch.float32:
                 found = ours.generate(
                     ids[:1, :20], max_new_tokens=6, do_sample=False, eos_token_id=None,
                     pad_token_id=0,
-                )[0, 20:]  # fmt: skip
-            return "" if found.tolist() == expected else f"{found.tolist()}, need {expected}"
-
-        yield "logits", lambda: logits(1)
-        yield "chunks", lambda: logits(1, chunk_size=64)
-        yield "batch", lambda: logits(2)
+                )[0, 20:].tolist()  # fmt: skip
+                wanted = run_reference_greedy(model, ids[:1, :20])
+                yield "greedy", "" if found == wanted else f"{found}, need {wanted}"
+        options |= {"chunk_size": CHUNK, "kv": "disk", "kv_dir": directory / "kv"}
+        with ollm.load(directory, **options) as ours:
+            whole = [*range(CHUNK, cuts[0], CHUNK), *cuts]
+            expected = run_reference(model, ids[:1], whole)[:, -len(cuts) :]
+            yield "chunks", differs(run_ours(ours, ids[:1], cuts), expected)
         if dtype == torch.float32:
-            yield "greedy", greedy
-            yield "kv-disk", lambda: logits(1, kv="disk", kv_dir=directory / "kv")
-            yield "plan", lambda: planned(directory, options)
+            yield "plan", planned(directory, options)
 
 
 def run_reference_greedy(model: Any, ids: Tensor) -> list[int]:
@@ -161,17 +157,19 @@ def planned(directory: Path, options: dict[str, Any]) -> str:
 
 
 def try_type(model_type: str) -> dict[str, str]:
-    """Each check by name: "" if it passed, else what is wrong."""
+    """Each check by name: "" if it passed, else what is wrong; or "refused" and the message."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
     from ollm_core import OllmError
+    from ollm_core.testing import Registry
 
     found: dict[str, str] = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        for name, check in checks(model_type, dtype):
-            label = f"{name} {str(dtype)[6:]}"
-            try:
-                found[label] = check()
-            except OllmError as error:
-                found[label] = f"refused: {error}"
-                if name == "logits":
-                    return {"refused": str(error)}
+    try:
+        stated = {**CONFIG_MAPPING[model_type]().to_dict(), **CHANGES.get(model_type, {})}
+        Registry.discover().adapter_for(stated)
+        for dtype in (torch.float32, torch.bfloat16):
+            for name, wrong in checks(model_type, dtype):
+                found[f"{name} {str(dtype)[6:]}"] = wrong
+    except OllmError as error:
+        return {**found, "refused": " ".join(str(error).split())}
     return found

@@ -8,6 +8,7 @@ from typing import Any
 
 from ollm_core import Config, ConfigError, UnknownModelError, UnsupportedError
 
+_NUMBERS = ("Infinity", "-Infinity", "NaN")
 _TEXT_PARTS = ("text_config", "llm_config", "language_config", "thinker_config")
 
 
@@ -48,7 +49,19 @@ def check_config(config: Config) -> None:
 
 def language_config(config: Config) -> Config:
     """The part of a config that is a causal language model's by itself; else all of it."""
-    return _text_part(config) or config
+    found: Config = _numbers(dict(_text_part(config) or config))
+    return found
+
+
+def _numbers(value: Any) -> Any:
+    """A part of config.json with the numbers that JSON does not have, as transformers writes
+    them.
+    """
+    if isinstance(value, dict):
+        if value.keys() == {"__float__"} and value["__float__"] in _NUMBERS:
+            return float(value["__float__"])
+        return {key: _numbers(one) for key, one in value.items()}
+    return [_numbers(one) for one in value] if isinstance(value, list) else value
 
 
 def _text_part(config: Config) -> Config | None:
