@@ -212,8 +212,7 @@ class Workspace:
         meta, dtype, skeleton = torch.device("meta"), self._geometry.dtype, self._skeleton
         ids = torch.zeros(num_rows, num_new, dtype=torch.long, device=meta)
         store = _TracedStore(self._geometry, num_past)
-        hidden_shape = num_rows, num_new, *own.hidden_shape
-        hidden = torch.empty(hidden_shape, dtype=dtype, device=meta)
+        hidden = torch.empty(own.hidden_shape(num_rows, num_new), dtype=dtype, device=meta)
 
         def embed(token_ids: Tensor) -> Tensor:
             return torch.empty(len(token_ids), own.embedding_size, dtype=dtype, device=meta)
@@ -236,8 +235,11 @@ class Workspace:
             return call.run(layer_idx, hidden)
 
         mixture = skeleton.routed.get(layer_idx)
-        taken: TorchDispatchMode = OneExpertTaken()  # type: ignore[no-untyped-call]
-        with skeleton.on_meta(), taken, mixture.serving(add(mixture)) if mixture else nullcontext():
+        with (
+            skeleton.on_meta(),
+            own.answers(),
+            mixture.serving(add(mixture)) if mixture else nullcontext(),
+        ):
             return traced_peak(work)
 
     def _call(

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from transformers import Cache
 
 from ollm_core.contracts.kv import CacheKind, KeepsStates, KVStore
@@ -71,7 +70,7 @@ class OwnCall:
                 _, arguments = self._own.enter(
                     self._ids, self._positions, self._rows(hidden), self._cache, layer_idx
                 )
-            with self._cache.laid_out(layer_idx, hidden):
+            with self._cache.laid_out(layer_idx, hidden, self._ids.shape[1]):
                 return self._own.call(layer_idx, hidden, arguments[layer_idx])
 
     def leave(self, hidden: Tensor, num_logits: int) -> Tensor:
@@ -106,30 +105,35 @@ class LaidOutCache(Cache):
         self._sequences = sequences
         self._start = start
         self._layer_idx = -1
+        self._new: tuple[Tensor, Tensor] | None = None
+        self._new_index: Tensor | None = None
         self._keeping = nullcontext() if store.in_place else torch.inference_mode(mode=False)
         like = torch.empty(0, device=own.device)
         for layer in self.layers:
             pretend(layer, start, len(sequences), like)
 
-    def laid_out(self, layer_idx: int, like: Tensor) -> _LaidOut:
+    def laid_out(self, layer_idx: int, like: Tensor, num_new: int) -> _LaidOut:
         """In the `with`, the past of a layer is here, as tensors `like` hidden states; after it,
-        what the layer has added is in the store.
+        what the layer has added, for `num_new` tokens, is in the store.
         """
-        return _LaidOut(self, layer_idx, like)
+        return _LaidOut(self, layer_idx, like, num_new)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """See Cache. What is new, [R, G, T, D], is stored."""
         assert layer_idx == self._layer_idx, "the model was followed when it was opened"
-        kind = self._own.memories[layer_idx].kind
-        keys, values = (_padded(one, kind.head_dim) for one in (key_states, value_states))
-        with self._keeping:
-            for row, sequence in enumerate(self._sequences):
-                self._store.append(layer_idx, sequence, keys[row], values[row])
+        self._new = key_states, value_states
         found: tuple[Tensor, Tensor] = super().update(
             key_states, value_states, layer_idx, *args, **kwargs
         )
+        return found
+
+    def update_indexer(self, indexer_key_states: Tensor, layer_idx: int) -> Tensor:
+        """See Cache. What is new, [R, T, I], is stored."""
+        assert layer_idx == self._layer_idx, "the model was followed when it was opened"
+        self._new_index = indexer_key_states
+        found: Tensor = super().update_indexer(indexer_key_states, layer_idx)
         return found
 
     def begin(self, layer_idx: int, like: Tensor) -> None:
@@ -148,8 +152,14 @@ class LaidOutCache(Cache):
                 memory.fill_states(layer, states)
 
     def end(self, num_new: int) -> None:
-        """Store the state of the layer that was called, and hold nothing of it."""
+        """Store what the layer that was called has added, and its state, and hold nothing of it."""
         layer_idx, memory = self._layer_idx, self._own.memories[self._layer_idx]
+        if memory.kind.has_keys:
+            assert self._new is not None, "the model was followed when it was opened"
+            keys, values = memory.pack(*self._new, self._new_index)
+            with self._keeping:
+                for row, sequence in enumerate(self._sequences):
+                    self._store.append(layer_idx, sequence, keys[row], values[row])
         if memory.kind.states:
             assert isinstance(self._store, KeepsStates), "such a model has such a store"
             states = memory.states(self.layers[layer_idx])
@@ -161,6 +171,7 @@ class LaidOutCache(Cache):
     def drop(self) -> None:
         """Hold nothing of the layer that was called."""
         layer_idx, self._layer_idx = self._layer_idx, -1
+        self._new = self._new_index = None
         layer = self._fresh(layer_idx)
         like = torch.empty(0, device=self._own.device)
         pretend(layer, self._start, len(self._sequences), like)
@@ -174,15 +185,15 @@ class LaidOutCache(Cache):
         """Keys and values before the chunk that the layer still has, [R, G, S, D] each."""
         first = 0 if kind.window is None else max(self._start - kind.window + 1, 0)
         shape = len(self._sequences), kind.num_kv_heads, self._start - first
-        keys = like.new_empty(*shape, kind.key_dim or kind.head_dim)
-        values = like.new_empty(*shape, kind.value_dim or kind.head_dim)
+        keys = like.new_empty(*shape, kind.head_dim)
+        values = torch.empty_like(keys)
         for row, sequence in enumerate(self._sequences):
             place = 0
             blocks = self._store.blocks(layer_idx, sequence, self._start, first)
             for past_keys, past_values in blocks:
                 count = past_keys.shape[1]
                 for whole, part in ((keys, past_keys), (values, past_values)):
-                    whole[row].narrow(1, place, count).copy_(part[..., : whole.shape[3]])
+                    whole[row].narrow(1, place, count).copy_(part)
                 place += count
         return keys, values
 
@@ -190,7 +201,8 @@ class LaidOutCache(Cache):
 class _LaidOut:
     """See `LaidOutCache.laid_out`."""
 
-    def __init__(self, cache: LaidOutCache, layer_idx: int, like: Tensor) -> None:
+    def __init__(self, cache: LaidOutCache, layer_idx: int, like: Tensor, num_new: int) -> None:
+        self._num_new = num_new
         self._cache = cache
         self._layer_idx = layer_idx
         self._like = like
@@ -200,12 +212,6 @@ class _LaidOut:
 
     def __exit__(self, kind: object, *_: object) -> None:
         if kind is None:
-            self._cache.end(self._like.shape[1])
+            self._cache.end(self._num_new)
         else:
             self._cache.drop()
-
-
-def _padded(states: Tensor, size: int) -> Tensor:
-    """Keys or values in the size in which they are kept."""
-    lacking = size - states.shape[-1]
-    return functional.pad(states, (0, lacking)) if lacking else states

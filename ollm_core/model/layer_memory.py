@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import (
     DynamicLayer,
@@ -23,6 +24,7 @@ from ollm_core.errors import UnsupportedError
 _KNOWN = frozenset(
     {
         "DummyLayer",
+        "DynamicIndexedLayer",
         "DynamicLayer",
         "DynamicSlidingWindowLayer",
         "LinearAttentionLayer",
@@ -41,14 +43,44 @@ class LayerMemory:
     """Numbers of the states of convolutions, in the order of `kind.states`, before the others."""
     recurrences: tuple[int, ...] = ()
     """Numbers of the recurrent states."""
+    heads: int = 0
+    """Of keys and values. What an index of them keeps for each token lies in the heads after."""
+    index_dim: int = 0
+    """Numbers of that for each token; 0: the layer has no index."""
     begun: tuple[bool, ...] = ()
     """By number, whether transformers says that there is a state after the first token."""
 
-    def fill(self, layer: Any, keys: Tensor | None, values: Tensor | None) -> None:
-        """Put the past [R, G, S, D] into a fresh `layer` of transformers' cache."""
-        if keys is not None and values is not None:
-            DynamicLayer.lazy_initialization(layer, keys, values)
-            layer.keys, layer.values = keys, values
+    def pack(self, keys: Tensor, values: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor]:
+        """New keys and values [R, g, T, D], and what an index keeps [R, T, I], as they are stored:
+        [R, G, T, D] both.
+        """
+        size = self.kind.head_dim
+        keys, values = _padded(keys, size), _padded(values, size)
+        if not self.index_dim:
+            return keys, values
+        assert index is not None, "the model was followed when it was opened"
+        rows, count = index.shape[:2]
+        more = self.kind.num_kv_heads - self.heads
+        spread = _padded(index, more * size).view(rows, count, more, size).transpose(1, 2)
+        return torch.cat([keys, spread], 1), torch.cat([values, torch.zeros_like(spread)], 1)
+
+    def fill(self, layer: Any, keys: Tensor, values: Tensor) -> None:
+        """Put the past, [R, G, S, D] as it is stored, into a fresh `layer` of transformers'
+        cache.
+        """
+        if self.index_dim:
+            rows, _, count, _ = keys.shape
+            spread = keys[:, self.heads :].transpose(1, 2).reshape(rows, count, -1)
+            index = spread[..., : self.index_dim].contiguous()
+            layer.lazy_initialization_indexer(index)
+            layer.indexer_keys = index
+            keys, values = keys[:, : self.heads], values[:, : self.heads]
+        kept = self.kind
+        if self.index_dim or kept.key_dim:
+            keys = keys[..., : kept.key_dim or kept.head_dim].contiguous()
+            values = values[..., : kept.value_dim or kept.head_dim].contiguous()
+        DynamicLayer.lazy_initialization(layer, keys, values)
+        layer.keys, layer.values = keys, values
 
     def fill_states(self, layer: Any, states: Sequence[Tensor]) -> None:
         """Put states, [R, ...] each, into a fresh `layer`, which may change them."""
@@ -128,6 +160,13 @@ def remembered(layer: Any, layer_idx: int, dtype: torch.dtype, model: str) -> La
             kind, window = "sliding", layer.sliding_window
             if window < 2:
                 raise error(f"a window of {window} tokens")
+    own_heads, index_dim = heads, 0
+    index: Any = getattr(layer, "indexer_keys", None)
+    if index is not None:
+        if index.dtype != dtype or index.dim() != 3 or not heads:
+            raise error(f"an index {list(index.shape)} in {index.dtype}")
+        index_dim = index.shape[2]
+        heads += -(-index_dim // max(key_dim, value_dim))
     convolutions: list[int] = []
     recurrences: list[int] = []
     begun: tuple[bool, ...] = ()
@@ -156,4 +195,10 @@ def remembered(layer: Any, layer_idx: int, dtype: torch.dtype, model: str) -> La
         tuple(states),
         *((key_dim, value_dim) if key_dim != value_dim else (0, 0)),
     )
-    return LayerMemory(found, tuple(convolutions), tuple(recurrences), begun)
+    return LayerMemory(found, tuple(convolutions), tuple(recurrences), own_heads, index_dim, begun)
+
+
+def _padded(states: Tensor, size: int) -> Tensor:
+    """The last dimension in the size in which it is kept."""
+    lacking = size - states.shape[-1]
+    return functional.pad(states, (0, lacking)) if lacking else states

@@ -96,6 +96,8 @@ class OwnForward:
         self._empty_layers = new_cache(model.config).layers
         self.memories: tuple[LayerMemory, ...] = ()
         """What each layer remembers, once it was `followed`."""
+        self.answers: Callable[[], TorchDispatchMode] = OneExpertTaken  # type: ignore[assignment]
+        """What answers questions about data while the model is traced without."""
         self.uses_embedding = True
         """Whether layers or the head are given what depends on the embedding, beside hidden
         states.
@@ -104,8 +106,8 @@ class OwnForward:
         """Where the model is run."""
         self.width = 0
         """Numbers in the hidden states of one token between layers."""
-        self.hidden_shape: tuple[int, ...] = ()
-        """Their shape."""
+        self._shape: tuple[tuple[int, ...], tuple[int, ...]] = (), ()
+        """That of hidden states, before and after rows and tokens."""
 
     @property
     def embedding_size(self) -> int:
@@ -132,6 +134,8 @@ class OwnForward:
         with self._running(run), suppress(_Reached):
             self._forward(ids, positions, cache)
         assert run.hidden is not None, "the forward was followed when the model was opened"
+        for one in run.found:
+            self._check_here(run.hidden, *_tensors(one.args, one.options))
         return run.hidden, run.found
 
     def leave(
@@ -147,7 +151,8 @@ class OwnForward:
         run = _Run(rows, output=hidden, num_logits=num_logits)
         with self._running(run):
             output = self._forward(ids, positions, cache)
-        logits: Tensor = output.logits if hasattr(output, "logits") else output[0]
+        logits = _logits(output)
+        self._check_here(logits)
         return logits
 
     def call(self, layer_idx: int, hidden: Tensor, arguments: LayerArguments) -> Tensor:
@@ -160,28 +165,35 @@ class OwnForward:
         """Run the forward of a model on the meta device to see that it can be followed. Raises
         UnsupportedError, naming what cannot.
         """
-        try:
-            with ExitStack() as stack:
-                stack.enter_context(torch.inference_mode(False))
-                stack.enter_context(torch.no_grad())
-                taken: TorchDispatchMode = OneExpertTaken()  # type: ignore[no-untyped-call]
-                stack.enter_context(taken)
-                for mixture in mixtures:
-                    stack.enter_context(mixture.idle())
-                before = dict(_held(self._model))
-                self._try_real(dtype)
-                self._try_apart(dtype)
-                for name, value in _held(self._model):
-                    if before.get(name) is not value:
-                        raise self._error(
-                            f"keeps what it has computed in {name}, where another sequence finds it"
-                        )
-        except UnsupportedError:
-            raise
-        except Exception as error:
-            raise self._error(
-                f"cannot be followed layer by layer: {type(error).__name__}: {one_line(error)}"
-            ) from error
+        failed: Exception | None = None
+        for answers in (OneExpertTaken, AllAreTrue):
+            self.answers = answers
+            try:
+                self._follow(dtype, mixtures)
+            except UnsupportedError:
+                raise
+            except Exception as error:  # noqa: BLE001 - a model's code may raise anything
+                failed = failed or error
+            else:
+                return
+        assert failed is not None, "it was followed otherwise"
+        raise self._error(f"cannot be followed layer by layer: {one_line(failed)}") from failed
+
+    def _follow(self, dtype: torch.dtype, mixtures: Sequence[Any]) -> None:
+        with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(self.answers())
+            for mixture in mixtures:
+                stack.enter_context(mixture.idle())
+            before = dict(_held(self._model))
+            self._try_real(dtype)
+            self._try_apart(dtype)
+            for name, value in _held(self._model):
+                if before.get(name) is not value:
+                    raise self._error(
+                        f"keeps what it has computed in {name}, where another sequence finds it"
+                    )
 
     def _try_real(self, dtype: torch.dtype) -> None:
         """Two steps with layers that compute: what they return and what they remember."""
@@ -220,8 +232,8 @@ class OwnForward:
                     raise self._error(f"gives layer {layer_idx} what another layer computed")
                 uses.update(marks.of(value))
             if layer_idx == 0:
-                self.width, self.hidden_shape = hidden[0, 0].numel(), tuple(hidden.shape[2:])
-            elif hidden[0, 0].numel() != self.width:
+                self._note_shape(hidden)
+            elif hidden.shape != given[0].shape:
                 raise self._error("changes the size of hidden states from layer to layer")
             output = torch.empty_like(hidden)
             marks.add(output, "layer" if layer_idx < self.num_layers - 1 else "last")
@@ -239,12 +251,26 @@ class OwnForward:
             self._watch = None
         if len(run.found) != self.num_layers:
             raise self._error("calls its layers more or less than once each")
-        logits = output.logits if hasattr(output, "logits") else output[0]
+        logits = _logits(output)
         if "layer" in marks.of(logits):
             raise self._error("makes logits of more than what its last layer gives")
         self.uses_embedding = "embedding" in (uses | marks.of(logits))
 
     _watch: Callable[[int, Tensor, LayerArguments], Tensor] | None = None
+
+    def hidden_shape(self, num_rows: int, num_tokens: int) -> tuple[int, ...]:
+        """That of hidden states between layers, mostly [R, T, C]."""
+        before, after = self._shape
+        return *before, num_rows, num_tokens, *after
+
+    def _note_shape(self, hidden: Tensor) -> None:
+        shape = tuple(hidden.shape)
+        for i in range(len(shape) - 1):
+            if shape[i : i + 2] == (1, _TRIED):
+                self._shape = shape[:i], shape[i + 2 :]
+                self.width = hidden.numel() // _TRIED
+                return
+        raise self._error(f"has hidden states of the shape {list(shape)}")
 
     def _empty_rows(self, count: int, dtype: torch.dtype) -> Tensor:
         size = self._embedding.weight.shape[-1]
@@ -262,24 +288,25 @@ class OwnForward:
 
     @contextmanager
     def _running(self, run: _Run) -> Iterator[None]:
-        self._run = run
+        """Run it with the rows that are wanted for the embedding's table: models ask it where it
+        is.
+        """
+        parameters: Any = self._embedding._parameters
+        table = parameters["weight"]
+        self._run, parameters["weight"] = run, run.rows
         try:
             yield
         finally:
-            self._run = None
+            self._run, parameters["weight"] = None, table
 
     def _embed(self, ids: Tensor) -> Tensor:
         """The embedding's own forward, on a table of the rows that are wanted."""
-        run = self._run
-        assert run is not None, "the model is run here alone"
-        module: Any = self._embedding
-        table = module._parameters["weight"]
-        module._parameters["weight"] = run.rows
-        try:
-            numbers = torch.arange(ids.numel(), device=ids.device).view(ids.shape)
-            embedded: Tensor = self._embed_forward(numbers)
-        finally:
-            module._parameters["weight"] = table
+        assert self._run is not None, "the model is run here alone"
+        rows = self._run.rows
+        if ids.device != rows.device or ids.numel() != len(rows):
+            raise self._error("looks up other embeddings than those of its input")
+        numbers = torch.arange(ids.numel(), device=ids.device).view(ids.shape)
+        embedded: Tensor = self._embed_forward(numbers)
         return embedded
 
     def _at_head(self, _: nn.Module, args: tuple[Any, ...], kwargs: Any) -> Any:
@@ -324,11 +351,33 @@ class OwnForward:
         self._makes[layer_idx] = -1 if isinstance(output, Tensor) else len(output)
         return output
 
+    def _check_here(self, *values: Tensor) -> None:
+        """Raises UnsupportedError for what was made without data in a run with data: a model that
+        asks where a parameter is that is not bound.
+        """
+        if self.device.type != "meta" and any(value.is_meta for value in values):
+            raise self._error("moves what it computes to where its layers are")
+
     def _error(self, what: str) -> UnsupportedError:
         return UnsupportedError(
             f"{type(self._model).__name__} {what}",
             hint="a model is run layer by layer; this one is not made so",
         )
+
+
+class AllAreTrue(TorchDispatchMode):
+    """Answers questions about data that is not there: what is asked is true, and numbers are 1."""
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            return args[0].dtype == torch.bool or 1
+        return func(*args, **(kwargs or {}))
 
 
 class _Marks(TorchDispatchMode):
@@ -362,6 +411,12 @@ class _Marks(TorchDispatchMode):
                 self._alive.append(one)
                 self._found[id(one)] = self.of(one) | marks
         return result
+
+
+def _logits(output: Any) -> Tensor:
+    """Those that a model's forward returns."""
+    found: Tensor = output["logits"] if isinstance(output, Mapping) else output[0]
+    return found
 
 
 def _held(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -19,7 +19,12 @@ _KV_HEADS = (
 )  # fmt: skip
 CHANGES: Mapping[str, Mapping[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 3]},
-    "cohere_compass_text": {},
+    "cohere_compass_text": {
+        "rope_parameters": {
+            one: {"rope_type": "default", "rope_theta": 10000.0}
+            for one in ("full_attention", "sliding_attention")
+        }
+    },
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
         "ffn_config": {"ffn_hidden_size": INNER, "moe_num_experts": EXPERTS, "moe_top_k": 2},
@@ -132,6 +137,18 @@ def shrink(config: Any, model_type: str = "") -> dict[str, Any]:
             small[key] = min(value, 2)
         elif key.endswith("token_id") and isinstance(value, int) and value >= VOCAB:
             small[key] = 3
+    own = {int(i): one for i, one in (stated.get("per_layer_config") or {}).items()}
+    if own:
+        small["per_layer_config"] = {
+            str(place): {
+                key: value * small[key] // stated[key]
+                if type(value) is int and type(stated.get(key)) is int and stated[key]
+                else value
+                for key, value in own[i].items()
+            }
+            for place, i in enumerate(kept)
+            if i in own
+        }
     rotary = stated.get("qk_rope_head_dim")
     if rotary and stated.get("head_dim") == rotary:
         small["head_dim"] = small["qk_rope_head_dim"]
@@ -144,7 +161,9 @@ def _kept_layers(stated: Mapping[str, Any], num_layers: int) -> list[int]:
     """Numbers of layers of every kind that the config lists, in order: at most MOST_LAYERS."""
     if num_layers <= 4:
         return list(range(num_layers))
-    lists = [v for v in stated.values() if isinstance(v, list) and len(v) == num_layers]
+    lists: list[Any] = [v for v in stated.values() if isinstance(v, list) and len(v) == num_layers]
+    own = {int(i): one for i, one in (stated.get("per_layer_config") or {}).items()}
+    lists.append([sorted(own.get(i, {})) for i in range(num_layers)])
     kept, seen = [], set()
     for i in range(num_layers):
         kind = tuple(repr(one[i]) for one in lists)

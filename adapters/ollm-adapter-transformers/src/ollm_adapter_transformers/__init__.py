@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from ollm_adapter_transformers.recognise import check_config, language_config
+from ollm_adapter_transformers.recognise import check_config, is_composite, language_config
 from ollm_core import CacheKind, Config, Layout, ModelAdapter, WeightPlan, hookimpl
 
 if TYPE_CHECKING:
@@ -22,11 +22,13 @@ class TransformersAdapter(ModelAdapter):
     name = "transformers"
     model_types = ()
     claims_rest = True
+    is_part = False
+    """Whether the language model is a part of what the checkpoint holds."""
 
     def for_model(self, config: Config) -> ModelAdapter:
         """The adapter of one model: what it builds to look at is built once."""
         check_config(config)
-        return OneModel()
+        return OneModel(is_part=is_composite(config))
 
     def text_config(self, config: Config) -> Config:
         """The language model's part."""
@@ -41,7 +43,7 @@ class TransformersAdapter(ModelAdapter):
         """As transformers converts a checkpoint."""
         from ollm_adapter_transformers.stored import plan_weights
 
-        return plan_weights(self._tree(config), tuple(tensor_names))
+        return plan_weights(self._tree(config), tuple(tensor_names), is_part=self.is_part)
 
     def caches(self, config: Config) -> Sequence[CacheKind]:
         """As transformers makes them: core sees them."""
@@ -79,7 +81,8 @@ class TransformersAdapter(ModelAdapter):
 class OneModel(TransformersAdapter):
     """That of one model."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_part: bool) -> None:
+        self.is_part = is_part
         self._built = functools.lru_cache(maxsize=2)(self._build)
 
     def for_model(self, config: Config) -> ModelAdapter:

@@ -47,6 +47,11 @@ def check_config(config: Config) -> None:
         )
 
 
+def is_composite(config: Config) -> bool:
+    """Whether the language model is a part of a larger one."""
+    return _text_part(config) is not None
+
+
 def language_config(config: Config) -> Config:
     """The part of a config that is a causal language model's by itself; else all of it."""
     found: Config = _numbers(dict(_text_part(config) or config))

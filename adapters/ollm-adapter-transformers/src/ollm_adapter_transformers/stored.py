@@ -29,6 +29,10 @@ _FREQUENCIES = r"(^|\.)(rotary_emb|rotary_pos_emb|rope|rotary)\.inv_freq$"
 """What older transformers stored, and no model reads."""
 
 
+_LANGUAGE = re.compile(r"(^|\.)(language_model|text_model)\.|^lm_head\.")
+"""What the names of a language model's tensors have in a larger model's checkpoint."""
+
+
 @dataclass(eq=False, slots=True)
 class _Gathered:
     """The tensors of one parameter, or of several that one conversion makes."""
@@ -38,13 +42,17 @@ class _Gathered:
     """By the pattern that they match, in transformers' order."""
 
 
-def plan_weights(tree: Tree, tensor_names: Sequence[str]) -> WeightPlan:
-    """Raises CheckpointError for a tensor that is missing or foreign, UnsupportedError for a
-    conversion that cannot be done piece by piece.
+def plan_weights(tree: Tree, tensor_names: Sequence[str], *, is_part: bool) -> WeightPlan:
+    """`is_part`: the checkpoint holds a larger model, of which the others are ignored. Raises
+    CheckpointError for a tensor that is missing or foreign, UnsupportedError for a conversion that
+    cannot be done piece by piece.
     """
     model = tree.model
     state = model.state_dict()
-    gathered, foreign = _gather(model, state, tensor_names)
+    stored = {name: _without_part(name) if is_part else name for name in tensor_names}
+    if len(set(stored.values())) < len(stored):
+        raise CheckpointError("two tensors of the checkpoint are one of the language model's")
+    gathered, foreign = _gather(model, state, stored)
     found: dict[str, ParameterSource] = {}
     experts: dict[str, tuple[ParameterSource, ...]] = {}
     inside = f".{tree.layout.experts}."
@@ -77,7 +85,8 @@ def plan_weights(tree: Tree, tensor_names: Sequence[str]) -> WeightPlan:
     wrong = [
         name
         for name in unused
-        if not any(re.search(pattern, name) for pattern in patterns)
+        if not (is_part and _LANGUAGE.search(name) is None)
+        and not any(re.search(pattern, name) for pattern in patterns)
         and name not in aliases
         and name not in _renamed_to(gathered, aliases)
         and not _is_buffer(model, name)
@@ -108,11 +117,17 @@ def saved_tensors(tree: Tree, dtype: str) -> dict[str, tuple[str, tuple[int, ...
     return {name: (dtype, tuple(value.shape)) for name, value in saved.items()}
 
 
+def _without_part(name: str) -> str:
+    """The name of a tensor in a checkpoint of the language model alone."""
+    return re.sub(r"(^|\.)(language_model|text_model)\.", r"\1", name, count=1)
+
+
 def _gather(
-    model: Any, state: Mapping[str, Tensor], tensor_names: Sequence[str]
+    model: Any, state: Mapping[str, Tensor], stored: Mapping[str, str]
 ) -> tuple[dict[str, _Gathered], list[str]]:
     """The tensors of each parameter, by the first parameter that a conversion makes, and those that
-    are of none. As `convert_and_load_state_dict_in_model` of transformers does.
+    are of none, as `convert_and_load_state_dict_in_model` of transformers does. `stored` has each
+    tensor's name in a checkpoint of the language model alone.
     """
     mapping = get_model_conversion_mapping(model)
     renamings = [one for one in mapping if isinstance(one, WeightRenaming)]
@@ -121,10 +136,11 @@ def _gather(
     prefix = model.base_model_prefix
     gathered: dict[str, _Gathered] = {}
     foreign: list[str] = []
-    for tensor in sorted(tensor_names, key=dot_natural_key):
-        name, pattern = rename_source_key(tensor, renamings, converters, prefix, state)  # type: ignore[arg-type]
-        if name not in state and tensor in state:
-            name, pattern = rename_source_key(tensor, [], [], prefix, state)  # type: ignore[arg-type]
+    for tensor in sorted(stored, key=dot_natural_key):
+        given = stored[tensor]
+        name, pattern = rename_source_key(given, renamings, converters, prefix, state)  # type: ignore[arg-type]
+        if name not in state and given in state:
+            name, pattern = rename_source_key(given, [], [], prefix, state)  # type: ignore[arg-type]
         if name not in state:
             foreign.append(tensor)
             continue

@@ -66,8 +66,8 @@ def build_tree(config: Config) -> Tree:
 
 
 def _layers(model: Any, embedding: str) -> tuple[str, nn.ModuleList]:
-    """The list of layers: of those that are in no other list, the one nearest to the embedding,
-    and of these the one with most parameters.
+    """The list of layers: of those that are in no other list, one of as many as the config says,
+    the nearest to the embedding, and of these the one with most parameters.
     """
     lists: dict[str, nn.ModuleList] = {}
     for path, module in model.named_modules():
@@ -77,13 +77,15 @@ def _layers(model: Any, embedding: str) -> tuple[str, nn.ModuleList]:
     if not lists:
         raise _error(model, "has no list of layers")
 
-    def nearness(path: str) -> tuple[int, int]:
+    wanted = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
+
+    def nearness(path: str) -> tuple[bool, int, int]:
         common = 0
         for one, other in zip(path.split("."), embedding.split("."), strict=False):
             if one != other:
                 break
             common += 1
-        return common, sum(p.numel() for p in lists[path].parameters())
+        return len(lists[path]) == wanted, common, sum(p.numel() for p in lists[path].parameters())
 
     best = max(lists, key=nearness)
     return best, lists[best]
