@@ -231,7 +231,11 @@ class Workspace:
             call = OwnCall(own, cast("KVStore", store), sequences, ids, num_past, embed, alone=True)
             if layer_idx < 0:
                 return call.leave(hidden, -1 - layer_idx)
-            call.enter()
+            states = call.enter()
+            if own.shares:  # of those before, too
+                for before in range(layer_idx):
+                    states = call.run(before, states)
+                return call.run(layer_idx, states)
             return call.run(layer_idx, hidden)
 
         mixture = skeleton.routed.get(layer_idx)

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import Cache
 
 from ollm_core.contracts.kv import CacheKind, KeepsStates, KVStore
+from ollm_core.errors import UnsupportedError
 from ollm_core.model.layer_memory import pretend
 from ollm_core.model.own_forward import LayerArguments, OwnForward
 
@@ -122,7 +123,7 @@ class LaidOutCache(Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """See Cache. What is new, [R, G, T, D], is stored."""
-        assert layer_idx == self._layer_idx, "the model was followed when it was opened"
+        self._check(layer_idx)
         self._new = key_states, value_states
         found: tuple[Tensor, Tensor] = super().update(
             key_states, value_states, layer_idx, *args, **kwargs
@@ -131,10 +132,18 @@ class LaidOutCache(Cache):
 
     def update_indexer(self, indexer_key_states: Tensor, layer_idx: int) -> Tensor:
         """See Cache. What is new, [R, T, I], is stored."""
-        assert layer_idx == self._layer_idx, "the model was followed when it was opened"
+        self._check(layer_idx)
         self._new_index = indexer_key_states
         found: Tensor = super().update_indexer(indexer_key_states, layer_idx)
         return found
+
+    def _check(self, layer_idx: int) -> None:
+        """Raises UnsupportedError for a layer that writes into the cache of another one."""
+        if layer_idx != self._layer_idx:
+            raise UnsupportedError(
+                f"layer {self._layer_idx} writes into the cache of layer {layer_idx}",
+                hint="core keeps the past of each layer by itself",
+            )
 
     def begin(self, layer_idx: int, like: Tensor) -> None:
         """Lay the past of a layer out."""
@@ -155,7 +164,8 @@ class LaidOutCache(Cache):
         """Store what the layer that was called has added, and its state, and hold nothing of it."""
         layer_idx, memory = self._layer_idx, self._own.memories[self._layer_idx]
         if memory.kind.has_keys:
-            assert self._new is not None, "the model was followed when it was opened"
+            if self._new is None:
+                raise UnsupportedError(f"layer {layer_idx} does not keep its keys and values")
             keys, values = memory.pack(*self._new, self._new_index)
             with self._keeping:
                 for row, sequence in enumerate(self._sequences):

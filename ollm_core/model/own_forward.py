@@ -11,7 +11,7 @@ another layer. A model in which that does not hold is refused.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -98,6 +98,8 @@ class OwnForward:
         """What each layer remembers, once it was `followed`."""
         self.answers: Callable[[], TorchDispatchMode] = OneExpertTaken  # type: ignore[assignment]
         """What answers questions about data while the model is traced without."""
+        self.shares = False
+        """Whether layers hand something to later ones in a dictionary, as keys that these share."""
         self.uses_embedding = True
         """Whether layers or the head are given what depends on the embedding, beside hidden
         states.
@@ -205,6 +207,10 @@ class OwnForward:
             if len(run.found) != self.num_layers:
                 raise self._error(f"calls {len(run.found)} of its {self.num_layers} layers")
             if start == 0:
+                if len(cache.layers) != self.num_layers:
+                    raise self._error(
+                        f"has {len(cache.layers)} caches for {self.num_layers} layers"
+                    )
                 self.memories = tuple(
                     remembered(layer, i, dtype, type(self._model).__name__)
                     for i, layer in enumerate(cache.layers[: self.num_layers])
@@ -344,7 +350,10 @@ class OwnForward:
         return forward
 
     def _real(self, layer_idx: int, hidden: Tensor, arguments: LayerArguments) -> Any:
+        shared = [one for one in arguments.options.values() if isinstance(one, MutableMapping)]
+        before = [len(one) for one in shared]
         output = arguments.call(self._forwards[layer_idx], hidden)
+        self.shares |= before != [len(one) for one in shared]
         first = output if isinstance(output, Tensor) else output[0]
         if not isinstance(first, Tensor) or first.shape != hidden.shape:
             raise self._error(f"has a layer {layer_idx} that gives no hidden states")

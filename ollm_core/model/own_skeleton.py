@@ -110,6 +110,9 @@ class OwnSkeleton(Skeleton):
         if any(kind.states for kind in self.kinds):
             reason = "the states of its layers before each drafted token are not known"
             limits["drafts"] = Capability("unsupported", reason)
+        if self.own.shares:
+            reason = "its layers share keys and values, which are kept for one prompt at once"
+            limits["chunked-prefill"] = limits["batch"] = Capability("unsupported", reason)
         return limits
 
     @property
