@@ -49,6 +49,8 @@ class Workspace:
             experts = mixture and mixture.slice_shapes
             kinds.setdefault((cache, type(layer), made_of, experts), layer_idx)
         self._distinct = tuple(kinds.values())
+        if skeleton.own is not None and skeleton.own.shares:
+            self._distinct = (len(skeleton.layers) - 1,)  # traced with all before it
 
     @classmethod
     def of(cls, spec: ModelSpec, proven: set[str] | None = None) -> Workspace:

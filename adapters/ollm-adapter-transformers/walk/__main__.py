@@ -19,8 +19,8 @@ import traceback
 import warnings
 from pathlib import Path
 
-SECONDS, MEMORY = 90, 8 << 30
-"""Bounds of one type."""
+SECONDS, MEMORY = 60, 8 << 30
+"""Bounds of one type: of the processor's time, and in bytes. The clock may run four times that."""
 KNOWN = Path(".walk")
 
 
@@ -77,7 +77,8 @@ def _start(model_type: str) -> int:
         return pid
     status = 1
     try:
-        signal.alarm(SECONDS)
+        signal.alarm(4 * SECONDS)
+        resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
         warnings.simplefilter("ignore")
         from trial import try_type

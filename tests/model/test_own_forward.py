@@ -1,0 +1,119 @@
+"""A model's own forward, followed: what is taken for granted of it is looked at."""
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from ollm_core import UnsupportedError
+from ollm_core.contracts.model import Layout
+from ollm_core.model.own_forward import OwnForward
+
+
+class Plain(LlamaForCausalLM):
+    """A Llama whose forward is here, to be changed."""
+
+    def forward(
+        self, input_ids, position_ids=None, past_key_values=None, use_cache=None, return_dict=None
+    ):
+        hidden = embedded = self.model.embed_tokens(input_ids)
+        rotary = self.model.rotary_emb(hidden, position_ids)
+        outputs = []
+        for i, layer in enumerate(self.called()):
+            hidden = layer(
+                self.between(i, hidden, embedded),
+                past_key_values=past_key_values,
+                position_embeddings=self.given(rotary, hidden, embedded),
+            )
+            outputs.append(hidden)
+        logits = self.lm_head(self.model.norm(self.last(outputs)))
+        return CausalLMOutputWithPast(logits=logits)
+
+    def called(self):
+        return self.model.layers
+
+    def between(self, layer_idx, hidden, embedded):
+        return hidden
+
+    def given(self, rotary, hidden, embedded):
+        return rotary
+
+    def last(self, outputs):
+        return outputs[-1]
+
+
+class Scaled(Plain):
+    def between(self, layer_idx, hidden, embedded):
+        return hidden * 2 if layer_idx == 2 else hidden
+
+
+class Turned(Plain):
+    def given(self, rotary, hidden, embedded):
+        return rotary[0] + hidden.mean(), rotary[1]
+
+
+class Shifted(Plain):
+    def given(self, rotary, hidden, embedded):
+        return rotary[0] + embedded.mean(), rotary[1]
+
+
+class Short(Plain):
+    def called(self):
+        return self.model.layers[:-1]
+
+
+class Twice(Plain):
+    def called(self):
+        return [*self.model.layers, self.model.layers[0]]
+
+
+class Summed(Plain):
+    def last(self, outputs):
+        return outputs[-1] + outputs[0]
+
+
+class Keeping(Plain):
+    def last(self, outputs):
+        self.kept = outputs[-1]
+        return self.kept
+
+
+def followed(kind):
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, attn_implementation="eager",
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = kind(config)
+    own = OwnForward(model, Layout(3, own_forward=True), list(model.model.layers))
+    own.follow(torch.float32, ())
+    return own
+
+
+def test_what_is_seen():
+    """What layers remember, and of what their arguments are made."""
+    own = followed(Plain)
+    kinds = {memory.kind for memory in own.memories}
+    assert [(k.kind, k.num_kv_heads, k.head_dim, k.states) for k in kinds] == [("full", 2, 8, ())]
+    assert own.width == 32
+    assert own.hidden_shape(2, 7) == (2, 7, 32)
+    assert not own.uses_embedding
+    assert not own.shares
+    assert followed(Shifted).uses_embedding
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (Scaled, "computes between layers 1 and 2"),
+        (Turned, "gives layer 1 what another layer computed"),
+        (Short, "calls 2 of its 3 layers"),
+        (Twice, "calls 4 of its 3 layers"),
+        (Summed, "makes logits of more than what its last layer gives"),
+        (Keeping, "keeps what it has computed in .kept"),
+    ],
+)
+def test_refuses_what_it_would_leave_out(kind, reason):
+    """Each would give wrong tokens."""
+    with pytest.raises(UnsupportedError, match=f"{kind.__name__} {reason}"):
+        followed(kind)
