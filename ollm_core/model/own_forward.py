@@ -96,7 +96,7 @@ class OwnForward:
         self._empty_layers = new_cache(model.config).layers
         self.memories: tuple[LayerMemory, ...] = ()
         """What each layer remembers, once it was `followed`."""
-        self.answers: Callable[[], TorchDispatchMode] = OneExpertTaken  # type: ignore[assignment]
+        self.answers: Callable[[], TorchDispatchMode] = OneExpertTaken
         """What answers questions about data while the model is traced without."""
         self.shares = False
         """Whether layers hand something to later ones in a dictionary, as keys that these share."""

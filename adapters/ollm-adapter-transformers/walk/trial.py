@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,9 +109,10 @@ def checks(model_type: str, dtype: torch.dtype) -> Iterator[tuple[str, str]]:
             "device_memory": "2GB",
         }  # fmt: skip
         with ollm.load(directory, **options) as ours:
-            for name, rows in (("logits", 1), ("batch", 2)):
-                expected = run_reference(model, ids[:rows], cuts)
-                yield name, differs(run_ours(ours, ids[:rows], cuts), expected)
+            expected = run_reference(model, ids[:1], cuts)
+            yield "logits", differs(run_ours(ours, ids[:1], cuts), expected)
+            expected = run_reference(model, ids, cuts)
+            yield "batch", told(lambda: differs(run_ours(ours, ids, cuts), expected))
             if dtype == torch.float32:
                 found = ours.generate(
                     ids[:1, :20], max_new_tokens=6, do_sample=False, eos_token_id=None,
@@ -119,13 +120,27 @@ def checks(model_type: str, dtype: torch.dtype) -> Iterator[tuple[str, str]]:
                 )[0, 20:].tolist()  # fmt: skip
                 wanted = run_reference_greedy(model, ids[:1, :20])
                 yield "greedy", "" if found == wanted else f"{found}, need {wanted}"
-        options |= {"chunk_size": CHUNK, "kv": "disk", "kv_dir": directory / "kv"}
-        with ollm.load(directory, **options) as ours:
+        options |= {"kv": "disk", "kv_dir": directory / "kv"}
+
+        def in_chunks() -> str:
             whole = [*range(CHUNK, cuts[0], CHUNK), *cuts]
             expected = run_reference(model, ids[:1], whole)[:, -len(cuts) :]
-            yield "chunks", differs(run_ours(ours, ids[:1], cuts), expected)
+            with ollm.load(directory, **options, chunk_size=CHUNK) as ours:
+                return differs(run_ours(ours, ids[:1], cuts), expected)
+
+        yield "chunks", told(in_chunks)
         if dtype == torch.float32:
             yield "plan", planned(directory, options)
+
+
+def told(check: Callable[[], str]) -> str:
+    """What a check gives, or the refusal of a capability that the model does not have."""
+    from ollm_core import UnsupportedError
+
+    try:
+        return check()
+    except UnsupportedError as error:
+        return f"refused: {' '.join(str(error).split())}"
 
 
 def run_reference_greedy(model: Any, ids: Tensor) -> list[int]:

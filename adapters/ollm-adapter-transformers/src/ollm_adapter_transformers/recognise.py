@@ -40,11 +40,16 @@ def check_config(config: Config) -> None:
             f"model_type {model_type!a} is an encoder-decoder, need a decoder alone",
             hint="oLLM runs causal language models",
         )
+    _check_rope(dict(_text_part(config) or config))
     if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not _text_part(config):
         raise UnsupportedError(
             f"model_type {model_type!a} is no causal language model in transformers",
             hint="oLLM runs causal language models",
         )
+
+
+_DEPTH = 4
+"""Of the parts of a config in which rotary embeddings are looked for."""
 
 
 def is_composite(config: Config) -> bool:
@@ -82,6 +87,21 @@ def _text_part(config: Config) -> Config | None:
             tied = {key: config[key] for key in ("tie_word_embeddings",) if key in config}
             return {**tied, **part}
     return None
+
+
+def _check_rope(value: Any, depth: int = 0) -> None:
+    """Raises UnsupportedError for frequencies that depend on the length."""
+    if not isinstance(value, dict) or depth > _DEPTH:
+        return
+    rope_type = value.get("rope_type", value.get("type"))
+    if rope_type in ("dynamic", "longrope"):
+        raise UnsupportedError(
+            f"rope type {rope_type} is not supported: its frequencies depend on the longest "
+            "position so far, so a prompt in chunks would give another result",
+            hint="use a model with fixed frequencies: default, linear, llama3 or yarn",
+        )
+    for one in value.values():
+        _check_rope(one, depth + 1)
 
 
 def _is_encoder_decoder(model_type: str) -> bool:
