@@ -234,6 +234,8 @@ class PassPlanner:
             for shape, past in shapes.items()
         )
         tokens = num_tokens * (_POSITION_BYTES + (0 if self._memory.is_own else _TOKEN_BYTES))
+        if self._workspace.aligned:
+            tokens += num_tokens * _POSITION_BYTES  # the ids of each call, too
         if on_host:
             chunk_bytes = largest * self._hidden_size * self._itemsize
             if offloaded:  # parts of a chunk on their way from and to the host

@@ -31,6 +31,7 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
     },
     "deepseek_v2": {"num_experts_per_tok": 2, "first_k_dense_replace": 1},
     "dots1": {"n_routed_experts": EXPERTS, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "dots3_note_text": {"per_layer_config": None, "head_dim": HEAD_DIM + 8},
     "falcon_h1": {"mamba_d_head": 32, "mamba_d_ssm": 128},
     "gemma3n_text": {"num_kv_shared_layers": 2},
     "granitemoehybrid": {

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ollm_adapter_transformers.recognise import check_config, is_composite, language_config
-from ollm_core import CacheKind, Config, Layout, ModelAdapter, WeightPlan, hookimpl
+from ollm_core import CacheKind, Capability, Config, Layout, ModelAdapter, WeightPlan, hookimpl
 
 if TYPE_CHECKING:
     from ollm_adapter_transformers.tree import Tree
@@ -24,6 +24,12 @@ class TransformersAdapter(ModelAdapter):
     claims_rest = True
     is_part = False
     """Whether the language model is a part of what the checkpoint holds."""
+
+    @property
+    def capabilities(self) -> Mapping[str, Capability]:
+        """What core finds of a model beside is added when it is opened."""
+        reason = "the past of a layer is laid out for transformers' own attention of the model"
+        return {"blockwise-attention": Capability("unsupported", reason)}
 
     def for_model(self, config: Config) -> ModelAdapter:
         """The adapter of one model: what it builds to look at is built once."""

@@ -1,0 +1,131 @@
+"""A dozen architectures that differ, each bit for bit transformers' own on a tiny model; and what
+is refused, by name and reason.
+"""
+
+import gc
+import json
+
+import pytest
+import torch
+from trial import checks, run_ours, saved, steps, try_type
+
+import ollm
+from ollm_adapter_transformers import TransformersAdapter
+from ollm_core import CheckpointError, UnknownModelError, UnsupportedError
+from ollm_core.testing import Registry, TierTracker
+
+DIFFER = {
+    "bert": "embeddings of positions and types with a norm, a head of two products with a bias",
+    "bloom": "alibi, and attention that knows no interface",
+    "deepseek_v2": "latent attention: keys and values of different sizes",
+    "deepseek_v32": "a sparse index beside keys",
+    "falcon_h1": "states beside keys and values in every layer",
+    "gemma2": "scaled embeddings, windows, soft caps",
+    "gptj": "a rotary embedding that attention computes, parallel blocks, a head with a bias",
+    "jamba": "state-space layers, attention and experts in turns",
+    "lfm2": "convolutions alone in some layers",
+    "llama4_text": "chunked attention, and a forward that asks where its embedding is",
+    "mamba2": "no layer with keys",
+    "mixtral": "experts that the checkpoint holds one by one",
+    "opt": "learned positions with an offset",
+}
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch):
+    """Without the adapters of families."""
+    monkeypatch.setenv("OLLM_LOAD_PLUGINS", "ollm-adapter-transformers")
+
+
+@pytest.mark.parametrize("model_type", DIFFER)
+def test_passes(model_type):
+    """Logits of a prompt, steps, a batch, chunks with KV on disk, greedy text, and a plan."""
+    found = dict(checks(model_type, torch.float32))
+    assert found
+    assert not any(found.values()), found
+
+
+@pytest.mark.parametrize("model_type", ["bloom", "falcon_h1", "deepseek_v3"])
+def test_passes_in_bfloat16(model_type):
+    """Parameters that transformers keeps in float32 stay so."""
+    assert not any(dict(checks(model_type, torch.bfloat16)).values())
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "gemma2", "mixtral", "jamba"])
+def test_never_more_memory_than_told(model_type):
+    """What a prompt and steps really allocate on the device is within what the accounts hold."""
+    with saved(model_type, torch.float32) as (_, directory):
+        ids = torch.randint(3, 250, (2, 200))
+        with ollm.load(directory, device="cpu", precision="exact", kv="disk") as model:
+            run_ours(model, ids, steps(200))
+            gc.collect()
+            told = model.stats.device_peak_bytes - model.weights.in_memory.device
+            with TierTracker(kv_on_device=False) as tracker:
+                run_ours(model, ids, steps(200))
+        assert 0 < tracker.peak <= told
+
+
+@pytest.mark.parametrize("model_type", ["t5", "bart"])
+def test_refuses_encoder_decoders(model_type):
+    """Before anything is built."""
+    with pytest.raises(UnsupportedError, match=f"'{model_type}' is an encoder-decoder"):
+        Registry.of(TransformersAdapter()).adapter_for({"model_type": model_type})
+
+
+def test_refuses_code_of_a_checkpoint():
+    """`auto_map` is never followed."""
+    config = {"model_type": "chatglm", "auto_map": {"AutoModelForCausalLM": "m.ChatGLM"}}
+    with pytest.raises(UnsupportedError, match="Python code of the checkpoint"):
+        Registry.of(TransformersAdapter()).adapter_for(config)
+
+
+def test_refuses_what_is_newer():
+    """With the version that wrote it."""
+    config = {"model_type": "llama9", "transformers_version": "6.1.0"}
+    with pytest.raises(UnknownModelError, match=r"'llama9', config\.json was written by '6\.1\.0'"):
+        Registry.of(TransformersAdapter()).adapter_for(config)
+
+
+@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
+def test_refuses_frequencies_that_depend_on_the_length(rope_type):
+    """A prompt in chunks would get others."""
+    config = {"model_type": "phi3", "rope_scaling": {"type": rope_type}}
+    with pytest.raises(UnsupportedError, match=f"rope type {rope_type}"):
+        Registry.of(TransformersAdapter()).adapter_for(config)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [
+        ("recurrent_gemma", "keeps what it has computed in model.layers.0"),
+        ("longcat_flash", "has 8 caches for 4 layers"),
+    ],
+)
+def test_refuses_what_cannot_be_followed(model_type, reason):
+    """Before a weight is read."""
+    assert reason in try_type(model_type)["refused"]
+
+
+def test_refuses_damaged_checkpoints():
+    """A tensor too few or too many is told by name."""
+    from safetensors.torch import load_file, save_file
+
+    with saved("opt", torch.float32) as (_, directory):
+        path = directory / "model.safetensors"
+        whole = load_file(path)
+        name = "model.decoder.layers.1.fc1.weight"
+        save_file({k: v for k, v in whole.items() if k != name}, path, {"format": "pt"})
+        with pytest.raises(CheckpointError, match=f"lacks what makes {name}"):
+            ollm.load(directory, device="cpu")
+        save_file({**whole, "extra.weight": whole[name].clone()}, path, {"format": "pt"})
+        with pytest.raises(CheckpointError, match=r"'extra\.weight'"):
+            ollm.load(directory, device="cpu")
+
+
+def test_a_model_that_sees_later_tokens():
+    """A BERT that is no decoder."""
+    with saved("bert", torch.float32) as (_, directory):
+        path = directory / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "is_decoder": False}))
+        with pytest.raises(UnsupportedError, match="sees later tokens too"):
+            ollm.load(directory, device="cpu")
