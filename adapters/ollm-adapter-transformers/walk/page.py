@@ -20,7 +20,7 @@ def page(results: Mapping[str, Mapping[str, str]], version: str) -> str:
     told = {one: outcome(result) for one, result in results.items()}
     counts = {
         kind: sum(kind == found for found, _ in told.values())
-        for kind in ("passes", "partly", "refused", "fails")
+        for kind in ("passes", "partly", "refused", "not tried", "fails")
     }
     total = ", ".join(f"{count} {kind}" for kind, count in counts.items())
     lines = [_HEAD.format(version=version).rstrip(), "", f"Of {len(told)}: {total}.", ""]
@@ -34,6 +34,8 @@ def outcome(result: Mapping[str, str]) -> tuple[str, str]:
     """passes, partly, refused or fails, and why."""
     if "refused" in result:
         return "refused", result["refused"]
+    if "untried" in result:
+        return "not tried", result["untried"]
     if "failed" in result:
         return "fails", result["failed"]
     wrong = {name: told for name, told in result.items() if told}

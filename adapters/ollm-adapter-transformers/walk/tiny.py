@@ -31,7 +31,8 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
     },
     "deepseek_v2": {"num_experts_per_tok": 2, "first_k_dense_replace": 1},
     "dots1": {"n_routed_experts": EXPERTS, "n_shared_experts": 1, "num_experts_per_tok": 2},
-    "dots3_note_text": {"per_layer_config": None, "head_dim": HEAD_DIM + 8},
+    "blt": {"encoder_hash_byte_group_vocab": 64},
+    "dots3_note_text": {"head_dim": 2 * HEAD_DIM},
     "falcon_h1": {"mamba_d_head": 32, "mamba_d_ssm": 128},
     "gemma3n_text": {"num_kv_shared_layers": 2},
     "granitemoehybrid": {
@@ -49,6 +50,10 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
     "nemotron": {"num_key_value_heads": 2},
 }  # fmt: skip
 """What a type needs beside, where its defaults make no model, or not one of every kind of layer."""
+_PARTS = (
+    "text_config", "llm_config", "patcher_config", "encoder_config", "decoder_config",
+    "global_config",
+)  # fmt: skip
 _CHOSEN = (
     "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts",
     "moe_top_k", "experts_per_token",
@@ -110,8 +115,9 @@ def shrink(config: Any, model_type: str = "") -> dict[str, Any]:
     for gone in ("model_type", "transformers_version", "architectures", "_name_or_path"):
         stated.pop(gone, None)
     for key, value in list(stated.items()):
-        if isinstance(value, Mapping) and key.endswith(("text_config", "llm_config")):
-            stated[key] = shrink(getattr(config, key))
+        if isinstance(value, Mapping) and key.endswith(_PARTS):
+            part = getattr(config, key)
+            stated[key] = {**shrink(part), **CHANGES.get(part.model_type, {})}
     num_layers = next((stated[k] for k in _LAYERS if isinstance(stated.get(k), int)), 0)
     kept = _kept_layers(stated, num_layers)
     heads = next((stated[k] for k in _HEADS if isinstance(stated.get(k), int)), 0)

@@ -172,6 +172,11 @@ def planned(directory: Path, options: dict[str, Any]) -> str:
     return f"{len(wrong)} tensors are not as told: {min(wrong)}" if wrong else ""
 
 
+def one_line(error: Exception) -> str:
+    """Its first sentence."""
+    return " ".join(str(error).split()).partition(". ")[0]
+
+
 def try_type(model_type: str) -> dict[str, str]:
     """Each check by name: "" if it passed, else what is wrong; or "refused" and the message."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -188,4 +193,6 @@ def try_type(model_type: str) -> dict[str, str]:
                 found[f"{name} {str(dtype)[6:]}"] = wrong
     except OllmError as error:
         return {**found, "refused": " ".join(str(error).split())}
+    except ImportError as error:
+        return {**found, "untried": f"transformers cannot build it here: {one_line(error)}"}
     return found
