@@ -21,6 +21,7 @@ from ollm_core.device.offload import ActivationOffload
 from ollm_core.engine.layer_call import call_layer
 from ollm_core.engine.own_call import OwnCall
 from ollm_core.engine.recurrent_call import StateCache
+from ollm_core.errors import OllmError, UnsupportedError, one_line
 from ollm_core.memory.tracker import OneExpertTaken, called_operations, traced_peak
 from ollm_core.model.moe import Mixture, RoutedChunk
 from ollm_core.model.own_forward import OwnForward
@@ -246,7 +247,16 @@ class Workspace:
             own.answers(),
             mixture.serving(add(mixture)) if mixture else nullcontext(),
         ):
-            return traced_peak(work)
+            try:
+                return traced_peak(work)
+            except OllmError:
+                raise
+            except Exception as error:  # a model's code may raise anything
+                part = f"layer {layer_idx}" if layer_idx >= 0 else "the head"
+                raise UnsupportedError(
+                    f"{part} cannot be run by itself: {one_line(error)}",
+                    hint="a model is run layer by layer; this one is not made so",
+                ) from error
 
     def _call(
         self,

@@ -40,6 +40,12 @@ class LayerArguments:
     name: str
     """Of the option that takes hidden states; empty where they are the first argument."""
 
+    @property
+    def present(self) -> tuple[object, ...]:
+        """Which arguments are there at all."""
+        options = sorted((name, value is not None) for name, value in self.options.items())
+        return *(one is not None for one in self.args), *options
+
     def call(self, forward: Callable[..., Any], hidden: Tensor) -> Any:
         """What `forward` gives for `hidden`."""
         if self.name:
@@ -207,6 +213,7 @@ class OwnForward:
             if len(run.found) != self.num_layers:
                 raise self._error(f"calls {len(run.found)} of its {self.num_layers} layers")
             if start == 0:
+                self._given = [one.present for one in run.found]
                 if len(cache.layers) != self.num_layers:
                     raise self._error(
                         f"has {len(cache.layers)} caches for {self.num_layers} layers"
@@ -231,6 +238,8 @@ class OwnForward:
         given: list[Tensor] = []
 
         def standing_in(layer_idx: int, hidden: Tensor, arguments: LayerArguments) -> Tensor:
+            if arguments.present != self._given[layer_idx]:
+                raise self._error(f"gives layer {layer_idx} what another layer returns")
             if layer_idx and hidden is not given[-1]:
                 raise self._error(f"computes between layers {layer_idx - 1} and {layer_idx}")
             for value in _tensors(arguments.args, arguments.options):
@@ -262,6 +271,7 @@ class OwnForward:
             raise self._error("makes logits of more than what its last layer gives")
         self.uses_embedding = "embedding" in (uses | marks.of(logits))
 
+    _given: Sequence[tuple[object, ...]] = ()
     _watch: Callable[[int, Tensor, LayerArguments], Tensor] | None = None
 
     def hidden_shape(self, num_rows: int, num_tokens: int) -> tuple[int, ...]:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from ollm_core import UnsupportedError
 from ollm_core.contracts.model import Layout
@@ -72,6 +73,30 @@ class Summed(Plain):
         return outputs[-1] + outputs[0]
 
 
+class Handing(Plain):
+    """Its layers return something beside hidden states, which the next one is given."""
+
+    def forward(
+        self, input_ids, position_ids=None, past_key_values=None, use_cache=None, return_dict=None
+    ):
+        hidden, handed = self.model.embed_tokens(input_ids), None
+        rotary = self.model.rotary_emb(hidden, position_ids)
+        for layer in self.model.layers:
+            hidden, handed = layer(
+                hidden,
+                past_key_values=past_key_values,
+                position_embeddings=rotary,
+                handed=handed,
+            )
+        return CausalLMOutputWithPast(logits=self.lm_head(self.model.norm(hidden)))
+
+
+class HandingLayer(LlamaDecoderLayer):
+    def forward(self, hidden, handed=None, **options):
+        output = super().forward(hidden, **options)
+        return output, output.mean()
+
+
 class Keeping(Plain):
     def last(self, outputs):
         self.kept = outputs[-1]
@@ -85,6 +110,9 @@ def followed(kind):
     )  # fmt: skip
     with torch.device("meta"):
         model = kind(config)
+        if kind is Handing:
+            layers = [HandingLayer(config, i) for i in range(3)]
+            model.model.layers = torch.nn.ModuleList(layers)
     own = OwnForward(model, Layout(3, own_forward=True), list(model.model.layers))
     own.follow(torch.float32, ())
     return own
@@ -110,6 +138,7 @@ def test_what_is_seen():
         (Short, "calls 2 of its 3 layers"),
         (Twice, "calls 4 of its 3 layers"),
         (Summed, "makes logits of more than what its last layer gives"),
+        (Handing, "gives layer 1 what another layer returns"),
         (Keeping, "keeps what it has computed in .kept"),
     ],
 )
