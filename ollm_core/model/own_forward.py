@@ -222,6 +222,8 @@ class OwnForward:
                     remembered(layer, i, dtype, type(self._model).__name__)
                     for i, layer in enumerate(cache.layers[: self.num_layers])
                 )
+        if all(memory.kind.kind == "none" for memory in self.memories):
+            raise self._error("keeps nothing of earlier tokens")
         after = [
             remembered(layer, i, dtype, type(self._model).__name__)
             for i, layer in enumerate(cache.layers[: self.num_layers])

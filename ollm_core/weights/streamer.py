@@ -87,7 +87,8 @@ class TieredStreamer(WeightStreamer):
         try:
             self.held.reserve()
             # Copies: a view would keep the whole page that was read.
-            self.norm = [parameter.clone() for parameter in self._load(units.norm)]
+            if units.norm.parameters:  # OLMo's norm has none
+                self.norm = [parameter.clone() for parameter in self._load(units.norm)]
         except BaseException:
             self.close()
             raise
