@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-MOST_ROWS = 24
+MOST_ROWS = 32
 """Beyond, tiles for a float32 product are faster."""
 
 

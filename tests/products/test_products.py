@@ -53,9 +53,9 @@ def test_any_shape_is_a_float32_sum(rows, num_outputs, size, compiled, dtype, bi
 
 @pytest.mark.parametrize("rows", [1, 2, MOST_ROWS, MOST_ROWS + 1, 300])
 def test_tiles_of_a_large_matrix(rows, monkeypatch):
-    """A matrix of several tiles, and rows that are longer than a tile."""
+    """A matrix of several tiles, the last of them smaller, and rows that are longer than a tile."""
     monkeypatch.setattr(module, "TILE_BYTES", 4096)
-    for shape in ((300, 64), (5, 2000)):
+    for shape in ((300, 20), (300, 64), (5, 2000)):
         products = CpuProducts(torch.bfloat16, None)
         states, matrix = random(rows, shape[1]), random(*shape, seed=1)
         found = functional.linear(states, products.weight(matrix))
@@ -86,7 +86,20 @@ def test_what_is_no_product_is_torch_itself():
     assert weight.data_ptr() == matrix.data_ptr()
 
 
-@pytest.mark.parametrize("rows", [2, MOST_ROWS, MOST_ROWS + 1, 130])
+def test_the_buffer_is_no_larger_than_a_tile():
+    """Of the longest rows that there are, and never beyond its limit."""
+    products = CpuProducts(torch.bfloat16, None)
+    assert products.buffer_bytes == module.TILE_BYTES
+    products.expect(640)
+    assert products.buffer_bytes == 4 * module.TILE_OUTPUTS * 640
+    states, matrix = random(300, 640), random(1100, 640, seed=1)
+    found = functional.linear(states, products.weight(matrix))
+    same(found, states.float() @ matrix.float().t(), torch.bfloat16)
+    products.expect(1 << 20)
+    assert products.buffer_bytes == module.TILE_BYTES
+
+
+@pytest.mark.parametrize("rows", [2, MOST_ROWS, MOST_ROWS + 1, 300])
 def test_a_trace_sees_what_a_product_takes(rows):
     """The peak beside output and buffer is that of a run, and at most `scratch_bytes`."""
     peaks = []
