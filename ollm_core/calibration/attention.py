@@ -15,6 +15,7 @@ _HEADS = (8, 4)  # key-value heads, and query heads for each: of a Llama 3.1 8B
 _NEW_TOKENS = 512
 _BLOCK_TOKENS = 256
 _NUM_BLOCKS = 64  # a past of 16,384 tokens
+_FEW_BLOCKS = 8
 _REPEATS = 3
 
 
@@ -31,6 +32,22 @@ def measure_attention(device: torch.device, dtype: torch.dtype) -> dict[str, flo
         device,
         dtype,
     )
+
+
+def measure_blocks(device: torch.device, dtype: torch.dtype) -> dict[int, float]:
+    """FLOP per second of block-wise attention over a past in blocks, by new tokens: one, as in
+    decoding, and a chunk of a prompt.
+    """
+    kernel = kernels_on(device)[0]
+    if trial(kernel, device, dtype, _HEAD_DIM):
+        kernel = Products()
+    blocks = _FEW_BLOCKS if device.type == "cpu" else _NUM_BLOCKS
+    return {
+        num_new: measure_kernels(
+            {"": kernel}, device, dtype, num_new=num_new, num_blocks=blocks * times
+        )[""]
+        for num_new, times in ((1, 8), (_NEW_TOKENS, 1))
+    }
 
 
 def measure_kernels(

@@ -23,7 +23,9 @@ from ollm_core.memory.sizes import format_size
 def doctor(device: str, dtype: str, models_dir: str | None, as_json: bool) -> None:
     """Measure your disk and your device, so that `ollm plan` knows how fast they are."""
     from ollm_core.calibration.rates import (
+        PRECISIONS,
         as_fields,
+        find_rates,
         measure_rates,
         measured_attention,
         measured_readers,
@@ -53,6 +55,18 @@ def doctor(device: str, dtype: str, models_dir: str | None, as_json: bool) -> No
     if rates.bus is not None:
         click.echo(f"bus      {format_size(rates.bus.per_second)}/s from host to {target}")
     click.echo(f"compute  {rates.compute.per_second / 1e9:.4g} GFLOP/s in {dtype} on {target}")
+    click.echo("products of a matrix by rows of states, GFLOP/s:")
+    told = {
+        precision: find_rates(root, target, DTYPES[dtype], precision) for precision in PRECISIONS
+    }
+    click.echo(f"{'':<9}{'':<6}" + "".join(f"{rows:>8}" for rows in rates.products))
+    for precision, found in told.items():
+        each = "".join(f"{rate / 1e9:>8.4g}" for rate in found.products.values())
+        click.echo(f"{'':<9}{precision:<6}{each}")
+    click.echo(
+        f"layer    {1e6 / rates.layer.per_second:.3g} us for each call by itself, "
+        f"{1e9 / rates.states.per_second:.2g} ns for each number"
+    )
     if attention:
         best = max(attention, key=lambda name: attention[name])
         each = ", ".join(f"{name} {rate / 1e9:.4g}" for name, rate in attention.items())

@@ -70,7 +70,9 @@ class Planner:
         self._model = str(path_or_id)
         self._from_files = found.checkpoint is not None
         self._positions = int(spec.skeleton.config.max_position_embeddings)
-        self._rates = options.rates or find_rates(found.where, self._target, spec.dtype)
+        self._rates = options.rates or find_rates(
+            found.where, self._target, spec.dtype, options.precision
+        )
         self._dry_run, self._estimate = DryRun(spec, blocks), Estimate(spec)
 
     def plan(self, options: PlanOptions | None = None, *, compare: bool = True) -> Plan:

@@ -36,12 +36,14 @@ def same(found, expected, dtype):
     num_outputs=st.integers(1, 37),
     size=st.integers(1, 150),
     compiled=st.booleans(),
+    instructions=st.booleans(),
     dtype=st.sampled_from(list(HALF_UNIT)),
     biased=st.booleans(),
 )
-def test_any_shape_is_a_float32_sum(rows, num_outputs, size, compiled, dtype, biased):
+def test_any_shape_is_a_float32_sum(rows, num_outputs, size, compiled, instructions, dtype, biased):
     """Any number of rows and any form of the matrix, with and without a bias."""
-    products = CpuProducts(dtype, COMPILED if compiled and dtype == torch.bfloat16 else None)
+    kernel = COMPILED if compiled and dtype == torch.bfloat16 else None
+    products = CpuProducts(dtype, kernel, instructions=instructions and kernel is not None)
     states, bias = random(2, rows, size, dtype=dtype), random(num_outputs, dtype=dtype, seed=2)
     matrix = random(num_outputs, size, dtype=dtype, seed=1)
     expected = states.float() @ matrix.float().t()
@@ -99,12 +101,15 @@ def test_the_buffer_is_no_larger_than_a_tile():
     assert products.buffer_bytes == module.TILE_BYTES
 
 
-@pytest.mark.parametrize("rows", [2, MOST_ROWS, MOST_ROWS + 1, 300])
-def test_a_trace_sees_what_a_product_takes(rows):
+@pytest.mark.parametrize(
+    ("rows", "instructions"),
+    [(1, True), *((rows, False) for rows in (2, MOST_ROWS, MOST_ROWS + 1, 300))],
+)
+def test_a_trace_sees_what_a_product_takes(rows, instructions):
     """The peak beside output and buffer is that of a run, and at most `scratch_bytes`."""
     peaks = []
     for device in ("cpu", "meta"):
-        products = CpuProducts(torch.bfloat16, COMPILED)
+        products = CpuProducts(torch.bfloat16, COMPILED, instructions=instructions)
         weight = products.weight(torch.zeros(2000, 640, dtype=torch.bfloat16, device=device))
         states = torch.zeros(rows, 640, dtype=torch.bfloat16, device=device)
         functional.linear(states, weight)  # the buffer is made
