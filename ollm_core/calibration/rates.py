@@ -27,6 +27,7 @@ from ollm_core.weights.sources.posix import READERS
 
 _CLEARLY = 1.1
 PRECISIONS = ("fast", "exact")
+HEAD_SIZES = (64, 128)
 _PROMPT_ROWS = ROWS[-1]
 
 _ASSUMED = {  # on the low side of what such machines have
@@ -74,9 +75,9 @@ class Rates:
     """FLOP of matrix products per second, by the rows of states. From `memory` and `compute` where
     it was not measured.
     """
-    attention: Mapping[int, float]
-    """FLOP of attention in blocks per second, by new tokens; empty where it was not measured: as
-    products.
+    blocks: Mapping[int, Mapping[int, float]]
+    """FLOP of attention in blocks per second, by the size of a head and by new tokens; empty where
+    it was not measured: as products.
     """
     bus: Rate | None = None
     """Bytes from host memory to the device; None where they are one."""
@@ -118,7 +119,11 @@ def find_rates(
         layer=rate(here, f"layer {name}", f"{kind} layer"),
         states=rate(here, f"states {name}", f"{kind} states"),
         products=products,
-        attention=_by_rows(here.get(f"blocks {name}")),
+        blocks={
+            size: rates
+            for size in HEAD_SIZES
+            if (rates := _by_rows(here.get(f"blocks {name} {size}")))
+        },
         bus=None if kind == "cpu" else rate(here, "bus", "cuda bus"),
     )
 
@@ -141,9 +146,9 @@ def measure_rates(directory: Path, device: torch.device, dtype: torch.dtype) -> 
         here[f"compute {name} {precision}"] = found[_PROMPT_ROWS]
     here[f"memory {name}"] = found[1] * dtype.itemsize / 2  # one row is torch's own in both
     here[f"layer {name}"], here[f"states {name}"] = measure_layer(device, dtype)
-    here[f"blocks {name}"] = {
-        str(rows): rate for rows, rate in measure_blocks(device, dtype).items()
-    }
+    for size in HEAD_SIZES:
+        blocks = measure_blocks(device, dtype, size)
+        here[f"blocks {name} {size}"] = {str(rows): rate for rows, rate in blocks.items()}
     if device.type != "cpu":
         here["bus"] = _bus_rate(device)
         here[f"attention {name}"] = measure_attention(device, dtype)

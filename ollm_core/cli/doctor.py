@@ -55,13 +55,11 @@ def doctor(device: str, dtype: str, models_dir: str | None, as_json: bool) -> No
     if rates.bus is not None:
         click.echo(f"bus      {format_size(rates.bus.per_second)}/s from host to {target}")
     click.echo(f"compute  {rates.compute.per_second / 1e9:.4g} GFLOP/s in {dtype} on {target}")
-    click.echo("products of a matrix by rows of states, GFLOP/s:")
-    told = {
-        precision: find_rates(root, target, DTYPES[dtype], precision) for precision in PRECISIONS
-    }
-    click.echo(f"{'':<9}{'':<6}" + "".join(f"{rows:>8}" for rows in rates.products))
-    for precision, found in told.items():
-        each = "".join(f"{rate / 1e9:>8.4g}" for rate in found.products.values())
+    click.echo(f"{'':<9}by rows of states:")
+    click.echo(f"{'':<9}{'rows':<6}" + "".join(f"{rows:>8}" for rows in rates.products))
+    for precision in PRECISIONS:
+        by_rows = find_rates(root, target, DTYPES[dtype], precision).products
+        each = "".join(f"{rate / 1e9:>8.4g}" for rate in by_rows.values())
         click.echo(f"{'':<9}{precision:<6}{each}")
     click.echo(
         f"layer    {1e6 / rates.layer.per_second:.3g} us for each call by itself, "

@@ -17,7 +17,10 @@ from ollm_core.planning.dry_run import DryRunResult, Scenario
 from ollm_core.weights.units import WeightUnit
 
 _CONVERSION = 2  # a converted byte is written, and read where it comes from
-_EXPERT_CALL = 0.5  # of a layer's call: it has half its operations
+# What these take beside products and attention, in calls of transformers' layer: a layer with the
+# engine's work for it, an expert, a block of a past.
+_ENGINE_CALL, _EXPERT_CALL, _BLOCK_CALL = 2.0, 0.5, 0.125
+_BLOCK_TOKENS = 256
 _SCORE_PASSES = 8  # of exact attention over its scores: scaled, masked, normalised, cast, each anew
 
 
@@ -46,12 +49,13 @@ class PassCost:
     attention: float
     """FLOP of it, with `new_tokens` of a sequence at a time."""
     new_tokens: int
+    head_dim: int
     exact_attention: bool
     """It is products in the compute dtype, not blocks in float32."""
     layer_calls: float
-    """Times that a layer, or an expert as half a one, is called."""
+    """Times that a layer is called, or as much is done beside products and attention."""
     numbers: float
-    """Outputs of all products, for all tokens."""
+    """Outputs of all products, and of attention over each block, for all tokens."""
     converting_seconds: float = 0.0
     """Of making weights from what is stored, where that takes more than moving them."""
     loaded_bytes: float = 0.0
@@ -69,7 +73,9 @@ class PassCost:
         )
         memory = self.memory_bytes / rates.memory.per_second
         own = self.layer_calls / rates.layer.per_second + self.numbers / rates.states.per_second
-        blocks = (not self.exact_attention and rates.attention) or rates.products
+        blocks = rates.products
+        if rates.blocks and not self.exact_attention:
+            blocks = rates.blocks[min(rates.blocks, key=lambda size: abs(size - self.head_dim))]
         device = products + memory + own + self.converting_seconds
         device += self.attention / flop_rate(blocks, self.new_tokens)
         found = {
@@ -141,6 +147,7 @@ class Estimate:
             scores = scenario.batch * self._num_heads * pairs * self._itemsize
             copies += _SCORE_PASSES * scores
         num_chunks = scenario.batch * len(past)
+        blocks = pairs / min(run.chunk_size, scenario.prompt_tokens) / _BLOCK_TOKENS
         return PassCost(
             disk_bytes=weights + kv * (run.kv_tier == "disk"),
             bus_bytes=weights + kv * (run.kv_tier != "device"),
@@ -148,9 +155,11 @@ class Estimate:
             products=self._products(num_tokens, num_chunks, scenario.batch, distinct),
             attention=self._attention(scenario.batch * pairs),
             new_tokens=min(run.chunk_size, scenario.prompt_tokens),
+            head_dim=self._head_dim,
             exact_attention=run.attention == "exact",
-            layer_calls=self._num_layers * num_chunks + _EXPERT_CALL * distinct,
-            numbers=num_tokens * self._outputs,
+            layer_calls=self._calls(num_chunks, distinct, scenario.batch * blocks),
+            numbers=num_tokens * self._outputs
+            + scenario.batch * pairs / _BLOCK_TOKENS * self._num_heads * self._head_dim,
             converting_seconds=self._seconds + distinct * self._expert_seconds,
             loaded_bytes=run.held.resident_bytes,
         )
@@ -179,8 +188,9 @@ class Estimate:
             products=self._products(batch, 1, batch, distinct),
             attention=self._attention(batch * seen),
             new_tokens=1,
+            head_dim=self._head_dim,
             exact_attention=run.attention == "exact",
-            layer_calls=self._num_layers + _EXPERT_CALL * distinct,
+            layer_calls=self._calls(1, distinct, batch * seen / _BLOCK_TOKENS),
             numbers=batch * self._outputs,
             converting_seconds=held.converting_seconds
             + distinct * (1 - on_device) * self._expert_seconds,
@@ -232,9 +242,19 @@ class Estimate:
         chosen = len(self._counts) * self._num_chosen
         return self._layer_outputs + chosen * self._expert_outputs
 
+    def _calls(self, num_calls: int, distinct: float, blocks: float) -> float:
+        """As many calls of transformers' layer take as long as what is done for `num_calls` of all
+        layers, `distinct` experts and so many blocks of a past.
+        """
+        engine = _ENGINE_CALL * self._num_layers * num_calls
+        return engine + _EXPERT_CALL * distinct + _BLOCK_CALL * blocks
+
+    @property
+    def _head_dim(self) -> int:
+        return max((kind.head_dim for kind in self._kinds), default=0)
+
     def _attention(self, pairs: float) -> float:
-        head_dim = max((kind.head_dim for kind in self._kinds), default=0)
-        return 4 * self._num_heads * head_dim * pairs
+        return 4 * self._num_heads * self._head_dim * pairs
 
     @staticmethod
     def _seen(window: int | None, num_tokens: int) -> float:

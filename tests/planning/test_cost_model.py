@@ -108,8 +108,10 @@ def test_what_is_multiplied_and_by_how_many_rows(dry_run_of):
     assert head.rows == 3
     assert [one.rows for one in token.products] == [3, 3]
     assert [one.times for one in token.products] == [1, 1]
-    assert (prompt.layer_calls, token.layer_calls) == (9 * LAYERS, LAYERS)
-    assert prompt.numbers == 600 * token.numbers
+    pairs = LAYERS * (600 * 601) / 2
+    assert prompt.layer_calls == 2 * 9 * LAYERS + 3 * pairs / 256 / 256 / 8
+    assert token.layer_calls == 2 * LAYERS + 3 * LAYERS * 610 / 256 / 8
+    assert prompt.numbers == 600 * token.numbers + 3 * pairs / 256 * 4 * 16
     assert prompt.loaded_bytes == run.held.resident_bytes > 0 == token.loaded_bytes
 
 
@@ -122,7 +124,7 @@ def test_seconds_add_up_on_the_device_and_not_with_the_disk():
         layer=Rate(2.0, ""),
         states=Rate(5.0, ""),
         products={1: 4.0, 8: 16.0},
-        attention={1: 2.0, 512: 8.0},
+        blocks={64: {1: 2.0, 512: 8.0}, 128: {1: 7.0}},
     )
     cost = PassCost(
         disk_bytes=300,
@@ -131,6 +133,7 @@ def test_seconds_add_up_on_the_device_and_not_with_the_disk():
         products=[Product(weights=6, rows=1, times=2), Product(weights=1, rows=8)],
         attention=4,
         new_tokens=1,
+        head_dim=80,
         exact_attention=False,
         layer_calls=6,
         numbers=10,
