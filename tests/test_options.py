@@ -68,7 +68,7 @@ def test_a_model_takes_them_all(tiny: Path, tmp_path: Path, monkeypatch, ids):
     more = {"kv": "disk", "kv_dir": Path("kv"), "draft": "lookup", "num_draft_tokens": np.int8(3)}
     with ollm.load(Path(tiny.name), **same, **more) as model:
         assert torch.equal(model(ids(40)[None]).logits, expected)
-        assert model.weights.held.layer_limits.device == 2
+        assert model.weights.resident.layer_limits.device == 2
     found = ollm.plan(Path(tiny.name), **same, context=np.int64(512), batch=np.int64(2))
     assert (found.dtype, found.device, found.batch, found.context) == ("float32", "cpu", 2, 512)
     assert found.device_memory == 200_000_000

@@ -59,7 +59,7 @@ def doctor(device: str, dtype: str, models_dir: str | None, as_json: bool) -> No
         click.echo(f"blocks   {best} attention is the fastest: {each} GFLOP/s")
     click.echo(
         f"limits   {format_size(budgets.device)} device memory, {format_size(budgets.host)} host "
-        "memory, unless you set others:"
+        "memory, by default:"
     )
     click.echo(f"{'':<9}device: {DEVICE_DEFAULT}")
     click.echo(f"{'':<9}host: {HOST_DEFAULT}")

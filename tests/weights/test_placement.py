@@ -198,7 +198,7 @@ def test_fit_keeps_to_its_budget(tmp_path_factory, budgets):
     with TieredStreamer(units, source, torch.float32, CPU, accounts) as weights:
 
         def held():
-            return weights.held.bytes_of(weights.held.placement).device
+            return weights.resident.bytes_of(weights.resident.placement).device
 
         for budget, more in budgets:
             if budget < weights.least_bytes(budget):
