@@ -9,7 +9,7 @@ from ollm_core.cli.output import print_json
 from ollm_core.memory.sizes import format_size
 
 
-@click.command()
+@click.command(short_help="Measure how fast your disk and your device are.")
 @options_of("doctor")
 @click.option(
     "--dtype",
