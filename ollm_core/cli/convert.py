@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ollm_core.convert.compress import Converting
 
 
-@click.command()
+@click.command(short_help="Compress the bf16 weights of a model, losslessly.")
 @click.argument("model", metavar="MODEL")
 @click.option(
     "--out",

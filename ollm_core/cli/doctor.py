@@ -9,7 +9,7 @@ from ollm_core.cli.output import print_json
 from ollm_core.memory.sizes import format_size
 
 
-@click.command()
+@click.command(short_help="Measure how fast your disk and your device are.")
 @options_of("doctor")
 @click.option(
     "--dtype",
@@ -71,7 +71,7 @@ def doctor(device: str, dtype: str, models_dir: str | None, as_json: bool) -> No
         click.echo(f"blocks   {best} attention is the fastest: {each} GFLOP/s")
     click.echo(
         f"limits   {format_size(budgets.device)} device memory, {format_size(budgets.host)} host "
-        "memory, unless you set others:"
+        "memory, by default:"
     )
     click.echo(f"{'':<9}device: {DEVICE_DEFAULT}")
     click.echo(f"{'':<9}host: {HOST_DEFAULT}")

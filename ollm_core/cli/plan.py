@@ -25,7 +25,7 @@ _TERMINAL = "-"
 _COLUMN = 12
 
 
-@click.command()
+@click.command(short_help="Predict the memory and the time of a run.")
 @click.argument("model")
 @options_of("plan")
 @click.option(

@@ -19,8 +19,8 @@ RESERVE_BYTES = 500_000_000
 """Left alone on each memory: the interpreter, torch's own buffers and the rest of the machine."""
 ASSUMED_DEVICE_BYTES = 8 * 10**9
 """The memory of a GPU that is planned for and not here."""
-DEVICE_DEFAULT = "all that is free now less 500 MB; on a CPU 70% of that"
-HOST_DEFAULT = "90% of what is free now less 500 MB; on a CPU 20% of that"
+DEVICE_DEFAULT = "free memory now, less 500 MB; on a CPU 70% of that"
+HOST_DEFAULT = "90% of free memory now, less 500 MB; on a CPU 20% of that"
 """The rules below in words, for people."""
 
 

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
-import torch
 
 import ollm
 from ollm_adapter_llama import LlamaAdapter
 from ollm_core import InputError, UnknownModelError
-from ollm_core.calibration import disk, rates
-from ollm_core.calibration.rates import find_rates, measure_rates
 from ollm_core.errors import DeviceError
 from ollm_core.plugins.registry import Registry
 from ollm_core.values import parse_tokens
+
+pytestmark = pytest.mark.usefixtures("home")
 
 GPU = {"device": "cuda", "device_memory": "8GB", "host_memory": "16GB"}
 GPT_OSS_20B = {
@@ -47,14 +45,6 @@ GPT_OSS_20B = {
     "tie_word_embeddings": False,
     "vocab_size": 201088,
 }
-
-
-@pytest.fixture(autouse=True)
-def home(monkeypatch, tmp_path):
-    """No rates that this machine has kept, no models."""
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.delenv("OLLM_MODELS", raising=False)
-    return tmp_path / "home"
 
 
 def check(plan):
@@ -261,39 +251,3 @@ def test_models_that_cannot_be_planned(tmp_path):
         ollm.plan("some/where")
     with pytest.raises(DeviceError):
         ollm.plan("llama3-8B-chat", device="tpu")
-
-
-def test_measured_rates_are_kept_and_used(tmp_path, monkeypatch):
-    """Measured once, for this disk, device and dtype; what was not measured is assumed."""
-    cpu = torch.device("cpu")
-    assert find_rates(tmp_path, cpu, torch.float32).disk.source == "assumed"
-    monkeypatch.setattr(disk, "_TRIAL_BYTES", 8 << 20)
-    measured = measure_rates(tmp_path, cpu, torch.float32)
-    assert measured == find_rates(tmp_path, cpu, torch.float32)
-    for rate in (measured.disk, measured.memory, measured.compute):
-        assert rate.source.startswith("measured 20")
-        assert rate.per_second > 1e6
-    assert not list(tmp_path.glob("ollm-doctor-*"))
-    other = find_rates(tmp_path, cpu, torch.bfloat16)
-    assert (other.disk, other.compute.source) == (measured.disk, "assumed")
-    assert find_rates(tmp_path, torch.device("cuda:0"), torch.float32).bus.source == "assumed"
-    found = ollm.plan("smollm2-135M", device="cpu", dtype="float32", models_dir=tmp_path)
-    assert found.rates == measured
-
-
-@pytest.mark.parametrize("content", ["", "[]", '{"disk 0:0": 3}', "\x00"])
-def test_damaged_rates_are_as_none(tmp_path, home, content):
-    """They are measured again, not believed."""
-    file = rates.rates_file()
-    assert file.is_relative_to(home)
-    file.parent.mkdir(parents=True)
-    file.write_text(content)
-    assert find_rates(Path(tmp_path), torch.device("cpu"), torch.float32).disk.source == "assumed"
-
-
-@pytest.mark.parametrize(
-    ("text", "count"), [("100k", 100_000), ("8192", 8192), (5, 5), ("1.5k", 1500), ("1M", 10**6)]
-)
-def test_contexts(text, count):
-    """As people write them."""
-    assert parse_tokens(text) == count

@@ -8,9 +8,16 @@ from importlib.metadata import EntryPoint
 
 import pytest
 
-from ollm_core import InputError, UnknownModelError
+from ollm_core import Capability, InputError, UnknownModelError, UnsupportedError
 from ollm_core.plugins.loader import KINDS
-from ollm_core.plugins.registry import ENTRY_POINT_GROUP, LOAD_PLUGINS, Registry
+from ollm_core.plugins.registry import (
+    CAPABILITIES,
+    ENTRY_POINT_GROUP,
+    LOAD_PLUGINS,
+    Registry,
+    limits,
+    require,
+)
 
 
 def statuses(registry):
@@ -348,3 +355,28 @@ def test_torch_that_was_there_is_not_told(site):
     assert "torch" in sys.modules
     (plugin,) = site.discover().plugins
     assert (plugin.status, plugin.reason) == ("ok", "")
+
+
+def test_require(site):
+    """What is declared unsupported raises with the adapter's reason; the undeclared is full."""
+    site.install("alpha")
+    adapter = site.discover().adapters["alpha"]
+    type(adapter).capabilities = {
+        "drafts": Capability("unsupported", "state cannot go back"),
+        "batch": Capability("not-implemented", "one at a time"),
+        "truncate": Capability(),
+    }
+    require(adapter, "truncate")
+    require(adapter, "kv-disk")
+    assert limits(adapter) == {"batch": "one at a time", "drafts": "state cannot go back"}
+    with pytest.raises(UnsupportedError, match="alpha does not support drafts: state cannot"):
+        require(adapter, "drafts")
+    with pytest.raises(UnsupportedError, match="does not support batch yet: one at a time"):
+        require(adapter, "batch")
+    with pytest.raises(ValueError, match="unknown capability"):
+        require(adapter, "dratfs")
+
+
+def test_capabilities_are_explained():
+    """Every ability has a meaning of one line."""
+    assert all(meaning and "\n" not in meaning for meaning in CAPABILITIES.values())
