@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ollm_core.cli.inputs import read_text
+from ollm_core.cli.models import fetch
 from ollm_core.cli.options import STDIN, debug_option, json_option, names_of, options_of, user_path
 from ollm_core.cli.output import print_json
 from ollm_core.cli.profile import profile_table
@@ -43,6 +44,7 @@ _TOP_K = "Sample among this many of the most likely tokens.  [default: all]"
     type=click.Choice(["low", "medium", "high"]),
     help="How long the model thinks, if its chat template can say.  [default: the template's]",
 )
+@click.option("--pull", is_flag=True, help="Download MODEL first, if it is not on disk.")
 @click.option("--raw", is_flag=True, help="Continue your text as it is, without a chat template.")
 @click.option(
     "--allow-special-tokens",
@@ -73,6 +75,7 @@ def run(
     file: Path | None,
     system: str | None,
     reasoning_effort: str | None,
+    pull: bool,
     raw: bool,
     allow_special_tokens: bool,
     as_json: bool,
@@ -81,7 +84,7 @@ def run(
     profile: Path | None,
     **options: Any,
 ) -> None:
-    """Answer a prompt with MODEL, an id or a directory.
+    """Answer a prompt with MODEL: an id, a hub repository (owner/name), or a directory.
 
     With --file and --prompt, the model reads the document and then the question. The answer goes
     to stdout as it is made, progress and a summary to stderr.
@@ -100,6 +103,8 @@ def run(
         check_writable_file(profile)
     text = _user_text(prompt, file)
     drafting = options["draft"] != "none"
+    if pull and not Path(model).is_dir():
+        fetch(model, options["models_dir"])
     if not options["device"].startswith("cuda"):
         wait_asleep_beside_others()
     progress = ProgressBar(Path(model).name)

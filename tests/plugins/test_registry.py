@@ -62,8 +62,8 @@ def test_views_cannot_be_written(site):
 
 @pytest.mark.parametrize("model_type", ["gamma_2", None, ["x"], "x; rm -rf ~", "\n"])
 def test_unknown_model_type(site, model_type):
-    """The error names the type, what is installed and what failed; a config.json cannot steer the
-    hint, least of all to a package's name.
+    """The error names the type and what failed; a config.json cannot steer the hint, least of all
+    to a package's name.
     """
     site.install("alpha")
     site.install("bad", "raise ValueError('no luck')")
@@ -71,11 +71,12 @@ def test_unknown_model_type(site, model_type):
         site.discover().adapter_for({"model_type": model_type})
     message = str(caught.value)
     assert ascii(model_type) in message
-    assert "alpha" in message
     assert "bad (ollm-adapter-bad 1.5) failed to load: ValueError: no luck" in message
     assert "\n" not in message
-    hint = caught.value.hint
-    assert hint == "install the adapter of its family; `ollm plugins` shows the installed ones"
+    assert caught.value.hint in (
+        "a newer transformers may: pip install -U transformers",
+        "fetch the model's config.json again",
+    )
 
 
 def test_unknown_id_names_similar_ones(site):
@@ -276,7 +277,7 @@ def test_nothing_installed():
     """Without plugins the registry is empty, and says so when asked for a model."""
     registry = Registry.discover([])
     assert not registry.plugins
-    with pytest.raises(UnknownModelError, match="open: nothing"):
+    with pytest.raises(UnknownModelError, match="no adapter opens model_type 'llama'"):
         registry.adapter_for({"model_type": "llama"})
 
 
