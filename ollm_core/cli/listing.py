@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -98,7 +99,13 @@ def _rows(registry: Registry, models_dir: str | None) -> list[_Row]:
                 row.config = read_config(found.directory)
                 row.adapter = registry.claimant(row.config)
             row.weight_bytes = found.weight_bytes
-    return sorted(rows.values(), key=lambda row: (not row.places, row.id.casefold()))
+    return sorted(rows.values(), key=lambda row: (not row.places, _by_size(row.id)))
+
+
+def _by_size(name: str) -> list[tuple[str, float]]:
+    """Sorts names by their text, and by the numbers in it: `8B` before `14B`."""
+    parts = re.findall(r"([^0-9]*)([0-9]+(?:\.[0-9]+)?)?", name.casefold())
+    return [(text, float(number or 0)) for text, number in parts]
 
 
 def _has(row: _Row, word: str) -> bool:
@@ -120,7 +127,7 @@ def _fits(row: _Row, machine: Machine) -> str:
         try:
             check_quantization(row.adapter, row.config, "")
         except UnsupportedError:
-            return "no: quantised"
+            return "quantised"
     return machine.fits(row.config, row.weight_bytes, on_disk=bool(row.places))
 
 
@@ -158,8 +165,9 @@ def _foot(machine: Machine) -> str:
     memory = format_size(sum(machine.budgets))
     device, disk = "a GPU" if machine.has_gpu else "the CPU", format_size(machine.free_disk)
     return (
-        f"\nHERE is about: on {device}, {memory} of memory, {disk} of free disk. ollm plan MODEL\n"
-        "says it to the byte. Every other model of the hub: ollm pull OWNER/NAME."
+        f"\nHERE is about: on {device}, {memory} of memory, {disk} of disk free.\n"
+        "To the byte, and instead of ?: ollm plan MODEL. ? is known to the hub alone.\n"
+        "Every other model of the hub: ollm pull OWNER/NAME."
     )
 
 

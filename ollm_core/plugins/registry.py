@@ -143,13 +143,23 @@ class Registry:
         """
         if match := self.named(name):
             return match
-        close = difflib.get_close_matches(_spoken(name), self._names, n=6, cutoff=0.6)
-        shown = dict.fromkeys(self._names[key][1].id for key in close if "/" not in key)
-        names = " or ".join(list(shown)[:3])
+        spoken = _spoken(name)
+        longer = [key for key in self._names if ":" in key and spoken.startswith(f"{key}-")]
+        close = difflib.get_close_matches(spoken, self._names, n=6, cutoff=0.6)
+        shown: dict[str, str] = {}  # the name that is nearest, by model
+        for key in [*sorted(longer, key=len, reverse=True), *close]:
+            if "/" not in key:
+                shown.setdefault(self._names[key][1].id, key)
+        names = " or ".join(self._written(key) for key in list(shown.values())[:3])
         raise UnknownModelError(
             f"there is no model {name!a}{self._failures()}",
             hint=f"did you mean {names}?" if names else "`ollm list-models` shows the known ones",
         )
+
+    def _written(self, key: str) -> str:
+        """A name as its model has it, by that which it is looked up by."""
+        entry = self._names[key][1]
+        return next(one for one in (entry.id, *entry.aliases) if one.casefold() == key)
 
     def named(self, name: str) -> tuple[ModelAdapter | None, CatalogEntry] | None:
         """As `find`, or None."""

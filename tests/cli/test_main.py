@@ -398,3 +398,18 @@ def test_kept_kv(ollm, tiny_chat, tmp_path):
     assert len(json.loads(ollm("cache", "list", *where)[1])["prefixes"]) == 1
     assert ollm("cache", "remove", "--all", *where)[0] == 0
     assert [path.name for path in kv_dir.iterdir()] == ["mine.txt"]
+
+
+def test_run_by_repository(ollm, tiny_chat, tmp_path):
+    """A model of the hub is named by its repository, once it is on disk; before, the line says how
+    to get it.
+    """
+    shutil.copytree(tiny_chat, tmp_path / "root/someone/tiny")
+    options = ["--raw", "--prompt", "Hi", "--max-new-tokens", "2", "--device", "cpu"]
+    options += ["--models-dir", tmp_path / "root"]
+    code, out, _ = ollm("run", "someone/tiny", *options, "--json")
+    assert code == 0
+    assert json.loads(out)["num_new_tokens"] == 2
+    code, out, err = ollm("run", "someone/other", *options)
+    assert (code, out) == (2, "")
+    assert err.splitlines()[1].startswith("hint: ollm pull someone/other, if it is a repository")
