@@ -7,7 +7,9 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
+import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
@@ -25,6 +27,8 @@ class Repo:
     """Sizes that the list states, where they are not the true ones."""
     cut: Counter[str] = field(default_factory=Counter)
     """How many answers with a file's bytes break off in their middle."""
+    slow: float = 0.0
+    """Seconds that the server waits after each 64 KiB of a file."""
     broken: set[str] = field(default_factory=set)
     """Files that are listed, and answered with 404."""
     busy: int = 0
@@ -128,6 +132,8 @@ class _Handler(BaseHTTPRequestHandler):
         if repo.gated:
             self._refuse(403 if "Authorization" in self.headers else 401, "GatedRepo")
             return
+        if name in repo.broken:
+            time.sleep(1)  # so that the others are there
         if name not in repo.files or name in repo.broken:
             self._refuse(404, "EntryNotFound")
             return
@@ -153,7 +159,11 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             self.connection.close()
             return
-        self.wfile.write(part)
+        step = 64 << 10 if repo.slow else max(len(part), 1)
+        with suppress(ConnectionError):
+            for offset in range(0, len(part), step):
+                self.wfile.write(part[offset : offset + step])
+                time.sleep(repo.slow)
 
     def _refuse(self, status: int, code: str) -> None:
         self._json(status, {"error": f"refused: {code}"}, {"X-Error-Code": code} if code else {})

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ollm_core.checkpoint.hub_download import download
 from ollm_core.checkpoint.hub_refusals import refusal
 from ollm_core.checkpoint.locate import is_model, local_path, partial_of, snapshot
 from ollm_core.checkpoint.recognition import LORA_CONFIG, other_form
@@ -74,8 +75,8 @@ def fetch_config(repository: str) -> tuple[dict[str, Any], str]:
     try:
         found = ask(repository)
         _require_config(found)
-        directory = _fetch(found, ["config.json"])
-        return read_config(directory), f"config.json of {repository}, fetched from the hub"
+        (path,) = _fetch(found, ["config.json"])
+        return read_config(path.parent), f"config.json of {repository}, fetched from the hub"
     except OllmError:
         cached = snapshot(repository)
         if cached is None or not (cached / "config.json").is_file():
@@ -170,35 +171,19 @@ def _leave_nothing(partial: Path) -> None:
 
 def _fetch(
     source: Repository,
-    names: list[str],
+    names: Iterable[str],
     directory: Path | None = None,
     *,
     force: bool = False,
-    progress: bool = False,
-) -> Path:
-    """Fetch files into `directory`, or into the hub's cache, and return where they are. Raises
-    OllmError.
-    """
-    from huggingface_hub import snapshot_download
-    from tqdm.auto import tqdm
-
-    class Bar(tqdm):  # type: ignore[misc] # tqdm has no types
-        def __init__(self, *args: Any, **options: Any) -> None:
-            options.pop("name", None)  # the hub's own class understands it
-            super().__init__(*args, **options | {"disable": not progress})
-
+    shown_bytes: int = 0,
+) -> list[Path]:
+    """As `download`. Raises OllmError."""
     try:
-        where = snapshot_download(
-            source.name,
-            revision=source.revision,
-            local_dir=directory,
-            allow_patterns=names,  # plain names: none has a character that patterns know
-            force_download=force,
-            tqdm_class=Bar,
+        return download(
+            source.name, source.revision, names, directory, force=force, shown_bytes=shown_bytes
         )
     except Exception as error:
         raise refusal(source.name, error) from error
-    return Path(where)
 
 
 class _Download:
@@ -221,7 +206,8 @@ class _Download:
             )
         if room:
             self._check_room(wanted)
-        _fetch(self._source, wanted, self._directory, force=self._force, progress=self._progress)
+        coming = sum(map(self._lacking, wanted)) if self._progress and room else 0
+        _fetch(self._source, wanted, self._directory, force=self._force, shown_bytes=coming)
         for name in wanted:
             self._check_size(name)
 

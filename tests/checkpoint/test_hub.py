@@ -7,8 +7,13 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import pty
+import signal
+import struct
 import subprocess
 import sys
+import termios
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -293,3 +298,40 @@ def test_fetch_config(hub, environment, tmp_path):
         "{'model_type': 'llama'}|config.json of someone/model in the hub's cache\n",
     ]
     assert hub.fetched() == ["config.json"]
+
+
+def test_a_terminal_sees_one_bar(hub, environment, tmp_path):
+    """It counts up to the size of the weights, within 80 columns, and is gone at the end."""
+    big = save({"weight": torch.zeros(6_000_000)})
+    hub.repos["someone/big"] = Repo({**SMALL, "model.safetensors": big})
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    command = [sys.executable, "-m", "ollm_core.cli", "pull", "someone/big"]
+    done = subprocess.run(
+        command, env=environment, stderr=slave, stdout=subprocess.PIPE, check=True
+    )
+    os.close(slave)
+    shown = os.read(master, 1 << 16).decode()
+    os.close(master)
+    assert done.stdout == f"{tmp_path}/models/someone/big\n".encode()
+    states = [state for state in shown.split("\r") if state.strip()]
+    assert states
+    assert all(state.startswith("big ") and "/24.0M" in state for state in states)
+    assert max(map(len, states)) <= 80
+    assert "\n" not in shown
+    assert not shown.split("\r")[-2].strip()
+
+
+def test_ctrl_c_ends_a_slow_download(hub, environment):
+    """At once, and not when the file is there."""
+    hub.repos["someone/slow"] = Repo({**SMALL, "model.safetensors": bytes(4 << 20)}, slow=0.2)
+    command = [sys.executable, "-m", "ollm_core.cli", "pull", "someone/slow"]
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        while "model.safetensors" not in hub.fetched():
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        start = time.monotonic()
+        _, err = process.communicate(timeout=30)
+        assert time.monotonic() - start < 5
+    assert (process.returncode, err) == (130, "error: interrupted\n")
