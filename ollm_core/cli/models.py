@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
@@ -77,15 +78,30 @@ def _fields(plugin: PluginInfo) -> dict[str, object]:
 def pull(model: str, models_dir: str | None, force: bool, as_json: bool) -> None:
     """Download MODEL, an id or a hub repository (owner/name), from the Hugging Face hub.
 
-    Fetches config, tokenizer, chat template and safetensors weights, and nothing else. Run it again
-    to resume a download. A model that no installed adapter opens is refused before its weights are
-    fetched.
+    Fetches config, tokenizer, chat template and safetensors weights, and nothing else. After an
+    interruption, run it again: files that are whole are kept. A model that no installed adapter
+    opens is refused before its weights are fetched.
     """
     model_id, path = fetch(model, models_dir, force=force)
     if as_json:
         print_json({"id": model_id, "path": str(path)})
     else:
         click.echo(path)
+
+
+def check_known(model: str, models_dir: str | None, *, here: bool) -> None:
+    """Say at once, before torch is loaded, that there is no such model, or, where it must be
+    `here`, that it is not on disk. Raises InputError, UnknownModelError.
+    """
+    from ollm_core.checkpoint.locate import locate, resolve
+    from ollm_core.plugins.registry import Registry
+
+    registry = Registry.discover()
+    is_path = "/" in model or os.path.exists(model) or model.endswith(".json")
+    if here:
+        resolve(model, registry, models_dir)
+    elif not is_path and locate(model, registry, models_dir) is None:
+        registry.find(model)
 
 
 def fetch(model: str, models_dir: str | None, *, force: bool = False) -> tuple[str, Path]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ollm_core.cli.models import check_known
 from ollm_core.cli.options import debug_option, json_option, options_of
 from ollm_core.cli.output import print_json
 from ollm_core.cli.picture import check_path, save
@@ -43,6 +44,7 @@ def plan(model: str, as_json: bool, plot: str | None, **options: Any) -> None:
     MODEL is an id, a hub repository (owner/name), a directory, or a lone config.json: no weights
     are needed, and no such device. Of a repository that is not on disk, config.json is fetched.
     """
+    check_known(model, options["models_dir"], here=False)
     from ollm_core.planning import planner
 
     picture = Path(plot) if plot not in (None, _TERMINAL) else None

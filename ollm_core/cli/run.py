@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ollm_core.cli.inputs import read_text
-from ollm_core.cli.models import fetch
+from ollm_core.cli.models import check_known, fetch
 from ollm_core.cli.options import STDIN, debug_option, json_option, names_of, options_of, user_path
 from ollm_core.cli.output import print_json
 from ollm_core.cli.profile import profile_table
@@ -103,8 +104,9 @@ def run(
         check_writable_file(profile)
     text = _user_text(prompt, file)
     drafting = options["draft"] != "none"
-    if pull and not Path(model).is_dir():
+    if pull and not os.path.isdir(model):
         fetch(model, options["models_dir"])
+    check_known(model, options["models_dir"], here=True)
     if not options["device"].startswith("cuda"):
         wait_asleep_beside_others()
     progress = ProgressBar(Path(model).name)
