@@ -159,7 +159,7 @@ class Registry:
     def _written(self, key: str) -> str:
         """A name as its model has it, by that which it is looked up by."""
         entry = self._names[key][1]
-        return next(one for one in (entry.id, *entry.aliases) if one.casefold() == key)
+        return next((one for one in (entry.id, *entry.aliases) if one.casefold() == key), key)
 
     def named(self, name: str) -> tuple[ModelAdapter | None, CatalogEntry] | None:
         """As `find`, or None."""
@@ -230,20 +230,24 @@ class Registry:
 
     def _name_models(self) -> None:
         """Every model under its names. An adapter's own come first: of those that plugins say by
-        `ollm_catalog`, one whose id is taken is left out. Aliases and repositories name the first
-        model that has them.
+        `ollm_catalog`, one whose id or repository is taken is left out, and its names are those of
+        the model that has it. Else a name is that of the first model which has it.
         """
-        taken = {entry.id.casefold() for _, entry, _ in self._catalog}
-        for plugin in self._plugins:
-            for entry in plugin.models:
-                if entry.id.casefold() not in taken:
-                    taken.add(entry.id.casefold())
-                    self._catalog.append((self.claimant(entry.config), entry, plugin))
-        for adapter, entry, _ in self._catalog:
+        own = [(adapter, entry) for adapter, entry, _ in self._catalog]
+        for adapter, entry in own:
             self._names[entry.id.casefold()] = adapter, entry
-        for adapter, entry, _ in self._catalog:
+        for adapter, entry in own:
             for name in (*entry.aliases, entry.repo):
                 self._names.setdefault(name.casefold(), (adapter, entry))
+        for plugin in self._plugins:
+            for entry in plugin.models:
+                keys = [name.casefold() for name in (entry.id, entry.repo, *entry.aliases)]
+                found = self._names.get(keys[0]) or self._names.get(keys[1])
+                if found is None:
+                    found = self.claimant(entry.config), entry
+                    self._catalog.append((*found, plugin))
+                for key in keys:
+                    self._names.setdefault(key, found)
 
 
 def supports(adapter: ModelAdapter, capability: str) -> bool:

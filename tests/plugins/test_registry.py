@@ -349,3 +349,51 @@ def test_torch_that_was_there_is_not_told(site):
     assert "torch" in sys.modules
     (plugin,) = site.discover().plugins
     assert (plugin.status, plugin.reason) == ("ok", "")
+
+
+CATALOG = """
+from ollm_core import CatalogEntry
+
+@hookimpl
+def ollm_catalog():
+    return (
+        CatalogEntry("other", "a/other", 0, 0, {}, aliases=("other:1b", "alpha-again")),
+        CatalogEntry("ALPHA-small", "b/another", 0, 0, {}, aliases=("alpha:1b",)),
+        CatalogEntry("third", "c/third", 5, 10, {"model_type": "alpha"}, aliases=("other:1b",)),
+    )
+"""
+
+
+def test_an_adapters_own_models_come_first(site):
+    """Of a catalog, an entry whose id an adapter has is another name of that; an alias belongs to
+    the first that has it; and whoever claims the model_type opens it.
+    """
+    site.install("alpha")
+    site.install("zeta", CATALOG)
+    registry = site.discover()
+    assert [entry.id for _, entry, _ in registry.catalog()] == [
+        "alpha-Small",
+        "zeta-Small",
+        "other",
+        "third",
+    ]
+    assert registry.find("alpha:1b")[1].id == registry.find("alpha-small")[1].id == "alpha-Small"
+    assert registry.find("OTHER:1b")[1].id == registry.find("a/Other")[1].id == "other"
+    assert registry.find("third:latest")[0] is registry.adapters["alpha"]
+    assert registry.find("other")[0] is None
+
+
+@pytest.mark.parametrize(
+    ("entry", "reason"),
+    [
+        ("CatalogEntry('a/b', 'o/x', 0, 0, {})", "id or alias the str 'a/b'"),
+        ("CatalogEntry('x', 'o/x', 0, 0, {}, aliases=('two words',))", "cannot be a name"),
+        ("3", "entry 0 is the int 3"),
+    ],
+)
+def test_a_catalog_that_cannot_be_used(site, entry, reason):
+    """The plugin is left out, with the entry that is wrong."""
+    site.install(
+        "bad", f"{CATALOG.split('@')[0]}\n@hookimpl\ndef ollm_catalog(): return ({entry},)"
+    )
+    assert reason in site.discover().plugins[0].reason

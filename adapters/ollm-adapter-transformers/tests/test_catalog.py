@@ -6,14 +6,15 @@ from collections import Counter
 
 import pytest
 import torch
-from ollm_adapter_transformers import ollm_catalog
-from ollm_adapter_transformers.catalog import read
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     PreTrainedModel,
 )
+
+from ollm_adapter_transformers import ollm_catalog
+from ollm_adapter_transformers.catalog import read
 
 ENTRIES = ollm_catalog()
 KNOWN = [entry for entry in ENTRIES if entry.config]
