@@ -7,14 +7,19 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ollm_core.checkpoint.safetensors import open_checkpoint
+from ollm_core.checkpoint.safetensors import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    open_checkpoint,
+    weight_files,
+)
 from ollm_core.errors import InputError, OllmError
 from ollm_core.files.paths import absolute, cache_directory, check_directory
 
@@ -41,6 +46,7 @@ class OnDisk:
     place: str
     """"models", "./models" or "hub cache"."""
     weight_bytes: int
+    """Of its files of weights."""
 
 
 def models_root(models_dir: str | os.PathLike[str] | None = None) -> Path:
@@ -128,17 +134,25 @@ def partial_of(target: Path) -> Path:
     return target.with_name(f".{target.name}.partial")
 
 
+def has_config(directory: Path) -> bool:
+    """Whether a directory may hold a model: a glance, where `is_model` reads every header."""
+    return os.path.isfile(directory / "config.json")
+
+
 def locate(
-    name: str, registry: Registry, models_dir: str | os.PathLike[str] | None = None
+    name: str,
+    registry: Registry,
+    models_dir: str | os.PathLike[str] | None = None,
+    test: Callable[[Path], bool] = is_model,
 ) -> Path | None:
-    """The directory of the model of an id, an alias or a hub repository, if it is here, whole: in
-    the models directory, in `./models`, or in the hub's cache, in this order.
+    """The directory of the model of an id, an alias or a hub repository, if it is here, whole by
+    the `test`: in the models directory, in `./models`, or in the hub's cache, in this order.
     """
     names = _names(name, registry)
     roots = (models_root(models_dir), absolute(HERE))
     own = (root / one for root in roots for one in names)
     cached = (found for one in names if is_repository(one) and (found := snapshot(one)))
-    return next(filter(is_model, chain(own, cached)), None)
+    return next(filter(test, chain(own, cached)), None)
 
 
 def resolve(
@@ -190,7 +204,9 @@ def absent(
 
 
 def all_on_disk(models_dir: str | os.PathLike[str] | None = None) -> list[OnDisk]:
-    """Every model that is here and whole, by name within each place."""
+    """Every model of which all files are here, by name within each place. Reads no headers: that
+    the files agree is for a run to say.
+    """
     root, here = models_root(models_dir), absolute(HERE)
     candidates = [(name, path, "models") for name, path in _below(root)]
     if here != root:
@@ -198,9 +214,16 @@ def all_on_disk(models_dir: str | os.PathLike[str] | None = None) -> list[OnDisk
     candidates += [(name, path, "hub cache") for name, path in _cached()]
     found = []
     for name, path, place in candidates:
-        with suppress(OllmError):
-            found.append(OnDisk(name, path, place, open_checkpoint(path).total_bytes))
+        with suppress(OllmError, OSError):
+            found.append(OnDisk(name, path, place, _weight_bytes(path)))
     return found
+
+
+def _weight_bytes(directory: Path) -> int:
+    """Of the files of weights. Raises OSError where one is missing, CheckpointError."""
+    single = (directory / SINGLE_FILE).is_file()
+    names = weight_files(directory, SINGLE_FILE if single else INDEX_FILE)
+    return sum((directory / name).stat().st_size for name in names)
 
 
 def _below(root: Path) -> Iterator[tuple[str, Path]]:

@@ -103,9 +103,11 @@ def _rows(registry: Registry, models_dir: str | None) -> list[_Row]:
 
 
 def _by_size(name: str) -> list[tuple[str, float]]:
-    """Sorts names by their text, and by the numbers in it: `8B` before `14B`."""
-    parts = re.findall(r"([^0-9]*)([0-9]+(?:\.[0-9]+)?)?", name.casefold())
-    return [(text, float(number or 0)) for text, number in parts]
+    """Sorts names by their text, and by the numbers in it: `360M` before `8B` before `14B`."""
+    parts = re.findall(r"([^0-9]*)([0-9]+(?:\.[0-9]+)?)?(m(?![a-z]))?", name.casefold())
+    return [
+        (text, float(number or 0) / (1000 if millions else 1)) for text, number, millions in parts
+    ]
 
 
 def _has(row: _Row, word: str) -> bool:

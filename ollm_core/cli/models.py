@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ollm_core.checkpoint.locate import is_repository
+from ollm_core.checkpoint.locate import is_repository, may_be_id
 from ollm_core.cli.options import debug_option, json_option, options_of, user_path
 from ollm_core.cli.output import print_json, print_table
 
@@ -93,14 +93,16 @@ def check_known(model: str, models_dir: str | None, *, here: bool) -> None:
     """Say at once, before torch is loaded, that there is no such model, or, where it must be
     `here`, that it is not on disk. Raises InputError, UnknownModelError.
     """
-    from ollm_core.checkpoint.locate import locate, resolve
+    from ollm_core.checkpoint.locate import has_config, locate, resolve
     from ollm_core.plugins.registry import Registry
 
     registry = Registry.discover()
     is_path = "/" in model or os.path.exists(model) or model.endswith(".json")
+    if may_be_id(model) and locate(model, registry, models_dir, has_config):
+        return  # whether it is whole, who opens it says
     if here:
         resolve(model, registry, models_dir)
-    elif not is_path and locate(model, registry, models_dir) is None:
+    elif not is_path:
         registry.find(model)
 
 

@@ -151,12 +151,15 @@ def test_every_name_leads_to_every_place(tiny_registry, tmp_path):
     ):
         place = write(where)
         assert [locate(name, tiny_registry, root) for name in names] == [place] * len(names)
+    size = (root / "tiny/model.safetensors").stat().st_size
     assert {(one.name, one.place, one.weight_bytes) for one in all_on_disk(root)} == {
-        ("tiny", "models", 16),
-        ("someone/Tiny-1B", "models", 16),
-        ("models/tiny", "./models", 16),
-        ("someone/Tiny-1B", "hub cache", 16),
+        ("tiny", "models", size),
+        ("someone/Tiny-1B", "models", size),
+        ("models/tiny", "./models", size),
+        ("someone/Tiny-1B", "hub cache", size),
     }
+    (root / "tiny/model.safetensors").unlink()
+    assert ("tiny", "models") not in {(one.name, one.place) for one in all_on_disk(root)}
 
 
 def test_snapshot(tmp_path, monkeypatch):

@@ -51,6 +51,9 @@ def test_json_and_table(listed):
     assert [row.split()[0] for row in rows.splitlines()[1:]] == [model["id"] for model in models]
     assert max(map(len, table.splitlines())) <= 80
     assert "ollm plan MODEL" in foot
+    smol = [model["id"] for model in models if model["id"].startswith("smollm2-")]
+    assert smol[0] == "smollm2-135M"
+    assert smol == sorted(smol, key=lambda one: by_id[one]["weight_bytes"])
     sizes = [model["id"] for model in models if model["id"].startswith("llama3-")]
     assert sizes == ["llama3-1B-chat", "llama3-3B-chat", "llama3-8B-chat", "llama3-405B-chat"]
 
