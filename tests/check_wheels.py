@@ -27,6 +27,7 @@ POINTS = {
     "ollm_adapter_gpt_oss": {("ollm.adapters", "gpt-oss")},
     "ollm_adapter_llama": {("ollm.adapters", "llama")},
     "ollm_adapter_qwen3_next": {("ollm.adapters", "qwen3-next")},
+    "ollm_adapter_transformers": {("ollm.adapters", "transformers")},
     NO_HOME: {("ollm.adapters", "mistral")},
 }
 TEMPLATE = "ollm_conformance/template"

@@ -37,7 +37,7 @@ def convert(model: str, out: Path, models_dir: str | None, as_json: bool) -> Non
     slow. The original is not changed. After an interruption, run the command again: it writes the
     files that are missing.
     """
-    from ollm_core.checkpoint.hub import resolve
+    from ollm_core.checkpoint.locate import resolve
     from ollm_core.convert.compress import convert
     from ollm_core.files.paths import check_writable_directory
     from ollm_core.plugins.registry import Registry

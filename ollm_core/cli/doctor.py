@@ -31,7 +31,7 @@ def doctor(device: str, dtype: str, models_dir: str | None, as_json: bool) -> No
         measured_readers,
         rates_file,
     )
-    from ollm_core.checkpoint.hub import models_root
+    from ollm_core.checkpoint.locate import models_root
     from ollm_core.device.select import pick_device
     from ollm_core.memory.budgets import DEVICE_DEFAULT, HOST_DEFAULT, default_budgets
     from ollm_core.model.spec import DTYPES

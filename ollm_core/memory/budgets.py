@@ -57,12 +57,18 @@ def default_budgets(device: torch.device) -> Budgets:
     """What a model may use where the user states nothing. Of a GPU that is not here, 8 GB are
     assumed.
     """
-    host = max(HostMemory().free() - RESERVE_BYTES, 1)
     if device.type == "cpu":
-        return PerMemory(host * 7 // 10, host * 2 // 10)
+        return default_shares(None)
     gpu = _gpu_memory(device)
-    free = gpu[0] - RESERVE_BYTES if gpu else ASSUMED_DEVICE_BYTES
-    return PerMemory(max(free, 1), host * 9 // 10)
+    return default_shares(gpu[0] if gpu else ASSUMED_DEVICE_BYTES + RESERVE_BYTES)
+
+
+def default_shares(free_gpu_bytes: int | None) -> Budgets:
+    """The default for a GPU with so many bytes free, or for the CPU where that is None."""
+    host = max(HostMemory().free() - RESERVE_BYTES, 1)
+    if free_gpu_bytes is None:
+        return PerMemory(host * 7 // 10, host * 2 // 10)
+    return PerMemory(max(free_gpu_bytes - RESERVE_BYTES, 1), host * 9 // 10)
 
 
 def stated_budgets(

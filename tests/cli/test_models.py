@@ -11,5 +11,6 @@ def test_list_models(ollm, tiny_chat):
     assert models["smollm2-135M"]["adapter"] == "llama"
     assert models["smollm2-135M"]["distribution"] == "ollm-adapter-llama"
     assert not models["llama3-8B-chat"]["on_disk"]
+    assert models[tiny_chat.name]["on_disk"]
     _, out, _ = ollm("list-models", "--models-dir", tiny_chat.parent)
-    assert [line.split()[0] for line in out.splitlines()] == ["ID", *models]
+    assert [line.split()[0] for line in out.split("\n\n")[0].splitlines()] == ["MODEL", *models]

@@ -75,8 +75,8 @@ def test_what_does_not_fit_exits_with_3(ollm, as_json):
         (["llama3-8B-chat", "--device-memory", "-8GB"], 2, "'-8GB' is not a memory size"),
         (["llama3-8B-chat", "--context", "x"], 2, "'x' is not a number of tokens"),
         (["llama3-8B-chat", "--batch", "0"], 2, "--batch"),
-        (["llama3-9B"], 4, "no adapter offers a model 'llama3-9B'"),
-        (["no/where"], 2, "there is no directory"),
+        (["llama3-9B"], 4, "there is no model 'llama3-9B'"),
+        (["./no/where"], 2, "there is no directory"),
     ],
 )
 def test_errors_are_one_line(ollm, arguments, code, message):

@@ -201,3 +201,18 @@ def test_a_real_model_answers_about_a_document(ollm, smollm2, tmp_path):
     report = json.loads(out)
     assert "Bergen" in report["text"]
     assert report["device_peak_bytes"] <= 128_000_000
+
+
+def test_run_by_repository(ollm, tiny_chat, tmp_path):
+    """A model of the hub is named by its repository, once it is on disk; before, the line says how
+    to get it.
+    """
+    shutil.copytree(tiny_chat, tmp_path / "root/someone/tiny")
+    options = ["--raw", "--prompt", "Hi", "--max-new-tokens", "2", "--device", "cpu"]
+    options += ["--models-dir", tmp_path / "root"]
+    code, out, _ = ollm("run", "someone/tiny", *options, "--json")
+    assert code == 0
+    assert json.loads(out)["num_new_tokens"] == 2
+    code, out, err = ollm("run", "someone/other", *options)
+    assert (code, out) == (2, "")
+    assert err.splitlines()[1].startswith("hint: ollm pull someone/other, if it is a repository")
