@@ -13,6 +13,8 @@ SUPPORT := $(GENERATED)/support.md
 JOBS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS)
 QUESTION := What is the title of this document?
+# Python keeps what it compiles: without that each of many processes compiles transformers anew.
+export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
 .PHONY: help install lint format type test demo model models support memory options template bench bench-peers gpu clean

@@ -13,8 +13,8 @@ from ollm_core.values import PathLike
 @own_torch_state()
 @takes(LoadOptions)
 def load(path_or_id: PathLike, options: LoadOptions) -> StreamedModel:
-    """Open the model in a directory, or one that is known by id, for running inside a bounded
-    memory.
+    """Open the model in a directory, or one on disk by its id, an alias or its hub repository
+    (`owner/name`), for running inside a bounded memory. Nothing is fetched.
 
     `kv`, `reader` and `draft` also take a name that a plugin offers; "auto" never takes one.
 

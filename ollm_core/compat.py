@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from ollm_core.api import load
-from ollm_core.checkpoint.hub import local_path, pull
+from ollm_core.checkpoint.hub import pull
+from ollm_core.checkpoint.locate import local_path
 from ollm_core.device.select import pick_device
 from ollm_core.errors import InputError
 from ollm_core.generate.cache import SequenceCache
@@ -50,7 +51,7 @@ class Inference:
         _, entry = registry.find(self.model_id)
         directory = local_path(entry.id, models_dir)
         if force_download or not (directory / "config.json").is_file():
-            pull(entry, models_dir, force=force_download)
+            directory = pull(entry, models_dir, force=force_download)
         self._open(directory)
 
     def offload_layers_to_cpu(self, layers_num: int = 2) -> None:

@@ -16,7 +16,7 @@ import torch
 
 from ollm_core.attention.trial import require_flash
 from ollm_core.calibration.rates import fastest_blocks, fastest_reader
-from ollm_core.checkpoint.hub import resolve
+from ollm_core.checkpoint.locate import resolve
 from ollm_core.checkpoint.safetensors import Checkpoint, open_checkpoint, read_config
 from ollm_core.contracts.drafting import Drafter
 from ollm_core.contracts.weights import ByteSource

@@ -197,9 +197,9 @@ class ModelOptions:
     precision: str = _choice(
         "fast",
         PRECISIONS,
-        "How near the numbers are to those of transformers.",
-        "exact is bit for bit what the un-offloaded model gives in transformers with eager "
-        "attention and the same chunks. fast has the same weights, sums products in float32 and "
+        "exact: the numbers of transformers, bit for bit. fast: no more rounding, and faster.",
+        "exact is what the un-offloaded model gives in transformers with eager attention and the "
+        "same chunks. fast has the same weights, sums products in float32 and "
         "attends block by block: no further from the model in float32 than transformers is in the "
         "same dtype, several times as fast on most processors, and its memory does not grow with "
         "the context. Nothing is quantised in either.",
@@ -208,7 +208,7 @@ class ModelOptions:
     attention: str = _choice(
         "auto",
         ("auto", *ATTENTIONS),
-        "Kernel of attention.",
+        "Attention kernel.",
         "exact is transformers' eager attention, and means precision exact; its memory grows with "
         "the context. blockwise does not grow. flash is blockwise by the package flash-attn, on "
         "CUDA. auto goes by `precision`: with fast it is blockwise, or flash where `ollm doctor` "
@@ -218,7 +218,7 @@ class ModelOptions:
     chunk_size: Count | None = _count(
         None,
         1,
-        "Prompt tokens that go through a layer together.",
+        "Prompt tokens per chunk.",
         verbs=_BOTH,
         unset="as many as fit",
     )
@@ -273,7 +273,7 @@ class LoadOptions(ModelOptions):
         "from it. To know the model, all bytes of its files are hashed when a directory is first "
         "used with it.",
         verbs=_RUN,
-        unset="one whose files are removed at the end",
+        unset="a temporary one",
     )
     keep_kv: bool = _switch(
         True,
@@ -292,7 +292,7 @@ class LoadOptions(ModelOptions):
     draft: str = _offered(
         "none",
         "ollm_draft_sources",
-        "Where draft tokens come from.",
+        "Source of draft tokens.",
         "lookup looks for the last tokens earlier in the text; model asks `draft_model`. Drafts "
         "change the speed, not the text. Batches go without.",
         verbs=_RUN,
@@ -316,8 +316,8 @@ class LoadOptions(ModelOptions):
     )
     trust_remote_code: bool = _switch(
         False,
-        "Run Python code in the model's directory, where its tokenizer is such code. Read "
-        "it first: it can do all that you can.",
+        "Run a tokenizer that is Python code in the model's directory. Read that code first: it "
+        "runs with your rights.",
         "False refuses such a tokenizer. Models that are code of their own are never run.",
         verbs=_RUN,
     )

@@ -115,7 +115,7 @@ __all__ = [
 ]
 
 _STORES = "ollm_core.kv."
-_DEPTH = 12
+_DEPTH = 13
 """Frames between an allocation and what asked for it."""
 _ROOM = 1 << 29
 

@@ -35,8 +35,9 @@ cd "$work/elsewhere"
 build ollm-adapter-mistral
 install "$(echo "$work"/dist/ollm_adapter_mistral-*.whl)[dev]"
 "$bin/python" -I "$root/tests/check_wheels.py" "$work/dist" "$root"
-"$bin/ollm" list-models | tee models.txt
-grep -q '^smollm2-135M .*ollm-adapter-llama' models.txt
+"$bin/ollm" list-models
+"$bin/ollm" list-models --json >models.json
+grep -q '"id": "smollm2-135M"[^}]*"distribution": "ollm-adapter-llama"' models.json
 
 # The tutorial goes on beside the rest, in an environment that has all that this one has: what it
 # installs is then not seen here.
@@ -58,8 +59,8 @@ cd ollm-adapter-mistral
 "$bin/mypy" src
 export OLLM_LOAD_PLUGINS=ollm-adapter-mistral
 "$bin/pytest" -n "${JOBS:-2}" --dist worksteal
-"$bin/ollm" list-models | tee models.txt
-grep -q '^mistral-7b-instruct-v0.3 .*ollm-adapter-mistral' models.txt
+"$bin/ollm" list-models --json >models.json
+grep -q '"id": "mistral-7b-instruct-v0.3"[^}]*"distribution": "ollm-adapter-mistral"' models.json
 
 wait "$tutorial" || { cat "$work/tutorial"; exit 1; }
 tail -n 1 "$work/tutorial"

@@ -40,6 +40,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture
+def home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A home directory without rates that this machine has kept, and no models."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("OLLM_MODELS", raising=False)
+    return tmp_path / "home"
+
+
+@pytest.fixture
 def make_llama(tmp_path: Path) -> MakeLlama:
     """Writes a random Llama checkpoint and returns its directory."""
 

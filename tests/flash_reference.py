@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import torch
 
+from ollm_core.attention.kernels import FlashKernel, flash_attn_2, torch_flash
+
+EVERY = frozenset({torch.float32, torch.float16, torch.bfloat16})
+PACKAGE = FlashKernel("flash-attn", flash_attn_2, EVERY)
+TORCH = FlashKernel("torch", torch_flash, EVERY)
+
 
 def flash_reference(query, keys, values, scaling, causal, window):
     """query [B, T, H, D], keys and values [B, n, G, D] -> output [B, T, H, D] in the query's dtype,

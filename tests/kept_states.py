@@ -7,6 +7,8 @@ import torch
 from ollm_core import CacheKind, StateShape
 from ollm_core.contracts.kv import KVGeometry
 from ollm_core.kv.disk.prefix_cache import PrefixCachingStore
+from ollm_core.kv.in_memory import DeviceKVStore
+from ollm_core.kv.recurrent.hybrid import HybridKVStore
 from ollm_core.kv.recurrent.prefix_cache import PrefixCachingHybridStore
 from ollm_core.kv.recurrent.snapshots import StateFiles
 from ollm_core.kv.recurrent.states import StateStore
@@ -17,6 +19,15 @@ RECURRENT = CacheKind("recurrent", states=(StateShape((3, 2)), StateShape((2, 2)
 CPU = torch.device("cpu")
 GEOMETRY = KVGeometry((RECURRENT, FULL, RECURRENT), torch.bfloat16, CPU, block_size=4)
 RECURRENT_LAYERS = (0, 2)
+PROMPT = list(range(1, 22))
+
+
+def new_store(limit=1 << 20):
+    """A hybrid store, and the account of its states."""
+    account = MemoryAccount("memory", limit)
+    states = StateStore(GEOMETRY, account, "device", CPU)
+    attention = DeviceKVStore(GEOMETRY.attention_layers(), MemoryAccount("kv", 1 << 20))
+    return HybridKVStore(GEOMETRY, attention, states), account
 
 
 def state_after(token_ids, layer_idx):

@@ -1,10 +1,11 @@
 """What `ollm plan` says a run will take, beside what it takes: prompt and decode, on the CPU.
 
-usage: plan_times.py [CHECKPOINT] [--json FILE]
+usage: plan_times.py [CHECKPOINT] [--prompts 128,2000,7500] [--memory 1GB,150MB] [--dtype bfloat16]
+                     [--precision fast] [--avx2] [--json FILE]
 
-CHECKPOINT is models/smollm2-135M by default. Rates are measured before each run, as `ollm doctor`
-does. Seconds of the processor stand beside those of the clock, for a machine that others use too.
-Weights are streamed or kept, KV is in memory or on disk, in bfloat16 and float32. Runs are warm:
+CHECKPOINT is models/smollm2-135M by default; each prompt runs in each memory, with KV on the device
+where all weights are kept, else on disk. Rates are measured first, as `ollm doctor` does. Seconds
+of the processor stand beside those of the clock, for a machine that others use too. Runs are warm:
 the page cache is left alone, and reading is O_DIRECT.
 
 The last line on stdout is the record as JSON; the report for people goes to stderr.
@@ -25,8 +26,9 @@ import torch
 
 import ollm
 from benchmarks import MODELS
+from benchmarks.tools.instructions import AVX2
 from benchmarks.tools.measure import environment, finish, random_prompt, timed_generate
-from ollm_core.calibration.rates import Rates, measure_rates
+from ollm_core.calibration.rates import Rates, as_fields, find_rates, measure_rates
 from ollm_core.model.spec import DTYPES
 
 MODEL = MODELS / "smollm2-135M"
@@ -37,6 +39,7 @@ class Run:
     """One way to run it."""
 
     dtype: str
+    precision: str
     device_memory: str
     kv: str
     num_tokens: int
@@ -44,18 +47,14 @@ class Run:
     num_new: int = 16
 
 
-RUNS = (
-    Run("bfloat16", "1GB", "device", 200),
-    Run("float32", "2GB", "device", 500),
-    Run("float32", "600MB", "disk", 500),
-    Run("float32", "2GB", "device", 3000),
-)
-
-
-def compare(checkpoint: Path, run: Run) -> dict[str, Any]:
+def compare(checkpoint: Path, run: Run, rates: Rates) -> dict[str, Any]:
     """Plan and measure one run."""
-    rates = measure_rates(checkpoint, torch.device("cpu"), DTYPES[run.dtype])
-    given = {"dtype": run.dtype, "device_memory": run.device_memory, "kv": run.kv}
+    given = {
+        "dtype": run.dtype,
+        "device_memory": run.device_memory,
+        "kv": run.kv,
+        "precision": run.precision,
+    }
     plan = ollm.plan(
         checkpoint,
         device="cpu",
@@ -95,43 +94,50 @@ def compare(checkpoint: Path, run: Run) -> dict[str, Any]:
         "limited_by": [plan.prefill_limited_by, plan.limited_by],
         "attention": plan.placement["attention"],
         "chunk_size": plan.placement["chunk_size"],
-        "rates": _per_second(rates),
         "load_average": round(os.getloadavg()[0], 2),
     }
 
 
-def _per_second(rates: Rates) -> dict[str, float]:
-    found = {"disk": rates.disk, "memory": rates.memory, "compute": rates.compute}
-    return {name: round(rate.per_second) for name, rate in found.items()}
-
-
-def compared(checkpoint: Path) -> Iterator[dict[str, Any]]:
+def compared(args: argparse.Namespace, rates: Rates) -> Iterator[dict[str, Any]]:
     """Every run, told as it ends."""
-    for run in RUNS:
-        found = compare(checkpoint, run)
-        wanted = found["planned_prefill_seconds"], 1 / found["planned_tokens_per_second"]
-        print(
-            f"{run.dtype:8} {run.device_memory:>6} {run.kv:6} {run.num_tokens:5} tokens: "
-            f"prompt {found['prefill_seconds']:.2f} s, {found['prefill_cpu_seconds']:.2f} of "
-            f"the processor, planned {wanted[0]:.2f}; "
-            f"a token {1 / found['tokens_per_second']:.3f} s, "
-            f"{found['cpu_seconds_per_token']:.3f}, planned {wanted[1]:.3f}",
-            file=sys.stderr,
-            flush=True,
-        )
-        yield found
+    for memory, kv in zip(args.memory.split(","), ("device", "disk"), strict=False):
+        for num_tokens in map(int, args.prompts.split(",")):
+            run = Run(args.dtype, args.precision, memory, kv, num_tokens)
+            found = compare(args.checkpoint, run, rates)
+            wanted = found["planned_prefill_seconds"], 1 / found["planned_tokens_per_second"]
+            print(
+                f"{memory:>6} {kv:6} {num_tokens:5} tokens: prompt "
+                f"{found['prefill_seconds']:.2f} s, planned {wanted[0]:.2f} "
+                f"({found['prefill_ratio']:.2f} times); a token "
+                f"{1 / found['tokens_per_second']:.4f} s, planned {wanted[1]:.4f} "
+                f"({found['decode_ratio']:.2f} times); by {' and '.join(found['limited_by'])}",
+                file=sys.stderr,
+                flush=True,
+            )
+            yield found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Planned and measured times.")
     parser.add_argument("checkpoint", nargs="?", type=Path, default=MODEL)
+    parser.add_argument("--prompts", default="128,2000,7500", help="tokens of each")
+    parser.add_argument("--memory", default="1GB,150MB", help="all weights kept, and not")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--precision", default="fast")
+    parser.add_argument("--avx2", action="store_true", help="nothing beyond AVX2")
     parser.add_argument("--json", type=Path, help="write the record to this file")
     args = parser.parse_args()
+    if args.avx2 and os.environ.get("ATEN_CPU_CAPABILITY") != AVX2["ATEN_CPU_CAPABILITY"]:
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **AVX2})
+    measure_rates(args.checkpoint, torch.device("cpu"), DTYPES[args.dtype])
+    rates = find_rates(args.checkpoint, torch.device("cpu"), DTYPES[args.dtype], args.precision)
     record = {
         **environment(args.checkpoint),
         "model": args.checkpoint.name,
+        "avx2": args.avx2,
         "threads": torch.get_num_threads(),
-        "runs": list(compared(args.checkpoint)),
+        "rates": as_fields(rates),
+        "runs": list(compared(args, rates)),
     }
     finish(record, args.json)
 

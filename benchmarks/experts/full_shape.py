@@ -176,7 +176,7 @@ def measure(args: argparse.Namespace, num_warming: int) -> dict[str, Any]:
 
 def _dense_to_read(model: StreamedModel) -> int:
     """Bytes of the dense units that are not kept in memory."""
-    kept = model.weights.held.placement.device
+    kept = model.weights.resident.placement.device
     return sum(u.file_bytes for i, u in enumerate(model.weights.units) if i not in kept)
 
 

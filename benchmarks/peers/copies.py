@@ -34,9 +34,9 @@ _NAMES = {
 
 
 def write_tokenizer(checkpoint: Path) -> None:
-    """A tokenizer of three words, that every transformers can load."""
+    """A tokenizer of one word beside the special ones, that every transformers can load."""
     special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
-    vocabulary = {token: token_id for token_id, token in enumerate(special.values())}
+    vocabulary = {token: token_id for token_id, token in enumerate([*special.values(), "word"])}
     model = {"type": "WordLevel", "vocab": vocabulary, "unk_token": "<unk>"}
     tokenizer = {"version": "1.0", "added_tokens": [], "model": model}
     (checkpoint / "tokenizer.json").write_text(json.dumps(tokenizer, indent=1))

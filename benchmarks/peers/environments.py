@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -74,6 +74,14 @@ PEERS: Mapping[str, Peer] = MappingProxyType(
         )
     }
 )
+
+LLAMACPP_AVX2 = replace(
+    PEERS["llamacpp"],
+    name="llamacpp-avx2",
+    title="llama.cpp (mmap), AVX2",
+    steps=(("--no-cache-dir", *_requirements("llamacpp-avx2")),),
+)
+"""Compiled for processors with AVX2 and nothing beyond."""
 
 
 def environment_of(peer: Peer, root: Path, say: Callable[[str], None]) -> Path:

@@ -45,7 +45,7 @@ def program_of(
     command = [*script("run_peer", str(python)), peer.name, str(checkpoint)]
     if not any(checkpoint.glob(peer.weights)):
         say(f"writing the weights for {peer.title}")
-        if peer.name == "llamacpp":
+        if peer.weights.endswith(".gguf"):
             write_gguf(checkpoint, checkpoint / "peers" / "model-bf16.gguf")
         else:
             _write(command)

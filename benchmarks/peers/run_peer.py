@@ -24,9 +24,6 @@ from typing import Any
 
 from benchmarks.tools.cold import ColdFiles, Counts, PeakAnonymousMemory, Timing, told
 
-CONTEXT = 512
-"""Tokens that llama.cpp makes room for."""
-
 Generate = Callable[[list[int], int, ColdFiles], Timing[Counts]]
 
 
@@ -50,7 +47,7 @@ def transformers_like(model: Any) -> Generate:
     return generate
 
 
-def open_accelerate(checkpoint: Path) -> Generate:
+def open_accelerate(checkpoint: Path, _: int) -> Generate:
     """transformers with accelerate's offload: layers and head on disk, the embedding in memory."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -68,7 +65,7 @@ def open_accelerate(checkpoint: Path) -> Generate:
     return transformers_like(model.eval())
 
 
-def open_airllm(checkpoint: Path) -> Generate:
+def open_airllm(checkpoint: Path, _: int) -> Generate:
     """AirLLM, which cuts the checkpoint into a file per layer, in a directory of its own."""
     from airllm import AutoModel
 
@@ -79,21 +76,24 @@ def open_airllm(checkpoint: Path) -> Generate:
     return transformers_like(model)
 
 
-def open_ollm_1(checkpoint: Path) -> Generate:
+def open_ollm_1(checkpoint: Path, _: int) -> Generate:
     """The predecessor of this project."""
     from ollm import AutoInference
 
     return transformers_like(AutoInference(str(checkpoint), device="cpu", logging=False).model)
 
 
-def open_llamacpp(checkpoint: Path) -> Generate:
-    """llama.cpp with mapped weights, its default, and as many threads as there are cores."""
+def open_llamacpp(checkpoint: Path, num_tokens: int) -> Generate:
+    """llama.cpp with mapped weights, its default, a thread a core, the prompt in one batch."""
     from llama_cpp import Llama
 
     num_threads = len(os.sched_getaffinity(0))
+    batch = max(512, num_tokens)  # its default is the first
     model = Llama(
         str(checkpoint / "peers" / "model-bf16.gguf"),
-        n_ctx=CONTEXT,
+        n_ctx=max(512, num_tokens),
+        n_batch=batch,
+        n_ubatch=batch,
         n_threads=num_threads,
         n_threads_batch=num_threads,
         verbose=False,
@@ -115,12 +115,14 @@ def open_llamacpp(checkpoint: Path) -> Generate:
     return generate
 
 
-OPEN: Mapping[str, Callable[[Path], Generate]] = MappingProxyType(
+# By name: what opens a checkpoint for so many tokens, prompt and answer.
+OPEN: Mapping[str, Callable[[Path, int], Generate]] = MappingProxyType(
     {
         "accelerate": open_accelerate,
         "airllm": open_airllm,
         "ollm-1": open_ollm_1,
         "llamacpp": open_llamacpp,
+        "llamacpp-avx2": open_llamacpp,
     }
 )
 
@@ -134,10 +136,10 @@ def main() -> None:
     parser.add_argument("--prepare", action="store_true", help="make the peer's copy, if any")
     args = parser.parse_args()
     with contextlib.redirect_stdout(sys.stderr), PeakAnonymousMemory() as anonymous:
-        generate = OPEN[args.peer](args.checkpoint)  # peers print what they like
+        prompt = json.loads(args.prompt.read_text()) if args.prompt else []
+        generate = OPEN[args.peer](args.checkpoint, len(prompt) + args.new)  # prints what it likes
         if args.prepare:
             return
-        prompt = json.loads(args.prompt.read_text())
         files = [path for path in args.checkpoint.rglob("*") if path.is_file()]
         dropping, before = ColdFiles(files), Counts.now()
         timing = generate(prompt, args.new, dropping)

@@ -286,6 +286,31 @@ class RowsGivenOutAgain(Wrapped):
         return self.given[1]
 
 
+class EmbedsWhereAUnitIs(Wrapped):
+    """Rows are read into the memory of a unit that is in use, if they fit: the first bytes of its
+    largest parameter are others after that.
+    """
+
+    in_use = ()
+
+    @contextmanager
+    def acquire(self, unit_idx):
+        with self.inner.acquire(unit_idx) as parameters:
+            self.in_use = [p.clone() for p in parameters]
+            try:
+                yield self.in_use
+            finally:
+                self.in_use = ()
+
+    def embed(self, token_ids):
+        rows = self.inner.embed(token_ids)
+        if self.in_use:
+            largest = max(self.in_use, key=torch.Tensor.numel).view(-1)
+            count = min(rows.numel(), largest.numel())
+            largest[:count] = rows.view(-1)[:count]
+        return rows
+
+
 BROKEN_STREAMERS = [
     BrokenPart(name, fault, suite_of(streamer), f"weight-streamer.{check}")
     for name, fault, streamer, check in [
@@ -300,6 +325,8 @@ BROKEN_STREAMERS = [
         ("one-buffer", "Two units in use share one buffer.", OneBuffer, "two-at-once"),
         ("always-the-next", "A unit out of turn gets what is next in turn.",
          AlwaysTheNext, "any-order"),
+        ("embeds-where-a-unit-is", "Embedding rows are read into a unit that is in use.",
+         EmbedsWhereAUnitIs, "walk"),
         ("goes-on-after-a-break", "A pass after a broken one begins in the middle.",
          GoesOnAfterABreak, "broken-off"),
         ("zeros-for-errors", "A unit that cannot be read is zeros.",

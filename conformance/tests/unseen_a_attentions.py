@@ -47,13 +47,13 @@ def three_rows_have_one_past(*args, **options):
 
 
 class RoundsSums(CpuFlash):
-    def __call__(self, query, *args, **options):
-        output, lse = super().__call__(query, *args, **options)
-        return output, lse.to(query.dtype).float()
+    def __call__(self, part):
+        output, lse = super().__call__(part)
+        return output, lse.to(part.query.dtype).float()
 
-    def several(self, query, *args):
-        found = super().several(query, *args)
-        return found and (found[0], found[1].to(query.dtype).float())
+    def several(self, part):
+        found = super().several(part)
+        return found and (found[0], found[1].to(part.query.dtype).float())
 
 
 def _rounded(attention):

@@ -15,6 +15,7 @@ _HEADS = (8, 4)  # key-value heads, and query heads for each: of a Llama 3.1 8B
 _NEW_TOKENS = 512
 _BLOCK_TOKENS = 256
 _NUM_BLOCKS = 64  # a past of 16,384 tokens
+_FEW_BLOCKS = 8
 _REPEATS = 3
 
 
@@ -33,6 +34,29 @@ def measure_attention(device: torch.device, dtype: torch.dtype) -> dict[str, flo
     )
 
 
+def measure_blocks(
+    device: torch.device, dtype: torch.dtype, head_dim: int = _HEAD_DIM
+) -> dict[int, float]:
+    """FLOP per second of block-wise attention over a past in blocks, by new tokens: one, as in
+    decoding, and a chunk of a prompt.
+    """
+    kernel = kernels_on(device)[0]
+    if trial(kernel, device, dtype, head_dim):
+        kernel = Products()
+    blocks = _FEW_BLOCKS if device.type == "cpu" else _NUM_BLOCKS
+    return {
+        num_new: measure_kernels(
+            {"": kernel},
+            device,
+            dtype,
+            num_new=num_new,
+            num_blocks=blocks * times,
+            head_dim=head_dim,
+        )[""]
+        for num_new, times in ((1, 8), (_NEW_TOKENS, 1))
+    }
+
+
 def measure_kernels(
     kernels: Mapping[str, Kernel],
     device: torch.device,
@@ -40,13 +64,14 @@ def measure_kernels(
     *,
     num_new: int = _NEW_TOKENS,
     num_blocks: int = _NUM_BLOCKS,
+    head_dim: int = _HEAD_DIM,
 ) -> dict[str, float]:
     """FLOP per second of each over so many blocks, the best of some tries, in turns."""
     num_groups, group = _HEADS
-    query = torch.randn(num_groups, group, num_new, _HEAD_DIM, device=device).to(dtype)
-    keys = torch.randn(num_groups, _BLOCK_TOKENS, _HEAD_DIM, device=device).to(dtype)
-    part = Part(query, keys, keys, _HEAD_DIM**-0.5)
-    flops = 4 * num_groups * group * num_new * num_blocks * _BLOCK_TOKENS * _HEAD_DIM
+    query = torch.randn(num_groups, group, num_new, head_dim, device=device).to(dtype)
+    keys = torch.randn(num_groups, _BLOCK_TOKENS, head_dim, device=device).to(dtype)
+    part = Part(query, keys, keys, head_dim**-0.5)
+    flops = 4 * num_groups * group * num_new * num_blocks * _BLOCK_TOKENS * head_dim
     found = dict.fromkeys(kernels, 0.0)
     for _ in range(_REPEATS):
         for name, kernel in kernels.items():

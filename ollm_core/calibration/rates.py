@@ -1,11 +1,10 @@
-"""The rates of this machine (disk, bus, memory, compute): measured once and saved, or assumed."""
+"""The rates of this machine, of its disk, memory and compute: measured and saved, or assumed."""
 
 from __future__ import annotations
 
 import json
 import os
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
@@ -14,18 +13,22 @@ from typing import Any
 import torch
 
 from ollm_core.attention.trial import blocks_work, flash_works
-from ollm_core.calibration.attention import measure_attention
+from ollm_core.calibration.attention import measure_attention, measure_blocks
 from ollm_core.calibration.disk import measure_readers
+from ollm_core.calibration.layer import measure_layer
+from ollm_core.calibration.products import ROWS, measure_products
+from ollm_core.calibration.timing import least_seconds
 from ollm_core.device.memory import memory_of
 from ollm_core.errors import InputError
 from ollm_core.files.paths import cache_directory
 from ollm_core.files.scratch import replace_file
 from ollm_core.files.untrusted_json import parse_object
-from ollm_core.products.select import choose_products
 from ollm_core.weights.sources.posix import READERS
 
-_REPEATS = 5
 _CLEARLY = 1.1
+PRECISIONS = ("fast", "exact")
+HEAD_SIZES = (64, 128)
+_PROMPT_ROWS = ROWS[-1]
 
 _ASSUMED = {  # on the low side of what such machines have
     "disk": 2.0e9,
@@ -38,6 +41,10 @@ _ASSUMED = {  # on the low side of what such machines have
     "cuda compute float32": 8e12,
     "cuda compute float16": 20e12,
     "cuda compute bfloat16": 20e12,
+    "cpu layer": 2500,
+    "cuda layer": 2500,
+    "cpu states": 0.5e9,
+    "cuda states": 20e9,
 }
 
 
@@ -59,7 +66,19 @@ class Rates:
     memory: Rate
     """Bytes of weights that the device goes through for one token."""
     compute: Rate
-    """FLOP of large matrix products in the compute dtype."""
+    """FLOP of a prompt's matrix products in the compute dtype."""
+    layer: Rate
+    """Calls of a layer, were it next to nothing: what a layer costs by itself."""
+    states: Rate
+    """Numbers that a layer makes: what norms, gates and the like cost for each."""
+    products: Mapping[int, float]
+    """FLOP of matrix products per second, by the rows of states. From `memory` and `compute` where
+    it was not measured.
+    """
+    blocks: Mapping[int, Mapping[int, float]]
+    """FLOP of attention in blocks per second, by the size of a head and by new tokens; empty where
+    it was not measured: as products.
+    """
     bus: Rate | None = None
     """Bytes from host memory to the device; None where they are one."""
 
@@ -69,9 +88,11 @@ def rates_file() -> Path:
     return cache_directory() / "rates.json"
 
 
-def find_rates(directory: Path, device: torch.device, dtype: torch.dtype) -> Rates:
-    """What `measure_rates` has kept for the disk of `directory` and for `device`; what it has not
-    is assumed.
+def find_rates(
+    directory: Path, device: torch.device, dtype: torch.dtype, precision: str = "fast"
+) -> Rates:
+    """What `measure_rates` has kept for the disk of `directory` and for `device`, in a run with
+    `precision`; what it has not is assumed.
     """
     kept = _read()
     disk = kept.get(_disk_key(directory), {})
@@ -85,11 +106,25 @@ def find_rates(directory: Path, device: torch.device, dtype: torch.dtype) -> Rat
         return Rate(_ASSUMED[assumed], "assumed")
 
     kind = "cpu" if device.type == "cpu" else "cuda"
+    memory = rate(here, f"memory {name}", f"{kind} memory")
+    compute = rate(here, f"compute {name} {precision}", f"{kind} compute {name}")
+    products = _by_rows(here.get(f"products {name} {precision}")) or {
+        rows: min(compute.per_second, 2 * rows * memory.per_second / dtype.itemsize)
+        for rows in ROWS
+    }
     return Rates(
-        rate(disk, "disk", "disk"),
-        rate(here, f"memory {name}", f"{kind} memory"),
-        rate(here, f"compute {name}", f"{kind} compute {name}"),
-        None if kind == "cpu" else rate(here, "bus", "cuda bus"),
+        disk=rate(disk, "disk", "disk"),
+        memory=memory,
+        compute=compute,
+        layer=rate(here, f"layer {name}", f"{kind} layer"),
+        states=rate(here, f"states {name}", f"{kind} states"),
+        products=products,
+        blocks={
+            size: rates
+            for size in HEAD_SIZES
+            if (rates := _by_rows(here.get(f"blocks {name} {size}")))
+        },
+        bus=None if kind == "cpu" else rate(here, "bus", "cuda bus"),
     )
 
 
@@ -105,8 +140,15 @@ def measure_rates(directory: Path, device: torch.device, dtype: torch.dtype) -> 
     kept[_disk_key(directory)] = {"disk": max(readers.values()), "readers": readers, "date": today}
     name = str(dtype).removeprefix("torch.")
     here = kept.setdefault(_device_key(device), {})
-    here[f"memory {name}"] = _memory_rate(device, dtype)
-    here[f"compute {name}"] = _compute_rate(device, dtype)
+    for precision in PRECISIONS:
+        found = measure_products(device, dtype, precision)
+        here[f"products {name} {precision}"] = {str(rows): rate for rows, rate in found.items()}
+        here[f"compute {name} {precision}"] = found[_PROMPT_ROWS]
+    here[f"memory {name}"] = found[1] * dtype.itemsize / 2  # one row is torch's own in both
+    here[f"layer {name}"], here[f"states {name}"] = measure_layer(device, dtype)
+    for size in HEAD_SIZES:
+        blocks = measure_blocks(device, dtype, size)
+        here[f"blocks {name} {size}"] = {str(rows): rate for rows, rate in blocks.items()}
     if device.type != "cpu":
         here["bus"] = _bus_rate(device)
         here[f"attention {name}"] = measure_attention(device, dtype)
@@ -167,6 +209,12 @@ def _by_name(found: object) -> Mapping[str, float]:
     return {name: float(rate) for name, rate in found.items() if isinstance(rate, (int, float))}
 
 
+def _by_rows(found: object) -> Mapping[int, float]:
+    """Rates by rows as JSON has them; empty if they are not that."""
+    rates = {name: rate for name, rate in _by_name(found).items() if name.isdecimal() and rate > 0}
+    return {int(name): rate for name, rate in rates.items()}
+
+
 def _read() -> dict[str, dict[str, Any]]:
     """What was kept; nothing if that cannot be read."""
     try:
@@ -193,37 +241,7 @@ def _device_key(device: torch.device) -> str:
     return f"device {device.type}"
 
 
-def _memory_rate(device: torch.device, dtype: torch.dtype) -> float:
-    matrix = torch.zeros(8192, 8192, dtype=dtype, device=device)
-    vector = torch.zeros(1, 8192, dtype=dtype, device=device)
-    seconds = least_seconds(lambda: torch.nn.functional.linear(vector, matrix), device)
-    return matrix.nbytes / seconds
-
-
-def _compute_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations per second of a prompt's products, as a run with precision "fast" has them."""
-    rows, size = (512, 2048) if device.type == "cpu" else (2048, 8192)
-    states = torch.zeros(rows, size, dtype=dtype, device=device)
-    matrix = torch.zeros(size, size, dtype=dtype, device=device)
-    if products := choose_products(dtype, device, "fast"):
-        matrix = products.weight(matrix)
-    seconds = least_seconds(lambda: torch.nn.functional.linear(states, matrix), device)
-    return 2 * rows * size * size / seconds
-
-
 def _bus_rate(device: torch.device) -> float:
     host = memory_of(device).host_buffer(256 << 20).zero_()
     target = torch.empty_like(host, device=device)
     return host.nbytes / least_seconds(lambda: target.copy_(host, non_blocking=True), device)
-
-
-def least_seconds(work: Callable[[], object], device: torch.device) -> float:
-    """The least of some tries of `work`, each waited for."""
-    found = []
-    for _ in range(_REPEATS):
-        start = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        found.append(time.perf_counter() - start)
-    return max(min(found), 1e-9)

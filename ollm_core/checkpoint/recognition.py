@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -104,6 +104,18 @@ def _told(directory: Path, forms: Iterable[_Form]) -> tuple[str, str] | None:
             names = sorted(entry.name for entry in islice(entries, _MAX_ENTRIES))
     except OSError:
         return None
+    return _first(names, forms)
+
+
+def other_form(names: Iterable[str]) -> str:
+    """What shows the first other form of weights among the `names` of files, in words; empty if
+    none does.
+    """
+    told = _first(sorted(names), _FORMS)
+    return told[0] if told else ""
+
+
+def _first(names: Sequence[str], forms: Iterable[_Form]) -> tuple[str, str] | None:
     for form in forms:
         for name in names:
             if re.fullmatch(form.file, name):

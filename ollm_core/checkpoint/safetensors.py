@@ -144,6 +144,13 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     )
 
 
+def weight_files(directory: Path, name: str) -> list[str]:
+    """The names of the files of weights: `name` itself, or those that it lists if it is the index,
+    which must be in the directory. Raises CheckpointError.
+    """
+    return sorted(set(_read_index(directory / name)[0].values())) if name == INDEX_FILE else [name]
+
+
 def read_tensors(path: Path) -> tuple[Mapping[str, TensorInfo], Mapping[str, str]]:
     """The tensors of one safetensors file, in the order of their bytes, and its metadata. Raises
     CheckpointError.

@@ -30,7 +30,7 @@ def _kv_dir_option(command: Command) -> Command:
     )
 
 
-@click.group()
+@click.group(short_help="List, verify and remove saved prefix caches.")
 def cache() -> None:
     """List, verify and remove the prefix caches that earlier runs saved in --kv-dir."""
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ollm_core.convert.compress import Converting
 
 
-@click.command()
+@click.command(short_help="Compress the bf16 weights of a model, losslessly.")
 @click.argument("model", metavar="MODEL")
 @click.option(
     "--out",
@@ -37,7 +37,7 @@ def convert(model: str, out: Path, models_dir: str | None, as_json: bool) -> Non
     slow. The original is not changed. After an interruption, run the command again: it writes the
     files that are missing.
     """
-    from ollm_core.checkpoint.hub import resolve
+    from ollm_core.checkpoint.locate import resolve
     from ollm_core.convert.compress import convert
     from ollm_core.files.paths import check_writable_directory
     from ollm_core.plugins.registry import Registry

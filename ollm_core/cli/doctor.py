@@ -9,7 +9,7 @@ from ollm_core.cli.output import print_json
 from ollm_core.memory.sizes import format_size
 
 
-@click.command()
+@click.command(short_help="Measure how fast your disk and your device are.")
 @options_of("doctor")
 @click.option(
     "--dtype",
@@ -23,13 +23,15 @@ from ollm_core.memory.sizes import format_size
 def doctor(device: str, dtype: str, models_dir: str | None, as_json: bool) -> None:
     """Measure your disk and your device, so that `ollm plan` knows how fast they are."""
     from ollm_core.calibration.rates import (
+        PRECISIONS,
         as_fields,
+        find_rates,
         measure_rates,
         measured_attention,
         measured_readers,
         rates_file,
     )
-    from ollm_core.checkpoint.hub import models_root
+    from ollm_core.checkpoint.locate import models_root
     from ollm_core.device.select import pick_device
     from ollm_core.memory.budgets import DEVICE_DEFAULT, HOST_DEFAULT, default_budgets
     from ollm_core.model.spec import DTYPES
@@ -53,13 +55,23 @@ def doctor(device: str, dtype: str, models_dir: str | None, as_json: bool) -> No
     if rates.bus is not None:
         click.echo(f"bus      {format_size(rates.bus.per_second)}/s from host to {target}")
     click.echo(f"compute  {rates.compute.per_second / 1e9:.4g} GFLOP/s in {dtype} on {target}")
+    click.echo(f"{'':<9}by rows of states:")
+    click.echo(f"{'':<9}{'rows':<6}" + "".join(f"{rows:>8}" for rows in rates.products))
+    for precision in PRECISIONS:
+        by_rows = find_rates(root, target, DTYPES[dtype], precision).products
+        each = "".join(f"{rate / 1e9:>8.4g}" for rate in by_rows.values())
+        click.echo(f"{'':<9}{precision:<6}{each}")
+    click.echo(
+        f"layer    {1e6 / rates.layer.per_second:.3g} us for each call by itself, "
+        f"{1e9 / rates.states.per_second:.2g} ns for each number"
+    )
     if attention:
         best = max(attention, key=lambda name: attention[name])
         each = ", ".join(f"{name} {rate / 1e9:.4g}" for name, rate in attention.items())
         click.echo(f"blocks   {best} attention is the fastest: {each} GFLOP/s")
     click.echo(
         f"limits   {format_size(budgets.device)} device memory, {format_size(budgets.host)} host "
-        "memory, unless you set others:"
+        "memory, by default:"
     )
     click.echo(f"{'':<9}device: {DEVICE_DEFAULT}")
     click.echo(f"{'':<9}host: {HOST_DEFAULT}")

@@ -15,7 +15,8 @@ from ollm_core import __version__
 from ollm_core.cli.cache import cache
 from ollm_core.cli.convert import convert
 from ollm_core.cli.doctor import doctor
-from ollm_core.cli.models import import_, list_models, plugins, pull
+from ollm_core.cli.listing import list_models
+from ollm_core.cli.models import import_, plugins, pull
 from ollm_core.cli.offered import Verbs
 from ollm_core.cli.options import debug_option
 from ollm_core.cli.output import print_error, quiet

@@ -1,8 +1,9 @@
-"""The verbs about models and plugins: `list-models`, `plugins`, `pull`, `import`."""
+"""The verbs about models and plugins: `plugins`, `pull`, `import`."""
 
 from __future__ import annotations
 
 import io
+import os
 import sys
 from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
@@ -10,53 +11,12 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ollm_core.checkpoint.locate import is_repository, may_be_id
 from ollm_core.cli.options import debug_option, json_option, options_of, user_path
 from ollm_core.cli.output import print_json, print_table
-from ollm_core.memory.sizes import format_size
 
 if TYPE_CHECKING:
     from ollm_core.plugins.registry import PluginInfo
-
-
-@click.command("list-models")
-@options_of("list-models")
-@json_option
-@debug_option
-def list_models(models_dir: str | None, as_json: bool) -> None:
-    """Show every model that the installed adapters offer."""
-    from ollm_core.checkpoint.hub import is_on_disk, local_path
-    from ollm_core.plugins.registry import Registry, limits
-
-    rows = [("ID", "ADAPTER", "DISTRIBUTION", "PARAMETERS", "SIZE", "ON DISK", "UNSUPPORTED")]
-    models = []
-    for adapter, entry, plugin in Registry.discover().catalog():
-        on_disk = is_on_disk(entry.id, models_dir)
-        size = format_size(entry.weight_bytes)
-        parameters = f"{entry.num_parameters / 1e9:.3g}B"
-        missing = limits(adapter)
-        without = ", ".join(missing) or "-"
-        told = "yes" if on_disk else "no"
-        rows.append((entry.id, adapter.name, plugin.distribution, parameters, size, told, without))
-        models.append(
-            {
-                "id": entry.id,
-                "adapter": adapter.name,
-                "distribution": plugin.distribution,
-                "repo": entry.repo,
-                "license": entry.license,
-                "num_parameters": entry.num_parameters,
-                "weight_bytes": entry.weight_bytes,
-                "on_disk": on_disk,
-                "unsupported": missing,
-                "path": str(local_path(entry.id, models_dir)),
-            }
-        )
-    if as_json:
-        print_json({"models": models})
-    elif not models:
-        click.echo("no adapter offers a model; `ollm plugins` shows what is installed")
-    else:
-        print_table(rows)
 
 
 @click.command()
@@ -76,6 +36,7 @@ def plugins(as_json: bool) -> None:
     for plugin in found:
         brings = [f"adapter {one.name} ({one.adapter_api})" for one in plugin.adapters]
         brings += [f"{KINDS[offer.hook].title} {offer.name}" for offer in plugin.offers]
+        brings += [f"catalog of {len(plugin.models)} models"] if plugin.models else []
         status = f"{plugin.status}: {plugin.reason}" if plugin.reason else plugin.status
         rows.append((plugin.name, plugin.distribution, plugin.version, ", ".join(brings), status))
     print_table(rows)
@@ -102,28 +63,68 @@ def _fields(plugin: PluginInfo) -> dict[str, object]:
             kind.field: [offer.name for offer in plugin.offers if offer.hook == hook]
             for hook, kind in KINDS.items()
         },
+        "num_models": len(plugin.models),
         "status": plugin.status,
         "reason": plugin.reason,
     }
 
 
 @click.command()
-@click.argument("model_id", metavar="ID")
+@click.argument("model", metavar="MODEL")
 @options_of("pull")
 @click.option("--force", is_flag=True, help="Download again, even if the model is on disk.")
 @json_option
 @debug_option
-def pull(model_id: str, models_dir: str | None, force: bool, as_json: bool) -> None:
-    """Download the model ID from the Hugging Face hub. Run it again to resume a download."""
-    from ollm_core.checkpoint import hub
-    from ollm_core.plugins.registry import Registry
+def pull(model: str, models_dir: str | None, force: bool, as_json: bool) -> None:
+    """Download MODEL, an id or a hub repository (owner/name), from the Hugging Face hub.
 
-    _, entry = Registry.discover().find(model_id)
-    path = hub.pull(entry, models_dir, force=force, progress=sys.stderr.isatty())
+    Fetches config, tokenizer, chat template and safetensors weights, and nothing else. After an
+    interruption, run it again: files that are whole are kept. A model that no installed adapter
+    opens is refused before its weights are fetched.
+    """
+    model_id, path = fetch(model, models_dir, force=force)
     if as_json:
-        print_json({"id": entry.id, "path": str(path)})
+        print_json({"id": model_id, "path": str(path)})
     else:
         click.echo(path)
+
+
+def check_known(model: str, models_dir: str | None, *, here: bool) -> None:
+    """Say at once, before torch is loaded, that there is no such model, or, where it must be
+    `here`, that it is not on disk. Raises InputError, UnknownModelError.
+    """
+    from ollm_core.checkpoint.locate import has_config, locate, resolve
+    from ollm_core.plugins.registry import Registry
+
+    registry = Registry.discover()
+    is_path = "/" in model or os.path.exists(model) or model.endswith(".json")
+    if may_be_id(model) and locate(model, registry, models_dir, has_config):
+        return  # whether it is whole, who opens it says
+    if here:
+        resolve(model, registry, models_dir)
+    elif not is_path:
+        registry.find(model)
+
+
+def fetch(model: str, models_dir: str | None, *, force: bool = False) -> tuple[str, Path]:
+    """Pull a model by its id, an alias or its hub repository; -> its id and its directory."""
+    from ollm_core.checkpoint import hub
+    from ollm_core.contracts.model import CatalogEntry
+    from ollm_core.plugins.registry import Registry
+
+    registry = Registry.discover()
+    if is_repository(model) and not registry.named(model):
+        entry = CatalogEntry(model, model, 0, 0, {})
+    else:
+        _, entry = registry.find(model)
+    path = hub.pull(
+        entry,
+        models_dir,
+        force=force,
+        progress=sys.stderr.isatty(),
+        check=lambda config: registry.check_opens(config, entry.repo),
+    )
+    return entry.id, path
 
 
 @click.command("import")
@@ -156,7 +157,7 @@ def import_(
     as_json: bool,
 ) -> None:
     """Convert a GGUF file to a safetensors model. Quantised weights are dequantised."""
-    from ollm_core.checkpoint.hub import models_root
+    from ollm_core.checkpoint.locate import models_root
     from ollm_core.convert.gguf.importer import import_gguf
 
     out = out or models_root(models_dir) / gguf_file.stem

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import click
 
-from ollm_core.errors import OllmError, PluginError
+from ollm_core.errors import InputError, OllmError, PluginError
 from ollm_core.plugins.loader import KINDS
 
 if TYPE_CHECKING:
@@ -29,7 +29,9 @@ def check_offered(hook: str) -> Callable[[click.Context, click.Parameter, str], 
             try:
                 _registry().check_name(hook, value)
             except OllmError as error:
-                raise click.BadParameter(str(error), context, parameter) from error
+                raise InputError(
+                    f"{parameter.opts[0]}: {error.message}", hint=error.hint
+                ) from error
         return value
 
     return check

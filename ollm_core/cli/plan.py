@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ollm_core.cli.models import check_known
 from ollm_core.cli.options import debug_option, json_option, options_of
 from ollm_core.cli.output import print_json
 from ollm_core.cli.picture import check_path, save
@@ -25,7 +26,7 @@ _TERMINAL = "-"
 _COLUMN = 12
 
 
-@click.command()
+@click.command(short_help="Predict the memory and the time of a run.")
 @click.argument("model")
 @options_of("plan")
 @click.option(
@@ -40,8 +41,10 @@ _COLUMN = 12
 def plan(model: str, as_json: bool, plot: str | None, **options: Any) -> None:
     """Predict the memory and the time that a run of MODEL needs, without running it.
 
-    MODEL is an id, a directory, or a lone config.json: no weights are needed, and no such device.
+    MODEL is an id, a hub repository (owner/name), a directory, or a lone config.json: no weights
+    are needed, and no such device. Of a repository that is not on disk, config.json is fetched.
     """
+    check_known(model, options["models_dir"], here=False)
     from ollm_core.planning import planner
 
     picture = Path(plot) if plot not in (None, _TERMINAL) else None
@@ -68,6 +71,7 @@ def _text(plan: Plan, device_layers: int | None = None, host_layers: int | None 
     place = plan.placement
     lines = [
         ("model", f"{plan.model}, {format_size(plan.weight_bytes)}, {plan.dtype}"),
+        ("by", plan.planned_from),
         (
             "run",
             f"{plan.batch} x {plan.context - plan.max_new_tokens} prompt tokens and "

@@ -38,6 +38,9 @@ def summary(
     read_rate = _rate(stats.weight_bytes_read, stats.read_seconds)
     prefill_rate = _rate(stats.prefill_tokens, stats.prefill_seconds)
     decode_rate = _rate(stats.decode_tokens, stats.decode_seconds)
+    on_disk = ""
+    if stats.kv_tier == "disk":
+        on_disk = f", {format_size(stats.kv_disk_bytes)}, {format_size(stats.kv_bytes_read)} read"
     lines = {
         "model": f"{format_size(stats.weight_bytes)}, {format_size(stats.resident_bytes)} resident",
         "device memory": f"peak {format_size(stats.device_peak_bytes)} / "
@@ -52,8 +55,7 @@ def summary(
         f"{prefill_rate:.1f} tokens/s",
         "decode": f"{stats.decode_tokens} tokens in {stats.decode_seconds:.1f} s, "
         f"{decode_rate:.2f} tokens/s",
-        "KV cache": f"on {stats.kv_tier}, {format_size(stats.kv_disk_bytes)} on disk, "
-        f"{format_size(stats.kv_bytes_read)} read",
+        "KV cache": f"on {stats.kv_tier}{on_disk}",
     }
     if stats.experts_routed:
         lines["experts"] = (
@@ -69,7 +71,7 @@ def summary(
     if stats.times_short:
         lines["memory short"] = (
             f"{stats.times_short} times; up to {format_size(stats.most_given_up_bytes)} of weights "
-            "evicted for it, and read again"
+            "evicted, and read again later"
         )
     if drafting:
         lines["drafts"] = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ollm_core.cli.inputs import read_text
+from ollm_core.cli.models import check_known, fetch
 from ollm_core.cli.options import STDIN, debug_option, json_option, names_of, options_of, user_path
 from ollm_core.cli.output import print_json
 from ollm_core.cli.profile import profile_table
@@ -43,6 +45,7 @@ _TOP_K = "Sample among this many of the most likely tokens.  [default: all]"
     type=click.Choice(["low", "medium", "high"]),
     help="How long the model thinks, if its chat template can say.  [default: the template's]",
 )
+@click.option("--pull", is_flag=True, help="Download MODEL first, if it is not on disk.")
 @click.option("--raw", is_flag=True, help="Continue your text as it is, without a chat template.")
 @click.option(
     "--allow-special-tokens",
@@ -73,6 +76,7 @@ def run(
     file: Path | None,
     system: str | None,
     reasoning_effort: str | None,
+    pull: bool,
     raw: bool,
     allow_special_tokens: bool,
     as_json: bool,
@@ -81,7 +85,7 @@ def run(
     profile: Path | None,
     **options: Any,
 ) -> None:
-    """Answer a prompt with MODEL, an id or a directory.
+    """Answer a prompt with MODEL: an id, a hub repository (owner/name), or a directory.
 
     With --file and --prompt, the model reads the document and then the question. The answer goes
     to stdout as it is made, progress and a summary to stderr.
@@ -100,6 +104,9 @@ def run(
         check_writable_file(profile)
     text = _user_text(prompt, file)
     drafting = options["draft"] != "none"
+    if pull and not os.path.isdir(model):
+        fetch(model, options["models_dir"])
+    check_known(model, options["models_dir"], here=True)
     if not options["device"].startswith("cuda"):
         wait_asleep_beside_others()
     progress = ProgressBar(Path(model).name)

@@ -73,10 +73,14 @@ class CatalogEntry:
     repo: str
     """Hub repository, `owner/name`."""
     num_parameters: int
+    """0 if it is not known without asking the hub."""
     weight_bytes: int
-    """Bytes of all checkpoint tensors."""
+    """Bytes of all checkpoint tensors; 0 if they are not known without asking the hub."""
     config: Config = field(repr=False)
+    """The content of config.json; empty if it is not known without asking the hub."""
     chat: bool = True
     license: str = ""
     ignored_bytes: int = 0
     """Of `weight_bytes`, those of tensors that the adapter ignores."""
+    aliases: tuple[str, ...] = ()
+    """Other names, as users of other programs type them: `llama3.1:8b`. The first is shown."""

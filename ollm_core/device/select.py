@@ -26,8 +26,8 @@ def pick_device(device: Device) -> torch.device:
         return torch.device(devices[1] if len(devices) > 1 else "cpu")
     if (f"{name}:0" if name == "cuda" else name) not in devices:
         raise DeviceError(
-            f"device {name!r} is not there",
-            hint=f"this machine has: {', '.join(devices)}",
+            f"no device {name!r} on this machine",
+            hint=f"one of: {', '.join(devices)}",
         )
     return torch.device(f"{name}:0" if name == "cuda" else name)
 

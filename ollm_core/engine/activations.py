@@ -10,7 +10,6 @@ from typing import cast
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ollm_core.attention.blockwise import most_blocks
 from ollm_core.attention.select import find_attention
@@ -183,8 +182,7 @@ class Workspace:
         ]
 
         def add(chunk: RoutedChunk, _: ActivationOffload = offload) -> None:
-            taken: TorchDispatchMode = OneExpertTaken()  # type: ignore[no-untyped-call]
-            with taken, mixture.bound(parameters):
+            with OneExpertTaken(), mixture.bound(parameters):
                 mixture.add(chunk, 0, num_tokens, offload)
 
         if alone:

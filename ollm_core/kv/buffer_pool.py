@@ -17,31 +17,31 @@ class Charges:
 
     def __init__(self, account: MemoryAccount) -> None:
         self.account = account
-        self.held: Counter[str] = Counter()
+        self.charged: Counter[str] = Counter()
         """Bytes by kind."""
         self._closed = False
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all kinds held now."""
-        return self.held.total()
+        """Bytes of all kinds."""
+        return self.charged.total()
 
     def take(self, kind: str, num_bytes: int) -> None:
         """Raises DoesNotFitError, with nothing taken, if the account does not allow it."""
         self.account.reserve(kind, num_bytes)
-        self.held[kind] += num_bytes
+        self.charged[kind] += num_bytes
 
     def give(self, kind: str, num_bytes: int) -> None:
         """Give back what `take` took. Ignored after `close`, which gave back everything."""
         if not self._closed:
             self.account.release(kind, num_bytes)
-            self.held[kind] -= num_bytes
+            self.charged[kind] -= num_bytes
 
     def close(self) -> None:
         """Give back everything. May be called twice."""
-        for kind, num_bytes in self.held.items():
+        for kind, num_bytes in self.charged.items():
             self.account.release(kind, num_bytes)
-        self.held.clear()
+        self.charged.clear()
         self._closed = True
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ollm_core.errors import DoesNotFitError
+from ollm_core.memory.kinds import label_of
 from ollm_core.memory.pair import PerMemory
 from ollm_core.memory.sizes import format_size
 
@@ -40,7 +41,7 @@ class MemoryAccount:
             if self.used + num_bytes > self.limit:
                 free, limit = format_size(self.limit - self.used), format_size(self.limit)
                 raise DoesNotFitError(
-                    f"{self.name}: need {format_size(num_bytes)} for {kind}, {free} free "
+                    f"{self.name}: need {format_size(num_bytes)} for {label_of(kind)}, {free} free "
                     f"(limit {limit})",
                     hint=f"allow at least {self.used + num_bytes} bytes",
                     memory=self.name,

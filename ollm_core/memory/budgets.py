@@ -19,8 +19,8 @@ RESERVE_BYTES = 500_000_000
 """Left alone on each memory: the interpreter, torch's own buffers and the rest of the machine."""
 ASSUMED_DEVICE_BYTES = 8 * 10**9
 """The memory of a GPU that is planned for and not here."""
-DEVICE_DEFAULT = "all that is free now less 500 MB; on a CPU 70% of that"
-HOST_DEFAULT = "90% of what is free now less 500 MB; on a CPU 20% of that"
+DEVICE_DEFAULT = "free memory now, less 500 MB; on a CPU 70% of that"
+HOST_DEFAULT = "90% of free memory now, less 500 MB; on a CPU 20% of that"
 """The rules below in words, for people."""
 
 
@@ -57,12 +57,18 @@ def default_budgets(device: torch.device) -> Budgets:
     """What a model may use where the user states nothing. Of a GPU that is not here, 8 GB are
     assumed.
     """
-    host = max(HostMemory().free() - RESERVE_BYTES, 1)
     if device.type == "cpu":
-        return PerMemory(host * 7 // 10, host * 2 // 10)
+        return default_shares(None)
     gpu = _gpu_memory(device)
-    free = gpu[0] - RESERVE_BYTES if gpu else ASSUMED_DEVICE_BYTES
-    return PerMemory(max(free, 1), host * 9 // 10)
+    return default_shares(gpu[0] if gpu else ASSUMED_DEVICE_BYTES + RESERVE_BYTES)
+
+
+def default_shares(free_gpu_bytes: int | None) -> Budgets:
+    """The default for a GPU with so many bytes free, or for the CPU where that is None."""
+    host = max(HostMemory().free() - RESERVE_BYTES, 1)
+    if free_gpu_bytes is None:
+        return PerMemory(host * 7 // 10, host * 2 // 10)
+    return PerMemory(max(free_gpu_bytes - RESERVE_BYTES, 1), host * 9 // 10)
 
 
 def stated_budgets(

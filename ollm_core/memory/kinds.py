@@ -29,7 +29,7 @@ class MemoryKind(StrEnum):
 
     __repr__ = str.__repr__  # an account in a message shows names
 
-    WEIGHTS = "weights", "norm, rotary, buffers for one layer", "#9ecae1"
+    WEIGHTS = "weights", "norm, rotary and buffers of one layer", "#9ecae1"
     RESIDENT_WEIGHTS = "resident weights", "resident weights", "#3182bd"
     WEIGHT_RING = "weight ring", "weight prefetch buffers", "#6baed6"
     WEIGHT_STAGING = "weight staging", "weight load buffers", "#4292c6"

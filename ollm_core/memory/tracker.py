@@ -47,20 +47,11 @@ _IN_PLACE = frozenset(
 _COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 
 
-class AllocationTracker(TorchDispatchMode):
-    """Bytes of live tensor storages of one device type that were made inside the `with` block.
+class OperationMode(TorchDispatchMode):
+    """Sees every operation of torch inside the `with` block, and answers in its place."""
 
-    Kernels' inner scratch memory is not seen. `limit` makes it an enforcer: going past it raises
-    MemoryError.
-    """
-
-    def __init__(self, device_type: str, limit: int | None = None) -> None:
+    def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.used = 0
-        self.peak = 0
-        self._device_type = device_type
-        self._limit = limit
-        self._known: set[int] = set()
 
     def __torch_dispatch__(
         self,
@@ -69,7 +60,29 @@ class AllocationTracker(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        kwargs = kwargs or {}
+        return self.seen(func, args, kwargs or {})
+
+    def seen(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The result of `func` with these arguments."""
+        raise NotImplementedError
+
+
+class AllocationTracker(OperationMode):
+    """Bytes of live tensor storages of one device type that were made inside the `with` block.
+
+    Kernels' inner scratch memory is not seen. `limit` makes it an enforcer: going past it raises
+    MemoryError.
+    """
+
+    def __init__(self, device_type: str, limit: int | None = None) -> None:
+        super().__init__()
+        self.used = 0
+        self.peak = 0
+        self._device_type = device_type
+        self._limit = limit
+        self._known: set[int] = set()
+
+    def seen(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if torch.is_inference_mode_enabled() and _is_composite(func):
             with self:  # its parts come here; outside of inference mode they do by themselves
                 return func._op_dk(_COMPOSITE, *args, **kwargs)
@@ -186,25 +199,19 @@ def traced_peak(work: Callable[[], object]) -> int:
     return peak
 
 
-class _OperationLog(TorchDispatchMode):
+class _OperationLog(OperationMode):
     """Writes down operations, what they are called with, and which parameters they take."""
 
     def __init__(self, names: Mapping[int, str]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.lines: list[str] = []
         self._names = names
 
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        self.lines.append(f"{func}{self._told(args)}{self._told(kwargs or {})}")
+    def seen(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.lines.append(f"{func}{self._told(args)}{self._told(kwargs)}")
         if func in _ELEMENTWISE and (result := elementwise(args)) is not None:
             return result
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
 
     def _told(self, value: object) -> str:
         if isinstance(value, Tensor):
@@ -228,25 +235,19 @@ def called_operations(work: Callable[[], object], parameters: Mapping[str, Tenso
     return lines
 
 
-class OneExpertTaken(TorchDispatchMode):
+class OneExpertTaken(OperationMode):
     """Lets the family's code for one expert be traced on the meta device, where its questions about
     data have no answer: the only expert there is was chosen by every token.
     """
 
-    def __torch_dispatch__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def seen(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func is _ATEN.nonzero.default:
             (asked,) = args
             found = 1 if asked.dim() == 1 else asked.numel()
             return torch.empty(found, asked.dim(), dtype=torch.int64, device=asked.device)
         if func is _ATEN._local_scalar_dense.default:
             return args[0].dtype != torch.bool and 0
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
 
 
 @functools.cache

@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ollm_core.contracts.model import Layout
 from ollm_core.errors import UnsupportedError
+from ollm_core.memory.tracker import OperationMode
 
 _ATEN = torch.ops.aten
 _IN_PLACE: Mapping[Any, Any] = {
@@ -147,14 +147,14 @@ def _give_buffers(model: Any, layout: Layout) -> None:
         model._init_weights(module)
 
 
-class _Watcher(TorchDispatchMode):
+class _Watcher(OperationMode):
     """Follows values from where they begin through operations that are understood."""
 
     def __init__(self, starts: Callable[[Any, tuple[Any, ...]], str]) -> None:
         """`starts` tells, of a call of an overload, the name of what begins with its result, or
         "".
         """
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._starts = starts
         self._values: dict[int, tuple[str, tuple[Operation, ...]]] = {}
         self._unknown: dict[int, str] = {}
@@ -172,14 +172,7 @@ class _Watcher(TorchDispatchMode):
             raise LookupError(self._unknown.get(id(value), "something else"))
         return self._values[id(value)]
 
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
+    def seen(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         result = func(*args, **kwargs)
         if not isinstance(result, Tensor):
             return result

@@ -124,6 +124,8 @@ class Skeleton:
             name: tuple(parameter.shape)
             for name, parameter in model.named_parameters(remove_duplicate=False)
         }
+        if products:
+            products.expect(max(shape[-1] for shape in self.shapes.values() if len(shape) > 1))
         self.layers: Sequence[nn.Module] = list(model.get_submodule(layout.layers))
         self.norm = model.get_submodule(layout.norm)
         self.meta_rotary = model.get_submodule(layout.rotary)

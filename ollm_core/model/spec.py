@@ -16,12 +16,13 @@ from ollm_core.contracts.kv import CacheKind, KVGeometry
 from ollm_core.contracts.model import Config
 from ollm_core.contracts.tensors import TORCH_NAMES
 from ollm_core.device.memory import DeviceMemory, memory_of
-from ollm_core.errors import ConfigError, UnsupportedError
+from ollm_core.errors import ConfigError
 from ollm_core.files.untrusted_json import show
 from ollm_core.model.own_skeleton import OwnSkeleton
 from ollm_core.model.skeleton import Skeleton
 from ollm_core.plugins.limited import LimitedAdapter
 from ollm_core.plugins.loader import Offer
+from ollm_core.plugins.registry import check_quantization
 from ollm_core.plugins.validation import kinds_of, layout_of, plan_of, text_config_of
 from ollm_core.products.select import choose_products
 from ollm_core.weights.formats.codecs import LogicalTensors, as_stored, quantized
@@ -75,7 +76,7 @@ def inspect_model(
     """
     config = text_config_of(adapter, whole_config)
     declared: Config = {**config, **whole_config}
-    _check_quantization(adapter, declared, where)
+    check_quantization(adapter, declared, str(where))
     if checkpoint is None:
         known = declared.get("dtype") or declared.get("torch_dtype") or adapter.unstated_dtype
         declared = {**declared, "dtype": known or (None if dtype == "auto" else dtype)}
@@ -133,25 +134,6 @@ def inspect_model(
         units,
         memory or memory_of(device),
     )
-
-
-def _check_quantization(adapter: ModelAdapter, config: Config, where: Path) -> None:
-    """Raises UnsupportedError for a model that is quantised in a way that the adapter does not
-    declare: its tensors would be taken for plain ones.
-    """
-    stated = config.get("quantization_config")
-    if stated is None:
-        return
-    method = stated.get("quant_method") if isinstance(stated, Mapping) else stated
-    if method not in adapter.quantizations:
-        known = ", ".join(adapter.quantizations)
-        raise UnsupportedError(
-            f"{where}: quantization_config of config.json: quant_method {show(method)} is not "
-            f"supported by adapter {adapter.name}",
-            hint=f"it opens {known}, and models that are not quantised"
-            if known
-            else "open the model as it was before it was quantised",
-        )
 
 
 def _compute_dtype(

@@ -2,43 +2,86 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 
+from ollm_core.calibration.products import flop_rate, seconds_per_weight
 from ollm_core.calibration.rates import Rates
 from ollm_core.contracts.kv import CacheKind
 from ollm_core.device.offload import ActivationOffload
 from ollm_core.model.spec import ModelSpec
 from ollm_core.planning.dry_run import DryRunResult, Scenario
+from ollm_core.weights.units import WeightUnit
 
 _CONVERSION = 2  # a converted byte is written, and read where it comes from
+# What these take beside products and attention, in calls of transformers' layer: a layer with the
+# engine's work for it, an expert, a block of a past.
+_ENGINE_CALL, _EXPERT_CALL, _BLOCK_CALL = 2.0, 0.5, 0.125
+_BLOCK_TOKENS = 256
 _SCORE_PASSES = 8  # of exact attention over its scores: scaled, masked, normalised, cast, each anew
 
 
 @dataclass(frozen=True, slots=True)
+class Product:
+    """Weights that are multiplied by so many rows of states at a time, so often."""
+
+    weights: float
+    rows: float
+    times: float = 1
+
+
+@dataclass(frozen=True, slots=True)
 class PassCost:
-    """What one weight pass takes of the machine, all of it at the same time."""
+    """What one weight pass takes of the machine. Disk, bus and device work at the same time; what
+    the device does comes one after the other.
+    """
 
     disk_bytes: float
     """Read from disk: weights, and KV that lies there."""
     bus_bytes: float
     """Moved from the host to the device."""
     memory_bytes: float
-    """Weights, KV and large copies of them that the device goes through."""
-    flops: float
+    """Large copies of weights and KV that the device goes through."""
+    products: Sequence[Product]
+    attention: float
+    """FLOP of it, with `new_tokens` of a sequence at a time."""
+    new_tokens: int
+    head_dim: int
+    exact_attention: bool
+    """It is products in the compute dtype, not blocks in float32."""
+    layer_calls: float
+    """Times that a layer is called, or as much is done beside products and attention."""
+    numbers: float
+    """Outputs of all products, and of attention over each block, for all tokens."""
     converting_seconds: float = 0.0
-    """Of making weights from what is stored, where that takes more than moving them. It counts as
-    compute: the same cores do it.
-    """
+    """Of making weights from what is stored, where that takes more than moving them."""
+    loaded_bytes: float = 0.0
+    """Of `disk_bytes`, weights that are loaded to stay: while they are, nothing is computed."""
 
     def seconds(self, rates: Rates) -> dict[str, float]:
         """By what would limit the pass if the rest were free."""
+        reading = sum(
+            one.times * one.weights * seconds_per_weight(rates.products, min(one.rows, 1))
+            for one in self.products
+        )
+        products = sum(
+            one.times * one.weights * seconds_per_weight(rates.products, one.rows)
+            for one in self.products
+        )
+        memory = self.memory_bytes / rates.memory.per_second
+        own = self.layer_calls / rates.layer.per_second + self.numbers / rates.states.per_second
+        blocks = rates.products
+        if rates.blocks and not self.exact_attention:
+            blocks = rates.blocks[min(rates.blocks, key=lambda size: abs(size - self.head_dim))]
+        device = products + memory + own + self.converting_seconds
+        device += self.attention / flop_rate(blocks, self.new_tokens)
         found = {
             "disk": self.disk_bytes / rates.disk.per_second,
-            "compute": self.flops / rates.compute.per_second + self.converting_seconds,
-            "memory": self.memory_bytes / rates.memory.per_second,
+            "memory" if reading + memory > device / 2 else "compute": device
+            + self.loaded_bytes / rates.disk.per_second,
         }
         if rates.bus is not None:
             found["bus"] = self.bus_bytes / rates.bus.per_second
@@ -59,12 +102,13 @@ class Estimate:
         self._kinds = [kind for kind in spec.kinds if kind.has_keys]
         self._itemsize = itemsize
         self._num_heads = int(getattr(spec.skeleton.config, "num_attention_heads", 0) or 0)
-        self._layers = sum(p.num_bytes(spec.dtype) for u in units.layers for p in u.parameters)
-        self._head = sum(p.num_bytes(spec.dtype) for u in units.head for p in u.parameters)
+        self._num_layers = len(units.layers)
+        self._layers, self._layer_outputs = _weights_and_outputs(units.layers)
+        self._head, _ = _weights_and_outputs(units.head)
         self._stored = sum(unit.file_bytes for unit in units.in_pass_order)
         self._counts = [len(layer) for layer in units.experts.values()]
         one = next((layer[0] for layer in units.experts.values()), None)
-        self._expert = sum(p.num_bytes(spec.dtype) for p in one.parameters) if one else 0
+        self._expert, self._expert_outputs = _weights_and_outputs([one] if one else [])
         self._expert_stored = one.file_bytes if one else 0
         self._seconds = sum(unit.seconds for unit in units.in_pass_order)
         self._expert_seconds = one.seconds if one else 0.0
@@ -102,12 +146,22 @@ class Estimate:
             copies += scenario.batch * sum(self._exact_bytes(end) for end in ends)
             scores = scenario.batch * self._num_heads * pairs * self._itemsize
             copies += _SCORE_PASSES * scores
+        num_chunks = scenario.batch * len(past)
+        blocks = pairs / min(run.chunk_size, scenario.prompt_tokens) / _BLOCK_TOKENS
         return PassCost(
-            weights + kv * (run.kv_tier == "disk"),
-            weights + kv * (run.kv_tier != "device"),
-            self._layers + self._head + distinct * self._expert + copies,
-            self._flops(num_tokens, scenario.batch) + self._attention(scenario.batch * pairs),
-            self._seconds + distinct * self._expert_seconds,
+            disk_bytes=weights + kv * (run.kv_tier == "disk"),
+            bus_bytes=weights + kv * (run.kv_tier != "device"),
+            memory_bytes=copies,
+            products=self._products(num_tokens, num_chunks, scenario.batch, distinct),
+            attention=self._attention(scenario.batch * pairs),
+            new_tokens=min(run.chunk_size, scenario.prompt_tokens),
+            head_dim=self._head_dim,
+            exact_attention=run.attention == "exact",
+            layer_calls=self._calls(num_chunks, distinct, scenario.batch * blocks),
+            numbers=num_tokens * self._outputs
+            + scenario.batch * pairs / _BLOCK_TOKENS * self._num_heads * self._head_dim,
+            converting_seconds=self._seconds + distinct * self._expert_seconds,
+            loaded_bytes=run.held.resident_bytes,
         )
 
     def token(self, run: DryRunResult, scenario: Scenario) -> PassCost:
@@ -123,13 +177,23 @@ class Estimate:
         seen = sum(self._span(kind, scenario.context) for kind in self._kinds)
         copies: float = _CONVERSION * held.converted_bytes
         if run.attention == "exact":
-            copies += batch * self._exact_bytes(scenario.context)
+            copies += kv + batch * self._exact_bytes(scenario.context)
         return PassCost(
-            read + kv * (run.kv_tier == "disk"),
-            held.streamed_bytes + held.dense_host_bytes + moved + kv * (run.kv_tier != "device"),
-            self._layers + self._head + distinct * self._expert + kv + copies,
-            self._flops(batch, batch) + self._attention(batch * seen),
-            held.converting_seconds + distinct * (1 - on_device) * self._expert_seconds,
+            disk_bytes=read + kv * (run.kv_tier == "disk"),
+            bus_bytes=held.streamed_bytes
+            + held.dense_host_bytes
+            + moved
+            + kv * (run.kv_tier != "device"),
+            memory_bytes=copies,
+            products=self._products(batch, 1, batch, distinct),
+            attention=self._attention(batch * seen),
+            new_tokens=1,
+            head_dim=self._head_dim,
+            exact_attention=run.attention == "exact",
+            layer_calls=self._calls(1, distinct, batch * seen / _BLOCK_TOKENS),
+            numbers=batch * self._outputs,
+            converting_seconds=held.converting_seconds
+            + distinct * (1 - on_device) * self._expert_seconds,
         )
 
     def kv_bytes(self, scenario: Scenario) -> int:
@@ -159,19 +223,50 @@ class Estimate:
         """Tokens of so many that a layer's attention sees."""
         return min(num_tokens, kind.window or num_tokens)
 
-    def _flops(self, num_tokens: int, num_logits: int) -> float:
-        active = self._layers + len(self._counts) * self._num_chosen * self._expert
-        return 2 * (num_tokens * active + num_logits * self._head) / self._itemsize
+    def _products(
+        self, num_tokens: int, num_calls: int, num_logits: int, distinct: float
+    ) -> list[Product]:
+        """Of all layers, called so often, of the head, and of the experts that tokens choose."""
+        found = [
+            Product(self._layers, num_tokens / num_calls, num_calls),
+            Product(self._head, num_logits),
+        ]
+        if distinct:
+            rows = num_tokens * self._num_chosen * len(self._counts) / distinct
+            found.append(Product(distinct * self._expert, max(rows, 1)))
+        return found
+
+    @property
+    def _outputs(self) -> int:
+        """Of all products of all layers, for one token."""
+        chosen = len(self._counts) * self._num_chosen
+        return self._layer_outputs + chosen * self._expert_outputs
+
+    def _calls(self, num_calls: int, distinct: float, blocks: float) -> float:
+        """As many calls of transformers' layer take as long as what is done for `num_calls` of all
+        layers, `distinct` experts and so many blocks of a past.
+        """
+        engine = _ENGINE_CALL * self._num_layers * num_calls
+        return engine + _EXPERT_CALL * distinct + _BLOCK_CALL * blocks
+
+    @property
+    def _head_dim(self) -> int:
+        return max((kind.head_dim for kind in self._kinds), default=0)
 
     def _attention(self, pairs: float) -> float:
-        head_dim = max((kind.head_dim for kind in self._kinds), default=0)
-        return 4 * self._num_heads * head_dim * pairs
+        return 4 * self._num_heads * self._head_dim * pairs
 
     @staticmethod
     def _seen(window: int | None, num_tokens: int) -> float:
         """Pairs of a query and a key of one layer."""
         span = min(window or num_tokens, num_tokens)
         return span * (span + 1) / 2 + (num_tokens - span) * span
+
+
+def _weights_and_outputs(units: Iterable[WeightUnit]) -> tuple[int, int]:
+    """How many weights are multiplied, and how many numbers one token makes of them."""
+    shapes = [p.shape for unit in units for p in unit.parameters if len(p.shape) == 2]
+    return sum(prod(shape) for shape in shapes), sum(shape[0] for shape in shapes)
 
 
 def _experts_per_token(spec: ModelSpec) -> int:

@@ -75,6 +75,8 @@ class Plan:
     rates: Rates
     moments: Sequence[Moment]
     """What is held over the run."""
+    planned_from: str = ""
+    """What the plan goes by, in words."""
 
     def fields(self) -> dict[str, Any]:
         """For JSON."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import index
 from pathlib import Path
 
 from ollm_core.calibration.rates import fastest_blocks, find_rates
-from ollm_core.checkpoint.hub import is_on_disk, local_path, may_be_id, models_root
+from ollm_core.checkpoint.hub import fetch_config
+from ollm_core.checkpoint.locate import absent, is_repository, locate, may_be_id, models_root
 from ollm_core.checkpoint.safetensors import (
     INDEX_FILE,
     SINGLE_FILE,
@@ -20,7 +21,7 @@ from ollm_core.contracts.adapter import ModelAdapter
 from ollm_core.contracts.model import Config
 from ollm_core.device.select import planned_device
 from ollm_core.engine.torch_state import own_torch_state
-from ollm_core.errors import InputError
+from ollm_core.errors import InputError, OllmError
 from ollm_core.files.paths import absolute
 from ollm_core.memory.budgets import layer_limits, stated_budgets
 from ollm_core.model.spec import inspect_model
@@ -38,8 +39,9 @@ DEFAULT_CONTEXT = 8192
 @own_torch_state()
 @takes(PlanOptions)
 def plan(path_or_id: PathLike, options: PlanOptions) -> Plan:
-    """Plan a run of the model in a directory, of a lone config.json, or of a known id: whether it
-    fits, what it holds, how long it takes. Nothing is read but headers, nothing is allocated.
+    """Plan a run of the model in a directory, of a lone config.json, of a known id, or of a hub
+    repository, whose config.json is then fetched alone: whether it fits, what it holds, how long it
+    takes. Nothing is read but headers, nothing is allocated.
 
     Raises an OllmError for what cannot be planned; a run that does not fit is a plan that says so.
     """
@@ -69,8 +71,11 @@ class Planner:
         blocks = fastest_blocks(self._target, spec.dtype)
         self._model = str(path_or_id)
         self._from_files = found.checkpoint is not None
+        self._planned_from = found.source
         self._positions = spec.skeleton.max_positions
-        self._rates = options.rates or find_rates(found.where, self._target, spec.dtype)
+        self._rates = options.rates or find_rates(
+            found.where, self._target, spec.dtype, options.precision
+        )
         self._dry_run, self._estimate = DryRun(spec, blocks), Estimate(spec)
 
     def plan(self, options: PlanOptions | None = None, *, compare: bool = True) -> Plan:
@@ -100,7 +105,8 @@ class Planner:
         question = Question(
             self._dry_run, self._estimate, self._rates, budgets, scenario, self._positions
         )
-        return question.answer(self._model, from_files=self._from_files, compare=compare)
+        answer = question.answer(self._model, from_files=self._from_files, compare=compare)
+        return replace(answer, planned_from=self._planned_from)
 
     def _length(self, context: int | None, max_new_tokens: int) -> int:
         positions = self._positions
@@ -125,26 +131,49 @@ class _Found:
     config: Config
     checkpoint: Checkpoint | None
     where: Path
+    source: str
+    """What the plan goes by, in words."""
 
 
 def _find(path_or_id: PathLike, registry: Registry, models_dir: PathLike | None) -> _Found:
-    """The model's config, and its files if they are there."""
+    """The model's config, and its files if they are there. Of a hub repository that is neither here
+    nor known, or known without a config, config.json is fetched.
+    """
     path = absolute(path_or_id)
     if os.path.isdir(path):
         directory = path
     elif os.path.isfile(path) or path.suffix == ".json":
         config = read_config(path.parent, path.name)
-        return _Found(registry.adapter_for(config), config, None, path)
+        return _Found(registry.adapter_for(config), config, None, path, f"{path} alone")
     elif not may_be_id(os.fspath(path_or_id)):
         raise InputError(f"there is no directory {path}", hint="ollm list-models shows known ids")
-    elif is_on_disk(str(path_or_id), models_dir):
-        directory = local_path(str(path_or_id), models_dir)
+    elif (found := locate(str(path_or_id), registry, models_dir)) is not None:
+        directory = found
     else:
-        adapter, entry = registry.find(str(path_or_id))
-        if not is_on_disk(entry.id, models_dir):
-            return _Found(adapter, entry.config, None, models_root(models_dir))
-        directory = local_path(entry.id, models_dir)
+        return _find_absent(str(path_or_id), registry, models_dir)
     config = read_config(directory)
     adapter = registry.adapter_for(config)
     has_files = any((directory / name).is_file() for name in (INDEX_FILE, SINGLE_FILE))
-    return _Found(adapter, config, open_checkpoint(directory) if has_files else None, directory)
+    checkpoint = open_checkpoint(directory) if has_files else None
+    source = f"the files in {directory}" if has_files else f"config.json in {directory} alone"
+    return _Found(adapter, config, checkpoint, directory, source)
+
+
+def _find_absent(name: str, registry: Registry, models_dir: PathLike | None) -> _Found:
+    """What is known of a model that is not here."""
+    root = models_root(models_dir)
+    known = registry.named(name)
+    if known is not None and known[1].config:
+        config = known[1].config
+        return _Found(registry.adapter_for(config), config, None, root, "the catalog's config.json")
+    repository = known[1].repo if known else name
+    if not is_repository(repository):
+        raise absent(name, registry, models_dir)
+    try:
+        fetched, source = fetch_config(repository)
+    except OllmError as error:
+        if known is not None:
+            raise
+        told = f"there is no directory {name}, and {error.message}"  # it may be meant as a path
+        raise type(error)(told, hint=error.hint) from error
+    return _Found(registry.adapter_for(fetched), fetched, None, root, source)

@@ -351,13 +351,14 @@ def catalog_entry(
     chat: bool = True,
     weight_bytes: int | None = None,
     ignored_bytes: int = 0,
+    aliases: Sequence[str] = (),
 ) -> CatalogEntry:
     """A known model: its id, hub repository, the content of its config.json, and its size.
 
     `num_parameters` counts a tied head once, as the checkpoint does. `weight_bytes` are those of
     all its tensors; None: every parameter is stored in the config's dtype. `ignored_bytes` are,
-    of these, those of tensors that the adapter ignores. The config is copied, so that what
-    transformers does to it stays with that caller.
+    of these, those of tensors that the adapter ignores. `aliases` are other names of the model. The
+    config is copied, so that what transformers does to it stays with that caller.
     """
     if weight_bytes is None:
         dtype = str(config.get("dtype") or config.get("torch_dtype"))
@@ -366,5 +367,13 @@ def catalog_entry(
         weight_bytes = num_parameters * _DTYPE_BYTES[dtype]
     whole = copy.deepcopy(dict(config))
     return CatalogEntry(
-        model_id, repo, num_parameters, weight_bytes, whole, chat, license, ignored_bytes
+        model_id,
+        repo,
+        num_parameters,
+        weight_bytes,
+        whole,
+        chat,
+        license,
+        ignored_bytes,
+        tuple(aliases),
     )

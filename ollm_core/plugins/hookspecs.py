@@ -14,6 +14,7 @@ import pluggy
 
 if TYPE_CHECKING:
     from ollm_core.contracts.adapter import ModelAdapter
+    from ollm_core.contracts.model import CatalogEntry
     from ollm_core.plugins.factories import (
         CommandFactory,
         DraftSourceFactory,
@@ -30,6 +31,14 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 @hookspec
 def ollm_adapters() -> Sequence[ModelAdapter]:
     """Model adapters that this plugin offers. Called once; must not import torch."""
+    return ()
+
+
+@hookspec
+def ollm_catalog() -> Sequence[CatalogEntry]:
+    """Models that can be named by id, of any family: whichever adapter claims the `model_type` of
+    an entry opens it. An id or alias that an adapter's own catalog has is that adapter's.
+    """
     return ()
 
 

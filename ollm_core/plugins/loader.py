@@ -16,9 +16,10 @@ from typing import Any
 import pluggy
 
 from ollm_core.contracts.adapter import ModelAdapter
+from ollm_core.contracts.model import CatalogEntry
 from ollm_core.errors import OllmError, PluginError, one_line
 from ollm_core.plugins import hookspecs
-from ollm_core.plugins.validation import told
+from ollm_core.plugins.validation import check_entries, told
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +52,11 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
         ),
     }
 )  # fmt: skip
-"""By hook. `ollm_adapters` is apart: adapters are objects that bring their own names."""
+"""By hook. `ollm_adapters` and `ollm_catalog` are apart: adapters and models are objects that bring
+their own names.
+"""
 
-_HOOKS = ("ollm_adapters", *KINDS)
+_HOOKS = ("ollm_adapters", "ollm_catalog", *KINDS)
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
 
 
@@ -90,7 +93,17 @@ class Offer:
         return made
 
 
-def ask(entry_point: EntryPoint, plugin: str) -> tuple[list[ModelAdapter], list[Offer]]:
+@dataclass(frozen=True, slots=True)
+class Brought:
+    """All that one plugin brings."""
+
+    adapters: tuple[ModelAdapter, ...]
+    offers: tuple[Offer, ...]
+    models: tuple[CatalogEntry, ...]
+    """Of `ollm_catalog`; an adapter's own are not here."""
+
+
+def ask(entry_point: EntryPoint, plugin: str) -> Brought:
     """Import a plugin and call its hooks, in a plugin manager of its own so that no other is
     touched.
 
@@ -108,9 +121,14 @@ def ask(entry_point: EntryPoint, plugin: str) -> tuple[list[ModelAdapter], list[
         for offered in _called(manager, hook)
         for offer in _offers(hook, offered)
     ]
-    return (
-        [one for offered in _called(manager, "ollm_adapters") for one in _adapters(offered)],
-        [Offer(hook, name, factory, plugin) for hook, name, factory in offers],
+    return Brought(
+        tuple(one for offered in _called(manager, "ollm_adapters") for one in _adapters(offered)),
+        tuple(Offer(hook, name, factory, plugin) for hook, name, factory in offers),
+        tuple(
+            one
+            for offered in _called(manager, "ollm_catalog")
+            for one in check_entries("ollm_catalog()", offered)
+        ),
     )
 
 

@@ -21,6 +21,7 @@ from ollm_core.contracts.model import CatalogEntry, Config
 from ollm_core.errors import InputError, PluginError, UnknownModelError, UnsupportedError, one_line
 from ollm_core.files.untrusted_json import show
 from ollm_core.plugins.loader import KINDS, Offer, ask
+from ollm_core.plugins.unclaimed import why_not_decoder, why_unclaimed
 from ollm_core.plugins.validation import CAPABILITIES, check_adapter
 
 ENTRY_POINT_GROUP = "ollm.adapters"
@@ -42,7 +43,9 @@ class PluginInfo:
     adapters: tuple[ModelAdapter, ...] = ()
     """Empty unless `status` is "ok"."""
     offers: tuple[Offer, ...] = ()
-    """Everything else that it brings; empty unless `status` is "ok"."""
+    """What else it brings by name; empty unless `status` is "ok"."""
+    models: tuple[CatalogEntry, ...] = ()
+    """What it says of models by `ollm_catalog`; empty unless `status` is "ok"."""
     status: Literal["ok", "failed", "skipped"] = "ok"
     reason: str = ""
     """Why it failed or was skipped; a warning if it is "ok"."""
@@ -58,7 +61,8 @@ class Registry:
     def __init__(self) -> None:
         self._plugins: list[PluginInfo] = []
         self._adapters: dict[str, ModelAdapter] = {}
-        self._catalog: list[tuple[ModelAdapter, CatalogEntry, PluginInfo]] = []
+        self._catalog: list[tuple[ModelAdapter | None, CatalogEntry, PluginInfo]] = []
+        self._names: dict[str, tuple[ModelAdapter | None, CatalogEntry]] = {}
         self._offers: dict[tuple[str, str], Offer] = {}
         self.proven: set[str] = set()
         """What was found true of the adapters' layouts, and need not be looked at again."""
@@ -89,6 +93,7 @@ class Registry:
         for name in sorted((wanted or set()) - known):
             reason = f"named in {LOAD_PLUGINS}, but not installed"
             registry._plugins.append(PluginInfo(name, "", "", status="failed", reason=reason))
+        registry._name_models()
         return registry
 
     @classmethod
@@ -98,6 +103,7 @@ class Registry:
         """
         registry = cls()
         registry._take(PluginInfo("given", "", "", adapters=adapters))
+        registry._name_models()
         return registry
 
     @property
@@ -111,38 +117,67 @@ class Registry:
         return MappingProxyType(self._adapters)
 
     def adapter_for(self, config: Config) -> ModelAdapter:
-        """The adapter that opens a config.json: one that names its `model_type`, else one that
-        claims the rest. Raises UnknownModelError if there is none.
+        """The adapter that opens a config.json, as it answers for this model. Raises
+        UnknownModelError, with the reason, if there is none.
+        """
+        adapter = self.claimant(config)
+        if adapter and config["model_type"] in adapter.model_types:
+            return adapter.for_model(config)
+        if adapter and why_not_decoder(config) is None:
+            return adapter.for_model(config)
+        reason, hint = why_unclaimed(config)
+        raise UnknownModelError(f"{reason}{self._failures()}", hint=hint)
+
+    def check_opens(self, config: Config, where: str) -> None:
+        """Raises UnknownModelError for a config.json that no adapter claims, UnsupportedError for
+        one whose adapter does not open its quantised form; `where` it is, is for messages.
+        """
+        check_quantization(self.adapter_for(config), config, where)
+
+    def claimant(self, config: Config) -> ModelAdapter | None:
+        """The adapter that claims the model of a config.json, if one does: one that names its
+        `model_type`, else the first that claims the rest. Imports nothing, so the latter may not
+        open it.
         """
         model_type = config.get("model_type")
-        for adapter in self._adapters.values():
-            if model_type in adapter.model_types:
-                return adapter.for_model(config)
-        for adapter in self._adapters.values():
-            if adapter.claims_rest and isinstance(model_type, str):
-                return adapter.for_model(config)
-        installed = ", ".join(sorted(t for a in self._adapters.values() for t in a.model_types))
-        raise UnknownModelError(
-            f"no adapter opens model_type {show(model_type)}; installed ones open: "
-            f"{installed or 'nothing'}{self._failures()}",
-            # Names no distribution: whoever wrote model_type could choose which.
-            hint="install the adapter of its family; `ollm plugins` shows the installed ones",
-        )
+        if not isinstance(model_type, str):
+            return None
+        adapters = self._adapters.values()
+        named = (one for one in adapters if model_type in one.model_types)
+        return next(named, None) or next((one for one in adapters if one.claims_rest), None)
 
-    def find(self, model_id: str) -> tuple[ModelAdapter, CatalogEntry]:
-        """The model with this id, in any case. Raises UnknownModelError, naming similar ids."""
-        known = {entry.id.casefold(): (adapter, entry) for adapter, entry, _ in self._catalog}
-        if match := known.get(model_id.casefold()):
+    def find(self, name: str) -> tuple[ModelAdapter | None, CatalogEntry]:
+        """The model of this id, alias or hub repository, in any case, and the adapter that claims
+        it. Raises UnknownModelError, naming similar ones.
+        """
+        if match := self.named(name):
             return match
-        close = difflib.get_close_matches(model_id.casefold(), known, n=3, cutoff=0.5)
-        names = " or ".join(known[key][1].id for key in close)
+        spoken = _spoken(name)
+        longer = [key for key in self._names if ":" in key and spoken.startswith(f"{key}-")]
+        close = difflib.get_close_matches(spoken, self._names, n=6, cutoff=0.6)
+        shown: dict[str, str] = {}  # the name that is nearest, by model
+        for key in [*sorted(longer, key=len, reverse=True), *close]:
+            if "/" not in key:
+                shown.setdefault(self._names[key][1].id, key)
+        names = " or ".join(self._written(key) for key in list(shown.values())[:3])
         raise UnknownModelError(
-            f"no adapter offers a model {model_id!a}{self._failures()}",
+            f"there is no model {name!a}{self._failures()}",
             hint=f"did you mean {names}?" if names else "`ollm list-models` shows the known ones",
         )
 
-    def catalog(self) -> list[tuple[ModelAdapter, CatalogEntry, PluginInfo]]:
-        """Every model that can be named, with its adapter and the plugin that brought it."""
+    def _written(self, key: str) -> str:
+        """A name as its model has it, by that which it is looked up by."""
+        entry = self._names[key][1]
+        return next((one for one in (entry.id, *entry.aliases) if one.casefold() == key), key)
+
+    def named(self, name: str) -> tuple[ModelAdapter | None, CatalogEntry] | None:
+        """As `find`, or None."""
+        return self._names.get(_spoken(name))
+
+    def catalog(self) -> list[tuple[ModelAdapter | None, CatalogEntry, PluginInfo]]:
+        """Every model that can be named, with the adapter that claims it and the plugin that
+        brought it.
+        """
         return list(self._catalog)
 
     def offers(self, hook: str) -> Mapping[str, Offer]:
@@ -172,9 +207,11 @@ class Registry:
         """
         had_torch = "torch" in sys.modules
         try:
-            adapters, offers = ask(entry_point, str(info))
+            brought = ask(entry_point, str(info))
             slow = not had_torch and "torch" in sys.modules
-            taken = replace(info, adapters=tuple(adapters), offers=tuple(offers))
+            taken = replace(
+                info, adapters=brought.adapters, offers=brought.offers, models=brought.models
+            )
             self._take(replace(taken, reason=_IMPORTS_TORCH if slow else ""))
         except (Exception, SystemExit) as error:  # noqa: BLE001 (a plugin may raise anything)
             self._plugins.append(replace(info, status="failed", reason=one_line(error)))
@@ -200,6 +237,27 @@ class Registry:
             (adapter, model, info) for adapter, models in catalogs for model in models
         )
 
+    def _name_models(self) -> None:
+        """Every model under its names. An adapter's own come first: of those that plugins say by
+        `ollm_catalog`, one whose id or repository is taken is left out, and its names are those of
+        the model that has it. Else a name is that of the first model which has it.
+        """
+        own = [(adapter, entry) for adapter, entry, _ in self._catalog]
+        for adapter, entry in own:
+            self._names[entry.id.casefold()] = adapter, entry
+        for adapter, entry in own:
+            for name in (*entry.aliases, entry.repo):
+                self._names.setdefault(name.casefold(), (adapter, entry))
+        for plugin in self._plugins:
+            for entry in plugin.models:
+                keys = [name.casefold() for name in (entry.id, entry.repo, *entry.aliases)]
+                found = self._names.get(keys[0]) or self._names.get(keys[1])
+                if found is None:
+                    found = self.claimant(entry.config), entry
+                    self._catalog.append((*found, plugin))
+                for key in keys:
+                    self._names.setdefault(key, found)
+
 
 def supports(adapter: ModelAdapter, capability: str) -> bool:
     """Whether `adapter` declares `capability` in full, or not at all."""
@@ -211,6 +269,25 @@ def limits(adapter: ModelAdapter) -> dict[str, str]:
     """Each capability that `adapter` does not have in full, with its reason."""
     declared = sorted(adapter.capabilities.items())
     return {name: limit.reason for name, limit in declared if not supports(adapter, name)}
+
+
+def check_quantization(adapter: ModelAdapter, config: Config, where: str) -> None:
+    """Raises UnsupportedError for a model that is quantised in a way that the adapter does not
+    declare: its tensors would be taken for plain ones. `where` the config is, is for the message.
+    """
+    stated = config.get("quantization_config")
+    if stated is None:
+        return
+    method = stated.get("quant_method") if isinstance(stated, Mapping) else stated
+    if method not in adapter.quantizations:
+        known = ", ".join(adapter.quantizations)
+        raise UnsupportedError(
+            f"{where}: quantization_config of config.json: quant_method {show(method)} is not "
+            f"supported by adapter {adapter.name}",
+            hint=f"it opens {known}, and models that are not quantised"
+            if known
+            else "open the model as it was before it was quantised",
+        )
 
 
 def require(adapter: ModelAdapter, capability: str) -> None:
@@ -233,6 +310,11 @@ def _claims(adapter: ModelAdapter, models: Iterable[CatalogEntry]) -> Iterator[t
         yield "model_type", model_type
     for model in models:
         yield "model id", model.id.casefold()
+
+
+def _spoken(name: str) -> str:
+    """A model's name as it is looked up: in any case, `:latest` as good as nothing."""
+    return name.casefold().removesuffix(":latest")
 
 
 def _info(entry_point: EntryPoint) -> PluginInfo:

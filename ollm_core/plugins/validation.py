@@ -16,6 +16,8 @@ from ollm_core.contracts.model import Capability, CatalogEntry, Config, Layout
 from ollm_core.contracts.tensors import WeightPlan
 from ollm_core.errors import ConfigError, OllmError, PluginError, one_line
 
+_MODEL_NAME = re.compile(r"[A-Za-z0-9][\w.:-]{0,95}", re.ASCII)
+
 CAPABILITIES: Mapping[str, str] = MappingProxyType(
     {
         "batch": "several sequences in one weight pass",
@@ -78,6 +80,29 @@ def check_capability(adapter: str, name: object) -> None:
         f"adapter {adapter} declares unknown capabilities: {ascii(name)[:80]}",
         hint=f"{meant}there are {', '.join(CAPABILITIES)}",
     )
+
+
+def check_entries(source: str, found: object) -> tuple[CatalogEntry, ...]:
+    """The models that `source` gives. Raises PluginError, naming it, for what is none."""
+    if not isinstance(found, Iterable):
+        raise PluginError(
+            f"{source} must return CatalogEntry objects, got {told(found)}",
+            hint="return a tuple of them",
+        )
+    models = tuple(found)
+    for number, model in enumerate(models):
+        if not isinstance(model, CatalogEntry):
+            raise PluginError(
+                f"{source} must give CatalogEntry objects, entry {number} is {told(model)}",
+                hint="make each with catalog_entry(id, repo, config, ...) of ollm_core",
+            )
+        for alias in (model.id, *model.aliases):
+            if not isinstance(alias, str) or not _MODEL_NAME.fullmatch(alias):
+                raise PluginError(
+                    f"{source}: id or alias {told(alias)} of {told(model.id)} cannot be a name",
+                    hint="names are of letters, digits and . _ : -, with no / and no space",
+                )
+    return models
 
 
 def text_config_of(adapter: ModelAdapter, config: Config) -> Config:
@@ -155,15 +180,7 @@ def _catalog(adapter: ModelAdapter, name: str) -> tuple[CatalogEntry, ...]:
     found: object = adapter.catalog()
     if not isinstance(found, Iterable):
         raise _wrong(adapter, "catalog", "CatalogEntry objects", found, "return a tuple of them")
-    models = tuple(found)
-    for number, model in enumerate(models):
-        if not isinstance(model, CatalogEntry):
-            raise PluginError(
-                f"adapter {name}: catalog() must give CatalogEntry objects, "
-                f"entry {number} is {told(model)}",
-                hint="make each with catalog_entry(id, repo, config, ...) of ollm_core",
-            )
-    return models
+    return check_entries(f"adapter {name}: catalog()", found)
 
 
 def _check_api(name: str, api: str) -> str:

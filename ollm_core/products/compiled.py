@@ -1,8 +1,4 @@
-"""The kernel of `small_batch`, compiled by numba for the processor at hand and kept in its cache.
-
-Four weights' rows are widened at a time, and each pair of rows of states is multiplied with all
-four: eight sums in registers.
-"""
+"""The kernels of `small_batch`, compiled by numba for this processor and kept in its cache."""
 
 from __future__ import annotations
 
@@ -25,9 +21,24 @@ def rounded(value: Any) -> Any:
 
 
 @numba.njit(fastmath=_LOOSE, nogil=True, parallel=True, cache=True, error_model="numpy")
+def multiply_one(states: Any, weight: Any, bias: Any, output: Any) -> None:
+    """`multiply` for one row: every weight is read once and used at once."""
+    num_outputs, size = weight.shape
+    for j in numba.prange(num_outputs):
+        total = np.float32(0)
+        for k in range(size):
+            wide = np.uint32(np.uint32(weight[j, k]) << np.uint32(16)).view(np.float32)
+            total += states[0, k] * wide
+        output[0, j] = rounded(total + bias[j] if len(bias) else total)
+
+
+@numba.njit(fastmath=_LOOSE, nogil=True, parallel=True, cache=True, error_model="numpy")
 def multiply(states: Any, weight: Any, bias: Any, output: Any) -> None:
     """output [R, N] = states [R, K] @ weight [N, K].T + bias [N], or without a bias where that is
     empty. `states` and `bias` are float32, `weight` and `output` the bits of bfloat16.
+
+    Four weights' rows are widened at a time, and each pair of rows of states is multiplied with all
+    four: eight sums in registers.
     """
     num_rows, size = states.shape
     num_outputs = weight.shape[0]

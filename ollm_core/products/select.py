@@ -25,13 +25,16 @@ logger = logging.getLogger("ollm")
 def choose_products(dtype: torch.dtype, device: torch.device, precision: str) -> CpuProducts | None:
     """What multiplies the weights of a model in `dtype` on `device`; None: torch itself.
 
-    That is so wherever `precision` is "exact", in float32, on a GPU, and on a processor that has
-    instructions for products in `dtype`. torch has no fast kernel for the others: it multiplies one
-    number after another.
+    That is so wherever `precision` is "exact", in float32 and on a GPU. On a processor with
+    instructions for products in `dtype` torch's own are taken but for one row. On others it has no
+    fast kernel: it multiplies one number after another.
     """
-    if precision == "exact" or dtype not in HALF or device.type != "cpu" or has_instructions(dtype):
+    if precision == "exact" or dtype not in HALF or device.type != "cpu":
         return None
-    return CpuProducts(dtype, _small_batch() if dtype == torch.bfloat16 else None)
+    kernel = _small_batch() if dtype == torch.bfloat16 else None
+    if not has_instructions(dtype):
+        return CpuProducts(dtype, kernel)
+    return CpuProducts(dtype, kernel, instructions=True) if kernel else None
 
 
 _taken_away: ContextVar[bool] = ContextVar("taken_away", default=False)

@@ -1,5 +1,5 @@
-"""A product of a few rows with a bfloat16 matrix that is bound by memory: each weight is read and
-widened once, for all rows. It is compiled (the extra `ollm-core[cpu]`).
+"""A product of one or a few rows with a bfloat16 matrix that is bound by memory: each weight is
+read and widened once, for all rows. It is compiled (the extra `ollm-core[cpu]`).
 """
 
 from __future__ import annotations
@@ -10,20 +10,24 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-MOST_ROWS = 24
+MOST_ROWS = 32
 """Beyond, tiles for a float32 product are faster."""
 
 
 class SmallBatch:
-    """Calls the compiled kernel, with as many threads as torch has."""
+    """Calls the compiled kernels, with as many threads as torch has."""
 
     def __init__(
-        self, kernel: Callable[..., None], set_num_threads: Callable[[int], None], most_threads: int
+        self,
+        for_one: Callable[..., None],
+        for_more: Callable[..., None],
+        set_num_threads: Callable[[int], None],
+        most_threads: int,
     ) -> None:
-        """`kernel` takes arrays: states, the bits of a weight, a bias or nothing, and the bits of
-        the output.
+        """A kernel for one row and one for more. Both take arrays: states, the bits of a weight, a
+        bias or nothing, and the bits of the output.
         """
-        self._kernel = kernel
+        self._for_one, self._for_more = for_one, for_more
         self._set_num_threads = set_num_threads
         self._most_threads = most_threads
         self._lock = threading.Lock()  # one of numba's threading layers allows one caller at a time
@@ -33,9 +37,10 @@ class SmallBatch:
         others bfloat16, sums float32. `weight` has its rows in one piece each.
         """
         added = torch.empty(0) if bias is None else bias.detach().float()
+        kernel = self._for_one if len(states) == 1 else self._for_more
         with self._lock:
             self._set_num_threads(min(torch.get_num_threads(), self._most_threads))
-            self._kernel(
+            kernel(
                 states.numpy(), _bits(weight.detach()), added.contiguous().numpy(), _bits(output)
             )
 
@@ -48,6 +53,6 @@ def load_kernel() -> SmallBatch:
     """Raises ImportError without numba."""
     import numba
 
-    from ollm_core.products.compiled import multiply
+    from ollm_core.products.compiled import multiply, multiply_one
 
-    return SmallBatch(multiply, numba.set_num_threads, numba.get_num_threads())
+    return SmallBatch(multiply_one, multiply, numba.set_num_threads, numba.get_num_threads())

@@ -8,6 +8,8 @@ from ollm_core.products.small_batch import SmallBatch
 
 _LARGEST_ERROR = 2.0**-7
 """Of a result of the size of 1, which is rounded to bfloat16 at the end."""
+_CALLS = ((1, 64, 96), (1, 5, 257), (2, 64, 96), (3, 13, 257), (16, 7, 64), (5, 1, 8))
+"""Rows, outputs and numbers of a state."""
 
 
 def trial(kernel: SmallBatch) -> str:
@@ -19,7 +21,7 @@ def trial(kernel: SmallBatch) -> str:
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator).bfloat16()
 
-    for num_rows, num_outputs, size in ((2, 64, 96), (3, 13, 257), (16, 7, 64), (5, 1, 8)):
+    for num_rows, num_outputs, size in _CALLS:
         states = random(num_rows, size) / size**0.5
         weight, bias = random(num_outputs, size), random(num_outputs)
         expected = states.float() @ weight.float().t() + bias.float()

@@ -52,7 +52,7 @@ class TieredStreamer(WeightStreamer):
         cannot be opened.
         """
         self.memory = memory = memory or memory_of(device)
-        self.held = ResidentWeights(
+        self.resident = ResidentWeights(
             units,
             source,
             dtype,
@@ -62,7 +62,7 @@ class TieredStreamer(WeightStreamer):
             memory=memory,
             timed=span is not no_span,
         )
-        self.units = self.held.units
+        self.units = self.resident.units
         self.expert_units = units.experts
         self.dtype = dtype
         self.device = device
@@ -74,18 +74,18 @@ class TieredStreamer(WeightStreamer):
         self._ring: Ring | None = None
         self._streamed_bytes = 0
         self._read_seconds = 0.0
-        self._experts = self.held.experts
+        self._experts = self.resident.experts
         self._prefetch_to_device: DevicePrefetch | None = None
         self._device_loader: DeviceLoader | None = None
         if isinstance(memory, OwnMemory):
-            num_bytes, timed = self.held.upload_bytes, span is not no_span
+            num_bytes, timed = self.resident.upload_bytes, span is not no_span
             self._prefetch_to_device = DevicePrefetch(
                 memory.bus, num_bytes, self._begin, timed=timed
             )
-            self._device_loader = DeviceLoader(source, memory.bus, self.held.staging_bytes)
+            self._device_loader = DeviceLoader(source, memory.bus, self.resident.staging_bytes)
         self.norm: list[Tensor] = []
         try:
-            self.held.reserve()
+            self.resident.reserve()
             # Copies: a view would keep the whole page that was read.
             if units.norm.parameters:  # OLMo's norm has none
                 self.norm = [parameter.clone() for parameter in self._load(units.norm)]
@@ -96,39 +96,39 @@ class TieredStreamer(WeightStreamer):
     @property
     def fixed_device_bytes(self) -> int:
         """Held on the device whatever the placement."""
-        return self.held.fixed_device_bytes
+        return self.resident.fixed_device_bytes
 
     @property
     def slot_bytes(self) -> int:
         """Bytes of one buffer of the ring."""
-        return self.held.slot_bytes
+        return self.resident.slot_bytes
 
     def limit_layers(self, limits: LayerLimits) -> None:
         """Let `fit` keep no more layers from now on. Between passes."""
-        self.held.limit_layers(limits)
+        self.resident.limit_layers(limits)
 
     @property
     def num_device_layers(self) -> int:
         """Layers that are kept on the device."""
-        return self.held.num_device_layers
+        return self.resident.num_device_layers
 
     @property
     def num_host_layers(self) -> int:
         """Layers that are kept in host memory."""
-        return self.held.num_host_layers
+        return self.resident.num_host_layers
 
     def wanted_bytes(self, budgets: Budgets) -> PerMemory[int]:
         """What `fit` would hold of each memory within `budgets`."""
-        return self.held.bytes_of(self.held.place(*budgets))
+        return self.resident.bytes_of(self.resident.place(*budgets))
 
     def least_bytes(self, device_bytes: int) -> int:
         """The least that `fit` needs of the ring's memory, given `device_bytes` of the device."""
-        return self.held.least_bytes(device_bytes)
+        return self.resident.least_bytes(device_bytes)
 
     @property
     def resident_bytes(self) -> int:
         """Bytes of parameters that are kept between passes, in the compute dtype."""
-        return self.held.resident_bytes
+        return self.resident.resident_bytes
 
     @property
     def in_memory(self) -> PerMemory[int]:
@@ -138,11 +138,11 @@ class TieredStreamer(WeightStreamer):
         loaded = Placement(
             frozenset(self._device_units),
             frozenset(self._host_units),
-            self.held.num_slots if self._ring else 0,
+            self.resident.num_slots if self._ring else 0,
             self._experts.in_memory,
-            self.held.num_uploads if self.uploads.num_bytes else 1,
+            self.resident.num_uploads if self.uploads.num_bytes else 1,
         )
-        return self.held.bytes_of(loaded)
+        return self.resident.bytes_of(loaded)
 
     @property
     def expert_counters(self) -> ExpertCounters:
@@ -182,22 +182,22 @@ class TieredStreamer(WeightStreamer):
         Drops resident units or plans more of them; those are read when they are first acquired.
         Experts get what the rest leaves. Raises DoesNotFitError if not even the ring fits.
         """
-        wanted = self.held.place(device_bytes, host_bytes)
+        wanted = self.resident.place(device_bytes, host_bytes)
         for i in self._device_units.keys() - wanted.device:
             del self._device_units[i]
         for i in self._host_units.keys() - wanted.host:
             del self._host_units[i]
-        if wanted.num_slots != self.held.num_slots:
+        if wanted.num_slots != self.resident.num_slots:
             self._drop_ring()
         if self._prefetch_to_device is not None:
             streamed = [i for i in range(len(self.units)) if i not in wanted.device]
             self._prefetch_to_device.expect(streamed, wanted.num_uploads)
-        self.held.hold(wanted)
+        self.resident.hold(wanted)
         if wanted.num_slots and self._ring is None:
             num_slots, slot_bytes = wanted.num_slots, self.slot_bytes
             self._ring = Ring(self.units, self._source, num_slots, slot_bytes, self.memory)
         if self._ring:
-            self._ring.set_order(self.held.streamed)
+            self._ring.set_order(self.resident.streamed)
 
     def acquire(self, unit_idx: int) -> AbstractContextManager[Sequence[Tensor]]:
         """See WeightStreamer. `unit_idx` counts in pass order: layers first, then the parts of the
@@ -205,7 +205,7 @@ class TieredStreamer(WeightStreamer):
         """
         if self._prefetch_to_device is not None:
             return self._arrived(self._prefetch_to_device, unit_idx)
-        if self.held.is_on_device(unit_idx):
+        if self.resident.is_on_device(unit_idx):
             return nullcontext(self._kept_on_device(unit_idx))
         assert self._ring is not None, "fit() makes it before anything is streamed"
         return self._read_ahead(self._ring, unit_idx)
@@ -257,7 +257,7 @@ class TieredStreamer(WeightStreamer):
             self._prefetch_to_device.close()
         if self._device_loader is not None:
             self._device_loader.close()
-        self.held.close()
+        self.resident.close()
         self._source.close()
 
     def _kept_on_device(self, unit_idx: int) -> Sequence[Tensor]:
@@ -272,7 +272,7 @@ class TieredStreamer(WeightStreamer):
         """`acquire` for a device with memory of its own: the next unit is on its way there while
         this one is used.
         """
-        if self.held.is_on_device(unit_idx):
+        if self.resident.is_on_device(unit_idx):
             parameters = self._kept_on_device(unit_idx)
             with self._span("wait for weights", unit_idx=unit_idx):
                 prefetch.look_ahead(unit_idx)
@@ -285,7 +285,7 @@ class TieredStreamer(WeightStreamer):
         """Send a unit that is kept in host memory or streamed to the device; None if it is not
         there yet and nobody waits for it.
         """
-        if self.held.is_on_host(unit_idx):
+        if self.resident.is_on_host(unit_idx):
             kept = self._host_units.get(unit_idx)
             if kept is None:
                 if not wait:
@@ -313,7 +313,7 @@ class TieredStreamer(WeightStreamer):
 
     def _streamed(self, unit_idx: int, slot: Slot) -> Sequence[Tensor]:
         unit = self.units[unit_idx]
-        if self.held.copied_bytes[unit_idx]:
+        if self.resident.copied_bytes[unit_idx]:
             return unit.build(slot.buffer, slot.offsets, self.dtype)
         if unit_idx not in slot.built:
             slot.built[unit_idx] = unit.build(slot.buffer, slot.offsets, self.dtype)

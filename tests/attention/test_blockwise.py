@@ -7,6 +7,7 @@ import torch
 from transformers import Gemma2Config
 from transformers.models.gemma2 import modeling_gemma2
 
+from ollm_conformance import AttentionConformance
 from ollm_core import CacheKind, UnsupportedError
 from ollm_core.attention.blockwise import blockwise_attention
 from ollm_core.attention.select import find_attention
@@ -85,3 +86,9 @@ def test_soft_caps():
     assert torch.equal(found, expected)
     with pytest.raises(UnsupportedError, match="'softcap'"):
         blockwise_attention(module, query, view("blockwise"), **options)
+
+
+class TestBlockwiseAttention(AttentionConformance):
+    """Partial results, merged."""
+
+    attention = blockwise_attention

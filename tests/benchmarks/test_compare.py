@@ -18,6 +18,7 @@ from benchmarks.peers.programs import Program
 from benchmarks.tools.children import ChildError, result_of
 from benchmarks.tools.make_checkpoint import Shape, write_checkpoint
 from benchmarks.tools.measure import environment
+from ollm_core.text.tokenizer import open_tokenizer
 
 LINE = {
     "prefill_s": 3.0,
@@ -171,3 +172,4 @@ def test_the_gguf_has_the_same_weights(tmp_path):
     for name, tensor in written.items():
         assert torch.equal(tensor.float(), read[name].float()), name
     assert AutoTokenizer.from_pretrained(tmp_path).eos_token == "</s>"
+    assert open_tokenizer(tmp_path).unk_token == "<unk>"  # ours opens it too

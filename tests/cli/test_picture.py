@@ -12,14 +12,9 @@ from ollm_core.cli.main import main
 from ollm_core.cli.picture import save
 from ollm_core.memory.kinds import OTHER_COLOUR, MemoryKind, colour_of
 
+pytestmark = pytest.mark.usefixtures("home")
+
 GPU = {"device": "cuda", "device_memory": "40MB", "host_memory": "1GB"}
-
-
-@pytest.fixture(autouse=True)
-def home(monkeypatch, tmp_path):
-    """No rates that this machine has kept, no models."""
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.delenv("OLLM_MODELS", raising=False)
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ollm_core.calibration import disk
-from ollm_core.cli.main import main
-from ollm_core.memory.sizes import format_size
+pytestmark = pytest.mark.usefixtures("home")
 
 GPU = ["--device", "cuda", "--device-memory", "8GB", "--host-memory", "16GB"]
 FIELDS = {
@@ -18,25 +16,6 @@ FIELDS = {
     "bytes_read_per_token", "prefill_seconds", "tokens_per_second", "limited_by", "placement",
     "device_bytes", "host_bytes", "smallest_device_bytes", "largest_context", "changes", "rates",
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def home(monkeypatch, tmp_path):
-    """No rates that this machine has kept, no models."""
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.delenv("OLLM_MODELS", raising=False)
-
-
-@pytest.fixture
-def ollm(capfd):
-    """Runs the command line; returns exit code, stdout and stderr."""
-
-    def call(*arguments):
-        with pytest.raises(SystemExit) as ended:
-            main(arguments)
-        return ended.value.code, *capfd.readouterr()
-
-    return call
 
 
 def test_json_is_one_object(ollm):
@@ -96,8 +75,8 @@ def test_what_does_not_fit_exits_with_3(ollm, as_json):
         (["llama3-8B-chat", "--device-memory", "-8GB"], 2, "'-8GB' is not a memory size"),
         (["llama3-8B-chat", "--context", "x"], 2, "'x' is not a number of tokens"),
         (["llama3-8B-chat", "--batch", "0"], 2, "--batch"),
-        (["llama3-9B"], 4, "no adapter offers a model 'llama3-9B'"),
-        (["no/where"], 2, "there is no directory"),
+        (["llama3-9B"], 4, "there is no model 'llama3-9B'"),
+        (["./no/where"], 2, "there is no directory"),
     ],
 )
 def test_errors_are_one_line(ollm, arguments, code, message):
@@ -107,17 +86,3 @@ def test_errors_are_one_line(ollm, arguments, code, message):
     assert not out
     assert message in err.splitlines()[0]
     assert len(err.splitlines()) <= 2
-
-
-def test_doctor_measures_for_plan(ollm, tmp_path, monkeypatch):
-    """What it prints is what the next plan goes by."""
-    options = ["--device", "cpu", "--dtype", "bfloat16", "--models-dir", str(tmp_path)]
-    monkeypatch.setattr(disk, "_TRIAL_BYTES", 16 << 20)
-    code, out, _ = ollm("doctor", *options, "--json")
-    assert code == 0
-    measured = json.loads(out)
-    assert measured["disk"]["per_second"] > 1e6
-    code, out, _ = ollm("plan", "smollm2-135M", *options)
-    assert code == 0
-    assert f"compute {format_size(measured['compute']['per_second'])[:-1]}FLOP/s (measured" in out
-    assert "assumed" not in out

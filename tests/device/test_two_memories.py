@@ -92,7 +92,8 @@ def test_every_logit_is_that_of_transformers(subject_of, bus, family, dtype, kv)
         options = {"device_memory": device, "host_memory": host, "kv": kv}
         with subject.open(subject.tiny(dtype), **options) as model:
             model.weights.limit_layers(layers)
-            model.on_progress(lambda _, held=model.weights.held: used.add(held.num_uploads))
+            weights = model.weights.resident
+            model.on_progress(lambda _, weights=weights: used.add(weights.num_uploads))
             tokens, logits = greedy(model, prompt, NUM_NEW)
             stats = model.stats
         bus.finish()

@@ -85,6 +85,19 @@ def test_addresses_and_license(directory):
     assert license_file.read_bytes() == (ROOT / "LICENSE").read_bytes()
 
 
+def test_files_that_pages_name_are_there():
+    """Every path in code type that begins at the root of the tree."""
+    top = "adapters|benchmarks|conformance|docs|ollm_core|tests"
+    named = {
+        (page.name, path)
+        for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("*/README.md")]
+        for path in re.findall(rf"`((?:{top})/[\w./-]+)`", page.read_text())
+        if "NAME" not in path
+    }
+    assert len(named) > 50
+    assert not {(page, path) for page, path in named if not (ROOT / path).exists()}
+
+
 def test_there_is_one_address():
     """No file of the tree gives another address of the project; `copier update` goes there too."""
     owner_and_name = HOME.removeprefix("https://github.com/")

@@ -3,78 +3,27 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import threading
+from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 import torch
+from draft_models import GREEDY, load, text_of
 from transformers import (
-    AutoModelForCausalLM,
-    GptOssConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
     LogitsProcessor,
-    Qwen3NextConfig,
 )
 
 import ollm
-from ollm_adapter_qwen3_next import Qwen3NextAdapter
-from ollm_core import DoesNotFitError, InputError
-from ollm_core.memory.kinds import MemoryKind
-from ollm_core.memory.tracker import AllocationTracker
-
-GREEDY = {"do_sample": False, "eos_token_id": None}
-SIZES = {
-    "vocab_size": 199,
-    "hidden_size": 64,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 4096,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
-
-
-def gpt_oss():
-    """Sliding windows, sinks and experts."""
-    return GptOssConfig(**SIZES, sliding_window=64, num_local_experts=4, num_experts_per_tok=2)
-
-
-def qwen3_next():
-    """Recurrent states and experts."""
-    return Qwen3NextConfig(**Qwen3NextAdapter().tiny_config() | {"vocab_size": 199})
-
-
-@pytest.fixture
-def make(make_llama, tmp_path):
-    """Writes a tiny random model of a family and returns its directory."""
-
-    def make_one(family, seed=0):
-        directory = tmp_path / f"{family}-{seed}"
-        if family == "llama":
-            return make_llama(name=directory.name, seed=seed)
-        torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config({"gpt": gpt_oss, "qwen": qwen3_next}[family]())
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                torch.nn.init.normal_(parameter, std=0.2)
-        model.save_pretrained(directory)
-        return directory
-
-    return make_one
-
-
-def load(directory, draft=None, num_draft_tokens=10, **options):
-    """A model on the CPU, with a draft model if one is given."""
-    if draft is not None:
-        options |= {"draft": "model", "draft_model": draft, "num_draft_tokens": num_draft_tokens}
-    return ollm.load(directory, device="cpu", **options)
-
-
-def text_of(directory, prompt, num_new, **options):
-    """Greedy tokens [T], the prompt's included, and the stats."""
-    with load(directory, **options) as model:
-        return model.generate(prompt[None], max_new_tokens=num_new, **GREEDY)[0], model.stats
+from ollm_conformance import DrafterConformance
+from ollm_core import InputError
+from ollm_core.device.memory import SHARED
+from ollm_core.loader import Runtime, build_drafter, inspect_directory
+from ollm_core.memory.accounts import Accounts
+from ollm_core.plugins.registry import Registry
 
 
 @pytest.mark.parametrize(
@@ -149,98 +98,6 @@ def test_the_ends_of_positions_and_of_texts(make, make_llama, ids):
     text, stats = text_of(main, prompt, 1, draft=main)
     assert text.equal(plain[:51])
     assert stats.drafted_tokens == 0
-
-
-@pytest.mark.parametrize("family", ["gpt", "qwen"])
-def test_what_it_takes_is_set_aside(make, ids, family):
-    """Before the first pass, to the byte of its accounts: all weights stay in memory, no pass goes
-    past its part, and torch allocates no more than that; a batch needs none of it for KV.
-    """
-    main, draft, prompt = make("llama", 3), make(family), ids(300)
-    with load(main, draft, device_memory="30MB", host_memory="30MB") as model:
-        drafter = model._drafter
-        opened = model.accounts.device.kinds[MemoryKind.DRAFT_MODEL]
-        model.generate(prompt[None], max_new_tokens=8, **GREEDY)
-        own = drafter.part.accounts
-        assert model.accounts.device.kinds[MemoryKind.DRAFT_MODEL] == own.device.limit > opened
-        held = sum(own.device.kinds.get(kind, 0) for kind in ("weights", "resident weights"))
-        with AllocationTracker("cpu") as tracker:
-            drafter._forget()
-            drafter(prompt, 10)
-        assert 0 < tracker.peak <= own.device.limit - held
-        for account in (own.device, own.host, model.accounts.device, model.accounts.host):
-            assert account.peak <= account.limit
-        file_bytes = (draft / "model.safetensors").stat().st_size
-        assert drafter.engine._weights.resident_bytes > 0.8 * (file_bytes - 2 * 199 * 64 * 4)
-        model.generate(prompt[:40].view(2, 20), max_new_tokens=3, **GREEDY)
-        assert model.accounts.device.kinds[MemoryKind.DRAFT_MODEL] == opened
-        assert own.device.used <= opened
-    for account in (own.device, own.host, model.accounts.device, model.accounts.host):
-        assert account.used == 0
-
-
-def test_no_more_is_set_aside_than_is_used(make, ids):
-    """A text that is read in the largest pieces, the last one at its end, takes all but a
-    fiftieth of what is set aside for it.
-    """
-    with load(make("llama"), make("llama")) as model:
-        drafter, text = model._drafter, ids(520)
-        drafter.begin(520)
-        drafter.catch_up(text[:265])
-        drafter.catch_up(text)
-        drafter(text[:-2], 2)
-        own = drafter.part.accounts.device
-        assert 0.98 * own.limit <= own.peak <= own.limit
-
-
-def test_what_does_not_fit_is_refused_before_the_run(make, ids):
-    """With one line that names what would do, and that does."""
-    main, draft, prompt = make("llama"), make("llama", 1), ids(30)
-    plain, _ = text_of(main, prompt, 12)
-    refused = refusal_of(main, prompt, draft, 600_000)
-    assert "for draft model beside the model" in str(refused)
-    assert "allow at least" in str(refused)
-    for _ in range(6):  # each names what is missing at that moment
-        budget, refused = (
-            refused.needed_bytes,
-            refusal_of(main, prompt, draft, refused.needed_bytes),
-        )
-        if refused is None:
-            break
-        assert refused.needed_bytes > budget
-    text, stats = text_of(main, prompt, 12, draft=draft, device_memory=budget, kv="host")
-    assert text.equal(plain)
-    assert stats.device_peak_bytes <= budget
-
-
-def refusal_of(main, prompt, draft, budget):
-    """What is said of too little device memory, or None."""
-    try:
-        text_of(main, prompt, 12, draft=draft, device_memory=budget, kv="host")
-    except DoesNotFitError as refused:
-        return refused
-    return None
-
-
-def test_kept_weights_give_way_to_longer_drafts(make, make_llama, ids):
-    """The draft model's KV of a longer text takes the place of weights, comes back after it, and
-    what leaves none to stream through is refused; shorter texts go on as before.
-    """
-    main, prompt = make_llama(name="main", num_hidden_layers=12), ids(30)
-    with load(main, make("llama"), device_memory="4MB", kv="host") as model:
-
-        def kept(num_tokens):
-            model.generate(ids(num_tokens)[None], max_new_tokens=2, **GREEDY)
-            assert model.stats.device_peak_bytes <= 4_000_000
-            return model.weights.num_device_layers
-
-        text = model.generate(prompt[None], max_new_tokens=12, **GREEDY)
-        numbers = [kept(n) for n in (30, 1500, 30)]
-        assert numbers[0] == numbers[2] > numbers[1] > 0
-        with pytest.raises(DoesNotFitError, match="device memory: need"):
-            kept(4000)
-        assert model.generate(prompt[None], max_new_tokens=12, **GREEDY).equal(text)
-        assert kept(30) == numbers[0]
 
 
 class Gumbel(LogitsProcessor):
@@ -393,3 +250,42 @@ def test_a_larger_draft_model_is_told_of(make, make_llama, caplog):
     caplog.clear()
     with load(large, make("llama")):
         assert not caplog.records
+
+
+class TestModelDrafter(DrafterConformance):
+    """A small model in memory."""
+
+    directory: Path
+
+    @pytest.fixture(autouse=True, scope="class")
+    @classmethod
+    def checkpoint(cls):
+        """A random Llama with peaked logits."""
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=cls.vocab_size, hidden_size=64, intermediate_size=112, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096,
+        )  # fmt: skip
+        model = LlamaForCausalLM(config)
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                torch.nn.init.normal_(parameter, std=0.2)
+        with tempfile.TemporaryDirectory() as name:
+            cls.directory = Path(name)
+            model.save_pretrained(name)
+            yield
+
+    @classmethod
+    def open_drafter(cls, request):
+        whole = Accounts(request.device_account, request.host_account)
+
+        def set_aside(kind, more):
+            whole.device.reserve(kind, more.device)
+            with ExitStack() as stack:
+                stack.callback(whole.device.release, kind, more.device)
+                whole.host.reserve(kind, more.host)
+                stack.pop_all()
+
+        runtime = Runtime(Registry.discover(), torch.device("cpu"), "auto", "fast", "auto", SHARED)
+        spec = inspect_directory(runtime, cls.directory)
+        return build_drafter(runtime, spec, whole, set_aside)

@@ -7,6 +7,7 @@ import torch
 from transformers import StoppingCriteria
 
 import ollm
+from ollm_conformance import DrafterConformance
 from ollm_core.contracts.closing import Closing
 from ollm_core.drafting.lookup import NUM_DRAFT_TOKENS, LookupDrafter
 from ollm_core.errors import PluginError
@@ -228,3 +229,11 @@ def test_a_drafter_is_closed_with_the_model(drafted):
     drafter = Holding()
     drafted(drafter).close()
     assert drafter.closed
+
+
+class TestLookup(DrafterConformance):
+    """What followed the last tokens before."""
+
+    @classmethod
+    def open_drafter(cls, request):
+        return LookupDrafter()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import threading
 
 import pytest
@@ -14,9 +13,8 @@ from ollm_adapter_llama import LlamaAdapter
 from ollm_adapter_qwen3_next import Qwen3NextAdapter
 from ollm_conformance.subject import Subject
 from ollm_core import DoesNotFitError, InputError, ReadError
-from ollm_core.engine.batch import NewTokens, cut_chunks
+from ollm_core.engine.batch import NewTokens
 from ollm_core.memory.pair import PerMemory
-from ollm_core.memory.tracker import AllocationTracker
 
 WIDE = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6}
 GREEDY = {"do_sample": False, "eos_token_id": None}
@@ -36,45 +34,6 @@ def test_one_reading_per_pass(make_llama, ids):
             assert after.weight_passes - before.weight_passes == 1
             assert after.weight_bytes_read - before.weight_bytes_read > 0
             assert after.weight_bytes_read - before.weight_bytes_read <= streamed + ahead + pages
-
-
-def test_ragged_pass_equals_each_alone(tiny, ids):
-    """A prompt, a decode step and a draft in one pass give the logits of three passes."""
-    prompts = [ids(90, seed=1), ids(40, seed=2), ids(33, seed=3)]
-    with ollm.load(tiny, device="cpu", chunk_size=32) as model:
-        cache = model.new_cache("device")
-        store = cache.store
-        expected, work = [], []
-        for prompt, num_new in zip(prompts, (90, 1, 4), strict=True):
-            split = len(prompt) - num_new
-            for keep in (True, False):
-                sequence = store.new_sequence()
-                if split:
-                    model.engine.run(store, [NewTokens(sequence, prompt[:split], 0)])
-                item = NewTokens(sequence, prompt[split:], split, num_new)
-                if keep:
-                    work.append(item)
-                else:
-                    expected += model.engine.run(store, [item])
-        passes = model.stats.weight_passes
-        found = model.engine.run(store, work)
-        assert model.stats.weight_passes == passes + 1
-    for one, other in zip(found, expected, strict=True):
-        assert torch.allclose(one, other, atol=1e-4)
-
-
-def test_chunks_cover_every_token_once(ids):
-    """Equal lengths share calls up to the chunk size; long prompts are cut; nothing is lost."""
-    lengths = (5, 5, 5, 70, 1, 1, 64)
-    work = [NewTokens(i, ids(n), 0) for i, n in enumerate(lengths)]
-    chunks = list(cut_chunks(work, 10))
-    for row, length in enumerate(lengths):
-        ranges = [(c.begin, c.end) for c in chunks if row in c.rows]
-        assert ranges[0][0] == 0
-        assert ranges[-1][1] == length
-        assert all(a[1] == b[0] for a, b in itertools.pairwise(ranges))
-    assert [len(c.rows) for c in chunks if c.num_tokens == 5] == [2, 1]
-    assert all(len(c.rows) * c.num_tokens <= 10 for c in chunks)
 
 
 @pytest.mark.parametrize("kv", ["device", "host", "disk"])
@@ -217,67 +176,6 @@ def test_rows_that_were_left_longer_are_cut(tiny, ids, layers):
             model(input_ids=prompt[:, 50:], past_key_values=cache).logits for cache in caches
         )
     assert torch.equal(found, expected)
-
-
-@pytest.mark.parametrize(("dtype", "attention"), [("float32", "exact"), ("bfloat16", "blockwise")])
-def test_budget_is_enforced_to_the_byte(make_llama, ids, dtype, attention):
-    """A run passes at the budget that the refusal names, and fails one byte below."""
-    directory = make_llama(getattr(torch, dtype), **WIDE)
-    prompt = ids(300)
-
-    def run(num_bytes):
-        with ollm.load(
-            directory,
-            device="cpu",
-            device_memory=num_bytes,
-            kv="device",
-            chunk_size=128,
-            attention=attention,
-        ) as model:
-            model(input_ids=prompt[None], logits_to_keep=1)
-            return model.stats.device_peak_bytes
-
-    with pytest.raises(DoesNotFitError) as refused:
-        run(4_000_000)
-    smallest = int(refused.value.hint.split("at least ")[1].split(" bytes")[0])
-    assert run(smallest) <= smallest
-    with pytest.raises(DoesNotFitError, match=r"new tokens.*, limit"):
-        run(smallest - 1)
-
-
-@pytest.mark.parametrize("attention", ["exact", "blockwise"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_planned_activations_cover_the_real_ones(make_llama, ids, dtype, attention):
-    """What torch really allocates in a pass is at most what was planned, and at least 60% of it."""
-    directory = make_llama(getattr(torch, dtype), **WIDE)
-    with ollm.load(
-        directory, device="cpu", device_memory="40MB", chunk_size=256, attention=attention
-    ) as model:
-        cache = model.new_cache("device")
-        prompt = ids(1000)
-        model(input_ids=prompt[None, :500], past_key_values=cache, logits_to_keep=1)
-        work = [NewTokens(cache.rows[0], prompt[500:], 500)]
-        with model.engine._pass_planner.admit(cache.store, work) as plan:
-            pass
-        with AllocationTracker("cpu") as tracker:
-            model.engine.run(cache.store, work)
-        growth = cache.store.tier_bytes().device
-    assert tracker.peak <= plan.needed.device + growth
-    assert tracker.peak >= 0.6 * plan.needed.device
-
-
-def test_blockwise_peak_does_not_grow_with_the_prompt(tiny, ids):
-    """Twice the prompt adds no more than its hidden states to what a pass takes."""
-    with ollm.load(
-        tiny, device="cpu", kv="disk", chunk_size=128, attention="blockwise", kv_dir=tiny.parent
-    ) as model:
-        needed = []
-        for num_tokens in (1024, 2048):
-            cache = model.new_cache()
-            work = [NewTokens(cache.store.new_sequence(), ids(num_tokens), 0)]
-            with model.engine._pass_planner.admit(cache.store, work) as plan:
-                needed.append(plan.needed.device)
-    assert needed[1] - needed[0] == 1024 * (64 * 4 + 18)  # and its ids and positions
 
 
 def test_two_models_on_two_threads(make_llama, reference, ids):

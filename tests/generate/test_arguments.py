@@ -12,7 +12,6 @@ import torch
 import transformers
 from transformers.utils.generic import TransformersKwargs
 
-import ollm
 from ollm_core import InputError, UnsupportedError
 from ollm_core.generate.arguments import FINE
 from ollm_core.generate.causal_lm import StreamedModel
@@ -36,13 +35,6 @@ OTHER = {
     "token_type_ids": [MASK],
     "is_causal": [False],
 }
-
-
-@pytest.fixture
-def model(tiny):
-    """A tiny model with room for everything."""
-    with ollm.load(tiny, device="cpu") as opened:
-        yield opened
 
 
 def test_one_rule_for_all(model):

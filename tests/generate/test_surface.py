@@ -22,13 +22,6 @@ OWN = {
 }  # fmt: skip
 
 
-@pytest.fixture
-def model(tiny):
-    """A tiny model with room for everything."""
-    with ollm.load(tiny, device="cpu") as opened:
-        yield opened
-
-
 def promised():
     """Public functions and properties of the base classes of torch and transformers. Without what
     transformers adds to torch's while it runs.

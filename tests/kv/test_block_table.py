@@ -11,6 +11,7 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from kv_content import content, random_keys
 
 from ollm_core import CacheKind, KVStoreError
 from ollm_core.contracts.kv import KVGeometry
@@ -28,22 +29,6 @@ def open_store(kind, directory, limit=10**8, geometry=SLIDING):
     if kind == "disk":
         return DiskKVStore(geometry, account, Path(directory), "f00d"), account
     return (DeviceKVStore if kind == "device" else HostKVStore)(geometry, account), account
-
-
-def tokens(num_tokens, seed, geometry=SLIDING, layer_idx=0):
-    """Random keys or values [G, T, D]."""
-    generator = torch.Generator().manual_seed(seed)
-    kind = geometry.kinds[layer_idx]
-    shape = kind.num_kv_heads, num_tokens, kind.head_dim
-    return torch.randn(shape, generator=generator).to(geometry.dtype)
-
-
-def content(store, layer_idx, sequence, num_tokens=None, first=0):
-    """Everything `blocks` gives, as [2, G, S, D]."""
-    pairs = [torch.stack(pair) for pair in store.blocks(layer_idx, sequence, num_tokens, first)]
-    kind = store.geometry.kinds[layer_idx]
-    empty = torch.empty(2, kind.num_kv_heads, 0, kind.head_dim, dtype=store.geometry.dtype)
-    return torch.cat([empty, *pairs], dim=2)
 
 
 @dataclass
@@ -87,7 +72,7 @@ class SlidingMachine(RuleBasedStateMachine):
         """Append to one layer of the store and of the model."""
         self.seed += 2
         new = torch.stack(
-            [tokens(length, self.seed + i, self.geometry, layer_idx) for i in range(2)]
+            [random_keys(length, self.seed + i, self.geometry, layer_idx) for i in range(2)]
         )
         self.store.append(layer_idx, sequence, new[0], new[1])
         layers = self.model[sequence].layers

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kv_content import geometry_of
 from simulated_bus import CPU, SimulatedBus
 
 from ollm_conformance import KVStoreConformance
@@ -40,7 +41,7 @@ class TestHostStoreForADevice(KVStoreConformance):
 
     @classmethod
     def open_store(cls, shape, account, directory):
-        geometry = KVGeometry(shape.kinds, shape.dtype, CPU, shape.block_size)
+        geometry = geometry_of(shape)
         return open_store(cls.kv, geometry, SimulatedBus(11), account, directory)
 
 

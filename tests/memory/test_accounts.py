@@ -7,36 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ollm_core import DoesNotFitError, InputError
+from ollm_core import DoesNotFitError
 from ollm_core.device.buffers import HUGE_PAGE, PAGE, aligned_buffer, as_memoryview, round_up
 from ollm_core.memory.accounts import MemoryAccount
-from ollm_core.memory.sizes import format_size, parse_size
-
-
-@pytest.mark.parametrize(
-    ("text", "num_bytes"),
-    [("8GB", 8 * 10**9), ("512MiB", 512 << 20), ("1.5 gb", 1_500_000_000), ("100B", 100), (7, 7)],
-)
-def test_sizes(text, num_bytes):
-    """Decimal and binary units, any case, ints as bytes."""
-    assert parse_size(text) == num_bytes
-
-
-@pytest.mark.parametrize("text", ["8", "GB", "-1GB", "8 XB", "0GB", "", "1e9B", 0, -5, "eight GB"])
-def test_wrong_sizes(text):
-    """A size without a unit, negative, zero or unknown is refused in one line with a hint."""
-    with pytest.raises(InputError, match="is not a memory size"):
-        parse_size(text)
-
-
-def test_format_size():
-    """Three digits, decimal units."""
-    assert [format_size(n) for n in (0, 999, 269e6, 1.4567e9)] == [
-        "0 B",
-        "999 B",
-        "269 MB",
-        "1.46 GB",
-    ]
 
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 60)), max_size=40))

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import MistralConfig, MistralForCausalLM
 
 import ollm
-from ollm_core import ReadError
+from ollm_core import InputError, ReadError
 from ollm_core.cli.main import cli
 from ollm_core.plugins import hookspecs
 from ollm_core.plugins.loader import KINDS
@@ -25,7 +25,7 @@ from ollm_core.plugins.loader import KINDS
 def test_every_hook_has_words_an_example_and_a_test():
     """A hook without a docstring, without a row and an example in the page, or without a test."""
     page, tests = DOCS.read_text(), Path(__file__).read_text()
-    assert set(HOOKS) == {"ollm_adapters", *KINDS}
+    assert set(HOOKS) == {"ollm_adapters", "ollm_catalog", *KINDS}
     for hook in HOOKS:
         assert getattr(hookspecs, hook).__doc__, hook
         assert f"| [`{hook}`](#{hook}) |" in page
@@ -38,7 +38,7 @@ def test_examples_are_found(registry):
     assert {p.name: (p.status, p.reason) for p in registry.plugins} == {
         name: ("ok", "") for name in (*HOOKS, "llama")
     }
-    assert [list(registry.offers(hook)) for hook in HOOKS[1:]] == [
+    assert [list(registry.offers(hook)) for hook in KINDS] == [
         ["checked"], ["buffered"], ["byte-planes"], ["counting"], ["count-tokens"],
     ]  # fmt: skip
 
@@ -64,6 +64,16 @@ def test_ollm_adapters(registry, tmp_path, ids):
     with torch.no_grad():
         expected = model(prompt[None]).logits[0]
     assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_ollm_catalog(registry, tmp_path):
+    """Its models are found by every name, and say how to get them."""
+    for name in ("our-llama", "OUR:1b", "our-company/our-llama"):
+        assert registry.find(name)[1].repo == "our-company/our-llama"
+    with pytest.raises(InputError, match="ollm pull our-llama"):
+        ollm.load("our:1b", registry=registry, models_dir=tmp_path)
+    (plugin,) = [one for one in registry.plugins if one.models]
+    assert [entry.id for entry in plugin.models] == ["our-llama", "our-other"]
 
 
 def test_ollm_kv_stores(registry, tiny, ids):

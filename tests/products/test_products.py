@@ -36,12 +36,14 @@ def same(found, expected, dtype):
     num_outputs=st.integers(1, 37),
     size=st.integers(1, 150),
     compiled=st.booleans(),
+    instructions=st.booleans(),
     dtype=st.sampled_from(list(HALF_UNIT)),
     biased=st.booleans(),
 )
-def test_any_shape_is_a_float32_sum(rows, num_outputs, size, compiled, dtype, biased):
+def test_any_shape_is_a_float32_sum(rows, num_outputs, size, compiled, instructions, dtype, biased):
     """Any number of rows and any form of the matrix, with and without a bias."""
-    products = CpuProducts(dtype, COMPILED if compiled and dtype == torch.bfloat16 else None)
+    kernel = COMPILED if compiled and dtype == torch.bfloat16 else None
+    products = CpuProducts(dtype, kernel, instructions=instructions and kernel is not None)
     states, bias = random(2, rows, size, dtype=dtype), random(num_outputs, dtype=dtype, seed=2)
     matrix = random(num_outputs, size, dtype=dtype, seed=1)
     expected = states.float() @ matrix.float().t()
@@ -53,9 +55,9 @@ def test_any_shape_is_a_float32_sum(rows, num_outputs, size, compiled, dtype, bi
 
 @pytest.mark.parametrize("rows", [1, 2, MOST_ROWS, MOST_ROWS + 1, 300])
 def test_tiles_of_a_large_matrix(rows, monkeypatch):
-    """A matrix of several tiles, and rows that are longer than a tile."""
+    """A matrix of several tiles, the last of them smaller, and rows that are longer than a tile."""
     monkeypatch.setattr(module, "TILE_BYTES", 4096)
-    for shape in ((300, 64), (5, 2000)):
+    for shape in ((300, 20), (300, 64), (5, 2000)):
         products = CpuProducts(torch.bfloat16, None)
         states, matrix = random(rows, shape[1]), random(*shape, seed=1)
         found = functional.linear(states, products.weight(matrix))
@@ -86,12 +88,28 @@ def test_what_is_no_product_is_torch_itself():
     assert weight.data_ptr() == matrix.data_ptr()
 
 
-@pytest.mark.parametrize("rows", [2, MOST_ROWS, MOST_ROWS + 1, 130])
-def test_a_trace_sees_what_a_product_takes(rows):
+def test_the_buffer_is_no_larger_than_a_tile():
+    """Of the longest rows that there are, and never beyond its limit."""
+    products = CpuProducts(torch.bfloat16, None)
+    assert products.buffer_bytes == module.TILE_BYTES
+    products.expect(640)
+    assert products.buffer_bytes == 4 * module.TILE_OUTPUTS * 640
+    states, matrix = random(300, 640), random(1100, 640, seed=1)
+    found = functional.linear(states, products.weight(matrix))
+    same(found, states.float() @ matrix.float().t(), torch.bfloat16)
+    products.expect(1 << 20)
+    assert products.buffer_bytes == module.TILE_BYTES
+
+
+@pytest.mark.parametrize(
+    ("rows", "instructions"),
+    [(1, True), *((rows, False) for rows in (2, MOST_ROWS, MOST_ROWS + 1, 300))],
+)
+def test_a_trace_sees_what_a_product_takes(rows, instructions):
     """The peak beside output and buffer is that of a run, and at most `scratch_bytes`."""
     peaks = []
     for device in ("cpu", "meta"):
-        products = CpuProducts(torch.bfloat16, COMPILED)
+        products = CpuProducts(torch.bfloat16, COMPILED, instructions=instructions)
         weight = products.weight(torch.zeros(2000, 640, dtype=torch.bfloat16, device=device))
         states = torch.zeros(rows, 640, dtype=torch.bfloat16, device=device)
         functional.linear(states, weight)  # the buffer is made

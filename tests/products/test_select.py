@@ -33,8 +33,17 @@ def test_torch_itself_where_it_is_exact_or_fast():
 
 
 def test_instructions_are_used(monkeypatch):
-    """A processor that has them multiplies by torch."""
+    """A processor that has them multiplies by torch, but for one row."""
     monkeypatch.setattr(select, "has_instructions", lambda dtype: True)
+    assert select.choose_products(torch.float16, CPU, "fast") is None
+    products = select.choose_products(torch.bfloat16, CPU, "fast")
+    matrix, kernel = torch.ones(4, 3).bfloat16(), products.small_batch
+    assert kernel is not None
+    assert products.bind([matrix], 2) == [matrix]
+    (bound,) = products.bind([matrix], 1)
+    assert bound.products is products
+    assert products.buffer_bytes == products.scratch_bytes(9, 3) == 0
+    monkeypatch.setattr(select, "_small_batch", lambda: None)
     assert select.choose_products(torch.bfloat16, CPU, "fast") is None
 
 

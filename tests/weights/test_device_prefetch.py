@@ -127,7 +127,7 @@ def test_every_operator_sees_its_layer(stored, seed):
             for _ in range(chosen.randint(1, 3)):
                 weights.fit(*budgets)
                 assert device.used <= weights.fixed_device_bytes + budgets[0]
-                assert host.used <= weights.held.staging_bytes + budgets[1]
+                assert host.used <= weights.resident.staging_bytes + budgets[1]
                 try:
                     one_pass()
                 except (ReadError, Stop):
@@ -151,7 +151,7 @@ def test_the_next_layer_comes_while_one_is_computed(stored, num_buffers, refuses
     ) as weights:
         before = bus.num_copies + NUM_UNITS
         weights.fit((num_buffers - 1) * weights.slot_bytes, 10**6)
-        assert weights.held.num_host_units == NUM_UNITS
+        assert weights.resident.num_host_units == NUM_UNITS
         for i in range(NUM_UNITS):  # what is kept is read when it is first wanted
             with weights.acquire(i):
                 pass
@@ -205,6 +205,6 @@ def test_what_a_device_keeps_takes_no_host_memory_of_its_own(stored, monkeypatch
             with weights.acquire(i) as (value,):
                 assert torch.equal(value, tensors[f"t{i}"])
         assert weights.bytes_read == 0
-        assert host.peak == weights.held.staging_bytes == sum(bus.locked.values())
+        assert host.peak == weights.resident.staging_bytes == sum(bus.locked.values())
     assert device.used == host.used == 0
     assert not bus.locked

@@ -1,20 +1,31 @@
-"""At most so many layers kept: inside the budgets, the same bits, and a plan that knows."""
+"""Where units are kept: in even order, inside the budgets, the same bits, and a plan that knows."""
 
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from weight_units import unit_of
 
 import ollm
-from ollm_core import InputError
+from ollm_core import DoesNotFitError, InputError
 from ollm_core.checkpoint.safetensors import open_checkpoint, read_config
 from ollm_core.cli.main import main
+from ollm_core.memory.accounts import MemoryAccount
 from ollm_core.memory.budgets import Budgets, LayerLimits
+from ollm_core.memory.pair import PerMemory
 from ollm_core.model.spec import inspect_model
 from ollm_core.planning.dry_run import DryRun, Scenario
 from ollm_core.plugins.registry import Registry
+from ollm_core.weights.placement import spread_order
+from ollm_core.weights.sources.posix import open_source
+from ollm_core.weights.streamer import TieredStreamer
+from ollm_core.weights.units import Units
 
 NUM_LAYERS = 6
 NEW = 3
@@ -147,3 +158,58 @@ def test_plan_says_so(model, capfd):
             assert json.loads(out)["placement"]["device_layers"] == 2
         else:
             assert "2 layers on the device, your limit is 2" in out
+
+
+CPU = torch.device("cpu")
+
+
+@given(num_units=st.integers(1, 200))
+def test_spread_order_is_even(num_units):
+    """It is a permutation, and any beginning of it leaves no gap over twice the even one."""
+    order = spread_order(num_units)
+    assert sorted(order) == list(range(num_units))
+    for count in range(1, num_units + 1):
+        kept = sorted(order[:count])
+        gaps = [b - a for a, b in zip(kept, [*kept[1:], num_units], strict=True)]
+        assert max(gaps) <= 2 * -(-num_units // count)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    budgets=st.lists(
+        st.tuples(st.integers(0, 900_000), st.integers(0, 900_000)), min_size=1, max_size=4
+    )
+)
+def test_fit_keeps_to_its_budget(tmp_path_factory, budgets):
+    """Whatever budgets follow one another, every unit is right and no more is held than allowed.
+    The placement is what is reserved, also where the account has refused part of it.
+    """
+    directory = tmp_path_factory.mktemp("fit")
+    torch.manual_seed(0)
+    tensors = {f"t{i}": torch.randn(101, 129 + i) for i in range(7)}
+    save_file(tensors, directory / "model.safetensors")
+    (directory / "config.json").write_text('{"model_type": "llama"}')
+    checkpoint = open_checkpoint(directory)
+    cut = [unit_of(checkpoint, f"t{i}") for i in range(7)]
+    units = Units(tuple(cut[:5]), (cut[5],), cut[6], checkpoint.tensors["t0"])
+    account = MemoryAccount("device memory", 10**9)
+    accounts = PerMemory(account, MemoryAccount("host memory", 0))
+    source = open_source(list(checkpoint.files))
+    with TieredStreamer(units, source, torch.float32, CPU, accounts) as weights:
+
+        def held():
+            return weights.resident.bytes_of(weights.resident.placement).device
+
+        for budget, more in budgets:
+            if budget < weights.least_bytes(budget):
+                continue
+            account.limit = account.used + more
+            with suppress(DoesNotFitError):
+                weights.fit(budget, 0)
+            assert account.used - weights.fixed_device_bytes == held()
+            account.limit = 10**9
+            weights.fit(budget, 0)
+            assert account.used - weights.fixed_device_bytes == held() <= budget
+            for i in range(6):
+                with weights.acquire(i) as (value,):
+                    assert torch.equal(value, tensors[f"t{i}"])

@@ -19,7 +19,7 @@ class ConformanceError(OllmError):
     """Checks that failed. Exit code 1."""
 
 
-@click.group()
+@click.group(short_help="Prove an adapter by the conformance suite.")
 def conformance() -> None:
     """Prove an adapter: same tokens as the un-offloaded model, never a byte over the budget."""
 

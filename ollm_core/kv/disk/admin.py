@@ -136,7 +136,7 @@ def pick(kept: Sequence[StoredPrefix], beginning: str) -> list[StoredPrefix]:
     found = [one for one in kept if beginning and one.id.startswith(beginning.lower())]
     if len({one.id for one in found}) != 1:
         raise InputError(
-            f"{beginning!r}: need the beginning of one prefix's id, have that of {len(found)}",
+            f"cached prefixes with an id {beginning!r}...: need 1, have {len(found)}",
             hint="`ollm cache list` shows the ids",
         )
     return found

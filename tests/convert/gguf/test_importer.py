@@ -124,3 +124,20 @@ def test_bad_arguments(tiny_gguf, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UnsupportedError, match=r"pip install 'ollm-core\[gguf\]'"):
         import_gguf(tiny_gguf, tmp_path / "out")
+
+
+pytest.importorskip("gguf")
+
+
+def test_neighbours_are_not_read(llama, tmp_path):
+    """Configs, code and adapters beside the file have no part in it."""
+    file = llama()
+    plant = {"auto_map": {"AutoConfig": "evil.C", "AutoTokenizer": ["evil.T", None]}}
+    for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
+        (file.parent / name).write_text(json.dumps({**plant, "eos_token_id": 77}))
+    (file.parent / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    (file.parent / "evil.py").write_text("raise SystemExit(3)")
+    import_gguf(file, tmp_path / "out")
+    generation = json.loads((tmp_path / "out/generation_config.json").read_text())
+    assert generation["eos_token_id"] == 2
+    assert "auto_map" not in (tmp_path / "out/tokenizer_config.json").read_text()

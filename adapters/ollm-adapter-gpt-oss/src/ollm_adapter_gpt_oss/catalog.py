@@ -78,6 +78,7 @@ def entries() -> tuple[CatalogEntry, ...]:
             num_parameters=20_914_757_184,
             weight_bytes=13_761_264_768,
             license="apache-2.0",
+            aliases=("gpt-oss:20b", "gpt-oss"),
         ),
         catalog_entry(
             "gpt-oss-120B",
@@ -86,6 +87,7 @@ def entries() -> tuple[CatalogEntry, ...]:
             num_parameters=116_829_156_672,
             weight_bytes=65_248_815_744,
             license="apache-2.0",
+            aliases=("gpt-oss:120b",),
         ),
     )
 

@@ -43,11 +43,22 @@ def _llama3(rope_factor: float, **sizes: Any) -> dict[str, Any]:
 
 
 def _entry(
-    model_id: str, repo: str, num_parameters: int, license_name: str, config: dict[str, Any]
+    model_id: str,
+    repo: str,
+    num_parameters: int,
+    license_name: str,
+    config: dict[str, Any],
+    *aliases: str,
 ) -> CatalogEntry:
     """All of these checkpoints hold two bytes a parameter, and a tied head's tensor once."""
     return CatalogEntry(
-        model_id, repo, num_parameters, 2 * num_parameters, config, license=license_name
+        model_id,
+        repo,
+        num_parameters,
+        2 * num_parameters,
+        config,
+        license=license_name,
+        aliases=aliases,
     )
 
 
@@ -68,6 +79,7 @@ def entries() -> tuple[CatalogEntry, ...]:
                 num_hidden_layers=16,
                 tie_word_embeddings=True,
             ),
+            "llama3.2:1b",
         ),
         _entry(
             "llama3-3B-chat",
@@ -83,6 +95,8 @@ def entries() -> tuple[CatalogEntry, ...]:
                 num_hidden_layers=28,
                 tie_word_embeddings=True,
             ),
+            "llama3.2:3b",
+            "llama3.2",
         ),
         _entry(
             "llama3-8B-chat",
@@ -97,6 +111,8 @@ def entries() -> tuple[CatalogEntry, ...]:
                 num_hidden_layers=32,
                 tie_word_embeddings=False,
             ),
+            "llama3.1:8b",
+            "llama3.1",
         ),
         _entry(
             "llama3-405B-chat",
@@ -111,6 +127,7 @@ def entries() -> tuple[CatalogEntry, ...]:
                 num_hidden_layers=126,
                 tie_word_embeddings=False,
             ),
+            "llama3.1:405b",
         ),
         _entry(
             "llama2-70B-chat",
@@ -132,6 +149,7 @@ def entries() -> tuple[CatalogEntry, ...]:
                 "torch_dtype": "float16",
                 "vocab_size": 32000,
             },
+            "llama2:70b",
         ),
         _entry(
             "smollm2-135M",
@@ -157,6 +175,7 @@ def entries() -> tuple[CatalogEntry, ...]:
                 "tie_word_embeddings": True,
                 "vocab_size": 49152,
             },
+            "smollm2:135m",
         ),
     )
 

@@ -79,10 +79,11 @@ def qwen3_next() -> tuple[CatalogEntry, ...]:
             weight_bytes=2 * 81_324_862_720,
             ignored_bytes=2 * 1_650_471_424,
             license="apache-2.0",
+            aliases=aliases,
         )
-        for model_id, kind in (
-            ("qwen3-next-80B", "Instruct"),
-            ("qwen3-next-80B-thinking", "Thinking"),
+        for model_id, kind, *aliases in (
+            ("qwen3-next-80B", "Instruct", "qwen3-next:80b", "qwen3-next"),
+            ("qwen3-next-80B-thinking", "Thinking", "qwen3-next:80b-thinking"),
         )
     )
 
@@ -96,9 +97,10 @@ def qwen3_moe() -> tuple[CatalogEntry, ...]:
             _MOE_30B,
             num_parameters=30_532_122_624,
             license="apache-2.0",
+            aliases=aliases,
         )
-        for model_id, kind in (
-            ("qwen3-30B", "Instruct"),
-            ("qwen3-30B-thinking", "Thinking"),
+        for model_id, kind, *aliases in (
+            ("qwen3-30B", "Instruct", "qwen3:30b", "qwen3:30b-instruct"),
+            ("qwen3-30B-thinking", "Thinking", "qwen3:30b-thinking"),
         )
     )

@@ -9,8 +9,18 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from ollm_adapter_transformers.catalog import entries
 from ollm_adapter_transformers.recognise import check_config, is_composite, language_config
-from ollm_core import CacheKind, Capability, Config, Layout, ModelAdapter, WeightPlan, hookimpl
+from ollm_core import (
+    CacheKind,
+    Capability,
+    CatalogEntry,
+    Config,
+    Layout,
+    ModelAdapter,
+    WeightPlan,
+    hookimpl,
+)
 
 if TYPE_CHECKING:
     from ollm_adapter_transformers.tree import Tree
@@ -105,3 +115,9 @@ class OneModel(TransformersAdapter):
 def ollm_adapters() -> Sequence[ModelAdapter]:
     """The one adapter of this distribution."""
     return (TransformersAdapter(),)
+
+
+@hookimpl
+def ollm_catalog() -> Sequence[CatalogEntry]:
+    """The models that people ask for most; whichever adapter claims one opens it."""
+    return entries()

@@ -6,35 +6,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from ollm_core import Config, ConfigError, UnknownModelError, UnsupportedError
+from ollm_core import Config, ConfigError, UnsupportedError
 
 _NUMBERS = ("Infinity", "-Infinity", "NaN")
 _TEXT_PARTS = ("text_config", "llm_config", "language_config", "thinker_config")
 
 
 def check_config(config: Config) -> None:
-    """Raises UnknownModelError for a `model_type` that the installed transformers does not have,
-    UnsupportedError for code of its own and for a model that is no decoder.
+    """Raises UnsupportedError for a model that is no decoder, or whose frequencies depend on the
+    length. What transformers does not know core has refused.
     """
-    import transformers
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     model_type = config.get("model_type")
-    if model_type not in CONFIG_MAPPING:
-        version = config.get("transformers_version")
-        written = f", config.json was written by {version!a:.40}" if version else ""
-        if config.get("auto_map"):
-            raise UnsupportedError(
-                f"model_type {model_type!a:.80} is Python code of the checkpoint (auto_map), which "
-                "is never run",
-                hint="a checkpoint of an architecture that transformers has itself is opened",
-            )
-        raise UnknownModelError(
-            f"transformers {transformers.__version__} has no model_type {model_type!a:.80}"
-            f"{written}",
-            hint="pip install -U transformers, if a newer version has it",
-        )
     if config.get("is_encoder_decoder") or _is_encoder_decoder(str(model_type)):
         raise UnsupportedError(
             f"model_type {model_type!a} is an encoder-decoder, need a decoder alone",

@@ -5,14 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
+import ollm
 from ollm_conformance.adapter.base import AdapterSuite
 from ollm_conformance.allocated import live_bytes, only_new_objects
 from ollm_conformance.checks import check
+from ollm_conformance.models import model_config
 from ollm_conformance.subject import CHUNK, Subject
 from ollm_core.testing import PlannedRun, TierTracker, plan_run, supports
 
 _PROMPT = 160
+_BEYOND = 1500
+"""Tokens behind a window: several blocks of KV, which a layer with a window lets go of."""
 _ROUNDED = 32 << 10
 """Bytes that buffers are rounded up by, which is more than a tenth of a tiny model."""
 
@@ -58,6 +63,44 @@ class Planned(AdapterSuite):
                 f"{plan.host_memory} of the host: expected a plan from {measured} to {most:.0f} "
                 f"bytes, got {told}"
             )
+        if kv == "device" and roomy:
+            _tells_kv(subject, directory)
+
+
+def _tells_kv(subject: Subject, directory: Path) -> None:
+    """Raises AssertionError unless a plan tells the KV of a text beyond every window, which is most
+    of what a long run holds and reads. A store has some blocks more.
+    """
+    kinds = subject.adapter.caches(subject.config)
+    if all(kind.window is None for kind in kinds):
+        return  # what grows by the token is in the peaks
+    positions = int(model_config(subject.config).get_text_config().max_position_embeddings)
+    num_tokens = min(positions, max(kind.window or 0 for kind in kinds) + _BEYOND)
+    told = ollm.plan(
+        directory,
+        context=num_tokens,
+        max_new_tokens=1,
+        device="cpu",
+        device_memory="1GB",
+        host_memory="1GB",
+        registry=subject.registry,
+    ).kv_bytes
+    with subject.open(directory, kv="device") as model:
+        cache, spare = model.new_cache(), 0
+        store = cache.store
+        sequence = store.new_sequence()
+        for layer_idx, kind in enumerate(kinds):
+            for begin in range(0, num_tokens, CHUNK):
+                length = min(CHUNK, num_tokens - begin)
+                keys = torch.zeros(kind.num_kv_heads, length, kind.head_dim, dtype=torch.bfloat16)
+                store.append(layer_idx, sequence, keys, keys)
+            spare += 4 * kind.num_kv_heads * kind.head_dim * 3 * store.block_size
+        store.commit(sequence)
+        held = store.tier_bytes().device
+    assert held - spare <= told <= held, (
+        f"KV of {num_tokens} tokens: expected a plan from {max(held - spare, 0)} to {held} bytes, "
+        f"got {told}"
+    )
 
 
 def _measured(

@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import math
-import tempfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from functools import partial
-from pathlib import Path
-from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ollm_conformance.checks import check, does_not_apply
 from ollm_conformance.compare import same_bits
-from ollm_conformance.parts.base import PartSuite, refusal
+from ollm_conformance.parts.codec_suite import SMALL, CodecSuite
 from ollm_conformance.parts.encoded import (
     DTYPES,
     SHAPES,
     Stored,
     WeightCodec,
-    bits,
     decoded,
     patterns,
     plain,
@@ -31,88 +25,18 @@ from ollm_conformance.parts.encoded import (
 )
 from ollm_conformance.process_memory import every_time, expect, peak_grown, process_memory
 from ollm_conformance.seeds import drawn
-from ollm_core import CodecRequest, Config, EncodedTensor, OllmError, StoredForm
+from ollm_core import CodecRequest, EncodedTensor, OllmError, StoredForm
 
 LARGE = 3072, 4096
 """Shape of a tensor beside which everything else in the process is small."""
 LARGE_ROWS = 2, 3072, 2048
 """Shape of one whose rows are so too."""
-SMALL: dict[str, tuple[int, ...]] = {
-    "model.layers.0.mlp.up_proj.weight": (33, 64),
-    "model.layers.1.mlp.up_proj.weight": (33, 64),
-    "model.layers.1.input_layernorm.weight": (65,),
-}
 
 
-class CodecConformance(PartSuite):
+class CodecConformance(CodecSuite):
     """Every check of a weight codec. Subclass it as `TestX`, set `codec` to what the hook
     `ollm_weight_codecs` offers, and write `write`, which encodes.
     """
-
-    codec: ClassVar[WeightCodec]
-    """The factory: a request -> the encoded tensors by name."""
-    dtypes: ClassVar[Sequence[str]] = ("BF16",)
-    """safetensors names of the dtypes that it encodes, of BF16, F16 and F32."""
-    config: ClassVar[Config] = {}
-    """What config.json says of a checkpoint in the codec's form, as `quantization_config`."""
-    edges: ClassVar[Sequence[int]] = ()
-    """Numbers of elements at which the form changes, as the length of a block: one less, so many
-    and one more are tried.
-    """
-
-    @classmethod
-    def write(cls, tensors: Mapping[str, Tensor], directory: Path) -> None:
-        """Write a checkpoint of these tensors, in the codec's form, to `directory`, which is empty:
-        as `model.safetensors`, or as files with an index.
-
-        What the form cannot hold is stored as it is; of each dtype in `dtypes` it holds some.
-        """
-        raise NotImplementedError
-
-    @classmethod
-    def sample(cls, dtype: torch.dtype, shape: tuple[int, ...], seed: int) -> Tensor:
-        """Random numbers that the form can hold and `write` encodes. Default: such as weights are,
-        of `shape`; a form that cannot hold all gives others, in a shape of about as many.
-        """
-        return weights(dtype, shape, seed)
-
-    @classmethod
-    def is_checked(cls, stored: str) -> bool:
-        """Whether damage to one bit of the stored tensor of this name is noticed, as by a checksum.
-        Default: of none.
-        """
-        return False
-
-    @classmethod
-    @contextmanager
-    def models(cls) -> Iterator[tuple[Any, Any] | None]:
-        """One model opened twice, from a plain checkpoint and from an encoded one, as `ollm.load`
-        does: their logits are compared. None, the default: they are not.
-        """
-        yield None
-
-    @classmethod
-    @contextmanager
-    def stored(cls, tensors: Mapping[str, Tensor]) -> Iterator[Stored]:
-        """A checkpoint of `tensors` and what the codec says of it."""
-        with tempfile.TemporaryDirectory() as name:
-            cls.write(tensors, Path(name))
-            yield Stored.open(Path(name), cls.codec, cls.config)
-
-    @classmethod
-    def compare(cls, tensors: Mapping[str, Tensor], what: str) -> None:
-        """Raises AssertionError unless each of `tensors` comes back bit for bit, encoded or not."""
-        with cls.stored(tensors) as stored:
-            used = {name for encoded in stored.encoded.values() for name in encoded.tensors}
-            names = (stored.tensors.keys() - used) | stored.encoded.keys()
-            assert names == tensors.keys(), (
-                f"{what}: expected the tensors {sorted(tensors)}, got {sorted(names)}"
-            )
-            for name, expected in tensors.items():
-                told = f"{what}: {name}"
-                encoded = name in stored.encoded
-                found = stored.decode(name, told) if encoded else stored.tensors[name]
-                same_pattern(found, expected, told)
 
     @check(
         "codec.patterns",
@@ -349,45 +273,6 @@ class CodecConformance(PartSuite):
                 expected, found = original(input_ids=ids), encoded(input_ids=ids)
             same_bits(found.logits, expected.logits, "logits of the encoded model")
 
-    @classmethod
-    def claimed(cls, request: CodecRequest, what: str) -> list[str]:
-        """The names that the codec claims. Raises AssertionError if it raises anything."""
-        try:
-            return sorted(cls.codec(request))
-        except Exception as error:
-            raise AssertionError(f"{what}: expected an answer, got {error!r}") from error
-
-    @classmethod
-    def small(cls, dtype: str) -> dict[str, Tensor]:
-        """A few tensors with names of models."""
-        return {
-            name: cls.sample(DTYPES[dtype], shape, i)
-            for i, (name, shape) in enumerate(SMALL.items())
-        }
-
-    @classmethod
-    def damage(cls, stored: Stored, name: str) -> None:
-        """Flip a bit of a stored tensor in several places, and fill it with zeros."""
-        encoded, whole = stored.encoded["layer"], stored.tensors[name]
-        count = bits(whole).numel()
-        for place in (0, 5, 9, count // 3, count // 2, count - 70, None):
-            changed = bits(whole).clone()
-            if place is None:
-                changed.zero_()
-            elif 0 <= place < count:
-                changed[place] ^= 0x10
-            else:
-                continue
-            arguments = [
-                changed.view(whole.dtype).view(whole.shape) if one == name else stored.tensors[one]
-                for one in encoded.tensors
-            ]
-            what = f"{name} of zeros" if place is None else f"{name} with another bit in {place}"
-            if cls.is_checked(name):
-                refusal(OllmError, partial(encoded.decode, *arguments), what)
-            else:
-                _decoded_or_refused(encoded, arguments, what)
-
 
 def _check_fields(encoded: object, stored: Collection[str], what: str) -> None:
     """Raises AssertionError for a field that core could not use."""
@@ -418,21 +303,6 @@ def _rows_of(stored: Stored) -> dict[str, EncodedTensor]:
 
 def _name_of(dtype: torch.dtype) -> str:
     return next((name for name, one in DTYPES.items() if one == dtype), str(dtype))
-
-
-def _decoded_or_refused(encoded: EncodedTensor, arguments: Sequence[Tensor], what: str) -> None:
-    """Raises AssertionError unless there is a tensor as declared, or a refusal in one line."""
-    try:
-        found = encoded.decode(*arguments)
-    except OllmError as error:
-        found = None
-        line = str(error)
-        assert "\n" not in line, f"{what}: expected one line, got {line}"
-    except Exception as error:
-        raise AssertionError(f"{what}: expected an OllmError, got {error!r}") from error
-    if found is not None:
-        form, got = encoded.shape, tuple(found.shape)
-        assert got == form, f"{what}: expected shape {form} as declared, got {got}"
 
 
 def _refused_or_left(request: CodecRequest, codec: WeightCodec, what: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,7 +25,9 @@ from ollm_conformance.parts.base import (
     unreadable,
 )
 from ollm_conformance.parts.tiny_weights import NUM_UNITS, Model
+from ollm_conformance.parts.weight_walk import WeightWalk
 from ollm_conformance.process_memory import SLACK, every_time, process_memory
+from ollm_conformance.seeds import run_seed
 from ollm_core import DoesNotFitError, MemoryAccount, ReadError
 from ollm_core.testing import Units, WeightStreamer
 
@@ -152,6 +155,22 @@ class WeightStreamerConformance(PartSuite):
             with self.opened(share) as (streamer, model, _):
                 model.walk(streamer, "out of order", order=[3, 1, 1, 0, 6, 5, 2, 4, 0, 6, 3])
                 model.walk(streamer, "then a pass")
+
+    @check(
+        "weight-streamer.walk",
+        "Whatever is acquired, one unit or two, given back, broken off or embedded, in whatever "
+        "order and budget, what is in use stays what it is.",
+        look="acquire() and embed(): buffers that calls share",
+    )
+    def test_walk(self) -> None:
+        draw = random.Random(run_seed())
+        for number in range(4):
+            share = max(self.least_share, draw.choice([0.8, 1.1, 1.6, 4.0]))
+            dtype = torch.bfloat16  # of stored float32, in half of the walks
+            stored = draw.choice([torch.bfloat16, torch.float32])
+            with self.opened(share, dtype, stored) as (streamer, model, _):
+                told = f"seed {run_seed()}, walk {number} in a share of {share}"
+                WeightWalk(streamer, model, dtype, draw).run(told)
 
     @check(
         "weight-streamer.broken-off",

@@ -1,4 +1,4 @@
-"""The KV stores of core keep the contract; what is special about the one on disk."""
+"""The KV store on disk: the contract, files of the user alone, and disks that fail."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from kv_content import content, geometry_of, random_keys
 
 from ollm_conformance import KVStoreConformance
 from ollm_core import DoesNotFitError, KVStoreError, ReadError
 from ollm_core.contracts.kv import KVGeometry
 from ollm_core.kv.disk.layer_file import MAGIC
 from ollm_core.kv.disk.storage import DiskKVStore
-from ollm_core.kv.in_memory import DeviceKVStore, HostKVStore
 from ollm_core.memory.accounts import MemoryAccount
 
 GEOMETRY = KVGeometry.uniform(2, 3, 5, torch.float32, torch.device("cpu"), block_size=4)
@@ -32,29 +32,6 @@ def open_store(directory, limit=10**8):
     return DiskKVStore(GEOMETRY, account, Path(directory), "f00d"), account
 
 
-def geometry_of(shape):
-    """A shape of the conformance suite as a geometry of core."""
-    return KVGeometry(shape.kinds, shape.dtype, GEOMETRY.device, shape.block_size)
-
-
-class TestDeviceStore(KVStoreConformance):
-    """Keys and values on the compute device."""
-
-    @classmethod
-    def open_store(cls, shape, account, directory):
-        return DeviceKVStore(geometry_of(shape), account)
-
-
-class TestHostStore(KVStoreConformance):
-    """Keys and values in host memory."""
-
-    num_examples = 10
-
-    @classmethod
-    def open_store(cls, shape, account, directory):
-        return HostKVStore(geometry_of(shape), account)
-
-
 class TestDiskStore(KVStoreConformance):
     """Keys and values on disk."""
 
@@ -63,26 +40,10 @@ class TestDiskStore(KVStoreConformance):
         return DiskKVStore(geometry_of(shape), account, directory, "f00d")
 
 
-def tokens(num_tokens, seed, geometry=GEOMETRY, layer_idx=0):
-    """Random keys or values [G, T, D]."""
-    generator = torch.Generator().manual_seed(seed)
-    kind = geometry.kinds[layer_idx]
-    shape = kind.num_kv_heads, num_tokens, kind.head_dim
-    return torch.randn(shape, generator=generator).to(geometry.dtype)
-
-
-def content(store, layer_idx, sequence, num_tokens=None, first=0):
-    """Everything `blocks` gives, as [2, G, S, D]."""
-    pairs = [torch.stack(pair) for pair in store.blocks(layer_idx, sequence, num_tokens, first)]
-    kind = store.geometry.kinds[layer_idx]
-    empty = torch.empty(2, kind.num_kv_heads, 0, kind.head_dim, dtype=store.geometry.dtype)
-    return torch.cat([empty, *pairs], dim=2)
-
-
 def fill(store, sequence, num_tokens, seed=0):
     """Append to both layers; returns what layer 0 has."""
     for layer_idx in range(store.geometry.num_layers):
-        keys, values = tokens(num_tokens, seed), tokens(num_tokens, seed + 1)
+        keys, values = (random_keys(num_tokens, seed + i, GEOMETRY) for i in range(2))
         store.append(layer_idx, sequence, keys, values)
     return torch.stack([keys, values])
 
@@ -186,7 +147,7 @@ def test_a_block_that_was_not_written_is_never_read_as_zeros(tmp_path, monkeypat
     store, _ = open_store(tmp_path)
     with store:
         sequence = store.new_sequence()
-        keys = tokens(6, 1)
+        keys = random_keys(6, 1, GEOMETRY)
         store.append(1, sequence, keys, keys)
         wait_for_writes(store)
         real = os.pwritev
@@ -314,7 +275,7 @@ geometry = KVGeometry.uniform(1, 1, 4, torch.float32, torch.device("cpu"), 4)
 store = DiskKVStore(geometry, MemoryAccount("memory", 10**8), Path({str(tmp_path)!r}), "f00d")
 store.append(0, store.new_sequence(), torch.ones(1, 9, 4), torch.ones(1, 9, 4))
 """
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[3])
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,4 +1,4 @@
-"""What a store keeps where it is used is put together at once: the same bits as block by block."""
+"""Exact attention: the contract, and the same bits where blocks lie in place or are copied."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaAttention
 
+from ollm_conformance import AttentionConformance
 from ollm_core.attention.exact import exact_attention
 from ollm_core.contracts.attention import KVView
 from ollm_core.contracts.kv import CacheKind, KVGeometry, KVStore
@@ -97,3 +98,10 @@ def test_which_stores_are(tmp_path):
         assert HybridKVStore(plain, store, states).in_place
     with DiskKVStore(plain, account, tmp_path, "f00d") as store:
         assert not store.in_place
+
+
+class TestExactAttention(AttentionConformance):
+    """transformers' own, over all keys in one piece."""
+
+    attention = exact_attention
+    exact = True

@@ -1,0 +1,49 @@
+"""New tokens of many sequences, cut into chunks."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+
+import ollm
+from ollm_core.engine.batch import NewTokens, cut_chunks
+
+
+def test_ragged_pass_equals_each_alone(tiny, ids):
+    """A prompt, a decode step and a draft in one pass give the logits of three passes."""
+    prompts = [ids(90, seed=1), ids(40, seed=2), ids(33, seed=3)]
+    with ollm.load(tiny, device="cpu", chunk_size=32) as model:
+        cache = model.new_cache("device")
+        store = cache.store
+        expected, work = [], []
+        for prompt, num_new in zip(prompts, (90, 1, 4), strict=True):
+            split = len(prompt) - num_new
+            for keep in (True, False):
+                sequence = store.new_sequence()
+                if split:
+                    model.engine.run(store, [NewTokens(sequence, prompt[:split], 0)])
+                item = NewTokens(sequence, prompt[split:], split, num_new)
+                if keep:
+                    work.append(item)
+                else:
+                    expected += model.engine.run(store, [item])
+        passes = model.stats.weight_passes
+        found = model.engine.run(store, work)
+        assert model.stats.weight_passes == passes + 1
+    for one, other in zip(found, expected, strict=True):
+        assert torch.allclose(one, other, atol=1e-4)
+
+
+def test_chunks_cover_every_token_once(ids):
+    """Equal lengths share calls up to the chunk size; long prompts are cut; nothing is lost."""
+    lengths = (5, 5, 5, 70, 1, 1, 64)
+    work = [NewTokens(i, ids(n), 0) for i, n in enumerate(lengths)]
+    chunks = list(cut_chunks(work, 10))
+    for row, length in enumerate(lengths):
+        ranges = [(c.begin, c.end) for c in chunks if row in c.rows]
+        assert ranges[0][0] == 0
+        assert ranges[-1][1] == length
+        assert all(a[1] == b[0] for a, b in itertools.pairwise(ranges))
+    assert [len(c.rows) for c in chunks if c.num_tokens == 5] == [2, 1]
+    assert all(len(c.rows) * c.num_tokens <= 10 for c in chunks)
