@@ -71,8 +71,9 @@ def check(plan):
 CATALOG = [
     (entry.id, entry)
     for adapter, entry, _ in Registry.discover().catalog()
-    if adapter and entry.config
+    if adapter and entry.config.get("model_type") in adapter.model_types
 ]
+"""Those whose family an adapter names."""
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,16 @@ def test_never_more_memory_than_told(model_type):
         assert 0 < tracker.peak <= told
 
 
+@pytest.mark.parametrize("model_id", ["gemma2-2B", "gemma3-1B", "mistral-7B", "phi4-14B"])
+def test_plans_models_of_the_catalog(model_id, tmp_path, monkeypatch):
+    """By id, without files: its size is that of the catalog, and it fits 8 GB."""
+    monkeypatch.chdir(tmp_path)  # where no ./models is
+    _, entry = Registry.discover().find(model_id)
+    plan = ollm.plan(model_id, device="cpu", device_memory="8GB", context=8192)
+    assert plan.fits
+    assert plan.weight_bytes == entry.weight_bytes
+
+
 @pytest.mark.parametrize("model_type", ["t5", "bart"])
 def test_refuses_encoder_decoders(model_type):
     """Before anything is built."""
