@@ -71,6 +71,13 @@ class Workspace:
         return self._skeleton.hidden_size
 
     @property
+    def hidden_itemsize(self) -> int:
+        """Bytes of one of these numbers, between layers."""
+        if self._skeleton.own is None:
+            return self._geometry.dtype.itemsize
+        return max(one.itemsize for one in self._skeleton.own.hidden_dtypes)
+
+    @property
     def aligned(self) -> bool:
         """Whether rows of one call must come after equally many tokens."""
         return self._skeleton.own is not None
@@ -200,20 +207,31 @@ class Workspace:
         self, layer_idx: int, num_rows: int, num_new: int, num_past: int, attention: str
     ) -> int:
         if self._skeleton.own is not None:
-            return self._trace_own(self._skeleton.own, layer_idx, num_rows, num_new, num_past)
+            own = self._skeleton.own
+            return max(
+                self._trace_own(own, layer_idx, num_rows, num_new, num_past, dtype)
+                for dtype in own.hidden_dtypes
+            )
         forward = self._skeleton.chunk_forward(layer_idx)
         return traced_peak(self._call(layer_idx, num_rows, num_new, num_past, attention, forward))
 
     def _trace_own(
-        self, own: OwnForward, layer_idx: int, num_rows: int, num_new: int, num_past: int
+        self,
+        own: OwnForward,
+        layer_idx: int,
+        num_rows: int,
+        num_new: int,
+        num_past: int,
+        hidden_dtype: torch.dtype,
     ) -> int:
         """The same of a layer that its model's own forward calls, with what that makes for it; of
-        the end of that forward, with -1 - n logits, for a negative `layer_idx`.
+        the end of that forward, with -1 - n logits, for a negative `layer_idx`. Either is given
+        hidden states in `hidden_dtype`.
         """
         meta, dtype, skeleton = torch.device("meta"), self._geometry.dtype, self._skeleton
         ids = torch.zeros(num_rows, num_new, dtype=torch.long, device=meta)
         store = _TracedStore(self._geometry, num_past)
-        hidden = torch.empty(own.hidden_shape(num_rows, num_new), dtype=dtype, device=meta)
+        hidden = torch.empty(own.hidden_shape(num_rows, num_new), dtype=hidden_dtype, device=meta)
 
         def embed(token_ids: Tensor) -> Tensor:
             return torch.empty(len(token_ids), own.embedding_size, dtype=dtype, device=meta)

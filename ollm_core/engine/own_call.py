@@ -85,7 +85,8 @@ class OwnCall:
         """Rows of the embedding; where nothing depends on them, some of the right shape."""
         if self._own.uses_embedding:
             return self._embed(self._ids.flatten())
-        return hidden.new_zeros(1, self._own.embedding_size).expand(self._ids.numel(), -1)
+        nothing = hidden.new_zeros(1, self._own.embedding_size, dtype=self._own.dtype)
+        return nothing.expand(self._ids.numel(), -1)
 
 
 class LaidOutCache(Cache):
@@ -195,7 +196,7 @@ class LaidOutCache(Cache):
         """Keys and values before the chunk that the layer still has, [R, G, S, D] each."""
         first = 0 if kind.window is None else max(self._start - kind.window + 1, 0)
         shape = len(self._sequences), kind.num_kv_heads, self._start - first
-        keys = like.new_empty(*shape, kind.head_dim)
+        keys = like.new_empty(*shape, kind.head_dim, dtype=self._own.dtype)
         values = torch.empty_like(keys)
         for row, sequence in enumerate(self._sequences):
             place = 0

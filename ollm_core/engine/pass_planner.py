@@ -106,6 +106,7 @@ class PassPlanner:
         self._hidden_size = workspace.hidden_size
         self._vocab_size = workspace.vocab_size
         self._itemsize = weights.dtype.itemsize
+        self._hidden_bytes = workspace.hidden_size * workspace.hidden_itemsize
         self._memory = weights.memory
 
     @property
@@ -211,7 +212,7 @@ class PassPlanner:
         self, work: Sequence[NewTokens], chunks: Sequence[Chunk], attention: str, on_host: bool
     ) -> PerMemory[Mapping[str, int]]:
         num_tokens = sum(len(item.token_ids) for item in work)
-        hidden = num_tokens * self._hidden_size * self._itemsize
+        hidden = num_tokens * self._hidden_bytes
         shapes: dict[tuple[int, int], int] = {}
         for chunk in chunks:
             past = max(work[row].start for row in chunk.rows) + chunk.begin
@@ -237,7 +238,7 @@ class PassPlanner:
         if self._workspace.aligned:
             tokens += num_tokens * _POSITION_BYTES  # the ids of each call, too
         if on_host:
-            chunk_bytes = largest * self._hidden_size * self._itemsize
+            chunk_bytes = largest * self._hidden_bytes
             if offloaded:  # parts of a chunk on their way from and to the host
                 experts += 2 * chunk_bytes
                 offloaded += 2 * chunk_bytes if self._memory.is_own else 0

@@ -114,6 +114,10 @@ class OwnForward:
         """Where the model is run."""
         self.width = 0
         """Numbers in the hidden states of one token between layers."""
+        self.dtype = torch.float32
+        """What the model computes in, keys and values too."""
+        self.hidden_dtypes: frozenset[torch.dtype] = frozenset()
+        """Those of hidden states between layers: some models add up in float32."""
         self._shape: tuple[tuple[int, ...], tuple[int, ...]] = (), ()
         """That of hidden states, before and after rows and tokens."""
 
@@ -174,6 +178,7 @@ class OwnForward:
         UnsupportedError, naming what cannot.
         """
         failed: Exception | None = None
+        self.dtype, self.hidden_dtypes = dtype, frozenset({dtype})
         for answers in (OneExpertTaken, AllAreTrue):
             self.answers = answers
             try:
@@ -369,6 +374,7 @@ class OwnForward:
         first = output if isinstance(output, Tensor) else output[0]
         if not isinstance(first, Tensor) or first.shape != hidden.shape:
             raise self._error(f"has a layer {layer_idx} that gives no hidden states")
+        self.hidden_dtypes |= {hidden.dtype, first.dtype}
         self._makes[layer_idx] = -1 if isinstance(output, Tensor) else len(output)
         return output
 

@@ -51,12 +51,22 @@ def test_passes_in_bfloat16(model_type):
     assert not any(dict(checks(model_type, torch.bfloat16)).values())
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "gemma2", "mixtral", "jamba"])
-def test_never_more_memory_than_told(model_type):
+@pytest.mark.parametrize(
+    ("model_type", "chunk_size", "dtype"),
+    [
+        ("gpt2", None, torch.float32),
+        ("gemma2", None, torch.float32),
+        ("mixtral", None, torch.float32),
+        ("jamba", None, torch.float32),
+        ("mamba2", 64, torch.bfloat16),  # adds up in float32
+    ],
+)
+def test_never_more_memory_than_told(model_type, chunk_size, dtype):
     """What a prompt and steps really allocate on the device is within what the accounts hold."""
-    with saved(model_type, torch.float32) as (_, directory):
+    with saved(model_type, dtype) as (_, directory):
         ids = torch.randint(3, 250, (2, 200))
-        with ollm.load(directory, device="cpu", precision="exact", kv="disk") as model:
+        options = {"dtype": str(dtype)[6:], "chunk_size": chunk_size, "kv_dir": directory / "kv"}
+        with ollm.load(directory, device="cpu", precision="exact", kv="disk", **options) as model:
             run_ours(model, ids, steps(200))
             gc.collect()
             told = model.stats.device_peak_bytes - model.weights.in_memory.device
