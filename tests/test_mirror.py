@@ -40,6 +40,9 @@ ELSEWHERE = {
     "generate/opened": "generate/test_causal_lm.py",
     "model/skeleton": "test_exact.py",
     # halves of what is tested at its face
+    "calibration/timing": "calibration/test_products.py",
+    "checkpoint/hub_download": "checkpoint/test_hub.py",
+    "checkpoint/hub_refusals": "checkpoint/test_hub.py",
     "cli/offered": "plugins/test_commands.py",
     "cli/timeline": "cli/test_plan.py",
     "convert/writer": "convert/test_compress.py",
