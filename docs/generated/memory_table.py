@@ -9,7 +9,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import groupby
 
-from ollm_core.calibration.rates import Rate, Rates
+import torch
+
+from ollm_core.calibration.rates import Rate, Rates, products_of
 from ollm_core.memory.sizes import format_size
 from ollm_core.options import PlanOptions
 from ollm_core.planning.plan import Plan
@@ -17,6 +19,7 @@ from ollm_core.planning.planner import Planner
 
 ROOMY_DEVICE, ROOMY_HOST = 8 * 10**9, 32 * 10**9
 DISK, BUS, MEMORY, COMPUTE = 2e9, 12e9, 250e9, 20e12
+LAYER, STATES = 2500, 20e9  # calls, and numbers, per second
 NEW_TOKENS = 256
 
 
@@ -74,9 +77,9 @@ _TIMES = f"""
 The same runs in that smallest memory, and with {format_size(ROOMY_DEVICE)} of device memory
 beside {format_size(ROOMY_HOST)} on the host. These are estimates at rates that are fixed here, on
 the low side of what a PC with a GPU has: disk {format_size(DISK)}/s, bus {format_size(BUS)}/s,
-device memory {format_size(MEMORY)}/s, compute {COMPUTE / 1e12:.0f} TFLOP/s (`ollm plan` goes by
-what `ollm doctor` has measured). Tokens per second are those at the end of the context, without
-drafts. oLLM states 0.5 tokens/s for qwen3-next-80B in 7.5 GB.
+device memory {format_size(MEMORY)}/s, compute {COMPUTE / 1e12:.0f} TFLOP/s, {LAYER} calls of a
+layer a second (`ollm plan` goes by what `ollm doctor` has measured). Tokens per second are those at
+the end of the context, without drafts. oLLM states 0.5 tokens/s for qwen3-next-80B in 7.5 GB.
 
 | model | context | prompt | tokens/s | prompt, {format_size(ROOMY_DEVICE)} | tokens/s | limits |
 | --- | --- | --- | --- | --- | --- | --- |
@@ -85,7 +88,11 @@ drafts. oLLM states 0.5 tokens/s for qwen3-next-80B in 7.5 GB.
 
 def planned() -> Iterator[tuple[Row, Plan, Plan]]:
     """Each row with the plan in the smallest memory and that in the roomy one."""
-    rates = Rates(*(Rate(each, "stated") for each in (DISK, MEMORY, COMPUTE, BUS)))
+    disk, memory, compute, bus, layer, states = (
+        Rate(each, "stated") for each in (DISK, MEMORY, COMPUTE, BUS, LAYER, STATES)
+    )
+    products = products_of(memory, compute, torch.bfloat16)
+    rates = Rates(disk, memory, compute, layer, states, products, {}, bus)
     for model, rows in groupby(ROWS, lambda row: row.model):
         planner = Planner(model, PlanOptions(device="cuda", rates=rates))
         for row in rows:

@@ -108,17 +108,14 @@ def find_rates(
     kind = "cpu" if device.type == "cpu" else "cuda"
     memory = rate(here, f"memory {name}", f"{kind} memory")
     compute = rate(here, f"compute {name} {precision}", f"{kind} compute {name}")
-    products = _by_rows(here.get(f"products {name} {precision}")) or {
-        rows: min(compute.per_second, 2 * rows * memory.per_second / dtype.itemsize)
-        for rows in ROWS
-    }
+    measured = _by_rows(here.get(f"products {name} {precision}"))
     return Rates(
         disk=rate(disk, "disk", "disk"),
         memory=memory,
         compute=compute,
         layer=rate(here, f"layer {name}", f"{kind} layer"),
         states=rate(here, f"states {name}", f"{kind} states"),
-        products=products,
+        products=measured or products_of(memory, compute, dtype),
         blocks={
             size: rates
             for size in HEAD_SIZES
@@ -126,6 +123,12 @@ def find_rates(
         },
         bus=None if kind == "cpu" else rate(here, "bus", "cuda bus"),
     )
+
+
+def products_of(memory: Rate, compute: Rate, dtype: torch.dtype) -> Mapping[int, float]:
+    """FLOP per second by rows, of products that are bound by one of these."""
+    one_row = 2 * memory.per_second / dtype.itemsize
+    return {rows: min(compute.per_second, rows * one_row) for rows in ROWS}
 
 
 def measure_rates(directory: Path, device: torch.device, dtype: torch.dtype) -> Rates:

@@ -78,11 +78,10 @@ class PassCost:
             blocks = rates.blocks[min(rates.blocks, key=lambda size: abs(size - self.head_dim))]
         device = products + memory + own + self.converting_seconds
         device += self.attention / flop_rate(blocks, self.new_tokens)
-        found = {
-            "disk": self.disk_bytes / rates.disk.per_second,
-            "memory" if reading + memory > device / 2 else "compute": device
-            + self.loaded_bytes / rates.disk.per_second,
-        }
+        name = "memory" if reading + memory > device / 2 else "compute"
+        if rates.bus is None:  # a GPU computes while the host loads
+            device += self.loaded_bytes / rates.disk.per_second
+        found = {"disk": self.disk_bytes / rates.disk.per_second, name: device}
         if rates.bus is not None:
             found["bus"] = self.bus_bytes / rates.bus.per_second
         return found

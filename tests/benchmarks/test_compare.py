@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from benchmarks.peers.compare import OURS, compete, conclude, main, summary
 from benchmarks.peers.copies import write_gguf, write_tokenizer
-from benchmarks.peers.environments import PEERS, BuildError, Peer, environment_of
+from benchmarks.peers.environments import LLAMACPP_AVX2, PEERS, BuildError, Peer, environment_of
 from benchmarks.peers.programs import Program
 from benchmarks.tools.children import ChildError, result_of
 from benchmarks.tools.make_checkpoint import Shape, write_checkpoint
@@ -155,8 +155,9 @@ def test_every_peer_has_its_files():
     """Requirements, and a way to open it."""
     from benchmarks.peers.run_peer import OPEN
 
-    assert OPEN.keys() == PEERS.keys()
-    for peer in PEERS.values():
+    peers = {**PEERS, LLAMACPP_AVX2.name: LLAMACPP_AVX2}
+    assert OPEN.keys() == peers.keys()
+    for peer in peers.values():
         assert isinstance(peer, Peer)
         assert (Path(sys.modules[Peer.__module__].__file__).parent / f"{peer.name}.txt").is_file()
 
