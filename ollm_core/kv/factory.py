@@ -135,6 +135,8 @@ def _hybrid(
     accounts = PerMemory(request.device_account, request.host_account)
     states = state_store(tier, geometry, accounts, memory)
     kept = geometry.attention_layers()
+    if not any(kind.states for kind in geometry.kinds):  # some keep nothing: no state to save
+        request = replace(request, keep=False)
     attention = open_store(replace(request, geometry=kept)) if kept.kinds else NoKeysStore(geometry)
     if isinstance(attention, PrefixCachingStore) and request.directory is not None:
         try:

@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from trial import checks, run_ours, saved, steps, try_type
+from trial import checks, run_ours, run_reference, saved, steps, try_type
 
 import ollm
 from ollm_adapter_transformers import TransformersAdapter
@@ -73,6 +73,16 @@ def test_never_more_memory_than_told(model_type, chunk_size, dtype):
             with TierTracker(kv_on_device=False) as tracker:
                 run_ours(model, ids, steps(200))
         assert 0 < tracker.peak <= told
+
+
+def test_layers_that_keep_nothing_beside_others_on_disk(tmp_path):
+    """A model without any state whose later layers take the keys of earlier ones."""
+    with saved("gemma3n_text", torch.float32) as (model, directory):
+        ids = torch.randint(3, 250, (1, 40))
+        options = {"device": "cpu", "precision": "exact", "kv": "disk", "kv_dir": tmp_path}
+        with ollm.load(directory, **options) as ours:
+            found = run_ours(ours, ids, steps(40))
+        assert torch.equal(found, run_reference(model, ids, steps(40)))
 
 
 @pytest.mark.parametrize("model_id", ["gemma2-2B", "gemma3-1B", "mistral-7B", "phi4-14B"])

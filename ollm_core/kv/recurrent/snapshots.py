@@ -86,7 +86,7 @@ class StateFiles:
         ends = list(itertools.accumulate(map(geometry.state_bytes, layers)))
         self.offsets: Mapping[int, int] = dict(zip(layers, [0, *ends], strict=False))
         """Where each layer's state begins behind the header."""
-        self._num_bytes = ends[-1] if ends else 0  # none: layers that keep nothing at all
+        self._num_bytes = ends[-1]
 
     def find(self, token_ids: Tensor, longest: int) -> Iterator[int]:
         """Numbers of tokens, at most `longest`, after which there is a state of these [T]; the
