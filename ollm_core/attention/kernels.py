@@ -23,7 +23,6 @@ _SPLIT_ROWS = 64  # queries of one block of threads, where the kernels split key
 _SPLIT_KEYS = {64: 256, 128: 128, _MOST_HEAD_DIM: 64}  # by head size, the fewest of one split
 _MOST_SPLITS = 128
 _LARGEST_ROUNDED = 192  # up to it heads take a multiple of 32 in a split, others the most
-_WIDENED_BYTES = 4 << 20  # of keys and values, at a time
 _MOST_BLOCKS = 320  # from there on a device of 200 multiprocessors does not split
 
 
@@ -113,25 +112,15 @@ class CpuFlash(Kernel):
         return output[0].reshape(shape), lse[0].reshape(shape[:3])
 
     def several(self, part: Part) -> PartialResult | None:
-        """See Kernel. In half precision some blocks are widened at a time."""
+        """See Kernel. Not in half precision: all blocks would be widened at the same time."""
         query, keys, values, scaling, *_ = part
-        rows = query.flatten(1, 2).float()  # [G, P * T, D]
-        together = len(keys)
         if query.dtype in HALF:
-            together = max(_WIDENED_BYTES // (2 * 4 * keys[0].numel()), 1)
-        parts = []
-        for at in range(0, len(keys), together):
-            blocks, contents = keys[at : at + together].float(), values[at : at + together].float()
-            parts.append(
-                torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                    rows.expand(len(blocks), *rows.shape), blocks, contents, 0.0, False,
-                    scale=scaling,
-                )
-            )  # fmt: skip
-            del blocks, contents
-        outputs, lses = zip(*parts, strict=True)
-        output, lse = (torch.cat(one) if len(one) > 1 else one[0] for one in (outputs, lses))
+            return None
+        rows = query.flatten(1, 2)  # [G, P * T, D]
         shape = len(keys), *query.shape[:3]
+        output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            rows.expand(len(keys), *rows.shape), keys, values, 0.0, False, scale=scaling
+        )
         return output.reshape(*shape, -1), lse.reshape(shape)
 
 

@@ -44,12 +44,12 @@ def plan(model: str, as_json: bool, plot: str | None, **options: Any) -> None:
     MODEL is an id, a hub repository (owner/name), a directory, or a lone config.json: no weights
     are needed, and no such device. Of a repository that is not on disk, config.json is fetched.
     """
-    check_known(model, options["models_dir"], here=False)
-    from ollm_core.planning import planner
-
     picture = Path(plot) if plot not in (None, _TERMINAL) else None
     if picture:
         check_path(picture)
+    check_known(model, options["models_dir"], here=False)
+    from ollm_core.planning import planner
+
     found = planner.plan(model, **options)
     if as_json:
         print_json(found.fields())
