@@ -51,8 +51,12 @@ def _bits(tensor: Tensor) -> object:
 
 def load_kernel() -> SmallBatch:
     """Raises ImportError without numba."""
+    num_threads = torch.get_num_threads()
     import numba
 
     from ollm_core.products.compiled import multiply, multiply_one
 
-    return SmallBatch(multiply_one, multiply, numba.set_num_threads, numba.get_num_threads())
+    most_threads = numba.get_num_threads()  # starts its threads
+    if torch.get_num_threads() != num_threads:  # which may have set those of OpenMP, torch's too
+        torch.set_num_threads(num_threads)
+    return SmallBatch(multiply_one, multiply, numba.set_num_threads, most_threads)

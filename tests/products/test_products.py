@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -118,3 +122,28 @@ def test_a_trace_sees_what_a_product_takes(rows, instructions):
         peaks.append(tracker.peak - output.nbytes)
     assert 0 < peaks[1] <= products.scratch_bytes(rows, 640)
     assert peaks[0] <= peaks[1]
+
+
+THREADS = """
+import torch
+from ollm_core.products.small_batch import load_kernel
+
+kernel = load_kernel()
+output = torch.zeros(2, 8).bfloat16()
+kernel(torch.ones(2, 4), torch.ones(8, 4).bfloat16(), None, output)
+assert bool((output == 4).all())
+print(torch.get_num_threads())
+"""
+
+
+@pytest.mark.parametrize("number", ["1", "2"])
+def test_torch_keeps_its_threads(number):
+    """numba starts its own: how many torch has, and so the bits of all else, stays as it was."""
+    done = subprocess.run(
+        [sys.executable, "-c", THREADS],
+        env={**os.environ, "OMP_NUM_THREADS": number},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == number
