@@ -19,7 +19,7 @@ from ollm_core.weights.units import WeightUnit
 _CONVERSION = 2  # a converted byte is written, and read where it comes from
 # What these take beside products and attention, in calls of transformers' layer: a layer with the
 # engine's work for it, an expert, a block of a past.
-_ENGINE_CALL, _EXPERT_CALL, _BLOCK_CALL = 2.0, 0.5, 0.125
+_ENGINE_CALL, _EXPERT_CALL, _BLOCK_CALL = 2.0, 0.5, 0.25
 _BLOCK_TOKENS = 256
 _SCORE_PASSES = 8  # of exact attention over its scores: scaled, masked, normalised, cast, each anew
 

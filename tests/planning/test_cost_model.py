@@ -109,8 +109,8 @@ def test_what_is_multiplied_and_by_how_many_rows(dry_run_of):
     assert [one.rows for one in token.products] == [3, 3]
     assert [one.times for one in token.products] == [1, 1]
     pairs = LAYERS * (600 * 601) / 2
-    assert prompt.layer_calls == 2 * 9 * LAYERS + 3 * pairs / 256 / 256 / 8
-    assert token.layer_calls == 2 * LAYERS + 3 * LAYERS * 610 / 256 / 8
+    assert prompt.layer_calls == 2 * 9 * LAYERS + 3 * pairs / 256 / 256 / 4
+    assert token.layer_calls == 2 * LAYERS + 3 * LAYERS * 610 / 256 / 4
     assert prompt.numbers == 600 * token.numbers + 3 * pairs / 256 * 4 * 16
     assert prompt.loaded_bytes == run.held.resident_bytes > 0 == token.loaded_bytes
 
