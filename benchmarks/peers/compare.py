@@ -27,13 +27,12 @@ from typing import Any
 
 from benchmarks import MODELS, RESULTS, ROOT
 from benchmarks.disk.disk import probe
-from benchmarks.peers.copies import write_tokenizer
+from benchmarks.peers.copies import prepare
 from benchmarks.peers.environments import PEERS, BuildError, versions
 from benchmarks.peers.plot import draw
 from benchmarks.peers.programs import Program, environ, program_of
 from benchmarks.tools.children import ChildError, result_of, script
 from benchmarks.tools.cold import checkpoint_files, drop_from_cache
-from benchmarks.tools.make_checkpoint import Shape, write_checkpoint
 from benchmarks.tools.measure import environment, random_prompt
 
 OURS = "ollm-core"
@@ -224,11 +223,7 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     args = parse()
     checkpoint = args.checkpoint.resolve()
-    if not (checkpoint / "config.json").exists():
-        say(f"writing {checkpoint}, 2.57 GB")
-        write_checkpoint(checkpoint, Shape())
-    (checkpoint / "peers").mkdir(exist_ok=True)
-    write_tokenizer(checkpoint)
+    prepare(checkpoint, say)
     prompt = checkpoint / "peers" / "prompt.json"
     prompt.write_text(json.dumps(random_prompt(args.prompt)[0].tolist()))
     ours = [*script("decode"), str(checkpoint)]

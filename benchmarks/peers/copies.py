@@ -7,7 +7,7 @@ Nothing here loads more than one tensor at a time.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor
+
+from benchmarks.tools.make_checkpoint import Shape, write_checkpoint
 
 _NAMES = {
     "model.embed_tokens": "token_embd",
@@ -31,6 +33,17 @@ _NAMES = {
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
 }
+
+
+def prepare(checkpoint: Path, say: Callable[[str], None]) -> None:
+    """Write the random Llama of 2.57 GB to `checkpoint` if it is not there, and what peers need
+    beside it.
+    """
+    if not (checkpoint / "config.json").exists():
+        say(f"writing {checkpoint}, 2.57 GB")
+        write_checkpoint(checkpoint, Shape())
+    (checkpoint / "peers").mkdir(exist_ok=True)
+    write_tokenizer(checkpoint)
 
 
 def write_tokenizer(checkpoint: Path) -> None:

@@ -25,13 +25,12 @@ from matplotlib.figure import Figure
 
 from benchmarks import MODELS, ROOT
 from benchmarks.peers.compare import OURS, compete, odd_ones, ratios, say
-from benchmarks.peers.copies import write_tokenizer
+from benchmarks.peers.copies import prepare
 from benchmarks.peers.environments import LLAMACPP_AVX2, PEERS, BuildError
 from benchmarks.peers.programs import Program, program_of
 from benchmarks.tools.children import script
 from benchmarks.tools.cold import checkpoint_files
 from benchmarks.tools.instructions import AVX2
-from benchmarks.tools.make_checkpoint import Shape, write_checkpoint
 from benchmarks.tools.measure import environment, finish, random_prompt
 
 
@@ -114,11 +113,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     args = parse()
     checkpoint = args.checkpoint.resolve()
-    if not (checkpoint / "config.json").exists():
-        say(f"writing {checkpoint}, 2.57 GB")
-        write_checkpoint(checkpoint, Shape())
-    (checkpoint / "peers").mkdir(exist_ok=True)
-    write_tokenizer(checkpoint)
+    prepare(checkpoint, say)
     if args.avx2:
         os.environ.update(AVX2)  # of the children; nothing is computed here
     try:

@@ -23,6 +23,7 @@ from ollm_core.errors import InputError
 from ollm_core.files.paths import cache_directory
 from ollm_core.files.scratch import replace_file
 from ollm_core.files.untrusted_json import parse_object
+from ollm_core.products.select import choose_products
 from ollm_core.weights.sources.posix import READERS
 
 _CLEARLY = 1.1
@@ -143,11 +144,13 @@ def measure_rates(directory: Path, device: torch.device, dtype: torch.dtype) -> 
     kept[_disk_key(directory)] = {"disk": max(readers.values()), "readers": readers, "date": today}
     name = str(dtype).removeprefix("torch.")
     here = kept.setdefault(_device_key(device), {})
-    for precision in PRECISIONS:
-        found = measure_products(device, dtype, precision)
+    exact = fast = measure_products(device, dtype, "exact")
+    if choose_products(dtype, device, "fast"):
+        fast = measure_products(device, dtype, "fast")
+    for precision, found in zip(PRECISIONS, (fast, exact), strict=True):
         here[f"products {name} {precision}"] = {str(rows): rate for rows, rate in found.items()}
         here[f"compute {name} {precision}"] = found[_PROMPT_ROWS]
-    here[f"memory {name}"] = found[1] * dtype.itemsize / 2  # one row is torch's own in both
+    here[f"memory {name}"] = exact[1] * dtype.itemsize / 2
     here[f"layer {name}"], here[f"states {name}"] = measure_layer(device, dtype)
     for size in HEAD_SIZES:
         blocks = measure_blocks(device, dtype, size)

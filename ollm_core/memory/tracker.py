@@ -86,10 +86,10 @@ class AllocationTracker(OperationMode):
         if torch.is_inference_mode_enabled() and _is_composite(func):
             with self:  # its parts come here; outside of inference mode they do by themselves
                 return func._op_dk(_COMPOSITE, *args, **kwargs)
-        for tensor in _tensors(args, *kwargs.values()):
+        for tensor in tensors_in(args, *kwargs.values()):
             self._count(tensor.untyped_storage(), made_here=False)
         result = self._call(func, args, kwargs)
-        for tensor in _tensors(result):
+        for tensor in tensors_in(result):
             if tensor.device.type == self._device_type:
                 self._count(tensor.untyped_storage())
         return result
@@ -126,7 +126,7 @@ class _MetaTracker(AllocationTracker):
         if func in _ELEMENTWISE:
             if (result := elementwise(args)) is not None:
                 return result
-            if func in _SHAPED_AS and _are_floats(shown := _tensors(args)):
+            if func in _SHAPED_AS and _are_floats(shown := tensors_in(args)):
                 return _SHAPED_AS[func](*shown)
         if func is _ATEN.mean.dim and not kwargs and (result := mean(*args)) is not None:
             return result
@@ -258,12 +258,14 @@ def _is_composite(func: Any) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), _COMPOSITE.name)
 
 
-def _tensors(*values: object) -> list[Tensor]:
-    """Those in the arguments or the result of an operation."""
+def tensors_in(*values: object) -> list[Tensor]:
+    """Those in nested values, as the arguments or the result of an operation."""
     found: list[Tensor] = []
     for value in values:
         if isinstance(value, Tensor):
             found.append(value)
         elif isinstance(value, (tuple, list)):
-            found += _tensors(*value)
+            found += tensors_in(*value)
+        elif isinstance(value, Mapping):
+            found += tensors_in(*value.values())
     return found

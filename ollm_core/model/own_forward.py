@@ -18,11 +18,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ollm_core.contracts.model import Layout
 from ollm_core.errors import UnsupportedError, one_line
-from ollm_core.memory.tracker import OneExpertTaken
+from ollm_core.memory.tracker import OneExpertTaken, OperationMode, tensors_in
 from ollm_core.model.layer_memory import LayerMemory, new_cache, new_layer, remembered
 
 _CACHES = ("past_key_values", "cache_params")
@@ -102,7 +101,7 @@ class OwnForward:
         self._empty_layers = new_cache(model.config).layers
         self.memories: tuple[LayerMemory, ...] = ()
         """What each layer remembers, once it was `followed`."""
-        self.answers: Callable[[], TorchDispatchMode] = OneExpertTaken
+        self.answers: Callable[[], OperationMode] = OneExpertTaken
         """What answers questions about data while the model is traced without."""
         self.shares = False
         """Whether layers hand something to later ones in a dictionary, as keys that these share."""
@@ -147,7 +146,7 @@ class OwnForward:
             self._forward(ids, positions, cache)
         assert run.hidden is not None, "the forward was followed when the model was opened"
         for one in run.found:
-            self._check_here(run.hidden, *_tensors(one.args, one.options))
+            self._check_here(run.hidden, *tensors_in(one.args, one.options))
         return run.hidden, run.found
 
     def leave(
@@ -249,7 +248,7 @@ class OwnForward:
                 raise self._error(f"gives layer {layer_idx} what another layer returns")
             if layer_idx and hidden is not given[-1]:
                 raise self._error(f"computes between layers {layer_idx - 1} and {layer_idx}")
-            for value in _tensors(arguments.args, arguments.options):
+            for value in tensors_in(arguments.args, arguments.options):
                 if "layer" in marks.of(value):
                     raise self._error(f"gives layer {layer_idx} what another layer computed")
                 uses.update(marks.of(value))
@@ -392,26 +391,20 @@ class OwnForward:
         )
 
 
-class AllAreTrue(TorchDispatchMode):
+class AllAreTrue(OperationMode):
     """Answers questions about data that is not there: what is asked is true, and numbers are 1."""
 
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def seen(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             return args[0].dtype == torch.bool or 1
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
 
 
-class _Marks(TorchDispatchMode):
+class _Marks(OperationMode):
     """Follows which tensors depend on marked ones."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._found: dict[int, frozenset[str]] = {}
         self._alive: list[Tensor] = []  # an id is one tensor's for as long as that lives
 
@@ -424,17 +417,11 @@ class _Marks(TorchDispatchMode):
         """The marks of a tensor."""
         return self._found.get(id(value), frozenset())
 
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        marks = frozenset().union(*(self.of(one) for one in _tensors(args, kwargs or {})))
+    def seen(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        result = func(*args, **kwargs)
+        marks = frozenset().union(*(self.of(one) for one in tensors_in(args, kwargs)))
         if marks:
-            for one in _tensors(result):
+            for one in tensors_in(result):
                 self._alive.append(one)
                 self._found[id(one)] = self.of(one) | marks
         return result
@@ -458,16 +445,3 @@ def _tokens(start: int, count: int) -> tuple[Tensor, Tensor]:
     """Ids and positions [1, T] without data."""
     ids = torch.zeros(1, count, dtype=torch.long, device="meta")
     return ids, torch.arange(start, start + count, device="meta")[None]
-
-
-def _tensors(*values: object) -> list[Tensor]:
-    """Those in nested values."""
-    found: list[Tensor] = []
-    for value in values:
-        if isinstance(value, Tensor):
-            found.append(value)
-        elif isinstance(value, Mapping):
-            found += _tensors(*value.values())
-        elif isinstance(value, (tuple, list)):
-            found += _tensors(*value)
-    return found

@@ -93,7 +93,7 @@ class CpuProducts:
                 assert self.small_batch is not None, "just looked at"
                 self.small_batch(flat, weight, bias, out)
             return output
-        step = self._tile(weight)
+        step = self._tile(weight.shape[1])
         part = flat.new_empty(rows * min(step, len(weight)))
         for first in range(0, len(weight), step):
             tile = self._widened(weight[first : first + step])
@@ -121,7 +121,7 @@ class CpuProducts:
         sums = flat.new_zeros(len(flat), weight.shape[1])
         if bias is not None:
             sums += bias
-        step = self._tile(weight)
+        step = self._tile(weight.shape[1])
         for first in range(0, len(weight), step):
             sums.addmm_(flat[:, first : first + step], self._widened(weight[first : first + step]))
         output.view(len(flat), -1).copy_(sums)
@@ -133,14 +133,10 @@ class CpuProducts:
         """
         if rows in self._compiled:
             return rows * size * 4
-        return rows * (size + self._rows_of(size)) * 4 if rows > 1 and self.buffer_bytes else 0
+        return rows * (size + self._tile(size)) * 4 if rows > 1 and self.buffer_bytes else 0
 
-    def _tile(self, weight: Tensor) -> int:
-        """Rows of a tile."""
-        return self._rows_of(weight.shape[1])
-
-    def _rows_of(self, size: int) -> int:
-        """Of a tile with rows of so many weights."""
+    def _tile(self, size: int) -> int:
+        """Rows of a tile, of so many weights each."""
         fit = min(self.buffer_bytes // 4 // size, TILE_OUTPUTS)
         return max(fit // _WHOLE * _WHOLE, min(fit, _WHOLE), 1)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 
 import torch
+from ragged_pass import alone
 
 import ollm
 from ollm_core.engine.batch import NewTokens, cut_chunks
@@ -12,22 +13,10 @@ from ollm_core.engine.batch import NewTokens, cut_chunks
 
 def test_ragged_pass_equals_each_alone(tiny, ids):
     """A prompt, a decode step and a draft in one pass give the logits of three passes."""
-    prompts = [ids(90, seed=1), ids(40, seed=2), ids(33, seed=3)]
     with ollm.load(tiny, device="cpu", chunk_size=32) as model:
         cache = model.new_cache("device")
         store = cache.store
-        expected, work = [], []
-        for prompt, num_new in zip(prompts, (90, 1, 4), strict=True):
-            split = len(prompt) - num_new
-            for keep in (True, False):
-                sequence = store.new_sequence()
-                if split:
-                    model.engine.run(store, [NewTokens(sequence, prompt[:split], 0)])
-                item = NewTokens(sequence, prompt[split:], split, num_new)
-                if keep:
-                    work.append(item)
-                else:
-                    expected += model.engine.run(store, [item])
+        expected, work = alone(model, store, ids)
         passes = model.stats.weight_passes
         found = model.engine.run(store, work)
         assert model.stats.weight_passes == passes + 1

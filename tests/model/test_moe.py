@@ -9,11 +9,11 @@ from dataclasses import replace
 import pytest
 import torch
 from mixtures import BOTH, Plain, Qwen3Moe, StackedQwen3Moe, open_moe, smallest_budget
+from ragged_pass import alone
 from safetensors.torch import save_file
 
 from ollm_core import UnsupportedError
 from ollm_core.checkpoint.safetensors import open_checkpoint
-from ollm_core.engine.batch import NewTokens
 from ollm_core.model.spec import DTYPES
 
 CASES = [
@@ -198,21 +198,10 @@ def test_an_interrupted_pass_leaves_a_usable_model(make_moe, ids):
 def test_ragged_pass_equals_each_alone(make_moe, ids):
     """A prompt, a decode step and a draft in one pass give the logits of three passes."""
     directory = make_moe("qwen3_moe")
-    prompts = [ids(90, seed=1), ids(40, seed=2), ids(33, seed=3)]
     with open_moe(directory, chunk_size=32, device_memory="2MB") as model:
         cache = model.new_cache("host")
-        store, expected, work = cache.store, [], []
-        for prompt, num_new in zip(prompts, (90, 1, 4), strict=True):
-            split = len(prompt) - num_new
-            for keep in (True, False):
-                sequence = store.new_sequence()
-                if split:
-                    model.engine.run(store, [NewTokens(sequence, prompt[:split], 0)])
-                item = NewTokens(sequence, prompt[split:], split, num_new)
-                if keep:
-                    work.append(item)
-                else:
-                    expected += model.engine.run(store, [item])
+        store = cache.store
+        expected, work = alone(model, store, ids)
         found = model.engine.run(store, work)
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(one, other)
