@@ -24,11 +24,15 @@ if TYPE_CHECKING:
     from ollm_core.compat import AutoInference, Inference, file_get_contents
     from ollm_core.contracts.progress import Progress, Stats
     from ollm_core.errors import OllmError
+    from ollm_core.llm import LLM
     from ollm_core.planning.plan import Plan
     from ollm_core.planning.planner import plan
+    from ollm_core.serving.request import SamplingParams
 
 _HOMES = {
     "load": "ollm_core.api",
+    "LLM": "ollm_core.llm",
+    "SamplingParams": "ollm_core.serving.request",
     "plan": "ollm_core.planning.planner",
     "Plan": "ollm_core.planning.plan",
     "OllmError": "ollm_core.errors",
@@ -47,11 +51,13 @@ _SIGNALS = {
 }
 
 __all__ = [
+    "LLM",
     "AutoInference",
     "Inference",
     "OllmError",
     "Plan",
     "Progress",
+    "SamplingParams",
     "Stats",
     "TextStreamer",
     "__version__",

@@ -31,10 +31,11 @@ ORDER = [
     ["kv", "text", "weights"],
     ["calibration", "model"],
     ["convert", "engine", "options"],
-    ["drafting", "planning"],
+    ["drafting", "planning", "serving"],
     ["generate"],
     ["loader"],
     ["api"],
+    ["llm"],
     ["cli", "compat", "testing"],
 ]
 """The folders and single modules of `ollm_core`, from the ground up. Each may import those in rows

@@ -42,6 +42,12 @@ ELSEWHERE = {
     "model/layer_memory": "model/test_own_forward.py",
     "model/own_skeleton": "model/test_own_forward.py",
     "model/skeleton": "test_exact.py",
+    "serving/admission": "serving/test_scheduler.py",
+    "serving/live": "serving/test_scheduler.py",
+    "serving/model": "serving/test_scheduler.py",
+    "serving/offline": "serving/test_scheduler.py",
+    "serving/prefixes": "serving/test_scheduler.py",
+    "serving/texts": "serving/test_scheduler.py",
     # halves of what is tested at its face
     "calibration/timing": "calibration/test_products.py",
     "checkpoint/hub_download": "checkpoint/test_hub.py",

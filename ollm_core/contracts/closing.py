@@ -62,6 +62,10 @@ class Belongings(Closing):
         """Closed last, if it can be."""
         self._closers = closers
 
+    def add(self, finalizer: weakref.finalize[Any, Any]) -> None:
+        """Of one more cache."""
+        self.caches[:] = [*(one for one in self.caches if one.alive), finalizer]
+
     def close(self) -> None:
         """All of it, even if a part fails."""
         with ExitStack() as stack:

@@ -76,8 +76,19 @@ class Engine:
             stack.callback(self._skeleton.close)
             stack.callback(self._weights.close)
 
-    def run(self, store: KVStore, work: Sequence[NewTokens]) -> list[Tensor]:
+    @property
+    def read_seconds(self) -> float:
+        """Time that the reading engine has spent on weights."""
+        return self._weights.read_seconds
+
+    def run(
+        self,
+        store: KVStore,
+        work: Sequence[NewTokens],
+        check: Callable[[], None] | None = None,
+    ) -> list[Tensor]:
         """Logits [num_logits, V] of each item of `work`; the store then holds its new tokens.
+        `check` is called after every step of the pass, which what it raises breaks off.
 
         Raises DoesNotFitError before anything is read, ReadError if the weights cannot be read or
         were changed, NotFiniteError for logits that are no numbers. If a pass fails or is
@@ -89,7 +100,7 @@ class Engine:
             own_torch_state(),
         ):
             try:
-                return self._attempt(store, work)
+                return self._attempt(store, work, check)
             except (torch.OutOfMemoryError, DoesNotFitError) as error:
                 eviction = self.eviction
                 if eviction is None or not _ran_out(error):
@@ -98,14 +109,19 @@ class Engine:
             # Past the handler: the failed pass and what it held are gone.
             eviction.give_way()
             try:
-                return self._attempt(store, work)
+                return self._attempt(store, work, check)
             except torch.OutOfMemoryError as error:
                 raise DoesNotFitError(
                     f"out of memory with every weight evicted that can be: {one_line(error)}",
                     hint="allow less device memory, a smaller chunk size, or end other programs",
                 ) from error
 
-    def _attempt(self, store: KVStore, work: Sequence[NewTokens]) -> list[Tensor]:
+    def _attempt(
+        self,
+        store: KVStore,
+        work: Sequence[NewTokens],
+        check: Callable[[], None] | None,
+    ) -> list[Tensor]:
         """One try of a pass."""
         start = time.perf_counter()
         read_before = store.bytes_read
@@ -113,7 +129,7 @@ class Engine:
         with self._cap(), self._pass_planner.admit(store, work) as plan:
             # All that the pass may take is reserved.
             self.counters.count_kv_on_disk(store.tier_bytes().disk)
-            logits = self._run(store, work, plan)
+            logits = self._run(store, work, plan, check)
             self._check_files()
             require_finite(logits)
             for item in work:
@@ -152,7 +168,13 @@ class Engine:
             for item in work:
                 store.expect(item.sequence, item.num_drafted)
 
-    def _run(self, store: KVStore, work: Sequence[NewTokens], plan: PassPlan) -> list[Tensor]:
+    def _run(
+        self,
+        store: KVStore,
+        work: Sequence[NewTokens],
+        plan: PassPlan,
+        check: Callable[[], None] | None,
+    ) -> list[Tensor]:
         return WeightPass(
             self._skeleton,
             self._weights,
@@ -162,6 +184,7 @@ class Engine:
             progress=self.progress,
             eviction=self.eviction,
             span=self._span,
+            check=check,
         ).run()
 
 

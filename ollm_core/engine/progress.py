@@ -30,16 +30,22 @@ class ProgressReporter:
             self.on_progress(Progress("check", bytes_done, bytes_total, 0, passes, bytes_done))
 
     def begin(
-        self, work: Sequence[NewTokens], total: int, given_up_bytes: int
+        self,
+        work: Sequence[NewTokens],
+        total: int,
+        given_up_bytes: int,
+        check: Callable[[], None] | None = None,
     ) -> Callable[[], None]:
-        """A pass of `total` reports begins; what is returned makes one. `given_up_bytes` of weights
-        are not kept in it.
+        """A pass of `total` reports begins; what is returned makes one, after `check`.
+        `given_up_bytes` of weights are not kept in it.
         """
         stage, num_new, done = stage_of(work), num_new_tokens(work), -1
 
         def report() -> None:
             nonlocal done
             done += 1
+            if check:
+                check()
             if self.on_progress:
                 counters, num_bytes = self._counters, self._weights.bytes_read
                 passes = counters.counted.weight_passes

@@ -43,6 +43,8 @@ class WeightPass:
     eviction: Eviction | None
     """Asked after each call of a layer whether kept weights must give way."""
     span: Span
+    check: Callable[[], None] | None = None
+    """Called with each report of progress; what it raises ends the pass."""
 
     def run(self) -> list[Tensor]:
         """Logits [num_logits, V] of each item of the work. The store then holds its keys, values
@@ -50,7 +52,7 @@ class WeightPass:
         """
         skeleton, weights, device = self.skeleton, self.weights, self.weights.device
         given_up_bytes = self.eviction.shortage.now_bytes if self.eviction else 0
-        report = self.progress.begin(self.work, self._num_reports, given_up_bytes)
+        report = self.progress.begin(self.work, self._num_reports, given_up_bytes, self.check)
         offload = ActivationOffload(device, self.plan.hidden_on_host)
         if skeleton.own is not None:
             return self._run_own(skeleton.own, offload, report)

@@ -24,6 +24,7 @@ from ollm_core.generate.limits import check_tokens
 from ollm_core.generate.loss import room_for_loss
 from ollm_core.generate.opened import OpenStore
 from ollm_core.generate.padding import PaddedBatch, padded_batch
+from ollm_core.generate.served import ServesRequests
 from ollm_core.generate.surface import FixedModel, only_what_works
 from ollm_core.memory.accounts import Accounts
 from ollm_core.model.skeleton import Skeleton
@@ -32,7 +33,7 @@ from ollm_core.weights.streamer import TieredStreamer
 
 @only_what_works
 class StreamedModel(  # type: ignore[misc]  # torch overloads `to`
-    GenerationHooks, FixedModel, PreTrainedModel, GenerationMixin
+    GenerationHooks, ServesRequests, FixedModel, PreTrainedModel, GenerationMixin
 ):
     """A causal language model whose weights are streamed. Open it with `ollm.load`, close it after
     use.

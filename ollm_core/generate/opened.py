@@ -81,13 +81,24 @@ class OpenedModel(Closing):
         `num_tokens` to expect, over all rows, helps to choose the tier when it is "auto". Raises
         DoesNotFitError if a disk has no room for `at_least` so many.
         """
+        store = self._new_store(kv, kv_dir, num_tokens=num_tokens, at_least=at_least)
+        cache = SequenceCache(store, self._kinds, self._demand)
+        self._belongings.add(cache.finalizer)
+        return cache
+
+    def _new_store(
+        self,
+        kv: str | None = None,
+        kv_dir: PathLike | None = None,
+        *,
+        num_tokens: int = 0,
+        at_least: int = 0,
+    ) -> KVStore:
+        """See `new_cache`."""
         directory = None if kv_dir is None else absolute(kv_dir)
         tier, store = self._open_store(kv or "", directory, num_tokens, at_least)
         self.engine.counters.count_cache(tier)
-        cache = SequenceCache(store, self._kinds, self._demand)
-        caches = self._belongings.caches
-        caches[:] = [*(finalizer for finalizer in caches if finalizer.alive), cache.finalizer]
-        return cache
+        return store
 
     @property
     def stats(self) -> Stats:

@@ -1,0 +1,62 @@
+"""The text of one answer as it grows: whole characters, up to a text that ends it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ollm_core.errors import InputError
+from ollm_core.text.detokenizer import Detokenizer
+
+
+class Answer:
+    """Turns new tokens into text, and finds what ends it. What may be the beginning of such a text
+    is held back until it is not.
+    """
+
+    def __init__(self, tokenizer: Any, stops: Sequence[str], *, include_stop: bool = False) -> None:
+        """Without a `tokenizer` there is no text. Raises InputError for `stops` then."""
+        if stops and tokenizer is None:
+            raise InputError(
+                "stop: need a tokenizer to find texts, have none", hint="use stop_token_ids"
+            )
+        self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer)
+        self._stops = tuple(stops)
+        self._include_stop = include_stop
+        self._held = ""
+        self.stopped_by: str | None = None
+        """The text that has ended it."""
+
+    def add(self, token_id: int) -> str:
+        """The text that is certain with one more token."""
+        if self._detokenizer is None or self.stopped_by is not None:
+            return ""
+        return self._certain(self._detokenizer.add([token_id]))
+
+    def finish(self) -> str:
+        """What is left. Nothing after a text that has ended it."""
+        if self._detokenizer is None or self.stopped_by is not None:
+            return ""
+        rest = self._certain(self._detokenizer.finish())
+        rest, self._held = rest + self._held, ""
+        return rest
+
+    def _certain(self, new: str) -> str:
+        if not new or not self._stops:
+            return new
+        text = self._held + new
+        places = [(text.find(stop), stop) for stop in self._stops]
+        found = min(((at, stop) for at, stop in places if at >= 0), default=None)
+        if found is not None:
+            at, self.stopped_by = found
+            self._held = ""
+            return text[: at + len(self.stopped_by) * self._include_stop]
+        end = len(text) - max(_begun(text, stop) for stop in self._stops)
+        self._held = text[end:]
+        return text[:end]
+
+
+def _begun(text: str, stop: str) -> int:
+    """How many of the last characters of `text` are the first ones of `stop`."""
+    most = min(len(stop) - 1, len(text))
+    return next((n for n in range(most, 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,0 +1,141 @@
+"""A scheduler with a thread of its own: any thread may submit requests and read their events."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+
+from ollm_core.contracts.closing import Closing
+from ollm_core.errors import OllmError
+from ollm_core.serving.request import Event, Failed, Finished, Request, SamplingParams
+from ollm_core.serving.scheduler import Scheduler
+
+
+class EventStream(Iterator[Event]):
+    """The events of one request, in their order; it ends after the last one. Closing it, or
+    dropping it, cancels the request.
+    """
+
+    def __init__(self, request: Request, cancel: Callable[[str], None]) -> None:
+        self.request_id = request.request_id
+        wanted = request.wanted
+        answers = range(wanted.n if isinstance(wanted, SamplingParams) else 1)
+        self._open = set(answers)
+        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._cancel = weakref.finalize(self, cancel, request.request_id)
+        self._cancel.atexit = False
+
+    def __next__(self) -> Event:
+        """Waits for the next event."""
+        event = self.get()
+        assert event is not None
+        return event
+
+    def get(self, timeout: float | None = None) -> Event | None:
+        """The next event; None after `timeout` seconds without one. Raises StopIteration after the
+        last one.
+        """
+        if not self._open:
+            raise StopIteration
+        try:
+            event = self._events.get(timeout=timeout)
+        except queue.Empty:
+            return None
+        if isinstance(event, Finished | Failed):
+            self._open.discard(event.index)
+            if not self._open:
+                self._cancel.detach()
+        return event
+
+    def close(self) -> None:
+        """Cancel the request, if it has not ended. May be called twice, from any thread."""
+        self._cancel()
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether nobody waits for more."""
+        return not self._cancel.alive
+
+    def put(self, event: Event) -> None:
+        """Called by the session."""
+        self._events.put(event)
+
+    def fail(self, error: Exception) -> None:
+        """Called by the session: end all answers that have not ended."""
+        for index in [*self._open]:
+            self.put(Failed(self.request_id, index, error))
+
+
+class Session(Closing):
+    """Runs a scheduler in its own thread, until it is closed."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        """Owns `scheduler`."""
+        self._scheduler = scheduler
+        self._new: queue.SimpleQueue[tuple[Request, EventStream] | None] = queue.SimpleQueue()
+        self._streams: weakref.WeakValueDictionary[str, EventStream] = weakref.WeakValueDictionary()
+        self._closed = False
+        self._lock = threading.Lock()
+        # Not by the name of the library's own threads: it may wait for them.
+        self._thread = threading.Thread(target=self._work, name="serving", daemon=True)
+        self._thread.start()
+
+    def submit(self, request: Request) -> EventStream:
+        """Let a request wait for its turn; its events come in the stream, a refusal too. Raises
+        OllmError if the session is closed.
+        """
+        stream = EventStream(request, self._scheduler.cancel)
+        with self._lock:
+            if self._closed:
+                raise OllmError("the session is closed", hint="open another one")
+            self._new.put((request, stream))
+        return stream
+
+    def close(self) -> None:
+        """Cancel what runs, end the thread, and close the scheduler. May be called twice."""
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self._new.put(None)
+        for stream in list(self._streams.values()):
+            stream.close()
+        self._thread.join()
+
+    def _work(self) -> None:
+        error: Exception = OllmError("the session is closed")
+        try:
+            while self._take_new():
+                for event in self._scheduler.step():
+                    if stream := self._streams.get(event.request_id):
+                        stream.put(event)
+        except Exception as broken:  # noqa: BLE001 # each request is told
+            error = broken
+        finally:
+            with self._lock:
+                self._closed = True
+            for stream in list(self._streams.values()):
+                stream.fail(error)
+            while not self._new.empty():
+                if (taken := self._new.get()) is not None:
+                    taken[1].fail(error)
+            self._scheduler.close()
+
+    def _take_new(self) -> bool:
+        """Hand on what was submitted, and wait for it where there is nothing else to do. False: the
+        session is being closed.
+        """
+        while not self._new.empty() or self._scheduler.is_idle:
+            taken = self._new.get()
+            if taken is None:
+                return False
+            request, stream = taken
+            if stream.is_closed:
+                continue
+            self._streams[request.request_id] = stream
+            try:
+                self._scheduler.add(request)
+            except OllmError as error:
+                stream.fail(error)
+        return not self._closed

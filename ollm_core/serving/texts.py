@@ -1,0 +1,159 @@
+"""The three kinds of texts that can be asked for: an answer, a score, and a choice."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ollm_core.serving.answer import Answer
+from ollm_core.serving.live import RequestedText
+from ollm_core.serving.model import ServedModel
+from ollm_core.serving.request import (
+    Choices,
+    Event,
+    NewToken,
+    Request,
+    SamplingParams,
+    Score,
+    Scored,
+)
+from ollm_core.serving.sampler import Sampler
+
+MAX_LOGITS = 256
+"""Of one text in a pass, where the log-probabilities of many tokens are wanted."""
+_EXPECTED = 512
+"""New tokens that an answer is expected to have at most, where it may have more."""
+
+
+def open_texts(request: Request, model: ServedModel, order: int) -> list[RequestedText]:
+    """What is to be computed for a request. Raises InputError."""
+    wanted = request.wanted
+    if isinstance(wanted, SamplingParams):
+        return [
+            GeneratedText(request, index, order + index, wanted, model) for index in range(wanted.n)
+        ]
+    if isinstance(wanted, Score):
+        return [ScoredText(request, order, wanted.num_tokens)]
+    return [ChoiceText(request, order, wanted)]
+
+
+class GeneratedText(RequestedText):
+    """An answer, token by token."""
+
+    def __init__(
+        self,
+        request: Request,
+        index: int,
+        order: int,
+        sampling: SamplingParams,
+        model: ServedModel,
+    ) -> None:
+        super().__init__(request, index, order)
+        self._sampling = sampling
+        self._max_length = model.max_positions
+        ends = model.end_ids
+        self._sampler = Sampler(
+            sampling, model.generation, len(request.token_ids), ends, model.device, index
+        )
+        self._answer = Answer(
+            model.tokenizer, sampling.stops, include_stop=sampling.include_stop_str_in_output
+        )
+        self._ends = {*sampling.stop_token_ids, *(() if sampling.ignore_eos else ends)}
+
+    @property
+    def reads(self) -> bool:
+        return self.num_new == 0 or self.num_pending > 1
+
+    @property
+    def expected_length(self) -> int:
+        more = min(self._sampling.max_tokens - self.num_new, _EXPECTED)
+        return len(self.token_ids) + more
+
+    def take(self, logits: Tensor) -> list[Event]:
+        token_id, logprobs = self._sampler.choose(self.token_ids, logits[-1])
+        self.token_ids.append(token_id)
+        self.num_new += 1
+        self.has_token()
+        text = self._answer.add(token_id)
+        stops = token_id in self._ends or self._answer.stopped_by is not None
+        # A token is computed at its own position: the last one needs none.
+        is_full = self._max_length is not None and len(self.token_ids) > self._max_length
+        if stops and self.num_new >= self._sampling.min_tokens:
+            self.ended = "stop"
+        elif self.num_new >= self._sampling.max_tokens or is_full:
+            self.ended = "length"
+        return [NewToken(self.request.request_id, self.index, token_id, text, logprobs)]
+
+    def rest(self) -> str:
+        return self._answer.finish()
+
+
+class ScoredText(RequestedText):
+    """The log-probabilities of the last tokens of a text. The very last is only asked about."""
+
+    def __init__(self, request: Request, order: int, num_tokens: int) -> None:
+        super().__init__(request, 0, order)
+        self._first = len(self.token_ids) - num_tokens - 1  # whose logits are wanted
+        self._logprobs: list[float] = []
+        self._greedy: list[bool] = []
+
+    @property
+    def num_to_store(self) -> int:
+        return len(self.token_ids) - 1
+
+    @property
+    def num_to_find(self) -> int:
+        return self._first
+
+    def part(self, most: int | None) -> int:
+        # Logits of many tokens take much memory.
+        limit = max(self._first - self.num_stored, 0) + MAX_LOGITS
+        return super().part(limit if most is None else min(most, limit))
+
+    def num_logits(self, begin: int, end: int) -> int:
+        return max(end - max(begin, self._first), 1)
+
+    def note(self, begin: int, end: int, logits: Tensor) -> None:
+        super().note(begin, end, logits)
+        targets = self.token_ids[max(begin, self._first) + 1 : end + 1]  # none before the first
+        for target, row in zip(targets, logits, strict=False):
+            logprobs, greedy = _told(row, [target])
+            self._logprobs += logprobs
+            self._greedy += greedy
+
+    def lose_sequence(self) -> None:
+        super().lose_sequence()
+        self._logprobs, self._greedy = [], []
+
+    def take(self, logits: Tensor) -> list[Event]:
+        self.has_token()
+        self.ended = "stop"
+        return [
+            Scored(self.request.request_id, 0, tuple(self._logprobs), tuple(self._greedy)),
+        ]
+
+
+class ChoiceText(RequestedText):
+    """How likely each of some tokens is to come next."""
+
+    def __init__(self, request: Request, order: int, choices: Choices) -> None:
+        super().__init__(request, 0, order)
+        self._choices = choices.token_ids
+
+    def take(self, logits: Tensor) -> list[Event]:
+        self.has_token()
+        self.ended = "stop"
+        logprobs, greedy = _told(logits[-1], self._choices)
+        return [Scored(self.request.request_id, 0, tuple(logprobs), tuple(greedy))]
+
+
+def _told(logits: Tensor, token_ids: Sequence[int]) -> tuple[list[float], list[bool]]:
+    """Of each of the tokens its log-probability by `logits` [V], and whether it is the most likely
+    of all.
+    """
+    logprobs = torch.log_softmax(logits.float(), dim=-1)
+    best = int(logprobs.argmax())
+    ids = torch.tensor(token_ids, dtype=torch.long, device=logits.device)
+    return logprobs[ids].tolist(), [token_id == best for token_id in token_ids]

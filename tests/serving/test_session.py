@@ -1,0 +1,98 @@
+"""A session: requests from any thread, events in a stream for each."""
+
+from __future__ import annotations
+
+import gc
+import threading
+
+import pytest
+from text_requests import greedy
+
+from ollm_core.errors import InputError, OllmError
+from ollm_core.serving.request import Failed, Finished, NewToken, SamplingParams
+from ollm_core.serving.session import Session
+
+
+@pytest.fixture
+def session(model):
+    """One of a tiny model."""
+    with Session(model.open_scheduler()) as opened:
+        yield opened
+
+
+def tokens(stream):
+    """Of a stream, to its end."""
+    return [event.token_id for event in stream if isinstance(event, NewToken)]
+
+
+def test_threads_submit_and_read_each_their_own(session, ids, alone):
+    """Eight at once; each gets the tokens that it gets alone."""
+    found = {}
+
+    def ask(seed):
+        found[seed] = tokens(session.submit(greedy(ids(20 + seed, seed), 6)))
+
+    threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    session.close()
+    assert found == {seed: alone(ids(20 + seed, seed), 6) for seed in range(8)}
+
+
+def test_a_refused_request_has_one_event(session):
+    """And the session goes on."""
+    [event] = session.submit(greedy([]))
+    assert isinstance(event, Failed)
+    assert isinstance(event.error, InputError)
+    assert len(tokens(session.submit(greedy([5], 3)))) == 3
+
+
+def test_a_closed_stream_is_cancelled(session, ids):
+    """Also one that nobody refers to any more."""
+    stream = session.submit(greedy(ids(20), 4000))
+    assert isinstance(next(stream), NewToken)
+    stream.close()
+    events = list(stream)
+    assert isinstance(events[-1], Finished)
+    assert events[-1].reason == "cancelled"
+    dropped = session.submit(greedy(ids(20), 4000))
+    next(dropped)
+    del dropped
+    gc.collect()
+    assert len(tokens(session.submit(greedy(ids(9), 2)))) == 2
+    while session._scheduler.num_running:
+        pass  # ends only if the dropped one was cancelled: 4,000 tokens would take minutes
+
+
+def test_closing_ends_what_runs(model, ids):
+    """Each stream ends, and nothing more can be asked."""
+    session = Session(model.open_scheduler())
+    streams = [session.submit(greedy(ids(20, seed), 4000)) for seed in range(3)]
+    next(streams[0])
+    session.close()
+    session.close()
+    for stream in streams:
+        last = list(stream)[-1]
+        assert isinstance(last, Failed) or last.reason == "cancelled"
+    with pytest.raises(OllmError, match="the session is closed"):
+        session.submit(greedy(ids(5)))
+
+
+def test_several_answers_come_in_one_stream(session, ids):
+    """It ends after the last of them."""
+    request = greedy(ids(20), 3, n=2)
+    assert isinstance(request.wanted, SamplingParams)
+    ends = [event.index for event in session.submit(request) if isinstance(event, Finished)]
+    assert sorted(ends) == [0, 1]
+
+
+def test_get_waits_so_long(session, ids):
+    """None while there is nothing, StopIteration after the end."""
+    stream = session.submit(greedy(ids(5), 1))
+    while stream.get(timeout=5) is not None:
+        if not stream._open:
+            break
+    with pytest.raises(StopIteration):
+        stream.get(timeout=0)

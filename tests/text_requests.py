@@ -1,0 +1,20 @@
+"""Requests for texts whose tokens do not depend on chance."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ollm_core.serving.request import Request, SamplingParams
+
+
+def greedy(prompt: list[int], num_new: int = 8, **more: Any) -> Request:
+    """A request for greedy tokens, whatever they are."""
+    names = {"priority", "keep", "request_id"}
+    sampling = {name: value for name, value in more.items() if name not in names}
+    return Request(
+        token_ids=prompt,
+        wanted=SamplingParams(
+            temperature=0, max_tokens=num_new, **{"ignore_eos": True, **sampling}
+        ),
+        **{name: value for name, value in more.items() if name in names},
+    )
