@@ -32,9 +32,9 @@ def doctor(device: str, dtype: str, models_dir: str | None, as_json: bool) -> No
         rates_file,
     )
     from ollm_core.checkpoint.locate import models_root
+    from ollm_core.device.dtypes import DTYPES
     from ollm_core.device.select import pick_device
     from ollm_core.memory.budgets import DEVICE_DEFAULT, HOST_DEFAULT, default_budgets
-    from ollm_core.model.spec import DTYPES
 
     target = pick_device(device)
     root = models_root(models_dir)

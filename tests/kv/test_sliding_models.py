@@ -23,10 +23,10 @@ from ollm_core import (
     ParameterSource,
     WeightPlan,
 )
+from ollm_core.device.dtypes import DTYPES
 from ollm_core.engine.batch import NewTokens
 from ollm_core.memory.tracker import AllocationTracker
 from ollm_core.model.skeleton import Skeleton
-from ollm_core.model.spec import DTYPES
 from ollm_core.plugins.registry import Registry
 
 SIZES = {

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from ollm_core import UnsupportedError
 from ollm_core.checkpoint.safetensors import open_checkpoint
-from ollm_core.model.spec import DTYPES
+from ollm_core.device.dtypes import DTYPES
 
 CASES = [
     # dtype, chunk size, KV tier, reading engine

@@ -7,9 +7,9 @@ from mixtures import BOTH, open_moe, smallest_budget
 
 from ollm_core import DoesNotFitError
 from ollm_core.checkpoint.safetensors import open_checkpoint
+from ollm_core.device.dtypes import DTYPES
 from ollm_core.engine.batch import NewTokens
 from ollm_core.memory.tracker import AllocationTracker
-from ollm_core.model.spec import DTYPES
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
