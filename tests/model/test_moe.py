@@ -8,9 +8,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from mixtures import BOTH, Plain, Qwen3Moe, StackedQwen3Moe, open_moe, smallest_budget
+from mixtures import BOTH, Plain, Qwen3Moe, StackedQwen3Moe, open_moe
 from ragged_pass import alone
 from safetensors.torch import save_file
+from smallest_memory import smallest_budget
 
 from ollm_core import UnsupportedError
 from ollm_core.checkpoint.safetensors import open_checkpoint

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from mixtures import BOTH, open_moe, smallest_budget
+from mixtures import BOTH, open_moe
+from smallest_memory import smallest_budget
 
 from ollm_core import DoesNotFitError
 from ollm_core.checkpoint.safetensors import open_checkpoint
