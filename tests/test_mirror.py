@@ -28,6 +28,7 @@ ELSEWHERE = {
     "contracts/weights": "weights/test_streamer.py",
     "kv/block_storage": "kv/test_block_table.py",
     "kv/disk/sizes": "kv/disk/test_storage.py",
+    "option_fields": "test_options.py",
     "planning/plan": "planning/test_planner.py",
     "plugins/hookspecs": "plugins/test_loader.py",
     "products/weight": "products/test_products.py",

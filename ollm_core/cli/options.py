@@ -14,7 +14,8 @@ import click
 
 from ollm_core.cli.offered import check_offered
 from ollm_core.files.paths import absolute
-from ollm_core.options import OPTIONS, about, default_text
+from ollm_core.option_fields import about, default_text
+from ollm_core.options import OPTIONS
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
