@@ -27,6 +27,7 @@ ELSEWHERE = {
     "contracts/progress": "engine/test_counters.py",
     "contracts/weights": "weights/test_streamer.py",
     "kv/block_storage": "kv/test_block_table.py",
+    "kv/block_store": "kv/test_block_table.py",
     "kv/disk/sizes": "kv/disk/test_storage.py",
     "option_fields": "test_options.py",
     "planning/plan": "planning/test_planner.py",

@@ -13,7 +13,7 @@ from ollm_core.contracts.kv import KVGeometry, TierBytes
 from ollm_core.device.buffers import PAGE
 from ollm_core.device.memory import SHARED, DeviceMemory
 from ollm_core.kv.block_storage import BlockStorage
-from ollm_core.kv.block_table import BlockKVStore
+from ollm_core.kv.block_store import BlockKVStore
 from ollm_core.kv.buffer_pool import Charges
 from ollm_core.kv.disk.sizes import DiskSizes
 from ollm_core.kv.in_memory import MemoryStorage
@@ -138,7 +138,7 @@ class SimulatedKVStore(BlockKVStore):
             # A layer that keeps everything does the same in one call.
             most = longest if self.geometry.kinds[layer_idx].window else num_tokens
             for done in range(0, num_tokens, most):
-                for _ in self._room(layer_idx, table, min(most, num_tokens - done)):
+                for _ in self._manager.room(layer_idx, table, min(most, num_tokens - done)):
                     pass
 
 
