@@ -10,12 +10,13 @@ from __future__ import annotations
 import functools
 import inspect
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, dataclass, fields
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Concatenate, ParamSpec, TypeVar, cast
 
 from ollm_core.contracts.attention import ATTENTIONS
+from ollm_core.contracts.kv import KV_TIERS
 from ollm_core.errors import InputError
 from ollm_core.files.paths import absolute
 from ollm_core.memory.budgets import DEVICE_DEFAULT, HOST_DEFAULT
@@ -56,6 +57,10 @@ Made = TypeVar("Made")
 
 _RUN, _BOTH = ("run",), ("run", "plan")
 PRECISIONS = ("fast", "exact")
+
+
+def _listed(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 _LIMIT = (
@@ -119,7 +124,7 @@ class ModelOptions:
         "auto",
         "ollm_kv_stores",
         "Where the KV cache is kept.",
-        "auto takes the first of device, host and disk that has room.",
+        f"auto takes the first of {_listed(KV_TIERS)} that has room.",
         verbs=_BOTH,
         without_plugins=("plan",),
     )

@@ -57,6 +57,7 @@ ELSEWHERE = {
     "kv/disk/read_ahead": "kv/disk/test_storage.py",
     "kv/factory": "kv/disk/test_directory.py",
     "kv/simulated": "planning/test_dry_run.py",
+    "kv/simulated_storage": "planning/test_dry_run.py",
     "planning/advisor": "planning/test_planner.py",
     "plugins/limited": "model/test_own_forward.py",
     "products/compiled": "products/test_products.py",
