@@ -131,7 +131,7 @@ class ModelOptions:
     precision: str = choice(
         "fast",
         PRECISIONS,
-        "exact: the numbers of transformers, bit for bit. fast: no more rounding, and faster.",
+        "exact: the numbers of transformers, bit for bit. fast: as close to float32, and faster.",
         "exact is what the un-offloaded model gives in transformers with eager attention and the "
         "same chunks. fast has the same weights, sums products in float32 and "
         "attends block by block: no further from the model in float32 than transformers is in the "
@@ -243,10 +243,10 @@ class LoadOptions(ModelOptions):
         None,
         1,
         "Draft tokens at a time.",
-        "What pays is known by what drafts have cost and brought so far; none are made while they "
-        "do not pay. With sampling it is 10, so that a seed repeats a text.",
+        "What pays off is known by what drafts have cost and brought so far; none are made while "
+        "they do not. With sampling it is 10, so that a seed repeats a text.",
         verbs=_RUN,
-        unset="as many as pay, up to 10",
+        unset="as many as pay off, up to 10",
     )
     trust_remote_code: bool = switch(
         False,
@@ -291,7 +291,7 @@ class PlanOptions(ModelOptions):
 
     context: str | Count | None = said(
         None,
-        "Tokens of each sequence at the end, new ones included, for example 8192 or 100k.",
+        "Tokens of each sequence, prompt and answer together, for example 8192 or 100k.",
         verbs=("plan",),
         metavar="TOKENS",
         unset="8192, or what the model has",

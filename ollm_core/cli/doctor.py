@@ -55,15 +55,15 @@ def doctor(device: str, dtype: str, models_dir: str | None, as_json: bool) -> No
     if rates.bus is not None:
         click.echo(f"bus      {format_size(rates.bus.per_second)}/s from host to {target}")
     click.echo(f"compute  {rates.compute.per_second / 1e9:.4g} GFLOP/s in {dtype} on {target}")
-    click.echo(f"{'':<9}by rows of states:")
-    click.echo(f"{'':<9}{'rows':<6}" + "".join(f"{rows:>8}" for rows in rates.products))
+    click.echo(f"{'':<9}by number of tokens:")
+    click.echo(f"{'':<9}{'':<6}" + "".join(f"{rows:>8}" for rows in rates.products))
     for precision in PRECISIONS:
         by_rows = find_rates(root, target, DTYPES[dtype], precision).products
         each = "".join(f"{rate / 1e9:>8.4g}" for rate in by_rows.values())
         click.echo(f"{'':<9}{precision:<6}{each}")
     click.echo(
-        f"layer    {1e6 / rates.layer.per_second:.3g} us for each call by itself, "
-        f"{1e9 / rates.states.per_second:.2g} ns for each number"
+        f"layer    {1e6 / rates.layer.per_second:.3g} us per call beside products and attention, "
+        f"{1e9 / rates.states.per_second:.2g} ns per number it makes"
     )
     if attention:
         best = max(attention, key=lambda name: attention[name])
