@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import click
 
-from ollm_core.cli.options import debug_option, json_option, options_of
+from ollm_core.cli.options import debug_option, dtype_option, json_option, options_of
 from ollm_core.cli.output import print_json
 from ollm_core.memory.sizes import format_size
 
 
 @click.command(short_help="Measure how fast your disk and your device are.")
 @options_of("doctor")
-@click.option(
-    "--dtype",
-    type=click.Choice(["bfloat16", "float16", "float32"]),
-    default="bfloat16",
-    show_default=True,
-    help="dtype to benchmark.",
-)
+@dtype_option("dtype to benchmark.")
 @json_option
 @debug_option
 def doctor(device: str, dtype: str, models_dir: str | None, as_json: bool) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ollm_core.checkpoint.locate import is_repository, may_be_id
-from ollm_core.cli.options import debug_option, json_option, options_of, user_path
+from ollm_core.cli.options import debug_option, dtype_option, json_option, options_of, user_path
 from ollm_core.cli.output import print_json, print_table
 
 if TYPE_CHECKING:
@@ -153,13 +153,7 @@ def fetch(model: str, models_dir: str | None, *, force: bool = False) -> tuple[s
     type=user_path,
     help="Directory for the model.  [default: the file's name, in the models directory]",
 )
-@click.option(
-    "--dtype",
-    type=click.Choice(["bfloat16", "float16", "float32"]),
-    default="bfloat16",
-    show_default=True,
-    help="dtype of the new weights.",
-)
+@dtype_option("dtype of the new weights.")
 @options_of("import")
 @click.option("--force", is_flag=True, help="If the directory exists, rename it first.")
 @json_option

@@ -81,6 +81,12 @@ def json_option(command: Command) -> Command:
     return click.option("--json", "as_json", is_flag=True, help=text)(command)
 
 
+def dtype_option(text: str) -> Callable[[Command], Command]:
+    """`--dtype` of a verb that opens no model, with its help text."""
+    dtypes = click.Choice(["bfloat16", "float16", "float32"])
+    return click.option("--dtype", type=dtypes, default="bfloat16", show_default=True, help=text)
+
+
 def debug_option(command: Command) -> Command:
     """`--debug`, which any verb and the group take; it shows what `quiet` and `main` hide."""
     return click.option(
