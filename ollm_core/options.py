@@ -10,17 +10,28 @@ from __future__ import annotations
 import functools
 import inspect
 import textwrap
-from collections.abc import Callable, Mapping
-from dataclasses import Field, dataclass, field, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import Field, dataclass, fields
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Concatenate, ParamSpec, TypeVar, cast
 
 from ollm_core.contracts.attention import ATTENTIONS
+from ollm_core.contracts.kv import KV_TIERS
 from ollm_core.errors import InputError
 from ollm_core.files.paths import absolute
 from ollm_core.memory.budgets import DEVICE_DEFAULT, HOST_DEFAULT
-from ollm_core.memory.sizes import parse_size
-from ollm_core.plugins.loader import KINDS
+from ollm_core.option_fields import (
+    about,
+    called_by,
+    choice,
+    counted,
+    default_text,
+    directory,
+    offered,
+    said,
+    size,
+    switch,
+)
 from ollm_core.values import (
     DTYPES,
     Count,
@@ -28,7 +39,6 @@ from ollm_core.values import (
     DType,
     PathLike,
     Size,
-    count,
     device_name,
     dtype_name,
     one_of,
@@ -49,84 +59,8 @@ _RUN, _BOTH = ("run",), ("run", "plan")
 PRECISIONS = ("fast", "exact")
 
 
-@dataclass(frozen=True, slots=True)
-class About:
-    """What is known of an option besides its name, type and default. In its texts, `name` means
-    another option; the command line shows that as --name.
-    """
-
-    help: str
-    """One line."""
-    more: str = ""
-    """What help() and docs/generated/options.md say after it."""
-    verbs: tuple[str, ...] = ()
-    """Those that have a flag for it."""
-    unset: str = ""
-    """What its default None means."""
-    metavar: str = ""
-    """What its value is, for example SIZE."""
-    choices: tuple[str, ...] = ()
-    hook: str = ""
-    """Through which plugins offer more names than `choices`."""
-    without_plugins: tuple[str, ...] = ()
-    """Verbs that take `choices` alone."""
-    least: int | None = None
-    """Of a whole number."""
-    check: Callable[[str, Any], Any] = lambda _, value: value
-    """(name, value) -> the value in the form that is kept. Raises InputError."""
-
-    def takes_plugins(self, verb: str) -> bool:
-        """Whether `verb` also takes a name that a plugin offers."""
-        return bool(self.hook) and verb not in self.without_plugins
-
-
-def _said(default: Any, help: str, more: str = "", **known: Any) -> Any:
-    """A field."""
-    return field(default=default, metadata={"about": About(help, more, **known)})
-
-
-def _choice(default: str, choices: tuple[str, ...], help: str, more: str, **known: Any) -> Any:
-    def check(name: str, value: str) -> str:
-        one_of(name, value, choices)
-        return value
-
-    return _said(default, help, more, **{"choices": choices, "check": check, **known})
-
-
-def _offered(default: str, hook: str, help: str, more: str, **known: Any) -> Any:
-    """A name that is built in, or that a plugin offers. Which those are is known to a registry: see
-    `check_names`.
-    """
-    return _said(default, help, more, choices=KINDS[hook].built_in, hook=hook, **known)
-
-
-def _count(default: int | None, least: int, help: str, more: str = "", **known: Any) -> Any:
-    def check(name: str, value: Count) -> int:
-        return count(name, value, least)
-
-    return _said(default, help, more, least=least, check=check, **known)
-
-
-def _size(default: None, help: str, more: str, **known: Any) -> Any:
-    return _said(default, help, more, metavar="SIZE", check=_called_by(parse_size), **known)
-
-
-def _directory(default: None, help: str, more: str = "", **known: Any) -> Any:
-    return _said(default, help, more, **{"metavar": "DIR", "check": _called_by(absolute), **known})
-
-
-def _switch(default: bool, help: str, more: str, **known: Any) -> Any:
-    def check(name: str, value: bool) -> bool:
-        if not isinstance(value, bool):  # "no" is true
-            raise InputError(f"{name} is {value!r}, expected True or False")
-        return value
-
-    return _said(default, help, more, check=check, **known)
-
-
-def _called_by(read: Callable[[Any], Any]) -> Callable[[str, Any], Any]:
-    """The check of an option by `read`, whose message needs no name."""
-    return lambda _, value: read(value)
+def _listed(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 _LIMIT = (
@@ -145,59 +79,59 @@ class ModelOptions:
     verb: ClassVar[str]
     """The one of the command line that these options are for."""
 
-    device: Device = _said(
+    device: Device = said(
         "auto",
         "Device that computes, for example cpu or cuda:0.",
         "auto takes the first GPU, or else the CPU. From Python also a torch.device, or the index "
         "of a GPU (-1 is the CPU). You can plan for cuda where there is no GPU: then with 8 GB.",
         verbs=(*_BOTH, "doctor"),
         metavar="NAME",
-        check=_called_by(device_name),
+        check=called_by(device_name),
     )
-    dtype: DType = _choice(
+    dtype: DType = choice(
         "auto",
         ("auto", *DTYPES),
         "dtype to compute in.",
         "auto takes the checkpoint's. From Python also a torch.dtype.",
         verbs=_BOTH,
-        check=_called_by(dtype_name),
+        check=called_by(dtype_name),
     )
-    device_memory: Size | None = _size(
+    device_memory: Size | None = size(
         None, "Device memory limit, for example 8GB.", _LIMIT, verbs=_BOTH, unset=DEVICE_DEFAULT
     )
-    host_memory: Size | None = _size(
+    host_memory: Size | None = size(
         None,
         "Host memory limit, for example 16GB.",
         "Written as `device_memory` is.",
         verbs=_BOTH,
         unset=HOST_DEFAULT,
     )
-    device_layers: Count | None = _count(
+    device_layers: Count | None = counted(
         None,
         0,
         "Most layers to keep on the device.",
         verbs=_BOTH,
         unset="as many as the limits allow",
     )
-    host_layers: Count | None = _count(
+    host_layers: Count | None = counted(
         None,
         0,
         "Most layers to keep in host memory, beside a GPU.",
         verbs=_BOTH,
         unset="as many as the limits allow",
     )
-    kv: str = _offered(
+    kv: str = offered(
         "auto",
         "ollm_kv_stores",
         "Where the KV cache is kept.",
-        "auto takes the first of device, host and disk that has room.",
+        f"auto takes the first of {_listed(KV_TIERS)} that has room.",
         verbs=_BOTH,
         without_plugins=("plan",),
     )
-    precision: str = _choice(
+    precision: str = choice(
         "fast",
         PRECISIONS,
-        "exact: the numbers of transformers, bit for bit. fast: no more rounding, and faster.",
+        "exact: the numbers of transformers, bit for bit. fast: as close to float32, and faster.",
         "exact is what the un-offloaded model gives in transformers with eager attention and the "
         "same chunks. fast has the same weights, sums products in float32 and "
         "attends block by block: no further from the model in float32 than transformers is in the "
@@ -205,7 +139,7 @@ class ModelOptions:
         "the context. Nothing is quantised in either.",
         verbs=_BOTH,
     )
-    attention: str = _choice(
+    attention: str = choice(
         "auto",
         ("auto", *ATTENTIONS),
         "Attention kernel.",
@@ -215,21 +149,21 @@ class ModelOptions:
         "measured that to be faster, and exact for families that have no other.",
         verbs=_BOTH,
     )
-    chunk_size: Count | None = _count(
+    chunk_size: Count | None = counted(
         None,
         1,
         "Prompt tokens per chunk.",
         verbs=_BOTH,
         unset="as many as fit",
     )
-    models_dir: PathLike | None = _directory(
+    models_dir: PathLike | None = directory(
         None,
         "Directory of your models.",
         verbs=(*_BOTH, "convert", "doctor", "import", "list-models", "pull"),
         unset="$OLLM_MODELS, or ~/.cache/ollm/models",
-        check=_called_by(lambda value: value and absolute(value)),
+        check=called_by(lambda value: value and absolute(value)),
     )
-    registry: Registry | None = _said(
+    registry: Registry | None = said(
         None, "Plugins to use, a `Registry`.", unset="those that are installed"
     )
 
@@ -265,7 +199,7 @@ class LoadOptions(ModelOptions):
 
     verb = "run"
 
-    kv_dir: PathLike | None = _directory(
+    kv_dir: PathLike | None = directory(
         None,
         "Directory of a KV cache on disk, for example ./kv_cache.",
         "What it holds when a cache is closed stays there, and a later prompt on the same model "
@@ -275,13 +209,13 @@ class LoadOptions(ModelOptions):
         verbs=_RUN,
         unset="a temporary one",
     )
-    keep_kv: bool = _switch(
+    keep_kv: bool = switch(
         True,
         "Reuse and save the prefix cache in `kv_dir`.",
         "False leaves nothing there.",
         verbs=_RUN,
     )
-    reader: str = _offered(
+    reader: str = offered(
         "auto",
         "ollm_reading_engines",
         "Reading engine for the weights.",
@@ -289,7 +223,7 @@ class LoadOptions(ModelOptions):
         "measured to be the fastest here, or else direct where the file system allows it.",
         verbs=_RUN,
     )
-    draft: str = _offered(
+    draft: str = offered(
         "none",
         "ollm_draft_sources",
         "Source of draft tokens.",
@@ -297,7 +231,7 @@ class LoadOptions(ModelOptions):
         "change the speed, not the text. Batches go without.",
         verbs=_RUN,
     )
-    draft_model: PathLike | None = _said(
+    draft_model: PathLike | None = said(
         None,
         "Directory or id of a small model of the same vocabulary, for `draft` model.",
         "It is held in memory as a whole, inside `device_memory` and `host_memory`.",
@@ -305,29 +239,29 @@ class LoadOptions(ModelOptions):
         metavar="DIR_OR_ID",
         unset="none",
     )
-    num_draft_tokens: Count | None = _count(
+    num_draft_tokens: Count | None = counted(
         None,
         1,
         "Draft tokens at a time.",
-        "What pays is known by what drafts have cost and brought so far; none are made while they "
-        "do not pay. With sampling it is 10, so that a seed repeats a text.",
+        "What pays off is known by what drafts have cost and brought so far; none are made while "
+        "they do not. With sampling it is 10, so that a seed repeats a text.",
         verbs=_RUN,
-        unset="as many as pay, up to 10",
+        unset="as many as pay off, up to 10",
     )
-    trust_remote_code: bool = _switch(
+    trust_remote_code: bool = switch(
         False,
         "Run a tokenizer that is Python code in the model's directory. Read that code first: it "
         "runs with your rights.",
         "False refuses such a tokenizer. Models that are code of their own are never run.",
         verbs=_RUN,
     )
-    on_progress: Callable[[Progress], None] | None = _said(
+    on_progress: Callable[[Progress], None] | None = said(
         None,
         "Function that is called with a `Progress` after each step of a weight pass, and "
         "while files are hashed.",
         unset="none",
     )
-    profile: Profile | None = _said(
+    profile: Profile | None = said(
         None,
         "A `Profile` that counts where the time goes; see `ollm_core.profiling`.",
         unset="none",
@@ -355,17 +289,17 @@ class PlanOptions(ModelOptions):
 
     verb = "plan"
 
-    context: str | Count | None = _said(
+    context: str | Count | None = said(
         None,
-        "Tokens of each sequence at the end, new ones included, for example 8192 or 100k.",
+        "Tokens of each sequence, prompt and answer together, for example 8192 or 100k.",
         verbs=("plan",),
         metavar="TOKENS",
         unset="8192, or what the model has",
-        check=_called_by(parse_tokens),
+        check=called_by(parse_tokens),
     )
-    batch: Count = _count(1, 1, "Number of sequences.", verbs=("plan",))
-    max_new_tokens: Count = _count(256, 1, "Most new tokens of an answer.", verbs=_BOTH)
-    rates: Rates | None = _said(
+    batch: Count = counted(1, 1, "Number of sequences.", verbs=("plan",))
+    max_new_tokens: Count = counted(256, 1, "Most new tokens of an answer.", verbs=_BOTH)
+    rates: Rates | None = said(
         None,
         "Rates of disk, bus, memory and compute that the times are made from, a `Rates`.",
         unset="what `ollm doctor` measured here, else assumed",
@@ -376,20 +310,6 @@ OPTIONS: Mapping[str, Field[Any]] = MappingProxyType(
     {each.name: each for kind in (LoadOptions, PlanOptions) for each in fields(kind)}
 )
 """Every option by name: those of `load`, then those that only `plan` has."""
-
-
-def about(option: Field[Any]) -> About:
-    """What is known of a field of the classes above."""
-    return cast("About", option.metadata["about"])
-
-
-def default_text(option: Field[Any]) -> str:
-    """Its default in words."""
-    if option.default is None:
-        return about(option).unset
-    if isinstance(option.default, bool):
-        return "on" if option.default else "off"
-    return str(option.default)
 
 
 def takes(

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 import ollm
-from ollm_core import DecoderAdapter, DoesNotFitError, ParameterSource
+from ollm_core import DecoderAdapter, ParameterSource
 from ollm_core.plugins.registry import Registry
 
 
@@ -199,16 +199,6 @@ def open_moe(directory, adapter=None, **options):
     adapter = adapter or FAMILIES[family][0]()
     options = {"device": "cpu", "attention": "exact", "registry": Registry.of(adapter)} | options
     return ollm.load(directory, **options)
-
-
-def smallest_budget(run, first=100_000):
-    """The least bytes with which `run` passes, as its refusals say, and what it then returns."""
-    for _ in range(4):
-        try:
-            return first, run(first)
-        except DoesNotFitError as refused:
-            first = int(refused.hint.split("at least ")[1].split(" bytes")[0])
-    raise AssertionError("the refusals do not settle")
 
 
 class Plain:

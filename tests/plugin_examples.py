@@ -61,3 +61,15 @@ USED = """
     def ollm_commands():
         return {"broken": broken, "wrong": wrong, "exits": exit}
 """
+
+
+def statuses(registry):
+    """What became of each plugin, by name."""
+    return {plugin.name: plugin.status for plugin in registry.plugins}
+
+
+def reason(registry, name):
+    """What is told of one plugin, in one line."""
+    (found,) = (plugin.reason for plugin in registry.plugins if plugin.name == name)
+    assert "\n" not in found
+    return found

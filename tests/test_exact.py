@@ -7,7 +7,7 @@ import torch
 
 import ollm
 from ollm_conformance.subject import greedy
-from ollm_core.model.spec import DTYPES
+from ollm_core.device.dtypes import DTYPES
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",

@@ -27,7 +27,7 @@ ORDER = [
     ["contracts", "files", "values"],
     ["memory", "profiling"],
     ["device", "plugins"],
-    ["attention", "checkpoint", "products"],
+    ["attention", "checkpoint", "option_fields", "products"],
     ["kv", "text", "weights"],
     ["calibration", "model"],
     ["convert", "engine", "options"],

@@ -19,16 +19,8 @@ import ollm
 from ollm_core import InputError
 from ollm_core.cli.main import cli
 from ollm_core.cli.options import names_of
-from ollm_core.options import (
-    OPTIONS,
-    About,
-    LoadOptions,
-    ModelOptions,
-    PlanOptions,
-    about,
-    default_text,
-    takes,
-)
+from ollm_core.option_fields import About, about, default_text
+from ollm_core.options import OPTIONS, LoadOptions, ModelOptions, PlanOptions, takes
 from ollm_core.planning.planner import Planner
 from ollm_core.values import PathLike
 

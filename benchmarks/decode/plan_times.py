@@ -29,7 +29,7 @@ from benchmarks import MODELS
 from benchmarks.tools.instructions import AVX2
 from benchmarks.tools.measure import environment, finish, random_prompt, timed_generate
 from ollm_core.calibration.rates import Rates, as_fields, find_rates, measure_rates
-from ollm_core.model.spec import DTYPES
+from ollm_core.device.dtypes import DTYPES
 
 MODEL = MODELS / "smollm2-135M"
 

@@ -29,7 +29,7 @@ from benchmarks import MODELS
 from benchmarks.tools.measure import environment, finish, random_prompt, timed_generate
 from ollm_conformance.forms import reference_options
 from ollm_core.checkpoint.safetensors import read_config
-from ollm_core.model.spec import DTYPES
+from ollm_core.device.dtypes import DTYPES
 
 MODEL = MODELS / "smollm2-135M"
 PROMPT = 128

@@ -37,7 +37,7 @@ from benchmarks.memory.growth_plot import draw
 from benchmarks.tools.cold import Counts
 from benchmarks.tools.make_checkpoint import Shape, write_checkpoint
 from benchmarks.tools.measure import environment, timed_generate
-from ollm_core.model.spec import DTYPES
+from ollm_core.device.dtypes import DTYPES
 from ollm_core.options import PlanOptions
 from ollm_core.planning.planner import Planner
 

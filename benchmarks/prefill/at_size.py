@@ -44,8 +44,8 @@ from benchmarks.tools.measure import (
 )
 from ollm_core.calibration.rates import measure_rates
 from ollm_core.contracts.progress import Progress
+from ollm_core.device.dtypes import DTYPES
 from ollm_core.memory.host import peak_process_bytes
-from ollm_core.model.spec import DTYPES
 from ollm_core.plugins.registry import Registry
 
 MODEL = "llama3-8B-chat"

@@ -140,7 +140,7 @@ class SlidesAfterTheChunk(DeviceKVStore):
     def append(self, layer_idx, sequence, keys, values):
         super().append(layer_idx, sequence, keys, values)
         for table in self._tables_of(sequence)[layer_idx : layer_idx + 1]:
-            self._slide(layer_idx, table)
+            self._manager.slide(layer_idx, table)
 
 
 class ForkForgetsTheWindow(DeviceKVStore):
@@ -151,7 +151,7 @@ class ForkForgetsTheWindow(DeviceKVStore):
         for layer_idx, table in enumerate(self._tables_of(forked)):
             if self.geometry.kinds[layer_idx].window:
                 gone = [table.blocks.pop(index) for index in list(table.blocks)[:-1]]
-                self._disown(layer_idx, gone)
+                self._manager.disown(layer_idx, gone)
         return forked
 
 
@@ -169,7 +169,7 @@ class GoneIsZeros(DeviceKVStore):
 
     def _check_length(self, sequence, num_tokens, what):
         for layer_idx, table in enumerate(self._tables_of(sequence)):
-            for index in range(self._num_blocks(num_tokens)):
+            for index in range(self._manager.num_blocks(num_tokens)):
                 if index not in table.blocks and num_tokens < table.num_tokens:
                     made = self._storage.allocate({layer_idx: 1}, [])[layer_idx][0]
                     self._storage.open(layer_idx, made).zero_()
@@ -186,9 +186,15 @@ class NeverSlides(DeviceKVStore):
 class SlidesWhenItIsFull(DeviceKVStore):
     """Lets go of blocks at the first pass alone."""
 
-    def _slide(self, layer_idx, table):
-        if table.num_tokens < 100:
-            super()._slide(layer_idx, table)
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        real = self._manager.slide
+
+        def slide(layer_idx, table):
+            if table.num_tokens < 100:
+                real(layer_idx, table)
+
+        self._manager.slide = slide
 
 
 BROKEN_KV_LARGE = [

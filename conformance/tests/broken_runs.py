@@ -71,13 +71,13 @@ def emptied_by_a_failure(work, truncate, sequence, num_tokens):
 
 @with_cache
 def last_layer_not_undone(cache):
-    real, last = cache.store._cut, len(cache) - 1
+    real, last = cache.store._manager.cut, len(cache) - 1
 
     def cut(layer_idx, table, num_tokens):
         if layer_idx < last:
             real(layer_idx, table, num_tokens)
 
-    cache.store._cut = cut
+    cache.store._manager.cut = cut
 
 
 def noted_too_early(*args, **options):
@@ -200,14 +200,14 @@ def reset_leaks(cache):
 @with_cache
 def tails_shared_by_forks(cache):
     """A fork gets a block of its own, but not its content."""
-    store = cache.store
-    real = store._copy_block
+    manager = cache.store._manager
+    real = manager._copy_block
 
     def copy_block(layer_idx, block, held=None):
         new, tail = real(layer_idx, block, held)
         return new, tail if held is None else held
 
-    store._copy_block = copy_block
+    manager._copy_block = copy_block
 
 
 @with_cache
@@ -244,7 +244,7 @@ def released_twice_frees_others(cache):
 
     def release(sequence):
         for layer_idx, table in enumerate(released.get(sequence, ())):
-            store._disown(layer_idx, [table.blocks[0]])
+            store._manager.disown(layer_idx, [table.blocks[0]])
         released[sequence] = store._tables.get(sequence, ())
         real(sequence)
 
@@ -260,7 +260,7 @@ def origin_frees_what_forks_have(cache):
     def release(sequence):
         for layer_idx, table in enumerate(store._tables.get(sequence, ())):
             for block in table.blocks.values():
-                store._num_sharers.pop((layer_idx, block), None)
+                store._manager._num_sharers.pop((layer_idx, block), None)
         real(sequence)
 
     store.release = release

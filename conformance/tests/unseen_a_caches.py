@@ -9,7 +9,7 @@ from unseen_turns import turn, turn_stores
 
 import ollm
 from ollm_core.generate.causal_lm import StreamedModel
-from ollm_core.kv.block_table import BlockKVStore
+from ollm_core.kv.block_store import BlockKVStore
 from ollm_core.kv.disk.prefix_cache import PrefixCachingStore
 from ollm_core.kv.disk.storage import DiskKVStore
 from ollm_core.kv.in_memory import MemoryStorage
@@ -18,10 +18,10 @@ from ollm_core.model.fingerprint import identity
 
 
 class SharesWithoutOwning:
-    def _share(self, layer_idx, source, table, num_tokens):
-        super()._share(layer_idx, source, table, num_tokens)
-        if self.geometry.kinds[layer_idx].window is not None:
-            num_full = num_tokens // self.block_size
+    def share(self, layer_idx, source, table, num_tokens):
+        super().share(layer_idx, source, table, num_tokens)
+        if self._geometry.kinds[layer_idx].window is not None:
+            num_full = num_tokens // self._block_size
             shared = [block for i, block in table.blocks.items() if i < num_full]
             self._num_sharers.subtract((layer_idx, block) for block in shared)
 
@@ -30,7 +30,7 @@ class SharesWithoutOwning:
 # of the others with it.
 def forks_do_not_own_windows(*args, **options):
     model = ollm.load(*args, **options)
-    turn_stores(model, BlockKVStore, SharesWithoutOwning)
+    turn_stores(model, BlockKVStore, SharesWithoutOwning, "_manager")
     return model
 
 

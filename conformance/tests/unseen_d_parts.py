@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from broken_kv_stores import geometry_of
 from safetensors.torch import save_file
+from unseen_c_parts import Buffered
 
 from ollm_conformance import (
     AttentionConformance,
@@ -18,7 +19,7 @@ from ollm_conformance import (
     KVStoreConformance,
     WeightStreamerConformance,
 )
-from ollm_core import ByteSource, EncodedTensor, ReadError, UnsupportedError
+from ollm_core import EncodedTensor, ReadError, UnsupportedError
 from ollm_core.attention.options import CARRIED
 from ollm_core.drafting.lookup import LookupDrafter
 from ollm_core.kv.disk.storage import DiskKVStore
@@ -67,52 +68,22 @@ class DirectoryLeftOpenSuite(KVStoreConformance):
 
 # Hurts: a mixture, or a model that drafts, where two threads read: one copies from the pages that
 # the other is reading into, and weights are those of other layers.
-class OneBounceBuffer(ByteSource):
+class OneBounceBuffer(Buffered):
     name = "one-bounce-buffer"
 
     def __init__(self, paths):
-        self._files, self._bytes_read = {}, 0
         self._bounce = memoryview(bytearray(256 << 10))
-        try:
-            for path in paths:
-                self._files[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:
-            self.close()
-            raise
+        super().__init__(paths)
 
-    def read(self, tensors, buffer):
-        offsets, end = [], 0
-        for tensor in tensors:
-            start = end + (tensor.offset - end) % 64
-            end = start + tensor.num_bytes
-            self._fill(tensor, buffer[start:end])
-            offsets.append(start)
-        self._bytes_read += sum(tensor.num_bytes for tensor in tensors)
-        return offsets
-
-    def _fill(self, tensor, part):
+    def _read_into(self, part, tensor):
         done = 0
         while done < tensor.num_bytes:
             wanted = self._bounce[: tensor.num_bytes - done]
-            try:
-                count = os.preadv(self._files[tensor.path], [wanted], tensor.offset + done)
-            except OSError as error:
-                raise ReadError(f"{tensor.path}: {error.strerror}") from error
+            count = os.preadv(self._files[tensor.path], [wanted], tensor.offset + done)
             if not count:
                 raise ReadError(f"{tensor.path}: ends before the end of {tensor.name}")
             part[done : done + count] = wanted[:count]
             done += count
-
-    def buffer_bytes(self, tensors):
-        return sum(tensor.num_bytes + 64 for tensor in tensors)
-
-    @property
-    def bytes_read(self):
-        return self._bytes_read
-
-    def close(self):
-        while self._files:
-            os.close(self._files.popitem()[1])
 
 
 class OneBounceBufferSuite(ByteSourceConformance):
@@ -123,21 +94,17 @@ class OneBounceBufferSuite(ByteSourceConformance):
 
 # Hurts: a program that asks again until a download is complete: each time that the last file is
 # not there yet, the handles of those before it stay.
-class HandlesOfAFailedOpening(OneBounceBuffer):
+class HandlesOfAFailedOpening(Buffered):
     name = "handles-of-a-failed-opening"
 
     def __init__(self, paths):
         self._bytes_read = 0
         self._files = {path: os.open(path, os.O_RDONLY | os.O_CLOEXEC) for path in paths}
 
-    def _fill(self, tensor, part):
+    def _read_into(self, part, tensor):
         done = 0
         while done < tensor.num_bytes:
-            file, offset = self._files[tensor.path], tensor.offset + done
-            try:
-                count = os.preadv(file, [part[done:]], offset)
-            except OSError as error:
-                raise ReadError(f"{tensor.path}: {error.strerror}") from error
+            count = os.preadv(self._files[tensor.path], [part[done:]], tensor.offset + done)
             if not count:
                 raise ReadError(f"{tensor.path}: ends before the end of {tensor.name}")
             done += count

@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import Field, fields
 from typing import Any
 
-from ollm_core.options import OPTIONS, LoadOptions, PlanOptions, about, default_text
+from ollm_core.option_fields import about, default_text
+from ollm_core.options import OPTIONS, LoadOptions, PlanOptions
 
 _HEAD = """# Options
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ollm_core.device.buffers import round_up
+from ollm_core.device.dtypes import HALF
 
-HALF = frozenset({torch.float16, torch.bfloat16})
 _MOST_HEAD_DIM = 256  # of the flash kernels
 _HEAD_UNIT = 8  # they take heads of a multiple of it
 _SPLIT_ROWS = 64  # queries of one block of threads, where the kernels split keys among several

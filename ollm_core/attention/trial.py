@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ollm_core.attention.blockwise import kernels_on
-from ollm_core.attention.kernels import HALF, Kernel, Part, masked_products
+from ollm_core.attention.kernels import Kernel, Part, masked_products
+from ollm_core.device.dtypes import HALF
 from ollm_core.errors import InputError
 
 _LARGEST_ERROR = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -47,13 +47,12 @@ def list_(kv_dir: Path, as_json: bool) -> None:
             {"prefixes": [_fields(one) for one in kept], "empty": [str(path) for path in empty]}
         )
         return
-    rows = [("ID", "MODEL", "DTYPE", "TOKENS", "SIZE", "SAVED")]
-    rows += [
+    rows = [
         (one.id[:_SHOWN], one.fingerprint[:_SHOWN], one.dtype, str(len(one.prefix.token_ids)),
          format_size(one.num_bytes), _date(one))
         for one in kept
     ]  # fmt: skip
-    print_table(rows)
+    _print(kv_dir, ("ID", "MODEL", "DTYPE", "TOKENS", "SIZE", "SAVED"), rows)
     if empty:
         click.echo(f"{len(empty)} directories are empty; `ollm cache remove --all` removes them")
 
@@ -72,7 +71,7 @@ def verify(kv_dir: Path, as_json: bool) -> None:
         print_json({"prefixes": [{**_fields(one), "wrong": wrong[id(one)]} for one in kept]})
     else:
         rows = [(one.id[:_SHOWN], wrong[id(one)] or "sound") for one in kept]
-        print_table([("ID", "BLOCKS"), *rows])
+        _print(kv_dir, ("ID", "BLOCKS"), rows)
     if any(wrong.values()):
         raise click.exceptions.Exit(1)
 
@@ -104,6 +103,14 @@ def remove(prefix_id: str | None, everything: bool, kv_dir: Path, as_json: bool)
         raise KVStoreError(
             f"{len(in_use)} cached prefixes are in use by another process", hint="try again later"
         )
+
+
+def _print(kv_dir: Path, heads: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
+    """A row for each cached prefix, or that there is none."""
+    if rows:
+        print_table([heads, *rows])
+    else:
+        click.echo(f"no cached prefixes in {kv_dir}")
 
 
 def _kept(kv_dir: Path) -> tuple[list[StoredPrefix], list[Path]]:

@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 def convert(model: str, out: Path, models_dir: str | None, as_json: bool) -> None:
     """Compress the bf16 weights of MODEL, an id or a directory, into a new model, losslessly.
 
-    A run of it reads a third less from the disk and works the CPU more: use it where the disk is
-    slow. The original is not changed. After an interruption, run the command again: it writes the
-    files that are missing.
+    A run of the new model reads a third less from disk and works the CPU more: use it where the
+    disk is slow. The original is not changed. After an interruption, run the command again: it
+    writes the files that are missing.
     """
     from ollm_core.checkpoint.locate import resolve
     from ollm_core.convert.compress import convert

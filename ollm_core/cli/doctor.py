@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import click
 
-from ollm_core.cli.options import debug_option, json_option, options_of
+from ollm_core.cli.options import debug_option, dtype_option, json_option, options_of
 from ollm_core.cli.output import print_json
 from ollm_core.memory.sizes import format_size
 
 
 @click.command(short_help="Measure how fast your disk and your device are.")
 @options_of("doctor")
-@click.option(
-    "--dtype",
-    type=click.Choice(["bfloat16", "float16", "float32"]),
-    default="bfloat16",
-    show_default=True,
-    help="dtype to benchmark.",
-)
+@dtype_option("dtype to benchmark.")
 @json_option
 @debug_option
 def doctor(device: str, dtype: str, models_dir: str | None, as_json: bool) -> None:
@@ -32,9 +26,9 @@ def doctor(device: str, dtype: str, models_dir: str | None, as_json: bool) -> No
         rates_file,
     )
     from ollm_core.checkpoint.locate import models_root
+    from ollm_core.device.dtypes import DTYPES
     from ollm_core.device.select import pick_device
     from ollm_core.memory.budgets import DEVICE_DEFAULT, HOST_DEFAULT, default_budgets
-    from ollm_core.model.spec import DTYPES
 
     target = pick_device(device)
     root = models_root(models_dir)
@@ -55,15 +49,15 @@ def doctor(device: str, dtype: str, models_dir: str | None, as_json: bool) -> No
     if rates.bus is not None:
         click.echo(f"bus      {format_size(rates.bus.per_second)}/s from host to {target}")
     click.echo(f"compute  {rates.compute.per_second / 1e9:.4g} GFLOP/s in {dtype} on {target}")
-    click.echo(f"{'':<9}by rows of states:")
-    click.echo(f"{'':<9}{'rows':<6}" + "".join(f"{rows:>8}" for rows in rates.products))
+    click.echo(f"{'':<9}by number of tokens:")
+    click.echo(f"{'':<9}{'':<6}" + "".join(f"{rows:>8}" for rows in rates.products))
     for precision in PRECISIONS:
         by_rows = find_rates(root, target, DTYPES[dtype], precision).products
         each = "".join(f"{rate / 1e9:>8.4g}" for rate in by_rows.values())
         click.echo(f"{'':<9}{precision:<6}{each}")
     click.echo(
-        f"layer    {1e6 / rates.layer.per_second:.3g} us for each call by itself, "
-        f"{1e9 / rates.states.per_second:.2g} ns for each number"
+        f"layer    {1e6 / rates.layer.per_second:.3g} us per call beside products and attention, "
+        f"{1e9 / rates.states.per_second:.2g} ns per number it makes"
     )
     if attention:
         best = max(attention, key=lambda name: attention[name])

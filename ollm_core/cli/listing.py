@@ -40,7 +40,7 @@ class _Row:
     fits: str = ""
 
 
-@click.command("list-models")
+@click.command("list-models", short_help="List known models, and which of them fit here.")
 @click.argument("word", required=False)
 @options_of("list-models")
 @json_option
@@ -167,9 +167,10 @@ def _foot(machine: Machine) -> str:
     memory = format_size(sum(machine.budgets))
     device, disk = "a GPU" if machine.has_gpu else "the CPU", format_size(machine.free_disk)
     return (
-        f"\nHERE is about: on {device}, {memory} of memory, {disk} of disk free.\n"
-        "To the byte, and instead of ?: ollm plan MODEL. ? is known to the hub alone.\n"
-        "Every other model of the hub: ollm pull OWNER/NAME."
+        f"\nHERE is an estimate for {device}, {memory} of memory, {disk} of free disk:\n"
+        "weights stay in memory, or are streamed from disk at each pass.\n"
+        "Exact, and also where it says ?, is: ollm plan MODEL.\n"
+        "For any other model of the hub: ollm pull OWNER/NAME."
     )
 
 

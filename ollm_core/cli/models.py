@@ -12,14 +12,17 @@ from typing import TYPE_CHECKING
 import click
 
 from ollm_core.checkpoint.locate import is_repository, may_be_id
-from ollm_core.cli.options import debug_option, json_option, options_of, user_path
+from ollm_core.cli.options import debug_option, dtype_option, json_option, options_of, user_path
 from ollm_core.cli.output import print_json, print_table
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ollm_core.contracts.adapter import ModelAdapter
     from ollm_core.plugins.registry import PluginInfo
 
 
-@click.command()
+@click.command(short_help="List installed plugins, and why one failed to load.")
 @json_option
 @debug_option
 def plugins(as_json: bool) -> None:
@@ -34,13 +37,28 @@ def plugins(as_json: bool) -> None:
         return
     rows = [("PLUGIN", "DISTRIBUTION", "VERSION", "PROVIDES", "STATUS")]
     for plugin in found:
-        brings = [f"adapter {one.name} ({one.adapter_api})" for one in plugin.adapters]
-        brings += [f"{KINDS[offer.hook].title} {offer.name}" for offer in plugin.offers]
+        brings = _together("adapter", [_spoken(one) for one in plugin.adapters])
+        for hook, kind in KINDS.items():
+            offered = [offer.name for offer in plugin.offers if offer.hook == hook]
+            brings += _together(kind.title, offered)
         brings += [f"catalog of {len(plugin.models)} models"] if plugin.models else []
         status = f"{plugin.status}: {plugin.reason}" if plugin.reason else plugin.status
-        rows.append((plugin.name, plugin.distribution, plugin.version, ", ".join(brings), status))
+        rows.append((plugin.name, plugin.distribution, plugin.version, "; ".join(brings), status))
     print_table(rows)
     click.echo(f"this core speaks adapter API {ADAPTER_API}")
+
+
+def _spoken(adapter: ModelAdapter) -> str:
+    """Its name, and the adapter API that it speaks where that is not this core's."""
+    from ollm_core.contracts.adapter import ADAPTER_API
+
+    speaks = adapter.adapter_api
+    return adapter.name if speaks == ADAPTER_API else f"{adapter.name} (API {speaks})"
+
+
+def _together(title: str, names: Sequence[str]) -> list[str]:
+    """Things of one kind in words, or nothing."""
+    return [f"{title}{'s' * (len(names) > 1)} {', '.join(names)}"] if names else []
 
 
 def _fields(plugin: PluginInfo) -> dict[str, object]:
@@ -69,7 +87,7 @@ def _fields(plugin: PluginInfo) -> dict[str, object]:
     }
 
 
-@click.command()
+@click.command(short_help="Download a model from the Hugging Face hub.")
 @click.argument("model", metavar="MODEL")
 @options_of("pull")
 @click.option("--force", is_flag=True, help="Download again, even if the model is on disk.")
@@ -135,13 +153,7 @@ def fetch(model: str, models_dir: str | None, *, force: bool = False) -> tuple[s
     type=user_path,
     help="Directory for the model.  [default: the file's name, in the models directory]",
 )
-@click.option(
-    "--dtype",
-    type=click.Choice(["bfloat16", "float16", "float32"]),
-    default="bfloat16",
-    show_default=True,
-    help="dtype of the new weights.",
-)
+@dtype_option("dtype of the new weights.")
 @options_of("import")
 @click.option("--force", is_flag=True, help="If the directory exists, rename it first.")
 @json_option

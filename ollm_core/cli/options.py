@@ -14,7 +14,8 @@ import click
 
 from ollm_core.cli.offered import check_offered
 from ollm_core.files.paths import absolute
-from ollm_core.options import OPTIONS, about, default_text
+from ollm_core.option_fields import about, default_text
+from ollm_core.options import OPTIONS
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -78,6 +79,12 @@ def json_option(command: Command) -> Command:
     """`--json`, as the argument `as_json`."""
     text = "Print one JSON object on stdout, and nothing else there."
     return click.option("--json", "as_json", is_flag=True, help=text)(command)
+
+
+def dtype_option(text: str) -> Callable[[Command], Command]:
+    """`--dtype` of a verb that opens no model, with its help text."""
+    dtypes = click.Choice(["bfloat16", "float16", "float32"])
+    return click.option("--dtype", type=dtypes, default="bfloat16", show_default=True, help=text)
 
 
 def debug_option(command: Command) -> Command:

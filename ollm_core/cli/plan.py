@@ -41,8 +41,9 @@ _COLUMN = 12
 def plan(model: str, as_json: bool, plot: str | None, **options: Any) -> None:
     """Predict the memory and the time that a run of MODEL needs, without running it.
 
-    MODEL is an id, a hub repository (owner/name), a directory, or a lone config.json: no weights
-    are needed, and no such device. Of a repository that is not on disk, config.json is fetched.
+    MODEL is an id, a hub repository (owner/name), a directory, or a lone config.json. You need
+    neither its weights nor the device. Of a repository that is not on disk, config.json is
+    fetched.
     """
     picture = Path(plot) if plot not in (None, _TERMINAL) else None
     if picture:
@@ -71,7 +72,7 @@ def _text(plan: Plan, device_layers: int | None = None, host_layers: int | None 
     place = plan.placement
     lines = [
         ("model", f"{plan.model}, {format_size(plan.weight_bytes)}, {plan.dtype}"),
-        ("by", plan.planned_from),
+        ("based on", plan.planned_from),
         (
             "run",
             f"{plan.batch} x {plan.context - plan.max_new_tokens} prompt tokens and "

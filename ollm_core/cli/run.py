@@ -30,7 +30,7 @@ _TOP_P = "Sample among the most likely tokens that sum up to this probability.  
 _TOP_K = "Sample among this many of the most likely tokens.  [default: all]"
 
 
-@click.command()
+@click.command(short_help="Answer a prompt with a model.")
 @click.argument("model")
 @click.option("--prompt", metavar="TEXT", help="Your prompt. Without --prompt and --file, stdin.")
 @click.option(

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Tier = Literal["device", "host", "disk"]
+KV_TIERS = ("device", "host", "disk")
+"""Names of the KV stores of core, in the order in which they are tried. kv/tiers.py makes them."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,26 +13,20 @@ from ollm_core.contracts.adapter import ModelAdapter
 from ollm_core.contracts.kv import KVGeometry, KVStore
 from ollm_core.device.memory import DeviceMemory
 from ollm_core.errors import KVStoreError
-from ollm_core.files.paths import absolute, cache_directory
-from ollm_core.kv.disk.directory import check_parent, reap_homes
-from ollm_core.kv.disk.free_space import check_room
+from ollm_core.files.paths import absolute
+from ollm_core.kv.disk.directory import check_parent, default_parent, reap_homes
 from ollm_core.kv.disk.prefix_cache import PrefixCachingStore
-from ollm_core.kv.disk.storage import DiskKVStore
-from ollm_core.kv.in_memory import DeviceKVStore, HostKVStore
 from ollm_core.kv.recurrent.hybrid import HybridKVStore
 from ollm_core.kv.recurrent.no_keys import NoKeysStore
 from ollm_core.kv.recurrent.prefix_cache import PrefixCachingHybridStore
 from ollm_core.kv.recurrent.snapshots import StateFiles, reap_states
 from ollm_core.kv.recurrent.states import state_store
+from ollm_core.kv.tiers import TIERS, check_tier
 from ollm_core.memory.pair import PerMemory
 from ollm_core.plugins.factories import KVRequest
-from ollm_core.plugins.registry import Registry, require, supports
+from ollm_core.plugins.registry import Registry, supports
 
 logger = logging.getLogger("ollm")
-
-TIERS = ("device", "host", "disk")
-_NOBODY = "not kept"
-"""The fingerprint of KV that no other run will look for."""
 
 
 class StoreOpener:
@@ -58,7 +52,7 @@ class StoreOpener:
         self._memory = memory
         registry.check_name("ollm_kv_stores", kv)
         if kv in TIERS:
-            require(adapter, f"kv-{kv}")
+            check_tier(adapter, kv)
 
     def __call__(
         self, kv: str, directory: Path | None, num_tokens: int, at_least: int = 0
@@ -77,10 +71,11 @@ class StoreOpener:
                 limits = PerMemory(request.device_account.limit, request.host_account.limit)
                 named = request.directory is not None
                 tier = choose_tier(self._adapter, request.geometry, limits, num_tokens, named=named)
-            require(self._adapter, f"kv-{tier}")
-            if tier == "disk" and request.geometry.attention_layers().kinds:
-                check_room(request.geometry.attention_layers(), _home(request), at_least)
-            open_store = functools.partial(_open, tier, memory=memory)
+            check_tier(self._adapter, tier)
+            kept = request.geometry.attention_layers()
+            if kept.kinds:
+                TIERS[tier].check(replace(request, geometry=kept), at_least)
+            open_store = functools.partial(TIERS[tier].open, memory=memory)
         if not request.geometry.is_plain:
             return tier, _hybrid(tier, request, open_store, memory)
         return tier, open_store(request)
@@ -95,7 +90,7 @@ def find_directory(kv_dir: str | os.PathLike[str] | None) -> Path | None:
     directory = None if kv_dir is None else absolute(kv_dir)
     if directory is not None:
         check_parent(directory)
-    for parent in {directory or _default_directory(), _default_directory()}:
+    for parent in {directory or default_parent(), default_parent()}:
         reap_homes(parent)
         reap_states(parent)
     return directory
@@ -109,18 +104,18 @@ def choose_tier(
     *,
     named: bool = False,
 ) -> str:
-    """The first tier of which the expected tokens take at most a quarter (device) or half (host);
-    disk where a directory was `named`. `limits` are bytes of device and host.
+    """The first tier that leaves enough room beside the expected tokens; one in files where a
+    directory was `named`. `limits` are bytes of device and host.
     """
     able = [tier for tier in TIERS if supports(adapter, f"kv-{tier}")]
-    if named and "disk" in able:
-        return "disk"
+    in_files = [tier for tier in able if TIERS[tier].in_files]
+    if named and in_files:
+        return in_files[0]
     # Windows are not counted: how many rows share the tokens is not known here.
     layer_bytes = sum(map(geometry.block_bytes, range(geometry.num_layers)))
     num_expected = num_tokens + geometry.block_size
     expected = layer_bytes * num_expected // geometry.block_size
-    room = {"device": limits.device // 4, "host": limits.host // 2}
-    fitting = [tier for tier in able if expected <= room.get(tier, expected)]
+    fitting = [tier for tier in able if TIERS[tier].has_room(expected, limits)]
     return (*fitting, *reversed(able), *TIERS)[0]
 
 
@@ -146,25 +141,3 @@ def _hybrid(
         else:
             return PrefixCachingHybridStore(geometry, attention, states, files)
     return HybridKVStore(geometry, attention, states)
-
-
-def _open(tier: str, request: KVRequest, *, memory: DeviceMemory) -> KVStore:
-    geometry, device, host = request.geometry, request.device_account, request.host_account
-    if tier == "device":
-        return DeviceKVStore(geometry, device)
-    if tier == "host":
-        return HostKVStore(geometry, host, device, memory=memory)
-    if request.directory and request.keep:
-        return PrefixCachingStore(
-            geometry, host, request.directory, request.fingerprint(), device, memory=memory
-        )
-    return DiskKVStore(geometry, host, _home(request), _NOBODY, device, memory=memory)
-
-
-def _home(request: KVRequest) -> Path:
-    """Where KV on disk goes."""
-    return request.directory or _default_directory()
-
-
-def _default_directory() -> Path:
-    return cache_directory() / "kv"

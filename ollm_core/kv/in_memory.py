@@ -12,7 +12,7 @@ from ollm_core.contracts.kv import KVGeometry, Tier, TierBytes
 from ollm_core.device.memory import SHARED, DeviceMemory, memory_of
 from ollm_core.errors import DoesNotFitError
 from ollm_core.kv.block_storage import BlockStorage
-from ollm_core.kv.block_table import BlockKVStore
+from ollm_core.kv.block_store import BlockKVStore
 from ollm_core.kv.buffer_pool import Charges
 from ollm_core.memory.accounts import MemoryAccount
 from ollm_core.memory.kinds import MemoryKind

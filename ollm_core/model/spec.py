@@ -8,13 +8,13 @@ from pathlib import Path
 
 import torch
 
-from ollm_core import values
 from ollm_core.checkpoint.safetensors import Checkpoint
 from ollm_core.checkpoint.synthetic import describe_checkpoint
 from ollm_core.contracts.adapter import ModelAdapter
 from ollm_core.contracts.kv import CacheKind, KVGeometry
 from ollm_core.contracts.model import Config
 from ollm_core.contracts.tensors import TORCH_NAMES
+from ollm_core.device.dtypes import DTYPES
 from ollm_core.device.memory import DeviceMemory, memory_of
 from ollm_core.errors import ConfigError
 from ollm_core.files.untrusted_json import show
@@ -29,7 +29,6 @@ from ollm_core.weights.formats.codecs import LogicalTensors, as_stored, quantize
 from ollm_core.weights.tied_head import untie_head
 from ollm_core.weights.units import PLAIN_FLOATS, Units, cut_units
 
-DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in values.DTYPES}
 _FLOATS = {name: TORCH_NAMES[name] for name in PLAIN_FLOATS}
 
 

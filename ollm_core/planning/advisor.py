@@ -8,7 +8,7 @@ from typing import Any
 
 from ollm_core.calibration.rates import Rates
 from ollm_core.errors import DoesNotFitError
-from ollm_core.kv.factory import TIERS
+from ollm_core.kv.tiers import TIERS
 from ollm_core.memory.budgets import Budgets
 from ollm_core.memory.pair import PerMemory
 from ollm_core.planning.cost_model import Estimate, slowest

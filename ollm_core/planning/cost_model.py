@@ -12,6 +12,7 @@ from ollm_core.calibration.products import flop_rate, seconds_per_weight
 from ollm_core.calibration.rates import Rates
 from ollm_core.contracts.kv import CacheKind
 from ollm_core.device.offload import ActivationOffload
+from ollm_core.kv.tiers import TIERS
 from ollm_core.model.spec import ModelSpec
 from ollm_core.planning.dry_run import DryRunResult, Scenario
 from ollm_core.weights.units import WeightUnit
@@ -148,7 +149,7 @@ class Estimate:
         num_chunks = scenario.batch * len(past)
         blocks = pairs / min(run.chunk_size, scenario.prompt_tokens) / _BLOCK_TOKENS
         return PassCost(
-            disk_bytes=weights + kv * (run.kv_tier == "disk"),
+            disk_bytes=weights + kv * TIERS[run.kv_tier].in_files,
             bus_bytes=weights + kv * (run.kv_tier != "device"),
             memory_bytes=copies,
             products=self._products(num_tokens, num_chunks, scenario.batch, distinct),
@@ -178,7 +179,7 @@ class Estimate:
         if run.attention == "exact":
             copies += kv + batch * self._exact_bytes(scenario.context)
         return PassCost(
-            disk_bytes=read + kv * (run.kv_tier == "disk"),
+            disk_bytes=read + kv * TIERS[run.kv_tier].in_files,
             bus_bytes=held.streamed_bytes
             + held.dense_host_bytes
             + moved

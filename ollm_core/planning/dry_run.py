@@ -14,8 +14,9 @@ from ollm_core.engine.activations import Workspace
 from ollm_core.engine.batch import NewTokens
 from ollm_core.engine.pass_planner import PassPlan, PassPlanner, Policy
 from ollm_core.errors import DoesNotFitError
-from ollm_core.kv.factory import TIERS, choose_tier
+from ollm_core.kv.factory import choose_tier
 from ollm_core.kv.simulated import SimulatedHybridStore, SimulatedKVStore, simulated_store
+from ollm_core.kv.tiers import TIERS, check_tier
 from ollm_core.memory.accounts import open_accounts
 from ollm_core.memory.budgets import NO_LAYER_LIMITS, Budgets, LayerLimits
 from ollm_core.memory.kinds import MemoryKind
@@ -243,7 +244,7 @@ class DryRun:
             num_tokens = scenario.batch * scenario.context
             tier = choose_tier(self.spec.adapter, self.spec.geometry, limits, num_tokens)
         if tier in TIERS:
-            require(self.spec.adapter, f"kv-{tier}")
+            check_tier(self.spec.adapter, tier)
         return tier
 
     def _steps(self, scenario: Scenario, *, ends_only: bool) -> Sequence[int]:

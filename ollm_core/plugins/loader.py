@@ -16,6 +16,7 @@ from typing import Any
 import pluggy
 
 from ollm_core.contracts.adapter import ModelAdapter
+from ollm_core.contracts.kv import KV_TIERS
 from ollm_core.contracts.model import CatalogEntry
 from ollm_core.errors import OllmError, PluginError, one_line
 from ollm_core.plugins import hookspecs
@@ -36,7 +37,7 @@ class Kind:
 
 KINDS: Mapping[str, Kind] = MappingProxyType(
     {
-        "ollm_kv_stores": Kind("KV store", "kv_stores", ("auto", "device", "host", "disk")),
+        "ollm_kv_stores": Kind("KV store", "kv_stores", ("auto", *KV_TIERS)),
         "ollm_reading_engines": Kind(
             "reading engine", "reading_engines", ("auto", "direct", "mmap", "kvikio")
         ),

@@ -11,12 +11,12 @@ from contextvars import ContextVar
 
 import torch
 
+from ollm_core.device.dtypes import HALF
 from ollm_core.errors import one_line
 from ollm_core.products.products import CpuProducts
 from ollm_core.products.small_batch import SmallBatch, load_kernel
 from ollm_core.products.trial import trial
 
-HALF = frozenset({torch.bfloat16, torch.float16})
 _X86 = frozenset({"x86_64", "AMD64"})
 
 logger = logging.getLogger("ollm")

@@ -35,3 +35,12 @@ def test_kept_kv(ollm, tiny_chat, tmp_path):
     assert len(json.loads(ollm("cache", "list", *where)[1])["prefixes"]) == 1
     assert ollm("cache", "remove", "--all", *where)[0] == 0
     assert [path.name for path in kv_dir.iterdir()] == ["mine.txt"]
+
+
+def test_nothing_kept(ollm, tmp_path):
+    """Is said, not shown as a table without rows."""
+    for verb in ("list", "verify"):
+        assert ollm("cache", verb, "--kv-dir", tmp_path)[:2] == (
+            0,
+            f"no cached prefixes in {tmp_path}\n",
+        )

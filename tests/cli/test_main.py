@@ -102,3 +102,12 @@ def test_interrupt(ollm, monkeypatch):
     code, out, err = ollm("run", "x", "--prompt", "hi")
     assert (code, out) == (130, "")
     assert "Traceback" not in err
+
+
+def test_verbs_are_told_in_full(ollm):
+    """`ollm --help` cuts no description of a verb, at 80 columns."""
+    code, out, _ = ollm("--help")
+    verbs = out.split("Commands:\n")[1]
+    assert code == 0
+    assert "list-models" in verbs
+    assert "..." not in verbs

@@ -40,3 +40,18 @@ def test_rows_of_imports():
     """Those of tests/test_imports.py, in their order."""
     rows = re.findall(r"^\| \d+ \| (.+) \|$", section("Imports"), re.M)
     assert [set(re.findall(r"`(\w+)`", row)) for row in rows] == [set(names) for names in ORDER]
+
+
+def test_names_of_the_walk():
+    """Each class, method and function that the walk names is defined in core; transformers' own,
+    the loop's argument and the user's calls aside.
+    """
+    others = {"generate", "input_ids", "transformers", "with", "ollm-adapter-transformers"}
+    named = set(re.findall(r"`([A-Za-z_][\w.-]*)`", section("The walk: five files"))) - others
+    named = {name for name in named if not name.endswith(".py")}
+    code = "".join(path.read_text() for path in sorted(ROOT.rglob("*.py")))
+    assert {"WeightPass.run", "LayerCall.update", "padded_batch"} <= named
+    for name in named:
+        for part in name.split("."):
+            defined = re.search(rf"^ *(?:(?:def|class) {part}\b|{part}: )", code, re.M)
+            assert defined, f"{name}: core has no {part}"

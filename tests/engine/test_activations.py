@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from smallest_memory import check_refusal_to_the_byte
 
 import ollm
-from ollm_core import DoesNotFitError
 from ollm_core.engine.batch import NewTokens
 from ollm_core.memory.tracker import AllocationTracker
 
@@ -31,12 +31,7 @@ def test_budget_is_enforced_to_the_byte(make_llama, ids, dtype, attention):
             model(input_ids=prompt[None], logits_to_keep=1)
             return model.stats.device_peak_bytes
 
-    with pytest.raises(DoesNotFitError) as refused:
-        run(4_000_000)
-    smallest = int(refused.value.hint.split("at least ")[1].split(" bytes")[0])
-    assert run(smallest) <= smallest
-    with pytest.raises(DoesNotFitError, match=r"new tokens.*, limit"):
-        run(smallest - 1)
+    check_refusal_to_the_byte(run, 4_000_000)
 
 
 @pytest.mark.parametrize("attention", ["exact", "blockwise"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from smallest_memory import check_refusal_to_the_byte
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
@@ -16,17 +17,16 @@ import ollm
 from ollm_core import (
     CacheKind,
     ConfigError,
-    DoesNotFitError,
     KVStoreError,
     Layout,
     ModelAdapter,
     ParameterSource,
     WeightPlan,
 )
+from ollm_core.device.dtypes import DTYPES
 from ollm_core.engine.batch import NewTokens
 from ollm_core.memory.tracker import AllocationTracker
 from ollm_core.model.skeleton import Skeleton
-from ollm_core.model.spec import DTYPES
 from ollm_core.plugins.registry import Registry
 
 SIZES = {
@@ -319,12 +319,7 @@ def test_budget_is_enforced_to_the_byte(make, ids, family, attention):
             model(input_ids=prompt[None], logits_to_keep=1)
             return model.stats.device_peak_bytes
 
-    with pytest.raises(DoesNotFitError) as refused:
-        run(4_500_000)
-    smallest = int(refused.value.hint.split("at least ")[1].split(" bytes")[0])
-    assert run(smallest) <= smallest
-    with pytest.raises(DoesNotFitError, match=r"new tokens.*, limit"):
-        run(smallest - 1)
+    check_refusal_to_the_byte(run, 4_500_000)
 
 
 @pytest.mark.parametrize("attention", ["exact", "blockwise"])

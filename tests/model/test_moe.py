@@ -8,13 +8,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from mixtures import BOTH, Plain, Qwen3Moe, StackedQwen3Moe, open_moe, smallest_budget
+from mixtures import BOTH, Plain, Qwen3Moe, StackedQwen3Moe, open_moe
 from ragged_pass import alone
 from safetensors.torch import save_file
+from smallest_memory import smallest_budget
 
 from ollm_core import UnsupportedError
 from ollm_core.checkpoint.safetensors import open_checkpoint
-from ollm_core.model.spec import DTYPES
+from ollm_core.device.dtypes import DTYPES
 
 CASES = [
     # dtype, chunk size, KV tier, reading engine

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 import ollm
+from ollm_adapter_gpt_oss import GptOssAdapter
 from ollm_adapter_llama import LlamaAdapter
 from ollm_core import InputError, UnknownModelError
 from ollm_core.errors import DeviceError
@@ -18,33 +19,11 @@ pytestmark = pytest.mark.usefixtures("home")
 
 GPU = {"device": "cuda", "device_memory": "8GB", "host_memory": "16GB"}
 GPT_OSS_20B = {
-    "model_type": "gpt_oss",
-    "architectures": ["GptOssForCausalLM"],
-    "attention_bias": True,
-    "dtype": "bfloat16",
-    "head_dim": 64,
-    "hidden_size": 2880,
-    "intermediate_size": 2880,
-    "layer_types": ["sliding_attention", "full_attention"] * 12,
-    "max_position_embeddings": 131072,
-    "num_attention_heads": 64,
-    "num_experts_per_tok": 4,
-    "num_hidden_layers": 24,
-    "num_key_value_heads": 8,
-    "num_local_experts": 32,
-    "rope_scaling": {
-        "beta_fast": 32.0,
-        "beta_slow": 1.0,
-        "factor": 32.0,
-        "original_max_position_embeddings": 4096,
-        "rope_type": "yarn",
-        "truncate": False,
-    },
-    "rope_theta": 150000,
-    "sliding_window": 128,
-    "tie_word_embeddings": False,
-    "vocab_size": 201088,
-}
+    key: value
+    for key, value in GptOssAdapter().catalog()[0].config.items()
+    if key != "quantization_config"
+} | {"dtype": "bfloat16"}
+"""Of the model as it is before it is quantised."""
 
 
 def check(plan):

@@ -7,7 +7,7 @@ import torch
 from benchmarks.gpu.parts.work import OutOfTime, Tell, Work
 from ollm_core.calibration.rates import measure_rates, measured_readers
 from ollm_core.calibration.timing import least_seconds
-from ollm_core.model.spec import DTYPES
+from ollm_core.device.dtypes import DTYPES
 
 _BUS_BYTES = 256 << 20
 

@@ -18,7 +18,7 @@ from ollm_core.contracts.closing import Closing
 from ollm_core.contracts.kv import KVGeometry
 from ollm_core.device.buffers import PAGE
 from ollm_core.errors import InputError, KVStoreError
-from ollm_core.files.paths import check_writable_directory, is_private, retrying
+from ollm_core.files.paths import cache_directory, check_writable_directory, is_private, retrying
 from ollm_core.files.scratch import Scratch, make_directory, reap, take_over
 from ollm_core.kv.disk.journal import NAME, Journal, Prefix, read_journal
 from ollm_core.kv.disk.layer_file import MAGIC, LayerFile, header_fields, open_own, storage_error
@@ -66,6 +66,11 @@ class KVDirectory(Closing):
                 stack.callback(remove_files, self.directory)
             for part in (*self.files, *([self.journal] if self.journal else [])):
                 stack.callback(part.close)
+
+
+def default_parent() -> Path:
+    """Where directories are made if the user names none."""
+    return cache_directory() / "kv"
 
 
 def make_home(

@@ -21,7 +21,7 @@ from ollm_core.device.buffers import as_memoryview
 from ollm_core.device.memory import SHARED, DeviceMemory, memory_of
 from ollm_core.errors import DamagedKVError, DoesNotFitError, OllmError, ReadError
 from ollm_core.kv.block_storage import BlockStorage
-from ollm_core.kv.block_table import BlockKVStore
+from ollm_core.kv.block_store import BlockKVStore
 from ollm_core.kv.buffer_pool import Charges
 from ollm_core.kv.disk.directory import KVDirectory, make_home
 from ollm_core.kv.disk.journal import checksum

@@ -11,8 +11,9 @@ from collections import Counter
 
 import pytest
 import torch
-from mixtures import BOTH, Plain, Qwen3Moe, StackedQwen3Moe, open_moe, smallest_budget
+from mixtures import BOTH, Plain, Qwen3Moe, StackedQwen3Moe, open_moe
 from safetensors.torch import save_file
+from smallest_memory import smallest_budget
 from transformers import AutoModelForCausalLM
 
 from ollm_core import ReadError

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import pytest
-from mixtures import BOTH, open_moe, smallest_budget
+from mixtures import BOTH, open_moe
+from smallest_memory import smallest_budget
 
 from ollm_core import DoesNotFitError
 from ollm_core.checkpoint.safetensors import open_checkpoint
+from ollm_core.device.dtypes import DTYPES
 from ollm_core.engine.batch import NewTokens
 from ollm_core.memory.tracker import AllocationTracker
-from ollm_core.model.spec import DTYPES
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
