@@ -26,7 +26,7 @@ ORDER = [
     ["errors"],
     ["contracts", "files", "values"],
     ["memory", "profiling"],
-    ["device", "plugins"],
+    ["device", "documents", "plugins"],
     ["attention", "checkpoint", "products"],
     ["kv", "text", "weights"],
     ["calibration", "model"],
