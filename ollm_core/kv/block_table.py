@@ -217,13 +217,21 @@ class BlockKVStore(KVStore):
         return found
 
     def _adopt(
-        self, sequences: Sequence[tuple[int, Sequence[tuple[int, Sequence[int]]]]]
+        self,
+        sequences: Sequence[tuple[int, Sequence[tuple[int, Sequence[int]]]]],
+        beside: Iterable[int] = (),
     ) -> list[int]:
-        """New sequences of an empty store, given as number of tokens and, per layer, what
-        `_blocks_of` tells; all blocks are in the storage already. They may share some.
+        """New sequences, given as number of tokens and, per layer, what `_blocks_of` tells; all
+        blocks are in the storage already. They may share some with each other and with the
+        sequences `beside`, but with no others.
         """
         found = []
-        owned: set[tuple[int, int]] = set()
+        owned = {
+            (layer_idx, block)
+            for sequence in beside
+            for layer_idx, (_, blocks) in enumerate(self._blocks_of(sequence))
+            for block in blocks
+        }
         for num_tokens, layers in sequences:
             found.append(self.new_sequence())
             for layer_idx, (first, blocks) in enumerate(layers):
