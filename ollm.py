@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ollm_core.api import load
     from ollm_core.compat import AutoInference, Inference, file_get_contents
     from ollm_core.contracts.progress import Progress, Stats
+    from ollm_core.documents.reading import read_document
     from ollm_core.errors import OllmError
     from ollm_core.llm import LLM
     from ollm_core.planning.plan import Plan
@@ -41,6 +42,7 @@ _HOMES = {
     "Inference": "ollm_core.compat",
     "AutoInference": "ollm_core.compat",
     "file_get_contents": "ollm_core.compat",
+    "read_document": "ollm_core.documents.reading",
     "TextStreamer": "transformers",
     "__version__": "ollm_core",
 }
@@ -64,6 +66,7 @@ __all__ = [
     "file_get_contents",
     "load",
     "plan",
+    "read_document",
 ]
 
 

@@ -26,7 +26,7 @@ ORDER = [
     ["errors"],
     ["contracts", "files", "values"],
     ["memory", "profiling"],
-    ["device", "plugins"],
+    ["device", "documents", "plugins"],
     ["attention", "checkpoint", "option_fields", "products"],
     ["kv", "text", "weights"],
     ["calibration", "model"],

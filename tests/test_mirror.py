@@ -58,6 +58,8 @@ ELSEWHERE = {
     "cli/timeline": "cli/test_plan.py",
     "convert/writer": "convert/test_compress.py",
     "device/memory": "device/test_two_memories.py",
+    "documents/extracted": "documents/test_docx_text.py",
+    "documents/process": "documents/test_reading.py",
     "kv/disk/admin": "cli/test_cache.py",
     "kv/disk/layer_file": "kv/disk/test_storage.py",
     "kv/disk/read_ahead": "kv/disk/test_storage.py",

@@ -1,33 +1,38 @@
-"""Reads the user's text: a file or stdin."""
+"""Reads the user's text: documents, or stdin."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
+
+import click
 
 from ollm_core.cli.options import STDIN
+from ollm_core.documents.reading import read_document, read_opened
 from ollm_core.errors import InputError
-from ollm_core.memory.sizes import format_size
 
-MAX_BYTES = 100_000_000
-"""Of a text: more than any model has positions for. A device never ends."""
+Command = TypeVar("Command", bound=Callable[..., Any])
 
 
-def read_text(file: Path) -> str:
-    """The UTF-8 text of a file, or of stdin for `-`, without the newlines at its end. Raises
-    InputError.
+def read_text(file: Path, *, as_text: bool = False) -> str:
+    """The text of a document, or of stdin for `-`, without the newlines at its end; what is left
+    out of it is told on stderr. Raises InputError.
     """
+    if file != Path(STDIN):
+        return read_document(file, as_text=as_text, remark=_warn)
     try:
-        if file == Path(STDIN):
-            data = sys.stdin.buffer.read(MAX_BYTES + 1)
-        else:
-            with file.open("rb") as opened:
-                data = opened.read(MAX_BYTES + 1)
+        return read_opened(sys.stdin.buffer, "stdin", as_text=as_text, remark=_warn)
     except OSError as error:
-        raise InputError(f"cannot read {file}: {error.strerror}") from error
-    if len(data) > MAX_BYTES:
-        raise InputError(f"{file}: more than the {format_size(MAX_BYTES)} that a text may have")
-    try:
-        return data.decode("utf-8-sig").rstrip("\n")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{file} is not UTF-8 text", hint="convert it to plain text") from error
+        raise InputError(f"cannot read stdin: {error.strerror}") from error
+
+
+def as_text_option(command: Command) -> Command:
+    """`--as-text`, for verbs that read documents."""
+    text = "Read HTML as it is, with its tags.  [default: as its text]"
+    return click.option("--as-text", is_flag=True, help=text)(command)
+
+
+def _warn(line: str) -> None:
+    click.echo(f"warning: {line}", err=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ollm_core.cli.inputs import read_text
+from ollm_core.cli.inputs import as_text_option, read_text
 from ollm_core.cli.models import check_known, fetch
 from ollm_core.cli.options import STDIN, debug_option, json_option, names_of, options_of, user_path
 from ollm_core.cli.output import print_json
@@ -37,8 +37,10 @@ _TOP_K = "Sample among this many of the most likely tokens.  [default: all]"
     "--file",
     metavar="FILE",
     type=user_path,
-    help="A document that the model reads before the prompt; - is stdin.",
+    help="A document that the model reads before the prompt: text, Markdown, HTML, PDF or DOCX; "
+    "- is stdin.",
 )
+@as_text_option
 @click.option("--system", metavar="TEXT", help="A system message for the chat template.")
 @click.option(
     "--reasoning-effort",
@@ -74,6 +76,7 @@ def run(
     model: str,
     prompt: str | None,
     file: Path | None,
+    as_text: bool,
     system: str | None,
     reasoning_effort: str | None,
     pull: bool,
@@ -102,7 +105,7 @@ def run(
         raise click.UsageError("--num-draft-tokens needs --draft")
     if profile:
         check_writable_file(profile)
-    text = _user_text(prompt, file)
+    text = _user_text(prompt, file, as_text)
     drafting = options["draft"] != "none"
     if pull and not os.path.isdir(model):
         fetch(model, options["models_dir"])
@@ -158,13 +161,13 @@ def run(
         click.echo("\n" + profile_table(measured, seconds, stats), err=True)
 
 
-def _user_text(prompt: str | None, file: Path | None) -> str:
+def _user_text(prompt: str | None, file: Path | None, as_text: bool) -> str:
     """The document, then the prompt. Raises InputError if there is nothing to read."""
-    parts = [read_text(file)] if file else []
+    parts = [read_text(file, as_text=as_text)] if file else []
     if prompt is not None:
         parts.append(prompt)
     if not parts and not sys.stdin.isatty():
-        parts.append(read_text(Path(STDIN)))
+        parts.append(read_text(Path(STDIN), as_text=as_text))
     text = "\n\n".join(part for part in parts if part.strip())
     if not text:
         raise InputError("the prompt is empty", hint="give --prompt, --file or stdin")

@@ -191,11 +191,20 @@ class BlockKVStore(KVStore):
         return found
 
     def _adopt(
-        self, sequences: Sequence[tuple[int, Sequence[tuple[int, Sequence[int]]]]]
+        self,
+        sequences: Sequence[tuple[int, Sequence[tuple[int, Sequence[int]]]]],
+        beside: Iterable[int] = (),
     ) -> list[int]:
-        """New sequences of an empty store, given as number of tokens and, per layer, what
-        `_blocks_of` tells; all blocks are in the storage already. They may share some.
+        """New sequences, given as number of tokens and, per layer, what `_blocks_of` tells; all
+        blocks are in the storage already. They may share some with each other and with the
+        sequences `beside`, but with no others.
         """
+        owned = {
+            (layer_idx, block)
+            for sequence in beside
+            for layer_idx, (_, blocks) in enumerate(self._blocks_of(sequence))
+            for block in blocks
+        }
         found = []
         adopted = []
         for num_tokens, layers in sequences:
@@ -204,7 +213,7 @@ class BlockKVStore(KVStore):
                 table = self._tables[found[-1]][layer_idx]
                 table.blocks, table.num_tokens = dict(enumerate(blocks, first)), num_tokens
                 adopted.append((layer_idx, table))
-        self._manager.adopt(adopted)
+        self._manager.adopt(adopted, owned)
         return found
 
     def _leave(self, sequences: Iterable[int]) -> None:

@@ -170,6 +170,20 @@ class BlockManager:
             table.blocks[num_full] = block
         table.num_tokens = num_tokens
 
+    def copy_block(self, layer_idx: int, table: BlockTable, index: int) -> None:
+        """Let a table have a full block of its own in place of one that it has at `index`."""
+        block = table.blocks[index]
+        own, tail = self._copy_block(layer_idx, block)
+        try:
+            self._storage.seal(layer_idx, own, tail)
+        except BaseException:
+            self._storage.free(layer_idx, [own])
+            raise
+        finally:
+            self._storage.drop(layer_idx)
+        table.blocks[index] = own
+        self.disown(layer_idx, [block])
+
     def release(self, layer_idx: int, table: BlockTable) -> None:
         """Take back everything that a table has."""
         self._drop_tail(layer_idx, table)
@@ -187,11 +201,13 @@ class BlockManager:
                 self._num_sharers.pop(key, None)
         self._storage.free(layer_idx, unowned)
 
-    def adopt(self, tables: Iterable[tuple[int, BlockTable]]) -> None:
+    def adopt(
+        self, tables: Iterable[tuple[int, BlockTable]], owned: Iterable[tuple[int, int]] = ()
+    ) -> None:
         """Take over tables, by layer, of blocks that are in the storage already. They may share
-        some.
+        some, with each other and with those who have the blocks `owned`, by layer.
         """
-        owned: set[tuple[int, int]] = set()
+        owned = set(owned)
         for layer_idx, table in tables:
             keys = {(layer_idx, block) for block in table.blocks.values()}
             self._num_sharers.update(keys & owned)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import sys
@@ -116,3 +117,28 @@ def test_a_pipe_as_document(paths: Path, chat: Path, capsys):
     os.close(reading)
     assert code == 0, err
     assert '"num_prompt_tokens": 3' in out
+
+
+def test_a_page_as_document(paths: Path, chat: Path, capsys):
+    """Its text is read; with `--as-text` its tags are words too: `<`, `html`, `><` and so on."""
+    (paths / "page.html").write_text("<html><p>5 6 7</p>")
+    arguments = ["--raw", "--device", "cpu", "--max-new-tokens", "1", "--json"]
+    for more, num_tokens in (([], 3), (["--as-text"], 11)):
+        code, out, err = outcome(capsys, "run", chat, "--file", "page.html", *arguments, *more)
+        assert code == 0, err
+        assert json.loads(out)["num_prompt_tokens"] == num_tokens
+
+
+def test_what_a_document_lacks_is_told(paths: Path, chat: Path, capsys):
+    """On stderr, before the answer."""
+    from reportlab.pdfgen.canvas import Canvas
+
+    canvas = Canvas("scan.pdf")
+    canvas.drawString(100, 700, "5 6 7")
+    canvas.showPage()
+    canvas.showPage()
+    canvas.save()
+    arguments = ["--raw", "--device", "cpu", "--max-new-tokens", "1", "--json"]
+    code, out, err = outcome(capsys, "run", chat, "--file", "scan.pdf", *arguments)
+    assert (code, json.loads(out)["num_prompt_tokens"]) == (0, 3)
+    assert f"warning: {paths / 'scan.pdf'}: no text on 1 of its pages (2)" in err

@@ -1,6 +1,7 @@
 """A KV store's directory: its lock, its layer files and, with a prefix cache, the journal.
 
-One process owns a directory, by flock on it, for as long as it is open. Anybody may read a journal.
+One process owns a directory, by flock on it, for as long as it is open. Any number may read what is
+kept there, see `readers`; anybody may read a journal.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from ollm_core.device.buffers import PAGE
 from ollm_core.errors import InputError, KVStoreError
 from ollm_core.files.paths import cache_directory, check_writable_directory, is_private, retrying
 from ollm_core.files.scratch import Scratch, make_directory, reap, take_over
+from ollm_core.kv.disk import readers
 from ollm_core.kv.disk.journal import NAME, Journal, Prefix, read_journal
 from ollm_core.kv.disk.layer_file import MAGIC, LayerFile, header_fields, open_own, storage_error
 
@@ -89,7 +91,7 @@ def make_home(
         home = KVDirectory(directory, made.descriptor, files)
         if keeping and made.locked:
             try:
-                home.journal = Journal(directory, _fields(geometry, fingerprint), create=True)
+                home.journal = Journal(directory, home_fields(geometry, fingerprint), create=True)
             except OSError as error:
                 raise storage_error(error, directory, "making a KV file") from error
         elif keeping:
@@ -108,22 +110,27 @@ def open_home(directory: Path, geometry: KVGeometry, fingerprint: str) -> KVDire
             if lock is None:
                 return None
             stack.callback(os.close, lock)
-            fields = _fields(geometry, fingerprint)
+            fields = home_fields(geometry, fingerprint)
             journal = stack.enter_context(Journal(directory, fields, create=False))
             files = [
                 stack.enter_context(LayerFile(directory, i, geometry, fingerprint, create=False))
                 for i in range(geometry.num_layers)
             ]
             _, found, useless = read_journal(directory)
-            sound = _sound(found, files, geometry)
+            sound = sound_prefixes(found, files, geometry)
             if len(sound) < len(found):
                 logger.warning(
                     "%s: %d cached prefixes are damaged", directory, len(found) - len(sound)
                 )
             if useless or len(sound) < len(found):
                 journal.replace(sound)
+            read = readers.are_there(directory)  # maybe what is kept no more
             for layer_idx, file in enumerate(files):
-                file.keep({slot for prefix in sound for slot in prefix.layers[layer_idx].blocks})
+                if read:
+                    file.keep_all()
+                else:
+                    kept = (prefix.layers[layer_idx].blocks for prefix in sound)
+                    file.keep(set(itertools.chain.from_iterable(kept)))
         except (OSError, KVStoreError) as error:
             logger.info("%s: its prefix cache cannot be used: %s", directory, error)
             return None
@@ -173,6 +180,37 @@ def remove_files(directory: Path) -> None:
         directory.rmdir()
 
 
+def sound_prefixes(
+    found: Sequence[Prefix], files: Sequence[LayerFile], geometry: KVGeometry
+) -> list[Prefix]:
+    """Those that can be used, oldest first. One that knows another content of a block than a later
+    one does is out of date.
+    """
+    sound: list[Prefix] = []
+    contents: dict[tuple[int, int], int] = {}
+    for prefix in reversed(found):
+        if _is_sound(prefix, files, geometry):
+            mine = {
+                (layer_idx, block): content
+                for layer_idx, layer in enumerate(prefix.layers)
+                for block, content in zip(layer.blocks, layer.checksums, strict=True)
+            }
+            if all(contents.get(key, content) == content for key, content in mine.items()):
+                contents |= mine
+                sound.append(prefix)
+    return sound[::-1]
+
+
+def home_fields(geometry: KVGeometry, fingerprint: str) -> dict[str, Any]:
+    """What the journal of a home says of the model, and must be equal to be of use."""
+    sizes = itertools.groupby(map(geometry.block_bytes, range(geometry.num_layers)))
+    return header_fields(geometry, fingerprint) | {
+        "layers": geometry.num_layers,
+        "kinds": hashlib.sha256(repr(geometry.kinds).encode()).hexdigest(),
+        "block_bytes": [[size, len(list(same))] for size, same in sizes],
+    }
+
+
 def _remove_unkept(directory: Path) -> None:
     try:
         if (directory / NAME).lstat().st_size > PAGE and read_journal(directory)[1]:
@@ -202,27 +240,6 @@ def _is_kv_file(path: Path) -> bool:
         os.close(file)
 
 
-def _sound(
-    found: Sequence[Prefix], files: Sequence[LayerFile], geometry: KVGeometry
-) -> list[Prefix]:
-    """Those that can be used, oldest first. One that knows another content of a block than a later
-    one does is out of date.
-    """
-    sound: list[Prefix] = []
-    contents: dict[tuple[int, int], int] = {}
-    for prefix in reversed(found):
-        if _is_sound(prefix, files, geometry):
-            mine = {
-                (layer_idx, block): content
-                for layer_idx, layer in enumerate(prefix.layers)
-                for block, content in zip(layer.blocks, layer.checksums, strict=True)
-            }
-            if all(contents.get(key, content) == content for key, content in mine.items()):
-                contents |= mine
-                sound.append(prefix)
-    return sound[::-1]
-
-
 def _is_sound(prefix: Prefix, files: Sequence[LayerFile], geometry: KVGeometry) -> bool:
     """Whether every layer has the blocks that the tokens need, in its file."""
     num_tokens = len(prefix.token_ids)
@@ -239,15 +256,6 @@ def _is_sound(prefix: Prefix, files: Sequence[LayerFile], geometry: KVGeometry) 
             for layer_idx, (layer, file) in enumerate(zip(prefix.layers, files, strict=True))
         )
     )
-
-
-def _fields(geometry: KVGeometry, fingerprint: str) -> dict[str, Any]:
-    sizes = itertools.groupby(map(geometry.block_bytes, range(geometry.num_layers)))
-    return header_fields(geometry, fingerprint) | {
-        "layers": geometry.num_layers,
-        "kinds": hashlib.sha256(repr(geometry.kinds).encode()).hexdigest(),
-        "block_bytes": [[size, len(list(same))] for size, same in sizes],
-    }
 
 
 def _layer_files(

@@ -109,9 +109,11 @@ class LayerFile(Closing):
         fingerprint: str,
         *,
         create: bool = True,
+        writable: bool = True,
     ) -> None:
         """Create the file, mode 0600, and write its header, past the page cache where the file
-        system allows it. Without `create`, open one that is there: `keep` must then be called.
+        system allows it. Without `create`, open one that is there: `keep` or `keep_all` must then
+        be called, unless it is not `writable`: such a file is only read.
 
         Raises OSError; KVStoreError if the file that is there is not one for these arguments.
         """
@@ -119,7 +121,8 @@ class LayerFile(Closing):
         self.slot_bytes = round_up(geometry.block_bytes(layer_idx))
         self.num_slots = 0
         self._free: set[int] = set()
-        self._file = open_own(self.path, os.O_RDWR | (os.O_CREAT | os.O_EXCL if create else 0))
+        flags = os.O_RDWR if writable else os.O_RDONLY
+        self._file = open_own(self.path, flags | (os.O_CREAT | os.O_EXCL if create else 0))
         try:
             with suppress(OSError):  # some file systems know no O_DIRECT
                 self._set_direct(True)
@@ -133,8 +136,7 @@ class LayerFile(Closing):
                 return
             if self._transfer(os.preadv, buffer, 0) < PAGE or buffer != header:
                 raise KVStoreError(f"{self.path}: not the KV file that was expected")
-            whole_slots = (os.fstat(self._file).st_size - PAGE) // self.slot_bytes
-            self.num_slots = min(whole_slots, _MAX_KEPT_SLOTS)
+            self.measure()
         except BaseException:
             self.close()
             raise
@@ -182,6 +184,17 @@ class LayerFile(Closing):
         self.num_slots = max(slots, default=-1) + 1
         self._free = set(range(self.num_slots)) - slots
         os.ftruncate(self._file, self.num_bytes)
+
+    def measure(self) -> None:
+        """Of a file that was there, look how many slots it has now. Raises OSError."""
+        whole_slots = (os.fstat(self._file).st_size - PAGE) // self.slot_bytes
+        self.num_slots = min(whole_slots, _MAX_KEPT_SLOTS)
+
+    def keep_all(self) -> None:
+        """Of a file that was there, take every slot, and leave the file as it is: somebody may be
+        reading any of them.
+        """
+        self._free = set()
 
     def give_back(self, slots: Sequence[int]) -> None:
         """Make slots free, and the file shorter if it ends in free ones."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from array import array
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +17,26 @@ from ollm_core.contracts.closing import in_own_thread
 from ollm_core.contracts.kv import KVGeometry
 from ollm_core.device.memory import DeviceMemory
 from ollm_core.errors import DamagedKVError, DoesNotFitError, KVStoreError, OllmError, ReadError
+from ollm_core.kv.disk import readers
+from ollm_core.kv.disk.borrowed import (
+    BorrowedHome,
+    OtherHomes,
+    borrow_home,
+    common,
+    contents_of,
+    tokens_of,
+)
 from ollm_core.kv.disk.directory import KVDirectory, find_homes, make_home, open_home
-from ollm_core.kv.disk.journal import LayerBlocks, Prefix, read_journal
+from ollm_core.kv.disk.journal import LayerBlocks, Prefix
 from ollm_core.kv.disk.sizes import STAGING_BYTES
 from ollm_core.kv.disk.storage import DiskKVStore
 from ollm_core.memory.accounts import MemoryAccount
 
 logger = logging.getLogger("ollm")
+
+
+_MAX_BORROWED = 8
+"""Homes that are read at once: each has a file per layer open."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,11 +49,26 @@ class _Pin:
     """int32 [T]."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Loan:
+    """What is read in the home of another process."""
+
+    home: BorrowedHome
+    pins: list[_Pin]
+    """Without those that turned out to be damaged."""
+    sequences: list[int]
+    """All that hold its blocks for as long as it is borrowed: none is ever free to be written."""
+
+
 class PrefixCachingStore(DiskKVStore):
     """A DiskKVStore whose sequences are kept when it is closed (see KeepsPrefixes).
 
     Full blocks are kept as soon as they are there, so that a process that is killed has kept them.
     A kept block is never written again: a sequence that goes on inside it has a copy of its own.
+    While others read what this store keeps, it also keeps the blocks of what it has forgotten.
+
+    What other processes keep is read in their homes, and never copied unless a sequence has added
+    at least as much to it: less is not kept.
     """
 
     def __init__(
@@ -56,7 +85,13 @@ class PrefixCachingStore(DiskKVStore):
         """See DiskKVStore. Goes on in a directory inside `directory` that a store of the same model
         left, if there is one that no other process has.
         """
-        self._parent = directory
+        self._others = OtherHomes(directory, geometry, fingerprint)
+        self._loans: dict[int, _Loan] = {}
+        """By where the blocks of the home begin."""
+        self._refused: set[bytes] = set()
+        """What others keep, and is damaged."""
+        self._forgotten: list[int] = []
+        """Sequences of dropped prefixes, whose blocks somebody may be reading."""
         self._fingerprint = fingerprint
         self._token_ids: dict[int, Tensor] = {}
         """What is known of each sequence's tokens, int32, from its start on."""
@@ -86,7 +121,10 @@ class PrefixCachingStore(DiskKVStore):
         wanted = token_ids.to(torch.int32)
         least = max(min(self.block_size, -(-len(wanted) // 2)), 1)
         self._drop_damaged()
-        self._move_to_longer(wanted)
+        self._release_forgotten()
+        self._return_unused()
+        if not self._move_to_longer(wanted):
+            self._borrow_longer(wanted, least)
         for pin, num_tokens in self._matches(wanted):
             if num_tokens < least:
                 break
@@ -112,8 +150,20 @@ class PrefixCachingStore(DiskKVStore):
             self._token_ids[sequence] = torch.cat([known, token_ids.to(torch.int32)])
         num_tokens = min(len(self._known(sequence)), self.num_tokens(sequence))
         num_full = num_tokens - num_tokens % self.block_size
-        if self._keeps and num_full > self._num_kept.get(sequence, 0):
+        if num_full > self._num_kept.get(sequence, 0) and self.keeps(sequence):
             self._guarded(sequence, num_full)
+
+    def keeps(self, sequence: int) -> bool:
+        """Whether what a sequence adds is kept: not if it is less than what it has borrowed."""
+        if not self._keeps:
+            return False
+        borrowed = own = 0
+        for layer_idx, (_, blocks) in enumerate(self._blocks_of(sequence) if self._loans else ()):
+            num_borrowed = sum(map(bool, map(self._disk.home_of, blocks)))
+            block_bytes = self.geometry.block_bytes(layer_idx)
+            borrowed += num_borrowed * block_bytes
+            own += (len(blocks) - num_borrowed) * block_bytes
+        return borrowed <= own
 
     def token_ids(self, sequence: int) -> Tensor:
         """What is known of a sequence's tokens, int32 [T], from its start on."""
@@ -143,7 +193,7 @@ class PrefixCachingStore(DiskKVStore):
         if not self._closed and self._keeps:
             for sequence in list(self._token_ids):
                 num_tokens = min(len(self._known(sequence)), self.num_tokens(sequence))
-                if num_tokens > self._num_kept.get(sequence, 0):
+                if num_tokens > self._num_kept.get(sequence, 0) and self.keeps(sequence):
                     self._guarded(sequence, num_tokens)
         super().close()
 
@@ -166,8 +216,9 @@ class PrefixCachingStore(DiskKVStore):
         """
         token_ids = self._known(sequence, num_tokens)
         self._num_kept[sequence] = num_tokens
-        if any(_common(pin.token_ids, token_ids) == num_tokens for pin in self._pins):
+        if any(number == num_tokens for _, number in self._matches(token_ids)):
             return
+        self._copy_borrowed(sequence)
         self._disk.flush()
         if num_tokens % self.block_size:
             super().truncate(sequence, num_tokens)  # no unknown tokens in its last block
@@ -186,73 +237,152 @@ class PrefixCachingStore(DiskKVStore):
         prefix = Prefix(array("i", token_ids.tolist()), layers)
         self._disk.home.keep(prefix)
         for pin in [*self._pins]:
-            if _common(pin.token_ids, token_ids) == len(pin.token_ids):
+            if common(pin.token_ids, token_ids) == len(pin.token_ids):
                 self._drop(pin)
         self._pins.append(_Pin(pinned, prefix, token_ids))
 
     def _drop(self, pin: _Pin) -> None:
-        """Forget a prefix, first on disk: only then its blocks may be used again. Raises OSError
-        with the prefix still held.
+        """Forget a prefix, first on disk: only then its blocks may be used again, when nobody reads
+        them. Raises OSError with the prefix still held.
         """
         self._pins.remove(pin)
         self._disk.home.drop(pin.prefix)
-        self.release(pin.sequence)
+        self._forgotten.append(pin.sequence)
+        self._release_forgotten()
+
+    def _release_forgotten(self) -> None:
+        """Who enters after a prefix was dropped does not find it: one look without readers is
+        enough.
+        """
+        if self._forgotten and not readers.are_there(self._disk.home.directory):
+            while self._forgotten:
+                self.release(self._forgotten.pop())
 
     def _drop_damaged(self) -> None:
         """Forget the prefixes with a block that was found damaged."""
-        damaged = self._disk.damaged
-        for pin in [*self._pins] if damaged else ():
-            layers = enumerate(self._blocks_of(pin.sequence))
-            if any((i, block) in damaged for i, (_, blocks) in layers for block in blocks):
-                logger.warning(
-                    "a cached prefix of %d tokens is damaged, and not used", len(pin.token_ids)
-                )
-                with suppress(OSError):
-                    self._drop(pin)
+        damaged = {*self._disk.damaged}
+        if not damaged:
+            return
+        for pins in (self._pins, *(loan.pins for loan in self._loans.values())):
+            for pin in [*pins]:
+                layers = enumerate(self._blocks_of(pin.sequence))
+                if any((i, block) in damaged for i, (_, blocks) in layers for block in blocks):
+                    logger.warning(
+                        "a cached prefix of %d tokens is damaged, and not used", len(pin.token_ids)
+                    )
+                    if pins is self._pins:
+                        with suppress(OSError):
+                            self._drop(pin)
+                    else:
+                        pins.remove(pin)
+                        self._refused.add(_named(pin.prefix))
 
     def _matches(self, token_ids: Tensor) -> list[tuple[_Pin, int]]:
         """The prefixes, and how many of these tokens each has; the one with most first."""
-        found = [(pin, _common(pin.token_ids, token_ids)) for pin in self._pins]
+        borrowed = (pin for loan in self._loans.values() for pin in loan.pins)
+        found = [(pin, common(pin.token_ids, token_ids)) for pin in (*self._pins, *borrowed)]
         return sorted(found, key=lambda one: one[1], reverse=True)
 
-    def _move_to_longer(self, token_ids: Tensor) -> None:
+    def _move_to_longer(self, token_ids: Tensor) -> bool:
         """Go on in another directory that has more of these tokens, as long as nothing is stored
-        here and no other process has that one.
+        here and no other process has that one. Returns whether it did.
         """
-        pinned = {pin.sequence for pin in self._pins}
-        if any(self._blocks_of(sequence)[0][1] for sequence in self._tables.keys() - pinned):
-            return
-        found = []
-        for path in find_homes(self._parent):
-            with suppress(OSError, KVStoreError):
-                kept = read_journal(path)[1] if path != self._disk.home.directory else []
-                longest = max((_common(_tensor(one), token_ids) for one in kept), default=0)
-                found.append((longest, path))
-        here = max((number for _, number in self._matches(token_ids)), default=0)
-        for num_tokens, path in sorted(found, reverse=True):
-            if num_tokens <= here:
-                return
+        held = {*(pin.sequence for pin in self._pins), *self._forgotten}
+        if self._loans or any(
+            self._blocks_of(sequence)[0][1] for sequence in self._tables.keys() - held
+        ):
+            return False
+        for _, path in self._longer(token_ids, 1):
             home = open_home(path, self.geometry, self._fingerprint)
             if home:
-                self._leave(pinned)
+                self._leave(held)
+                self._forgotten.clear()
                 self._disk.move(home)
                 self._pin_all(home)
+                return True
+        return False
+
+    def _borrow_longer(self, token_ids: Tensor, least: int) -> None:
+        """Read in the home of another process that has a block more of these tokens than there is
+        here, or enough where there is not.
+        """
+        here = max((number for _, number in self._matches(token_ids)), default=0)
+        more = self.block_size if here >= least else least - here
+        for _, path in self._longer(token_ids, more):
+            loans = (at for at, loan in self._loans.items() if loan.home.directory == path)
+            first = next(loans, None)
+            if first is None and len(self._loans) < _MAX_BORROWED:
+                home = borrow_home(path, self.geometry, self._fingerprint)
+                if home:
+                    first = self._disk.borrow(home)
+                    self._loans[first] = _Loan(home, [], [])
+            if first is not None and self._read_loan(first):
                 return
+
+    def _read_loan(self, first: int) -> bool:
+        """Hold what the owner has kept since. Returns whether that is anything."""
+        loan = self._loans[first]
+        known = {pin.prefix.key for pin in loan.pins} | self._refused
+        new = [one for one in loan.home.prefixes() if not {one.key, _named(one)} & known]
+        pins = self._hold(new, first, loan.sequences)
+        loan.pins.extend(pins)
+        loan.sequences.extend(pin.sequence for pin in pins)
+        return bool(pins)
+
+    def _longer(self, token_ids: Tensor, more: int) -> list[tuple[int, Path]]:
+        """Homes that have at least so many more of these tokens than there are here."""
+        here = max((number for _, number in self._matches(token_ids)), default=0)
+        found = self._others.matches(token_ids, [self._disk.home.directory])
+        return [one for one in found if one[0] >= here + more]
+
+    def _return_unused(self) -> None:
+        """Let go of borrowed homes that no sequence has blocks of: their owners may then forget,
+        and what they have kept since is found.
+        """
+        if not self._loans:
+            return
+        holding = {number for loan in self._loans.values() for number in loan.sequences}
+        used = {
+            self._disk.home_of(block)
+            for sequence in self._tables.keys() - holding
+            for _, blocks in self._blocks_of(sequence)
+            for block in blocks
+        }
+        for first in self._loans.keys() - used:
+            for sequence in self._loans.pop(first).sequences:
+                self.release(sequence)
+            self._disk.give_home_back(first)
+
+    def _copy_borrowed(self, sequence: int) -> None:
+        """Let a sequence have blocks of its own in place of borrowed ones. Raises OllmError."""
+        for layer_idx, table in enumerate(self._tables[sequence] if self._loans else ()):
+            for index, block in table.blocks.items():
+                if self._disk.home_of(block):
+                    self._manager.copy_block(layer_idx, table, index)
 
     def _pin_all(self, home: KVDirectory) -> None:
         """Hold the blocks of all that is kept in `home`."""
-        kept = [
-            (len(one.token_ids), [(layer.first, list(layer.blocks)) for layer in one.layers])
-            for one in home.prefixes
+        self._pins = self._hold(home.prefixes, 0)
+
+    def _hold(
+        self, prefixes: Sequence[Prefix], first: int, beside: Iterable[int] = ()
+    ) -> list[_Pin]:
+        """Sequences with the blocks of `prefixes`, in a home whose blocks begin at `first` and
+        which the sequences `beside` have blocks of.
+        """
+        held = [
+            (
+                len(one.token_ids),
+                [(layer.first, [first + block for block in layer.blocks]) for layer in one.layers],
+            )
+            for one in prefixes
         ]
-        self._pins = [
-            _Pin(sequence, one, _tensor(one))
-            for sequence, one in zip(self._adopt(kept), home.prefixes, strict=True)
+        for layer_idx, block, number in contents_of(prefixes):
+            self._disk.checksums[layer_idx, first + block] = number
+        return [
+            _Pin(sequence, one, tokens_of(one))
+            for sequence, one in zip(self._adopt(held, beside), prefixes, strict=True)
         ]
-        for one in home.prefixes:
-            for layer_idx, layer in enumerate(one.layers):
-                for block, number in zip(layer.blocks, layer.checksums, strict=True):
-                    self._disk.checksums[layer_idx, block] = number
 
     def _write_tails(self, sequence: int) -> None:
         for layer_idx, table in enumerate(self._tables[sequence]):
@@ -262,12 +392,6 @@ class PrefixCachingStore(DiskKVStore):
                 self._disk.write_part(layer_idx, block, table.tail, num_tokens)
 
 
-def _tensor(prefix: Prefix) -> Tensor:
-    return torch.frombuffer(prefix.token_ids, dtype=torch.int32)
-
-
-def _common(one: Tensor, other: Tensor) -> int:
-    """How many tokens two sequences begin with alike."""
-    shorter = min(len(one), len(other))
-    different = (one[:shorter] != other[:shorter]).nonzero()
-    return int(different[0]) if len(different) else shorter
+def _named(prefix: Prefix) -> bytes:
+    """Names a prefix as it was kept at one time: what is kept again has other blocks."""
+    return prefix.key + prefix.seconds.to_bytes(8, "little")

@@ -23,6 +23,7 @@ from ollm_core.errors import DamagedKVError, DoesNotFitError, OllmError, ReadErr
 from ollm_core.kv.block_storage import BlockStorage
 from ollm_core.kv.block_store import BlockKVStore
 from ollm_core.kv.buffer_pool import Charges
+from ollm_core.kv.disk.borrowed import BorrowedHome
 from ollm_core.kv.disk.directory import KVDirectory, make_home
 from ollm_core.kv.disk.journal import checksum
 from ollm_core.kv.disk.layer_file import LayerFile, storage_error
@@ -34,6 +35,8 @@ from ollm_core.memory.kinds import MemoryKind
 from ollm_core.memory.sizes import format_size
 
 _THREAD_NAME = "ollm-kv"
+_OWN_BLOCKS = 1 << 32
+"""Our own blocks have numbers below it, those of the n-th borrowed home from n times it on."""
 
 
 class DiskStorage(BlockStorage):
@@ -65,8 +68,10 @@ class DiskStorage(BlockStorage):
         self.damaged: set[tuple[int, int]] = set()
         """Blocks with a checksum that could not be read as they were written."""
         self._homes = [home]  # always one; the finalizer closes that of the time
+        self._borrowed: dict[int, BorrowedHome] = {}
+        self._num_borrowed = 0
         with ExitStack() as stack:
-            stack.callback(_close_home, self._homes)
+            stack.callback(_close_homes, self._homes, self._borrowed)
             stack.callback(self._charges.close)
             self._charges.take(MemoryKind.KV_WRITE_BUFFERS, self._sizes.write_bytes)
             sizes = NUM_WRITE_BUFFERS * sorted(set(self._slot_bytes))
@@ -88,6 +93,26 @@ class DiskStorage(BlockStorage):
     @property
     def _files(self) -> Sequence[LayerFile]:
         return self._homes[0].files
+
+    def borrow(self, home: BorrowedHome) -> int:
+        """Read the blocks of another home, too, which this then owns. Slot i of its files is block
+        i beyond the number returned.
+        """
+        self._num_borrowed += 1
+        self._borrowed[self._num_borrowed] = home
+        return self._num_borrowed * _OWN_BLOCKS
+
+    def give_home_back(self, first: int) -> None:
+        """Close the borrowed home whose blocks begin at `first`. Nothing may hold them any more."""
+        self._borrowed.pop(first // _OWN_BLOCKS).close()
+        for key in [key for key in self.checksums if self.home_of(key[1]) == first]:
+            del self.checksums[key]
+        self.damaged -= {key for key in self.damaged if self.home_of(key[1]) == first}
+
+    @staticmethod
+    def home_of(block: int) -> int:
+        """Where the blocks of its home begin: 0 if it is our own."""
+        return block - block % _OWN_BLOCKS
 
     def move(self, home: KVDirectory) -> None:
         """Go on in another directory, which it then owns. What is in this one stays and is
@@ -129,7 +154,7 @@ class DiskStorage(BlockStorage):
     def free(self, layer_idx: int, blocks: Sequence[int]) -> None:
         for block in blocks:
             self._forget(layer_idx, block)
-        self._files[layer_idx].give_back(blocks)
+        self._files[layer_idx].give_back([one for one in blocks if not self.home_of(one)])
 
     def clear(self, layer_idx: int, blocks: Sequence[int]) -> None:
         for block in blocks:
@@ -244,8 +269,9 @@ class DiskStorage(BlockStorage):
     def _read_slots(self, layer_idx: int, slots: Sequence[int], buffer: memoryview) -> None:
         """Read consecutive slots. Raises ReadError, of those with a checksum DamagedKVError."""
         known = {slot: self.checksums.get((layer_idx, slot)) for slot in slots}
+        file = self._file_of(layer_idx, slots[0])
         try:
-            self._files[layer_idx].read(slots[0], buffer)
+            file.read(slots[0] % _OWN_BLOCKS, buffer)
         except ReadError as error:
             damaged = {(layer_idx, slot) for slot in slots if known[slot] is not None}
             self.damaged.update(damaged)
@@ -260,9 +286,13 @@ class DiskStorage(BlockStorage):
             if known[slot] is not None and checksum(block) != known[slot]:
                 self.damaged.add((layer_idx, slot))
                 raise DamagedKVError(
-                    f"{self._files[layer_idx].path}: block {slot} is not what was written",
+                    f"{file.path}: block {slot % _OWN_BLOCKS} is not what was written",
                     hint="`ollm cache verify` shows which prefixes are damaged",
                 )
+
+    def _file_of(self, layer_idx: int, block: int) -> LayerFile:
+        number = block // _OWN_BLOCKS
+        return (self._borrowed[number].files if number else self._files)[layer_idx]
 
     def _buffer_of(self, layer_idx: int, tail: Tensor) -> Tensor:
         """The whole pages of a tail, which the block need not fill."""
@@ -299,5 +329,7 @@ class DiskKVStore(BlockKVStore):
         super().__init__(geometry, storage, device_account, memory)
 
 
-def _close_home(homes: list[KVDirectory]) -> None:
+def _close_homes(homes: list[KVDirectory], borrowed: dict[int, BorrowedHome]) -> None:
+    for one in borrowed.values():
+        one.close()
     homes[0].close()

@@ -71,7 +71,10 @@ class PrefixCachingHybridStore(HybridKVStore):
         for key in [key for key in self._writers if key[0] == sequence]:
             writer = self._writers.pop(key)
             with self._guarded():
-                writer.finish(known[: writer.num_tokens])
+                if self._kept.keeps(sequence):
+                    writer.finish(known[: writer.num_tokens])
+                else:
+                    writer.drop()
         if len(token_ids) > 1:
             self._keep_end(sequence)
 
@@ -122,6 +125,8 @@ class PrefixCachingHybridStore(HybridKVStore):
         num_tokens = self.num_tokens(sequence)
         known = self._kept.token_ids(sequence)
         if not self._keeps or len(known) != num_tokens or not num_tokens:
+            return
+        if not self._kept.keeps(sequence):
             return
         with self._guarded():
             if not self._files.has(known):

@@ -125,11 +125,13 @@ def test_of_another_model_nothing_is_found(tmp_path, change, fingerprint):
 
 
 def test_two_stores_at_once(tmp_path):
-    """A second store gets a directory of its own; a third finds what either kept."""
+    """A second store reads what the first keeps, and grows in a directory of its own; a third
+    finds what either kept.
+    """
     one, other = numbers(21), numbers(30, 2)
     kept(tmp_path, one)
     with open_store(tmp_path) as first, open_store(tmp_path) as second:
-        assert found_right(second, one) == 0
+        assert found_right(second, one) == 21
         add(second, second.new_sequence(), other)
         assert found_right(first, one) == 21
     for _ in range(2):
