@@ -11,7 +11,7 @@ from ollm_core.contracts.closing import Closing
 from ollm_core.errors import InputError
 from ollm_core.serving.offline import Answered
 from ollm_core.serving.request import Counts, FinishReason, Request, SamplingParams, TokenLogprobs
-from ollm_core.text.chat import encode_chat
+from ollm_core.text.chat import encode_chats
 from ollm_core.text.templates import ChatTemplate, Message
 from ollm_core.values import PathLike
 
@@ -81,7 +81,7 @@ class LLM(Closing):
         template = ChatTemplate.of(self.model.tokenizer)
         if template is None:
             raise InputError("the model has no chat template", hint="use generate")
-        ids = [encode_chat(self.model.tokenizer, template, one) for one in several]
+        ids = encode_chats(self.model.tokenizer, template, several)
         return self._run([None] * len(ids), ids, sampling_params)
 
     def close(self) -> None:

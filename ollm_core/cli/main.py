@@ -12,8 +12,10 @@ from typing import Any, NoReturn
 import click
 
 from ollm_core import __version__
+from ollm_core.cli.ask import ask
 from ollm_core.cli.cache import cache
 from ollm_core.cli.convert import convert
+from ollm_core.cli.decide import decide
 from ollm_core.cli.doctor import doctor
 from ollm_core.cli.listing import list_models
 from ollm_core.cli.models import import_, plugins, pull
@@ -42,7 +44,19 @@ def cli() -> None:
     """
 
 
-for _command in (run, plan, pull, import_, convert, list_models, plugins, cache, doctor):
+for _command in (
+    run,
+    ask,
+    decide,
+    plan,
+    pull,
+    import_,
+    convert,
+    list_models,
+    plugins,
+    cache,
+    doctor,
+):
     cli.add_command(_command)
 
 

@@ -17,6 +17,7 @@ from ollm_core.cli.output import print_json
 from ollm_core.cli.profile import profile_table
 from ollm_core.cli.refused import what_would_do
 from ollm_core.cli.report import json_report, summary
+from ollm_core.cli.sampling import sampling_options, taken_sampling
 from ollm_core.cli.streaming import ProgressBar, TextStream
 from ollm_core.cli.waiting import wait_asleep_beside_others
 from ollm_core.errors import DoesNotFitError, InputError
@@ -24,10 +25,6 @@ from ollm_core.files.paths import check_writable_file
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-_SAMPLING = ("top_p", "top_k", "seed")
-_TOP_P = "Sample among the most likely tokens that sum up to this probability.  [default: all]"
-_TOP_K = "Sample among this many of the most likely tokens.  [default: all]"
 
 
 @click.command(short_help="Answer a prompt with a model.")
@@ -55,15 +52,7 @@ _TOP_K = "Sample among this many of the most likely tokens.  [default: all]"
     help="Let your text contain control tokens, as <|im_end|>.  [default: they are plain text]",
 )
 @options_of("run")
-@click.option(
-    "--temperature",
-    type=click.FloatRange(0),
-    default=0.0,
-    help="Sampling temperature; 0, the default, is greedy.",
-)
-@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help=_TOP_P)
-@click.option("--top-k", type=click.IntRange(1), help=_TOP_K)
-@click.option("--seed", type=int, help="Make sampling repeatable.")
+@sampling_options
 @click.option(
     "--profile",
     metavar="FILE",
@@ -84,7 +73,6 @@ def run(
     allow_special_tokens: bool,
     as_json: bool,
     max_new_tokens: int,
-    temperature: float,
     profile: Path | None,
     **options: Any,
 ) -> None:
@@ -97,10 +85,7 @@ def run(
         raise click.UsageError("--system needs a chat template, and --raw goes without")
     if raw and reasoning_effort:
         raise click.UsageError("--reasoning-effort needs a chat template, and --raw goes without")
-    sampling = {name: options[name] for name in _SAMPLING if options[name] is not None}
-    if sampling and not temperature:
-        given = ", ".join("--" + name.replace("_", "-") for name in sampling)
-        raise click.UsageError(f"{given} needs a --temperature above 0")
+    sampling = taken_sampling(options)
     if options["num_draft_tokens"] and options["draft"] == "none":
         raise click.UsageError("--num-draft-tokens needs --draft")
     if profile:
@@ -136,7 +121,7 @@ def run(
                 attention_mask=prompt_ids.new_ones(prompt_ids.shape).to(opened.device),
                 max_new_tokens=max_new_tokens,
                 streamer=streamer,
-                **_generation(temperature, **sampling),
+                **_generation(**sampling),
             )
             seconds = time.perf_counter() - start
             new_ids = output[0, prompt_ids.shape[1] :].tolist()

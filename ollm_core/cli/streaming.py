@@ -67,6 +67,12 @@ class ProgressBar:
             self._bar.set_postfix_str(f"{format_size(rate)}/s{short}", False)
         self._bar.update(progress.steps_done - self._bar.n)
 
+    def line(self, text: str) -> None:
+        """A line on stderr that stays, above the bar."""
+        self._bar.clear()
+        click.echo(text, err=True)
+        self._bar.refresh()
+
     def close(self) -> None:
         """Take the bar off the screen. May be called twice."""
         self._bar.close()

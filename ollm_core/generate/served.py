@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from transformers import GenerationConfig
 
 from ollm_core.errors import InputError, UnsupportedError
 from ollm_core.generate.opened import OpenedModel
+from ollm_core.serving.decisions import decisions
 from ollm_core.serving.model import MAX_RUNNING, ServedModel
 from ollm_core.serving.offline import Answered, run_all
-from ollm_core.serving.request import Event, Request, SamplingParams, Score
+from ollm_core.serving.questions import (
+    Encoder,
+    check_length,
+    combining,
+    cut_document,
+    part_question,
+    part_texts,
+    question_prompts,
+)
+from ollm_core.serving.request import Choices, Event, Request, SamplingParams, Score
 from ollm_core.serving.scheduler import Scheduler
 from ollm_core.text.generation_config import for_run
+
+_SLACK = 16  # tokens that a part may have more beside others than alone
 
 Prompt = str | Sequence[int]
 """A text as it is, or token ids."""
@@ -85,6 +97,86 @@ class ServesRequests(OpenedModel):
         found = self.answer(requests) if requests else []
         return [list(answer.scored.logprobs) for [answer] in found if answer.scored]
 
+    def ask(
+        self,
+        document: str,
+        questions: Sequence[str],
+        sampling: SamplingParams | None = None,
+        *,
+        system: str | None = None,
+        map_reduce: bool = False,
+        on_prompts: Callable[[int, int], None] = lambda _, __: None,
+        on_event: Callable[[Event], None] = lambda _: None,
+    ) -> list[Answered]:
+        """Answer questions on one document, in their order: it is computed once, and all answers
+        are made together. The default is greedy. `on_prompts` is told, before anything is computed,
+        the tokens of the longest prompt, and the number of parts that the document is read in.
+
+        A document past the model's positions raises InputError; with `map_reduce` it is read in
+        parts, each question is asked of each, and then of the answers. That is no longer the
+        model's answer to the whole document.
+        """
+        sampling = sampling or SamplingParams(temperature=0)
+        encoder = Encoder(self.tokenizer, system)
+        prompts = question_prompts(encoder, document, questions)
+        positions = self.served.max_positions
+        longest = max(map(len, prompts))
+        if map_reduce and positions is not None and longest + sampling.max_tokens > positions:
+            room = positions - sampling.max_tokens - self._around(encoder, questions)
+            parts = part_texts(cut_document(document, room, self._num_tokens))
+            on_prompts(longest, len(parts))
+            prompts = self._reduced(encoder, parts, questions, sampling)
+            check_length(prompts, positions)
+        else:
+            check_length(prompts, positions)
+            on_prompts(longest, 1)
+        found = self.answer(_alike(prompts, sampling), on_event)
+        return [answers[0] for answers in found]
+
+    def _reduced(
+        self,
+        encoder: Encoder,
+        parts: Sequence[str],
+        questions: Sequence[str],
+        sampling: SamplingParams,
+    ) -> list[list[int]]:
+        """Ask each question of each part; -> prompts that ask it of the answers."""
+        asked = [part_question(question) for question in questions]
+        prompts = [one for part in parts for one in question_prompts(encoder, part, asked)]
+        found = [answers[0].text for answers in self.answer(_alike(prompts, sampling))]
+        of_each = [found[place :: len(questions)] for place in range(len(questions))]
+        return encoder.prompts(list(map(combining, questions, of_each)))
+
+    def _around(self, encoder: Encoder, questions: Sequence[str]) -> int:
+        """Tokens of a prompt beside a part of the document, at most."""
+        asked = [part_question(question) for question in questions]
+        [beside] = part_texts(["x"])
+        return max(map(len, question_prompts(encoder, beside, asked))) + _SLACK
+
+    def _num_tokens(self, text: str) -> int:
+        return len(self.token_ids(text, special=False))
+
+    def decide(self, document: str, questions: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        """Answer typed questions on a document with a probability for each allowed answer, by
+        name, in the form of transformers' DecisionPipeline: {"type": "noul" | "choice" | "score",
+        "instructions": ..., "criteria": ...} each.
+
+        Nothing is decoded: one weight pass reads the document, another all questions; one does it
+        where the document is kept or short. Raises InputError, UnsupportedError.
+        """
+        made = decisions(self.tokenizer, document, questions)
+        check_length([one.token_ids for one in made], self.served.max_positions)
+        requests = [
+            Request(token_ids=one.token_ids, wanted=Choices(one.label_ids), keep=False)
+            for one in made
+        ]
+        found = self.answer(requests)
+        return {
+            one.question.name: one.answer(answer.scored.logprobs)
+            for one, [answer] in zip(made, found, strict=True)
+            if answer.scored
+        }
+
     def token_ids(self, prompt: Prompt, *, special: bool = True) -> list[int]:
         """Those of a text, with or without what the tokenizer puts around any; ids as they are.
         Raises InputError.
@@ -94,6 +186,12 @@ class ServesRequests(OpenedModel):
         if self.tokenizer is None:
             raise InputError("the model has no tokenizer", hint="give token ids")
         return list(self.tokenizer(prompt, add_special_tokens=special)["input_ids"])
+
+
+def _alike(prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> list[Request]:
+    """Requests whose common beginning is kept, and not each answer."""
+    keep = len(prompts) == 1
+    return [Request(token_ids=one, wanted=sampling, keep=keep) for one in prompts]
 
 
 def _most_tokens(request: Request) -> int:

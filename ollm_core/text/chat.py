@@ -20,11 +20,25 @@ def encode_chat(
     tokenizer: Any,
     template: ChatTemplate,
     messages: Sequence[Message],
-    options: Mapping[str, str] | None = None,
+    options: Mapping[str, Any] | None = None,
     *,
     allow_special_tokens: bool = False,
 ) -> list[int]:
-    """The ids of `messages` up to where the assistant speaks.
+    """`encode_chats` of one conversation."""
+    how = {"allow_special_tokens": allow_special_tokens}
+    return encode_chats(tokenizer, template, [messages], options, **how)[0]
+
+
+def encode_chats(
+    tokenizer: Any,
+    template: ChatTemplate,
+    conversations: Sequence[Sequence[Message]],
+    options: Mapping[str, Any] | None = None,
+    *,
+    allow_special_tokens: bool = False,
+) -> list[list[int]]:
+    """The ids of the messages of each conversation, up to where the assistant speaks. All are
+    rendered at once.
 
     `options` are variables that some templates know, as `reasoning_effort`. With
     `allow_special_tokens` the messages may spell control tokens. Raises ConfigError if the template
@@ -35,18 +49,25 @@ def encode_chat(
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
     if allow_special_tokens:
-        return tokens(template.render([messages], options)[0])
+        return [tokens(text) for text in template.render(conversations, options)]
     control = ControlTokens(tokenizer, template.source)
-    contents = [message["content"] for message in messages]
-    shown = messages
-    encode: Callable[[str], list[int]] = tokens
-    if spelled := control.spelled(*contents):
-        marks = Marks(tokenizer, control, spelled, [template.source, *contents])
-        shown, encode = _with_contents(messages, marks.mark), marks.encode
-    harmless, text = template.render([_with_contents(messages, _harmless), shown], options)
-    token_ids = encode(text)
-    control.check(token_ids, tokens(harmless))
-    return token_ids
+    wanted: list[Sequence[Message]] = []
+    encoders: list[Callable[[str], list[int]]] = []
+    for messages in conversations:
+        contents = [message["content"] for message in messages]
+        shown = messages
+        encode: Callable[[str], list[int]] = tokens
+        if spelled := control.spelled(*contents):
+            marks = Marks(tokenizer, control, spelled, [template.source, *contents])
+            shown, encode = _with_contents(messages, marks.mark), marks.encode
+        wanted += [_with_contents(messages, _harmless), shown]
+        encoders.append(encode)
+    texts = template.render(wanted, options)
+    found = []
+    for encoder, harmless, text in zip(encoders, texts[::2], texts[1::2], strict=True):
+        found.append(encoder(text))
+        control.check(found[-1], tokens(harmless))
+    return found
 
 
 def encode_text(tokenizer: Any, text: str, *, allow_special_tokens: bool = False) -> list[int]:

@@ -80,7 +80,7 @@ class ChatTemplate:
     def render(
         self,
         conversations: Sequence[Sequence[Message]],
-        options: Mapping[str, str] | None = None,
+        options: Mapping[str, Any] | None = None,
         limits: Limits | None = None,
     ) -> list[str]:
         """The text of each conversation, up to where the assistant speaks. `options` are variables

@@ -1,0 +1,56 @@
+"""How tokens are chosen: the flags of verbs that make texts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, MutableMapping
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from ollm_core.serving.request import SamplingParams
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+_NAMES = ("top_p", "top_k", "seed")
+_TOP_P = "Sample among the most likely tokens that sum up to this probability.  [default: all]"
+_TOP_K = "Sample among this many of the most likely tokens.  [default: all]"
+
+
+def sampling_options(command: Command) -> Command:
+    """`--temperature`, `--top-p`, `--top-k` and `--seed`."""
+    for option in reversed(
+        (
+            click.option(
+                "--temperature",
+                type=click.FloatRange(0),
+                default=0.0,
+                help="Sampling temperature; 0, the default, is greedy.",
+            ),
+            click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help=_TOP_P),
+            click.option("--top-k", type=click.IntRange(1), help=_TOP_K),
+            click.option("--seed", type=int, help="Make sampling repeatable."),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+def taken_sampling(options: MutableMapping[str, Any]) -> dict[str, Any]:
+    """What was given of them, which `options` has no more. Raises UsageError for what only changes
+    sampling where there is none.
+    """
+    temperature = options.pop("temperature")
+    given = {name: options.pop(name) for name in _NAMES}
+    stated = {name: value for name, value in given.items() if value is not None}
+    if stated and not temperature:
+        flags = ", ".join("--" + name.replace("_", "-") for name in stated)
+        raise click.UsageError(f"{flags} needs a --temperature above 0")
+    return {"temperature": temperature, **stated}
+
+
+def sampling_of(options: MutableMapping[str, Any], max_new_tokens: int) -> SamplingParams:
+    """The same, as what a request wants."""
+    from ollm_core.serving.request import SamplingParams
+
+    return SamplingParams(max_tokens=max_new_tokens, **taken_sampling(options))
