@@ -14,7 +14,7 @@ from torch import Tensor
 from ollm_core.attention.blockwise import most_blocks
 from ollm_core.attention.select import find_attention
 from ollm_core.contracts.attention import KVView
-from ollm_core.contracts.kv import KVGeometry, KVStore
+from ollm_core.contracts.kv import KVGeometry, KVStore, SharedRun
 from ollm_core.device.buffers import round_up
 from ollm_core.device.offload import ActivationOffload
 from ollm_core.engine.layer_call import call_layer
@@ -27,8 +27,12 @@ from ollm_core.model.own_forward import OwnForward
 from ollm_core.model.skeleton import Skeleton
 from ollm_core.model.spec import ModelSpec
 
-_Shape = tuple[int, int, int, int, str]
-"""layer_idx, num_rows, num_new, num_past, attention"""
+Sharing = tuple[int, ...]
+"""How rows of a call share what they have stored: how many do, and of how many rows the runs are,
+each number once. Empty: none do.
+"""
+_Shape = tuple[int, int, int, int, str, Sharing]
+"""layer_idx, num_rows, num_new, num_past, attention, sharing"""
 
 
 class Workspace:
@@ -89,7 +93,7 @@ class Workspace:
         if self._skeleton.own is None:
             return 0
         past = round_up(num_past, self._geometry.block_size)
-        return self._remembered(-1 - num_logits, num_rows, num_new, past, "exact")
+        return self._remembered(-1 - num_logits, num_rows, num_new, past, "exact", ())
 
     @property
     def vocab_size(self) -> int:
@@ -120,37 +124,57 @@ class Workspace:
             if whole != halves:
                 raise mixture.not_the_layer(whole, halves)
 
-    def layer_bytes(self, num_rows: int, num_new: int, num_past: int, attention: str) -> int:
+    def layer_bytes(
+        self, num_rows: int, num_new: int, num_past: int, attention: str, sharing: Sharing = ()
+    ) -> int:
         """Peak bytes of a layer for `num_new` tokens in each of `num_rows`, after `num_past`
         tokens: of the layer that takes most.
 
         The layer's output is counted, its input and its weights are not.
         """
         return max(
-            self._one_layer(layer_idx, num_rows, num_new, num_past, attention)
+            self._one_layer(layer_idx, num_rows, num_new, num_past, attention, sharing)
             for layer_idx in self._distinct
         )
 
+    def sharing(self, store: KVStore, sequences: Sequence[int], starts: Sequence[int]) -> Sharing:
+        """How `sequences` share what they have before `starts`, in the layers where some do."""
+        if len(sequences) < 2 or self._skeleton.own is not None:
+            return ()
+        num_rows, sizes = 0, set()
+        for layer_idx, kind in enumerate(self._geometry.kinds):
+            if kind.kind == "full":
+                runs = store.shared_runs(layer_idx, sequences, starts)
+                num_rows = max(num_rows, len({row for run in runs for row in run.rows}))
+                sizes |= {len(run.rows) for run in runs}
+        return (num_rows, *sorted(sizes)) if sizes else ()
+
     def _one_layer(
-        self, layer_idx: int, num_rows: int, num_new: int, num_past: int, attention: str
+        self,
+        layer_idx: int,
+        num_rows: int,
+        num_new: int,
+        num_past: int,
+        attention: str,
+        sharing: Sharing,
     ) -> int:
         block_size, window = self._geometry.block_size, self._geometry.kinds[layer_idx].window
         shape = layer_idx, num_rows, num_new
         if self._skeleton.own is not None:
             attention, window = "exact", None  # masks of all layers are made together
         if layer_idx in self._skeleton.recurrent:
-            return self._remembered(*shape, min(num_past, 1), attention)
+            return self._remembered(*shape, min(num_past, 1), attention, ())
         below, above = num_past // block_size * block_size, round_up(num_past, block_size)
         if window is not None:
             # As many as are ever seen: their first block is then as long as any that is cut.
-            return self._remembered(*shape, min(above, window - 1), attention)
+            return self._remembered(*shape, min(above, window - 1), attention, ())
         if attention != "exact":
             most = most_blocks(num_new) * block_size
-            return self._remembered(*shape, min(above, most), attention)
+            return self._remembered(*shape, min(above, most), attention, sharing)
         # What an operation takes is a line in num_past. The peak is the highest of such lines, so
         # between two lengths it lies on or below the straight line from one peak to the other.
-        least = self._remembered(*shape, below, attention)
-        most = self._remembered(*shape, above, attention)
+        least = self._remembered(*shape, below, attention, ())
+        most = self._remembered(*shape, above, attention, ())
         return least + -(-(most - least) * (num_past - below) // block_size)
 
     def _remembered(self, *key: *_Shape) -> int:
@@ -204,7 +228,13 @@ class Workspace:
         return work, (chunk.num_bytes - per_chunk) // num_tokens, per_chunk
 
     def _trace(
-        self, layer_idx: int, num_rows: int, num_new: int, num_past: int, attention: str
+        self,
+        layer_idx: int,
+        num_rows: int,
+        num_new: int,
+        num_past: int,
+        attention: str,
+        sharing: Sharing,
     ) -> int:
         if self._skeleton.own is not None:
             own = self._skeleton.own
@@ -213,7 +243,8 @@ class Workspace:
                 for dtype in own.hidden_dtypes
             )
         forward = self._skeleton.chunk_forward(layer_idx)
-        return traced_peak(self._call(layer_idx, num_rows, num_new, num_past, attention, forward))
+        call = self._call(layer_idx, num_rows, num_new, num_past, attention, forward, sharing)
+        return traced_peak(call)
 
     def _trace_own(
         self,
@@ -282,6 +313,7 @@ class Workspace:
         num_past: int,
         attention: str,
         forward: Callable[..., Tensor],
+        sharing: Sharing = (),
     ) -> Callable[[], Tensor]:
         """A call of `forward`, of a layer on the meta device, to be traced; what it is given is
         there before.
@@ -300,7 +332,8 @@ class Workspace:
                 return traced()
 
         def traced() -> Tensor:
-            cache: object = _TracedCache(self._geometry, num_past, attention)
+            runs = _traced_runs(sharing, num_new, self._geometry.block_size)
+            cache: object = _TracedCache(self._geometry, num_past, attention, runs)
             if states:
                 past = states if num_past else None
                 cache = StateCache(layer_idx, [past] * num_rows, hidden.device)
@@ -313,15 +346,38 @@ class Workspace:
         return run
 
 
+def _traced_runs(sharing: Sharing, num_new: int, block_size: int) -> list[SharedRun]:
+    """A run of each size, and one of all rows that share, to which no block belongs: the order of
+    runs changes nothing of what they take.
+    """
+    if not sharing:
+        return []
+    num_rows, *sizes = sharing
+    runs, first = [SharedRun(tuple(range(num_rows)), 0, 0)], 0
+    for size in reversed(sizes):
+        end = first + most_blocks(size * num_new) * block_size
+        runs.append(SharedRun(tuple(range(size)), first, end))
+        first = end
+    return runs
+
+
 class _TracedCache:
     """Stands for the cache of a layer: hands out blocks without data."""
 
     in_place = False  # what is seen may have to be put together
 
-    def __init__(self, geometry: KVGeometry, num_tokens: int, attention: str) -> None:
+    def __init__(
+        self,
+        geometry: KVGeometry,
+        num_tokens: int,
+        attention: str,
+        runs: Sequence[SharedRun] = (),
+    ) -> None:
+        """`num_tokens` are those that a row does not share; before them come those of `runs`."""
         self._geometry = geometry
-        self._num_tokens = num_tokens
+        self._num_tokens = num_tokens + (runs[-1].end if runs else 0)
         self._attention = attention
+        self._runs = runs
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int) -> tuple[KVView, KVView]:
         num_rows = keys.shape[0]
@@ -331,18 +387,24 @@ class _TracedCache:
             layer_idx,
             (0,) * num_rows,
             (self._num_tokens,) * num_rows,
-            cast("KVStore", self),  # only `blocks` is asked of it
+            cast("KVStore", self),  # nothing else is asked of it
             find_attention(self._attention, self._geometry.device),
         )
         return view, view
+
+    def shared_runs(
+        self, layer_idx: int, sequences: Sequence[int], ends: Sequence[int]
+    ) -> Sequence[SharedRun]:
+        return self._runs
 
     def blocks(
         self, layer_idx: int, sequence: int, num_tokens: int | None = None, first: int = 0
     ) -> Iterator[tuple[Tensor, Tensor]]:
         shape = self._geometry.block_shape(layer_idx)
         block = torch.empty(shape, dtype=self._geometry.dtype, device="meta")
-        for begin in range(first, self._num_tokens, self._geometry.block_size):
-            count = min(self._geometry.block_size, self._num_tokens - begin)
+        end = self._num_tokens if num_tokens is None else num_tokens
+        for begin in range(first, end, self._geometry.block_size):
+            count = min(self._geometry.block_size, end - begin)
             yield block[0, :, :count], block[1, :, :count]
 
 

@@ -27,13 +27,17 @@ class LayerCall:
         chunk: Chunk,
         attention: str,
         device: torch.device,
+        *,
+        shares: bool,
     ) -> None:
+        """`shares` says whether attention may read once what several rows share."""
         self.embeddings: dict[str | None, PositionEmbeddings] = {}
         """Those that further layers of a type take, too."""
         self._store = store
         # What a store keeps outlives the pass. One that is `in_place` sees to that itself.
         self._keeping = nullcontext() if store.in_place else torch.inference_mode(mode=False)
         self._attention = find_attention(attention, device)
+        self._shares = shares
         self._sequences = tuple(work[row].sequence for row in chunk.rows)
         self._starts = tuple(work[row].start + chunk.begin for row in chunk.rows)
         offsets = torch.arange(chunk.num_tokens, device=device)
@@ -60,7 +64,14 @@ class LayerCall:
             for row, sequence in enumerate(self._sequences):
                 self._store.append(layer_idx, sequence, keys[row], values[row])
         view = KVView(
-            keys, values, layer_idx, self._sequences, self._starts, self._store, self._attention
+            keys,
+            values,
+            layer_idx,
+            self._sequences,
+            self._starts,
+            self._store,
+            self._attention,
+            self._shares,
         )
         return view, view
 

@@ -12,7 +12,7 @@ import torch
 
 from ollm_core.attention.trial import require_flash
 from ollm_core.contracts.kv import KVStore
-from ollm_core.engine.activations import Workspace
+from ollm_core.engine.activations import Sharing, Workspace
 from ollm_core.engine.batch import Chunk, NewTokens, cut_chunks
 from ollm_core.errors import DoesNotFitError
 from ollm_core.memory.accounts import Accounts
@@ -77,6 +77,8 @@ class PassPlan:
     hidden_on_host: bool
     parts: PerMemory[Mapping[str, int]]
     """By what they are for."""
+    shares: bool = False
+    """Whether blocks that several rows have stored are read once for all of them."""
 
     @property
     def needed(self) -> PerMemory[int]:
@@ -145,7 +147,7 @@ class PassPlanner:
         DoesNotFitError.
         """
         smallest: PerMemory[int] | None = None
-        for plan in self._candidates(work):
+        for plan in self._candidates(store, work):
             growth = self._growth(store, work, plan)
             missing = self._missing(added(plan.needed, growth))
             if not any(missing):
@@ -186,7 +188,7 @@ class PassPlanner:
             host.reserve(kind, num_bytes.host)
             undo.pop_all()
 
-    def _candidates(self, work: Sequence[NewTokens]) -> Iterator[PassPlan]:
+    def _candidates(self, store: KVStore, work: Sequence[NewTokens]) -> Iterator[PassPlan]:
         longest = max(len(item.token_ids) for item in work)
         attention = self._policy.attention
         if attention == "auto":
@@ -204,22 +206,43 @@ class PassPlanner:
             sizes.append(sizes[-1] // 2)
         for size in sizes:
             chunks = tuple(cut_chunks(work, size, aligned=self._workspace.aligned))
+            apart: list[Sharing] = [()] * len(chunks)
+            sharing = apart
+            if attention != "exact":
+                sharing = [self._sharing(store, work, chunk) for chunk in chunks]
             for hidden_on_host in (False, True):
-                needed = self._needed(work, chunks, attention, hidden_on_host)
-                yield PassPlan(chunks, size, attention, hidden_on_host, needed)
+                # What rows share is read once, where there is memory to compute so.
+                for runs in [sharing, apart] if any(sharing) else [apart]:
+                    needed = self._needed(work, chunks, attention, hidden_on_host, runs)
+                    yield PassPlan(chunks, size, attention, hidden_on_host, needed, any(runs))
+
+    def _sharing(self, store: KVStore, work: Sequence[NewTokens], chunk: Chunk) -> Sharing:
+        """How the rows of a chunk share what they have stored."""
+        rows = [work[row] for row in chunk.rows]
+        sequences = [item.sequence for item in rows]
+        return self._workspace.sharing(store, sequences, [item.start for item in rows])
 
     def _needed(
-        self, work: Sequence[NewTokens], chunks: Sequence[Chunk], attention: str, on_host: bool
+        self,
+        work: Sequence[NewTokens],
+        chunks: Sequence[Chunk],
+        attention: str,
+        on_host: bool,
+        sharing: Sequence[Sharing],
     ) -> PerMemory[Mapping[str, int]]:
+        """`sharing` is that of each of `chunks`."""
         num_tokens = sum(len(item.token_ids) for item in work)
         hidden = num_tokens * self._hidden_bytes
         shapes: dict[tuple[int, int], int] = {}
-        for chunk in chunks:
+        layers: dict[tuple[int, int, Sharing], int] = {}
+        for chunk, runs in zip(chunks, sharing, strict=True):
             past = max(work[row].start for row in chunk.rows) + chunk.begin
             shape = len(chunk.rows), chunk.num_tokens
             shapes[shape] = max(shapes.get(shape, 0), past)
+            layers[*shape, runs] = max(layers.get((*shape, runs), 0), past)
         layer = max(
-            self._workspace.layer_bytes(*shape, past, attention) for shape, past in shapes.items()
+            self._workspace.layer_bytes(num_rows, num_new, past, attention, runs)
+            for (num_rows, num_new, runs), past in layers.items()
         )
         largest = max(len(chunk.rows) * chunk.num_tokens for chunk in chunks)
         experts, offloaded = self._workspace.mixture_bytes(num_tokens, len(chunks), largest)

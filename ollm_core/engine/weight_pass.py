@@ -56,7 +56,9 @@ class WeightPass:
             return self._run_own(skeleton.own, offload, report)
         hidden = [offload.store(self._embed(chunk)) for chunk in self.plan.chunks]  # [R, T, C]
         calls = [
-            LayerCall(self.store, self.work, chunk, self.plan.attention, device)
+            LayerCall(
+                self.store, self.work, chunk, self.plan.attention, device, shares=self.plan.shares
+            )
             for chunk in self.plan.chunks
         ]
         recurrent_calls = [
