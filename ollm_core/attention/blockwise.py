@@ -7,7 +7,8 @@ FlashAttention (Dao et al. 2022, arXiv:2205.14135).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -53,7 +54,9 @@ class BlockwiseAttention:
         s_aux: Tensor | None = None,
         **options: Any,
     ) -> Tensor:
-        """`query` [R, H, T, D] -> [R, T, H, D]. Raises UnsupportedError for other options."""
+        """`query` [R, H, T, D] -> [R, T, H, D]. Raises UnsupportedError for other options. Takes
+        packed views.
+        """
         for name, value in options.items():
             if value is not None and name not in CARRIED:
                 raise UnsupportedError(
@@ -64,12 +67,14 @@ class BlockwiseAttention:
                 )
         kernel = next(k for k in self.kernels if k.takes(query.dtype, query.shape[-1]))
         # A group's queries share their keys: they are folded into one long query.
-        folded = query.unflatten(1, (view.keys.shape[1], -1))  # [R, G, H / G, T, D]
+        groups = view.keys.shape[1]
+        folded = [row.unflatten(0, (groups, -1)) for row in view.split(query)]  # [G, H / G, T, D]
         shared = {} if sliding_window is not None else _shared_parts(folded, view, scaling, kernel)
         rows = []
-        for row in range(query.shape[0]):
+        new_tokens = zip(view.split(view.keys), view.split(view.values), strict=True)
+        for row, (keys, values) in enumerate(new_tokens):
             partials = _Partials(folded[row], scaling, sliding_window, kernel)
-            partials.add_new_tokens(view.keys[row], view.values[row])
+            partials.add_new_tokens(keys, values)
             part = shared.pop(row, None)
             begin = part.end if part else 0
             first = max(view.first(row, sliding_window), begin)
@@ -78,7 +83,7 @@ class BlockwiseAttention:
                 partials.add(part.output, part.lse)
             partials.add_past(past, first - view.starts[row])
             rows.append(partials.result(s_aux))
-        return torch.stack(rows)
+        return torch.cat(rows)[None] if view.lengths else torch.stack(rows)
 
 
 def kernels_on(device: torch.device, *, package: bool = False) -> tuple[Kernel, ...]:
@@ -119,9 +124,9 @@ class _SharedPart(NamedTuple):
 
 
 def _shared_parts(
-    query: Tensor, view: KVView, scaling: float, kernel: Kernel
+    query: Sequence[Tensor], view: KVView, scaling: float, kernel: Kernel
 ) -> dict[int, _SharedPart]:
-    """By row, for those of `query` [R, G, H / G, T, D] that share blocks with others: each block is
+    """By row, for those of `query`, [G, H / G, T, D] each, that share blocks with others: each is
     read once. All new tokens see all of the past, so those of several rows are as one long query
     (Hydragen, Juravsky et al. 2024, arXiv:2402.05099).
     """
@@ -133,14 +138,17 @@ def _shared_parts(
     if not paths:
         return {}
     order = sorted(paths, key=paths.__getitem__)  # in it the rows of each run are neighbours
-    num_new = query.shape[3]
-    tokens = {row: slice(place * num_new, (place + 1) * num_new) for place, row in enumerate(order)}
+    ends = itertools.accumulate(query[row].shape[2] for row in order)
+    tokens = {
+        row: slice(end - query[row].shape[2], end) for row, end in zip(order, ends, strict=True)
+    }
     queries = torch.cat([query[row] for row in order], 2)  # [G, H / G, N, D]
     output = torch.zeros_like(queries, dtype=torch.float32)
     lse = output.new_full(output.shape[:3], -torch.inf)
     for run in runs:
-        begin = min(tokens[row].start for row in run.rows)
-        part = slice(begin, begin + len(run.rows) * num_new)
+        part = slice(
+            min(tokens[row].start for row in run.rows), max(tokens[row].stop for row in run.rows)
+        )
         into = output[:, :, part], lse[:, :, part]
         partials = _Partials(queries[:, :, part], scaling, None, kernel, into)
         partials.add_past(view.shared(run), run.first)

@@ -38,6 +38,15 @@ class KVView:
     attention: Attention
     shares: bool = True
     """Whether there is memory to read for several rows at once what they share."""
+    lengths: tuple[int, ...] = ()
+    """Packed: the new tokens of rows with different numbers of them, so many of each, come one
+    after another, as in one row: `keys` and `values` are [1, G, T, D], with the T of all rows, and
+    so is the query that comes with them. Only blockwise attention is given such a view.
+    """
+
+    def split(self, given: Tensor) -> tuple[Tensor, ...]:
+        """Keys, values or a query [R, X, T, D], row by row: [X, T, D] of each."""
+        return given[0].split(self.lengths, dim=1) if self.lengths else given.unbind()
 
     def past(
         self, row: int, window: int | None = None, begin: int = 0

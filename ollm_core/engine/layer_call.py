@@ -39,9 +39,15 @@ class LayerCall:
         self._attention = find_attention(attention, device)
         self._shares = shares
         self._sequences = tuple(work[row].sequence for row in chunk.rows)
-        self._starts = tuple(work[row].start + chunk.begin for row in chunk.rows)
-        offsets = torch.arange(chunk.num_tokens, device=device)
-        self.positions = torch.tensor(self._starts, device=device)[:, None] + offsets  # [R, T]
+        self._starts = tuple(work[row].start + begin for row, begin, _ in chunk.spans)
+        self._lengths = chunk.lengths
+        # Where each row's first token stands, less its place in the row of the call.
+        offsets = torch.tensor(self._starts, device=device)[:, None]
+        if chunk.lengths:
+            lengths = torch.tensor(chunk.lengths, device=device)
+            offsets = (offsets[:, 0] + lengths - lengths.cumsum(0)).repeat_interleave(lengths)
+        self.positions = offsets + torch.arange(chunk.num_tokens, device=device)
+        self.positions = self.positions.view(chunk.num_rows, chunk.num_tokens)
 
     def run(
         self,
@@ -60,9 +66,6 @@ class LayerCall:
         """Store new keys and values [R, G, T, D]; what the attention function gets is a view of
         all.
         """
-        with self._keeping:
-            for row, sequence in enumerate(self._sequences):
-                self._store.append(layer_idx, sequence, keys[row], values[row])
         view = KVView(
             keys,
             values,
@@ -72,7 +75,12 @@ class LayerCall:
             self._store,
             self._attention,
             self._shares,
+            self._lengths,
         )
+        rows = zip(self._sequences, view.split(keys), view.split(values), strict=True)
+        with self._keeping:
+            for sequence, new_keys, new_values in rows:
+                self._store.append(layer_idx, sequence, new_keys, new_values)
         return view, view
 
 

@@ -204,23 +204,41 @@ class PassPlanner:
             and longest > 64
         ):
             sizes.append(sizes[-1] // 2)
+        together = self._together(store, work, attention)
         for size in sizes:
-            chunks = tuple(cut_chunks(work, size, aligned=self._workspace.aligned))
-            apart: list[Sharing] = [()] * len(chunks)
-            sharing = apart
+            apart = tuple(cut_chunks(work, size, aligned=self._workspace.aligned))
+            ways = [(apart, (Sharing(),) * len(apart))]
             if attention != "exact":
+                chunks = tuple(cut_chunks(work, size, together=together)) if together else apart
                 sharing = [self._sharing(store, work, chunk) for chunk in chunks]
+                known = tuple(one for one in sharing if one is not None)
+                if len(known) == len(chunks) and any(one.runs for one in known):
+                    ways.insert(0, (chunks, known))  # where there is memory to compute so
             for hidden_on_host in (False, True):
-                # What rows share is read once, where there is memory to compute so.
-                for runs in [sharing, apart] if any(sharing) else [apart]:
-                    needed = self._needed(work, chunks, attention, hidden_on_host, runs)
-                    yield PassPlan(chunks, size, attention, hidden_on_host, needed, any(runs))
+                for cut, shared in ways:
+                    needed = self._needed(work, cut, attention, hidden_on_host, shared)
+                    shares = any(one.runs for one in shared)
+                    yield PassPlan(cut, size, attention, hidden_on_host, needed, shares)
 
-    def _sharing(self, store: KVStore, work: Sequence[NewTokens], chunk: Chunk) -> Sharing:
-        """How the rows of a chunk share what they have stored."""
-        rows = [work[row] for row in chunk.rows]
-        sequences = [item.sequence for item in rows]
-        return self._workspace.sharing(store, sequences, [item.start for item in rows])
+    def _together(
+        self, store: KVStore, work: Sequence[NewTokens], attention: str
+    ) -> list[tuple[int, ...]]:
+        """Rows that have their first block in common, where they may be packed: in the order in
+        which they share most.
+        """
+        may_pack = self._workspace.packs and self._policy.may_chunk and attention != "exact"
+        if not may_pack or len({len(item.token_ids) for item in work}) == 1:
+            return []
+        runs = self._workspace.runs(store, work)
+        rows = sorted(
+            {row for run in runs for row in run.rows},
+            key=lambda row: [number for number, run in enumerate(runs) if row in run.rows],
+        )
+        return [tuple(row for row in rows if row in run.rows) for run in runs if run.first == 0]
+
+    def _sharing(self, store: KVStore, work: Sequence[NewTokens], chunk: Chunk) -> Sharing | None:
+        """How the rows of a chunk share what they have stored, as `Workspace.sharing` says."""
+        return self._workspace.sharing(store, [work[row] for row in chunk.rows], chunk.lengths)
 
     def _needed(
         self,
@@ -235,16 +253,17 @@ class PassPlanner:
         hidden = num_tokens * self._hidden_bytes
         shapes: dict[tuple[int, int], int] = {}
         layers: dict[tuple[int, int, Sharing], int] = {}
-        for chunk, runs in zip(chunks, sharing, strict=True):
+        for chunk, shared in zip(chunks, sharing, strict=True):
             past = max(work[row].start for row in chunk.rows) + chunk.begin
-            shape = len(chunk.rows), chunk.num_tokens
+            shape = chunk.num_rows, chunk.num_tokens
             shapes[shape] = max(shapes.get(shape, 0), past)
-            layers[*shape, runs] = max(layers.get((*shape, runs), 0), past)
+            call = *shape, shared
+            layers[call] = max(layers.get(call, 0), past)
         layer = max(
-            self._workspace.layer_bytes(num_rows, num_new, past, attention, runs)
-            for (num_rows, num_new, runs), past in layers.items()
+            self._workspace.layer_bytes(num_rows, num_new, past, attention, shared)
+            for (num_rows, num_new, shared), past in layers.items()
         )
-        largest = max(len(chunk.rows) * chunk.num_tokens for chunk in chunks)
+        largest = max(chunk.num_rows * chunk.num_tokens for chunk in chunks)
         experts, offloaded = self._workspace.mixture_bytes(num_tokens, len(chunks), largest)
         num_logits = sum(item.num_logits for item in work)
         # Logits in parts and whole, the highest, the normalised rows, float32 copies to choose

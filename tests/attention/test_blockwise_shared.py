@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +20,7 @@ from ollm_core import CacheKind
 from ollm_core.attention.blockwise import BlockwiseAttention
 from ollm_core.attention.kernels import CpuFlash, Products
 from ollm_core.contracts.kv import KVGeometry
-from ollm_core.engine.activations import _traced_runs, _TracedCache
+from ollm_core.engine.activations import Sharing, _TracedCache
 from ollm_core.kv.disk.storage import DiskKVStore
 from ollm_core.kv.in_memory import DeviceKVStore
 from ollm_core.memory.accounts import MemoryAccount
@@ -184,8 +184,7 @@ def test_each_block_is_read_once(num_new):
         assert len(store.given) > 30
         apart = Counter(store.given)
         store.given.clear()
-        view = KVView(*(getattr(view, name) for name in view.__slots__[:-1]), shares=False)
-        alone = case.attended(view, query, sinks)
+        alone = case.attended(replace(view, shares=False), query, sinks)
         assert store.given.keys() == apart.keys()
         assert max(store.given.values()) == 5  # the fourth to seventh row, and what they are from
     assert (found - alone).abs().max() < 1e-5
@@ -204,6 +203,35 @@ def test_rows_that_share_nothing_have_the_bits_they_had_alone():
                 (view.sequences[row],), (view.starts[row],), store, None,
             )  # fmt: skip
             assert torch.equal(case.attended(alone, query[row : row + 1], sinks)[0], found[row])
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(forks(), st.lists(st.integers(1, 30), min_size=7, max_size=7), st.booleans())
+def test_packed_rows_get_what_each_gets_alone(case, lengths, shares):
+    """Rows with different numbers of new tokens, one after another in one row of a call."""
+    lengths = tuple(min(n, case.num_new) for n in lengths)[: len(case.own)]
+    with DeviceKVStore(case.geometry, MemoryAccount("memory", 10**9)) as store:
+        view, query, sinks, _ = case.filled(store)
+
+        def packed(rows):
+            parts = [row[:, :length] for row, length in zip(rows, lengths, strict=True)]
+            return torch.cat(parts, 1)[None]
+
+        together = replace(
+            view, keys=packed(view.keys), values=packed(view.values), lengths=lengths,
+            shares=shares,
+        )  # fmt: skip
+        found = case.attended(together, packed(query), sinks)[0].split(lengths)
+        for row, (length, one) in enumerate(zip(lengths, found, strict=True)):
+            part = slice(row, row + 1)
+            alone = replace(
+                view, keys=view.keys[part, :, :length], values=view.values[part, :, :length],
+                sequences=view.sequences[part], starts=view.starts[part],
+            )  # fmt: skip
+            expected = case.attended(alone, query[part, :, :length], sinks)[0]
+            error = (one.double() - expected).abs().max() / expected.abs().max().clamp(min=1)
+            assert error < ERRORS[case.dtype]
+            assert shares or torch.equal(one, expected)
 
 
 MEMORY_CASES = {
@@ -237,15 +265,13 @@ def test_what_is_allocated_is_what_is_planned(tmp_path, tier, name, num_new, dty
             result = attention(nn.Module(), query, view, scaling=0.3)
             del result
         runs = view.shared_runs()
-    sharing = (
-        len({row for run in runs for row in run.rows}),
-        *sorted({len(run.rows) for run in runs}),
-    )
+    sizes = len({row for run in runs for row in run.rows}), *sorted({len(r.rows) for r in runs})
+    sharing = Sharing(tuple(tuple(range(size)) for size in sizes))
     options = {"dtype": dtype, "device": "meta"}
     new = torch.empty(view.keys.shape, **options)
     planned_query = torch.empty(query.shape, **options)
     block = torch.empty(case.geometry.block_shape(0), **options)
-    cache = _TracedCache(case.geometry, 8 * 16, "blockwise", _traced_runs(sharing, num_new, 16))
+    cache = _TracedCache(case.geometry, 8 * 16, "blockwise", sharing)
     planned_view, _ = cache.update(new, new, 0)
     planned = traced_peak(lambda: attention(nn.Module(), planned_query, planned_view, scaling=0.3))
     assert tracker.peak <= planned <= 1.1 * tracker.peak + block.nbytes  # it makes one to look at
