@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 
@@ -54,6 +55,14 @@ class Chunk:
         if self.lengths:
             return [(row, 0, end) for row, end in zip(self.rows, self.lengths, strict=True)]
         return [(row, self.begin, self.end) for row in self.rows]
+
+    def positions(self, work: Sequence[NewTokens]) -> Tensor:
+        """Where its tokens stand in their sequences, [R, T] of the call."""
+        spans = [
+            torch.arange(work[row].start + begin, work[row].start + end, device="cpu")
+            for row, begin, end in self.spans
+        ]
+        return torch.cat(spans).view(self.num_rows, self.num_tokens)
 
 
 def num_new_tokens(work: Sequence[NewTokens]) -> int:

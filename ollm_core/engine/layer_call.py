@@ -41,13 +41,7 @@ class LayerCall:
         self._sequences = tuple(work[row].sequence for row in chunk.rows)
         self._starts = tuple(work[row].start + begin for row, begin, _ in chunk.spans)
         self._lengths = chunk.lengths
-        # Where each row's first token stands, less its place in the row of the call.
-        offsets = torch.tensor(self._starts, device=device)[:, None]
-        if chunk.lengths:
-            lengths = torch.tensor(chunk.lengths, device=device)
-            offsets = (offsets[:, 0] + lengths - lengths.cumsum(0)).repeat_interleave(lengths)
-        self.positions = offsets + torch.arange(chunk.num_tokens, device=device)
-        self.positions = self.positions.view(chunk.num_rows, chunk.num_tokens)
+        self.positions = chunk.positions(work).to(device)  # [R, T]
 
     def run(
         self,

@@ -51,6 +51,7 @@ def test_rows_of_different_lengths_are_packed_where_they_may_be(ids):
     assert [(c.rows, c.lengths) for c in packed] == [((5, 1), (9, 3)), ((0, 4, 2), (5, 1, 5))]
     assert [(c.num_rows, c.num_tokens, c.begin) for c in packed] == [(1, 12, 0), (1, 11, 0)]
     assert packed[1].spans == [(0, 0, 5), (4, 0, 1), (2, 0, 5)]
+    assert packed[1].positions(work).tolist() == [[*range(100, 105), 100, *range(100, 105)]]
     rest = [(c.rows, c.begin, c.end) for c in chunks if not c.lengths]
     assert rest == [
         *(((3,), begin, min(begin + 12, 70)) for begin in range(0, 70, 12)),
