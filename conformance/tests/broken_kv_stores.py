@@ -8,7 +8,7 @@ import torch
 from broken import BrokenPart
 
 from ollm_conformance import KVStoreConformance
-from ollm_core import DoesNotFitError, TierBytes, TiledBlocks
+from ollm_core import DoesNotFitError, SharedRun, TierBytes, TiledBlocks
 from ollm_core.contracts.kv import KVGeometry
 from ollm_core.kv.disk.storage import DiskKVStore
 from ollm_core.kv.in_memory import DeviceKVStore
@@ -144,6 +144,34 @@ class LayersMixed(DeviceKVStore):
         if self.num_tokens(sequence, layer_idx) > 3 and layer_idx:
             layer_idx = self.geometry.num_layers - layer_idx
         super().append(layer_idx, sequence, keys, values)
+
+
+class SharesTheTail(DeviceKVStore):
+    def shared_runs(self, layer_idx, sequences, ends):
+        longer = [min(end + 3, self.num_tokens(s)) for s, end in zip(sequences, ends, strict=True)]
+        return super().shared_runs(layer_idx, sequences, longer)
+
+
+class SharesWhatItOnceDid(DeviceKVStore):
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.forks = {}
+
+    def fork(self, sequence, num_tokens=None):
+        forked = super().fork(sequence, num_tokens)
+        whole = self.num_tokens(forked) // self.block_size * self.block_size
+        self.forks[forked] = sequence, whole
+        return forked
+
+    def shared_runs(self, layer_idx, sequences, ends):
+        for row, sequence in enumerate(sequences):
+            origin, whole = self.forks.get(sequence, (None, 0))
+            end = min(whole, ends[row] // self.block_size * self.block_size)
+            if end and origin in sequences:
+                other = sequences.index(origin)
+                if end <= ends[other]:
+                    return [SharedRun((other, row), 0, end)]
+        return ()
 
 
 class StaleAfterTruncate(DeviceKVStore):
@@ -327,6 +355,10 @@ BROKEN_KV_STORES = [
          disk_suite_of(LeavesAFile), "closed"),
         ("counts-no-reads", "Bytes read from disk are not counted.",
          disk_suite_of(CountsNoReads), "bytes-read"),
+        ("shares-the-tail", "What forks share goes past what was asked for.",
+         suite_of(SharesTheTail), "shared"),
+        ("shares-what-it-once-did", "A fork that was cut shares what it did before.",
+         suite_of(SharesWhatItOnceDid), "shared"),
         ("tiles-reversed", "Several blocks at a time come in reverse.",
          disk_suite_of(TilesReversed), "tiles"),
     ]

@@ -95,6 +95,32 @@ def rows_mixed_up(*args, **options):
     return model
 
 
+def _shares(load_options, say):
+    """A model whose stores say by `say(runs)` what is shared."""
+    model = ollm.load(*load_options[0], **load_options[1])
+    real = model.new_cache
+
+    def new_cache(*arguments, **options):
+        cache = real(*arguments, **options)
+        told = cache.store.shared_runs
+        cache.store.shared_runs = lambda *asked: say(told(*asked))
+        return cache
+
+    model.new_cache = new_cache
+    return model
+
+
+def first_shared_block_left_out(*args, **options):
+    return _shares(
+        (args, options),
+        lambda runs: [replace(run, first=run.first or 256) for run in runs],
+    )
+
+
+def shared_blocks_read_for_each(*args, **options):
+    return _shares((args, options), lambda runs: ())
+
+
 def padding_is_seen(*args, **options):
     model = ollm.load(*args, **options)
     real = model._pass
@@ -326,6 +352,16 @@ BROKEN_MODELS = [
     _broken("drafts.assisted", "Drafts cost more passes than they save.", lookup_costs_passes),
     _broken("batches.ragged", "Sequences of a batch are mixed up.", rows_mixed_up),
     _broken("batches.ragged", "A batch is a pass for each row.", one_pass_for_each_row),
+    _broken(
+        "batches.shared-prefix",
+        "Of what forks share the first block is not seen.",
+        first_shared_block_left_out,
+    ),
+    _broken(
+        "batches.shared-prefix",
+        "What forks share is read for each of them.",
+        shared_blocks_read_for_each,
+    ),
     _broken("batches.left-padded", "Padding is seen.", padding_is_seen),
     _broken("weights.read-once", "The weights are read twice.", every_pass_twice),
     _broken("memory.budget", "The device budget is ignored.", device_budget_ignored),

@@ -7,8 +7,10 @@ FlashAttention (Dao et al. 2022, arXiv:2205.14135).
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,7 +54,9 @@ class BlockwiseAttention:
         s_aux: Tensor | None = None,
         **options: Any,
     ) -> Tensor:
-        """`query` [R, H, T, D] -> [R, T, H, D]. Raises UnsupportedError for other options."""
+        """`query` [R, H, T, D] -> [R, T, H, D]. Raises UnsupportedError for other options. Takes
+        packed views.
+        """
         for name, value in options.items():
             if value is not None and name not in CARRIED:
                 raise UnsupportedError(
@@ -62,11 +66,24 @@ class BlockwiseAttention:
                     "blockwise-attention unsupported, and `auto` is then exact",
                 )
         kernel = next(k for k in self.kernels if k.takes(query.dtype, query.shape[-1]))
+        # A group's queries share their keys: they are folded into one long query.
+        groups = view.keys.shape[1]
+        folded = [row.unflatten(0, (groups, -1)) for row in view.split(query)]  # [G, H / G, T, D]
+        shared = {} if sliding_window is not None else _shared_parts(folded, view, scaling, kernel)
         rows = []
-        for row in range(query.shape[0]):
-            partials = _Partials(query[row], view, row, scaling, sliding_window, kernel)
+        new_tokens = zip(view.split(view.keys), view.split(view.values), strict=True)
+        for row, (keys, values) in enumerate(new_tokens):
+            partials = _Partials(folded[row], scaling, sliding_window, kernel)
+            partials.add_new_tokens(keys, values)
+            part = shared.pop(row, None)
+            begin = part.end if part else 0
+            first = max(view.first(row, sliding_window), begin)
+            past = view.past(row, sliding_window, begin)
+            if part:
+                partials.add(part.output, part.lse)
+            partials.add_past(past, first - view.starts[row])
             rows.append(partials.result(s_aux))
-        return torch.stack(rows)
+        return torch.cat(rows)[None] if view.lengths else torch.stack(rows)
 
 
 def kernels_on(device: torch.device, *, package: bool = False) -> tuple[Kernel, ...]:
@@ -95,41 +112,95 @@ def blockwise_attention(
     return attend(module, query, view, scaling=scaling, **options)
 
 
-class _Partials:
-    """Attention of the new tokens of one row, summed up over tiles of keys.
+class _SharedPart(NamedTuple):
+    """Attention of one row's new tokens over the blocks that it shares with others."""
 
-    Positions count from the first new token, so earlier keys have negative ones. A group's queries
-    share their keys: they are folded into one long query, and no key is repeated.
+    end: int
+    """The position after these blocks."""
+    output: Tensor
+    """[G, H / G, T, D] in float32."""
+    lse: Tensor
+    """[G, H / G, T]."""
+
+
+def _shared_parts(
+    query: Sequence[Tensor], view: KVView, scaling: float, kernel: Kernel
+) -> dict[int, _SharedPart]:
+    """By row, for those of `query`, [G, H / G, T, D] each, that share blocks with others: each is
+    read once. All new tokens see all of the past, so those of several rows are as one long query
+    (Hydragen, Juravsky et al. 2024, arXiv:2402.05099).
+    """
+    runs = view.shared_runs()
+    paths: dict[int, list[int]] = {}  # the runs that a row is in, in their order
+    for number, run in enumerate(runs):
+        for row in run.rows:
+            paths.setdefault(row, []).append(number)
+    if not paths:
+        return {}
+    order = sorted(paths, key=paths.__getitem__)  # in it the rows of each run are neighbours
+    ends = itertools.accumulate(query[row].shape[2] for row in order)
+    tokens = {
+        row: slice(end - query[row].shape[2], end) for row, end in zip(order, ends, strict=True)
+    }
+    queries = torch.cat([query[row] for row in order], 2)  # [G, H / G, N, D]
+    output = torch.zeros_like(queries, dtype=torch.float32)
+    lse = output.new_full(output.shape[:3], -torch.inf)
+    for run in runs:
+        part = slice(
+            min(tokens[row].start for row in run.rows), max(tokens[row].stop for row in run.rows)
+        )
+        into = output[:, :, part], lse[:, :, part]
+        partials = _Partials(queries[:, :, part], scaling, None, kernel, into)
+        partials.add_past(view.shared(run), run.first)
+    return {
+        row: _SharedPart(runs[paths[row][-1]].end, output[:, :, part], lse[:, :, part])
+        for row, part in tokens.items()
+    }
+
+
+class _Partials:
+    """Attention of the new tokens of one row, or of the rows that share blocks, summed up over
+    tiles of keys.
+
+    Positions count from the first new token, so earlier keys have negative ones.
     """
 
     def __init__(
         self,
         query: Tensor,
-        view: KVView,
-        row: int,
         scaling: float,
         window: int | None,
         kernel: Kernel,
+        into: tuple[Tensor, Tensor] | None = None,
     ) -> None:
-        """`query` is [H, T, D]."""
-        keys, values = view.keys[row], view.values[row]  # [G, T, D]
-        num_groups, num_new = keys.shape[:2]
-        self._query = query.unflatten(0, (num_groups, -1))  # [G, H / G, T, D]
+        """`query` is [G, H / G, T, D]. What is summed up goes into output and log-sum-exp `into`,
+        where these are given; they have what was there before.
+        """
+        self._query = query
         self._scaling = scaling
         self._window = window
         self._kernel = kernel
-        self._total: Tensor | None = None  # [G, H / G, T, D] float32
-        self._lse: Tensor | None = None  # [G, H / G, T]
+        self._into = into
+        self._total: Tensor | None  # [G, H / G, T, D] float32
+        self._lse: Tensor | None  # [G, H / G, T]
+        self._total, self._lse = into or (None, None)
         # Parts [n, G, H / G, T, D] and [n, G, H / G, T] that are not merged yet.
         self._waiting: list[tuple[Tensor, Tensor]] = []
         self._num_waiting = 0  # blocks, whatever number of calls they came from
-        self._few = num_new <= _FEW
+        self._few = query.shape[2] <= _FEW
+
+    def add_new_tokens(self, keys: Tensor, values: Tensor) -> None:
+        """Those of the queries' own tokens, [G, T, D] each."""
+        num_new = keys.shape[1]
         step = num_new if self._hides(num_new) else _TILE
         for begin in range(0, num_new, step):
             tile = slice(begin, begin + step)
             self._add_new(keys[:, tile], values[:, tile], begin)
-        position = view.first(row, window) - view.starts[row]
-        past = view.past(row, window)
+
+    def add_past(self, past: Iterator[tuple[Tensor, Tensor]], position: int) -> None:
+        """Earlier keys and values, as `KVStore.blocks` gives them, from `position` on. They come
+        last: what waits is merged.
+        """
         if self._few and isinstance(past, TiledBlocks):
             for past_keys, past_values in past.tiles():
                 self._add_tile(past_keys, past_values, position)
@@ -140,6 +211,10 @@ class _Partials:
                 position += past_keys.shape[1]
         if self._waiting:
             self._merge_waiting()
+
+    def add(self, output: Tensor, lse: Tensor) -> None:
+        """A part that was summed up elsewhere, [G, H / G, T, D] and [G, H / G, T]."""
+        self._merge(output, lse, 0, self._query.shape[2])
 
     def result(self, sinks: Tensor | None) -> Tensor:
         """[T, H, D]."""
@@ -289,5 +364,8 @@ class _Partials:
         whole = weights.sum(0)
         self._total = outputs.mul_(weights[..., None]).sum(0).div_(whole[..., None])
         self._lse = whole.log_().add_(highest)
+        if self._into is not None:
+            total, lse = self._into
+            self._total, self._lse = total.copy_(self._total), lse.copy_(self._lse)
         self._waiting.clear()  # only now: what is planned for are all of them, whoever holds some
         self._num_waiting = 0

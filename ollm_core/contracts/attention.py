@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ollm_core.contracts.kv import KVStore
+from ollm_core.contracts.kv import KVStore, SharedRun
 
 if TYPE_CHECKING:
     import torch
@@ -36,13 +36,37 @@ class KVView:
     """Tokens of each row that come before the new ones."""
     store: KVStore
     attention: Attention
+    shares: bool = True
+    """Whether there is memory to read for several rows at once what they share."""
+    lengths: tuple[int, ...] = ()
+    """Packed: the new tokens of rows with different numbers of them, so many of each, come one
+    after another, as in one row: `keys` and `values` are [1, G, T, D], with the T of all rows, and
+    so is the query that comes with them. Only blockwise attention is given such a view.
+    """
 
-    def past(self, row: int, window: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    def split(self, given: Tensor) -> tuple[Tensor, ...]:
+        """Keys, values or a query [R, X, T, D], row by row: [X, T, D] of each."""
+        return given[0].split(self.lengths, dim=1) if self.lengths else given.unbind()
+
+    def past(
+        self, row: int, window: int | None = None, begin: int = 0
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """Stored keys and values before the new tokens of `row`, as pairs of [G, n, D]: from
-        `first(row, window)` on.
+        `first(row, window)` on, and not before `begin`.
         """
-        first = self.first(row, window)
+        first = max(self.first(row, window), begin)
         return self.store.blocks(self.layer_idx, self.sequences[row], self.starts[row], first)
+
+    def shared_runs(self) -> Sequence[SharedRun]:
+        """What several rows have stored in the same blocks, before their new tokens."""
+        if not self.shares or len(self.sequences) < 2:
+            return ()
+        return self.store.shared_runs(self.layer_idx, self.sequences, self.starts)
+
+    def shared(self, run: SharedRun) -> Iterator[tuple[Tensor, Tensor]]:
+        """Keys and values of a run, as pairs of [G, n, D]."""
+        sequence = self.sequences[run.rows[0]]
+        return self.store.blocks(self.layer_idx, sequence, run.end, run.first)
 
     def kept(self, row: int, window: int | None = None) -> list[tuple[Tensor, Tensor]]:
         """As `past`, but with the new tokens, of a store that is `in_place`."""

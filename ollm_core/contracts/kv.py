@@ -140,6 +140,17 @@ class KVGeometry:
         return 0 if window is None else max(num_tokens - max(window - 1, 1), 0)
 
 
+@dataclass(frozen=True, slots=True)
+class SharedRun:
+    """Neighbouring positions that several sequences have in the same blocks."""
+
+    rows: tuple[int, ...]
+    """Two or more places in the list of sequences that was asked about."""
+    first: int
+    end: int
+    """Positions `first` to `end`, multiples of the block size."""
+
+
 class TiledBlocks(ABC, Iterator["tuple[Tensor, Tensor]"]):
     """What `KVStore.blocks` may give out where blocks of one length lie side by side: they can be
     taken together. A store that changes or checks what another's `blocks` gives needs not know.
@@ -202,6 +213,18 @@ class KVStore(Closing):
         They are on the compute device and valid until the next step of the iterator, which may be
         a TiledBlocks. Raises KVStoreError for positions that a sliding layer no longer has.
         """
+
+    def shared_runs(
+        self, layer_idx: int, sequences: Sequence[int], ends: Sequence[int]
+    ) -> Sequence[SharedRun]:
+        """Which positions before `ends`, one of each of `sequences`, several of these have in the
+        same blocks: what `blocks` gives of one is then read once for all of them. By default none.
+
+        As a tree: the rows of two runs are apart, or the one that comes first has all of the
+        other's and ends at or before its `first`. So no position of a row is in two runs, and a
+        row's runs, in their order, begin at 0 and leave nothing out.
+        """
+        return ()
 
     @property
     def in_place(self) -> bool:

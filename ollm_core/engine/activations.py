@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -14,9 +15,10 @@ from torch import Tensor
 from ollm_core.attention.blockwise import most_blocks
 from ollm_core.attention.select import find_attention
 from ollm_core.contracts.attention import KVView
-from ollm_core.contracts.kv import KVGeometry, KVStore
+from ollm_core.contracts.kv import KVGeometry, KVStore, SharedRun
 from ollm_core.device.buffers import round_up
 from ollm_core.device.offload import ActivationOffload
+from ollm_core.engine.batch import NewTokens
 from ollm_core.engine.layer_call import call_layer
 from ollm_core.engine.own_call import OwnCall
 from ollm_core.engine.recurrent_call import StateCache
@@ -27,8 +29,27 @@ from ollm_core.model.own_forward import OwnForward
 from ollm_core.model.skeleton import Skeleton
 from ollm_core.model.spec import ModelSpec
 
-_Shape = tuple[int, int, int, int, str]
-"""layer_idx, num_rows, num_new, num_past, attention"""
+
+@dataclass(frozen=True, slots=True)
+class Sharing:
+    """What of the stored blocks of a call's rows is read once for several of them, as far as that
+    decides what the call takes.
+    """
+
+    runs: tuple[tuple[int, ...], ...] = ()
+    """Rows of each run. Where all are equally long, first those that share at all, who have no
+    block by that, then each number of rows that there is.
+    """
+    lengths: tuple[int, ...] = ()
+    """Of packed rows."""
+    num_own: int = 0
+    """Tokens stored of a row that it does not share, at most."""
+
+
+_APART = Sharing()
+_Shape = tuple[int, int, int, int, str, Sharing]
+"""layer_idx, num_rows, num_new, num_past, attention, sharing"""
+_MOST_PACKED = 64  # shapes of packed calls that are remembered: hardly one comes again
 
 
 class Workspace:
@@ -38,6 +59,7 @@ class Workspace:
         self._skeleton = skeleton
         self._geometry = geometry
         self._known: dict[_Shape, int] = {}
+        self._known_packed: dict[_Shape, int] = {}
         self._known_mixtures: dict[tuple[int, int, bool], tuple[int, int, int]] = {}
         # One layer of each kind: what it remembers, and what it is made of.
         kinds: dict[Hashable, int] = {}
@@ -89,7 +111,7 @@ class Workspace:
         if self._skeleton.own is None:
             return 0
         past = round_up(num_past, self._geometry.block_size)
-        return self._remembered(-1 - num_logits, num_rows, num_new, past, "exact")
+        return self._remembered(-1 - num_logits, num_rows, num_new, past, "exact", _APART)
 
     @property
     def vocab_size(self) -> int:
@@ -120,43 +142,101 @@ class Workspace:
             if whole != halves:
                 raise mixture.not_the_layer(whole, halves)
 
-    def layer_bytes(self, num_rows: int, num_new: int, num_past: int, attention: str) -> int:
+    def layer_bytes(
+        self,
+        num_rows: int,
+        num_new: int,
+        num_past: int,
+        attention: str,
+        sharing: Sharing = _APART,
+    ) -> int:
         """Peak bytes of a layer for `num_new` tokens in each of `num_rows`, after `num_past`
         tokens: of the layer that takes most.
 
         The layer's output is counted, its input and its weights are not.
         """
         return max(
-            self._one_layer(layer_idx, num_rows, num_new, num_past, attention)
+            self._one_layer(layer_idx, num_rows, num_new, num_past, attention, sharing)
             for layer_idx in self._distinct
         )
 
+    @property
+    def packs(self) -> bool:
+        """Whether rows of a call may be packed: all that layers remember are keys and values."""
+        return self._skeleton.own is None and not self._skeleton.recurrent
+
+    def runs(self, store: KVStore, work: Sequence[NewTokens]) -> Sequence[SharedRun]:
+        """What the sequences of `work` share in the first layer that keeps all tokens."""
+        full = [i for i, kind in enumerate(self._geometry.kinds) if kind.kind == "full"]
+        sequences, starts = [item.sequence for item in work], [item.start for item in work]
+        return store.shared_runs(full[0], sequences, starts) if full else ()
+
+    def sharing(
+        self, store: KVStore, work: Sequence[NewTokens], lengths: tuple[int, ...] = ()
+    ) -> Sharing | None:
+        """How the sequences of `work` share what they have; `lengths` are those of packed ones.
+        None if layers differ, as they may where an error has left some cut and others not.
+        """
+        if len(work) < 2 or self._skeleton.own is not None:
+            return _APART
+        sequences, starts = [item.sequence for item in work], [item.start for item in work]
+        told = {
+            tuple(store.shared_runs(layer_idx, sequences, starts))
+            for layer_idx, kind in enumerate(self._geometry.kinds)
+            if kind.kind == "full"
+        }
+        if len(told) > 1:
+            return None
+        runs = next(iter(told), ())
+        if not runs:
+            return _APART
+        ends = {row: run.end for run in runs for row in run.rows}
+        num_own = max(start - ends.get(row, 0) for row, start in enumerate(starts))
+        num_own = round_up(num_own, self._geometry.block_size)
+        if lengths:
+            return Sharing(tuple(run.rows for run in runs), lengths, num_own)
+        sizes = len(ends), *sorted({len(run.rows) for run in runs})
+        return Sharing(tuple(tuple(range(size)) for size in sizes), (), num_own)
+
     def _one_layer(
-        self, layer_idx: int, num_rows: int, num_new: int, num_past: int, attention: str
+        self,
+        layer_idx: int,
+        num_rows: int,
+        num_new: int,
+        num_past: int,
+        attention: str,
+        sharing: Sharing,
     ) -> int:
         block_size, window = self._geometry.block_size, self._geometry.kinds[layer_idx].window
         shape = layer_idx, num_rows, num_new
         if self._skeleton.own is not None:
             attention, window = "exact", None  # masks of all layers are made together
         if layer_idx in self._skeleton.recurrent:
-            return self._remembered(*shape, min(num_past, 1), attention)
+            return self._remembered(*shape, min(num_past, 1), attention, _APART)
         below, above = num_past // block_size * block_size, round_up(num_past, block_size)
         if window is not None:
             # As many as are ever seen: their first block is then as long as any that is cut.
-            return self._remembered(*shape, min(above, window - 1), attention)
+            apart = Sharing(lengths=sharing.lengths)
+            return self._remembered(*shape, min(above, window - 1), attention, apart)
         if attention != "exact":
-            most = most_blocks(num_new) * block_size
-            return self._remembered(*shape, min(above, most), attention)
+            most = most_blocks(min(sharing.lengths, default=num_new)) * block_size
+            if sharing.runs:
+                above = sharing.num_own
+                sharing = replace(sharing, num_own=0)
+            return self._remembered(*shape, min(above, most), attention, sharing)
         # What an operation takes is a line in num_past. The peak is the highest of such lines, so
         # between two lengths it lies on or below the straight line from one peak to the other.
-        least = self._remembered(*shape, below, attention)
-        most = self._remembered(*shape, above, attention)
+        least = self._remembered(*shape, below, attention, _APART)
+        most = self._remembered(*shape, above, attention, _APART)
         return least + -(-(most - least) * (num_past - below) // block_size)
 
     def _remembered(self, *key: *_Shape) -> int:
-        if key not in self._known:
-            self._known[key] = self._trace(*key)
-        return self._known[key]
+        known = self._known_packed if key[-1].lengths else self._known
+        if key not in known:
+            if known is self._known_packed and len(known) == _MOST_PACKED:
+                known.clear()
+            known[key] = self._trace(*key)
+        return known[key]
 
     def mixture_bytes(self, num_tokens: int, num_chunks: int, largest: int) -> tuple[int, int]:
         """What the MLP of a layer with routed experts takes for `num_tokens` in `num_chunks` of at
@@ -204,7 +284,13 @@ class Workspace:
         return work, (chunk.num_bytes - per_chunk) // num_tokens, per_chunk
 
     def _trace(
-        self, layer_idx: int, num_rows: int, num_new: int, num_past: int, attention: str
+        self,
+        layer_idx: int,
+        num_rows: int,
+        num_new: int,
+        num_past: int,
+        attention: str,
+        sharing: Sharing,
     ) -> int:
         if self._skeleton.own is not None:
             own = self._skeleton.own
@@ -213,7 +299,8 @@ class Workspace:
                 for dtype in own.hidden_dtypes
             )
         forward = self._skeleton.chunk_forward(layer_idx)
-        return traced_peak(self._call(layer_idx, num_rows, num_new, num_past, attention, forward))
+        shape = layer_idx, num_rows, num_new, num_past
+        return traced_peak(self._call(*shape, attention, forward, sharing))
 
     def _trace_own(
         self,
@@ -282,6 +369,7 @@ class Workspace:
         num_past: int,
         attention: str,
         forward: Callable[..., Tensor],
+        sharing: Sharing = _APART,
     ) -> Callable[[], Tensor]:
         """A call of `forward`, of a layer on the meta device, to be traced; what it is given is
         there before.
@@ -300,7 +388,7 @@ class Workspace:
                 return traced()
 
         def traced() -> Tensor:
-            cache: object = _TracedCache(self._geometry, num_past, attention)
+            cache: object = _TracedCache(self._geometry, num_past, attention, sharing)
             if states:
                 past = states if num_past else None
                 cache = StateCache(layer_idx, [past] * num_rows, hidden.device)
@@ -318,31 +406,58 @@ class _TracedCache:
 
     in_place = False  # what is seen may have to be put together
 
-    def __init__(self, geometry: KVGeometry, num_tokens: int, attention: str) -> None:
+    def __init__(
+        self,
+        geometry: KVGeometry,
+        num_tokens: int,
+        attention: str,
+        sharing: Sharing = _APART,
+    ) -> None:
+        """`num_tokens` are those that a row does not share."""
         self._geometry = geometry
         self._num_tokens = num_tokens
         self._attention = attention
+        self._sharing = sharing
+        self._runs: list[SharedRun] = []
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int) -> tuple[KVView, KVView]:
-        num_rows = keys.shape[0]
+        packed = self._sharing.lengths
+        lengths = packed or (keys.shape[2],) * keys.shape[0]
+        starts = [0] * len(lengths)
+        self._runs.clear()
+        for number, rows in enumerate(self._sharing.runs):
+            # Before its own, a row has in each of its runs as many blocks as matter.
+            first = max(starts[row] for row in rows)
+            most = most_blocks(sum(lengths[row] for row in rows)) if number or packed else 0
+            end = first + most * self._geometry.block_size
+            self._runs.append(SharedRun(rows, first, end))
+            for row in rows:
+                starts[row] = end
         view = KVView(
             keys,
             values,
             layer_idx,
-            (0,) * num_rows,
-            (self._num_tokens,) * num_rows,
-            cast("KVStore", self),  # only `blocks` is asked of it
+            (0,) * len(lengths),
+            tuple(start + self._num_tokens for start in starts),
+            cast("KVStore", self),  # nothing else is asked of it
             find_attention(self._attention, self._geometry.device),
+            lengths=packed,
         )
         return view, view
+
+    def shared_runs(
+        self, layer_idx: int, sequences: Sequence[int], ends: Sequence[int]
+    ) -> Sequence[SharedRun]:
+        return self._runs
 
     def blocks(
         self, layer_idx: int, sequence: int, num_tokens: int | None = None, first: int = 0
     ) -> Iterator[tuple[Tensor, Tensor]]:
         shape = self._geometry.block_shape(layer_idx)
         block = torch.empty(shape, dtype=self._geometry.dtype, device="meta")
-        for begin in range(first, self._num_tokens, self._geometry.block_size):
-            count = min(self._geometry.block_size, self._num_tokens - begin)
+        end = self._num_tokens if num_tokens is None else num_tokens
+        for begin in range(first, end, self._geometry.block_size):
+            count = min(self._geometry.block_size, end - begin)
             yield block[0, :, :count], block[1, :, :count]
 
 

@@ -27,17 +27,21 @@ class LayerCall:
         chunk: Chunk,
         attention: str,
         device: torch.device,
+        *,
+        shares: bool,
     ) -> None:
+        """`shares` says whether attention may read once what several rows share."""
         self.embeddings: dict[str | None, PositionEmbeddings] = {}
         """Those that further layers of a type take, too."""
         self._store = store
         # What a store keeps outlives the pass. One that is `in_place` sees to that itself.
         self._keeping = nullcontext() if store.in_place else torch.inference_mode(mode=False)
         self._attention = find_attention(attention, device)
+        self._shares = shares
         self._sequences = tuple(work[row].sequence for row in chunk.rows)
-        self._starts = tuple(work[row].start + chunk.begin for row in chunk.rows)
-        offsets = torch.arange(chunk.num_tokens, device=device)
-        self.positions = torch.tensor(self._starts, device=device)[:, None] + offsets  # [R, T]
+        self._starts = tuple(work[row].start + begin for row, begin, _ in chunk.spans)
+        self._lengths = chunk.lengths
+        self.positions = chunk.positions(work).to(device)  # [R, T]
 
     def run(
         self,
@@ -56,12 +60,21 @@ class LayerCall:
         """Store new keys and values [R, G, T, D]; what the attention function gets is a view of
         all.
         """
-        with self._keeping:
-            for row, sequence in enumerate(self._sequences):
-                self._store.append(layer_idx, sequence, keys[row], values[row])
         view = KVView(
-            keys, values, layer_idx, self._sequences, self._starts, self._store, self._attention
+            keys,
+            values,
+            layer_idx,
+            self._sequences,
+            self._starts,
+            self._store,
+            self._attention,
+            self._shares,
+            self._lengths,
         )
+        rows = zip(self._sequences, view.split(keys), view.split(values), strict=True)
+        with self._keeping:
+            for sequence, new_keys, new_values in rows:
+                self._store.append(layer_idx, sequence, new_keys, new_values)
         return view, view
 
 

@@ -12,7 +12,7 @@ import torch
 
 from ollm_core.attention.trial import require_flash
 from ollm_core.contracts.kv import KVStore
-from ollm_core.engine.activations import Workspace
+from ollm_core.engine.activations import Sharing, Workspace
 from ollm_core.engine.batch import Chunk, NewTokens, cut_chunks
 from ollm_core.errors import DoesNotFitError
 from ollm_core.memory.accounts import Accounts
@@ -77,6 +77,8 @@ class PassPlan:
     hidden_on_host: bool
     parts: PerMemory[Mapping[str, int]]
     """By what they are for."""
+    shares: bool = False
+    """Whether blocks that several rows have stored are read once for all of them."""
 
     @property
     def needed(self) -> PerMemory[int]:
@@ -145,7 +147,7 @@ class PassPlanner:
         DoesNotFitError.
         """
         smallest: PerMemory[int] | None = None
-        for plan in self._candidates(work):
+        for plan in self._candidates(store, work):
             growth = self._growth(store, work, plan)
             missing = self._missing(added(plan.needed, growth))
             if not any(missing):
@@ -186,7 +188,7 @@ class PassPlanner:
             host.reserve(kind, num_bytes.host)
             undo.pop_all()
 
-    def _candidates(self, work: Sequence[NewTokens]) -> Iterator[PassPlan]:
+    def _candidates(self, store: KVStore, work: Sequence[NewTokens]) -> Iterator[PassPlan]:
         longest = max(len(item.token_ids) for item in work)
         attention = self._policy.attention
         if attention == "auto":
@@ -202,26 +204,66 @@ class PassPlanner:
             and longest > 64
         ):
             sizes.append(sizes[-1] // 2)
+        together = self._together(store, work, attention)
         for size in sizes:
-            chunks = tuple(cut_chunks(work, size, aligned=self._workspace.aligned))
+            apart = tuple(cut_chunks(work, size, aligned=self._workspace.aligned))
+            ways = [(apart, (Sharing(),) * len(apart))]
+            if attention != "exact":
+                chunks = tuple(cut_chunks(work, size, together=together)) if together else apart
+                sharing = [self._sharing(store, work, chunk) for chunk in chunks]
+                known = tuple(one for one in sharing if one is not None)
+                if len(known) == len(chunks) and any(one.runs for one in known):
+                    ways.insert(0, (chunks, known))  # where there is memory to compute so
             for hidden_on_host in (False, True):
-                needed = self._needed(work, chunks, attention, hidden_on_host)
-                yield PassPlan(chunks, size, attention, hidden_on_host, needed)
+                for cut, shared in ways:
+                    needed = self._needed(work, cut, attention, hidden_on_host, shared)
+                    shares = any(one.runs for one in shared)
+                    yield PassPlan(cut, size, attention, hidden_on_host, needed, shares)
+
+    def _together(
+        self, store: KVStore, work: Sequence[NewTokens], attention: str
+    ) -> list[tuple[int, ...]]:
+        """Rows that have their first block in common, where they may be packed: in the order in
+        which they share most.
+        """
+        may_pack = self._workspace.packs and self._policy.may_chunk and attention != "exact"
+        if not may_pack or len({len(item.token_ids) for item in work}) == 1:
+            return []
+        runs = self._workspace.runs(store, work)
+        rows = sorted(
+            {row for run in runs for row in run.rows},
+            key=lambda row: [number for number, run in enumerate(runs) if row in run.rows],
+        )
+        return [tuple(row for row in rows if row in run.rows) for run in runs if run.first == 0]
+
+    def _sharing(self, store: KVStore, work: Sequence[NewTokens], chunk: Chunk) -> Sharing | None:
+        """How the rows of a chunk share what they have stored, as `Workspace.sharing` says."""
+        return self._workspace.sharing(store, [work[row] for row in chunk.rows], chunk.lengths)
 
     def _needed(
-        self, work: Sequence[NewTokens], chunks: Sequence[Chunk], attention: str, on_host: bool
+        self,
+        work: Sequence[NewTokens],
+        chunks: Sequence[Chunk],
+        attention: str,
+        on_host: bool,
+        sharing: Sequence[Sharing],
     ) -> PerMemory[Mapping[str, int]]:
+        """`sharing` is that of each of `chunks`."""
         num_tokens = sum(len(item.token_ids) for item in work)
         hidden = num_tokens * self._hidden_bytes
         shapes: dict[tuple[int, int], int] = {}
-        for chunk in chunks:
+        layers: dict[tuple[int, int, Sharing], int] = {}
+        for chunk, shared in zip(chunks, sharing, strict=True):
             past = max(work[row].start for row in chunk.rows) + chunk.begin
-            shape = len(chunk.rows), chunk.num_tokens
+            shape = chunk.num_rows, chunk.num_tokens
             shapes[shape] = max(shapes.get(shape, 0), past)
+            call = *shape, shared
+            layers[call] = max(layers.get(call, 0), past)
         layer = max(
-            self._workspace.layer_bytes(*shape, past, attention) for shape, past in shapes.items()
+            self._workspace.layer_bytes(num_rows, num_new, past, attention, shared)
+            for (num_rows, num_new, shared), past in layers.items()
         )
-        largest = max(len(chunk.rows) * chunk.num_tokens for chunk in chunks)
+        largest = max(chunk.num_rows * chunk.num_tokens for chunk in chunks)
         experts, offloaded = self._workspace.mixture_bytes(num_tokens, len(chunks), largest)
         num_logits = sum(item.num_logits for item in work)
         # Logits in parts and whole, the highest, the normalised rows, float32 copies to choose

@@ -58,7 +58,9 @@ class WeightPass:
             return self._run_own(skeleton.own, offload, report)
         hidden = [offload.store(self._embed(chunk)) for chunk in self.plan.chunks]  # [R, T, C]
         calls = [
-            LayerCall(self.store, self.work, chunk, self.plan.attention, device)
+            LayerCall(
+                self.store, self.work, chunk, self.plan.attention, device, shares=self.plan.shares
+            )
             for chunk in self.plan.chunks
         ]
         recurrent_calls = [
@@ -66,7 +68,7 @@ class WeightPass:
             for chunk, call in zip(self.plan.chunks, calls, strict=True)
             if skeleton.recurrent
         ]
-        rows = max(len(chunk.rows) * chunk.num_tokens for chunk in self.plan.chunks)
+        rows = max(chunk.num_rows * chunk.num_tokens for chunk in self.plan.chunks)
         for layer_idx in range(len(skeleton.layers)):
             with (
                 weights.acquire(layer_idx) as parameters,
@@ -162,9 +164,9 @@ class WeightPass:
         return num_calls + len(self.weights.units) - num_layers
 
     def _embed(self, chunk: Chunk) -> Tensor:
-        ids = torch.cat([self.work[row].token_ids[chunk.begin : chunk.end] for row in chunk.rows])
+        ids = torch.cat([self.work[row].token_ids[begin:end] for row, begin, end in chunk.spans])
         embedded = apply(self.skeleton.outside.after_embedding, self.weights.embed(ids))
-        return embedded.view(len(chunk.rows), chunk.num_tokens, -1)
+        return embedded.view(chunk.num_rows, chunk.num_tokens, -1)
 
     def _positions(self, layer_idx: int, hidden: Tensor, call: LayerCall) -> PositionEmbeddings:
         """Cosines and sines of a chunk. Made anew for each layer of a long prompt, to hold
@@ -191,7 +193,11 @@ class WeightPass:
             first = min(len(work[row].token_ids) - work[row].num_logits for row in chunk.rows)
             if first < chunk.end:
                 normalised = self.skeleton.norm(apply(outside.before_norm, offload.fetch(states)))
-                normalised = normalised[:, max(first - chunk.begin, 0) :]
+                if chunk.lengths:
+                    parts = zip(chunk.rows, normalised.split(chunk.lengths, dim=1), strict=True)
+                    normalised = torch.cat([t[:, -work[row].num_logits :] for row, t in parts], 1)
+                else:
+                    normalised = normalised[:, max(first - chunk.begin, 0) :]
                 wanted.append((chunk, apply(outside.before_head, normalised)))
         num_logits = sum(item.num_logits for item in work)
         shards: list[list[Tensor]] = [[] for _ in wanted]  # logits [R, t, v] of each chunk
@@ -209,7 +215,10 @@ class WeightPass:
         for of_chunk, (chunk, _) in zip(shards, wanted, strict=True):
             logits = torch.cat(of_chunk, dim=-1) if len(of_chunk) > 1 else of_chunk[0]  # [R, t, V]
             apply(outside.after_head, logits)
-            for place, row in enumerate(chunk.rows):
-                row_logits[row].append(logits[place])
+            of_rows = logits.unbind()
+            if chunk.lengths:
+                of_rows = logits[0].split([work[row].num_logits for row in chunk.rows])
+            for row, found in zip(chunk.rows, of_rows, strict=True):
+                row_logits[row].append(found)
         rows = [torch.cat(chunks) if len(chunks) > 1 else chunks[0] for chunks in row_logits]
         return [row[-item.num_logits :] for item, row in zip(work, rows, strict=True)]

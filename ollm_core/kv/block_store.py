@@ -11,13 +11,14 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from torch import Tensor
 
-from ollm_core.contracts.kv import KVGeometry, KVStore, TierBytes
+from ollm_core.contracts.kv import KVGeometry, KVStore, SharedRun, TierBytes
 from ollm_core.device.memory import SHARED, DeviceMemory, OwnMemory
 from ollm_core.errors import KVStoreError
 from ollm_core.kv.block_storage import BlockStorage
 from ollm_core.kv.block_table import BlockManager, BlockTable
 from ollm_core.kv.block_upload import BlockUpload
 from ollm_core.kv.block_views import Cut, CutBlocks
+from ollm_core.kv.shared_runs import shared_runs
 from ollm_core.memory.accounts import MemoryAccount
 
 
@@ -113,6 +114,21 @@ class BlockKVStore(KVStore):
             return cut.pairs(blocks)
         runs = itertools.chain(runs, (block[None] for block in tail))
         return CutBlocks(cut.pairs(blocks), cut.tiles(runs))
+
+    def shared_runs(
+        self, layer_idx: int, sequences: Sequence[int], ends: Sequence[int]
+    ) -> Sequence[SharedRun]:
+        """See KVStore. Full blocks alone are shared, and none of a layer with a window, where rows
+        of different lengths need different ones.
+        """
+        if self.geometry.kinds[layer_idx].window is not None:
+            return ()
+        tables = [self._table(layer_idx, sequence) for sequence in sequences]
+        num_full = [
+            min(end, table.num_tokens) // self.block_size
+            for end, table in zip(ends, tables, strict=True)
+        ]
+        return shared_runs([table.blocks for table in tables], num_full, self.block_size)
 
     @property
     def in_place(self) -> bool:

@@ -36,3 +36,25 @@ def test_chunks_cover_every_token_once(ids):
         assert all(a[1] == b[0] for a, b in itertools.pairwise(ranges))
     assert [len(c.rows) for c in chunks if c.num_tokens == 5] == [2, 1]
     assert all(len(c.rows) * c.num_tokens <= 10 for c in chunks)
+
+
+def test_rows_of_different_lengths_are_packed_where_they_may_be(ids):
+    """In the order that is asked for, as many as fit in a chunk; what fits nowhere else, and what
+    is equally long, goes as it does by itself.
+    """
+    lengths = (5, 3, 5, 70, 1, 9, 2, 2, 4)
+    work = [NewTokens(i, ids(n), 100) for i, n in enumerate(lengths)]
+    chunks = list(cut_chunks(work, 10, together=[(5, 4, 0, 3, 2), (6, 7)]))
+    assert [(c.rows, c.lengths) for c in chunks if c.lengths] == [((5, 4), (9, 1))]
+    chunks = list(cut_chunks(work, 12, together=[(5, 1, 0, 3, 4, 2)]))
+    packed = [c for c in chunks if c.lengths]
+    assert [(c.rows, c.lengths) for c in packed] == [((5, 1), (9, 3)), ((0, 4, 2), (5, 1, 5))]
+    assert [(c.num_rows, c.num_tokens, c.begin) for c in packed] == [(1, 12, 0), (1, 11, 0)]
+    assert packed[1].spans == [(0, 0, 5), (4, 0, 1), (2, 0, 5)]
+    assert packed[1].positions(work).tolist() == [[*range(100, 105), 100, *range(100, 105)]]
+    rest = [(c.rows, c.begin, c.end) for c in chunks if not c.lengths]
+    assert rest == [
+        *(((3,), begin, min(begin + 12, 70)) for begin in range(0, 70, 12)),
+        ((6, 7), 0, 2),
+        ((8,), 0, 4),
+    ]

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
-from ollm_core.contracts.kv import KVGeometry, KVStore, TierBytes
+from ollm_core.contracts.kv import KVGeometry, KVStore, SharedRun, TierBytes
 from ollm_core.errors import KVStoreError
 from ollm_core.kv.recurrent.states import StateStore
 
@@ -53,6 +53,14 @@ class HybridKVStore(KVStore):
         self, layer_idx: int, sequence: int, num_tokens: int | None = None, first: int = 0
     ) -> Iterator[tuple[Tensor, Tensor]]:
         return self._attention.blocks(self._place(layer_idx), sequence, num_tokens, first)
+
+    def shared_runs(
+        self, layer_idx: int, sequences: Sequence[int], ends: Sequence[int]
+    ) -> Sequence[SharedRun]:
+        """See KVStore. A recurrent state is of one sequence alone."""
+        if layer_idx not in self._places:
+            return ()
+        return self._attention.shared_runs(self._places[layer_idx], sequences, ends)
 
     @property
     def in_place(self) -> bool:

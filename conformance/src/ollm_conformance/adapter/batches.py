@@ -15,7 +15,7 @@ from ollm_conformance.compare import refused, same_bits, same_tokens, same_withi
 from ollm_conformance.held import same_columns
 from ollm_conformance.subject import Subject, generate, greedy, left_padded
 from ollm_core import InputError
-from ollm_core.testing import NewTokens, SequenceCache, StreamedModel, run_pass
+from ollm_core.testing import NewTokens, SequenceCache, StreamedModel, run_pass, supports
 
 _LOOK = "caches() and, if declared, how the layer is split: positions and caches are per row"
 
@@ -53,6 +53,58 @@ class Batches(AdapterSuite):
                 1e-4,
                 f"logits of row {row}, {news[row]} new of {lengths[row]} tokens",
             )
+
+    @check(
+        "batches.shared-prefix",
+        "Sequences that were forked from one text, and from one another, give in one pass what "
+        "each gives alone, and what they share is read once for all of them.",
+        look="core folds their queries into one: caches(), and which attention the family declares",
+        needs=["batch"],
+    )
+    @pytest.mark.parametrize("kv", ["device", "disk"])
+    def test_shared_prefix(self, subject: Subject, kv: str) -> None:
+        blocks = supports(subject.adapter, "blockwise-attention")
+        document, own = subject.prompt(530), [subject.prompt(n, seed=n) for n in (300, 9, 40, 3)]
+        steps = [subject.prompt(n, seed=n) for n in (1, 1, 1, 5, 1)]
+        with subject.open(kv=kv, attention="blockwise" if blocks else "exact") as model:
+            cache = model.new_cache()
+            store = cache.store
+            rows, texts = [store.new_sequence()], [document]
+            run_pass(model, store, [NewTokens(rows[0], document, 0)])
+            forks = [(store.fork(rows[0]), document) for _ in own]
+            work = [
+                NewTokens(row, new, len(text), len(new))
+                for (row, text), new in zip(forks, own, strict=True)
+            ]
+            found = run_pass(model, store, work)
+            for (row, text), new, logits in zip(forks, own, found, strict=True):
+                rows.append(row)
+                texts.append(torch.cat([text, new]))
+                _same_as_alone(subject, texts[-1], logits, f"{len(new)} tokens after a fork at 530")
+            rows.append(store.fork(rows[1]))  # after the longest: they share what it has of its own
+            texts.append(texts[1])
+            order = [1, 0, 3, 2, 5]
+            work = [
+                NewTokens(rows[i], new, len(texts[i]), len(new))
+                for i, new in zip(order, steps, strict=True)
+            ]
+            before = store.bytes_read
+            found = run_pass(model, store, work)
+            num_read = store.bytes_read - before
+            for i, new, logits in zip(order, steps, found, strict=True):
+                what = f"{len(new)} tokens of one of {len(order)} forks, after {len(texts[i])}"
+                _same_as_alone(subject, torch.cat([texts[i], new]), logits, what)
+            kinds = {kind.kind for kind in subject.adapter.caches(subject.config)}
+            if kv == "disk" and blocks and kinds <= {"full", "recurrent"}:
+                for item in work:
+                    store.truncate(item.sequence, item.start)
+                before = store.bytes_read
+                run_pass(model, store, work[:1])
+                alone = store.bytes_read - before
+                assert num_read < 2.5 * alone, (
+                    f"{len(order)} forks of one text of 530 tokens: expected less than 2.5 times "
+                    f"the KV bytes of one of them to be read, got {num_read / alone:.1f} times"
+                )
 
     @check(
         "batches.left-padded",
@@ -213,6 +265,12 @@ class Drafts(AdapterSuite):
         same_tokens(plain, expected, "tokens without a draft")
         same_tokens(found[0, len(prompt) :].tolist(), expected, "tokens with prompt lookup")
         assert assisted <= 24, f"expected at most 24 weight passes for 24 tokens, got {assisted}"
+
+
+def _same_as_alone(subject: Subject, text: Tensor, logits: Tensor, what: str) -> None:
+    """Raises AssertionError unless `logits` are the last ones of a text [S] run alone."""
+    expected = subject.reference().run(text)[-len(logits) :]
+    same_within(logits, expected, 1e-4, f"logits of {what}")
 
 
 def _continued(

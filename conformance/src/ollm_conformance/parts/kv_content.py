@@ -156,6 +156,55 @@ class KVContent(KVStoreSuite):
                         same_bits(one, other, f"{told}, block {number}")
 
     @check(
+        "kv-store.shared",
+        "What several sequences are said to have in the same blocks they have: the same keys and "
+        "values, one run after the other from the first position on, in whole blocks.",
+        look="shared_runs(): where forks part, after truncating and going on too",
+    )
+    def test_shared(self) -> None:
+        with self.opened() as opened:
+            store, size = opened.store, opened.store.block_size
+            document, other = store.new_sequence(), store.new_sequence()
+            opened.fill(document, 30, 0)
+            opened.fill(other, 30, 1)
+            rows = [document, other, *(store.fork(document, n) for n in (30, 30, 21, 3))]
+            for seed, row in enumerate(rows[2:]):
+                opened.fill(row, 11 + seed, 2 + seed)
+            rows += [store.fork(rows[2]), store.fork(rows[2], 13), store.fork(other)]
+            for row, num_tokens in ((rows[2], 18), (rows[3], 14)):  # its forks go on as they were
+                store.truncate(row, num_tokens)
+                opened.fill(row, 20, num_tokens)
+            lengths = [store.num_tokens(row) for row in rows]
+            content = {(i, row): opened.content(i, row) for i in range(2) for row in rows}
+            for ends in (lengths, [min(n, 25 + i) for i, n in enumerate(lengths)], [7] * len(rows)):
+                ends = [min(end, n) for end, n in zip(ends, lengths, strict=True)]
+                for layer_idx in range(2):
+                    runs = store.shared_runs(layer_idx, rows, ends)
+                    reached = [0] * len(rows)
+                    for run in runs:
+                        told = f"positions {run.first} to {run.end} of rows {run.rows}"
+                        told = f"layer {layer_idx}: {told}, asked up to {ends}"
+                        assert len(set(run.rows)) == len(run.rows) > 1, f"{told}: expected two rows"
+                        assert run.first % size == run.end % size == 0, (
+                            f"{told}: expected multiples of {size}"
+                        )
+                        first = content[layer_idx, rows[run.rows[0]]][:, :, run.first : run.end]
+                        for place in run.rows:
+                            assert reached[place] == run.first < run.end <= ends[place], (
+                                f"{told}: expected row {place} to go on from {reached[place]}"
+                            )
+                            reached[place] = run.end
+                            found = content[layer_idx, rows[place]][:, :, run.first : run.end]
+                            same_bits(found, first, f"{told}, of row {place}")
+                    for i, run in enumerate(runs):
+                        for before in runs[:i]:
+                            both = set(run.rows) & set(before.rows)
+                            assert not both or set(run.rows) <= set(before.rows), (
+                                f"layer {layer_idx}: {run} after {before}: expected rows that are "
+                                "all in it, or none"
+                            )
+
+    @check(
         "kv-store.num-tokens",
         "Tokens are counted for each layer, and for a sequence as its shortest layer has.",
         look="num_tokens()",
