@@ -71,7 +71,7 @@ class PrefixCachingHybridStore(HybridKVStore):
         for key in [key for key in self._writers if key[0] == sequence]:
             writer = self._writers.pop(key)
             with self._guarded():
-                if self._kept.keeps(sequence):
+                if self._kept.keeps(sequence) and self._kept.make_room(self._files.file_bytes):
                     writer.finish(known[: writer.num_tokens])
                 else:
                     writer.drop()
@@ -129,7 +129,7 @@ class PrefixCachingHybridStore(HybridKVStore):
         if not self._kept.keeps(sequence):
             return
         with self._guarded():
-            if not self._files.has(known):
+            if not self._files.has(known) and self._kept.make_room(self._files.file_bytes):
                 writer = StateWriter(self._files, num_tokens)
                 try:
                     for layer_idx in self._files.offsets:
