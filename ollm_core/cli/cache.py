@@ -127,7 +127,7 @@ def verify(removing: bool, kv_dir: Path, as_json: bool) -> None:
         if removing:
             gone = len(damaged) + len(damaged_states) - len(left)
             click.echo(f"removed {gone} of {len(damaged) + len(damaged_states)} damaged ones")
-    _warn(inventory)
+        _warn(inventory)
     if left:
         raise click.exceptions.Exit(1)
 
@@ -200,13 +200,14 @@ def prune(
                 "removed": [_fields(one) for one in done.removed],
                 "removed_states": [_state_fields(one) for one in done.states],
                 "in_use": len(done.in_use),
+                "remarks": inventory.remarks,
                 "num_bytes": left.num_bytes(),
             }
         )
     else:
         counted = f"removed {len(done.removed)} of {len(inventory.prefixes)} cached prefixes"
         click.echo(f"{counted}; {format_size(left.num_bytes())} left")
-    _warn(inventory)
+        _warn(inventory)
     _check_in_use(done.in_use)
 
 
