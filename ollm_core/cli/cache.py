@@ -68,8 +68,8 @@ def list_(kv_dir: Path, as_json: bool) -> None:
     ]  # fmt: skip
     heads = ("ID", "MODEL", "DTYPE", "TOKENS", "SIZE", "STATES", "LAST USED", "")
     _print(kv_dir, heads, rows)
-    total = f"{len(inventory.prefixes)} prefixes, {format_size(inventory.num_bytes())}"
-    click.echo(f"{total} with what they share counted once", err=True)
+    total = format_size(inventory.num_bytes())
+    click.echo(f"total {total}; what prefixes share is counted once", err=True)
     if inventory.states:
         size = format_size(sum(one.num_bytes for one in inventory.states))
         lost = f"{len(inventory.states)} recurrent states ({size}) are of no prefix here"
