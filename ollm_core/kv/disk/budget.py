@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
-from collections.abc import Callable, Collection
+import os
+import time
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +17,9 @@ from ollm_core.kv.disk.inventory import StoredPrefix, take_inventory
 from ollm_core.memory.sizes import format_size
 
 logger = logging.getLogger("ollm")
+
+_LONGEST_WAIT = 30.0
+"""Seconds for another process to copy and write what it keeps."""
 
 Drop = Callable[[bytes], bool]
 """Forgets the prefix with this key in our own home; returns whether it has."""
@@ -26,6 +33,26 @@ class KeptBudget:
     limit: int
     _told: bool = False
 
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Inside the `with` no other process makes room or keeps what it has made room for: two at
+        once would both count on the same bytes. Raises OSError if it is not our turn for long.
+        """
+        file = os.open(self.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            end = time.monotonic() + _LONGEST_WAIT
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > end:
+                        raise
+                    time.sleep(0.01)
+            yield
+        finally:
+            os.close(file)
+
     def make_room(
         self,
         needed: Callable[[], int],
@@ -33,10 +60,10 @@ class KeptBudget:
         drop: Drop,
         going: Collection[bytes] = (),
     ) -> int:
-        """How many bytes may be kept now. Until there are as many as `needed` says, which is asked
-        again after each, prefixes are removed that are not pinned, least recently used first: in
-        `home` by `drop`, in other homes unless a process owns or reads them. Prefixes of `home`
-        with the keys `going` are not counted: they will go.
+        """How many bytes may be kept in this `turn`. Until there are as many as `needed` says,
+        which is asked again after each, prefixes are removed that are not pinned, least recently
+        used first: in `home` by `drop`, in other homes unless a process owns or reads them.
+        Prefixes of `home` with the keys `going` are not counted: they will go.
         """
         leaving = {(home, key) for key in going}
         inventory = take_inventory(self.parent)

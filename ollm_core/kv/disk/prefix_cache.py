@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from array import array
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -122,9 +122,15 @@ class PrefixCachingStore(BorrowingStore):
         """Whether what a sequence adds is kept: not if it is less than what it has borrowed."""
         return self._keeps and self._adds_enough(sequence)
 
+    def turn(self) -> AbstractContextManager[None]:
+        """Inside the `with` no other process keeps anything, if there is a budget. Raises
+        OSError.
+        """
+        return nullcontext() if self._budget is None else self._budget.turn()
+
     def make_room(self, num_bytes: int) -> bool:
-        """Whether so many bytes may be kept beside, as states are. What is least recently used then
-        goes for it.
+        """Whether so many bytes may be kept beside in this `turn`, as states are. What is least
+        recently used then goes for it.
         """
         if self._budget is None:
             return True
@@ -172,7 +178,8 @@ class PrefixCachingStore(BorrowingStore):
     def _guarded(self, sequence: int, num_tokens: int) -> None:
         """Keep without ever failing: the answer is worth more than its KV."""
         try:
-            self._keep(sequence, num_tokens)
+            with self.turn():
+                self._keep(sequence, num_tokens)
         except (OllmError, OSError) as error:
             self._keeps = False
             logger.warning("the prefix cache is not saved: %s", error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import random
@@ -178,6 +179,35 @@ def test_never_more_than_the_budget(tmp_path, seed):
             if not chance.randrange(4):
                 stores.pop(name).close()
             assert take_inventory(tmp_path).num_bytes() <= 12 * BLOCK
+
+
+def test_one_at_a_time(tmp_path, monkeypatch, caplog):
+    """While room is made and used, no other process does; one that never ends is not waited for."""
+    from ollm_core.kv.disk import budget
+
+    def is_taken():
+        file = os.open(tmp_path, os.O_RDONLY)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(file)
+        return False
+
+    seen = []
+    with open_store(tmp_path, 10) as store:
+        real = store._disk.home.keep
+        store._disk.home.keep = lambda prefix: (seen.append(is_taken()), real(prefix))
+        add(store, store.new_sequence(), numbers(13))
+        assert (seen, is_taken()) == ([True, True], False)
+        monkeypatch.setattr(budget, "_LONGEST_WAIT", 0.05)
+        other = os.open(tmp_path, os.O_RDONLY)
+        fcntl.flock(other, fcntl.LOCK_EX)
+        add(store, store.new_sequence(), numbers(20, 2))
+        os.close(other)
+    assert "the prefix cache is not saved" in caplog.text
+    assert lengths(tmp_path) == {12}
 
 
 def test_states_count(tmp_path):
