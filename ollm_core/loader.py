@@ -36,7 +36,7 @@ from ollm_core.memory.budgets import layer_limits, stated_budgets
 from ollm_core.memory.cuda_limit import AllocatorCap, free_device_bytes
 from ollm_core.memory.host import HostMemory
 from ollm_core.memory.pair import PerMemory
-from ollm_core.memory.sizes import format_size
+from ollm_core.memory.sizes import format_size, parse_size
 from ollm_core.model.fingerprint import identity
 from ollm_core.model.spec import ModelSpec, inspect_model
 from ollm_core.options import LoadOptions
@@ -110,7 +110,15 @@ def open_model(path_or_id: PathLike, options: LoadOptions, registry: Registry) -
         )
 
         # The model as transformers knows one: KV caches, a generation config, a tokenizer.
-        kv_request = _kv_request(spec, accounts, engine, pass_planner, kv_dir, keep=options.keep_kv)
+        kv_request = _kv_request(
+            spec,
+            accounts,
+            engine,
+            pass_planner,
+            kv_dir,
+            keep=options.keep_kv,
+            kept_bytes=None if options.kv_budget is None else parse_size(options.kv_budget),
+        )
         directory = spec.checkpoint.directory
         model = StreamedModel(
             spec.skeleton,
@@ -274,6 +282,7 @@ def _kv_request(
     directory: Path | None = None,
     *,
     keep: bool = False,
+    kept_bytes: int | None = None,
 ) -> KVRequest:
     """What KV stores are made from. Their fingerprint of the model is taken once."""
     checkpoint, exact = spec.checkpoint, pass_planner.exact
@@ -281,7 +290,7 @@ def _kv_request(
         functools.partial(identity, checkpoint, spec.config, engine.progress.checked, exact=exact)
     )
     device, host = accounts.device, accounts.host
-    return KVRequest(spec.geometry, device, host, directory, fingerprint, keep)
+    return KVRequest(spec.geometry, device, host, directory, fingerprint, keep, kept_bytes)
 
 
 def _make_drafter(offer: Offer, spec: ModelSpec, model: StreamedModel) -> Drafter:

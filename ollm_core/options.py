@@ -215,6 +215,14 @@ class LoadOptions(ModelOptions):
         "False leaves nothing there.",
         verbs=_RUN,
     )
+    kv_budget: Size | None = size(
+        None,
+        "Most disk space of the prefix caches in `kv_dir`, for example 50GB.",
+        "For new text the least recently used ones of any model go, but none that is pinned (`ollm "
+        "cache pin`) or that another process uses; what then has no room is not kept.",
+        verbs=_RUN,
+        unset="no limit",
+    )
     reader: str = offered(
         "auto",
         "ollm_reading_engines",
@@ -281,6 +289,11 @@ class LoadOptions(ModelOptions):
             )
         if self.draft == "none" and self.num_draft_tokens is not None:
             raise InputError("num_draft_tokens needs a draft source", hint="add draft='lookup'")
+        if self.kv_budget is not None and (self.kv_dir is None or not self.keep_kv):
+            raise InputError(
+                "kv_budget: need a kv_dir that is kept, have none",
+                hint="name one with kv_dir (--kv-dir), or leave kv_budget out",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -63,6 +63,8 @@ ELSEWHERE = {
     "documents/extracted": "documents/test_docx_text.py",
     "documents/process": "documents/test_reading.py",
     "kv/disk/admin": "cli/test_cache.py",
+    "kv/disk/borrowing": "kv/disk/test_borrowed.py",
+    "kv/disk/inventory": "cli/test_cache.py",
     "kv/disk/layer_file": "kv/disk/test_storage.py",
     "kv/disk/read_ahead": "kv/disk/test_storage.py",
     "kv/factory": "kv/disk/test_directory.py",

@@ -1,9 +1,10 @@
-"""The verb `cache`: prefix caches that earlier runs saved, listed, verified and removed."""
+"""The verb `cache`: prefix caches that earlier runs saved, listed, verified, pruned and pinned."""
 
 from __future__ import annotations
 
 import datetime
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -13,14 +14,17 @@ import click
 from ollm_core.cli.options import debug_option, json_option, user_path
 from ollm_core.cli.output import print_json, print_table
 from ollm_core.errors import InputError, KVStoreError
-from ollm_core.memory.sizes import format_size
+from ollm_core.memory.sizes import format_size, parse_size
 
 if TYPE_CHECKING:
-    from ollm_core.kv.disk.admin import StoredPrefix
+    from ollm_core.kv.disk.inventory import Inventory, StoredPrefix
+    from ollm_core.kv.recurrent.snapshots import StoredState
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 _SHOWN = 12  # digits of an id or fingerprint
+_AGE = re.compile(r"(\d{1,6}(?:\.\d{1,3})?)\s*([mhdw])")
+_SECONDS = {"m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
 
 def _kv_dir_option(command: Command) -> Command:
@@ -30,9 +34,12 @@ def _kv_dir_option(command: Command) -> Command:
     )
 
 
-@click.group(short_help="List, verify and remove saved prefix caches.")
+@click.group(short_help="List, verify, prune and pin saved prefix caches.")
 def cache() -> None:
-    """List, verify and remove the prefix caches that earlier runs saved in --kv-dir."""
+    """List, verify, prune, pin and remove the prefix caches that earlier runs saved in --kv-dir.
+
+    Only files that ollm has made are touched, and none that another process uses.
+    """
 
 
 @cache.command("list")
@@ -40,39 +47,88 @@ def cache() -> None:
 @json_option
 @debug_option
 def list_(kv_dir: Path, as_json: bool) -> None:
-    """Show every cached prefix: its model, tokens, size and date."""
-    kept, empty = _kept(kv_dir)
+    """Show every cached prefix: its model, tokens, size, when it was last used, pins."""
+    inventory = _inventory(kv_dir)
     if as_json:
         print_json(
-            {"prefixes": [_fields(one) for one in kept], "empty": [str(path) for path in empty]}
+            {
+                "prefixes": [_fields(one) for one in inventory.prefixes],
+                "states": [_state_fields(one) for one in inventory.states],
+                "empty": [str(path) for path in inventory.empty],
+                "remarks": inventory.remarks,
+                "num_bytes": inventory.num_bytes(),
+            }
         )
         return
     rows = [
         (one.id[:_SHOWN], one.fingerprint[:_SHOWN], one.dtype, str(len(one.prefix.token_ids)),
-         format_size(one.num_bytes), _date(one))
-        for one in kept
+         format_size(one.num_bytes), _states_of(one), _date(one.last_used),
+         "pinned" if one.pinned else "")
+        for one in inventory.prefixes
     ]  # fmt: skip
-    _print(kv_dir, ("ID", "MODEL", "DTYPE", "TOKENS", "SIZE", "SAVED"), rows)
-    if empty:
-        click.echo(f"{len(empty)} directories are empty; `ollm cache remove --all` removes them")
+    heads = ("ID", "MODEL", "DTYPE", "TOKENS", "SIZE", "STATES", "LAST USED", "")
+    _print(kv_dir, heads, rows)
+    total = format_size(inventory.num_bytes())
+    click.echo(f"total {total}; what prefixes share is counted once", err=True)
+    if inventory.states:
+        size = format_size(sum(one.num_bytes for one in inventory.states))
+        lost = f"{len(inventory.states)} recurrent states ({size}) are of no prefix here"
+        click.echo(f"{lost}; `ollm cache prune` removes those of yesterday and before", err=True)
+    if inventory.empty:
+        empty = f"{len(inventory.empty)} directories hold no prefix"
+        click.echo(f"{empty}; `ollm cache remove --all` removes those not in use", err=True)
+    _warn(inventory)
 
 
 @cache.command()
+@click.option("--remove", "removing", is_flag=True, help="Remove what is damaged.")
 @_kv_dir_option
 @json_option
 @debug_option
-def verify(kv_dir: Path, as_json: bool) -> None:
-    """Check every block of the cached prefixes by its checksum. Exits with 1 if one is damaged."""
+def verify(removing: bool, kv_dir: Path, as_json: bool) -> None:
+    """Check all cached prefixes and states by their checksums. Exits with 1 if one is damaged, and
+    is not removed.
+    """
+    from ollm_core.kv.disk.admin import remove as remove_kept
     from ollm_core.kv.disk.admin import verify as verify_one
+    from ollm_core.kv.recurrent.snapshots import verify_state
 
-    kept, _ = _kept(kv_dir)
-    wrong = {id(one): verify_one(one) for one in kept}
+    inventory = _inventory(kv_dir)
+    wrong = {id(one): verify_one(one) for one in inventory.prefixes}
+    states = {state.path: state for one in inventory.prefixes for state in one.states}
+    states |= {state.path: state for state in inventory.states}
+    damaged_states = {state: found for state in states.values() if (found := verify_state(state))}
+    damaged = [one for one in inventory.prefixes if wrong[id(one)]]
+    left = [*map(id, damaged), *damaged_states]
+    if removing:
+        in_use = remove_kept(damaged)
+        left = [*map(id, in_use), *(state for state in damaged_states if not _unlink(state.path))]
     if as_json:
-        print_json({"prefixes": [{**_fields(one), "wrong": wrong[id(one)]} for one in kept]})
+        print_json(
+            {
+                "prefixes": [
+                    {**_fields(one), "wrong": wrong[id(one)]} for one in inventory.prefixes
+                ],
+                "states": [
+                    {**_state_fields(one), "wrong": damaged_states.get(one, "")}
+                    for one in states.values()
+                ],
+                "remarks": inventory.remarks,
+                "num_left": len(left),
+            }
+        )
     else:
-        rows = [(one.id[:_SHOWN], wrong[id(one)] or "sound") for one in kept]
+        rows = [(one.id[:_SHOWN], wrong[id(one)] or "sound") for one in inventory.prefixes]
+        rows += [
+            (f"state {one.num_tokens}", damaged_states.get(one, "") or "sound")
+            for one in states.values()
+        ]
         _print(kv_dir, ("ID", "BLOCKS"), rows)
-    if any(wrong.values()):
+        if removing:
+            gone = len(damaged) + len(damaged_states) - len(left)
+            click.echo(f"removed {gone} of {len(damaged) + len(damaged_states)} damaged ones")
+        _warn(inventory)
+    if left:
         raise click.exceptions.Exit(1)
 
 
@@ -83,22 +139,125 @@ def verify(kv_dir: Path, as_json: bool) -> None:
 @json_option
 @debug_option
 def remove(prefix_id: str | None, everything: bool, kv_dir: Path, as_json: bool) -> None:
-    """Remove the cached prefix whose id begins with ID, or all of them. Other files stay."""
+    """Remove the cached prefix whose id begins with ID, or all of them, pinned or not. Other files
+    stay.
+    """
     from ollm_core.kv.disk.admin import pick, remove_empty
     from ollm_core.kv.disk.admin import remove as remove_kept
 
     if (prefix_id is None) != everything:
         raise click.UsageError("give either an ID or --all")
-    kept, empty = _kept(kv_dir)
+    inventory = _inventory(kv_dir)
+    kept = inventory.prefixes
     wanted = kept if prefix_id is None else pick(kept, prefix_id)
     in_use = remove_kept(wanted)
     if everything:
-        remove_empty(empty)
+        remove_empty(inventory.empty)
+        for state in inventory.states if not in_use else ():
+            _unlink(state.path)
     removed = [one for one in wanted if one not in in_use]
     if as_json:
         print_json({"removed": [_fields(one) for one in removed], "in_use": len(in_use)})
     else:
         click.echo(f"removed {len(removed)} of {len(kept)} cached prefixes")
+    _check_in_use(in_use)
+
+
+@cache.command()
+@click.option("--older-than", metavar="AGE", help="Those not used for so long, as 30d, 12h or 4w.")
+@click.option("--to", "most", metavar="SIZE", help="Least recently used first, down to this size.")
+@click.option("--model", metavar="ID", help="Those of one model, by the start of its MODEL.")
+@_kv_dir_option
+@json_option
+@debug_option
+def prune(
+    older_than: str | None, most: str | None, model: str | None, kv_dir: Path, as_json: bool
+) -> None:
+    """Remove cached prefixes by age, by size, or those of one model. Pinned ones stay.
+
+    With both --older-than and --to, the old ones go until the rest is small enough.
+    """
+    from ollm_core.kv.disk.admin import prune as prune_kept
+
+    if older_than is None and most is None and model is None:
+        raise click.UsageError("give --older-than, --to or --model")
+    inventory = _inventory(kv_dir)
+    known = {one.fingerprint for one in inventory.prefixes}
+    known |= {one.fingerprint for one in inventory.states}
+    named = [one for one in known if model and one.startswith(model)]
+    if model is not None and len(named) > 1:
+        raise InputError(f"--model {model}: need 1 model, have {len(named)}")
+    done = prune_kept(
+        inventory,
+        model=model or "",
+        unused_for=None if older_than is None else _seconds(older_than),
+        most_bytes=None if most is None else parse_size(most),
+    )
+    left = _inventory(kv_dir)
+    if as_json:
+        print_json(
+            {
+                "removed": [_fields(one) for one in done.removed],
+                "removed_states": [_state_fields(one) for one in done.states],
+                "in_use": len(done.in_use),
+                "remarks": inventory.remarks,
+                "num_bytes": left.num_bytes(),
+            }
+        )
+    else:
+        counted = f"removed {len(done.removed)} of {len(inventory.prefixes)} cached prefixes"
+        click.echo(f"{counted}; {format_size(left.num_bytes())} left")
+        _warn(inventory)
+    _check_in_use(done.in_use)
+
+
+@cache.command()
+@click.argument("prefix_id", metavar="ID")
+@_kv_dir_option
+@json_option
+@debug_option
+def pin(prefix_id: str, kv_dir: Path, as_json: bool) -> None:
+    """Keep the prefix whose id begins with ID: prune and --kv-budget then leave it."""
+    _pin(prefix_id, kv_dir, as_json, pinned=True)
+
+
+@cache.command()
+@click.argument("prefix_id", metavar="ID")
+@_kv_dir_option
+@json_option
+@debug_option
+def unpin(prefix_id: str, kv_dir: Path, as_json: bool) -> None:
+    """Let the prefix whose id begins with ID go like any other."""
+    _pin(prefix_id, kv_dir, as_json, pinned=False)
+
+
+def _pin(prefix_id: str, kv_dir: Path, as_json: bool, *, pinned: bool) -> None:
+    from ollm_core.kv.disk.admin import pick
+    from ollm_core.kv.disk.admin import pin as pin_kept
+
+    wanted = pick(_inventory(kv_dir).prefixes, prefix_id)
+    pin_kept(wanted, pinned=pinned)
+    changed = pick(_inventory(kv_dir).prefixes, wanted[0].id)
+    if as_json:
+        print_json({"prefixes": [_fields(one) for one in changed]})
+    else:
+        click.echo(f"{'pinned' if pinned else 'unpinned'} {wanted[0].id[:_SHOWN]}")
+
+
+def _inventory(kv_dir: Path) -> Inventory:
+    from ollm_core.kv.disk.inventory import take_inventory
+
+    if not os.path.isdir(kv_dir):
+        raise InputError(f"{kv_dir} is not a directory")
+    return take_inventory(kv_dir)
+
+
+def _warn(inventory: Inventory) -> None:
+    for remark in inventory.remarks:
+        click.echo(f"warning: {remark}", err=True)
+
+
+def _check_in_use(in_use: Sequence[StoredPrefix]) -> None:
     if in_use:
         raise KVStoreError(
             f"{len(in_use)} cached prefixes are in use by another process", hint="try again later"
@@ -113,17 +272,28 @@ def _print(kv_dir: Path, heads: tuple[str, ...], rows: Sequence[tuple[str, ...]]
         click.echo(f"no cached prefixes in {kv_dir}")
 
 
-def _kept(kv_dir: Path) -> tuple[list[StoredPrefix], list[Path]]:
-    from ollm_core.kv.disk.admin import list_kept
-
-    if not os.path.isdir(kv_dir):
-        raise InputError(f"{kv_dir} is not a directory")
-    return list_kept(kv_dir)
-
-
-def _date(one: StoredPrefix) -> str:
+def _unlink(path: Path) -> bool:
     try:
-        when = datetime.datetime.fromtimestamp(one.prefix.seconds, datetime.UTC)
+        path.unlink(missing_ok=True)
+    except OSError:
+        return False
+    return True
+
+
+def _seconds(age: str) -> float:
+    found = _AGE.fullmatch(age.strip())
+    if not found:
+        raise InputError(f"--older-than {age!r} is not an age", hint="write it as 30d, 12h or 4w")
+    return float(found[1]) * _SECONDS[found[2]]
+
+
+def _states_of(one: StoredPrefix) -> str:
+    return format_size(sum(state.num_bytes for state in one.states)) if one.states else "-"
+
+
+def _date(seconds: int) -> str:
+    try:
+        when = datetime.datetime.fromtimestamp(seconds, datetime.UTC)
     except (ValueError, OverflowError, OSError):
         return "?"
     return when.strftime("%Y-%m-%d %H:%M UTC")
@@ -137,6 +307,21 @@ def _fields(one: StoredPrefix) -> dict[str, object]:
         "dtype": one.dtype,
         "num_tokens": len(one.prefix.token_ids),
         "num_bytes": one.num_bytes,
-        "kept": _date(one),
+        "kept": _date(one.prefix.seconds),
+        "last_used": _date(one.last_used),
+        "pinned": one.pinned,
+        "num_states": len(one.states),
+        "state_bytes": sum(state.num_bytes for state in one.states),
         "directory": str(one.directory),
+    }
+
+
+def _state_fields(one: StoredState) -> dict[str, object]:
+    """One recurrent state as JSON shows it."""
+    return {
+        "model": one.fingerprint,
+        "dtype": one.dtype,
+        "num_tokens": one.num_tokens,
+        "num_bytes": one.num_bytes,
+        "file": str(one.path),
     }

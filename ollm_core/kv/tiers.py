@@ -83,7 +83,13 @@ def _open_on_disk(request: KVRequest, *, memory: DeviceMemory) -> KVStore:
     geometry, device, host = request.geometry, request.device_account, request.host_account
     if request.directory and request.keep:
         return PrefixCachingStore(
-            geometry, host, request.directory, request.fingerprint(), device, memory=memory
+            geometry,
+            host,
+            request.directory,
+            request.fingerprint(),
+            device,
+            memory=memory,
+            budget=request.kept_bytes,
         )
     return DiskKVStore(geometry, host, _parent(request), _NOBODY, device, memory=memory)
 

@@ -40,6 +40,8 @@ class KVRequest:
     """
     keep: bool = True
     """Whether what is in `directory` may stay for the next run; see KeepsPrefixes."""
+    kept_bytes: int | None = None
+    """The most that may stay there, of all models and runs together; None is no limit."""
 
 
 @dataclass(frozen=True, slots=True)

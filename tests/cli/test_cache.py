@@ -1,6 +1,17 @@
-"""`ollm cache`: what runs have kept is shown, verified and removed."""
+"""`ollm cache`: what runs have kept is shown, verified, pruned, pinned and removed."""
 
 import json
+import os
+import time
+from dataclasses import replace
+
+import pytest
+from kept_prefixes import add, kept, numbers, open_store
+from kept_states import PROMPT, keep_a_run
+
+from ollm_core.kv.disk.inventory import take_inventory
+from ollm_core.kv.disk.journal import Journal, read_journal
+from ollm_core.kv.disk.marks import mark_used
 
 
 def test_kept_kv(ollm, tiny_chat, tmp_path):
@@ -44,3 +55,207 @@ def test_nothing_kept(ollm, tmp_path):
             0,
             f"no cached prefixes in {tmp_path}\n",
         )
+
+
+@pytest.fixture
+def kv_dir(tmp_path):
+    """A directory with two prefixes of one model and one of another, used one after the other."""
+    kept(tmp_path / "kv", numbers(41), numbers(20, 2))
+    with open_store(tmp_path / "kv", fingerprint="beef" * 16) as store:
+        sequence = store.new_sequence()
+        add(store, sequence, numbers(13, 3))
+    age(tmp_path / "kv", {41: 30, 20: 3, 13: 0.1})
+    return tmp_path / "kv"
+
+
+def age(directory, days):
+    """Mark each prefix, by its number of tokens, as used so many days ago."""
+    for one in take_inventory(directory).prefixes:
+        mark_used(one.directory, one.prefix.key)
+        when = time.time() - days[len(one.prefix.token_ids)] * 86400
+        os.utime(one.directory / f"prefixes.{one.id}.used", (when, when))
+        path = one.directory / "prefixes.journal"
+        # The time at which it was kept is in the journal: as old as that.
+        prefixes = [replace(each, seconds=1) for each in read_journal(one.directory)[1]]
+        fields = {k: v for k, v in read_journal(one.directory)[0].items() if k != "version"}
+        with Journal(path.parent, fields, create=False) as journal:
+            journal.replace(prefixes)
+
+
+def lengths(ollm, kv_dir):
+    """Tokens of what `list` shows, in its order."""
+    shown = json.loads(ollm("cache", "list", "--kv-dir", kv_dir, "--json")[1])
+    return [one["num_tokens"] for one in shown["prefixes"]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "left"),
+    [
+        (["--older-than", "4w"], [20, 13]),
+        (["--older-than", "2d"], [13]),
+        (["--older-than", "0.5h"], []),
+        (["--to", "99kB"], [20, 13]),
+        (["--to", "50kB"], [13]),
+        (["--to", "1B"], []),
+        (["--model", "f00d"], [13]),
+        (["--model", "beef"], [41, 20]),
+        (["--model", "beef", "--older-than", "2d"], [41, 20, 13]),
+        (["--older-than", "2d", "--to", "99kB"], [20, 13]),
+        (["--older-than", "40d", "--to", "1B"], [41, 20, 13]),
+    ],
+)
+def test_prune(ollm, kv_dir, arguments, left):
+    """By age, by size and per model; the least recently used first."""
+    assert lengths(ollm, kv_dir) == [41, 20, 13]
+    code, out, err = ollm("cache", "prune", *arguments, "--kv-dir", kv_dir, "--json")
+    assert (code, err) == (0, "")
+    assert len(json.loads(out)["removed"]) == 3 - len(left)
+    assert lengths(ollm, kv_dir) == left
+    assert (
+        f"removed 0 of {len(left)} cached"
+        in ollm("cache", "prune", *arguments, "--kv-dir", kv_dir)[1]
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ([], "give --older-than, --to or --model"),
+        (["--older-than", "soon"], "--older-than 'soon' is not an age"),
+        (["--older-than", "1" * 30 + "d"], "is not an age"),
+        (["--to", "much"], "'much' is not a memory size"),
+    ],
+)
+def test_prune_that_says_nothing(ollm, kv_dir, arguments, reason):
+    """Removes nothing."""
+    code, out, err = ollm("cache", "prune", *arguments, "--kv-dir", kv_dir)
+    assert (code, out) == (2, "")
+    assert reason in err
+    assert lengths(ollm, kv_dir) == [41, 20, 13]
+
+
+def test_pins(ollm, kv_dir):
+    """What is pinned outlives every prune, and goes when it is unpinned, or removed by name."""
+    where = ["--kv-dir", kv_dir]
+    shown = json.loads(ollm("cache", "list", *where, "--json")[1])["prefixes"]
+    for one in shown[:2]:
+        out = json.loads(ollm("cache", "pin", one["id"][:8], *where, "--json")[1])
+        assert [one["pinned"] for one in out["prefixes"]] == [True]
+    assert ollm("cache", "list", *where)[1].count("pinned") == 2
+    assert ollm("cache", "prune", "--to", "1B", *where)[0] == 0
+    assert lengths(ollm, kv_dir) == [41, 20]
+    assert ollm("cache", "pin", "00", *where)[0] == 2
+    assert ollm("cache", "unpin", shown[0]["id"], *where)[1].startswith("unpinned ")
+    assert ollm("cache", "prune", "--older-than", "1d", *where)[0] == 0
+    assert lengths(ollm, kv_dir) == [20]
+    assert ollm("cache", "remove", shown[1]["id"], *where)[0] == 0
+    assert list(kv_dir.iterdir()) == []
+
+
+def test_what_is_in_use_stays(ollm, kv_dir):
+    """Owned or read by another process: told, exit code 2, and the rest goes."""
+    where = ["--kv-dir", kv_dir]
+    with open_store(kv_dir) as owner, open_store(kv_dir) as reader:
+        assert reader.find(numbers(41))[1] == 41
+        for _ in range(2):
+            code, out, err = ollm("cache", "prune", "--to", "1B", *where, "--json")
+            assert (code, json.loads(out)["in_use"]) == (2, 2)
+            assert "2 cached prefixes are in use by another process" in err
+            assert ollm("cache", "remove", "--all", *where)[0] == 2
+            assert lengths(ollm, kv_dir) == [20, 41]  # which was read last
+            owner.close()
+    assert ollm("cache", "prune", "--to", "1B", *where)[0] == 0
+    assert list(kv_dir.iterdir()) == []
+
+
+def test_states_are_shown_and_verified(ollm, tmp_path):
+    """With the prefix that leads to them; what is of none goes when it is a day old."""
+    keep_a_run(tmp_path, PROMPT, answer=[50, 51])
+    where = ["--kv-dir", tmp_path, "--json"]
+    (one,) = json.loads(ollm("cache", "list", *where)[1])["prefixes"]
+    assert (one["num_states"], one["state_bytes"] > 3 * 4096) == (3, True)
+    assert ollm("cache", "verify", *where)[0] == 0
+    path = max(tmp_path.glob("ollm-states-*/23-*"))
+    data = bytearray(path.read_bytes())
+    data[4100] ^= 1
+    path.write_bytes(data)
+    code, out, _ = ollm("cache", "verify", *where)
+    assert (code, json.loads(out)["num_left"]) == (1, 1)
+    wrong = {one["num_tokens"]: one["wrong"] for one in json.loads(out)["states"]}
+    assert [bool(wrong[number]) for number in (20, 21, 23)] == [False, False, True]
+    assert "not what was written" in wrong[23]
+    assert ollm("cache", "verify", "--remove", *where)[0] == 0
+    assert not path.exists()
+    assert json.loads(ollm("cache", "list", *where)[1])["prefixes"][0]["num_states"] == 2
+    stray = path.with_name(f"24-{'0' * 32}-bfloat16.state")
+    stray.write_bytes(b"OLLMKV\0\1")
+    assert len(json.loads(ollm("cache", "list", *where)[1])["states"]) == 1
+    for old in (False, True):
+        if old:
+            os.utime(stray, (5, 5))
+        out = json.loads(ollm("cache", "prune", "--older-than", "9d", *where)[1])
+        assert len(out["removed_states"]) == old
+        assert stray.exists() is not old
+    assert ollm("cache", "remove", "--all", *where)[0] == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_verify_removes_what_is_damaged(ollm, kv_dir):
+    """And nothing else; what is left is sound."""
+    where = ["--kv-dir", kv_dir, "--json"]
+    home = next(one.directory for one in take_inventory(kv_dir).prefixes)
+    with (home / "layer-00001.kv").open("r+b") as file:
+        file.seek(4096 * 2)
+        file.write(b"\xff" * 8)
+    code, out, _ = ollm("cache", "verify", *where)
+    assert (code, json.loads(out)["num_left"]) == (1, 1)
+    assert lengths(ollm, kv_dir) == [41, 20, 13]
+    assert "removed 1 of 1 damaged ones" in ollm("cache", "verify", "--remove", *where[:2])[1]
+    assert lengths(ollm, kv_dir) == [20, 13]
+    assert ollm("cache", "verify", *where)[0] == 0
+
+
+def test_a_hostile_directory(ollm, kv_dir, tmp_path):
+    """Links, files of others and damaged journals: a line each, and nothing of them is touched."""
+    outside = tmp_path / "outside"
+    outside.mkdir(0o700)
+    (outside / "layer-00000.kv").write_bytes(b"OLLMKV\0\1 mine")
+    (kv_dir / "ollm-kv-link").symlink_to(outside)
+    (kv_dir / "ollm-states-link").symlink_to(outside)
+    (kv_dir / "ollm-kv-open").mkdir(0o755)
+    (kv_dir / "ollm-kv-open" / "mine.txt").write_text("mine")
+    damaged = kv_dir / "ollm-kv-damaged"
+    damaged.mkdir(0o700)
+    (damaged / "prefixes.journal").write_bytes(b"OLLMKV\0\1{" + b"[" * 4090)
+    home = take_inventory(kv_dir).prefixes[0].directory
+    (home / "mine.txt").write_text("mine")
+    (home / "layer-00009.kv").symlink_to(outside / "layer-00000.kv")
+    states = kv_dir / f"ollm-states-{'a' * 64}"
+    states.mkdir(0o700)
+    (states / "mine.state").write_text("mine")
+    (states / f"5-{'0' * 32}-float32.state").symlink_to(outside / "layer-00000.kv")
+    before = {path: path.is_symlink() or path.is_dir() or path.read_bytes()
+              for path in sorted(tmp_path.rglob("*")) if "mine" in path.name or path.is_symlink()
+              or outside in path.parents}  # fmt: skip
+    code, out, err = ollm("cache", "list", "--kv-dir", kv_dir, "--json")
+    remarks = json.loads(out)["remarks"]
+    assert code == 0
+    assert err == ""
+    told = {
+        f"{kv_dir}/ollm-kv-link: a link, left alone",
+        f"{kv_dir}/ollm-states-link: a link or not private to this user, left alone",
+        f"{kv_dir}/ollm-kv-open: not private to this user, left alone",
+        f"{damaged}/prefixes.journal: the header of the KV file is damaged",
+        f"{home}/mine.txt: not a file of ollm",
+        f"{home}/layer-00009.kv: not a file of ollm",
+        f"{states}/mine.state: not a file of ollm",
+        f"{states}/5-{'0' * 32}-float32.state: not a file of ollm",
+    }
+    assert set(remarks) == told
+    err = ollm("cache", "list", "--kv-dir", kv_dir)[2]
+    assert err.count("warning: ") == len(told)
+    for arguments in (["verify", "--remove"], ["prune", "--to", "1B"], ["remove", "--all"]):
+        assert ollm("cache", *arguments, "--kv-dir", kv_dir, "--json")[0] == 0
+    after = {path: path.is_symlink() or path.is_dir() or path.read_bytes() for path in before}
+    assert after == before
+    assert lengths(ollm, kv_dir) == []

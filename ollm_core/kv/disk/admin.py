@@ -1,71 +1,43 @@
-"""Lists, verifies and removes the prefix caches in a directory, without a model."""
+"""Verifies, removes, prunes and pins what prefix caches in a directory hold, without a model.
+
+Only files that ollm has made are touched, and none that a process owns or reads.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from ollm_core.device.buffers import PAGE, round_up
 from ollm_core.errors import InputError, KVStoreError
 from ollm_core.files.scratch import take_over
-from ollm_core.kv.disk.directory import find_homes, is_home, remove_files
-from ollm_core.kv.disk.journal import Journal, LayerBlocks, Prefix, checksum, read_journal
+from ollm_core.kv.disk import marks, readers
+from ollm_core.kv.disk.borrowed import tokens_of
+from ollm_core.kv.disk.compaction import compact
+from ollm_core.kv.disk.directory import remove_files
+from ollm_core.kv.disk.inventory import Inventory, StoredPrefix, take_inventory
+from ollm_core.kv.disk.journal import Journal, LayerBlocks, checksum, read_journal
 from ollm_core.kv.disk.layer_file import open_own
-from ollm_core.kv.recurrent.snapshots import remove_states
+from ollm_core.kv.recurrent.snapshots import StoredState, remove_states
 
-_MAX_BLOCK_BYTES = 1 << 30
-_MAX_LAYERS = 10_000
+_YOUNG = 24 * 3600
+"""Seconds for which a state without a prefix stays: a run may keep that when it ends."""
 
 
 @dataclass(frozen=True, slots=True)
-class StoredPrefix:
-    """One kept prefix and what its directory says of the model."""
+class Pruned:
+    """What `prune` did."""
 
-    directory: Path
-    fingerprint: str
-    dtype: str
-    block_bytes: tuple[int, ...]
-    """Of each layer."""
-    prefix: Prefix
-
-    @property
-    def id(self) -> str:
-        """Hex digits that name the tokens."""
-        return self.prefix.key.hex()
-
-    @property
-    def num_bytes(self) -> int:
-        """On disk. Blocks that several prefixes share are counted in each."""
-        sizes = zip(self.prefix.layers, self.block_bytes, strict=True)
-        return sum(len(layer.blocks) * round_up(block_bytes) for layer, block_bytes in sizes)
-
-
-def list_kept(parent: Path) -> tuple[list[StoredPrefix], list[Path]]:
-    """The prefixes that are kept in `parent`, oldest first, and directories of ours that hold none:
-    a process was killed there, or is at work, or they are damaged.
-    """
-    found: list[StoredPrefix] = []
-    empty = []
-    for directory in find_homes(parent):
-        here: list[StoredPrefix] = []
-        with suppress(OSError, KVStoreError):
-            fields, prefixes, _ = read_journal(directory)
-            model = str(fields.get("fingerprint")), str(fields.get("dtype")), _block_bytes(fields)
-            here = [
-                StoredPrefix(directory, *model, prefix)
-                for prefix in prefixes
-                if len(prefix.layers) == len(model[2])
-            ]
-        found += here
-        if not here and is_home(directory):
-            empty.append(directory)
-    return sorted(found, key=lambda kept: kept.prefix.seconds), empty
+    removed: list[StoredPrefix] = field(default_factory=list)
+    in_use: list[StoredPrefix] = field(default_factory=list)
+    """They would have gone."""
+    states: list[StoredState] = field(default_factory=list)
+    """Without a prefix, and removed."""
 
 
 def verify(kept: StoredPrefix) -> str:
@@ -97,26 +69,20 @@ def remove(kept: Sequence[StoredPrefix]) -> list[StoredPrefix]:
                 in_use += mine
                 continue
             fields, prefixes, _ = read_journal(directory)
-            rest = [prefix for prefix in prefixes if prefix.key not in keys]
+            num_layers = len(mine[0].block_bytes)  # others are damaged
+            rest = [p for p in prefixes if p.key not in keys and len(p.layers) == num_layers]
             if rest:
                 with Journal(directory, _without_version(fields), create=False) as journal:
                     journal.replace(rest)
-                _shorten(directory, rest, mine[0].block_bytes)
+                    if not readers.are_there(directory):  # who has just come may be reading
+                        with suppress(OSError, KVStoreError):  # a disk that is full, a damaged file
+                            compact(directory, journal, rest, mine[0].block_bytes)
+                for key in keys:
+                    marks.forget(directory, key)
             else:
                 remove_files(directory)
-    _remove_states([one for one in kept if one not in in_use])
+    remove_states_of([one for one in kept if one not in in_use])
     return in_use
-
-
-def _remove_states(gone: Sequence[StoredPrefix]) -> None:
-    """Remove the recurrent states of removed prefixes that no other prefix begins with."""
-    for parent, fingerprint in {(one.directory.parent, one.fingerprint) for one in gone}:
-        left = [one for one in list_kept(parent)[0] if one.fingerprint == fingerprint]
-        tokens = [
-            [torch.frombuffer(one.prefix.token_ids, dtype=torch.int32) for one in some]
-            for some in (gone, left)
-        ]
-        remove_states(parent, fingerprint, *tokens)
 
 
 def remove_empty(directories: Sequence[Path]) -> list[Path]:
@@ -129,6 +95,69 @@ def remove_empty(directories: Sequence[Path]) -> list[Path]:
             else:
                 in_use.append(directory)
     return in_use
+
+
+def remove_strays(states: Sequence[StoredState], unused_for: float = 0) -> list[StoredState]:
+    """Remove states that no prefix leads to: what was written so many seconds ago, and not within a
+    day. Returns those that are gone.
+    """
+    gone = []
+    for state in states:
+        if time.time() - state.seconds > max(_YOUNG, unused_for):
+            with suppress(OSError):
+                state.path.unlink()
+                gone.append(state)
+    return gone
+
+
+def remove_states_of(gone: Sequence[StoredPrefix]) -> None:
+    """Remove the recurrent states of removed prefixes that no other prefix begins with."""
+    for parent, fingerprint in {(one.directory.parent, one.fingerprint) for one in gone}:
+        kept = take_inventory(parent).prefixes
+        left = [one for one in kept if one.fingerprint == fingerprint]
+        tokens = [[tokens_of(one.prefix) for one in some] for some in (gone, left)]
+        remove_states(parent, fingerprint, *tokens)
+
+
+def prune(
+    inventory: Inventory,
+    *,
+    model: str = "",
+    unused_for: float | None = None,
+    most_bytes: int | None = None,
+) -> Pruned:
+    """Remove prefixes that are not pinned, least recently used first: of the model whose
+    fingerprint begins with `model`; those not used for so many seconds; until what is left of these
+    models takes `most_bytes`, blocks that are shared counted once. Without either, all of them.
+    Raises KVStoreError if it fails.
+    """
+    now, done = time.time(), Pruned()
+    of_model = [one for one in inventory.prefixes if one.fingerprint.startswith(model)]
+    strays = [one for one in inventory.states if one.fingerprint.startswith(model)]
+    done.states.extend(remove_strays(strays, unused_for or 0))
+    left = Inventory(of_model, [one for one in strays if one not in done.states], [], [])
+    gone: set[tuple[Path, bytes]] = set()
+    for one in of_model:
+        is_old = unused_for is None or now - one.last_used > unused_for
+        is_much = most_bytes is None or left.num_bytes(gone) > most_bytes
+        if one.pinned or not (is_old and is_much):
+            continue
+        if remove([one]):
+            done.in_use.append(one)
+        else:
+            done.removed.append(one)
+            gone.add((one.directory, one.prefix.key))
+    return done
+
+
+def pin(kept: Sequence[StoredPrefix], *, pinned: bool) -> None:
+    """Let nothing but `remove` remove prefixes, or no longer. Raises KVStoreError."""
+    change: Callable[[Path, bytes], None] = marks.pin if pinned else marks.unpin
+    for one in kept:
+        try:
+            change(one.directory, one.prefix.key)
+        except OSError as error:
+            raise KVStoreError(f"{one.directory}: {error.strerror}") from error
 
 
 def pick(kept: Sequence[StoredPrefix], beginning: str) -> list[StoredPrefix]:
@@ -144,13 +173,15 @@ def pick(kept: Sequence[StoredPrefix], beginning: str) -> list[StoredPrefix]:
 
 @contextmanager
 def _owning(directory: Path) -> Iterator[bool]:
-    """Owns a directory inside the `with`, which gives False if another process does."""
+    """Owns a directory inside the `with`, which gives False if another process does, or reads
+    there.
+    """
     try:
         lock = take_over(directory)
     except OSError as error:
         raise KVStoreError(f"{directory}: {error.strerror}") from error
     try:
-        yield lock is not None
+        yield lock is not None and not readers.are_there(directory)
     except OSError as error:
         raise KVStoreError(f"{directory}: {error.strerror}") from error
     finally:
@@ -172,34 +203,6 @@ def _parts(file: int, offset: int, num_bytes: int) -> Iterator[bytes]:
     while num_bytes and (part := os.pread(file, num_bytes, offset)):
         yield part
         offset, num_bytes = offset + len(part), num_bytes - len(part)
-
-
-def _shorten(directory: Path, prefixes: Sequence[Prefix], block_bytes: Sequence[int]) -> None:
-    """Cut the free slots at the end of each layer's file; others are used again by later runs."""
-    last: dict[int, int] = {}
-    for prefix in prefixes:
-        for layer_idx, layer in enumerate(prefix.layers):
-            last[layer_idx] = max(last.get(layer_idx, -1), *layer.blocks, -1)
-    for layer_idx, block in last.items():
-        with suppress(OSError, KVStoreError), ExitStack() as stack:
-            file = open_own(directory / f"layer-{layer_idx:05}.kv", os.O_RDWR)
-            stack.callback(os.close, file)
-            size = PAGE + (block + 1) * round_up(block_bytes[layer_idx])
-            if size < os.fstat(file).st_size:
-                os.ftruncate(file, size)
-
-
-def _block_bytes(fields: dict[str, Any]) -> tuple[int, ...]:
-    """Of each layer; the header has sizes, and for how many layers each holds."""
-    found: list[int] = []
-    runs = fields.get("block_bytes")
-    for run in runs if isinstance(runs, list) else [()]:
-        match run:
-            case [int(size), int(count)] if 0 < size <= _MAX_BLOCK_BYTES and count <= _MAX_LAYERS:
-                found += [size] * count
-            case _:
-                raise KVStoreError("the header of the KV file is damaged")
-    return tuple(found)
 
 
 def _without_version(fields: dict[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,8 @@ from ollm_core.device.buffers import PAGE
 from ollm_core.errors import InputError, KVStoreError
 from ollm_core.files.paths import cache_directory, check_writable_directory, is_private, retrying
 from ollm_core.files.scratch import Scratch, make_directory, reap, take_over
-from ollm_core.kv.disk import readers
+from ollm_core.kv.disk import marks, readers
+from ollm_core.kv.disk.compaction import compact
 from ollm_core.kv.disk.journal import NAME, Journal, Prefix, read_journal
 from ollm_core.kv.disk.layer_file import MAGIC, LayerFile, header_fields, open_own, storage_error
 
@@ -57,6 +58,17 @@ class KVDirectory(Closing):
         assert self.journal is not None
         self.journal.drop(prefix.key)
         self.prefixes.remove(prefix)
+        marks.forget(self.directory, prefix.key)
+
+    def shorten(self, block_bytes: Sequence[int]) -> None:
+        """Leave no free slots in the files, `block_bytes` being of each layer, unless somebody
+        reads there. Only `close` may follow.
+        """
+        if self.journal and self.prefixes and not readers.are_there(self.directory):
+            try:
+                compact(self.directory, self.journal, self.prefixes, block_bytes)
+            except (OSError, KVStoreError) as error:
+                logger.info("%s: not made shorter: %s", self.directory, error)
 
     def close(self) -> None:
         if self._lock < 0:
@@ -169,6 +181,15 @@ def is_home(directory: Path) -> bool:
     with suppress(OSError):
         return any(_is_kv_file(path) for path in _files_in(directory))
     return False
+
+
+def strangers_in(directory: Path) -> list[Path]:
+    """What is in a home, and not a file of ours."""
+    found: list[Path] = []
+    with suppress(OSError):
+        ours = {path for path in _files_in(directory) if _is_kv_file(path)}
+        found = sorted(path for path in directory.iterdir() if path not in ours)
+    return found
 
 
 def remove_files(directory: Path) -> None:

@@ -70,8 +70,8 @@ class PrefixCachingHybridStore(HybridKVStore):
         known = self._kept.token_ids(sequence)
         for key in [key for key in self._writers if key[0] == sequence]:
             writer = self._writers.pop(key)
-            with self._guarded():
-                if self._kept.keeps(sequence):
+            with self._guarded(), self._kept.turn():
+                if self._kept.keeps(sequence) and self._kept.make_room(self._files.file_bytes):
                     writer.finish(known[: writer.num_tokens])
                 else:
                     writer.drop()
@@ -128,8 +128,8 @@ class PrefixCachingHybridStore(HybridKVStore):
             return
         if not self._kept.keeps(sequence):
             return
-        with self._guarded():
-            if not self._files.has(known):
+        with self._guarded(), self._kept.turn():
+            if not self._files.has(known) and self._kept.make_room(self._files.file_bytes):
                 writer = StateWriter(self._files, num_tokens)
                 try:
                     for layer_idx in self._files.offsets:

@@ -11,8 +11,11 @@ import hashlib
 import itertools
 import logging
 import os
+import re
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -28,8 +31,29 @@ from ollm_core.kv.disk.layer_file import header_fields, open_own, read_header, w
 
 _PREFIX = "ollm-states-"
 _NEW = "new-"
+_STATE = re.compile(r"([1-9]\d{0,8})-([0-9a-f]{32})-(\w+)\.state", re.ASCII)
+_PIECE = 16 << 20
 
 logger = logging.getLogger("ollm")
+
+
+@dataclass(frozen=True, slots=True)
+class StoredState:
+    """A file with a state, as its name tells."""
+
+    path: Path
+    fingerprint: str
+    dtype: str
+    num_tokens: int
+    key: str
+    """32 hex digits that name the tokens before it."""
+    num_bytes: int
+    seconds: int
+    """When it was written, since 1970."""
+
+    def is_of(self, token_ids: Tensor) -> bool:
+        """Whether `token_ids` [T] begin with the tokens before it."""
+        return len(token_ids) >= self.num_tokens and _key(token_ids[: self.num_tokens]) == self.key
 
 
 class StateWriter:
@@ -87,6 +111,8 @@ class StateFiles:
         self.offsets: Mapping[int, int] = dict(zip(layers, [0, *ends], strict=False))
         """Where each layer's state begins behind the header."""
         self._num_bytes = ends[-1]
+        self.file_bytes = PAGE + ends[-1]
+        """Of one file."""
 
     def find(self, token_ids: Tensor, longest: int) -> Iterator[int]:
         """Numbers of tokens, at most `longest`, after which there is a state of these [T]; the
@@ -175,6 +201,61 @@ def remove_states(
         directory.rmdir()
 
 
+def list_states(parent: Path) -> tuple[list[StoredState], list[str]]:
+    """The states that are kept in `parent`, of any model, and one line for each thing that only has
+    a name of ours. Links are not followed.
+    """
+    found, remarks = [], []
+    for directory in sorted(parent.glob(f"{_PREFIX}*")):
+        with suppress(OSError):
+            if not is_private(directory.lstat()):
+                remarks.append(f"{directory}: a link or not private to this user, left alone")
+                continue
+            for path in sorted(directory.iterdir()):
+                about, name = path.lstat(), _STATE.fullmatch(path.name)
+                if not stat.S_ISREG(about.st_mode) or about.st_uid != os.geteuid():
+                    remarks.append(f"{path}: not a file of ollm")
+                elif name:
+                    fingerprint = directory.name.removeprefix(_PREFIX)
+                    known = fingerprint, name[3], int(name[1]), name[2]
+                    found.append(StoredState(path, *known, about.st_size, int(about.st_mtime)))
+                elif not path.name.startswith(_NEW):
+                    remarks.append(f"{path}: not a file of ollm")
+    return found, remarks
+
+
+def verify_state(state: StoredState) -> str:
+    """What is wrong with it, or "" if it is what was written."""
+    try:
+        file = open_own(state.path, os.O_RDONLY)
+    except FileNotFoundError:  # somebody has removed it since it was listed
+        return ""
+    except (OSError, KVStoreError) as error:
+        return str(error)
+    try:
+        fields = read_header(os.pread(file, PAGE, 0), state.path)
+        sizes = fields.get("layers")
+        size = os.fstat(file).st_size - PAGE
+        if not (isinstance(sizes, list) and all(isinstance(one, int) for one in sizes)):
+            return f"{state.path}: the header of the KV file is damaged"
+        if min(sizes, default=0) < 0 or sum(sizes) != size:
+            return f"{state.path}: need {sum(sizes)} bytes of states, have {size}"
+        offset, sums = PAGE, []
+        for num_bytes in sizes:
+            sums.append(_sum_of(file, offset, num_bytes))
+            offset += num_bytes
+        named = state.fingerprint, state.dtype, state.key
+        if named != tuple(fields.get(name) for name in ("fingerprint", "dtype", "tokens")):
+            return f"{state.path}: is named for other tokens or another model"
+        if fields.get("checksum") != _joined(sums):
+            return f"{state.path}: not what was written"
+    except (OSError, KVStoreError) as error:
+        return str(error)
+    finally:
+        os.close(file)
+    return ""
+
+
 def reap_states(parent: Path) -> None:
     """Remove what killed processes were writing in `parent`, whatever the model."""
     with suppress(OSError):
@@ -200,6 +281,15 @@ def _key(token_ids: Tensor) -> str:
 def _bytes(value: Tensor) -> bytes:
     raw: bytes = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
     return raw
+
+
+def _sum_of(file: int, offset: int, num_bytes: int) -> int:
+    """The checksum of bytes of a file; those that are missing at its end count as not there."""
+    hashed = xxhash.xxh3_64()
+    while num_bytes and (part := os.pread(file, min(num_bytes, _PIECE), offset)):
+        hashed.update(part)
+        offset, num_bytes = offset + len(part), num_bytes - len(part)
+    return hashed.intdigest()
 
 
 def _joined(sums: Sequence[int]) -> int:

@@ -76,11 +76,12 @@ def test_going_on_inside_a_kept_prefix(tmp_path):
     kept(tmp_path, longer)
     with open_store(tmp_path) as store:
         assert len(store._pins) == 2  # the longer one stands for the first
+        used = [f"prefixes.{pin.prefix.key.hex()}.used" for pin in store._pins]
         for prompt in (first, second, longer):
             assert found_right(store, prompt) == len(prompt)
     (home,) = tmp_path.iterdir()
     assert sorted(path.name for path in home.iterdir()) == [
-        "layer-00000.kv", "layer-00001.kv", "prefixes.journal",
+        "layer-00000.kv", "layer-00001.kv", *sorted(used), "prefixes.journal",
     ]  # fmt: skip
     assert stat.S_IMODE(home.stat().st_mode) == 0o700
     assert {stat.S_IMODE(path.stat().st_mode) for path in home.iterdir()} == {0o600}
