@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from ollm_conformance.checks import check, does_not_apply
 from ollm_conformance.compare import same_bits
 from ollm_conformance.parts.codec_suite import SMALL, CodecSuite
+from ollm_conformance.parts.codec_walk import CodecWalk
 from ollm_conformance.parts.encoded import (
     DTYPES,
     SHAPES,
@@ -24,7 +26,7 @@ from ollm_conformance.parts.encoded import (
     weights,
 )
 from ollm_conformance.process_memory import every_time, expect, peak_grown, process_memory
-from ollm_conformance.seeds import drawn
+from ollm_conformance.seeds import drawn, run_seed
 from ollm_core import CodecRequest, EncodedTensor, OllmError, StoredForm
 
 LARGE = 3072, 4096
@@ -257,6 +259,17 @@ class CodecConformance(CodecSuite):
                 }
                 for what, request in requests.items():
                     _refused_or_left(request, type(self).codec, what)
+
+    @check(
+        "codec.walk",
+        "Whatever is decoded, wholes or rows of several checkpoints, from buffers that are used "
+        "again, after damage or another question, is what was written, and stays that.",
+        look="state of the codec: what it keeps by name, by place or from the call before",
+    )
+    def test_walk(self) -> None:
+        draw = random.Random(run_seed())
+        for number in range(4):
+            CodecWalk(type(self), draw).run(f"seed {run_seed()}, walk {number}")
 
     @check(
         "codec.model",
