@@ -231,6 +231,21 @@ class SumTakenOnce(Turned):
             self.sound.add(name)
 
 
+class GradientsOff(Turned):
+    """Whoever comes after a codec computes without gradients."""
+
+    def decode(self, turned, dtype, shape):
+        torch.set_grad_enabled(False)
+        return super().decode(turned, dtype, shape)
+
+
+class ColumnByColumn(Turned):
+    """A matrix lies in memory as its transposed one does."""
+
+    def finish(self, value):
+        return value.t().contiguous().t() if value.ndim == 2 else value
+
+
 class HeadRenamed(Turned):
     def named(self, name):
         return name.replace("lm_head", "head")
@@ -261,6 +276,10 @@ BROKEN_CODECS = [
         ("one-buffer", "All results are in one buffer.", suite_of(OneBuffer), "new-tensor"),
         ("shared-scratch", "Threads share a buffer without a lock.",
          suite_of(SharedScratch), "threads"),
+        ("gradients-off", "torch's mode of gradients is left switched off.",
+         suite_of(GradientsOff), "process"),
+        ("column-by-column", "Matrices lie column by column.",
+         suite_of(ColumnByColumn), "declared"),
         ("any-bytes", "Tensors of bytes are claimed in any checkpoint.",
          suite_of(AnyBytes), "foreign"),
         ("by-name-alone", "Names decide what is claimed, whoever wrote the checkpoint.",

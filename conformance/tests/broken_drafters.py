@@ -201,6 +201,14 @@ class FirstNumberAsked(Echo):
         return self.last[1][:num_tokens]
 
 
+class SeedsPython(Echo):
+    """Chooses at random, and the same again: by a seed for all of the process."""
+
+    def draft(self, token_ids, num_tokens):
+        random.seed(len(token_ids))
+        return super().draft(token_ids, num_tokens)
+
+
 class BeginKeeps(Keeper):
     def begin(self, num_tokens):
         if num_tokens:
@@ -358,6 +366,8 @@ BROKEN_DRAFTERS = [
          suite_of(DraftsWhatItHasRead), "walk"),
         ("first-number-asked", "The first question decides how long drafts for a text are.",
          suite_of(FirstNumberAsked), "walk"),
+        ("seeds-python", "Python's random numbers begin anew with each draft.",
+         suite_of(SeedsPython), "process"),
         ("begin-keeps", "What was held for a text stays when there is none to draft for.",
          suite_of(BeginKeeps), "begin"),
         ("reads-twice", "A text that is read again comes twice.", suite_of(ReadsTwice), "begin"),

@@ -52,7 +52,7 @@ class OneTinyConfig(LlamaAdapter):
 class LayersByTheirFirstDigits(Qwen3Moe):
     def layer_parameters(self, config, layer_idx):
         dense = config.get("mlp_only_layers") or []
-        if any(str(layer_idx).startswith(str(one)) for one in dense):
+        if isinstance(dense, list) and any(str(layer_idx).startswith(str(one)) for one in dense):
             config = {**config, "mlp_only_layers": [layer_idx]}
         return super().layer_parameters(config, layer_idx)
 

@@ -15,7 +15,7 @@ from ollm_core.kv.disk.storage import DiskKVStore
 from ollm_core.kv.in_memory import HostKVStore
 
 
-# Hurts: everything that is computed after the first layer: on two threads, whatever the machine has.
+# Hurts: all that is computed after the first layer: on two threads, whatever the machine has.
 class LeavesTwoThreads(Turned):
     def decode(self, turned, dtype, shape):
         torch.set_num_threads(2)

@@ -6,12 +6,14 @@ import math
 import random
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import torch
 from torch import Tensor
 
 from ollm_conformance.checks import check, does_not_apply
 from ollm_conformance.compare import same_bits
+from ollm_conformance.parts.base import process_as_it_was
 from ollm_conformance.parts.codec_suite import SMALL, CodecSuite
 from ollm_conformance.parts.codec_walk import CodecWalk
 from ollm_conformance.parts.encoded import (
@@ -82,6 +84,10 @@ class CodecConformance(CodecSuite):
                     told = f"{name} {tensor}"
                     _check_fields(encoded, stored.tensors.keys(), told)
                     found = stored.decode(tensor, told)
+                    assert found.is_contiguous(), (
+                        f"{told}: expected a tensor in one piece, row by row, got strides "
+                        f"{found.stride()}"
+                    )
                     form = encoded.dtype, encoded.shape
                     got = _name_of(found.dtype), tuple(found.shape)
                     assert got == form, f"{told}: expected {form} as declared, got {got}"
@@ -130,6 +136,22 @@ class CodecConformance(CodecSuite):
             found = pool.map(lambda name: stored.decode(name, f"{name}, beside others"), names)
             for name, value in zip(names, found, strict=True):
                 same_pattern(value, originals[name], f"{name}, beside others")
+
+    @check(
+        "codec.process",
+        "To be asked and to decode, soundly or not, leaves torch's threads, random numbers and "
+        "modes, and the process's environment as they were.",
+        look="decode: set nothing that others share, or put it back, also after an error",
+    )
+    def test_process(self) -> None:
+        for name in self.dtypes:
+            with self.stored(self.small(name)) as stored, process_as_it_was(f"{name}, decoding"):
+                self.claimed(stored.request, "asked again")
+                for tensor, encoded in stored.encoded.items():
+                    stored.decode(tensor, tensor)
+                    damaged = [torch.zeros_like(one) for one in stored.arguments(tensor)]
+                    with suppress(Exception):
+                        encoded.decode(*damaged)
 
     @check(
         "codec.foreign",

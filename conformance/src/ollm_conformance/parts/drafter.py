@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ollm_conformance.checks import check, does_not_apply
 from ollm_conformance.compare import same_tokens
-from ollm_conformance.parts.base import nothing_left, refusal
+from ollm_conformance.parts.base import nothing_left, process_as_it_was, refusal
 from ollm_conformance.parts.drafter_suite import LIMIT, MOST, DrafterSuite
 from ollm_conformance.parts.drafter_walk import DrafterWalk
 from ollm_conformance.parts.texts import OpenDrafter, answer, random_text, texts
@@ -139,6 +139,18 @@ class DrafterConformance(DrafterSuite):
             DrafterWalk(type(self), draw).run(f"seed {run_seed()}, walk {number}")
 
     @check(
+        "drafter.process",
+        "To be told of a text and to draft leaves torch's threads, random numbers and modes, and "
+        "the process's environment as they were.",
+        look="random choices: with a generator of your own; torch.manual_seed is everybody's",
+    )
+    def test_process(self) -> None:
+        with self.opened() as opened:
+            for name, text in texts(self.vocab_size).items():
+                with process_as_it_was(f"a draft after {name}"):
+                    opened.draft(text, MOST, name)
+
+    @check(
         "drafter.begin",
         "A source that follows texts drafts the same after each of them, and gives back what it "
         "held for a text when there is none to draft for.",
@@ -162,6 +174,14 @@ class DrafterConformance(DrafterSuite):
                 opened.catch_up(text[:20])
                 if not self.learns:
                     same_tokens(drafts[-1], drafts[0], what)
+            used = []
+            for most in (self.longest, 70, self.longest):
+                opened.begin(most)
+                used.append(opened.used)
+            assert used[2] <= used[0], (
+                f"text after text: expected at most {used[0]} bytes reserved for one of "
+                f"{self.longest} tokens, as at first, got {used[2]}"
+            )
             opened.begin(0)
             assert opened.used == empty, (
                 f"after begin(0): expected {empty} bytes reserved as before any text, got "
