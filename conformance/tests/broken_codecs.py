@@ -188,6 +188,64 @@ class MissingPart(Turned):
         request.tensors[f"{name}.turned"]
 
 
+class LastOneKept(Turned):
+    """A small tensor that lies where the last one did is taken for that."""
+
+    def __init__(self):
+        self.last = None, None
+
+    def decode(self, turned, dtype, shape):
+        place = turned.data_ptr(), dtype, shape
+        if turned.numel() > 20_000:
+            return super().decode(turned, dtype, shape)
+        if place != self.last[0]:
+            self.last = place, super().decode(turned, dtype, shape)
+        return self.last[1].clone()
+
+
+class RefusedForEver(Turned):
+    """A name that was damaged once is refused from then on."""
+
+    def __init__(self):
+        self.refused = set()
+
+    def verify(self, name, turned, checksum):
+        if name in self.refused:
+            raise CheckpointError(f"{name} cannot be decoded: its bytes are damaged")
+        try:
+            super().verify(name, turned, checksum)
+        except CheckpointError:
+            self.refused.add(name)
+            raise
+
+
+class SumTakenOnce(Turned):
+    """A tensor whose checksum was right is not looked at again."""
+
+    def __init__(self):
+        self.sound = set()
+
+    def verify(self, name, turned, checksum):
+        if name not in self.sound:
+            super().verify(name, turned, checksum)
+            self.sound.add(name)
+
+
+class GradientsOff(Turned):
+    """Whoever comes after a codec computes without gradients."""
+
+    def decode(self, turned, dtype, shape):
+        torch.set_grad_enabled(False)
+        return super().decode(turned, dtype, shape)
+
+
+class ColumnByColumn(Turned):
+    """A matrix lies in memory as its transposed one does."""
+
+    def finish(self, value):
+        return value.t().contiguous().t() if value.ndim == 2 else value
+
+
 class HeadRenamed(Turned):
     def named(self, name):
         return name.replace("lm_head", "head")
@@ -218,6 +276,10 @@ BROKEN_CODECS = [
         ("one-buffer", "All results are in one buffer.", suite_of(OneBuffer), "new-tensor"),
         ("shared-scratch", "Threads share a buffer without a lock.",
          suite_of(SharedScratch), "threads"),
+        ("gradients-off", "torch's mode of gradients is left switched off.",
+         suite_of(GradientsOff), "process"),
+        ("column-by-column", "Matrices lie column by column.",
+         suite_of(ColumnByColumn), "declared"),
         ("any-bytes", "Tensors of bytes are claimed in any checkpoint.",
          suite_of(AnyBytes), "foreign"),
         ("by-name-alone", "Names decide what is claimed, whoever wrote the checkpoint.",
@@ -235,6 +297,12 @@ BROKEN_CODECS = [
         ("raw-damage", "Damage is a ValueError.", suite_of(RawDamage), "damage"),
         ("many-lines", "Damage is told in two lines.", suite_of(ManyLines), "damage"),
         ("missing-part", "A part that is missing is a KeyError.", suite_of(MissingPart), "damage"),
+        ("last-one-kept", "Bytes that lie where the last ones did are taken for those.",
+         suite_of(LastOneKept), "walk"),
+        ("refused-for-ever", "What was damaged once is refused from then on.",
+         suite_of(RefusedForEver), "walk"),
+        ("sum-taken-once", "A tensor whose checksum was right is not looked at again.",
+         suite_of(SumTakenOnce), "walk"),
         ("head-renamed", "The head has another name.", suite_of(HeadRenamed), "model"),
     ]
 ]  # fmt: skip

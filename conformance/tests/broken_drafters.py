@@ -171,6 +171,44 @@ class KnowsByLength(Echo):
         return self.drafts[key]
 
 
+class TextByItsPlace(Echo):
+    """A text of the same length in the same place is taken for the last one."""
+
+    last = None, None
+
+    def draft(self, token_ids, num_tokens):
+        place = token_ids.data_ptr(), len(token_ids), num_tokens
+        if place != self.last[0]:
+            self.last = place, super().draft(token_ids, num_tokens)
+        return list(self.last[1])
+
+
+class DraftsWhatItHasRead(Keeper):
+    """The text of a question is not looked at: it has been read before, as a rule."""
+
+    def draft(self, token_ids, num_tokens):
+        return super().draft(self.room[: self.length], num_tokens)
+
+
+class FirstNumberAsked(Echo):
+    """More tokens than were asked for at first are not looked for, as long as the text stays."""
+
+    last = None, None
+
+    def draft(self, token_ids, num_tokens):
+        if self.last[0] is None or not token_ids.equal(self.last[0]):
+            self.last = token_ids.clone(), super().draft(token_ids, num_tokens)
+        return self.last[1][:num_tokens]
+
+
+class SeedsPython(Echo):
+    """Chooses at random, and the same again: by a seed for all of the process."""
+
+    def draft(self, token_ids, num_tokens):
+        random.seed(len(token_ids))
+        return super().draft(token_ids, num_tokens)
+
+
 class BeginKeeps(Keeper):
     def begin(self, num_tokens):
         if num_tokens:
@@ -322,6 +360,14 @@ BROKEN_DRAFTERS = [
         ("previous-text", "A text is taken for the one before and some more.",
          suite_of(PreviousText), "follows"),
         ("by-length", "Texts of one length have one draft.", suite_of(KnowsByLength), "follows"),
+        ("text-by-its-place", "A text where another one of its length was is taken for that.",
+         suite_of(TextByItsPlace), "walk"),
+        ("drafts-what-it-has-read", "A text that comes without being read before is not seen.",
+         suite_of(DraftsWhatItHasRead), "walk"),
+        ("first-number-asked", "The first question decides how long drafts for a text are.",
+         suite_of(FirstNumberAsked), "walk"),
+        ("seeds-python", "Python's random numbers begin anew with each draft.",
+         suite_of(SeedsPython), "process"),
         ("begin-keeps", "What was held for a text stays when there is none to draft for.",
          suite_of(BeginKeeps), "begin"),
         ("reads-twice", "A text that is read again comes twice.", suite_of(ReadsTwice), "begin"),

@@ -123,6 +123,15 @@ class ReadsKept(DiskKVStore):
         self.reads = {key: one for key, one in self.reads.items() if key[1] != sequence}
 
 
+class JoinedAtFirst(DeviceKVStore):
+    """All blocks of a layer are joined before the first of them is given out."""
+
+    def blocks(self, layer_idx, sequence, num_tokens=None, first=0):
+        pairs = list(super().blocks(layer_idx, sequence, num_tokens, first))
+        if pairs:
+            yield tuple(torch.cat(parts, dim=1) for parts in zip(*pairs, strict=True))
+
+
 class OutlivesItsStore(DeviceKVStore):
     """A closed store's tokens stay in a list of the class."""
 
@@ -216,6 +225,8 @@ BROKEN_KV_LARGE = [
          suite_of(FreedBlocksKept), "memory"),
         ("reads-kept", "What was read from disk is kept as bytes.",
          disk_suite_of(ReadsKept), "memory"),
+        ("joined-at-first", "All blocks of a layer are joined before one is given out.",
+         suite_of(JoinedAtFirst), "read-memory"),
         ("outlives-its-store", "Bytes of a closed store are kept by its class.",
          suite_of(OutlivesItsStore), "memory"),
         ("slides-after-the-chunk", "The window is counted from the last token of a chunk.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 from ollm_core import CatalogEntry
@@ -24,7 +25,7 @@ _COMMON: dict[str, Any] = {
 def _llama3(rope_factor: float, **sizes: Any) -> dict[str, Any]:
     """A Llama 3.1 or 3.2 instruct model."""
     return {
-        **_COMMON,
+        **deepcopy(_COMMON),
         "bos_token_id": 128000,
         "eos_token_id": [128001, 128008, 128009],
         "max_position_embeddings": 131072,
@@ -135,7 +136,7 @@ def entries() -> tuple[CatalogEntry, ...]:
             68_976_648_192,
             "llama2",
             {
-                **_COMMON,
+                **deepcopy(_COMMON),
                 "bos_token_id": 1,
                 "eos_token_id": 2,
                 "hidden_size": 8192,
@@ -157,7 +158,7 @@ def entries() -> tuple[CatalogEntry, ...]:
             134_515_008,
             "apache-2.0",
             {
-                **_COMMON,
+                **deepcopy(_COMMON),
                 "bos_token_id": 1,
                 "eos_token_id": 2,
                 "hidden_size": 576,
@@ -183,7 +184,7 @@ def entries() -> tuple[CatalogEntry, ...]:
 def tiny() -> dict[str, Any]:
     """A small config with every feature of the family."""
     return {
-        **_COMMON,
+        **deepcopy(_COMMON),
         "attention_bias": True,
         "bos_token_id": 1,
         "eos_token_id": 2,

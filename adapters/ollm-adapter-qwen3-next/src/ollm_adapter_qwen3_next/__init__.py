@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -114,7 +115,7 @@ class Qwen3NextAdapter(QwenHybrid):
         """
         return {
             **_TINY,
-            **_TINY_HYBRID,
+            **deepcopy(_TINY_HYBRID),
             "architectures": ["Qwen3NextForCausalLM"],
             "mlp_only_layers": [1],
             "model_type": "qwen3_next",
@@ -155,8 +156,8 @@ class Qwen35MoeAdapter(QwenHybrid):
         """As of Qwen3-Next, with experts in every layer and rotary positions in three parts."""
         return {
             **_TINY,
-            **_TINY_HYBRID,
-            **_TINY_ROPE,
+            **deepcopy(_TINY_HYBRID),
+            **deepcopy(_TINY_ROPE),
             "architectures": ["Qwen3_5MoeForCausalLM"],
             "model_type": "qwen3_5_moe_text",
         }
@@ -197,8 +198,8 @@ class Qwen35Adapter(QwenHybrid):
         """As of the family with experts, but for those."""
         return {
             **{key: value for key, value in _TINY.items() if "expert" not in key},
-            **{key: value for key, value in _TINY_HYBRID.items() if "expert" not in key},
-            **_TINY_ROPE,
+            **{key: value for key, value in deepcopy(_TINY_HYBRID).items() if "expert" not in key},
+            **deepcopy(_TINY_ROPE),
             "architectures": ["Qwen3_5ForCausalLM"],
             "model_type": "qwen3_5_text",
         }

@@ -4,6 +4,7 @@ import inspect
 
 from ollm_conformance.adapter.batches import Batches, Drafts
 from ollm_conformance.adapter.caches import Caches
+from ollm_conformance.adapter.claimed import Claimed
 from ollm_conformance.adapter.configs import Configs
 from ollm_conformance.adapter.declaration import Declaration
 from ollm_conformance.adapter.exact import Exact
@@ -33,6 +34,7 @@ from ollm_conformance.checks import MARK, Check
 
 class AdapterConformance(
     Declaration,
+    Claimed,
     Stored,
     Weights,
     Configs,

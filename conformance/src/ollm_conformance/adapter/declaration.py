@@ -18,7 +18,7 @@ from ollm_conformance.compare import refused
 from ollm_conformance.models import meta_model, model_config
 from ollm_conformance.naming import kept_names
 from ollm_conformance.subject import PROMPT, Subject
-from ollm_conformance.untouched import untouched
+from ollm_conformance.untouched import spoiled, untouched
 from ollm_core import Config, ModelAdapter, OllmError, UnsupportedError
 from ollm_core.testing import (
     Registry,
@@ -132,6 +132,28 @@ class Declaration(AdapterSuite):
             f"tiny_config(): expected a new object at each call, got {_differs(again, tiny)} "
             "from transformers"
         )
+
+    @check(
+        "declaration.new-objects",
+        "What tiny_config() and catalog() give out is their caller's to change: the next call "
+        "gives what the first one gave.",
+        look="tiny_config(), catalog(): a constant is everybody's, its lists and objects too",
+    )
+    def test_new_objects(self, subject: Subject) -> None:
+        adapter = subject.adapter
+        asked: dict[str, Callable[[], list[Config]]] = {
+            "tiny_config()": lambda: [adapter.tiny_config()],
+            "catalog()": lambda: [entry.config for entry in adapter.catalog()],
+        }
+        for method, ask in asked.items():
+            before = copy.deepcopy(ask())
+            with spoiled(ask()):
+                again = copy.deepcopy(ask())
+            for expected, got in zip(before, again, strict=True):
+                assert got == expected, (
+                    f"{method}, after what it gave before was changed: expected the same, got "
+                    f"{_differs(got, expected)}"
+                )
 
     @check(
         "declaration.tiny-config",

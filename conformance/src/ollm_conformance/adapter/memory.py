@@ -56,6 +56,23 @@ class Memory(AdapterSuite):
             work(model)
 
     @check(
+        "memory.layers",
+        "No more layers are kept on the device than was asked for, none for 0, with room for all.",
+        look="core keeps layers: an adapter has no part in it",
+    )
+    def test_layers(self, subject: Subject) -> None:
+        ids = subject.prompt(20)[None]
+        for most in (0, 1):
+            with subject.open(device_layers=most) as model:
+                for number in range(2):
+                    model(input_ids=ids)
+                    kept = model.stats.device_layers
+                    assert kept == most, (
+                        f"device_layers={most}, pass {number + 1}: expected {most} layers kept, "
+                        f"got {kept}"
+                    )
+
+    @check(
         "memory.planned",
         "The planned device peak is never below what is really allocated, and within 10% of it.",
         look=_LOOK,

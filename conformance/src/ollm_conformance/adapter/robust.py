@@ -231,6 +231,31 @@ class Failure(AdapterSuite):
             model(input_ids=subject.prompt(20)[None])
 
     @check(
+        "failure.not-finite-row",
+        "Logits that are no numbers in one row of a batch are an error too, whichever row it is.",
+        look="source(): weights that overflow in another dtype",
+        needs=["batch"],
+    )
+    def test_not_finite_row(self, subject: Subject) -> None:
+        directory = subject.copy(subject.tiny())
+        checkpoint, config = open_checkpoint(directory), read_config(directory)
+        embedding = f"{subject.adapter.layout(config).embedding}.weight"
+        plan = subject.adapter.weights(config, logical_tensors(directory).names)
+        stored = checkpoint.tensors[plan.parameters[embedding].tensors[0]]
+        rows = torch.stack([subject.prompt(20), subject.prompt(20)])
+        used = {*rows[0].tolist(), *subject.prompt(20, seed=1).tolist()}
+        damaged = next(token for token in range(3, stored.shape[0]) if token not in used)
+        with stored.path.open("r+b") as file:
+            file.seek(stored.offset + damaged * (stored.num_bytes // stored.shape[0]))
+            file.write(torch.tensor([float("nan")]).numpy().tobytes())
+        with subject.open(directory) as model:
+            for row in (1, 0):
+                ids = rows.clone()
+                ids[row, 10] = damaged
+                with refused(NotFiniteError, f"token {damaged}, which is a NaN, in row {row} of 2"):
+                    model(input_ids=ids)
+
+    @check(
         "failure.cancelled",
         "Ctrl-C at any step of a pass leaves the cache as it was, and the model goes on.",
         look="code of the adapter that catches errors",

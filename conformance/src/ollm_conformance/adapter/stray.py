@@ -48,7 +48,7 @@ class Stray(AdapterSuite):
     )
     def test_stray_keys(self, subject: Subject) -> None:
         config = subject.config
-        known = _known(config)
+        known = known_keys(config)
         stray = {key: value for key, value in _STRAY.items() if key not in known}
         if not _has_own_types(subject.adapter):
             stray = {key: value for key, value in stray.items() if "window" not in key}
@@ -104,7 +104,7 @@ def _has_own_types(adapter: ModelAdapter) -> bool:
     return any("layer_types" in vars(one) for one in own)
 
 
-def _known(config: Config) -> set[str]:
+def known_keys(config: Config) -> set[str]:
     """Keys that the config class of a family has, whatever is stated, by any name."""
     cls = type(model_config(config).get_text_config())
     return {*cls().to_dict(), *cls.attribute_map, *cls.attribute_map.values()}

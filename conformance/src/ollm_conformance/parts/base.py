@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
+import torch
 from hypothesis import HealthCheck, Phase, settings
 
 from ollm_conformance.compare import refused
@@ -104,6 +106,40 @@ def nothing_left(directory: Path) -> Iterator[None]:
     assert not mapped, f"expected no mapped file afterwards, got {', '.join(mapped)}"
     running = [thread.name for thread in threading.enumerate() if thread not in threads]
     assert not running, f"expected no thread afterwards, got {', '.join(running)}"
+
+
+def _process_state() -> dict[str, object]:
+    """What belongs to the whole process, by what it is called."""
+    return {
+        "torch's number of threads": torch.get_num_threads(),
+        "torch's random numbers": torch.get_rng_state().tolist(),
+        "Python's random numbers": random.getstate(),
+        "torch's default dtype": torch.get_default_dtype(),
+        "torch's mode of gradients": torch.is_grad_enabled(),
+        "torch's deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
+        "environment": dict(os.environ),
+        "working directory": os.getcwd(),
+    }
+
+
+@contextmanager
+def process_as_it_was(what: str) -> Iterator[None]:
+    """Raises AssertionError if the block changes what all in the process share. What was set to the
+    same in an earlier block shows too: threads and random numbers are others here.
+    """
+    num_threads, gradients = torch.get_num_threads(), torch.is_grad_enabled()
+    torch.set_num_threads(num_threads + 2)
+    torch.rand(1)
+    random.random()
+    try:
+        before = _process_state()
+        yield
+        after = _process_state()
+    finally:
+        torch.set_num_threads(num_threads)
+        torch.set_grad_enabled(gradients)
+    changed = [name for name, value in before.items() if after[name] != value]
+    assert not changed, f"{what}: expected {', '.join(changed)} as before, got others"
 
 
 @contextmanager

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import torch
 from torch import Tensor
 
 from ollm_conformance.checks import check, does_not_apply
 from ollm_conformance.compare import same_bits
+from ollm_conformance.parts.base import process_as_it_was
 from ollm_conformance.parts.codec_suite import SMALL, CodecSuite
+from ollm_conformance.parts.codec_walk import CodecWalk
 from ollm_conformance.parts.encoded import (
     DTYPES,
     SHAPES,
@@ -24,7 +28,7 @@ from ollm_conformance.parts.encoded import (
     weights,
 )
 from ollm_conformance.process_memory import every_time, expect, peak_grown, process_memory
-from ollm_conformance.seeds import drawn
+from ollm_conformance.seeds import drawn, run_seed
 from ollm_core import CodecRequest, EncodedTensor, OllmError, StoredForm
 
 LARGE = 3072, 4096
@@ -80,6 +84,10 @@ class CodecConformance(CodecSuite):
                     told = f"{name} {tensor}"
                     _check_fields(encoded, stored.tensors.keys(), told)
                     found = stored.decode(tensor, told)
+                    assert found.is_contiguous(), (
+                        f"{told}: expected a tensor in one piece, row by row, got strides "
+                        f"{found.stride()}"
+                    )
                     form = encoded.dtype, encoded.shape
                     got = _name_of(found.dtype), tuple(found.shape)
                     assert got == form, f"{told}: expected {form} as declared, got {got}"
@@ -128,6 +136,22 @@ class CodecConformance(CodecSuite):
             found = pool.map(lambda name: stored.decode(name, f"{name}, beside others"), names)
             for name, value in zip(names, found, strict=True):
                 same_pattern(value, originals[name], f"{name}, beside others")
+
+    @check(
+        "codec.process",
+        "To be asked and to decode, soundly or not, leaves torch's threads, random numbers and "
+        "modes, and the process's environment as they were.",
+        look="decode: set nothing that others share, or put it back, also after an error",
+    )
+    def test_process(self) -> None:
+        for name in self.dtypes:
+            with self.stored(self.small(name)) as stored, process_as_it_was(f"{name}, decoding"):
+                self.claimed(stored.request, "asked again")
+                for tensor, encoded in stored.encoded.items():
+                    stored.decode(tensor, tensor)
+                    damaged = [torch.zeros_like(one) for one in stored.arguments(tensor)]
+                    with suppress(Exception):
+                        encoded.decode(*damaged)
 
     @check(
         "codec.foreign",
@@ -257,6 +281,17 @@ class CodecConformance(CodecSuite):
                 }
                 for what, request in requests.items():
                     _refused_or_left(request, type(self).codec, what)
+
+    @check(
+        "codec.walk",
+        "Whatever is decoded, wholes or rows of several checkpoints, from buffers that are used "
+        "again, after damage or another question, is what was written, and stays that.",
+        look="state of the codec: what it keeps by name, by place or from the call before",
+    )
+    def test_walk(self) -> None:
+        draw = random.Random(run_seed())
+        for number in range(4):
+            CodecWalk(type(self), draw).run(f"seed {run_seed()}, walk {number}")
 
     @check(
         "codec.model",

@@ -2,71 +2,33 @@
 
 from __future__ import annotations
 
+import random
 import tempfile
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ollm_conformance.checks import check, does_not_apply
 from ollm_conformance.compare import same_tokens
-from ollm_conformance.parts.base import PartSuite, nothing_left, refusal
-from ollm_conformance.parts.texts import OpenDrafter, answer, closing, random_text, texts
+from ollm_conformance.parts.base import nothing_left, process_as_it_was, refusal
+from ollm_conformance.parts.drafter_suite import LIMIT, MOST, DrafterSuite
+from ollm_conformance.parts.drafter_walk import DrafterWalk
+from ollm_conformance.parts.texts import OpenDrafter, answer, random_text, texts
 from ollm_conformance.process_memory import every_time, process_memory
-from ollm_core import DoesNotFitError, Drafter, DraftRequest, FollowsText, MemoryAccount
+from ollm_conformance.seeds import run_seed
+from ollm_core import DoesNotFitError, FollowsText
 
-LIMIT = 1 << 30
-MOST = 10
-"""The most tokens that core asks for by itself."""
 SOME = 4
 QUICK_SECONDS = 2.0
 """Of CPU, for one draft after a long text: as long as many weight passes."""
 
 
-class DrafterConformance(PartSuite):
+class DrafterConformance(DrafterSuite):
     """Every check of a draft source. Subclass it as `TestX` and write `open_drafter`."""
-
-    vocab_size: ClassVar[int] = 199
-    """Of the model that is drafted for."""
-    longest: ClassVar[int] = 400
-    """Tokens of the longest text that a source with memory for it is told of."""
-    learns: ClassVar[bool] = False
-    """Whether it may draft from what it was asked before, about other texts too: the same question
-    then need not have the same answer.
-    """
-
-    @classmethod
-    def open_drafter(cls, request: DraftRequest) -> Drafter:
-        """A new source, as the factory of the hook `ollm_draft_sources` makes it.
-
-        `request.directory` is a temporary directory with no checkpoint in it, and there is no
-        tokenizer. What the source holds is reserved in the accounts of the request.
-        """
-        raise NotImplementedError
-
-    @classmethod
-    @contextmanager
-    def opened(cls, num_tokens: int | None = None) -> Iterator[OpenDrafter]:
-        """A source that was told of a text of `num_tokens` (default: the longest); it is closed
-        afterwards, if it can be.
-        """
-        with tempfile.TemporaryDirectory() as name, closing(cls.open(Path(name))) as opened:
-            opened.begin(cls.longest if num_tokens is None else num_tokens)
-            yield opened
-
-    @classmethod
-    def open(cls, directory: Path, limit: int = LIMIT) -> OpenDrafter:
-        """A source in accounts of its own."""
-        config = {"model_type": "llama", "vocab_size": cls.vocab_size}
-        device, host = MemoryAccount("device memory", limit), MemoryAccount("host memory", limit)
-        request = DraftRequest(config, directory, cls.vocab_size, None, "cpu", device, host)
-        return OpenDrafter(cls.open_drafter(request), request)
 
     @check(
         "drafter.answer",
@@ -164,6 +126,31 @@ class DrafterConformance(PartSuite):
                         same_tokens(found, first.setdefault(what, found), told)
 
     @check(
+        "drafter.walk",
+        "Whatever texts come, grow by right and wrong tokens, are cut, begun, read and given up, a "
+        "draft is that of a new source, what was given stays, and memory is what was reserved.",
+        look="what is kept of texts and drafts: by reference, by length or from the call before",
+    )
+    def test_walk(self) -> None:
+        draw = random.Random(run_seed())
+        with self.opened(0) as opened:  # one that reads texts may be a model, and slow
+            num_walks = 2 if isinstance(opened.drafter, FollowsText) else 10
+        for number in range(num_walks):
+            DrafterWalk(type(self), draw).run(f"seed {run_seed()}, walk {number}")
+
+    @check(
+        "drafter.process",
+        "To be told of a text and to draft leaves torch's threads, random numbers and modes, and "
+        "the process's environment as they were.",
+        look="random choices: with a generator of your own; torch.manual_seed is everybody's",
+    )
+    def test_process(self) -> None:
+        with self.opened() as opened:
+            for name, text in texts(self.vocab_size).items():
+                with process_as_it_was(f"a draft after {name}"):
+                    opened.draft(text, MOST, name)
+
+    @check(
         "drafter.begin",
         "A source that follows texts drafts the same after each of them, and gives back what it "
         "held for a text when there is none to draft for.",
@@ -187,6 +174,14 @@ class DrafterConformance(PartSuite):
                 opened.catch_up(text[:20])
                 if not self.learns:
                     same_tokens(drafts[-1], drafts[0], what)
+            used = []
+            for most in (self.longest, 70, self.longest):
+                opened.begin(most)
+                used.append(opened.used)
+            assert used[2] <= used[0], (
+                f"text after text: expected at most {used[0]} bytes reserved for one of "
+                f"{self.longest} tokens, as at first, got {used[2]}"
+            )
             opened.begin(0)
             assert opened.used == empty, (
                 f"after begin(0): expected {empty} bytes reserved as before any text, got "

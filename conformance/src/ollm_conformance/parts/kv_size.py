@@ -15,7 +15,7 @@ from ollm_conformance.parts.base import fills_memory
 from ollm_conformance.parts.kv_machine import OpenStore
 from ollm_conformance.parts.kv_suite import KVStoreSuite
 from ollm_conformance.parts.lists import KVShape
-from ollm_conformance.process_memory import every_time, process_memory
+from ollm_conformance.process_memory import every_time, expect, peak_grown, process_memory
 from ollm_core import DoesNotFitError
 
 LONG = KVShape(2, 1, 8, torch.bfloat16, 16)
@@ -124,6 +124,31 @@ class KVSize(KVStoreSuite):
                         f"{opened.account.used}"
                     )
             memory.expect(0, "a closed store", "as before it was opened")
+
+    @check(
+        "kv-store.read-memory",
+        "Reading a long sequence takes a buffer or two of what it holds, not all of it at once.",
+        look="blocks(): read as blocks are asked for; what is read ahead is reserved",
+    )
+    @every_time
+    def test_read_memory(self) -> None:
+        pieces = [LARGE.random(PIECE, seed) for seed in range(3)]
+        with self.opened(LARGE) as opened:
+            text, sequence = Pieces(opened, pieces), opened.store.new_sequence()
+            for number in range(NUM_PIECES):
+                text.add(sequence, number)
+
+            def read() -> None:
+                for pair in opened.store.blocks(0, sequence):
+                    del pair
+
+            read()  # what is made once is made here
+            used = opened.account.used
+            with process_memory():
+                peak = peak_grown(read)
+                held = max(opened.account.used - used, 0)
+                if peak is not None:
+                    expect(peak, held, "reading a layer", "which the account has reserved")
 
 
 class Pieces:
