@@ -49,7 +49,7 @@ class Workspace:
             experts = mixture and mixture.slice_shapes
             kinds.setdefault((cache, type(layer), made_of, experts), layer_idx)
         self._distinct = tuple(kinds.values())
-        if skeleton.own is not None and skeleton.own.shares:
+        if skeleton.own is not None and skeleton.own.facts.shares:
             self._distinct = (len(skeleton.layers) - 1,)  # traced with all before it
 
     @classmethod
@@ -75,7 +75,7 @@ class Workspace:
         """Bytes of one of these numbers, between layers."""
         if self._skeleton.own is None:
             return self._geometry.dtype.itemsize
-        return max(one.itemsize for one in self._skeleton.own.hidden_dtypes)
+        return max(one.itemsize for one in self._skeleton.own.facts.hidden_dtypes)
 
     @property
     def aligned(self) -> bool:
@@ -210,7 +210,7 @@ class Workspace:
             own = self._skeleton.own
             return max(
                 self._trace_own(own, layer_idx, num_rows, num_new, num_past, dtype)
-                for dtype in own.hidden_dtypes
+                for dtype in own.facts.hidden_dtypes
             )
         forward = self._skeleton.chunk_forward(layer_idx)
         return traced_peak(self._call(layer_idx, num_rows, num_new, num_past, attention, forward))
@@ -231,7 +231,9 @@ class Workspace:
         meta, dtype, skeleton = torch.device("meta"), self._geometry.dtype, self._skeleton
         ids = torch.zeros(num_rows, num_new, dtype=torch.long, device=meta)
         store = _TracedStore(self._geometry, num_past)
-        hidden = torch.empty(own.hidden_shape(num_rows, num_new), dtype=hidden_dtype, device=meta)
+        hidden = torch.empty(
+            own.facts.hidden_shape(num_rows, num_new), dtype=hidden_dtype, device=meta
+        )
 
         def embed(token_ids: Tensor) -> Tensor:
             return torch.empty(len(token_ids), own.embedding_size, dtype=dtype, device=meta)
@@ -251,7 +253,7 @@ class Workspace:
             if layer_idx < 0:
                 return call.leave(hidden, -1 - layer_idx)
             states = call.enter()
-            if own.shares:  # of those before, too
+            if own.facts.shares:  # of those before, too
                 for before in range(layer_idx):
                     states = call.run(before, states)
                 return call.run(layer_idx, states)
@@ -260,7 +262,7 @@ class Workspace:
         mixture = skeleton.routed.get(layer_idx)
         with (
             skeleton.on_meta(),
-            own.answers(),
+            own.facts.answers(),
             mixture.serving(add(mixture)) if mixture else nullcontext(),
         ):
             try:

@@ -83,9 +83,9 @@ class OwnCall:
 
     def _rows(self, hidden: Tensor) -> Tensor:
         """Rows of the embedding; where nothing depends on them, some of the right shape."""
-        if self._own.uses_embedding:
+        if self._own.facts.uses_embedding:
             return self._embed(self._ids.flatten())
-        nothing = hidden.new_zeros(1, self._own.embedding_size, dtype=self._own.dtype)
+        nothing = hidden.new_zeros(1, self._own.embedding_size, dtype=self._own.facts.dtype)
         return nothing.expand(self._ids.numel(), -1)
 
 
@@ -149,7 +149,7 @@ class LaidOutCache(Cache):
     def begin(self, layer_idx: int, like: Tensor) -> None:
         """Lay the past of a layer out."""
         self._layer_idx = layer_idx
-        memory = self._own.memories[layer_idx]
+        memory = self._own.facts.memories[layer_idx]
         layer = self._fresh(layer_idx)
         if self._start:
             if memory.kind.has_keys:
@@ -163,7 +163,7 @@ class LaidOutCache(Cache):
 
     def end(self, num_new: int) -> None:
         """Store what the layer that was called has added, and its state, and hold nothing of it."""
-        layer_idx, memory = self._layer_idx, self._own.memories[self._layer_idx]
+        layer_idx, memory = self._layer_idx, self._own.facts.memories[self._layer_idx]
         if memory.kind.has_keys:
             if self._new is None:
                 raise UnsupportedError(f"layer {layer_idx} does not keep its keys and values")
@@ -196,7 +196,7 @@ class LaidOutCache(Cache):
         """Keys and values before the chunk that the layer still has, [R, G, S, D] each."""
         first = 0 if kind.window is None else max(self._start - kind.window + 1, 0)
         shape = len(self._sequences), kind.num_kv_heads, self._start - first
-        keys = like.new_empty(*shape, kind.head_dim, dtype=self._own.dtype)
+        keys = like.new_empty(*shape, kind.head_dim, dtype=self._own.facts.dtype)
         values = torch.empty_like(keys)
         for row, sequence in enumerate(self._sequences):
             place = 0

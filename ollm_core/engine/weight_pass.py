@@ -147,7 +147,7 @@ class WeightPass:
             ids.to(self.weights.device),
             work[0].start + chunk.begin,
             self.weights.embed,
-            alone=len(self.plan.chunks) == 1 or own.shares,
+            alone=len(self.plan.chunks) == 1 or own.facts.shares,
         )
 
     @property

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ollm_core.contracts.kv import CacheKind
 from ollm_core.contracts.model import Capability, Config, Layout
 from ollm_core.errors import UnsupportedError
+from ollm_core.model.follow_forward import follow_forward
 from ollm_core.model.moe import Mixture
 from ollm_core.model.outside_layers import OutsideLayers
 from ollm_core.model.own_forward import OwnForward
@@ -93,7 +94,7 @@ class OwnSkeleton(Skeleton):
         self._device = device
         self.own = OwnForward(model, layout, self.layers)
         self._place_buffers(torch.device("meta"))
-        self.own.follow(dtype, list(self.routed.values()))
+        self.own.facts = follow_forward(self.own, dtype, list(self.routed.values()))
         if any(kind.states for kind in self.kinds):
             refuse_kernels()
         self._place_buffers(device)
@@ -101,7 +102,7 @@ class OwnSkeleton(Skeleton):
     @property
     def kinds(self) -> tuple[CacheKind, ...]:
         """What each layer remembers."""
-        return tuple(memory.kind for memory in self.own.memories)
+        return tuple(memory.kind for memory in self.own.facts.memories)
 
     @property
     def limits(self) -> Mapping[str, Capability]:
@@ -110,14 +111,14 @@ class OwnSkeleton(Skeleton):
         if any(kind.states for kind in self.kinds):
             reason = "the states of its layers before each drafted token are not known"
             limits["drafts"] = Capability("unsupported", reason)
-        if self.own.shares:
+        if self.own.facts.shares:
             reason = "its layers share keys and values, which are kept for one prompt at once"
             limits["chunked-prefill"] = limits["batch"] = Capability("unsupported", reason)
         return limits
 
     @property
     def hidden_size(self) -> int:
-        return self.own.width
+        return self.own.facts.width
 
     def bound_head(self, parameters: Sequence[Tensor]) -> Slots:
         """The head with `parameters` in place, in a `with`."""
