@@ -36,10 +36,16 @@ _WAITING = 8  # parts of few tokens that are merged together
 
 @dataclass(frozen=True, slots=True)
 class BlockwiseAttention:
-    """See Attention. Merges in float32. Knows windows and sinks (`s_aux` [H]), no soft caps."""
+    """See Attention. Merges in float32. Knows windows and sinks (`s_aux` [H]), and soft caps where
+    somebody has compared them with the family's own.
+    """
 
     kernels: tuple[Kernel, ...]
-    """The first that takes the dtype and the size of the heads is used; the last takes all."""
+    """The first that takes the dtype and the size of the heads is used; the last takes all. Scores
+    are capped by plain products.
+    """
+    caps: bool = False
+    """Whether it takes soft caps."""
 
     def __call__(
         self,
@@ -50,9 +56,12 @@ class BlockwiseAttention:
         scaling: float,
         sliding_window: int | None = None,
         s_aux: Tensor | None = None,
+        softcap: float | None = None,
         **options: Any,
     ) -> Tensor:
         """`query` [R, H, T, D] -> [R, T, H, D]. Raises UnsupportedError for other options."""
+        if not self.caps:
+            options["softcap"] = softcap
         for name, value in options.items():
             if value is not None and name not in CARRIED:
                 raise UnsupportedError(
@@ -61,10 +70,11 @@ class BlockwiseAttention:
                     hint="exact attention may; the adapter of such a family declares "
                     "blockwise-attention unsupported, and `auto` is then exact",
                 )
-        kernel = next(k for k in self.kernels if k.takes(query.dtype, query.shape[-1]))
+        able = self.kernels if softcap is None else (Products(),)
+        kernel = next(k for k in able if k.takes(query.dtype, query.shape[-1]))
         rows = []
         for row in range(query.shape[0]):
-            partials = _Partials(query[row], view, row, scaling, sliding_window, kernel)
+            partials = _Partials(query[row], view, row, scaling, sliding_window, softcap, kernel)
             rows.append(partials.result(s_aux))
         return torch.stack(rows)
 
@@ -109,6 +119,7 @@ class _Partials:
         row: int,
         scaling: float,
         window: int | None,
+        softcap: float | None,
         kernel: Kernel,
     ) -> None:
         """`query` is [H, T, D]."""
@@ -117,6 +128,7 @@ class _Partials:
         self._query = query.unflatten(0, (num_groups, -1))  # [G, H / G, T, D]
         self._scaling = scaling
         self._window = window
+        self._softcap = softcap
         self._kernel = kernel
         self._total: Tensor | None = None  # [G, H / G, T, D] float32
         self._lse: Tensor | None = None  # [G, H / G, T]
@@ -234,7 +246,8 @@ class _Partials:
     ) -> None:
         """What the kernel makes of the queries from `first` to `end`."""
         query = self._query[:, :, first:end]
-        output, lse = self._kernel(Part(query, keys, values, self._scaling, causal, before))
+        part = Part(query, keys, values, self._scaling, causal, before, self._softcap)
+        output, lse = self._kernel(part)
         self._merge(output, lse, first, end)
 
     def _add_masked(self, keys: Tensor, values: Tensor, begin: int, first: int, end: int) -> None:
@@ -245,7 +258,8 @@ class _Partials:
         hidden = back < 0
         if self._window is not None:
             hidden |= back >= self._window
-        output, lse = masked_products(Part(query, keys, values, self._scaling), hidden)
+        part = Part(query, keys, values, self._scaling, softcap=self._softcap)
+        output, lse = masked_products(part, hidden)
         self._merge(output, lse, first, end)
 
     def _merge(self, output: Tensor, lse: Tensor, first: int, end: int) -> None:

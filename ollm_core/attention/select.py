@@ -27,16 +27,16 @@ ATTENTION_NAME = "ollm"
 """Unknown to transformers' mask functions, so that no mask is built for it."""
 
 
-def find_attention(name: str, device: torch.device) -> Attention:
+def find_attention(name: str, device: torch.device, *, caps: bool = False) -> Attention:
     """One of ATTENTIONS, or "products", which is "blockwise" by plain products alone, as it is for
     tensors on `device`, which need not be here: where it is traced, on the meta device, it takes
-    the memory that it would take there.
+    the memory that it would take there. `caps`: whether all but "exact" takes soft caps.
     """
     if name == "exact":
         return exact_attention
     if name == "products":
-        return BlockwiseAttention((Products(),))
-    return BlockwiseAttention(kernels_on(device, package=name == "flash"))
+        return BlockwiseAttention((Products(),), caps)
+    return BlockwiseAttention(kernels_on(device, package=name == "flash"), caps)
 
 
 def _attend(
