@@ -18,7 +18,7 @@ from ollm_core.contracts.kv import KVGeometry, KVStore
 from ollm_core.device.buffers import round_up
 from ollm_core.device.offload import ActivationOffload
 from ollm_core.engine.layer_call import call_layer
-from ollm_core.engine.own_call import OwnCall
+from ollm_core.engine.own_call import OwnCall, own_attention
 from ollm_core.engine.recurrent_call import StateCache
 from ollm_core.errors import OllmError, UnsupportedError, one_line
 from ollm_core.memory.tracker import OneExpertTaken, called_operations, traced_peak
@@ -49,6 +49,9 @@ class Workspace:
             experts = mixture and mixture.slice_shapes
             kinds.setdefault((cache, type(layer), made_of, experts), layer_idx)
         self._distinct = tuple(kinds.values())
+        self._bends = {kind.window - 1 for kind in geometry.kinds if kind.window is not None}
+        self._grows = skeleton.grows
+        """Whether something beside block-wise attention is as long as the past."""
         if skeleton.own is not None and skeleton.own.facts.shares:
             self._distinct = (len(skeleton.layers) - 1,)  # traced with all before it
 
@@ -82,14 +85,18 @@ class Workspace:
         """Whether rows of one call must come after equally many tokens."""
         return self._skeleton.own is not None
 
-    def leaving_bytes(self, num_rows: int, num_new: int, num_past: int, num_logits: int) -> int:
+    def leaving_bytes(
+        self, num_rows: int, num_new: int, num_past: int, num_logits: int, attention: str
+    ) -> int:
         """Peak bytes of making `num_logits` logits of each row of what the last layer gives, where
         that is left to the model's own forward; else 0.
         """
         if self._skeleton.own is None:
             return 0
         past = round_up(num_past, self._geometry.block_size)
-        return self._remembered(-1 - num_logits, num_rows, num_new, past, "exact")
+        if attention != "exact" and not self._grows:
+            past = min(past, self._geometry.block_size)
+        return self._remembered(-1 - num_logits, num_rows, num_new, past, attention)
 
     @property
     def vocab_size(self) -> int:
@@ -98,7 +105,7 @@ class Workspace:
 
     def product_bytes(self, num_logits: int) -> int:
         """What products of so many states with the head take, its output not counted."""
-        products = self._skeleton.products
+        products = self._skeleton.products if self._skeleton.own is None else None
         return products.scratch_bytes(num_logits, self.hidden_size) if products else 0
 
     def check_halves(self) -> None:
@@ -136,22 +143,25 @@ class Workspace:
     ) -> int:
         block_size, window = self._geometry.block_size, self._geometry.kinds[layer_idx].window
         shape = layer_idx, num_rows, num_new
-        if self._skeleton.own is not None:
-            attention, window = "exact", None  # masks of all layers are made together
+        if self._skeleton.own is not None and attention == "exact":
+            window = None  # masks of all layers are made together
         if layer_idx in self._skeleton.recurrent:
             return self._remembered(*shape, min(num_past, 1), attention)
         below, above = num_past // block_size * block_size, round_up(num_past, block_size)
-        if window is not None:
+        if window is not None and not self._grows:
             # As many as are ever seen: their first block is then as long as any that is cut.
             return self._remembered(*shape, min(above, window - 1), attention)
-        if attention != "exact":
+        if attention != "exact" and not self._grows:
             most = most_blocks(num_new) * block_size
             return self._remembered(*shape, min(above, most), attention)
         # What an operation takes is a line in num_past. The peak is the highest of such lines, so
         # between two lengths it lies on or below the straight line from one peak to the other.
+        # The lines have a bend where a window begins to slide.
+        below = max([below, *(bend for bend in self._bends if bend <= num_past)])
+        above = min([above, *(bend for bend in self._bends if bend >= num_past)])
         least = self._remembered(*shape, below, attention)
         most = self._remembered(*shape, above, attention)
-        return least + -(-(most - least) * (num_past - below) // block_size)
+        return least + -(-(most - least) * (num_past - below) // max(above - below, 1))
 
     def _remembered(self, *key: *_Shape) -> int:
         if key not in self._known:
@@ -209,7 +219,7 @@ class Workspace:
         if self._skeleton.own is not None:
             own = self._skeleton.own
             return max(
-                self._trace_own(own, layer_idx, num_rows, num_new, num_past, dtype)
+                self._trace_own(own, layer_idx, num_rows, num_new, num_past, attention, dtype)
                 for dtype in own.facts.hidden_dtypes
             )
         forward = self._skeleton.chunk_forward(layer_idx)
@@ -222,6 +232,7 @@ class Workspace:
         num_rows: int,
         num_new: int,
         num_past: int,
+        attention: str,
         hidden_dtype: torch.dtype,
     ) -> int:
         """The same of a layer that its model's own forward calls, with what that makes for it; of
@@ -249,9 +260,23 @@ class Workspace:
 
         def work() -> Tensor:
             sequences = tuple(range(num_rows))
-            call = OwnCall(own, cast("KVStore", store), sequences, ids, num_past, embed, alone=True)
+            call = OwnCall(
+                own,
+                cast("KVStore", store),
+                sequences,
+                ids,
+                num_past,
+                embed,
+                own_attention(attention, self._geometry.device),
+                alone=True,
+            )
             if layer_idx < 0:
-                return call.leave(hidden, -1 - layer_idx)
+                with skeleton.traced_head(num_rows * -(1 + layer_idx)):
+                    return call.leave(hidden, -1 - layer_idx)
+            with skeleton.traced(layer_idx, num_rows * num_new):
+                return traced(call)
+
+        def traced(call: OwnCall) -> Tensor:
             states = call.enter()
             if own.facts.shares:  # of those before, too
                 for before in range(layer_idx):

@@ -231,7 +231,7 @@ class PassPlanner:
         head += self._workspace.product_bytes(num_logits)
         head += 4 * largest * self._hidden_size * torch.float32.itemsize  # the norm's own
         head += max(
-            self._workspace.leaving_bytes(*shape, past, min(num_logits, shape[1]))
+            self._workspace.leaving_bytes(*shape, past, min(num_logits, shape[1]), attention)
             for shape, past in shapes.items()
         )
         tokens = num_tokens * (_POSITION_BYTES + (0 if self._memory.is_own else _TOKEN_BYTES))

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from ollm_core.contracts.model import Layout
 from ollm_core.errors import UnsupportedError
@@ -127,6 +128,8 @@ class OwnForward:
         self._takes_positions = "position_ids" in parameters
         self._cuts_logits = "logits_to_keep" in parameters
         self._empty_layers = new_cache(model.config).layers
+        configs = (getattr(module, "config", None) for module in model.modules())
+        self._configs = {id(one): one for one in configs if isinstance(one, PreTrainedConfig)}
 
     @property
     def embedding_size(self) -> int:
@@ -141,6 +144,14 @@ class OwnForward:
     def new_layer(self, layer_idx: int) -> Any:
         """An empty layer of transformers' cache of the model."""
         return new_layer(self._empty_layers[layer_idx])
+
+    def attend_by(self, attention: str) -> None:
+        """Let layers call the function of that name in transformers' AttentionInterface, and the
+        forward make masks for it.
+        """
+        for config in self._configs.values():
+            if config._attn_implementation != attention:
+                config._attn_implementation = attention
 
     def enter(
         self, ids: Tensor, positions: Tensor, rows: Tensor, cache: object, last: int = -1
