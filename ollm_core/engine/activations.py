@@ -17,6 +17,7 @@ from ollm_core.contracts.attention import KVView
 from ollm_core.contracts.kv import KVGeometry, KVStore
 from ollm_core.device.buffers import round_up
 from ollm_core.device.offload import ActivationOffload
+from ollm_core.engine.batch import Steps
 from ollm_core.engine.layer_call import call_layer
 from ollm_core.engine.own_call import OwnCall, own_attention
 from ollm_core.engine.recurrent_call import StateCache
@@ -84,6 +85,14 @@ class Workspace:
     def aligned(self) -> bool:
         """Whether rows of one call must come after equally many tokens."""
         return self._skeleton.own is not None
+
+    @property
+    def steps(self) -> Steps:
+        """Which tokens may share a call."""
+        own = self._skeleton.own
+        if own is None or not any(one.kind.states for one in own.facts.memories):
+            return "together"  # layers declared recurrent see to it themselves
+        return "drafted" if own.facts.continues else "all"
 
     def leaving_bytes(
         self, num_rows: int, num_new: int, num_past: int, num_logits: int, attention: str

@@ -203,7 +203,8 @@ class PassPlanner:
         ):
             sizes.append(sizes[-1] // 2)
         for size in sizes:
-            chunks = tuple(cut_chunks(work, size, aligned=self._workspace.aligned))
+            aligned, steps = self._workspace.aligned, self._workspace.steps
+            chunks = tuple(cut_chunks(work, size, aligned=aligned, steps=steps))
             for hidden_on_host in (False, True):
                 needed = self._needed(work, chunks, attention, hidden_on_host)
                 yield PassPlan(chunks, size, attention, hidden_on_host, needed)

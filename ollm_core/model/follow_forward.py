@@ -56,6 +56,7 @@ class _Follower:
         self._given: list[tuple[object, ...]] = []
         self._hidden_dtypes = {dtype}
         self._shares = False
+        self._continues = True
         self._uses: set[str] = set()
         self._shape: tuple[tuple[int, ...], tuple[int, ...]] = (), ()
         self._width = 0
@@ -67,6 +68,7 @@ class _Follower:
             answers,
             tuple(self._returned),
             self._shares,
+            self._continues,
             "embedding" in self._uses,
             self._dtype,
             frozenset(self._hidden_dtypes),
@@ -78,6 +80,7 @@ class _Follower:
         """See `follow_forward`."""
         before = dict(_held(self._own.model))
         self._try_real()
+        self._try_continuing()
         self._try_apart()
         for name, value in _held(self._own.model):
             if before.get(name) is not value:
@@ -103,6 +106,30 @@ class _Follower:
             raise own.error("keeps nothing of earlier tokens")
         if len(cache.layers) != own.num_layers or self._remembered(cache) != self._memories:
             raise own.error("has layers whose state changes its shape from step to step")
+
+    def _try_continuing(self) -> None:
+        """A second call of several tokens: whether what each layer gives depends on its states."""
+        own, marks = self._own, _Marks()
+        cache = new_cache(own.model.config)
+        own.run(Run(self._empty_rows(_TRIED), self._real), *_tokens(0, _TRIED), cache)
+
+        def alone(layer_idx: int, hidden: Tensor, arguments: LayerArguments) -> Any:
+            hidden = torch.empty_like(hidden)  # of no other layer
+            output = self._own.call_layer(layer_idx, hidden, arguments)
+            first = output if isinstance(output, Tensor) else output[0]
+            memory = self._memories[layer_idx]
+            self._continues &= not memory.convolutions or "convolution" in marks.of(first)
+            self._continues &= not memory.recurrences or "recurrence" in marks.of(first)
+            return output
+
+        for memory, layer in zip(self._memories, cache.layers, strict=True):
+            convolutions, recurrences = memory.states_by_kind(layer)
+            for state in convolutions:
+                marks.add(state, "convolution")
+            for state in recurrences:
+                marks.add(state, "recurrence")
+        with marks:
+            own.run(Run(self._empty_rows(_TRIED), alone), *_tokens(_TRIED, _TRIED), cache)
 
     def _remembered(self, cache: Any) -> tuple[LayerMemory, ...]:
         name = type(self._own.model).__name__
@@ -194,6 +221,10 @@ class _Marks(OperationMode):
         self._alive.append(value)
         self._found[id(value)] = frozenset((mark,))
 
+    def _join(self, value: Tensor, marks: frozenset[str]) -> None:
+        self._alive.append(value)
+        self._found[id(value)] = self.of(value) | marks
+
     def of(self, value: Tensor) -> frozenset[str]:
         """The marks of a tensor."""
         return self._found.get(id(value), frozenset())
@@ -203,8 +234,9 @@ class _Marks(OperationMode):
         marks = frozenset().union(*(self.of(one) for one in tensors_in(args, kwargs)))
         if marks:
             for one in tensors_in(result):
-                self._alive.append(one)
-                self._found[id(one)] = self.of(one) | marks
+                self._join(one, marks)
+                if one._base is not None and any(one is arg for arg in args):
+                    self._join(one._base, marks)  # written into a part of it
         return result
 
 

@@ -98,10 +98,15 @@ class LayerMemory:
 
     def states(self, layer: Any) -> list[Tensor]:
         """The states [R, ...] that a call has left in `layer`."""
-        return [
-            *(layer.conv_states[number] for number in self.convolutions),
-            *(layer.recurrent_states[number] for number in self.recurrences),
-        ]
+        convolutions, recurrences = self.states_by_kind(layer)
+        return [*convolutions, *recurrences]
+
+    def states_by_kind(self, layer: Any) -> tuple[list[Tensor], list[Tensor]]:
+        """The same, those of convolutions and the recurrent ones."""
+        return (
+            [layer.conv_states[number] for number in self.convolutions],
+            [layer.recurrent_states[number] for number in self.recurrences],
+        )
 
 
 def new_cache(config: PreTrainedConfig) -> DynamicCache:

@@ -66,6 +66,10 @@ class Facts:
     """How many values each layer returns; -1: hidden states as they are."""
     shares: bool
     """Whether layers hand something to later ones in a dictionary, as keys that these share."""
+    continues: bool
+    """Whether layers go on from their states with several tokens in one call. Some of transformers'
+    do so with one token alone, and with more begin anew.
+    """
     uses_embedding: bool
     """Whether layers or the head are given what depends on the embedding, beside hidden states."""
     dtype: torch.dtype

@@ -127,12 +127,12 @@ class OwnSkeleton(Skeleton):
         if self.blockwise.refusal:
             reason = f"{_LAID_OUT} {self.blockwise.refusal}"
             limits["blockwise-attention"] = Capability("unsupported", reason)
-        if any(kind.states for kind in self.kinds):
-            reason = "the states of its layers before each drafted token are not known"
-            limits["drafts"] = Capability("unsupported", reason)
         if self.own.facts.shares:
             reason = "its layers share keys and values, which are kept for one prompt at once"
             limits["chunked-prefill"] = limits["batch"] = Capability("unsupported", reason)
+        if not self.own.facts.continues:
+            reason = "in transformers its layers begin anew with each call of several tokens"
+            limits["chunked-prefill"] = Capability("unsupported", reason)
         return limits
 
     @property
