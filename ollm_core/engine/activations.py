@@ -4,7 +4,7 @@ and quick.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable
 from contextlib import nullcontext
 from typing import cast
 
@@ -12,8 +12,6 @@ import torch
 from torch import Tensor
 
 from ollm_core.attention.blockwise import most_blocks
-from ollm_core.attention.select import find_attention
-from ollm_core.contracts.attention import KVView
 from ollm_core.contracts.kv import KVGeometry, KVStore
 from ollm_core.device.buffers import round_up
 from ollm_core.device.offload import ActivationOffload
@@ -21,6 +19,7 @@ from ollm_core.engine.batch import Steps
 from ollm_core.engine.layer_call import call_layer
 from ollm_core.engine.own_call import OwnCall, own_attention
 from ollm_core.engine.recurrent_call import StateCache
+from ollm_core.engine.traced_cache import TracedCache, TracedStore
 from ollm_core.errors import OllmError, UnsupportedError, one_line
 from ollm_core.memory.tracker import OneExpertTaken, called_operations, traced_peak
 from ollm_core.model.moe import Mixture, RoutedChunk
@@ -28,6 +27,7 @@ from ollm_core.model.own_forward import OwnForward
 from ollm_core.model.skeleton import Skeleton
 from ollm_core.model.spec import ModelSpec
 
+_SAID_BYTES = 12  # a number that stands for keys, and a window
 _Shape = tuple[int, int, int, int, str]
 """layer_idx, num_rows, num_new, num_past, attention"""
 
@@ -85,6 +85,11 @@ class Workspace:
     def aligned(self) -> bool:
         """Whether rows of one call must come after equally many tokens."""
         return self._skeleton.own is not None
+
+    @property
+    def call_bytes(self) -> int:
+        """What each chunk's call holds all the time, to say of layers how long their past is."""
+        return 0 if self._skeleton.own is None else _SAID_BYTES * self._geometry.num_layers
 
     @property
     def steps(self) -> Steps:
@@ -250,7 +255,7 @@ class Workspace:
         """
         meta, dtype, skeleton = torch.device("meta"), self._geometry.dtype, self._skeleton
         ids = torch.zeros(num_rows, num_new, dtype=torch.long, device=meta)
-        store = _TracedStore(self._geometry, num_past)
+        store = TracedStore(self._geometry, num_past)
         hidden = torch.empty(
             own.facts.hidden_shape(num_rows, num_new), dtype=hidden_dtype, device=meta
         )
@@ -336,7 +341,7 @@ class Workspace:
                 return traced()
 
         def traced() -> Tensor:
-            cache: object = _TracedCache(self._geometry, num_past, attention)
+            cache: object = TracedCache(self._geometry, num_past, attention)
             if states:
                 past = states if num_past else None
                 cache = StateCache(layer_idx, [past] * num_rows, hidden.device)
@@ -347,60 +352,3 @@ class Workspace:
             return call_layer(forward, hidden, positions, embeddings, cache)
 
         return run
-
-
-class _TracedCache:
-    """Stands for the cache of a layer: hands out blocks without data."""
-
-    in_place = False  # what is seen may have to be put together
-
-    def __init__(self, geometry: KVGeometry, num_tokens: int, attention: str) -> None:
-        self._geometry = geometry
-        self._num_tokens = num_tokens
-        self._attention = attention
-
-    def update(self, keys: Tensor, values: Tensor, layer_idx: int) -> tuple[KVView, KVView]:
-        num_rows = keys.shape[0]
-        view = KVView(
-            keys,
-            values,
-            layer_idx,
-            (0,) * num_rows,
-            (self._num_tokens,) * num_rows,
-            cast("KVStore", self),  # only `blocks` is asked of it
-            find_attention(self._attention, self._geometry.device),
-        )
-        return view, view
-
-    def blocks(
-        self, layer_idx: int, sequence: int, num_tokens: int | None = None, first: int = 0
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        shape = self._geometry.block_shape(layer_idx)
-        block = torch.empty(shape, dtype=self._geometry.dtype, device="meta")
-        for begin in range(first, self._num_tokens, self._geometry.block_size):
-            count = min(self._geometry.block_size, self._num_tokens - begin)
-            yield block[0, :, :count], block[1, :, :count]
-
-
-class _TracedStore(_TracedCache):
-    """Stands for the store of a model that is run by its own forward."""
-
-    def __init__(self, geometry: KVGeometry, num_tokens: int) -> None:
-        super().__init__(geometry, num_tokens, "exact")
-
-    def append(self, layer_idx: int, sequence: int, keys: Tensor, values: Tensor) -> None:
-        """Nothing is kept."""
-
-    def expect(self, sequence: int, num_drafted: int) -> None:
-        """Nothing is kept."""
-
-    def state(self, layer_idx: int, sequence: int) -> Sequence[Tensor]:
-        return [
-            torch.empty(shape, dtype=dtype, device="meta")
-            for shape, dtype in self._geometry.state_shapes(layer_idx)
-        ]
-
-    def put_state(
-        self, layer_idx: int, sequence: int, num_new: int, state: Sequence[Tensor]
-    ) -> None:
-        """Nothing is kept."""

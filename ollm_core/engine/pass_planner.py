@@ -238,6 +238,7 @@ class PassPlanner:
         tokens = num_tokens * (_POSITION_BYTES + (0 if self._memory.is_own else _TOKEN_BYTES))
         if self._workspace.aligned:
             tokens += num_tokens * _POSITION_BYTES  # the ids of each call, too
+        tokens += len(chunks) * self._workspace.call_bytes
         if on_host:
             chunk_bytes = largest * self._hidden_bytes
             if offloaded:  # parts of a chunk on their way from and to the host

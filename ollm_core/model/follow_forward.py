@@ -80,7 +80,8 @@ class _Follower:
         """See `follow_forward`."""
         before = dict(_held(self._own.model))
         self._try_real()
-        self._try_continuing()
+        if any(memory.kind.states for memory in self._memories):
+            self._try_continuing()
         self._try_apart()
         for name, value in _held(self._own.model):
             if before.get(name) is not value:

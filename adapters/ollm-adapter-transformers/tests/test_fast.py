@@ -10,8 +10,7 @@ from trial import CHUNK, run_ours, run_reference, run_reference_greedy, saved, s
 
 import ollm
 from ollm_core import UnsupportedError
-from ollm_core.engine.batch import NewTokens
-from ollm_core.testing import without_instructions
+from ollm_core.testing import NewTokens, without_instructions
 
 DIFFER = {
     "cohere2": "windows in some layers, parallel blocks, a scale on logits",
