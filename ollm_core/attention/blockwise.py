@@ -38,10 +38,16 @@ _WAITING = 8  # parts of few tokens that are merged together
 
 @dataclass(frozen=True, slots=True)
 class BlockwiseAttention:
-    """See Attention. Merges in float32. Knows windows and sinks (`s_aux` [H]), no soft caps."""
+    """See Attention. Merges in float32. Knows windows and sinks (`s_aux` [H]), and soft caps where
+    somebody has compared them with the family's own.
+    """
 
     kernels: tuple[Kernel, ...]
-    """The first that takes the dtype and the size of the heads is used; the last takes all."""
+    """The first that takes the dtype and the size of the heads is used; the last takes all. Scores
+    are capped by plain products.
+    """
+    caps: bool = False
+    """Whether it takes soft caps."""
 
     def __call__(
         self,
@@ -52,11 +58,14 @@ class BlockwiseAttention:
         scaling: float,
         sliding_window: int | None = None,
         s_aux: Tensor | None = None,
+        softcap: float | None = None,
         **options: Any,
     ) -> Tensor:
         """`query` [R, H, T, D] -> [R, T, H, D]. Raises UnsupportedError for other options. Takes
         packed views.
         """
+        if not self.caps:
+            options["softcap"] = softcap
         for name, value in options.items():
             if value is not None and name not in CARRIED:
                 raise UnsupportedError(
@@ -65,15 +74,17 @@ class BlockwiseAttention:
                     hint="exact attention may; the adapter of such a family declares "
                     "blockwise-attention unsupported, and `auto` is then exact",
                 )
-        kernel = next(k for k in self.kernels if k.takes(query.dtype, query.shape[-1]))
+        able = self.kernels if softcap is None else (Products(),)
+        kernel = next(k for k in able if k.takes(query.dtype, query.shape[-1]))
         # A group's queries share their keys: they are folded into one long query.
         groups = view.keys.shape[1]
         folded = [row.unflatten(0, (groups, -1)) for row in view.split(query)]  # [G, H / G, T, D]
-        shared = {} if sliding_window is not None else _shared_parts(folded, view, scaling, kernel)
+        how = scaling, sliding_window, softcap, kernel
+        shared = {} if sliding_window is not None else _shared_parts(folded, view, how)
         rows = []
         new_tokens = zip(view.split(view.keys), view.split(view.values), strict=True)
         for row, (keys, values) in enumerate(new_tokens):
-            partials = _Partials(folded[row], scaling, sliding_window, kernel)
+            partials = _Partials(folded[row], *how)
             partials.add_new_tokens(keys, values)
             part = shared.pop(row, None)
             begin = part.end if part else 0
@@ -123,9 +134,11 @@ class _SharedPart(NamedTuple):
     """[G, H / G, T]."""
 
 
-def _shared_parts(
-    query: Sequence[Tensor], view: KVView, scaling: float, kernel: Kernel
-) -> dict[int, _SharedPart]:
+_How = tuple[float, int | None, float | None, Kernel]
+"""Scaling, window, soft cap and kernel."""
+
+
+def _shared_parts(query: Sequence[Tensor], view: KVView, how: _How) -> dict[int, _SharedPart]:
     """By row, for those of `query`, [G, H / G, T, D] each, that share blocks with others: each is
     read once. All new tokens see all of the past, so those of several rows are as one long query
     (Hydragen, Juravsky et al. 2024, arXiv:2402.05099).
@@ -150,7 +163,7 @@ def _shared_parts(
             min(tokens[row].start for row in run.rows), max(tokens[row].stop for row in run.rows)
         )
         into = output[:, :, part], lse[:, :, part]
-        partials = _Partials(queries[:, :, part], scaling, None, kernel, into)
+        partials = _Partials(queries[:, :, part], *how, into)
         partials.add_past(view.shared(run), run.first)
     return {
         row: _SharedPart(runs[paths[row][-1]].end, output[:, :, part], lse[:, :, part])
@@ -170,6 +183,7 @@ class _Partials:
         query: Tensor,
         scaling: float,
         window: int | None,
+        softcap: float | None,
         kernel: Kernel,
         into: tuple[Tensor, Tensor] | None = None,
     ) -> None:
@@ -179,6 +193,7 @@ class _Partials:
         self._query = query
         self._scaling = scaling
         self._window = window
+        self._softcap = softcap
         self._kernel = kernel
         self._into = into
         self._total: Tensor | None  # [G, H / G, T, D] float32
@@ -309,7 +324,8 @@ class _Partials:
     ) -> None:
         """What the kernel makes of the queries from `first` to `end`."""
         query = self._query[:, :, first:end]
-        output, lse = self._kernel(Part(query, keys, values, self._scaling, causal, before))
+        part = Part(query, keys, values, self._scaling, causal, before, self._softcap)
+        output, lse = self._kernel(part)
         self._merge(output, lse, first, end)
 
     def _add_masked(self, keys: Tensor, values: Tensor, begin: int, first: int, end: int) -> None:
@@ -320,7 +336,8 @@ class _Partials:
         hidden = back < 0
         if self._window is not None:
             hidden |= back >= self._window
-        output, lse = masked_products(Part(query, keys, values, self._scaling), hidden)
+        part = Part(query, keys, values, self._scaling, softcap=self._softcap)
+        output, lse = masked_products(part, hidden)
         self._merge(output, lse, first, end)
 
     def _merge(self, output: Tensor, lse: Tensor, first: int, end: int) -> None:

@@ -33,7 +33,7 @@ def exact_attention(
     """See Attention. Follows `eager_attention_forward` of the modeling module that `module` comes
     from, which also knows what to do with sinks and soft caps.
     """
-    eager = _family_eager(module)
+    eager = family_eager(module)
     _refuse_unknown(module, eager, options)
     num_new = query.shape[2]
     outputs = []
@@ -49,8 +49,11 @@ def exact_attention(
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
-def _family_eager(module: torch.nn.Module) -> Callable[..., tuple[Tensor, Tensor]]:
-    modeling = sys.modules[type(module).__module__]
+def family_eager(module: torch.nn.Module) -> Callable[..., tuple[Tensor, Tensor]]:
+    """What an attention module of transformers calls where attention is eager: the function in the
+    file that its forward is in. Raises UnsupportedError if there is none.
+    """
+    modeling = sys.modules[inspect.unwrap(type(module).forward).__module__]
     eager = getattr(modeling, "eager_attention_forward", None)
     if eager is None:
         raise UnsupportedError(f"{modeling.__name__} has no eager attention to be exact with")
@@ -64,7 +67,7 @@ def _refuse_unknown(
     are, it finds there itself.
     """
     for name, value in options.items():
-        if value is None or name in CARRIED or name in _known(eager):
+        if value is None or name in CARRIED or name in known_options(eager):
             continue
         if any(value is parameter for parameter in module.parameters(recurse=False)):
             continue
@@ -74,8 +77,8 @@ def _refuse_unknown(
 
 
 @functools.lru_cache(maxsize=64)
-def _known(eager: Callable[..., object]) -> frozenset[str]:
-    """Names of its parameters; asking costs as much as a small layer."""
+def known_options(eager: Callable[..., object]) -> frozenset[str]:
+    """Names of the parameters of an eager function; asking costs as much as a small layer."""
     return frozenset(inspect.signature(eager).parameters)
 
 

@@ -43,6 +43,8 @@ class Part(NamedTuple):
     """At most so many keys before its own place. Without `causal` there are no more queries than
     keys, and each sees all keys behind.
     """
+    softcap: float | None = None
+    """Scores become softcap * tanh(score / softcap)."""
 
     def hidden(self) -> Tensor:
         """[T, n], true where a query does not see a key."""
@@ -67,6 +69,8 @@ class Kernel(ABC):
     """Whether it can hide keys that are too far before it. A kernel that cannot is given all that
     is seen in whole, and `masked_products` does the rest.
     """
+    caps: bool = False
+    """Whether it can cap scores."""
 
     @abstractmethod
     def takes(self, dtype: torch.dtype, head_dim: int) -> bool:
@@ -96,8 +100,9 @@ class CpuFlash(Kernel):
         return True
 
     def __call__(self, part: Part) -> PartialResult:
-        query, keys, values, scaling, causal, before = part
+        query, keys, values, scaling, causal, before, softcap = part
         assert before is None, "declared by `windows`"
+        assert softcap is None, "declared by `caps`"
         shape = query.shape
         query, keys, values = query.float(), keys.float(), values.float()
         if causal:  # its mask counts queries from the first key: here there are as many
@@ -132,6 +137,7 @@ class Products(Kernel):
     name = "products"
     causal = False
     windows = False
+    caps = True
 
     def takes(self, dtype: torch.dtype, head_dim: int) -> bool:
         return True
@@ -146,9 +152,11 @@ def masked_products(part: Part, hidden: Tensor | None) -> PartialResult:
     """As a kernel, with any mask: `hidden` [T, n] is true where a key is not seen. What the part
     itself says of that is not looked at.
     """
-    query, keys, values, scaling, *_ = part
+    query, keys, values, scaling, *_, softcap = part
     rows = query.flatten(1, 2)  # [G, P * T, D]
     scores = torch.matmul(rows.float(), keys.float().transpose(1, 2)).mul_(scaling)
+    if softcap is not None:
+        scores.div_(softcap).tanh_().mul_(softcap)
     if hidden is not None:
         scores.masked_fill_(hidden.repeat(query.shape[1], 1), -torch.inf)
     # In place: torch's own log-sum-exp holds another copy of the scores, which no trace sees.
@@ -179,7 +187,8 @@ class FlashKernel(Kernel):
         return dtype in self.dtypes and head_dim <= _MOST_HEAD_DIM
 
     def __call__(self, part: Part) -> PartialResult:
-        query, keys, values, scaling, causal, before = part
+        query, keys, values, scaling, causal, before, softcap = part
+        assert softcap is None, "declared by `caps`"
         num_groups, group, num_new, head_dim = query.shape
         if missing := -head_dim % _HEAD_UNIT:  # zeros change no score
             query, keys, values = (

@@ -22,21 +22,24 @@ from ollm_core.attention.blockwise import (
 from ollm_core.attention.exact import exact_attention
 from ollm_core.attention.kernels import Products
 from ollm_core.contracts.attention import ATTENTIONS, Attention, KVView
+from ollm_core.errors import UnsupportedError
 
 ATTENTION_NAME = "ollm"
 """Unknown to transformers' mask functions, so that no mask is built for it."""
+EAGER_NAME = "eager"
+"""transformers' own, in the code of each family."""
 
 
-def find_attention(name: str, device: torch.device) -> Attention:
+def find_attention(name: str, device: torch.device, *, caps: bool = False) -> Attention:
     """One of ATTENTIONS, or "products", which is "blockwise" by plain products alone, as it is for
     tensors on `device`, which need not be here: where it is traced, on the meta device, it takes
-    the memory that it would take there.
+    the memory that it would take there. `caps`: whether all but "exact" takes soft caps.
     """
     if name == "exact":
         return exact_attention
     if name == "products":
-        return BlockwiseAttention((Products(),))
-    return BlockwiseAttention(kernels_on(device, package=name == "flash"))
+        return BlockwiseAttention((Products(),), caps)
+    return BlockwiseAttention(kernels_on(device, package=name == "flash"), caps)
 
 
 def _attend(
@@ -44,10 +47,15 @@ def _attend(
     query: Tensor,
     key: KVView,
     value: KVView,
-    attention_mask: None,
+    attention_mask: Tensor | None,
     scaling: float,
     **options: Any,
 ) -> tuple[Tensor, None]:
+    if attention_mask is not None:
+        raise UnsupportedError(
+            f"{type(module).__name__} gives attention a mask of its own",
+            hint="core's attention sees all earlier tokens, or a window of them",
+        )
     if key.store.in_place:
         return key.attention(module, query, key, scaling=scaling, **options), None
     with torch.inference_mode(mode=False):  # a store may keep what is made while it is read
@@ -62,6 +70,7 @@ def register_attention() -> None:
 __all__ = [
     "ATTENTIONS",
     "ATTENTION_NAME",
+    "EAGER_NAME",
     "blockwise_attention",
     "exact_attention",
     "find_attention",

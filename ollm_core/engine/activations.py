@@ -4,24 +4,23 @@ and quick.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import cast
 
 import torch
 from torch import Tensor
 
 from ollm_core.attention.blockwise import most_blocks
-from ollm_core.attention.select import find_attention
-from ollm_core.contracts.attention import KVView
 from ollm_core.contracts.kv import KVGeometry, KVStore, SharedRun
 from ollm_core.device.buffers import round_up
 from ollm_core.device.offload import ActivationOffload
-from ollm_core.engine.batch import NewTokens
+from ollm_core.engine.batch import NewTokens, Steps
 from ollm_core.engine.layer_call import call_layer
-from ollm_core.engine.own_call import OwnCall
+from ollm_core.engine.own_call import OwnCall, own_attention
 from ollm_core.engine.recurrent_call import StateCache
+from ollm_core.engine.traced_cache import APART, Sharing, TracedCache, TracedStore
 from ollm_core.errors import OllmError, UnsupportedError, one_line
 from ollm_core.memory.tracker import OneExpertTaken, called_operations, traced_peak
 from ollm_core.model.moe import Mixture, RoutedChunk
@@ -29,24 +28,7 @@ from ollm_core.model.own_forward import OwnForward
 from ollm_core.model.skeleton import Skeleton
 from ollm_core.model.spec import ModelSpec
 
-
-@dataclass(frozen=True, slots=True)
-class Sharing:
-    """What of the stored blocks of a call's rows is read once for several of them, as far as that
-    decides what the call takes.
-    """
-
-    runs: tuple[tuple[int, ...], ...] = ()
-    """Rows of each run. Where all are equally long, first those that share at all, who have no
-    block by that, then each number of rows that there is.
-    """
-    lengths: tuple[int, ...] = ()
-    """Of packed rows."""
-    num_own: int = 0
-    """Tokens stored of a row that it does not share, at most."""
-
-
-_APART = Sharing()
+_SAID_BYTES = 12  # a number that stands for keys, and a window
 _Shape = tuple[int, int, int, int, str, Sharing]
 """layer_idx, num_rows, num_new, num_past, attention, sharing"""
 _MOST_PACKED = 64  # shapes of packed calls that are remembered: hardly one comes again
@@ -71,7 +53,10 @@ class Workspace:
             experts = mixture and mixture.slice_shapes
             kinds.setdefault((cache, type(layer), made_of, experts), layer_idx)
         self._distinct = tuple(kinds.values())
-        if skeleton.own is not None and skeleton.own.shares:
+        self._bends = {kind.window - 1 for kind in geometry.kinds if kind.window is not None}
+        self._grows = skeleton.grows
+        """Whether something beside block-wise attention is as long as the past."""
+        if skeleton.own is not None and skeleton.own.facts.shares:
             self._distinct = (len(skeleton.layers) - 1,)  # traced with all before it
 
     @classmethod
@@ -97,21 +82,38 @@ class Workspace:
         """Bytes of one of these numbers, between layers."""
         if self._skeleton.own is None:
             return self._geometry.dtype.itemsize
-        return max(one.itemsize for one in self._skeleton.own.hidden_dtypes)
+        return max(one.itemsize for one in self._skeleton.own.facts.hidden_dtypes)
 
     @property
     def aligned(self) -> bool:
         """Whether rows of one call must come after equally many tokens."""
         return self._skeleton.own is not None
 
-    def leaving_bytes(self, num_rows: int, num_new: int, num_past: int, num_logits: int) -> int:
+    @property
+    def call_bytes(self) -> int:
+        """What each chunk's call holds all the time, to say of layers how long their past is."""
+        return 0 if self._skeleton.own is None else _SAID_BYTES * self._geometry.num_layers
+
+    @property
+    def steps(self) -> Steps:
+        """Which tokens may share a call."""
+        own = self._skeleton.own
+        if own is None or not any(one.kind.states for one in own.facts.memories):
+            return "together"  # layers declared recurrent see to it themselves
+        return "drafted" if own.facts.continues else "all"
+
+    def leaving_bytes(
+        self, num_rows: int, num_new: int, num_past: int, num_logits: int, attention: str
+    ) -> int:
         """Peak bytes of making `num_logits` logits of each row of what the last layer gives, where
         that is left to the model's own forward; else 0.
         """
         if self._skeleton.own is None:
             return 0
         past = round_up(num_past, self._geometry.block_size)
-        return self._remembered(-1 - num_logits, num_rows, num_new, past, "exact", _APART)
+        if attention != "exact" and not self._grows:
+            past = min(past, self._geometry.block_size)
+        return self._remembered(-1 - num_logits, num_rows, num_new, past, attention, APART)
 
     @property
     def vocab_size(self) -> int:
@@ -120,7 +122,7 @@ class Workspace:
 
     def product_bytes(self, num_logits: int) -> int:
         """What products of so many states with the head take, its output not counted."""
-        products = self._skeleton.products
+        products = self._skeleton.products if self._skeleton.own is None else None
         return products.scratch_bytes(num_logits, self.hidden_size) if products else 0
 
     def check_halves(self) -> None:
@@ -148,7 +150,7 @@ class Workspace:
         num_new: int,
         num_past: int,
         attention: str,
-        sharing: Sharing = _APART,
+        sharing: Sharing = APART,
     ) -> int:
         """Peak bytes of a layer for `num_new` tokens in each of `num_rows`, after `num_past`
         tokens: of the layer that takes most.
@@ -178,7 +180,7 @@ class Workspace:
         None if layers differ, as they may where an error has left some cut and others not.
         """
         if len(work) < 2 or self._skeleton.own is not None:
-            return _APART
+            return APART
         sequences, starts = [item.sequence for item in work], [item.start for item in work]
         told = {
             tuple(store.shared_runs(layer_idx, sequences, starts))
@@ -189,7 +191,7 @@ class Workspace:
             return None
         runs = next(iter(told), ())
         if not runs:
-            return _APART
+            return APART
         ends = {row: run.end for run in runs for row in run.rows}
         num_own = max(start - ends.get(row, 0) for row, start in enumerate(starts))
         num_own = round_up(num_own, self._geometry.block_size)
@@ -209,16 +211,16 @@ class Workspace:
     ) -> int:
         block_size, window = self._geometry.block_size, self._geometry.kinds[layer_idx].window
         shape = layer_idx, num_rows, num_new
-        if self._skeleton.own is not None:
-            attention, window = "exact", None  # masks of all layers are made together
+        if self._skeleton.own is not None and attention == "exact":
+            window = None  # masks of all layers are made together
         if layer_idx in self._skeleton.recurrent:
-            return self._remembered(*shape, min(num_past, 1), attention, _APART)
+            return self._remembered(*shape, min(num_past, 1), attention, APART)
         below, above = num_past // block_size * block_size, round_up(num_past, block_size)
-        if window is not None:
+        if window is not None and not self._grows:
             # As many as are ever seen: their first block is then as long as any that is cut.
             apart = Sharing(lengths=sharing.lengths)
             return self._remembered(*shape, min(above, window - 1), attention, apart)
-        if attention != "exact":
+        if attention != "exact" and not self._grows:
             most = most_blocks(min(sharing.lengths, default=num_new)) * block_size
             if sharing.runs:
                 above = sharing.num_own
@@ -226,9 +228,12 @@ class Workspace:
             return self._remembered(*shape, min(above, most), attention, sharing)
         # What an operation takes is a line in num_past. The peak is the highest of such lines, so
         # between two lengths it lies on or below the straight line from one peak to the other.
-        least = self._remembered(*shape, below, attention, _APART)
-        most = self._remembered(*shape, above, attention, _APART)
-        return least + -(-(most - least) * (num_past - below) // block_size)
+        # The lines have a bend where a window begins to slide.
+        below = max([below, *(bend for bend in self._bends if bend <= num_past)])
+        above = min([above, *(bend for bend in self._bends if bend >= num_past)])
+        least = self._remembered(*shape, below, attention, APART)
+        most = self._remembered(*shape, above, attention, APART)
+        return least + -(-(most - least) * (num_past - below) // max(above - below, 1))
 
     def _remembered(self, *key: *_Shape) -> int:
         known = self._known_packed if key[-1].lengths else self._known
@@ -295,8 +300,8 @@ class Workspace:
         if self._skeleton.own is not None:
             own = self._skeleton.own
             return max(
-                self._trace_own(own, layer_idx, num_rows, num_new, num_past, dtype)
-                for dtype in own.hidden_dtypes
+                self._trace_own(own, layer_idx, num_rows, num_new, num_past, attention, dtype)
+                for dtype in own.facts.hidden_dtypes
             )
         forward = self._skeleton.chunk_forward(layer_idx)
         shape = layer_idx, num_rows, num_new, num_past
@@ -309,6 +314,7 @@ class Workspace:
         num_rows: int,
         num_new: int,
         num_past: int,
+        attention: str,
         hidden_dtype: torch.dtype,
     ) -> int:
         """The same of a layer that its model's own forward calls, with what that makes for it; of
@@ -317,8 +323,10 @@ class Workspace:
         """
         meta, dtype, skeleton = torch.device("meta"), self._geometry.dtype, self._skeleton
         ids = torch.zeros(num_rows, num_new, dtype=torch.long, device=meta)
-        store = _TracedStore(self._geometry, num_past)
-        hidden = torch.empty(own.hidden_shape(num_rows, num_new), dtype=hidden_dtype, device=meta)
+        store = TracedStore(self._geometry, num_past)
+        hidden = torch.empty(
+            own.facts.hidden_shape(num_rows, num_new), dtype=hidden_dtype, device=meta
+        )
 
         def embed(token_ids: Tensor) -> Tensor:
             return torch.empty(len(token_ids), own.embedding_size, dtype=dtype, device=meta)
@@ -334,11 +342,25 @@ class Workspace:
 
         def work() -> Tensor:
             sequences = tuple(range(num_rows))
-            call = OwnCall(own, cast("KVStore", store), sequences, ids, num_past, embed, alone=True)
+            call = OwnCall(
+                own,
+                cast("KVStore", store),
+                sequences,
+                ids,
+                num_past,
+                embed,
+                own_attention(attention, self._geometry.device),
+                alone=True,
+            )
             if layer_idx < 0:
-                return call.leave(hidden, -1 - layer_idx)
+                with skeleton.traced_head(num_rows * -(1 + layer_idx)):
+                    return call.leave(hidden, -1 - layer_idx)
+            with skeleton.traced(layer_idx, num_rows * num_new):
+                return traced(call)
+
+        def traced(call: OwnCall) -> Tensor:
             states = call.enter()
-            if own.shares:  # of those before, too
+            if own.facts.shares:  # of those before, too
                 for before in range(layer_idx):
                     states = call.run(before, states)
                 return call.run(layer_idx, states)
@@ -347,7 +369,7 @@ class Workspace:
         mixture = skeleton.routed.get(layer_idx)
         with (
             skeleton.on_meta(),
-            own.answers(),
+            own.facts.answers(),
             mixture.serving(add(mixture)) if mixture else nullcontext(),
         ):
             try:
@@ -369,7 +391,7 @@ class Workspace:
         num_past: int,
         attention: str,
         forward: Callable[..., Tensor],
-        sharing: Sharing = _APART,
+        sharing: Sharing = APART,
     ) -> Callable[[], Tensor]:
         """A call of `forward`, of a layer on the meta device, to be traced; what it is given is
         there before.
@@ -388,7 +410,7 @@ class Workspace:
                 return traced()
 
         def traced() -> Tensor:
-            cache: object = _TracedCache(self._geometry, num_past, attention, sharing)
+            cache: object = TracedCache(self._geometry, num_past, attention, sharing)
             if states:
                 past = states if num_past else None
                 cache = StateCache(layer_idx, [past] * num_rows, hidden.device)
@@ -399,87 +421,3 @@ class Workspace:
             return call_layer(forward, hidden, positions, embeddings, cache)
 
         return run
-
-
-class _TracedCache:
-    """Stands for the cache of a layer: hands out blocks without data."""
-
-    in_place = False  # what is seen may have to be put together
-
-    def __init__(
-        self,
-        geometry: KVGeometry,
-        num_tokens: int,
-        attention: str,
-        sharing: Sharing = _APART,
-    ) -> None:
-        """`num_tokens` are those that a row does not share."""
-        self._geometry = geometry
-        self._num_tokens = num_tokens
-        self._attention = attention
-        self._sharing = sharing
-        self._runs: list[SharedRun] = []
-
-    def update(self, keys: Tensor, values: Tensor, layer_idx: int) -> tuple[KVView, KVView]:
-        packed = self._sharing.lengths
-        lengths = packed or (keys.shape[2],) * keys.shape[0]
-        starts = [0] * len(lengths)
-        self._runs.clear()
-        for number, rows in enumerate(self._sharing.runs):
-            # Before its own, a row has in each of its runs as many blocks as matter.
-            first = max(starts[row] for row in rows)
-            most = most_blocks(sum(lengths[row] for row in rows)) if number or packed else 0
-            end = first + most * self._geometry.block_size
-            self._runs.append(SharedRun(rows, first, end))
-            for row in rows:
-                starts[row] = end
-        view = KVView(
-            keys,
-            values,
-            layer_idx,
-            (0,) * len(lengths),
-            tuple(start + self._num_tokens for start in starts),
-            cast("KVStore", self),  # nothing else is asked of it
-            find_attention(self._attention, self._geometry.device),
-            lengths=packed,
-        )
-        return view, view
-
-    def shared_runs(
-        self, layer_idx: int, sequences: Sequence[int], ends: Sequence[int]
-    ) -> Sequence[SharedRun]:
-        return self._runs
-
-    def blocks(
-        self, layer_idx: int, sequence: int, num_tokens: int | None = None, first: int = 0
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        shape = self._geometry.block_shape(layer_idx)
-        block = torch.empty(shape, dtype=self._geometry.dtype, device="meta")
-        end = self._num_tokens if num_tokens is None else num_tokens
-        for begin in range(first, end, self._geometry.block_size):
-            count = min(self._geometry.block_size, end - begin)
-            yield block[0, :, :count], block[1, :, :count]
-
-
-class _TracedStore(_TracedCache):
-    """Stands for the store of a model that is run by its own forward."""
-
-    def __init__(self, geometry: KVGeometry, num_tokens: int) -> None:
-        super().__init__(geometry, num_tokens, "exact")
-
-    def append(self, layer_idx: int, sequence: int, keys: Tensor, values: Tensor) -> None:
-        """Nothing is kept."""
-
-    def expect(self, sequence: int, num_drafted: int) -> None:
-        """Nothing is kept."""
-
-    def state(self, layer_idx: int, sequence: int) -> Sequence[Tensor]:
-        return [
-            torch.empty(shape, dtype=dtype, device="meta")
-            for shape, dtype in self._geometry.state_shapes(layer_idx)
-        ]
-
-    def put_state(
-        self, layer_idx: int, sequence: int, num_new: int, state: Sequence[Tensor]
-    ) -> None:
-        """Nothing is kept."""

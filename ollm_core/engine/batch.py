@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -81,19 +82,27 @@ def stage_of(work: Sequence[NewTokens]) -> Literal["prefill", "decode"]:
     return "prefill" if reads_prompt else "decode"
 
 
+Steps = Literal["together", "drafted", "all"]
+"""Which tokens may share a call with those before them: all of them; all but drafted ones, as the
+state before each is wanted; or only those of a sequence's first call.
+"""
+
+
 def cut_chunks(
     work: Sequence[NewTokens],
     chunk_size: int,
     *,
     aligned: bool = False,
+    steps: Steps = "together",
     together: Sequence[Sequence[int]] = (),
 ) -> Iterator[Chunk]:
     """Cut `work` into chunks of at most `chunk_size` tokens.
 
     Sequences with equally many new tokens and guesses share a call while they fit in a chunk
     together, if all of them go on or all begin; a longer one goes chunk by chunk, alone. If
-    `aligned`, they must come after equally many tokens. Rows in one of the groups of `together` are
-    packed where they have different numbers of new tokens.
+    `aligned`, they must come after equally many tokens. What must not share a call by `steps` goes
+    one token at a time, as when decoding. Rows in one of the groups of `together` are packed where
+    they have different numbers of new tokens.
     """
     packed = [chunk for rows in together for chunk in _pack(work, rows, chunk_size)]
     yield from packed
@@ -105,12 +114,16 @@ def cut_chunks(
         start = item.start if aligned else int(item.start > 0)
         key = len(item.token_ids), item.num_drafted, start
         alike.setdefault(key, []).append(row)
-    for (length, *_), rows in alike.items():
+    for (length, num_drafted, start), rows in alike.items():
         most = max(chunk_size // length, 1)
+        sure = length if steps == "together" else length - num_drafted
+        if steps == "all":
+            sure = 0 if start else min(sure, chunk_size)
+        begins = [*range(0, sure, chunk_size), *range(sure, length)]
         for first in range(0, len(rows), most):
             group = tuple(rows[first : first + most])
-            for begin in range(0, length, chunk_size):
-                yield Chunk(group, begin, min(begin + chunk_size, length))
+            for begin, end in itertools.pairwise((*begins, length)):
+                yield Chunk(group, begin, end)
 
 
 def _pack(work: Sequence[NewTokens], rows: Sequence[int], chunk_size: int) -> Iterator[Chunk]:

@@ -164,7 +164,7 @@ class Engine:
             self._pass_planner.choose(store, work)
 
     def _expect(self, store: KVStore, work: Sequence[NewTokens]) -> None:
-        if self._skeleton.recurrent and isinstance(store, KeepsStates):
+        if isinstance(store, KeepsStates):
             for item in work:
                 store.expect(item.sequence, item.num_drafted)
 

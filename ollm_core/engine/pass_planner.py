@@ -12,8 +12,9 @@ import torch
 
 from ollm_core.attention.trial import require_flash
 from ollm_core.contracts.kv import KVStore
-from ollm_core.engine.activations import Sharing, Workspace
+from ollm_core.engine.activations import Workspace
 from ollm_core.engine.batch import Chunk, NewTokens, cut_chunks
+from ollm_core.engine.traced_cache import APART, Sharing
 from ollm_core.errors import DoesNotFitError
 from ollm_core.memory.accounts import Accounts
 from ollm_core.memory.budgets import Budgets
@@ -206,8 +207,9 @@ class PassPlanner:
             sizes.append(sizes[-1] // 2)
         together = self._together(store, work, attention)
         for size in sizes:
-            apart = tuple(cut_chunks(work, size, aligned=self._workspace.aligned))
-            ways = [(apart, (Sharing(),) * len(apart))]
+            aligned, steps = self._workspace.aligned, self._workspace.steps
+            apart = tuple(cut_chunks(work, size, aligned=aligned, steps=steps))
+            ways = [(apart, (APART,) * len(apart))]
             if attention != "exact":
                 chunks = tuple(cut_chunks(work, size, together=together)) if together else apart
                 sharing = [self._sharing(store, work, chunk) for chunk in chunks]
@@ -273,12 +275,13 @@ class PassPlanner:
         head += self._workspace.product_bytes(num_logits)
         head += 4 * largest * self._hidden_size * torch.float32.itemsize  # the norm's own
         head += max(
-            self._workspace.leaving_bytes(*shape, past, min(num_logits, shape[1]))
+            self._workspace.leaving_bytes(*shape, past, min(num_logits, shape[1]), attention)
             for shape, past in shapes.items()
         )
         tokens = num_tokens * (_POSITION_BYTES + (0 if self._memory.is_own else _TOKEN_BYTES))
         if self._workspace.aligned:
             tokens += num_tokens * _POSITION_BYTES  # the ids of each call, too
+        tokens += len(chunks) * self._workspace.call_bytes
         if on_host:
             chunk_bytes = largest * self._hidden_bytes
             if offloaded:  # parts of a chunk on their way from and to the host

@@ -18,7 +18,7 @@ from ollm_core.contracts.kv import KVStore
 from ollm_core.device.offload import ActivationOffload
 from ollm_core.engine.batch import Chunk, NewTokens
 from ollm_core.engine.layer_call import LayerCall, PositionEmbeddings
-from ollm_core.engine.own_call import OwnCall
+from ollm_core.engine.own_call import OwnCall, own_attention
 from ollm_core.engine.pass_planner import PassPlan
 from ollm_core.engine.progress import ProgressReporter
 from ollm_core.engine.recurrent_call import RecurrentCall
@@ -103,12 +103,13 @@ class WeightPass:
         skeleton, weights, work = self.skeleton, self.weights, self.work
         calls = [self._own_call(own, chunk) for chunk in self.plan.chunks]
         hidden = [offload.store(call.enter()) for call in calls]
+        rows = max(len(chunk.rows) * chunk.num_tokens for chunk in self.plan.chunks)
         for layer_idx in range(len(skeleton.layers)):
             fetch = functools.partial(weights.experts, layer_idx)
             mixture = skeleton.routed.get(layer_idx)
             with (
                 weights.acquire(layer_idx) as parameters,
-                skeleton.bound(layer_idx, parameters, 1),
+                skeleton.bound(layer_idx, parameters, rows),
                 mixture.fetching(fetch) if mixture else nullcontext(),
             ):
                 del parameters  # a name would keep copies while the next layer's are made
@@ -126,7 +127,7 @@ class WeightPass:
         row_logits: list[list[Tensor]] = [[] for _ in work]
         with (
             weights.acquire(len(skeleton.layers)) as parameters,
-            skeleton.bound_head(parameters),
+            skeleton.bound_head(parameters, sum(item.num_logits for item in work)),
             self.span("head"),
         ):
             del parameters
@@ -138,8 +139,8 @@ class WeightPass:
                     for place, row in enumerate(chunk.rows):
                         row_logits[row].append(logits[place])
         report()
-        rows = [torch.cat(chunks) if len(chunks) > 1 else chunks[0] for chunks in row_logits]
-        return [row[-item.num_logits :] for item, row in zip(work, rows, strict=True)]
+        whole = [torch.cat(chunks) if len(chunks) > 1 else chunks[0] for chunks in row_logits]
+        return [row[-item.num_logits :] for item, row in zip(work, whole, strict=True)]
 
     def _own_call(self, own: OwnForward, chunk: Chunk) -> OwnCall:
         work = [self.work[row] for row in chunk.rows]
@@ -151,7 +152,8 @@ class WeightPass:
             ids.to(self.weights.device),
             work[0].start + chunk.begin,
             self.weights.embed,
-            alone=len(self.plan.chunks) == 1 or own.shares,
+            own_attention(self.plan.attention, self.weights.device),
+            alone=len(self.plan.chunks) == 1 or own.facts.shares,
         )
 
     @property

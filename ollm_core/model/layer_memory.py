@@ -98,10 +98,15 @@ class LayerMemory:
 
     def states(self, layer: Any) -> list[Tensor]:
         """The states [R, ...] that a call has left in `layer`."""
-        return [
-            *(layer.conv_states[number] for number in self.convolutions),
-            *(layer.recurrent_states[number] for number in self.recurrences),
-        ]
+        convolutions, recurrences = self.states_by_kind(layer)
+        return [*convolutions, *recurrences]
+
+    def states_by_kind(self, layer: Any) -> tuple[list[Tensor], list[Tensor]]:
+        """The same, those of convolutions and the recurrent ones."""
+        return (
+            [layer.conv_states[number] for number in self.convolutions],
+            [layer.recurrent_states[number] for number in self.recurrences],
+        )
 
 
 def new_cache(config: PreTrainedConfig) -> DynamicCache:
@@ -121,15 +126,20 @@ def new_layer(like: Any) -> Any:
 
 def pretend(layer: Any, num_tokens: int, rows: int, like: Tensor) -> None:
     """Let an empty `layer` say that it has `num_tokens`, for masks and positions: it holds none."""
+    pretend_keys(layer, num_tokens, rows, like)
+    if isinstance(layer, LinearAttentionCacheLayerMixin) and num_tokens:
+        for number in layer.has_previous_state:
+            layer.has_previous_state[number] = True
+
+
+def pretend_keys(layer: Any, num_tokens: int, rows: int, like: Tensor) -> None:
+    """The same of its keys and values alone."""
     if isinstance(layer, DynamicLayer) and num_tokens:
         keys = like.new_empty(1).expand(rows, 1, num_tokens, 1)
         DynamicLayer.lazy_initialization(layer, keys, keys)
         layer.keys = layer.values = keys
         if isinstance(layer, DynamicSlidingWindowLayer):
             layer.cumulative_length = num_tokens
-    if isinstance(layer, LinearAttentionCacheLayerMixin) and num_tokens:
-        for number in layer.has_previous_state:
-            layer.has_previous_state[number] = True
 
 
 def remembered(layer: Any, layer_idx: int, dtype: torch.dtype, model: str) -> LayerMemory:

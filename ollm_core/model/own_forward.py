@@ -1,33 +1,31 @@
-"""Follows a model's own forward, for models of which core does not know what they do around their
+"""Runs a model's own forward, for models of which core does not know what they do around their
 layers: embeddings with positions or norms, masks, biases of attention, heads of several parts.
 
 The forward is transformers' own, run with stand-ins for its layers. Up to a layer it tells what
 that layer is called with; from the last layer on it makes logits. Nothing is declared, and whatever
 the model computes there is computed. What this takes for granted is looked at when a model is
-opened: each layer gives hidden states to the next one, and is given nothing else that depends on
-another layer. A model in which that does not hold is refused.
+opened, by `follow_forward`.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from ollm_core.contracts.model import Layout
-from ollm_core.errors import UnsupportedError, one_line
-from ollm_core.memory.tracker import OneExpertTaken, OperationMode, tensors_in
-from ollm_core.model.layer_memory import LayerMemory, new_cache, new_layer, remembered
+from ollm_core.errors import UnsupportedError
+from ollm_core.memory.tracker import OperationMode, tensors_in
+from ollm_core.model.layer_memory import LayerMemory, new_cache, new_layer
 
 _CACHES = ("past_key_values", "cache_params")
 """What models call the cache that they are given."""
-_TRIED = 5
-"""Tokens of the run that is followed when a model is opened."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,40 +50,75 @@ class LayerArguments:
         return forward(hidden, *self.args, **self.options)
 
 
+Answer = Callable[[int, Tensor, LayerArguments], Any]
+"""Stands for a layer, given its number, hidden states and what else it is called with."""
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What is known of a forward that was followed."""
+
+    memories: tuple[LayerMemory, ...]
+    """What each layer remembers."""
+    answers: Callable[[], OperationMode]
+    """What answers questions about data while the model is traced without."""
+    returned: tuple[int, ...]
+    """How many values each layer returns; -1: hidden states as they are."""
+    shares: bool
+    """Whether layers hand something to later ones in a dictionary, as keys that these share."""
+    continues: bool
+    """Whether layers go on from their states with several tokens in one call. Some of transformers'
+    do so with one token alone, and with more begin anew.
+    """
+    uses_embedding: bool
+    """Whether layers or the head are given what depends on the embedding, beside hidden states."""
+    dtype: torch.dtype
+    """What the model computes in, keys and values too."""
+    hidden_dtypes: frozenset[torch.dtype]
+    """Those of hidden states between layers: some models add up in float32."""
+    shape: tuple[tuple[int, ...], tuple[int, ...]]
+    """That of hidden states, before and after rows and tokens."""
+    width: int
+    """Numbers in the hidden states of one token between layers."""
+
+    def hidden_shape(self, num_rows: int, num_tokens: int) -> tuple[int, ...]:
+        """That of hidden states between layers, mostly [R, T, C]."""
+        before, after = self.shape
+        return *before, num_rows, num_tokens, *after
+
+
 class _Reached(Exception):
     """Leaves the forward at the layer that was asked for."""
 
 
 @dataclass(slots=True)
-class _Run:
-    """One run of the forward: what its parts answer."""
+class Run:
+    """One run of the forward: what its parts answer, and what was seen of it."""
 
     rows: Tensor
     """[R * T, C], of the embedding."""
-    last: int = -1
-    """The forward is left at this layer; -1: not."""
-    output: Tensor | None = None
-    """What the last layer gives; None: what it is given."""
+    answer: Answer
     num_logits: int = 0
     """Rows of the head's input that count, from the end; 0: all."""
-    real: bool = False
-    """Whether layers compute."""
     hidden: Tensor | None = None
     """What the first layer is given."""
     found: list[LayerArguments] = field(default_factory=list)
+    """What the layers are called with."""
 
 
 class OwnForward:
     """The forward of one model whose layers are called by somebody else."""
 
+    facts: Facts
+    """What following it has found."""
+
     def __init__(self, model: Any, layout: Layout, layers: Sequence[nn.Module]) -> None:
         """Puts stand-ins for `layers`, the embedding and the input of the head into `model`."""
-        self._model = model
-        self._run: _Run | None = None
+        self.model = model
+        self.device = torch.device("meta")
+        """Where the model is run."""
+        self._run: Run | None = None
         self._forwards: list[Callable[..., Any]] = [layer.forward for layer in layers]
-        self._layers = layers
-        self._makes: list[int] = [-1] * len(layers)
-        """How many values each layer returns; -1: hidden states as they are."""
         self._embedding = model.get_submodule(layout.embedding)
         self._embed_forward = self._embedding.forward
         self._embedding.padding_idx = None  # for training; rows are numbered anew
@@ -99,40 +132,30 @@ class OwnForward:
         self._takes_positions = "position_ids" in parameters
         self._cuts_logits = "logits_to_keep" in parameters
         self._empty_layers = new_cache(model.config).layers
-        self.memories: tuple[LayerMemory, ...] = ()
-        """What each layer remembers, once it was `followed`."""
-        self.answers: Callable[[], OperationMode] = OneExpertTaken
-        """What answers questions about data while the model is traced without."""
-        self.shares = False
-        """Whether layers hand something to later ones in a dictionary, as keys that these share."""
-        self.uses_embedding = True
-        """Whether layers or the head are given what depends on the embedding, beside hidden
-        states.
-        """
-        self.device = torch.device("meta")
-        """Where the model is run."""
-        self.width = 0
-        """Numbers in the hidden states of one token between layers."""
-        self.dtype = torch.float32
-        """What the model computes in, keys and values too."""
-        self.hidden_dtypes: frozenset[torch.dtype] = frozenset()
-        """Those of hidden states between layers: some models add up in float32."""
-        self._shape: tuple[tuple[int, ...], tuple[int, ...]] = (), ()
-        """That of hidden states, before and after rows and tokens."""
+        configs = (getattr(module, "config", None) for module in model.modules())
+        self._configs = {id(one): one for one in configs if isinstance(one, PreTrainedConfig)}
 
     @property
     def embedding_size(self) -> int:
         """Numbers in a row of the embedding."""
         return int(self._embedding.weight.shape[-1])
 
+    @property
+    def num_layers(self) -> int:
+        """How many there are."""
+        return len(self._forwards)
+
     def new_layer(self, layer_idx: int) -> Any:
         """An empty layer of transformers' cache of the model."""
         return new_layer(self._empty_layers[layer_idx])
 
-    @property
-    def num_layers(self) -> int:
-        """How many there are."""
-        return len(self._layers)
+    def attend_by(self, attention: str) -> None:
+        """Let layers call the function of that name in transformers' AttentionInterface, and the
+        forward make masks for it.
+        """
+        for config in self._configs.values():
+            if config._attn_implementation != attention:
+                config._attn_implementation = attention
 
     def enter(
         self, ids: Tensor, positions: Tensor, rows: Tensor, cache: object, last: int = -1
@@ -141,9 +164,16 @@ class OwnForward:
 
         `ids` and `positions` [R, T], `rows` [R * T, C] of the embedding table, `cache` of the past.
         """
-        run = _Run(rows, last if last >= 0 else self.num_layers - 1)
-        with self._running(run), suppress(_Reached):
-            self._forward(ids, positions, cache)
+        last = last if last >= 0 else self.num_layers - 1
+
+        def answer(layer_idx: int, hidden: Tensor, _: LayerArguments) -> Any:
+            if layer_idx == last:
+                raise _Reached
+            return self._as_returned(layer_idx, hidden)
+
+        run = Run(rows, answer)
+        with suppress(_Reached):
+            self.run(run, ids, positions, cache)
         assert run.hidden is not None, "the forward was followed when the model was opened"
         for one in run.found:
             self._check_here(run.hidden, *tensors_in(one.args, one.options))
@@ -159,157 +189,41 @@ class OwnForward:
         num_logits: int,
     ) -> Tensor:
         """Logits [R, n, V] at the last positions, where `hidden` is what the last layer gives."""
-        run = _Run(rows, output=hidden, num_logits=num_logits)
-        with self._running(run):
-            output = self._forward(ids, positions, cache)
-        logits = _logits(output)
+
+        def answer(layer_idx: int, given: Tensor, _: LayerArguments) -> Any:
+            at_last = layer_idx == self.num_layers - 1
+            return self._as_returned(layer_idx, hidden if at_last else given)
+
+        logits = self.run(Run(rows, answer, num_logits), ids, positions, cache)
         self._check_here(logits)
         return logits
 
     def call(self, layer_idx: int, hidden: Tensor, arguments: LayerArguments) -> Tensor:
-        """The layer itself."""
-        output = arguments.call(self._forwards[layer_idx], hidden)
+        """The hidden states that the layer itself gives."""
+        output = self.call_layer(layer_idx, hidden, arguments)
         first: Tensor = output if isinstance(output, Tensor) else output[0]
         return first
 
-    def follow(self, dtype: torch.dtype, mixtures: Sequence[Any]) -> None:
-        """Run the forward of a model on the meta device to see that it can be followed. Raises
-        UnsupportedError, naming what cannot.
-        """
-        failed: Exception | None = None
-        self.dtype, self.hidden_dtypes = dtype, frozenset({dtype})
-        for answers in (OneExpertTaken, AllAreTrue):
-            self.answers = answers
-            try:
-                self._follow(dtype, mixtures)
-            except UnsupportedError:
-                raise
-            except Exception as error:  # noqa: BLE001 - a model's code may raise anything
-                failed = failed or error
-            else:
-                return
-        assert failed is not None, "it was followed otherwise"
-        raise self._error(f"cannot be followed layer by layer: {one_line(failed)}") from failed
+    def call_layer(self, layer_idx: int, hidden: Tensor, arguments: LayerArguments) -> Any:
+        """All that the layer itself gives."""
+        return arguments.call(self._forwards[layer_idx], hidden)
 
-    def _follow(self, dtype: torch.dtype, mixtures: Sequence[Any]) -> None:
-        with ExitStack() as stack:
-            stack.enter_context(torch.inference_mode(False))
-            stack.enter_context(torch.no_grad())
-            stack.enter_context(self.answers())
-            for mixture in mixtures:
-                stack.enter_context(mixture.idle())
-            before = dict(_held(self._model))
-            self._try_real(dtype)
-            self._try_apart(dtype)
-            for name, value in _held(self._model):
-                if before.get(name) is not value:
-                    raise self._error(
-                        f"keeps what it has computed in {name}, where another sequence finds it"
-                    )
-
-    def _try_real(self, dtype: torch.dtype) -> None:
-        """Two steps with layers that compute: what they return and what they remember."""
-        cache = new_cache(self._model.config)
-        for start, count in ((0, _TRIED), (_TRIED, 1)):
-            run = _Run(self._empty_rows(count, dtype), real=True)
-            with self._running(run):
-                self._forward(*_tokens(start, count), cache)
-            if len(run.found) != self.num_layers:
-                raise self._error(f"calls {len(run.found)} of its {self.num_layers} layers")
-            if start == 0:
-                self._given = [one.present for one in run.found]
-                if len(cache.layers) != self.num_layers:
-                    raise self._error(
-                        f"has {len(cache.layers)} caches for {self.num_layers} layers"
-                    )
-                self.memories = tuple(
-                    remembered(layer, i, dtype, type(self._model).__name__)
-                    for i, layer in enumerate(cache.layers[: self.num_layers])
-                )
-        if all(memory.kind.kind == "none" for memory in self.memories):
-            raise self._error("keeps nothing of earlier tokens")
-        after = [
-            remembered(layer, i, dtype, type(self._model).__name__)
-            for i, layer in enumerate(cache.layers[: self.num_layers])
-        ]
-        if len(after) != self.num_layers or tuple(after) != self.memories:
-            raise self._error("has layers whose state changes its shape from step to step")
-
-    def _try_apart(self, dtype: torch.dtype) -> None:
-        """Once with stand-ins: what each layer is given depends on no other one, but for the hidden
-        states, which are those of the layer before.
-        """
-        marks = _Marks()
-        rows = self._empty_rows(_TRIED, dtype)
-        given: list[Tensor] = []
-
-        def standing_in(layer_idx: int, hidden: Tensor, arguments: LayerArguments) -> Tensor:
-            if arguments.present != self._given[layer_idx]:
-                raise self._error(f"gives layer {layer_idx} what another layer returns")
-            if layer_idx and hidden is not given[-1]:
-                raise self._error(f"computes between layers {layer_idx - 1} and {layer_idx}")
-            for value in tensors_in(arguments.args, arguments.options):
-                if "layer" in marks.of(value):
-                    raise self._error(f"gives layer {layer_idx} what another layer computed")
-                uses.update(marks.of(value))
-            if layer_idx == 0:
-                self._note_shape(hidden)
-            elif hidden.shape != given[0].shape:
-                raise self._error("changes the size of hidden states from layer to layer")
-            output = torch.empty_like(hidden)
-            marks.add(output, "layer" if layer_idx < self.num_layers - 1 else "last")
-            given.append(output)
-            return output
-
-        uses: set[str] = set()
-        marks.add(rows, "embedding")
-        run = _Run(rows)
-        self._watch = standing_in
-        try:
-            with self._running(run), marks:
-                output = self._forward(*_tokens(0, _TRIED), new_cache(self._model.config))
-        finally:
-            self._watch = None
-        if len(run.found) != self.num_layers:
-            raise self._error("calls its layers more or less than once each")
-        logits = _logits(output)
-        if "layer" in marks.of(logits):
-            raise self._error("makes logits of more than what its last layer gives")
-        self.uses_embedding = "embedding" in (uses | marks.of(logits))
-
-    _given: Sequence[tuple[object, ...]] = ()
-    _watch: Callable[[int, Tensor, LayerArguments], Tensor] | None = None
-
-    def hidden_shape(self, num_rows: int, num_tokens: int) -> tuple[int, ...]:
-        """That of hidden states between layers, mostly [R, T, C]."""
-        before, after = self._shape
-        return *before, num_rows, num_tokens, *after
-
-    def _note_shape(self, hidden: Tensor) -> None:
-        shape = tuple(hidden.shape)
-        for i in range(len(shape) - 1):
-            if shape[i : i + 2] == (1, _TRIED):
-                self._shape = shape[:i], shape[i + 2 :]
-                self.width = hidden.numel() // _TRIED
-                return
-        raise self._error(f"has hidden states of the shape {list(shape)}")
-
-    def _empty_rows(self, count: int, dtype: torch.dtype) -> Tensor:
-        size = self._embedding.weight.shape[-1]
-        return torch.empty(count, size, dtype=dtype, device="meta")
-
-    def _forward(self, ids: Tensor, positions: Tensor, cache: object) -> Any:
+    def run(self, run: Run, ids: Tensor, positions: Tensor, cache: object) -> Tensor:
+        """The logits of a run."""
         options: dict[str, Any] = {"use_cache": True, "return_dict": True}
         if self._cache_name:
             options[self._cache_name] = cache
         if self._takes_positions:
             options["position_ids"] = positions
-        if self._cuts_logits and self._run is not None and self._run.num_logits:
-            options["logits_to_keep"] = self._run.num_logits
-        return self._model(input_ids=ids, **options)
+        if self._cuts_logits and run.num_logits:
+            options["logits_to_keep"] = run.num_logits
+        with self._running(run):
+            output = self.model(input_ids=ids, **options)
+        logits: Tensor = output["logits"] if isinstance(output, Mapping) else output[0]
+        return logits
 
     @contextmanager
-    def _running(self, run: _Run) -> Iterator[None]:
+    def _running(self, run: Run) -> Iterator[None]:
         """Run it with the rows that are wanted for the embedding's table: models ask it where it
         is.
         """
@@ -326,7 +240,7 @@ class OwnForward:
         assert self._run is not None, "the model is run here alone"
         rows = self._run.rows
         if ids.device != rows.device or ids.numel() != len(rows):
-            raise self._error("looks up other embeddings than those of its input")
+            raise self.error("looks up other embeddings than those of its input")
         numbers = torch.arange(ids.numel(), device=ids.device).view(ids.shape)
         embedded: Tensor = self._embed_forward(numbers)
         return embedded
@@ -351,97 +265,28 @@ class OwnForward:
             if layer_idx == 0:
                 run.hidden = hidden
             run.found.append(arguments)
-            if run.real:
-                return self._real(layer_idx, hidden, arguments)
-            if layer_idx == run.last:
-                raise _Reached
-            output = hidden
-            if self._watch is not None:
-                output = self._watch(layer_idx, hidden, arguments)
-            elif run.output is not None and layer_idx == self.num_layers - 1:
-                output = run.output
-            count = self._makes[layer_idx]
-            return output if count < 0 else (output, *[None] * (count - 1))
+            return run.answer(layer_idx, hidden, arguments)
 
         return forward
 
-    def _real(self, layer_idx: int, hidden: Tensor, arguments: LayerArguments) -> Any:
-        shared = [one for one in arguments.options.values() if isinstance(one, MutableMapping)]
-        before = [len(one) for one in shared]
-        output = arguments.call(self._forwards[layer_idx], hidden)
-        self.shares |= before != [len(one) for one in shared]
-        first = output if isinstance(output, Tensor) else output[0]
-        if not isinstance(first, Tensor) or first.shape != hidden.shape:
-            raise self._error(f"has a layer {layer_idx} that gives no hidden states")
-        self.hidden_dtypes |= {hidden.dtype, first.dtype}
-        self._makes[layer_idx] = -1 if isinstance(output, Tensor) else len(output)
-        return output
+    def _as_returned(self, layer_idx: int, hidden: Tensor) -> Any:
+        return as_returned(hidden, self.facts.returned[layer_idx])
 
     def _check_here(self, *values: Tensor) -> None:
         """Raises UnsupportedError for what was made without data in a run with data: a model that
         asks where a parameter is that is not bound.
         """
         if self.device.type != "meta" and any(value.is_meta for value in values):
-            raise self._error("moves what it computes to where its layers are")
+            raise self.error("moves what it computes to where its layers are")
 
-    def _error(self, what: str) -> UnsupportedError:
+    def error(self, what: str) -> UnsupportedError:
+        """The error for a model that cannot be run so."""
         return UnsupportedError(
-            f"{type(self._model).__name__} {what}",
+            f"{type(self.model).__name__} {what}",
             hint="a model is run layer by layer; this one is not made so",
         )
 
 
-class AllAreTrue(OperationMode):
-    """Answers questions about data that is not there: what is asked is true, and numbers are 1."""
-
-    def seen(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
-            return args[0].dtype == torch.bool or 1
-        return func(*args, **kwargs)
-
-
-class _Marks(OperationMode):
-    """Follows which tensors depend on marked ones."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._found: dict[int, frozenset[str]] = {}
-        self._alive: list[Tensor] = []  # an id is one tensor's for as long as that lives
-
-    def add(self, value: Tensor, mark: str) -> None:
-        """From here on `value` has this mark alone."""
-        self._alive.append(value)
-        self._found[id(value)] = frozenset((mark,))
-
-    def of(self, value: Tensor) -> frozenset[str]:
-        """The marks of a tensor."""
-        return self._found.get(id(value), frozenset())
-
-    def seen(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        result = func(*args, **kwargs)
-        marks = frozenset().union(*(self.of(one) for one in tensors_in(args, kwargs)))
-        if marks:
-            for one in tensors_in(result):
-                self._alive.append(one)
-                self._found[id(one)] = self.of(one) | marks
-        return result
-
-
-def _logits(output: Any) -> Tensor:
-    """Those that a model's forward returns."""
-    found: Tensor = output["logits"] if isinstance(output, Mapping) else output[0]
-    return found
-
-
-def _held(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Tensors that modules hold beside parameters, by name."""
-    for path, module in model.named_modules():
-        for name, value in {**vars(module), **module._buffers}.items():
-            if isinstance(value, Tensor):
-                yield f"{path}.{name}", value
-
-
-def _tokens(start: int, count: int) -> tuple[Tensor, Tensor]:
-    """Ids and positions [1, T] without data."""
-    ids = torch.zeros(1, count, dtype=torch.long, device="meta")
-    return ids, torch.arange(start, start + count, device="meta")[None]
+def as_returned(hidden: Tensor, count: int) -> Any:
+    """Hidden states as a layer returns them that gives `count` values; -1: as they are."""
+    return hidden if count < 0 else (hidden, *[None] * (count - 1))

@@ -10,9 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ollm_core.attention.select import EAGER_NAME, register_attention
 from ollm_core.contracts.kv import CacheKind
 from ollm_core.contracts.model import Capability, Config, Layout
 from ollm_core.errors import UnsupportedError
+from ollm_core.model.blockwise_probe import probe_blockwise
+from ollm_core.model.follow_forward import follow_forward
 from ollm_core.model.moe import Mixture
 from ollm_core.model.outside_layers import OutsideLayers
 from ollm_core.model.own_forward import OwnForward
@@ -23,8 +26,9 @@ from ollm_core.model.skeleton import (
     empty_model,
     refuse_kernels,
 )
+from ollm_core.products.products import CpuProducts
 
-_LAID_OUT = "the past of a layer is laid out for transformers' own attention of the model"
+_LAID_OUT = "the past of a layer is laid out for transformers' own attention, as"
 
 
 class OwnSkeleton(Skeleton):
@@ -35,16 +39,23 @@ class OwnSkeleton(Skeleton):
     own: OwnForward
 
     def __init__(
-        self, config: Config, layout: Layout, dtype: torch.dtype, device: torch.device
+        self,
+        config: Config,
+        layout: Layout,
+        dtype: torch.dtype,
+        device: torch.device,
+        products: CpuProducts | None = None,
     ) -> None:
-        """Raises ConfigError if transformers cannot build a model from `config`, UnsupportedError
+        """`products` multiply in place of torch, inside layers and the head. Raises ConfigError if
+        transformers cannot build a model from `config`, UnsupportedError
         for one whose forward cannot be followed.
         """
         self.recurrent = frozenset()
-        self.products = None
+        self.products = products
         self.outside = OutsideLayers()
         self.mixtures: Mapping[int, Mixture] = {}
-        model = empty_model(config, dtype, "eager")
+        register_attention()
+        model = empty_model(config, dtype, EAGER_NAME)
         self.config = model.config.get_text_config(decoder=True)
         check_paths(model, layout, ("embedding", "layers", "head"))
         _give_buffers(model)
@@ -52,6 +63,8 @@ class OwnSkeleton(Skeleton):
         self.rotary_types = [None] * len(self.layers)
         places = dict(_places(model))
         self.shapes = {name: tuple(owner[leaf].shape) for name, (owner, leaf) in places.items()}
+        if products:
+            products.expect(max(shape[-1] for shape in self.shapes.values() if len(shape) > 1))
         plan = model._get_dtype_plan(dtype)
         self.kept_dtypes = {
             name: kept
@@ -59,7 +72,7 @@ class OwnSkeleton(Skeleton):
             if (kept := _kept_dtype(name, owner[leaf].dtype, plan)) != dtype
         }
         self.routed = {
-            i: Mixture(layer, layout)
+            i: Mixture(layer, layout, products)
             for i, layer in enumerate(self.layers)
             if layout.experts and layout.experts in dict(layer.named_modules())
         }
@@ -93,7 +106,11 @@ class OwnSkeleton(Skeleton):
         self._device = device
         self.own = OwnForward(model, layout, self.layers)
         self._place_buffers(torch.device("meta"))
-        self.own.follow(dtype, list(self.routed.values()))
+        mixtures = list(self.routed.values())
+        self.own.facts = follow_forward(self.own, dtype, mixtures)
+        self.blockwise = probe_blockwise(self.own, self.layers, mixtures, self.max_positions)
+        """Whether its layers can attend block by block."""
+        self.grows = self.blockwise.grows
         if any(kind.states for kind in self.kinds):
             refuse_kernels()
         self._place_buffers(device)
@@ -101,28 +118,35 @@ class OwnSkeleton(Skeleton):
     @property
     def kinds(self) -> tuple[CacheKind, ...]:
         """What each layer remembers."""
-        return tuple(memory.kind for memory in self.own.memories)
+        return tuple(memory.kind for memory in self.own.facts.memories)
 
     @property
     def limits(self) -> Mapping[str, Capability]:
         """What the model cannot do."""
-        limits = {"blockwise-attention": Capability("unsupported", _LAID_OUT)}
-        if any(kind.states for kind in self.kinds):
-            reason = "the states of its layers before each drafted token are not known"
-            limits["drafts"] = Capability("unsupported", reason)
-        if self.own.shares:
+        limits: dict[str, Capability] = {}
+        if self.blockwise.refusal:
+            reason = f"{_LAID_OUT} {self.blockwise.refusal}"
+            limits["blockwise-attention"] = Capability("unsupported", reason)
+        if self.own.facts.shares:
             reason = "its layers share keys and values, which are kept for one prompt at once"
             limits["chunked-prefill"] = limits["batch"] = Capability("unsupported", reason)
+        if not self.own.facts.continues:
+            reason = "in transformers its layers begin anew with each call of several tokens"
+            limits["chunked-prefill"] = Capability("unsupported", reason)
         return limits
 
     @property
     def hidden_size(self) -> int:
-        return self.own.width
+        return self.own.facts.width
 
-    def bound_head(self, parameters: Sequence[Tensor]) -> Slots:
-        """The head with `parameters` in place, in a `with`."""
-        self._head.fill(parameters)
+    def bound_head(self, parameters: Sequence[Tensor], rows: int) -> Slots:
+        """The head with `parameters` in place, for calls with up to `rows` tokens, in a `with`."""
+        self._head.fill(self.multiplied(parameters, rows))
         return self._head
+
+    def traced_head(self, rows: int) -> Slots:
+        """The head as `bound_head` makes it, with parameters without data."""
+        return self.bound_head(self._head.empty, rows)
 
     def bind_norm(self, parameters: Sequence[Tensor]) -> None:
         """Give everything outside layers, embedding and head its parameters until `close`."""
@@ -145,9 +169,12 @@ class OwnSkeleton(Skeleton):
 
     @property
     def buffer_bytes(self) -> int:
-        return sum(value.nbytes for _, _, value in self._buffers)
+        own: int = sum(value.nbytes for _, _, value in self._buffers)
+        return own + (self.products.buffer_bytes if self.products else 0)
 
     def close(self) -> None:
+        if self.products:
+            self.products.close()
         self._outer.__exit__()
         self._place_buffers(torch.device("meta"))
         self._buffers = []

@@ -94,6 +94,8 @@ class Skeleton:
     """Parameters that are not in the dtype to compute in, by name."""
     outer: tuple[str, ...] = ()
     """Names of what is bound with the norm, where it is more than that."""
+    grows = False
+    """Whether what is computed beside block-wise attention takes more memory for a longer past."""
     routed: Mapping[int, Mixture] = MappingProxyType({})
     """Layers with routed experts that are called whole."""
 
@@ -177,8 +179,14 @@ class Skeleton:
         """In the `with`, a model that is run by its own forward has no data, for tracing."""
         raise NotImplementedError
 
-    def bound_head(self, parameters: Sequence[Tensor]) -> AbstractContextManager[nn.Module]:
+    def bound_head(
+        self, parameters: Sequence[Tensor], rows: int
+    ) -> AbstractContextManager[nn.Module]:
         """The head with `parameters` in place; for a model that is run by its own forward."""
+        raise NotImplementedError
+
+    def traced_head(self, rows: int) -> AbstractContextManager[nn.Module]:
+        """The same with parameters without data."""
         raise NotImplementedError
 
     def chunk_forward(self, layer_idx: int) -> Callable[..., Tensor]:

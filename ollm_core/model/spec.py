@@ -89,13 +89,13 @@ def inspect_model(
     layout = layout_of(adapter, config)
     place = torch.device("meta") if bare else device
     skeleton: Skeleton
+    products = choose_products(compute_dtype, device, precision)
     if layout.own_forward:
-        skeleton = own = OwnSkeleton(config, layout, compute_dtype, place)
+        skeleton = own = OwnSkeleton(config, layout, compute_dtype, place, products)
         kinds = own.kinds
         adapter = LimitedAdapter(adapter, own.limits)
     else:
         kinds = kinds_of(adapter, config, layout)
-        products = choose_products(compute_dtype, device, precision)
         skeleton = Skeleton(config, layout, compute_dtype, place, products)
     if checkpoint is None or tensors is None:
         stored = str(declared["dtype"])

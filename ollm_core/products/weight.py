@@ -55,6 +55,8 @@ class ProductWeight(Tensor):
                 return args[1].products.linear(*args, **(kwargs or {}))
             if func in _MATMUL and isinstance(args[1], cls):
                 return args[1].products.matmul(*args)
+            if func is torch.addmm and not kwargs and isinstance(args[2], cls):  # GPT-2's layers
+                return args[2].products.linear(args[1], args[2].t(), args[0])
             result = func(*args, **(kwargs or {}))
             if func in _VIEWS and isinstance(args[0], cls):
                 return cls.of(result, args[0].products)

@@ -55,14 +55,17 @@ def attention_case(window, num_past, num_new, softcap=None):
 @pytest.mark.parametrize("window", [2, 7, 8, 9, 30, 700])
 @pytest.mark.parametrize(("num_past", "num_new"), [(0, 1), (5, 1), (40, 1), (37, 600), (0, 300)])
 @pytest.mark.parametrize("sinks", [False, True])
-def test_blockwise_against_a_plain_sum(window, num_past, num_new, sinks):
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_blockwise_against_a_plain_sum(window, num_past, num_new, sinks, softcap):
     """Every query sums over just the keys of its window, and the sink takes its share."""
     module, query, view, keys, values = attention_case(window, num_past, num_new)
     sink = torch.tensor([-1.0, 0.0, 1.5, 3.0]) if sinks else None
-    found = blockwise_attention(
-        module, query, view("blockwise"), scaling=0.3, sliding_window=window, s_aux=sink
-    )
+    attend = find_attention("blockwise", query.device, caps=True)
+    options = {"scaling": 0.3, "sliding_window": window, "s_aux": sink, "softcap": softcap}
+    found = attend(module, query, view("blockwise"), **options)
     scores = query[0].double() @ keys.repeat_interleave(2, 0).double().transpose(1, 2) * 0.3
+    if softcap is not None:
+        scores = softcap * (scores / softcap).tanh()
     back = torch.arange(num_past, num_past + num_new)[:, None] - torch.arange(keys.shape[1])
     scores.masked_fill_((back < 0) | (back >= window), -torch.inf)
     if sinks:
@@ -73,7 +76,9 @@ def test_blockwise_against_a_plain_sum(window, num_past, num_new, sinks):
 
 
 def test_soft_caps():
-    """Exact attention caps as Gemma 2 does, inside its window; block-wise refuses."""
+    """Exact attention caps as Gemma 2 does, inside its window; block-wise does so where it is asked
+    to, and else refuses.
+    """
     module, query, view, keys, values = attention_case(20, 50, 30, softcap=5.0)
     options = {"scaling": 0.25, "sliding_window": 20, "softcap": 5.0}
     found = find_attention("exact", query.device)(module, query, view("exact"), **options)
@@ -84,6 +89,8 @@ def test_soft_caps():
         module, query, *seen, mask[None, None], scaling=0.25, softcap=5.0
     )
     assert torch.equal(found, expected)
+    attend = find_attention("blockwise", query.device, caps=True)
+    assert (attend(module, query, view("blockwise"), **options) - expected).abs().max() < 1e-5
     with pytest.raises(UnsupportedError, match="'softcap'"):
         blockwise_attention(module, query, view("blockwise"), **options)
 

@@ -20,7 +20,7 @@ from ollm_core import CacheKind
 from ollm_core.attention.blockwise import BlockwiseAttention
 from ollm_core.attention.kernels import CpuFlash, Products
 from ollm_core.contracts.kv import KVGeometry
-from ollm_core.engine.activations import Sharing, _TracedCache
+from ollm_core.engine.traced_cache import Sharing, TracedCache
 from ollm_core.kv.disk.storage import DiskKVStore
 from ollm_core.kv.in_memory import DeviceKVStore
 from ollm_core.memory.accounts import MemoryAccount
@@ -271,7 +271,7 @@ def test_what_is_allocated_is_what_is_planned(tmp_path, tier, name, num_new, dty
     new = torch.empty(view.keys.shape, **options)
     planned_query = torch.empty(query.shape, **options)
     block = torch.empty(case.geometry.block_shape(0), **options)
-    cache = _TracedCache(case.geometry, 8 * 16, "blockwise", sharing)
+    cache = TracedCache(case.geometry, 8 * 16, "blockwise", sharing)
     planned_view, _ = cache.update(new, new, 0)
     planned = traced_peak(lambda: attention(nn.Module(), planned_query, planned_view, scaling=0.3))
     assert tracker.peak <= planned <= 1.1 * tracker.peak + block.nbytes  # it makes one to look at

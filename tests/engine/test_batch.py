@@ -58,3 +58,22 @@ def test_rows_of_different_lengths_are_packed_where_they_may_be(ids):
         ((6, 7), 0, 2),
         ((8,), 0, 4),
     ]
+
+
+def test_tokens_that_go_one_by_one(ids):
+    """Drafted ones, where the state before each is wanted, or all but those of a first call."""
+
+    def cuts(*args, **options):
+        found = list(cut_chunks(*args, **options))
+        assert all(a.end == b.begin for a, b in itertools.pairwise(found))
+        return [chunk.begin for chunk in found]
+
+    work = [NewTokens(0, ids(7), 9, 5, num_drafted=4), NewTokens(1, ids(7), 9, 5, num_drafted=4)]
+    assert cuts(work, 14) == [0]
+    assert cuts(work, 14, steps="drafted") == [0, 3, 4, 5, 6]
+    assert {chunk.rows for chunk in cut_chunks(work, 14, steps="drafted")} == {(0, 1)}
+    assert cuts(work, 14, steps="all") == [*range(7)]
+    prompt = [NewTokens(0, ids(9), 0, num_drafted=2)]
+    assert cuts(prompt, 4, steps="drafted") == [0, 4, 7, 8]
+    assert cuts(prompt, 4, steps="all") == [0, 4, 5, 6, 7, 8]
+    assert cuts([NewTokens(0, ids(9), 0)], 20, steps="all") == [0]

@@ -19,7 +19,7 @@ from ollm_core import CacheKind, TiledBlocks
 from ollm_core.attention.blockwise import BlockwiseAttention, most_blocks
 from ollm_core.attention.kernels import CpuFlash, Part, Products
 from ollm_core.contracts.kv import KVGeometry
-from ollm_core.engine.activations import _TracedCache
+from ollm_core.engine.traced_cache import TracedCache
 from ollm_core.kv.disk.storage import DiskKVStore
 from ollm_core.kv.in_memory import DeviceKVStore, HostKVStore
 from ollm_core.memory.accounts import MemoryAccount
@@ -275,7 +275,7 @@ def planned(case):
     new = torch.empty(1, groups, case.num_new, case.head_dim, **options)
     query = torch.empty(1, groups * shared, case.num_new, case.head_dim, **options)
     block = torch.empty(case.geometry.block_shape(0), **options)
-    view, _ = _TracedCache(case.geometry, past, "blockwise").update(new, new, 0)
+    view, _ = TracedCache(case.geometry, past, "blockwise").update(new, new, 0)
     peak = traced_peak(lambda: attention(nn.Module(), query, view, scaling=0.3))
     return peak - block.nbytes  # it makes one to look at
 

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from families import GptOss, Qwen3Moe
+from tiny import tiny_config
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import ollm
 from ollm_adapter_llama import LlamaAdapter
 from ollm_adapter_qwen3_next import Qwen3NextAdapter
+from ollm_adapter_transformers import TransformersAdapter
 from ollm_core import ConfigError, DoesNotFitError, ParameterSource, StoredForm, UnsupportedError
 from ollm_core.checkpoint.safetensors import open_checkpoint, read_config
 from ollm_core.memory.budgets import Budgets
 from ollm_core.model.spec import inspect_model
 from ollm_core.planning.dry_run import DryRun, Scenario
 from ollm_core.plugins.registry import Registry
+from ollm_core.products.select import without_instructions
 
 CPU = torch.device("cpu")
 
@@ -34,12 +39,24 @@ class StackedGptOss(GptOss):
         return [ParameterSource((parameter,), row=i) for i in range(config["num_local_experts"])]
 
 
+class Own(TransformersAdapter):
+    """Models that are run by their own forward."""
+
+    def __init__(self, model_type):
+        self._model_type = model_type
+
+    def tiny_config(self):
+        return tiny_config(self._model_type, architectures=None).to_dict()
+
+
+OWN = ("falcon_h1", "gemma2", "jamba", "mimo_v2_flash", "opt")
 FAMILIES = {
     "llama": LlamaAdapter,
     "qwen3-moe": Qwen3Moe,
     "gpt-oss": StackedGptOss,
     "qwen3-next": Qwen3NextAdapter,
 }
+ADAPTERS = {**FAMILIES, **{name: partial(Own, name) for name in OWN}}
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +67,7 @@ def model_of(tmp_path_factory):
     def make(family, dtype):
         if (family, dtype) not in made:
             directory = tmp_path_factory.mktemp(family)
-            config = FAMILIES[family]().tiny_config() | {"max_position_embeddings": 4096}
+            config = ADAPTERS[family]().tiny_config() | {"max_position_embeddings": 4096}
             torch.manual_seed(0)
             model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
             model = model.to(getattr(torch, dtype))
@@ -62,7 +79,7 @@ def model_of(tmp_path_factory):
     return make
 
 
-def spec_of(directory, adapter, *, described=False, dtype="auto", device=CPU):
+def spec_of(directory, adapter, *, described=False, dtype="auto", device=CPU, precision="exact"):
     """The spec of a model for a dry run, from its files or from its config.json alone."""
     return inspect_model(
         adapter,
@@ -72,6 +89,7 @@ def spec_of(directory, adapter, *, described=False, dtype="auto", device=CPU):
         dtype=dtype,
         device=device,
         where=directory,
+        precision=precision,
         bare=True,
     )
 
@@ -116,13 +134,44 @@ RUNS = [
 
 @pytest.mark.parametrize(("family", "kv", "changes"), RUNS)
 def test_peaks_are_those_of_the_run(model_of, tmp_path, family, kv, changes):
+    """See `same_peaks`."""
+    directory, adapter = model_of(family, "bfloat16"), FAMILIES[family]()
+    scenario = replace(Scenario(context=259, new_tokens=5, kv=kv), **changes)
+    same_peaks(directory, adapter, spec_of(directory, adapter), scenario, tmp_path)
+
+
+OWN_RUNS = [
+    ("falcon_h1", "disk", {"chunk_size": 64}),
+    ("falcon_h1", "device", {"attention": "exact"}),
+    ("gemma2", "device", {"attention": "exact", "chunk_size": 100}),
+    ("gemma2", "disk", {"batch": 3}),
+    ("jamba", "host", {"batch": 2}),
+    ("mimo_v2_flash", "disk", {"chunk_size": 100}),
+    ("opt", "device", {"attention": "blockwise", "chunk_size": 100}),
+    ("opt", "disk", {"attention": "exact"}),
+]
+
+
+@pytest.mark.parametrize("bare", [False, True])
+@pytest.mark.parametrize(("family", "kv", "changes"), OWN_RUNS)
+def test_peaks_of_own_forwards(model_of, tmp_path, family, kv, changes, bare):
+    """The same for models that are run by their own forward, from config.json alone, and for
+    products on a processor without instructions for half precision.
+    """
+    directory, adapter = model_of(family, "bfloat16"), ADAPTERS[family]()
+    scenario = replace(Scenario(context=259, new_tokens=5, kv=kv), **changes)
+    precision = "exact" if scenario.attention == "exact" else "fast"
+    with without_instructions() if bare else nullcontext():
+        spec = spec_of(directory, adapter, described=True, precision=precision)
+        assert (spec.skeleton.buffer_bytes > 0) or not bare or precision == "exact"
+        same_peaks(directory, adapter, spec, scenario, tmp_path)
+
+
+def same_peaks(directory, adapter, spec, scenario, kv_dir):
     """For the smallest budgets and for ones with half of the weights kept: the peaks of both
     memories, the disk and what is kept are those that the run tells, byte for byte. A byte less
     than the smallest is refused by both.
     """
-    directory, adapter = model_of(family, "bfloat16"), FAMILIES[family]()
-    scenario = replace(Scenario(context=259, new_tokens=5, kv=kv), **changes)
-    spec = spec_of(directory, adapter)
     dry_run = DryRun(spec)
     least = dry_run.least(scenario, Budgets(1, 1))
     half = spec.checkpoint.total_bytes // 2
@@ -131,16 +180,17 @@ def test_peaks_are_those_of_the_run(model_of, tmp_path, family, kv, changes):
         Budgets(least.device + half, 10**9),
     ):
         planned = dry_run.run(budgets, scenario)
-        stats = real_run(directory, adapter, budgets, scenario, tmp_path)
+        stats = real_run(directory, adapter, budgets, scenario, kv_dir)
         assert planned.device_peak.device_bytes == stats.device_peak_bytes <= budgets.device
         assert planned.host_peak.host_bytes == stats.host_peak_bytes <= budgets.host
+        assert planned.attention == stats.attention
         assert planned.kv_tier == stats.kv_tier
         assert planned.disk_bytes == stats.kv_disk_bytes
         assert planned.held.resident_bytes == stats.resident_bytes
     short = Budgets(least.device - 1, least.host)
     assert not dry_run.fits(scenario, short)
     with pytest.raises(DoesNotFitError):
-        real_run(directory, adapter, short, scenario, tmp_path)
+        real_run(directory, adapter, short, scenario, kv_dir)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

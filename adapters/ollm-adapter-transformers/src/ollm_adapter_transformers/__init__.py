@@ -13,7 +13,6 @@ from ollm_adapter_transformers.catalog import entries
 from ollm_adapter_transformers.recognise import check_config, is_composite, language_config
 from ollm_core import (
     CacheKind,
-    Capability,
     CatalogEntry,
     Config,
     Layout,
@@ -27,19 +26,15 @@ if TYPE_CHECKING:
 
 
 class TransformersAdapter(ModelAdapter):
-    """Claims every `model_type` that no other adapter does."""
+    """Claims every `model_type` that no other adapter does. What core finds that a model cannot do
+    is declared for that model when it is opened.
+    """
 
     name = "transformers"
     model_types = ()
     claims_rest = True
     is_part = False
     """Whether the language model is a part of what the checkpoint holds."""
-
-    @property
-    def capabilities(self) -> Mapping[str, Capability]:
-        """What core finds of a model beside is added when it is opened."""
-        reason = "the past of a layer is laid out for transformers' own attention of the model"
-        return {"blockwise-attention": Capability("unsupported", reason)}
 
     def for_model(self, config: Config) -> ModelAdapter:
         """The adapter of one model: what it builds to look at is built once."""

@@ -8,6 +8,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from ollm_core import UnsupportedError
 from ollm_core.contracts.model import Layout
+from ollm_core.model.follow_forward import follow_forward
 from ollm_core.model.own_forward import OwnForward
 
 
@@ -114,19 +115,18 @@ def followed(kind):
             layers = [HandingLayer(config, i) for i in range(3)]
             model.model.layers = torch.nn.ModuleList(layers)
     own = OwnForward(model, Layout(3, own_forward=True), list(model.model.layers))
-    own.follow(torch.float32, ())
-    return own
+    return follow_forward(own, torch.float32, ())
 
 
 def test_what_is_seen():
     """What layers remember, and of what their arguments are made."""
-    own = followed(Plain)
-    kinds = {memory.kind for memory in own.memories}
+    facts = followed(Plain)
+    kinds = {memory.kind for memory in facts.memories}
     assert [(k.kind, k.num_kv_heads, k.head_dim, k.states) for k in kinds] == [("full", 2, 8, ())]
-    assert own.width == 32
-    assert own.hidden_shape(2, 7) == (2, 7, 32)
-    assert not own.uses_embedding
-    assert not own.shares
+    assert facts.width == 32
+    assert facts.hidden_shape(2, 7) == (2, 7, 32)
+    assert not facts.uses_embedding
+    assert not facts.shares
     assert followed(Shifted).uses_embedding
 
 

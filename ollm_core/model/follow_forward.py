@@ -1,0 +1,255 @@
+"""Follows a model's own forward when the model is opened: each layer must give hidden states to the
+next one, and be given nothing else that depends on another layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, MutableMapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ollm_core.errors import UnsupportedError, one_line
+from ollm_core.memory.tracker import OneExpertTaken, OperationMode, tensors_in
+from ollm_core.model.layer_memory import LayerMemory, new_cache, remembered
+from ollm_core.model.own_forward import Facts, LayerArguments, OwnForward, Run, as_returned
+
+_TRIED = 5
+"""Tokens of the run that is followed."""
+
+
+def follow_forward(own: OwnForward, dtype: torch.dtype, mixtures: Sequence[Any]) -> Facts:
+    """Run the forward of a model on the meta device to see that it can be followed. Raises
+    UnsupportedError, naming what cannot.
+    """
+    failed: Exception | None = None
+    for answers in (OneExpertTaken, AllAreTrue):
+        try:
+            with ExitStack() as stack:
+                stack.enter_context(torch.inference_mode(False))
+                stack.enter_context(torch.no_grad())
+                stack.enter_context(answers())
+                for mixture in mixtures:
+                    stack.enter_context(mixture.idle())
+                follower = _Follower(own, dtype)
+                follower.follow()
+        except UnsupportedError:
+            raise
+        except Exception as error:  # noqa: BLE001 - a model's code may raise anything
+            failed = failed or error
+        else:
+            return follower.facts(answers)
+    assert failed is not None, "it was followed otherwise"
+    raise own.error(f"cannot be followed layer by layer: {one_line(failed)}") from failed
+
+
+class _Follower:
+    """Runs the forward of one model, and writes down what it sees."""
+
+    def __init__(self, own: OwnForward, dtype: torch.dtype) -> None:
+        self._own = own
+        self._dtype = dtype
+        self._memories: tuple[LayerMemory, ...] = ()
+        self._returned = [-1] * own.num_layers
+        self._given: list[tuple[object, ...]] = []
+        self._hidden_dtypes = {dtype}
+        self._shares = False
+        self._continues = True
+        self._uses: set[str] = set()
+        self._shape: tuple[tuple[int, ...], tuple[int, ...]] = (), ()
+        self._width = 0
+
+    def facts(self, answers: type[OperationMode]) -> Facts:
+        """What was seen."""
+        return Facts(
+            self._memories,
+            answers,
+            tuple(self._returned),
+            self._shares,
+            self._continues,
+            "embedding" in self._uses,
+            self._dtype,
+            frozenset(self._hidden_dtypes),
+            self._shape,
+            self._width,
+        )
+
+    def follow(self) -> None:
+        """See `follow_forward`."""
+        before = dict(_held(self._own.model))
+        self._try_real()
+        if any(memory.kind.states for memory in self._memories):
+            self._try_continuing()
+        self._try_apart()
+        for name, value in _held(self._own.model):
+            if before.get(name) is not value:
+                raise self._own.error(
+                    f"keeps what it has computed in {name}, where another sequence finds it"
+                )
+
+    def _try_real(self) -> None:
+        """Two steps with layers that compute: what they return and what they remember."""
+        own = self._own
+        cache = new_cache(own.model.config)
+        for start, count in ((0, _TRIED), (_TRIED, 1)):
+            run = Run(self._empty_rows(count), self._real)
+            own.run(run, *_tokens(start, count), cache)
+            if len(run.found) != own.num_layers:
+                raise own.error(f"calls {len(run.found)} of its {own.num_layers} layers")
+            if start == 0:
+                self._given = [one.present for one in run.found]
+                if len(cache.layers) != own.num_layers:
+                    raise own.error(f"has {len(cache.layers)} caches for {own.num_layers} layers")
+                self._memories = self._remembered(cache)
+        if all(memory.kind.kind == "none" for memory in self._memories):
+            raise own.error("keeps nothing of earlier tokens")
+        if len(cache.layers) != own.num_layers or self._remembered(cache) != self._memories:
+            raise own.error("has layers whose state changes its shape from step to step")
+
+    def _try_continuing(self) -> None:
+        """A second call of several tokens: whether what each layer gives depends on its states."""
+        own, marks = self._own, _Marks()
+        cache = new_cache(own.model.config)
+        own.run(Run(self._empty_rows(_TRIED), self._real), *_tokens(0, _TRIED), cache)
+
+        def alone(layer_idx: int, hidden: Tensor, arguments: LayerArguments) -> Any:
+            hidden = torch.empty_like(hidden)  # of no other layer
+            output = self._own.call_layer(layer_idx, hidden, arguments)
+            first = output if isinstance(output, Tensor) else output[0]
+            memory = self._memories[layer_idx]
+            self._continues &= not memory.convolutions or "convolution" in marks.of(first)
+            self._continues &= not memory.recurrences or "recurrence" in marks.of(first)
+            return output
+
+        for memory, layer in zip(self._memories, cache.layers, strict=True):
+            convolutions, recurrences = memory.states_by_kind(layer)
+            for state in convolutions:
+                marks.add(state, "convolution")
+            for state in recurrences:
+                marks.add(state, "recurrence")
+        with marks:
+            own.run(Run(self._empty_rows(_TRIED), alone), *_tokens(_TRIED, _TRIED), cache)
+
+    def _remembered(self, cache: Any) -> tuple[LayerMemory, ...]:
+        name = type(self._own.model).__name__
+        return tuple(
+            remembered(layer, i, self._dtype, name) for i, layer in enumerate(cache.layers)
+        )
+
+    def _real(self, layer_idx: int, hidden: Tensor, arguments: LayerArguments) -> Any:
+        """The layer itself."""
+        shared = [one for one in arguments.options.values() if isinstance(one, MutableMapping)]
+        before = [len(one) for one in shared]
+        output = self._own.call_layer(layer_idx, hidden, arguments)
+        self._shares |= before != [len(one) for one in shared]
+        first = output if isinstance(output, Tensor) else output[0]
+        if not isinstance(first, Tensor) or first.shape != hidden.shape:
+            raise self._own.error(f"has a layer {layer_idx} that gives no hidden states")
+        self._hidden_dtypes |= {hidden.dtype, first.dtype}
+        self._returned[layer_idx] = -1 if isinstance(output, Tensor) else len(output)
+        return output
+
+    def _try_apart(self) -> None:
+        """Once with stand-ins: what each layer is given depends on no other one, but for the hidden
+        states, which are those of the layer before.
+        """
+        own, marks = self._own, _Marks()
+        rows = self._empty_rows(_TRIED)
+        given: list[Tensor] = []
+
+        def stand_in(layer_idx: int, hidden: Tensor, arguments: LayerArguments) -> Any:
+            if arguments.present != self._given[layer_idx]:
+                raise own.error(f"gives layer {layer_idx} what another layer returns")
+            if layer_idx and hidden is not given[-1]:
+                raise own.error(f"computes between layers {layer_idx - 1} and {layer_idx}")
+            for value in tensors_in(arguments.args, arguments.options):
+                if "layer" in marks.of(value):
+                    raise own.error(f"gives layer {layer_idx} what another layer computed")
+                self._uses.update(marks.of(value))
+            if layer_idx == 0:
+                self._note_shape(hidden)
+            elif hidden.shape != given[0].shape:
+                raise own.error("changes the size of hidden states from layer to layer")
+            output = torch.empty_like(hidden)
+            marks.add(output, "layer" if layer_idx < own.num_layers - 1 else "last")
+            given.append(output)
+            return as_returned(output, self._returned[layer_idx])
+
+        marks.add(rows, "embedding")
+        run = Run(rows, stand_in)
+        with marks:
+            logits = own.run(run, *_tokens(0, _TRIED), new_cache(own.model.config))
+        if len(run.found) != own.num_layers:
+            raise own.error("calls its layers more or less than once each")
+        if "layer" in marks.of(logits):
+            raise own.error("makes logits of more than what its last layer gives")
+        self._uses.update(marks.of(logits))
+
+    def _note_shape(self, hidden: Tensor) -> None:
+        shape = tuple(hidden.shape)
+        for i in range(len(shape) - 1):
+            if shape[i : i + 2] == (1, _TRIED):
+                self._shape = shape[:i], shape[i + 2 :]
+                self._width = hidden.numel() // _TRIED
+                return
+        raise self._own.error(f"has hidden states of the shape {list(shape)}")
+
+    def _empty_rows(self, count: int) -> Tensor:
+        return torch.empty(count, self._own.embedding_size, dtype=self._dtype, device="meta")
+
+
+class AllAreTrue(OperationMode):
+    """Answers questions about data that is not there: what is asked is true, and numbers are 1."""
+
+    def seen(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            return args[0].dtype == torch.bool or 1
+        return func(*args, **kwargs)
+
+
+class _Marks(OperationMode):
+    """Follows which tensors depend on marked ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._found: dict[int, frozenset[str]] = {}
+        self._alive: list[Tensor] = []  # an id is one tensor's for as long as that lives
+
+    def add(self, value: Tensor, mark: str) -> None:
+        """From here on `value` has this mark alone."""
+        self._alive.append(value)
+        self._found[id(value)] = frozenset((mark,))
+
+    def _join(self, value: Tensor, marks: frozenset[str]) -> None:
+        self._alive.append(value)
+        self._found[id(value)] = self.of(value) | marks
+
+    def of(self, value: Tensor) -> frozenset[str]:
+        """The marks of a tensor."""
+        return self._found.get(id(value), frozenset())
+
+    def seen(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        result = func(*args, **kwargs)
+        marks = frozenset().union(*(self.of(one) for one in tensors_in(args, kwargs)))
+        if marks:
+            for one in tensors_in(result):
+                self._join(one, marks)
+                if one._base is not None and any(one is arg for arg in args):
+                    self._join(one._base, marks)  # written into a part of it
+        return result
+
+
+def _held(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Tensors that modules hold beside parameters, by name."""
+    for path, module in model.named_modules():
+        for name, value in {**vars(module), **module._buffers}.items():
+            if isinstance(value, Tensor):
+                yield f"{path}.{name}", value
+
+
+def _tokens(start: int, count: int) -> tuple[Tensor, Tensor]:
+    """Ids and positions [1, T] without data."""
+    ids = torch.zeros(1, count, dtype=torch.long, device="meta")
+    return ids, torch.arange(start, start + count, device="meta")[None]
