@@ -45,7 +45,8 @@ Keywords = ParamSpec("Keywords")
 Chosen = TypeVar("Chosen")
 Made = TypeVar("Made")
 
-_RUN, _BOTH = ("run",), ("run", "plan")
+_RUN, _LOADS, _BOTH = ("run",), ("run", "batch"), ("run", "plan", "batch")
+"""Verbs: the one that drafts, those that open a model, and those that a plan is made for."""
 PRECISIONS = ("fast", "exact")
 
 
@@ -272,14 +273,14 @@ class LoadOptions(ModelOptions):
         "that begins alike continues from there. Only files made by this model are ever removed "
         "from it. To know the model, all bytes of its files are hashed when a directory is first "
         "used with it.",
-        verbs=_RUN,
+        verbs=_LOADS,
         unset="a temporary one",
     )
     keep_kv: bool = _switch(
         True,
         "Reuse and save the prefix cache in `kv_dir`.",
         "False leaves nothing there.",
-        verbs=_RUN,
+        verbs=_LOADS,
     )
     reader: str = _offered(
         "auto",
@@ -287,7 +288,7 @@ class LoadOptions(ModelOptions):
         "Reading engine for the weights.",
         "direct reads by O_DIRECT; kvikio is an extra. auto takes the one that `ollm doctor` "
         "measured to be the fastest here, or else direct where the file system allows it.",
-        verbs=_RUN,
+        verbs=_LOADS,
     )
     draft: str = _offered(
         "none",
@@ -319,7 +320,7 @@ class LoadOptions(ModelOptions):
         "Run a tokenizer that is Python code in the model's directory. Read that code first: it "
         "runs with your rights.",
         "False refuses such a tokenizer. Models that are code of their own are never run.",
-        verbs=_RUN,
+        verbs=_LOADS,
     )
     on_progress: Callable[[Progress], None] | None = _said(
         None,

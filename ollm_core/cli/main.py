@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import click
 
 from ollm_core import __version__
+from ollm_core.cli.batch import batch
 from ollm_core.cli.cache import cache
 from ollm_core.cli.convert import convert
 from ollm_core.cli.doctor import doctor
@@ -22,7 +23,7 @@ from ollm_core.cli.options import debug_option
 from ollm_core.cli.output import print_error, quiet
 from ollm_core.cli.plan import plan
 from ollm_core.cli.run import run
-from ollm_core.cli.signals import Signals
+from ollm_core.cli.signals import Ended, Signals
 from ollm_core.cli.streams import READER_GONE, flush, is_gone, open_missing, was_writing
 from ollm_core.errors import DoesNotFitError, OllmError, one_line
 
@@ -42,7 +43,7 @@ def cli() -> None:
     """
 
 
-for _command in (run, plan, pull, import_, convert, list_models, plugins, cache, doctor):
+for _command in (run, batch, plan, pull, import_, convert, list_models, plugins, cache, doctor):
     cli.add_command(_command)
 
 
@@ -82,7 +83,7 @@ def _tell(error: BaseException, signals: Signals, *, debug: bool) -> int:
     if signals.received or isinstance(error, (click.Abort, KeyboardInterrupt)):
         if sys.stderr.isatty():
             click.echo(err=True)  # the terminal has shown ^C on this line
-        print_error(signals.word)
+        print_error(signals.word, error.hint if isinstance(error, Ended) else "")
         return signals.exit_code
     if is_gone(error):
         return READER_GONE
