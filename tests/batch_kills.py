@@ -40,10 +40,14 @@ def start(model: str, rows: str, output: Path, log: Path) -> int:
         os._exit(code)
 
 
-def wait(child: int, seconds: float) -> bool:
-    """Whether it ended by itself, well; else it is killed after so long."""
+def wait(child: int, seconds: float, settings: Path | None = None) -> bool:
+    """Whether it ended by itself, well; else it is killed after so long, or so long after it has
+    opened its output.
+    """
     until = time.monotonic() + seconds
-    while time.monotonic() < until:
+    while time.monotonic() < until or not (settings is None or settings.exists()):
+        if settings is not None and not settings.exists():
+            until = time.monotonic() + seconds
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
             assert status == 0, f"exit status {status}"
@@ -67,7 +71,8 @@ def run(model: str, rows: str, directory: Path, num_kills: int, seed: int) -> di
     kills, output = 0, directory / "out1.jsonl"
     while kills < num_kills or output.exists():
         seconds = chance.random() * 0.7 * whole if kills < num_kills else 300
-        if wait(start(model, rows, output, log), seconds):
+        child = start(model, rows, output, log)
+        if wait(child, seconds, output.with_name(f"{output.name}.job") if kills % 4 else None):
             outputs.append(output)
             output = directory / f"out{len(outputs)}.jsonl"
         else:

@@ -171,12 +171,16 @@ class AnswerFile(Closing):
                 left = left[os.write(self._file, left) :]
             os.fsync(self._file)
         except BaseException as error:
-            with suppress(OSError):  # or else the next run does it
-                os.ftruncate(self._file, self._end)
+            if (
+                isinstance(error, OSError) or left
+            ):  # a whole line that an interrupt has met may stay
+                with suppress(OSError):  # or else the next run does it
+                    os.ftruncate(self._file, self._end)
             if isinstance(error, OSError):
                 raise self._failed(error) from error
             raise
-        self._end += len(line)
+        finally:
+            self._end = self.state.st_size
 
     def remove_if_empty(self) -> None:
         """Leave no file without a line."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -46,6 +47,11 @@ def start(*arguments: object) -> subprocess.Popen[str]:
     pipe = subprocess.PIPE
     command = [sys.executable, "-c", STARTED, *map(str, arguments)]
     return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=ENVIRONMENT)
+
+
+def processor_seconds(used: resource.struct_rusage) -> float:
+    """Of processes that have ended."""
+    return used.ru_utime + used.ru_stime
 
 
 def wait_for_answer(path: Path, process: subprocess.Popen[str]) -> None:
@@ -185,16 +191,18 @@ def test_ctrl_c_ends_it_soon_and_says_how_to_go_on(ollm, tiny_chat, tmp_path, nu
     """The same command then answers the rest, and the texts are those of one run."""
     rows = write_rows(tmp_path / "in.jsonl", long_rows(30))
     output = tmp_path / "out.jsonl"
+    before = processor_seconds(resource.getrusage(resource.RUSAGE_CHILDREN))
     with start("batch", tiny_chat, rows, output, *CPU) as process:
         wait_for_answer(output, process)
-        began = time.monotonic()
+        ticks = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[11:13]
         process.send_signal(number)
         _, err = process.communicate(timeout=60)
-        seconds = time.monotonic() - began
+    whole = processor_seconds(resource.getrusage(resource.RUSAGE_CHILDREN)) - before
+    seconds = whole - sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
     assert process.returncode == 128 + number
     assert is_one_line_error(err)
     assert "hint: the same command goes on" in err
-    assert seconds < 2, "a machine that is this busy?"
+    assert seconds < 2  # of the processor: by the clock, others may have had it
     before = output.read_text()
     assert 0 < len(before.splitlines()) < 30
     with output.open("a") as file:
@@ -220,7 +228,7 @@ def test_a_directory_that_is_removed_is_told(tiny_chat, tmp_path):
 
 def killed(model, directory, num_kills, seed):
     """Batches under `num_kills` kills, each held against one that was not killed."""
-    rows = [*some_rows(30, 12), "{oops", chat("c", "why?", temperature=0, max_tokens=5)]
+    rows = [*some_rows(16), "{oops", chat("c", "why?", temperature=0, max_tokens=5)]
     rows += [row("r1", "again"), row("much", "x" * 300)]
     program = Path(__file__).parents[1] / "batch_kills.py"
     done = subprocess.run(
@@ -240,7 +248,7 @@ def killed(model, directory, num_kills, seed):
     for output in outputs:
         assert texts(output) == texts(whole)
         errors = read_lines(output.with_name(f"{output.stem}.errors.jsonl"))
-        assert sorted(one["error"]["line"] for one in errors) == [31, 33, 34]
+        assert sorted(one["error"]["line"] for one in errors) == [17, 19, 20]
     left = {path.name for path in directory.iterdir()} - {"in.jsonl", "log"}
     names = {path.name for path in (whole, *outputs)}
     assert left == names | {name.replace(".jsonl", ".errors.jsonl") for name in names}

@@ -162,6 +162,24 @@ def test_a_failed_sync_is_told(tmp_path, monkeypatch):
         assert file.path.read_bytes() == before
 
 
+def test_an_interrupt_leaves_whole_lines(tmp_path, monkeypatch):
+    """Ctrl-C while a line is written takes it back; one that waits for the disk stays."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    write = os.write
+    with AnswerFile(tmp_path / "out") as file:
+        for name, broken in (("write", lambda one, text: write(one, text[:5]) and interrupt()),
+                             ("fsync", interrupt)):  # fmt: skip
+            with monkeypatch.context() as patched:
+                patched.setattr(os, name, broken)
+                with pytest.raises(KeyboardInterrupt):
+                    file.append(answer(name))
+        file.append(answer("last"))
+        assert [one["custom_id"] for one in file.answers()] == ["fsync", "last"]
+
+
 def test_a_removed_file_is_told(tmp_path):
     """Nothing is written where nobody would find it."""
     with AnswerFile(tmp_path / "out") as file:
