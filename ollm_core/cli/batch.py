@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +19,14 @@ from ollm_core.cli.streaming import ProgressBar
 from ollm_core.cli.waiting import wait_asleep_beside_others
 
 if TYPE_CHECKING:
+    from ollm_core.contracts.progress import Progress
     from ollm_core.serving.job_settings import Settings
     from ollm_core.serving.jobs import BatchJob, BatchProgress
 
 _SETTINGS = ("dtype", "precision", "attention", "max_new_tokens", "trust_remote_code")
 """Options that can change an answer."""
 _BAR = "{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} rows, {elapsed}<{remaining}{postfix}"
+_SHOWN_SECONDS = 0.1
 
 
 @click.command()
@@ -94,8 +97,8 @@ def _run(job: BatchJob, model: str, max_new_tokens: int, options: dict[str, Any]
     try:
         with load(model, **loading, on_progress=opening) as opened:
             opening.close()
-            opened.on_progress(None)
             bar = RowsBar(job.progress)
+            opened.on_progress(bar.on_pass)
             try:
                 defaults = Defaults(max_tokens=max_new_tokens)
                 job.run(opened, name, defaults, bar)
@@ -113,7 +116,9 @@ class RowsBar:
     def __init__(self, progress: BatchProgress) -> None:
         from tqdm import tqdm
 
-        self._found = progress.num_found
+        self._told = progress
+        self._pass = ""
+        self._shown = 0.0
         self._bar = tqdm(
             desc="batch",
             bar_format=_BAR,
@@ -127,14 +132,26 @@ class RowsBar:
         )
 
     def __call__(self, progress: BatchProgress) -> None:
-        if self._bar.disable:
+        """How far the batch is."""
+        self._told = progress
+        self._bar.n = progress.num_rows - progress.num_left
+        self._show()
+
+    def on_pass(self, progress: Progress) -> None:
+        """How far a weight pass is: of a large model one may take minutes."""
+        self._pass = f", pass over {progress.num_new_tokens} tokens"
+        self._pass += f" {progress.steps_done / max(progress.steps_total, 1):.0%}"
+        self._show()
+
+    def _show(self) -> None:
+        now = time.monotonic()
+        if self._bar.disable or now - self._shown < _SHOWN_SECONDS:
             return
-        tokens = _rate(progress.num_new_tokens, progress.seconds)
-        failed = f", {progress.num_failed} failed" if progress.num_failed else ""
-        self._bar.set_postfix_str(f"{tokens:.1f} tokens/s{failed}", False)
-        self._bar.update(progress.num_rows - progress.num_left - self._bar.n)
-        if progress.num_new_tokens % 8 == 0:
-            self._bar.refresh()
+        self._shown = now
+        tokens = _rate(self._told.num_new_tokens, self._told.seconds)
+        failed = f", {self._told.num_failed} failed" if self._told.num_failed else ""
+        self._bar.set_postfix_str(f"{tokens:.1f} tokens/s{failed}{self._pass}", False)
+        self._bar.refresh()
 
     def close(self) -> None:
         """Take it off the screen. May be called twice."""

@@ -16,7 +16,9 @@ import pytest
 from batch_rows import chat, read_lines, row, texts, write_rows
 from one_line import is_one_line_error
 
+from ollm_core.cli import batch
 from ollm_core.cli.batch import RowsBar
+from ollm_core.contracts.progress import Progress
 from ollm_core.serving.job_settings import SettingsFile
 from ollm_core.serving.jobs import BatchJob, BatchProgress
 
@@ -273,10 +275,11 @@ def test_the_bar_shows_rows_rate_and_time_left(monkeypatch, capsys):
     bar.close()
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(batch, "_SHOWN_SECONDS", 0)
     bar = RowsBar(shown)
     bar(BatchProgress(10, 2, 3, 1, num_new_tokens=40, seconds=4.0))
-    bar._bar.refresh()
+    bar.on_pass(Progress("decode", 3, 4, 17, 0, 0))
     bar.close()
     err = capsys.readouterr().err
-    for words in ("2/10 rows", "6/10 rows", "10.0 tokens/s", "1 failed"):
+    for words in ("2/10 rows", "6/10 rows", "10.0 tokens/s", "1 failed", "pass over 17 tokens 75%"):
         assert words in err
