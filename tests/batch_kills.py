@@ -70,7 +70,7 @@ def run(model: str, rows: str, directory: Path, num_kills: int, seed: int) -> di
     whole = time.monotonic() - began
     kills, output = 0, directory / "out1.jsonl"
     while kills < num_kills or output.exists():
-        seconds = chance.random() * 0.7 * whole if kills < num_kills else 300
+        seconds = chance.random() * whole if kills < num_kills else 300
         child = start(model, rows, output, log)
         if wait(child, seconds, output.with_name(f"{output.name}.job") if kills % 4 else None):
             outputs.append(output)

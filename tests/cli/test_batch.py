@@ -230,7 +230,11 @@ def test_a_directory_that_is_removed_is_told(tiny_chat, tmp_path):
 
 def killed(model, directory, num_kills, seed):
     """Batches under `num_kills` kills, each held against one that was not killed."""
-    rows = [*some_rows(16), "{oops", chat("c", "why?", temperature=0, max_tokens=5)]
+    rows = [  # that end one after another
+        row(f"r{n}", "Says", temperature=0, max_tokens=3 * n + 1, ignore_eos=True)
+        for n in range(16)
+    ]
+    rows += ["{oops", chat("c", "why?", temperature=0, max_tokens=5)]
     rows += [row("r1", "again"), row("much", "x" * 300)]
     program = Path(__file__).parents[1] / "batch_kills.py"
     done = subprocess.run(
