@@ -160,8 +160,9 @@ class BatchJob(Closing):
         if self._is_run:
             raise InputError("the batch has been run", hint="open another job: it goes on")
         self._is_run = True
-        run = _Run(self, model, name, defaults or Defaults(), on_progress)
-        run.all()
+        _Run(self, model, name, defaults or Defaults(), on_progress).all()
+        if not self._progress.num_left:
+            self._settings.remove()
         return self._progress
 
     def close(self) -> None:
@@ -267,10 +268,6 @@ class BatchJob(Closing):
         now = {name: getattr(self._progress, name) + value for name, value in more.items()}
         self._progress = replace(self._progress, **now)
 
-    def _finish(self) -> None:
-        if not self._progress.num_left:
-            self._settings.remove()
-
 
 class _Run:
     """One walk over the rows that are left."""
@@ -310,7 +307,6 @@ class _Run:
         self._tell()
         if self._in_vain is not None:
             raise self._in_vain
-        self._job._finish()
 
     def _requests(self) -> Iterator[Request]:
         """Of the rows that can be answered; the others are told of at once."""
