@@ -55,7 +55,10 @@ Keywords = ParamSpec("Keywords")
 Chosen = TypeVar("Chosen")
 Made = TypeVar("Made")
 
-_RUN, _BOTH = ("run",), ("run", "plan")
+_RUN, _TEXTS = ("run",), ("run", "ask", "batch", "plan")
+_LOADS = ("run", "ask", "decide", "batch")
+_BOTH = (*_LOADS, "plan")
+"""Verbs: the one that drafts, those that open a model, and those that a plan is made for."""
 PRECISIONS = ("fast", "exact")
 
 
@@ -206,21 +209,21 @@ class LoadOptions(ModelOptions):
         "that begins alike continues from there. Only files made by this model are ever removed "
         "from it. To know the model, all bytes of its files are hashed when a directory is first "
         "used with it.",
-        verbs=_RUN,
+        verbs=_LOADS,
         unset="a temporary one",
     )
     keep_kv: bool = switch(
         True,
         "Reuse and save the prefix cache in `kv_dir`.",
         "False leaves nothing there.",
-        verbs=_RUN,
+        verbs=_LOADS,
     )
     kv_budget: Size | None = size(
         None,
         "Most disk space of the prefix caches in `kv_dir`, for example 50GB.",
         "For new text the least recently used ones of any model go, but none that is pinned (`ollm "
         "cache pin`) or that another process uses; what then has no room is not kept.",
-        verbs=_RUN,
+        verbs=_LOADS,
         unset="no limit",
     )
     reader: str = offered(
@@ -229,7 +232,7 @@ class LoadOptions(ModelOptions):
         "Reading engine for the weights.",
         "direct reads by O_DIRECT; kvikio is an extra. auto takes the one that `ollm doctor` "
         "measured to be the fastest here, or else direct where the file system allows it.",
-        verbs=_RUN,
+        verbs=_LOADS,
     )
     draft: str = offered(
         "none",
@@ -261,7 +264,7 @@ class LoadOptions(ModelOptions):
         "Run a tokenizer that is Python code in the model's directory. Read that code first: it "
         "runs with your rights.",
         "False refuses such a tokenizer. Models that are code of their own are never run.",
-        verbs=_RUN,
+        verbs=_LOADS,
     )
     on_progress: Callable[[Progress], None] | None = said(
         None,
@@ -311,7 +314,7 @@ class PlanOptions(ModelOptions):
         check=called_by(parse_tokens),
     )
     batch: Count = counted(1, 1, "Number of sequences.", verbs=("plan",))
-    max_new_tokens: Count = counted(256, 1, "Most new tokens of an answer.", verbs=_BOTH)
+    max_new_tokens: Count = counted(256, 1, "Most new tokens of an answer.", verbs=_TEXTS)
     rates: Rates | None = said(
         None,
         "Rates of disk, bus, memory and compute that the times are made from, a `Rates`.",

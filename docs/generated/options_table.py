@@ -15,8 +15,8 @@ _HEAD = """# Options
 
 Written from `ollm_core/options.py` by `options_table.py` here (`make options`); a test compares.
 Each option is a keyword of `ollm.load` or `ollm.plan`, and a flag of the verbs that are named
-behind it, spelled with dashes: `device_memory` is `--device-memory`. `ollm run` and `ollm plan`
-have a few flags more, which `--help` shows.
+behind it, spelled with dashes: `device_memory` is `--device-memory`. `ollm run`, `ollm batch` and
+`ollm plan` have a few flags more, which `--help` shows.
 
 A plugin may offer more names where PLUGIN stands. Values may be what you pass to transformers; see
 [running.md](../running.md#values-of-options).

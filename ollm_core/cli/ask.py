@@ -20,9 +20,6 @@ from ollm_core.cli.streaming import ProgressBar
 from ollm_core.cli.waiting import wait_asleep_beside_others
 from ollm_core.errors import InputError
 
-_ALONE = ("draft", "draft_model", "num_draft_tokens")
-"""Options of `run` that are for one text."""
-
 
 @click.command(short_help="Answer many questions on one document.")
 @click.argument("model")
@@ -49,7 +46,7 @@ _ALONE = ("draft", "draft_model", "num_draft_tokens")
     is_flag=True,
     help="If the document is past the model's positions, ask of its parts, then of the answers.",
 )
-@options_of("run", without=_ALONE)
+@options_of("ask")
 @sampling_options
 @json_option
 @debug_option
@@ -85,7 +82,7 @@ def ask(
     try:
         from ollm_core.api import load
 
-        loading = {name: options[name] for name in names_of("run") if name in options}
+        loading = {name: options[name] for name in names_of("ask") if name in options}
         with load(model, **loading, on_progress=progress) as opened:
             start = time.perf_counter()
             found = opened.ask(

@@ -19,8 +19,6 @@ from ollm_core.cli.waiting import wait_asleep_beside_others
 from ollm_core.errors import InputError
 from ollm_core.files.untrusted_json import parse_object
 
-_NOT_HERE = ("draft", "draft_model", "num_draft_tokens", "max_new_tokens")
-"""Options of `run` that are for texts."""
 _BAR = 24  # characters of a probability of 1
 
 
@@ -29,7 +27,7 @@ _BAR = 24  # characters of a probability of 1
 @document_options
 @click.argument("questions", metavar="QUESTIONS.json", type=user_path)
 @click.option("--pull", is_flag=True, help="Download MODEL first, if it is not on disk.")
-@options_of("run", without=_NOT_HERE)
+@options_of("decide")
 @json_option
 @debug_option
 def decide(
@@ -72,7 +70,7 @@ def decide(
     try:
         from ollm_core.api import load
 
-        loading = {name: options[name] for name in names_of("run") if name in options}
+        loading = {name: options[name] for name in names_of("decide") if name in options}
         with load(model, **loading, on_progress=progress) as opened:
             start = time.perf_counter()
             answers = opened.decide(document, asked)

@@ -13,6 +13,7 @@ import click
 
 from ollm_core import __version__
 from ollm_core.cli.ask import ask
+from ollm_core.cli.batch import batch
 from ollm_core.cli.cache import cache
 from ollm_core.cli.convert import convert
 from ollm_core.cli.decide import decide
@@ -24,7 +25,7 @@ from ollm_core.cli.options import debug_option
 from ollm_core.cli.output import print_error, quiet
 from ollm_core.cli.plan import plan
 from ollm_core.cli.run import run
-from ollm_core.cli.signals import Signals
+from ollm_core.cli.signals import Ended, Signals
 from ollm_core.cli.streams import READER_GONE, flush, is_gone, open_missing, was_writing
 from ollm_core.errors import DoesNotFitError, OllmError, one_line
 
@@ -48,6 +49,7 @@ for _command in (
     run,
     ask,
     decide,
+    batch,
     plan,
     pull,
     import_,
@@ -96,7 +98,7 @@ def _tell(error: BaseException, signals: Signals, *, debug: bool) -> int:
     if signals.received or isinstance(error, (click.Abort, KeyboardInterrupt)):
         if sys.stderr.isatty():
             click.echo(err=True)  # the terminal has shown ^C on this line
-        print_error(signals.word)
+        print_error(signals.word, error.hint if isinstance(error, Ended) else "")
         return signals.exit_code
     if is_gone(error):
         return READER_GONE

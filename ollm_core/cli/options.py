@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import Field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,15 +23,12 @@ STDIN = "-"
 """What stands for it where a file is named."""
 
 
-def options_of(verb: str, without: Sequence[str] = ()) -> Callable[[Command], Command]:
-    """Every option that `verb` has a flag for, as arguments of the same names; but not those
-    `without` which another verb takes its options.
-    """
+def options_of(verb: str) -> Callable[[Command], Command]:
+    """Every option that `verb` has a flag for, as arguments of the same names."""
 
     def decorate(command: Command) -> Command:
         for name in reversed(names_of(verb)):
-            if name not in without:
-                command = _flag(OPTIONS[name], verb)(command)
+            command = _flag(OPTIONS[name], verb)(command)
         return command
 
     return decorate

@@ -31,6 +31,9 @@ for.
 class Ended(KeyboardInterrupt):
     """A signal asks for an end. Whoever makes way for Ctrl-C makes way for it."""
 
+    hint = ""
+    """How to go on, where a verb knows."""
+
 
 class Signals:
     """The signals of one command line. Use `handled` around all of it, and `raising` around what

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from transformers import GenerationConfig
 
 from ollm_core.errors import InputError, UnsupportedError
+from ollm_core.files.paths import absolute
 from ollm_core.generate.opened import OpenedModel
 from ollm_core.serving.decisions import decisions
+from ollm_core.serving.job_settings import Settings, model_sample
+from ollm_core.serving.jobs import BatchJob, BatchProgress
 from ollm_core.serving.model import MAX_RUNNING, ServedModel
 from ollm_core.serving.offline import Answered, run_all
+from ollm_core.serving.openai import Defaults
 from ollm_core.serving.questions import (
     Encoder,
     check_length,
@@ -25,6 +30,7 @@ from ollm_core.serving.questions import (
 from ollm_core.serving.request import Choices, Event, Request, SamplingParams, Score
 from ollm_core.serving.scheduler import Scheduler
 from ollm_core.text.generation_config import for_run
+from ollm_core.values import PathLike
 
 _SLACK = 16  # tokens that a part may have more beside others than alone
 
@@ -76,6 +82,39 @@ class ServesRequests(OpenedModel):
         """Run requests together to their end; see `ollm_core.serving.offline.run_all`."""
         with self.open_scheduler(sum(map(_most_tokens, requests))) as scheduler:
             return run_all(scheduler, requests, on_event)
+
+    def batch(
+        self,
+        rows: PathLike,
+        output: PathLike,
+        errors: PathLike | None = None,
+        *,
+        max_new_tokens: int = 256,
+        anyway: bool = False,
+        on_progress: Callable[[BatchProgress], None] = lambda _: None,
+    ) -> BatchProgress:
+        """Answer the rows of a file of OpenAI's batch lines, as `ollm batch` does: each answer is
+        appended to `output` and synced, each row that cannot be answered to `errors` (default:
+        OUTPUT.errors.jsonl). After a kill, the same call goes on with exactly the rest.
+
+        `max_new_tokens` holds for rows that say nothing. `anyway` goes on with an output that was
+        begun with other settings. Raises InputError for files that cannot be used, and what a pass
+        raises; see docs/batch.md.
+        """
+        if not self._close.alive or self.tokenizer is None:
+            raise InputError("batch: need an open model with a tokenizer")
+        directory = Path(self.tokenizer.name_or_path)
+        settings: Settings = {
+            "model": model_sample(directory),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "max_new_tokens": max_new_tokens,
+        }
+        given = None if errors is None else absolute(errors)
+        with BatchJob(
+            absolute(rows), absolute(output), given, settings=settings, anyway=anyway
+        ) as job:
+            defaults = Defaults(max_tokens=max_new_tokens)
+            return job.run(self, directory.name, defaults, on_progress)
 
     def score(self, prompt: Prompt, continuations: Sequence[Prompt]) -> list[list[float]]:
         """The log-probability of each token of each continuation after the prompt, [n] each.

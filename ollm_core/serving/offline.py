@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
+from ollm_core.errors import InputError
 from ollm_core.serving.request import (
     Counts,
     Event,
@@ -58,23 +59,34 @@ def run_each(
     requests: Iterable[Request],
     on_event: Callable[[Event], None] = lambda _: None,
     ahead: int | None = None,
+    ahead_tokens: int | None = None,
 ) -> Iterator[tuple[Request, list[Answered]]]:
-    """Run `requests`; -> each with its answers when it has ended, in the order of their ends. Of an
-    iterator no more than `ahead` are taken before others have ended (default: all).
+    """Run `requests`; -> each with its answers when it has ended, in the order of their ends. One
+    that can never run ends at once, with that error. Of an iterator no more are taken before others
+    have ended than `ahead`, and none once their prompts have `ahead_tokens` (default: all).
     """
     source = iter(requests)
     live: dict[str, tuple[Request, list[Answered], set[int]]] = {}
-    more = True
+    more, num_tokens = True, 0
     while more or live:
-        while more and (ahead is None or len(live) < ahead):
+        while (
+            more
+            and (ahead is None or len(live) < ahead)
+            and (ahead_tokens is None or num_tokens < ahead_tokens)
+        ):
             request = next(source, None)
             if request is None:
                 more = False
                 break
             wanted = request.wanted
             num = wanted.n if isinstance(wanted, SamplingParams) else 1
+            try:
+                scheduler.add(request)
+            except InputError as error:
+                yield request, [Answered(error=error) for _ in range(num)]
+                continue
             live[request.request_id] = request, [Answered() for _ in range(num)], set(range(num))
-            scheduler.add(request)
+            num_tokens += len(request.token_ids)
         for event in scheduler.step() if live else ():
             on_event(event)
             request, answers, still = live[event.request_id]
@@ -82,6 +94,7 @@ def run_each(
                 still.discard(event.index)
             if not still:
                 del live[event.request_id]
+                num_tokens -= len(request.token_ids)
                 yield request, answers
 
 
@@ -90,10 +103,13 @@ def run_all(
     requests: Iterable[Request],
     on_event: Callable[[Event], None] = lambda _: None,
 ) -> list[list[Answered]]:
-    """The answers to each request, in the order of the requests. Raises what the first of them
-    that failed, failed by; the others then go on to their end before.
+    """The answers to each request, in the order of the requests. Raises InputError at once if one
+    can never run, or else what the first of them that failed, failed by; the others then go on to
+    their end before.
     """
     wanted = list(requests)
+    for request in wanted:
+        scheduler.check(request)
     found = {
         request.request_id: answers for request, answers in run_each(scheduler, wanted, on_event)
     }

@@ -4,6 +4,7 @@ answer's own, so that a seed repeats a text whatever runs beside it.
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Sequence
 from typing import Any
@@ -80,6 +81,12 @@ class Sampler:
         if self._generator is None:
             return int(scores.argmax())
         likely = torch.softmax(scores, dim=-1)
+        if not math.isfinite(float(likely.sum())):  # torch would end the whole pass
+            raise InputError(
+                f"temperature {self._sampling.temperature:g}: the scores of tokens are no numbers "
+                "after it",
+                hint="raise it, or use 0 for the most likely token",
+            )
         return int(torch.multinomial(likely, 1, generator=self._generator))
 
     def _logprobs(self, logits: Tensor, token_id: int) -> TokenLogprobs | None:

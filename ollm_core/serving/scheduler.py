@@ -59,13 +59,17 @@ class Scheduler(Closing):
 
     def add(self, request: Request) -> None:
         """Let a request wait for its turn. Raises InputError for one that can never run."""
-        if request.request_id in self._texts:
-            raise InputError(f"there is a request {request.request_id!r} already")
-        self._model.check(request)
+        self.check(request)
         texts = open_texts(request, self._model, self._num_texts)
         self._num_texts += len(texts)
         self._texts[request.request_id] = texts
         self._waiting += texts
+
+    def check(self, request: Request) -> None:
+        """Raises InputError for a request that can never run."""
+        if request.request_id in self._texts:
+            raise InputError(f"there is a request {request.request_id!r} already")
+        self._model.check(request)
 
     def cancel(self, request_id: str) -> None:
         """Let go of a request: before the next pass, or in this one if nobody else is in it. From

@@ -117,3 +117,10 @@ def test_a_sampling_function_that_fails_is_told_in_one_line(choose, words):
     """As bad input: the model did nothing wrong."""
     with pytest.raises(InputError, match=words):
         sampler(choose=choose).choose([1], torch.zeros(5))
+
+
+def test_a_temperature_that_leaves_no_numbers_is_told_in_one_line():
+    """As bad input, of this text alone: torch's own error would end the pass of all others."""
+    for sampling in ({"temperature": 1e-44}, {"temperature": 1.0, "repetition_penalty": 1e-44}):
+        with pytest.raises(InputError, match="no numbers"):
+            sampler(**sampling).choose([1, 1], torch.tensor([3.0, 5.0, 4.0]))
