@@ -56,6 +56,7 @@ class OwnCall:
         """Hidden states before the first layer, [R, T, C]."""
         with torch.inference_mode():
             rows = self._embed(self._ids.flatten())
+            self._cache.rewind()
             hidden, found = self._own.enter(
                 self._ids, self._positions, rows, self._cache, -1 if self._alone else 0
             )
@@ -68,6 +69,7 @@ class OwnCall:
         with torch.inference_mode():
             arguments = self._arguments
             if not self._alone:
+                self._cache.rewind()
                 _, arguments = self._own.enter(
                     self._ids, self._positions, self._rows(hidden), self._cache, layer_idx
                 )
@@ -77,6 +79,7 @@ class OwnCall:
     def leave(self, hidden: Tensor, num_logits: int) -> Tensor:
         """Logits [R, n, V] at the last positions."""
         with torch.inference_mode():
+            self._cache.rewind()
             return self._own.leave(
                 self._ids, self._positions, self._rows(hidden), self._cache, hidden, num_logits
             )
@@ -113,6 +116,12 @@ class LaidOutCache(Cache):
         like = torch.empty(0, device=own.device)
         for layer in self.layers:
             pretend(layer, start, len(sequences), like)
+
+    def rewind(self) -> None:
+        """Before each run of the model's forward: positions are those before the chunk again."""
+        like = torch.empty(0, device=self._own.device)
+        for memory, layer in zip(self._own.memories, self.layers, strict=True):
+            memory.fill_positions(layer, self._start, len(self._sequences), like)
 
     def laid_out(self, layer_idx: int, like: Tensor, num_new: int) -> _LaidOut:
         """In the `with`, the past of a layer is here, as tensors `like` hidden states; after it,

@@ -11,6 +11,7 @@ another layer. A model in which that does not hold is refused.
 from __future__ import annotations
 
 import inspect
+import traceback
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from ollm_core.contracts.model import Layout
 from ollm_core.errors import UnsupportedError, one_line
 from ollm_core.memory.tracker import OneExpertTaken, OperationMode, tensors_in
 from ollm_core.model.layer_memory import LayerMemory, new_cache, new_layer, remembered
+from ollm_core.model.operation_modes import AllAreTrue, Marks
 
 _CACHES = ("past_key_values", "cache_params")
 """What models call the cache that they are given."""
@@ -79,7 +81,7 @@ class OwnForward:
     """The forward of one model whose layers are called by somebody else."""
 
     def __init__(self, model: Any, layout: Layout, layers: Sequence[nn.Module]) -> None:
-        """Puts stand-ins for `layers`, the embedding and the input of the head into `model`."""
+        """Puts stand-ins for `layers` and the embedding into `model`."""
         self._model = model
         self._run: _Run | None = None
         self._forwards: list[Callable[..., Any]] = [layer.forward for layer in layers]
@@ -90,8 +92,6 @@ class OwnForward:
         self._embed_forward = self._embedding.forward
         self._embedding.padding_idx = None  # for training; rows are numbered anew
         self._embedding.forward = self._embed
-        head = model.get_submodule(layout.head)
-        head.register_forward_pre_hook(self._at_head, with_kwargs=True)
         for i, layer in enumerate(layers):
             layer.forward = self._stand_in(i)
         parameters = inspect.signature(model.forward).parameters
@@ -115,6 +115,8 @@ class OwnForward:
         """Numbers in the hidden states of one token between layers."""
         self.dtype = torch.float32
         """What the model computes in, keys and values too."""
+        self.converted: dict[str, torch.dtype] = {}
+        """Constants that the model converts when it is first run, and keeps so, by name."""
         self.hidden_dtypes: frozenset[torch.dtype] = frozenset()
         """Those of hidden states between layers: some models add up in float32."""
         self._shape: tuple[tuple[int, ...], tuple[int, ...]] = (), ()
@@ -164,6 +166,8 @@ class OwnForward:
             output = self._forward(ids, positions, cache)
         logits = _logits(output)
         self._check_here(logits)
+        if not self._cuts_logits:  # all are made, as products of other shapes have other last bits
+            logits = logits[:, -num_logits:].clone()
         return logits
 
     def call(self, layer_idx: int, hidden: Tensor, arguments: LayerArguments) -> Tensor:
@@ -177,6 +181,8 @@ class OwnForward:
         UnsupportedError, naming what cannot.
         """
         failed: Exception | None = None
+        if not self._cache_name:
+            raise self._error("takes no cache of transformers")
         self.dtype, self.hidden_dtypes = dtype, frozenset({dtype})
         for answers in (OneExpertTaken, AllAreTrue):
             self.answers = answers
@@ -189,7 +195,9 @@ class OwnForward:
             else:
                 return
         assert failed is not None, "it was followed otherwise"
-        raise self._error(f"cannot be followed layer by layer: {one_line(failed)}") from failed
+        raise self._error(
+            f"cannot be followed layer by layer: {one_line(failed)}{_where(failed)}"
+        ) from failed
 
     def _follow(self, dtype: torch.dtype, mixtures: Sequence[Any]) -> None:
         with ExitStack() as stack:
@@ -199,17 +207,24 @@ class OwnForward:
             for mixture in mixtures:
                 stack.enter_context(mixture.idle())
             before = dict(_held(self._model))
+            versions = {name: _version(value) for name, value in before.items()}
             self._try_real(dtype)
+            after = dict(_held(self._model))
             self._try_apart(dtype)
             for name, value in _held(self._model):
-                if before.get(name) is not value:
+                if before.get(name) is value and versions[name] == _version(value):
+                    continue
+                if not _is_converted(before.get(name), value, after.get(name)):
                     raise self._error(
                         f"keeps what it has computed in {name}, where another sequence finds it"
                     )
+                self.converted[name] = value.dtype
 
     def _try_real(self, dtype: torch.dtype) -> None:
         """Two steps with layers that compute: what they return and what they remember."""
         cache = new_cache(self._model.config)
+        if len(cache.layers) != self.num_layers:
+            raise self._error(f"has {len(cache.layers)} caches for {self.num_layers} layers")
         for start, count in ((0, _TRIED), (_TRIED, 1)):
             run = _Run(self._empty_rows(count, dtype), real=True)
             with self._running(run):
@@ -218,10 +233,6 @@ class OwnForward:
                 raise self._error(f"calls {len(run.found)} of its {self.num_layers} layers")
             if start == 0:
                 self._given = [one.present for one in run.found]
-                if len(cache.layers) != self.num_layers:
-                    raise self._error(
-                        f"has {len(cache.layers)} caches for {self.num_layers} layers"
-                    )
                 self.memories = tuple(
                     remembered(layer, i, dtype, type(self._model).__name__)
                     for i, layer in enumerate(cache.layers[: self.num_layers])
@@ -239,7 +250,7 @@ class OwnForward:
         """Once with stand-ins: what each layer is given depends on no other one, but for the hidden
         states, which are those of the layer before.
         """
-        marks = _Marks()
+        marks = Marks()
         rows = self._empty_rows(_TRIED, dtype)
         given: list[Tensor] = []
 
@@ -331,12 +342,6 @@ class OwnForward:
         embedded: Tensor = self._embed_forward(numbers)
         return embedded
 
-    def _at_head(self, _: nn.Module, args: tuple[Any, ...], kwargs: Any) -> Any:
-        run = self._run
-        if run is None or not run.num_logits or not args or self._cuts_logits:
-            return None
-        return (args[0][:, -run.num_logits :], *args[1:]), kwargs
-
     def _stand_in(self, layer_idx: int) -> Callable[..., Any]:
         names = list(inspect.signature(self._forwards[layer_idx]).parameters)
 
@@ -391,40 +396,11 @@ class OwnForward:
         )
 
 
-class AllAreTrue(OperationMode):
-    """Answers questions about data that is not there: what is asked is true, and numbers are 1."""
-
-    def seen(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
-            return args[0].dtype == torch.bool or 1
-        return func(*args, **kwargs)
-
-
-class _Marks(OperationMode):
-    """Follows which tensors depend on marked ones."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._found: dict[int, frozenset[str]] = {}
-        self._alive: list[Tensor] = []  # an id is one tensor's for as long as that lives
-
-    def add(self, value: Tensor, mark: str) -> None:
-        """From here on `value` has this mark alone."""
-        self._alive.append(value)
-        self._found[id(value)] = frozenset((mark,))
-
-    def of(self, value: Tensor) -> frozenset[str]:
-        """The marks of a tensor."""
-        return self._found.get(id(value), frozenset())
-
-    def seen(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        result = func(*args, **kwargs)
-        marks = frozenset().union(*(self.of(one) for one in tensors_in(args, kwargs)))
-        if marks:
-            for one in tensors_in(result):
-                self._alive.append(one)
-                self._found[id(one)] = self.of(one) | marks
-        return result
+def _where(error: Exception) -> str:
+    """The code of a model that has raised `error`, in words."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    models = [one.f_code for one in frames if "/transformers/models/" in one.f_code.co_filename]
+    return f", in {models[-1].co_qualname}" if models else ""
 
 
 def _logits(output: Any) -> Tensor:
@@ -439,6 +415,23 @@ def _held(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         for name, value in {**vars(module), **module._buffers}.items():
             if isinstance(value, Tensor):
                 yield f"{path}.{name}", value
+
+
+def _version(value: Tensor) -> int:
+    """How often a tensor was written into."""
+    return 0 if value.is_inference() else value._version
+
+
+def _is_converted(before: Tensor | None, now: Tensor, once: Tensor | None) -> bool:
+    """Whether a model has only converted a constant to its own dtype: `once`, and then no more."""
+    return (
+        now is once
+        and before is not None
+        and before.shape == now.shape
+        and before.dtype != now.dtype
+        and before.is_floating_point()
+        and now.is_floating_point()
+    )
 
 
 def _tokens(start: int, count: int) -> tuple[Tensor, Tensor]:

@@ -84,18 +84,23 @@ class OwnSkeleton(Skeleton):
         self._outer = Slots(model, [places[name] for name in outer])
         head = [name for name in places if name.startswith(f"{layout.head}.")]
         self._head = Slots(model, [places[name] for name in head])
-        self._buffers = [
-            (module._buffers, name, value.to(device))
-            for module in model.modules()
+        buffers = {
+            f"{path}.{name}": (module._buffers, name, value)
+            for path, module in model.named_modules()
             for name, value in module._buffers.items()
             if value is not None and not value.is_meta
-        ]
+        }
+        self._buffers = list(buffers.values())
         self._device = device
         self.own = OwnForward(model, layout, self.layers)
         self._place_buffers(torch.device("meta"))
         self.own.follow(dtype, list(self.routed.values()))
         if any(kind.states for kind in self.kinds):
             refuse_kernels()
+        self._buffers = [
+            (holder, name, value.to(self.own.converted.get(path, value.dtype)).to(device))
+            for path, (holder, name, value) in buffers.items()
+        ]
         self._place_buffers(device)
 
     @property

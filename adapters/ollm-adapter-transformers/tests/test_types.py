@@ -16,6 +16,9 @@ from ollm_core.testing import Registry, TierTracker
 
 DIFFER = {
     "bert": "embeddings of positions and types with a norm, a head of two products with a bias",
+    "ctrl": "positions that are kept in the dtype of its first run",
+    "qwen4_exp_text": "an index by blocks of tokens that asks which may be seen",
+    "trocr": "a head that makes logits of every token",
     "bloom": "alibi, and attention that knows no interface",
     "deepseek_v2": "latent attention: keys and values of different sizes",
     "deepseek_v32": "a sparse index beside keys",
@@ -45,9 +48,11 @@ def test_passes(model_type):
     assert not any(found.values()), found
 
 
-@pytest.mark.parametrize("model_type", ["bloom", "falcon_h1", "deepseek_v3"])
+@pytest.mark.parametrize(
+    "model_type", ["bloom", "ctrl", "deepseek_v3", "dots3_note_text", "falcon_h1"]
+)
 def test_passes_in_bfloat16(model_type):
-    """Parameters that transformers keeps in float32 stay so."""
+    """What transformers keeps in float32 stays so: parameters, and an index beside keys."""
     assert not any(dict(checks(model_type, torch.bfloat16)).values())
 
 
@@ -59,6 +64,10 @@ def test_passes_in_bfloat16(model_type):
         ("mixtral", None, torch.float32),
         ("jamba", None, torch.float32),
         ("mamba2", 64, torch.bfloat16),  # adds up in float32
+        ("qwen4_exp_text", None, torch.float32),
+        ("trocr", None, torch.float32),
+        ("xmod", None, torch.float32),
+        ("zamba2", None, torch.float32),
     ],
 )
 def test_never_more_memory_than_told(model_type, chunk_size, dtype):
@@ -130,6 +139,9 @@ def test_refuses_frequencies_that_depend_on_the_length(rope_type):
     [
         ("recurrent_gemma", "keeps what it has computed in model.layers.0"),
         ("longcat_flash", "has 8 caches for 4 layers"),
+        ("blt", "transformers makes no cache for a blt model"),
+        ("jetmoe", r", in JetMoeTopKGating.forward"),
+        ("gemma4_assistant", "Gemma4AssistantForCausalLM takes no cache of transformers"),
     ],
 )
 def test_refuses_what_cannot_be_followed(model_type, reason):

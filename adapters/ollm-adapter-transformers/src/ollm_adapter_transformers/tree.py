@@ -43,8 +43,10 @@ def build_tree(config: Config) -> Tree:
             f"transformers cannot build a {config.get('model_type')} model from config.json: "
             f"{' '.join(str(error).split())}"
         ) from error
-    if any(getattr(module, "is_decoder", None) is False for module in model.modules()):
-        raise _error(model, "sees later tokens too, as is_decoder of config.json is false")
+    for module in model.modules():
+        if getattr(module, "is_decoder", None) is False:
+            what = f"sees later tokens too: is_decoder of its {type(module).__name__} is false"
+            raise _error(model, what)
     paths = {id(module): path for path, module in model.named_modules()}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if not isinstance(embedding, nn.Embedding):
