@@ -55,6 +55,7 @@ from ollm_core.plugins.validation import CAPABILITIES
 
 if TYPE_CHECKING:
     from ollm_core.kv.in_memory import HostKVStore
+    from ollm_core.model.skeleton import empty_model
 
 __version__ = "0.1.0"
 
@@ -99,12 +100,16 @@ __all__ = [
     "WeightPlan",
     "bad_config",
     "catalog_entry",
+    "empty_model",
     "head_sizes",
     "hookimpl",
     "read_size",
 ]
 
-_NEEDS_TORCH = {"HostKVStore": "ollm_core.kv.in_memory"}
+_NEEDS_TORCH = {
+    "HostKVStore": "ollm_core.kv.in_memory",
+    "empty_model": "ollm_core.model.skeleton",
+}
 """Where names are that load torch when they are first used."""
 _MOVED = {
     "ADAPTER_API": ("ollm_core.contracts.adapter", "ollm_core.testing"),

@@ -7,6 +7,8 @@ need not either. Importing this imports torch; `import ollm_core` does not impor
 
 from __future__ import annotations
 
+import functools
+import json
 import sys
 from collections import Counter
 from collections.abc import (
@@ -32,8 +34,8 @@ from ollm_core.checkpoint.synthetic import STORED_DTYPES
 from ollm_core.contracts.adapter import ADAPTER_API, ModelAdapter
 from ollm_core.contracts.attention import Attention, KVView
 from ollm_core.contracts.closing import Closing
-from ollm_core.contracts.kv import KeepsStates, KVStore
-from ollm_core.contracts.model import Config, Layout
+from ollm_core.contracts.kv import CacheKind, KeepsStates, KVStore
+from ollm_core.contracts.model import Capability, Config, Layout
 from ollm_core.contracts.progress import Progress
 from ollm_core.contracts.tensors import DTYPE_BYTES, TensorInfo
 from ollm_core.contracts.weights import WeightStreamer
@@ -41,15 +43,17 @@ from ollm_core.device.buffers import PAGE, aligned_buffer, as_memoryview
 from ollm_core.device.offload import host_like
 from ollm_core.engine.activations import Workspace
 from ollm_core.engine.batch import NewTokens
-from ollm_core.errors import NotFiniteError, PluginError, ReadError
+from ollm_core.errors import NotFiniteError, OllmError, PluginError, ReadError
 from ollm_core.files.untrusted_json import parse_object
 from ollm_core.generate.cache import SequenceCache
 from ollm_core.generate.causal_lm import StreamedModel
 from ollm_core.memory.budgets import Budgets
 from ollm_core.memory.tracker import AllocationTracker
+from ollm_core.model.own_skeleton import OwnSkeleton
 from ollm_core.model.skeleton import Skeleton, check_paths
 from ollm_core.model.spec import ModelSpec, inspect_model
 from ollm_core.planning.dry_run import DryRun, Scenario
+from ollm_core.plugins.limited import LimitedAdapter
 from ollm_core.plugins.registry import Registry, supports
 from ollm_core.plugins.validation import (
     check_capability,
@@ -90,6 +94,7 @@ __all__ = [
     "WeightUnit",
     "aligned_buffer",
     "as_memoryview",
+    "as_opened",
     "bound_parameters",
     "check_capability",
     "check_declarations",
@@ -137,6 +142,41 @@ def check_declarations(
     plan_of(adapter, text_config, names_of(text_config))
 
 
+def as_opened(adapter: ModelAdapter, config: Config) -> ModelAdapter:
+    """The adapter of a config.json with what opening a model adds: where that is left to the
+    model's own forward, the caches that core finds, and what the model cannot do. Else, or where it
+    cannot be opened, `adapter` itself.
+    """
+    try:
+        text_config = text_config_of(adapter, config)
+        if not layout_of(adapter, text_config).own_forward:
+            return adapter
+        return _Opened(adapter, text_config)
+    except OllmError:
+        return adapter
+
+
+class _Opened(LimitedAdapter):
+    def __init__(self, adapter: ModelAdapter, text_config: Config) -> None:
+        self._looked_at = functools.lru_cache(maxsize=None)(self._look_at)
+        self._adapter = adapter
+        super().__init__(adapter, self._looked_at(_stated(text_config))[1])
+
+    def caches(self, config: Config) -> Sequence[CacheKind]:
+        return self._looked_at(_stated(config))[0]
+
+    def _look_at(self, stated: str) -> tuple[Sequence[CacheKind], Mapping[str, Capability]]:
+        config = json.loads(stated)
+        found = OwnSkeleton(
+            config, self._adapter.layout(config), torch.bfloat16, torch.device("meta")
+        )
+        return found.kinds, found.limits
+
+
+def _stated(config: Config) -> str:
+    return json.dumps(dict(config), sort_keys=True)
+
+
 def logical_tensors(directory: Path) -> LogicalTensors:
     """The tensors of a checkpoint as an adapter is told of them: `names`, and what is `stored` for
     each. Raises CheckpointError.
@@ -160,7 +200,8 @@ def check_model(config: Config, layout: Layout) -> None:
     """Raises UnsupportedError, or another OllmError, if the transformers model of a text config
     computes what the core cannot run with this layout. Nothing is allocated.
     """
-    Skeleton(config, layout, torch.bfloat16, torch.device("meta"))
+    kind = OwnSkeleton if layout.own_forward else Skeleton
+    kind(config, layout, torch.bfloat16, torch.device("meta"))
 
 
 def check_halves(adapter: ModelAdapter, directory: Path, registry: Registry) -> None:
@@ -203,16 +244,19 @@ def bound_parameters(model: StreamedModel, layout: Layout) -> Iterator[tuple[str
     """
     vocab_size = model.config.get_text_config().vocab_size
     yield f"{layout.embedding}.weight", model.weights.embed(torch.arange(vocab_size))
-    yield f"{layout.norm}.weight", model.weights.norm[0]
-    head: list[Tensor] = []
+    own = layout.own_forward
+    outer = model.engine._skeleton.outer if own else [f"{layout.norm}.weight"]
+    yield from zip(outer, model.weights.norm, strict=own)
+    head: dict[str, list[Tensor]] = {}
     for unit_idx, unit in enumerate(model.weights.units):
         with model.weights.acquire(unit_idx) as parameters:
             for parameter, value in zip(unit.parameters, parameters, strict=True):
                 if unit_idx < layout.num_layers:
                     yield parameter.name, value.clone()
                 else:
-                    head.append(value.clone())
-    yield f"{layout.head}.weight", torch.cat(head)
+                    head.setdefault(parameter.name, []).append(value.clone())
+    for name, values in head.items():
+        yield name, torch.cat(values)
     for layer_idx, experts in model.weights.expert_units.items():
         slices: dict[str, list[Tensor]] = {}
         with model.weights.experts(layer_idx, range(len(experts))) as found:

@@ -205,16 +205,17 @@ class LaidOutCache(Cache):
         """Keys and values before the chunk that the layer still has, [R, G, S, D] each."""
         first = 0 if kind.window is None else max(self._start - kind.window + 1, 0)
         shape = len(self._sequences), kind.num_kv_heads, self._start - first
-        keys = like.new_empty(*shape, kind.head_dim, dtype=self._own.dtype)
-        values = torch.empty_like(keys)
-        for row, sequence in enumerate(self._sequences):
-            place = 0
-            blocks = self._store.blocks(layer_idx, sequence, self._start, first)
-            for past_keys, past_values in blocks:
-                count = past_keys.shape[1]
-                for whole, part in ((keys, past_keys), (values, past_values)):
-                    whole[row].narrow(1, place, count).copy_(part)
-                place += count
+        with torch.inference_mode(mode=False):  # a store may keep what is made while it is read
+            keys = like.new_empty(*shape, kind.head_dim, dtype=self._own.dtype)
+            values = torch.empty_like(keys)
+            for row, sequence in enumerate(self._sequences):
+                place = 0
+                blocks = self._store.blocks(layer_idx, sequence, self._start, first)
+                for past_keys, past_values in blocks:
+                    count = past_keys.shape[1]
+                    for whole, part in ((keys, past_keys), (values, past_values)):
+                        whole[row].narrow(1, place, count).copy_(part)
+                    place += count
         return keys, values
 
 

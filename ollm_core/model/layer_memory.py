@@ -4,6 +4,7 @@ a run, and put back into one for a call.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -130,14 +131,15 @@ def new_cache(config: PreTrainedConfig) -> DynamicCache:
         ) from error
 
 
-def new_layer(like: Any) -> Any:
-    """An empty layer of the kind of `like`."""
+def layer_maker(like: Any) -> Callable[[], Any]:
+    """What makes an empty layer of the kind of `like`, and holds none."""
     options: dict[str, int] = {}
     if isinstance(like, DynamicSlidingWindowLayer):
         options["sliding_window"] = like.sliding_window
     if isinstance(like, LinearAttentionCacheLayerMixin):
         options["number_of_states"] = like.number_of_states
-    return type(like)(**options)
+    kind: Callable[..., Any] = type(like)
+    return functools.partial(kind, **options)
 
 
 def pretend(layer: Any, num_tokens: int, rows: int, like: Tensor) -> None:

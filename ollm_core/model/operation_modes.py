@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ollm_core.memory.tracker import OperationMode, tensors_in
+from ollm_core.memory.tracker import OperationMode, made_at_once, tensors_in
 
 
 class AllAreTrue(OperationMode):
@@ -26,7 +26,8 @@ class AllAreTrue(OperationMode):
             return args[0].new_empty(args[0].numel(), args[0].dim(), dtype=torch.int64)
         if func is aten.index.Tensor and args[0].is_meta:
             args = args[0], [part for one in args[1] for part in _as_numbers(one)]
-        return func(*args, **kwargs)
+        result = made_at_once(func, args, kwargs)
+        return func(*args, **kwargs) if result is None else result
 
 
 def _as_numbers(index: Tensor | None) -> Sequence[Tensor | None]:

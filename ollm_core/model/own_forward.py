@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ollm_core.contracts.model import Layout
 from ollm_core.errors import UnsupportedError, one_line
 from ollm_core.memory.tracker import OneExpertTaken, OperationMode, tensors_in
-from ollm_core.model.layer_memory import LayerMemory, new_cache, new_layer, remembered
+from ollm_core.model.layer_memory import LayerMemory, layer_maker, new_cache, remembered
 from ollm_core.model.operation_modes import AllAreTrue, Marks
 
 _CACHES = ("past_key_values", "cache_params")
@@ -98,7 +98,7 @@ class OwnForward:
         self._cache_name = next((name for name in _CACHES if name in parameters), "")
         self._takes_positions = "position_ids" in parameters
         self._cuts_logits = "logits_to_keep" in parameters
-        self._empty_layers = new_cache(model.config).layers
+        self._new_layers = [layer_maker(one) for one in new_cache(model.config).layers]
         self.memories: tuple[LayerMemory, ...] = ()
         """What each layer remembers, once it was `followed`."""
         self.answers: Callable[[], OperationMode] = OneExpertTaken
@@ -129,7 +129,7 @@ class OwnForward:
 
     def new_layer(self, layer_idx: int) -> Any:
         """An empty layer of transformers' cache of the model."""
-        return new_layer(self._empty_layers[layer_idx])
+        return self._new_layers[layer_idx]()
 
     @property
     def num_layers(self) -> int:

@@ -35,16 +35,22 @@ class OwnSkeleton(Skeleton):
     own: OwnForward
 
     def __init__(
-        self, config: Config, layout: Layout, dtype: torch.dtype, device: torch.device
+        self,
+        config: Config,
+        layout: Layout,
+        dtype: torch.dtype,
+        device: torch.device,
+        model: Any = None,
     ) -> None:
-        """Raises ConfigError if transformers cannot build a model from `config`, UnsupportedError
-        for one whose forward cannot be followed.
+        """`model` is that of `empty_model`, if there is one already. Raises ConfigError if
+        transformers cannot build a model from `config`, UnsupportedError for one whose forward
+        cannot be followed.
         """
         self.recurrent = frozenset()
         self.products = None
         self.outside = OutsideLayers()
         self.mixtures: Mapping[int, Mixture] = {}
-        model = empty_model(config, dtype, "eager")
+        model = model or empty_model(config, dtype)
         self.config = model.config.get_text_config(decoder=True)
         check_paths(model, layout, ("embedding", "layers", "head"))
         _give_buffers(model)

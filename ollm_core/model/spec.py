@@ -91,7 +91,8 @@ def inspect_model(
     place = torch.device("meta") if bare else device
     skeleton: Skeleton
     if layout.own_forward:
-        skeleton = own = OwnSkeleton(config, layout, compute_dtype, place)
+        model = adapter.built_model(config, compute_dtype)
+        skeleton = own = OwnSkeleton(config, layout, compute_dtype, place, model)
         kinds = own.kinds
         adapter = LimitedAdapter(adapter, own.limits)
     else:

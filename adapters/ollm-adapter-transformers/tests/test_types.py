@@ -7,12 +7,13 @@ import json
 
 import pytest
 import torch
+from tiny import tiny_config
 from trial import checks, run_ours, run_reference, saved, steps, try_type
 
 import ollm
 from ollm_adapter_transformers import TransformersAdapter
-from ollm_core import CheckpointError, OllmError, UnknownModelError, UnsupportedError
-from ollm_core.testing import Registry, TierTracker
+from ollm_core import CheckpointError, ConfigError, OllmError, UnknownModelError, UnsupportedError
+from ollm_core.testing import Registry, TierTracker, as_opened
 
 DIFFER = {
     "bert": "embeddings of positions and types with a norm, a head of two products with a bias",
@@ -92,6 +93,41 @@ def test_layers_that_keep_nothing_beside_others_on_disk(tmp_path):
         with ollm.load(directory, **options) as ours:
             found = run_ours(ours, ids, steps(40))
         assert torch.equal(found, run_reference(model, ids, steps(40)))
+
+
+def test_is_built_once(monkeypatch):
+    """The model that is looked at is the one that is run; another dtype makes another."""
+
+    def fail(*_):
+        raise AssertionError("built anew")
+
+    with saved("llama", torch.bfloat16) as (_, directory):
+        monkeypatch.setattr("ollm_core.model.own_skeleton.empty_model", fail)
+        ollm.load(directory, device="cpu").close()
+        with pytest.raises(AssertionError, match="built anew"):
+            ollm.load(directory, device="cpu", dtype="float32")
+
+
+@pytest.mark.parametrize(("key", "value"), [("num_hidden_layers", 10**6), ("hidden_size", 10**30)])
+def test_refuses_absurd_numbers(key, value):
+    """Before transformers begins to build a model of them."""
+    adapter = TransformersAdapter()
+    with pytest.raises(ConfigError, match=f"{key} must be an integer up to"):
+        adapter.layout({**adapter.tiny_config(), "model_type": "llama", key: value})
+
+
+def test_what_core_finds_is_told():
+    """Caches and limits of a model that is left to its own forward, as the suite asks for them."""
+    adapter = TransformersAdapter()
+    config = tiny_config("falcon_h1").to_dict()
+    opened = as_opened(adapter, config)
+    assert not adapter.caches(config)
+    kinds = opened.caches(config)
+    assert len(kinds) == config["num_hidden_layers"]
+    assert all(kind.has_keys and kind.states for kind in kinds)
+    assert opened.capabilities["drafts"].support == "unsupported"
+    assert "batch" not in opened.capabilities
+    assert as_opened(adapter, {"model_type": "t5"}) is adapter
 
 
 @pytest.mark.parametrize("model_id", ["gemma2-2B", "gemma3-1B", "mistral-7B", "phi4-14B"])

@@ -4,16 +4,14 @@ data.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from ollm_core import Config, ConfigError, Layout, UnsupportedError
+from ollm_core import Config, Layout, UnsupportedError, empty_model
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -24,25 +22,11 @@ class Tree:
     layout: Layout
 
 
-def build_tree(config: Config) -> Tree:
+def build_tree(config: Config, dtype: torch.dtype) -> Tree:
     """Raises ConfigError if transformers cannot build a model, UnsupportedError for a tree without
     the usual parts.
     """
-    plain = {key: value for key, value in config.items() if key != "quantization_config"}
-    try:
-        made = AutoConfig.for_model(**copy.deepcopy(plain))
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                made,
-                attn_implementation="eager",
-                experts_implementation="eager",
-                trust_remote_code=False,
-            )
-    except Exception as error:
-        raise ConfigError(
-            f"transformers cannot build a {config.get('model_type')} model from config.json: "
-            f"{' '.join(str(error).split())}"
-        ) from error
+    model = empty_model(config, dtype)
     for module in model.modules():
         if getattr(module, "is_decoder", None) is False:
             what = f"sees later tokens too: is_decoder of its {type(module).__name__} is false"

@@ -168,7 +168,7 @@ def _fill(
     for _ in range(num_sequences):
         sequence = store.new_sequence()
         for layer_idx, kind in enumerate(kinds):
-            if kind.kind != "recurrent":
+            if kind.has_keys:
                 shape = kind.num_kv_heads, 1024, kind.head_dim
                 keys = torch.zeros(shape, dtype=torch.bfloat16)
                 store.append(layer_idx, sequence, keys, keys)
