@@ -55,6 +55,7 @@ from ollm_core.plugins.validation import CAPABILITIES
 
 if TYPE_CHECKING:
     from ollm_core.kv.in_memory import HostKVStore
+    from ollm_core.model.apart import run_apart
     from ollm_core.model.skeleton import empty_model
 
 __version__ = "0.1.0"
@@ -104,11 +105,13 @@ __all__ = [
     "head_sizes",
     "hookimpl",
     "read_size",
+    "run_apart",
 ]
 
 _NEEDS_TORCH = {
     "HostKVStore": "ollm_core.kv.in_memory",
     "empty_model": "ollm_core.model.skeleton",
+    "run_apart": "ollm_core.model.apart",
 }
 """Where names are that load torch when they are first used."""
 _MOVED = {

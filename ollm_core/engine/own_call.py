@@ -67,14 +67,17 @@ class OwnCall:
     def run(self, layer_idx: int, hidden: Tensor) -> Tensor:
         """Run a layer: [R, T, C] -> the same."""
         with torch.inference_mode():
-            arguments = self._arguments
-            if not self._alone:
+            if self._alone:
+                arguments = self._arguments[layer_idx]
+            else:
                 self._cache.rewind()
-                _, arguments = self._own.enter(
-                    self._ids, self._positions, self._rows(hidden), self._cache, layer_idx
-                )
+                rows = self._rows(hidden)
+                arguments = self._own.enter(
+                    self._ids, self._positions, rows, self._cache, layer_idx
+                )[1][layer_idx]  # what others are called with is not kept
+                del rows
             with self._cache.laid_out(layer_idx, hidden, self._ids.shape[1]):
-                return self._own.call(layer_idx, hidden, arguments[layer_idx])
+                return self._own.call(layer_idx, hidden, arguments)
 
     def leave(self, hidden: Tensor, num_logits: int) -> Tensor:
         """Logits [R, n, V] at the last positions."""

@@ -13,7 +13,7 @@ from trial import checks, run_ours, run_reference, saved, steps, try_type
 import ollm
 from ollm_adapter_transformers import TransformersAdapter
 from ollm_core import CheckpointError, ConfigError, OllmError, UnknownModelError, UnsupportedError
-from ollm_core.testing import Registry, TierTracker, as_opened
+from ollm_core.testing import Registry, TierTracker, as_opened, read_config
 
 DIFFER = {
     "bert": "embeddings of positions and types with a norm, a head of two products with a bias",
@@ -93,6 +93,18 @@ def test_layers_that_keep_nothing_beside_others_on_disk(tmp_path):
         with ollm.load(directory, **options) as ours:
             found = run_ours(ours, ids, steps(40))
         assert torch.equal(found, run_reference(model, ids, steps(40)))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "path"), [("mixtral", "mlp.experts"), ("nemotron_h", ""), ("llama", "")]
+)
+def test_experts_are_read_one_by_one(model_type, path):
+    """A pass over one token reads those that it chose; NemotronH adds up in float32."""
+    with saved(model_type, torch.bfloat16) as (_, directory):
+        adapter = TransformersAdapter()
+        assert adapter.layout(adapter.text_config(read_config(directory))).experts == path
+        with ollm.load(directory, device="cpu") as model:
+            assert bool(model.weights.expert_units) is bool(path)
 
 
 def test_is_built_once(monkeypatch):

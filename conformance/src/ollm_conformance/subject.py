@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import functools
 import hashlib
+import inspect
 import json
 import os
 import re
@@ -62,6 +63,8 @@ class Reference:
             **reference_options(read_config(directory)),
         )
         self.model: PreTrainedModel = model.eval().to(device)
+        names = inspect.signature(type(model).forward).parameters
+        self._cache_name = "cache_params" if "cache_params" in names else "past_key_values"
         with torch.no_grad():
             for parameter in self.model.parameters():
                 # In bfloat16 transformers 5.17 leaves what it has unpacked, whatever is asked for.
@@ -105,9 +108,9 @@ class Reference:
         found = [
             self.model(
                 input_ids=chunk[None],
-                past_key_values=used,
                 use_cache=True,
                 logits_to_keep=int(last_only),
+                **{self._cache_name: used},
             ).logits[0]
             for chunk in ids.split(chunk_size)
         ]

@@ -172,7 +172,7 @@ def _fill(
                 shape = kind.num_kv_heads, 1024, kind.head_dim
                 keys = torch.zeros(shape, dtype=torch.bfloat16)
                 store.append(layer_idx, sequence, keys, keys)
-        if then is not None and all(kind.kind == "full" for kind in kinds):
+        if then is not None and all(kind.kind == "full" and not kind.states for kind in kinds):
             then(store, sequence)
 
 
