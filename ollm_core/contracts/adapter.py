@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from ollm_core.contracts.kv import CacheKind
 from ollm_core.contracts.model import Capability, CatalogEntry, Config, Layout
@@ -66,6 +67,13 @@ class ModelAdapter(ABC):
         """Where the parts sit in the transformers module tree. Raises ConfigError for a config it
         cannot open.
         """
+
+    def built_model(self, config: Config, dtype: Any) -> Any | None:
+        """transformers' model of `config` on the meta device in `dtype`, which was built to be
+        looked at, as `empty_model` builds it with eager attention. It is the caller's from here on.
+        None, the default: core builds one. Asked for layouts with `own_forward` alone.
+        """
+        return None
 
     @abstractmethod
     def weights(self, config: Config, tensor_names: Iterable[str]) -> WeightPlan:

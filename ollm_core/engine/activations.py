@@ -353,7 +353,8 @@ class Workspace:
                 alone=True,
             )
             if layer_idx < 0:
-                with skeleton.traced_head(num_rows * -(1 + layer_idx)):
+                rows = own.head_rows(num_rows * -(1 + layer_idx), num_rows * num_new)
+                with skeleton.traced_head(rows):
                     return call.leave(hidden, -1 - layer_idx)
             with skeleton.traced(layer_idx, num_rows * num_new):
                 return traced(call)

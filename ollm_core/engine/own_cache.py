@@ -41,6 +41,11 @@ class OwnCache(Cache, ABC):
         for layer in self.layers:
             pretend(layer, start, len(sequences), self._like)
 
+    def rewind(self) -> None:
+        """Before each run of the model's forward: positions are those before the chunk again."""
+        for memory, layer in zip(self._own.facts.memories, self.layers, strict=True):
+            memory.fill_positions(layer, self._start, len(self._sequences), self._like)
+
     @contextmanager
     def around(self, layer_idx: int, like: Tensor, num_new: int) -> Iterator[None]:
         """In the `with` a layer may be called, its past being here, as tensors `like` hidden

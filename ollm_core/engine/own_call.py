@@ -59,6 +59,7 @@ class OwnCall:
         """Hidden states before the first layer, [R, T, C]."""
         with self._computing():
             rows = self._embed(self._ids.flatten())
+            self._cache.rewind()
             hidden, found = self._own.enter(
                 self._ids, self._positions, rows, self._cache, -1 if self._alone else 0
             )
@@ -69,18 +70,23 @@ class OwnCall:
     def run(self, layer_idx: int, hidden: Tensor) -> Tensor:
         """Run a layer: [R, T, C] -> the same."""
         with self._computing():
-            arguments = self._arguments
-            if not self._alone:
-                _, arguments = self._own.enter(
-                    self._ids, self._positions, self._rows(hidden), self._cache, layer_idx
-                )
+            if self._alone:
+                arguments = self._arguments[layer_idx]
+            else:
+                self._cache.rewind()
+                rows = self._rows(hidden)
+                arguments = self._own.enter(
+                    self._ids, self._positions, rows, self._cache, layer_idx
+                )[1][layer_idx]  # what others are called with is not kept
+                del rows
             with self._cache.around(layer_idx, hidden, self._ids.shape[1]):
-                return self._own.call(layer_idx, hidden, arguments[layer_idx])
+                return self._own.call(layer_idx, hidden, arguments)
 
     def leave(self, hidden: Tensor, num_logits: int) -> Tensor:
         """Logits [R, n, V] at the last positions."""
         self._arguments = []
         with self._computing():
+            self._cache.rewind()
             return self._own.leave(
                 self._ids, self._positions, self._rows(hidden), self._cache, hidden, num_logits
             )

@@ -125,9 +125,10 @@ class WeightPass:
                         self.eviction.relieve(layer_idx)
                     report()
         row_logits: list[list[Tensor]] = [[] for _ in work]
+        num_logits = sum(item.num_logits for item in work)
         with (
             weights.acquire(len(skeleton.layers)) as parameters,
-            skeleton.bound_head(parameters, sum(item.num_logits for item in work)),
+            skeleton.bound_head(parameters, own.head_rows(num_logits, rows)),
             self.span("head"),
         ):
             del parameters

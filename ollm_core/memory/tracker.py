@@ -7,7 +7,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -123,14 +123,7 @@ class _MetaTracker(AllocationTracker):
         super().__init__("meta")
 
     def _call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if func in _ELEMENTWISE:
-            if (result := elementwise(args)) is not None:
-                return result
-            if func in _SHAPED_AS and _are_floats(shown := tensors_in(args)):
-                return _SHAPED_AS[func](*shown)
-        if func is _ATEN.mean.dim and not kwargs and (result := mean(*args)) is not None:
-            return result
-        if func is _ATEN.cat.default and (result := concatenated(*args)) is not None:
+        if (result := made_at_once(func, args, kwargs)) is not None:
             return result
         if args and isinstance(args[0], Tensor) and args[0].device.type == "meta":
             if func is _ATEN.addmm.default:  # a layer's products with a bias
@@ -144,6 +137,20 @@ class _MetaTracker(AllocationTracker):
             if func is _ATEN._local_scalar_dense.default:
                 return 0
         return func(*args, **kwargs)
+
+
+def made_at_once(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """What an operation gives on the meta device, of those that torch's own code takes longest for
+    there; None if it is none of them, or not plain.
+    """
+    if func in _ELEMENTWISE:
+        result = elementwise(args)
+        if result is None and func in _SHAPED_AS and _are_floats(shown := tensors_in(args)):
+            return cast("Tensor", _SHAPED_AS[func](*shown))
+        return result
+    if func is _ATEN.mean.dim and not kwargs:
+        return mean(*args)
+    return concatenated(*args) if func is _ATEN.cat.default else None
 
 
 def elementwise(args: Sequence[Any]) -> Tensor | None:
@@ -247,7 +254,8 @@ class OneExpertTaken(OperationMode):
             return torch.empty(found, asked.dim(), dtype=torch.int64, device=asked.device)
         if func is _ATEN._local_scalar_dense.default:
             return args[0].dtype != torch.bool and 0
-        return func(*args, **kwargs)
+        result = made_at_once(func, args, kwargs)
+        return func(*args, **kwargs) if result is None else result
 
 
 @functools.cache

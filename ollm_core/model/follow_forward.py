@@ -4,6 +4,7 @@ next one, and be given nothing else that depends on another layer.
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from ollm_core.errors import UnsupportedError, one_line
 from ollm_core.memory.tracker import OneExpertTaken, OperationMode, tensors_in
 from ollm_core.model.layer_memory import LayerMemory, new_cache, remembered
+from ollm_core.model.operation_modes import AllAreTrue, Marks
 from ollm_core.model.own_forward import Facts, LayerArguments, OwnForward, Run, as_returned
 
 _TRIED = 5
@@ -25,6 +27,8 @@ def follow_forward(own: OwnForward, dtype: torch.dtype, mixtures: Sequence[Any])
     UnsupportedError, naming what cannot.
     """
     failed: Exception | None = None
+    if not own.takes_cache:
+        raise own.error("takes no cache of transformers")
     for answers in (OneExpertTaken, AllAreTrue):
         try:
             with ExitStack() as stack:
@@ -42,7 +46,8 @@ def follow_forward(own: OwnForward, dtype: torch.dtype, mixtures: Sequence[Any])
         else:
             return follower.facts(answers)
     assert failed is not None, "it was followed otherwise"
-    raise own.error(f"cannot be followed layer by layer: {one_line(failed)}") from failed
+    where = _where(failed)
+    raise own.error(f"cannot be followed layer by layer: {one_line(failed)}{where}") from failed
 
 
 class _Follower:
@@ -60,6 +65,7 @@ class _Follower:
         self._uses: set[str] = set()
         self._shape: tuple[tuple[int, ...], tuple[int, ...]] = (), ()
         self._width = 0
+        self._converted: dict[str, torch.dtype] = {}
 
     def facts(self, answers: type[OperationMode]) -> Facts:
         """What was seen."""
@@ -74,25 +80,33 @@ class _Follower:
             frozenset(self._hidden_dtypes),
             self._shape,
             self._width,
+            self._converted,
         )
 
     def follow(self) -> None:
         """See `follow_forward`."""
         before = dict(_held(self._own.model))
+        versions = {name: _version(value) for name, value in before.items()}
         self._try_real()
+        after = dict(_held(self._own.model))
         if any(memory.kind.states for memory in self._memories):
             self._try_continuing()
         self._try_apart()
         for name, value in _held(self._own.model):
-            if before.get(name) is not value:
+            if before.get(name) is value and versions[name] == _version(value):
+                continue
+            if not _is_converted(before.get(name), value, after.get(name)):
                 raise self._own.error(
                     f"keeps what it has computed in {name}, where another sequence finds it"
                 )
+            self._converted[name] = value.dtype
 
     def _try_real(self) -> None:
         """Two steps with layers that compute: what they return and what they remember."""
         own = self._own
         cache = new_cache(own.model.config)
+        if len(cache.layers) != own.num_layers:
+            raise own.error(f"has {len(cache.layers)} caches for {own.num_layers} layers")
         for start, count in ((0, _TRIED), (_TRIED, 1)):
             run = Run(self._empty_rows(count), self._real)
             own.run(run, *_tokens(start, count), cache)
@@ -100,8 +114,6 @@ class _Follower:
                 raise own.error(f"calls {len(run.found)} of its {own.num_layers} layers")
             if start == 0:
                 self._given = [one.present for one in run.found]
-                if len(cache.layers) != own.num_layers:
-                    raise own.error(f"has {len(cache.layers)} caches for {own.num_layers} layers")
                 self._memories = self._remembered(cache)
         if all(memory.kind.kind == "none" for memory in self._memories):
             raise own.error("keeps nothing of earlier tokens")
@@ -110,7 +122,7 @@ class _Follower:
 
     def _try_continuing(self) -> None:
         """A second call of several tokens: whether what each layer gives depends on its states."""
-        own, marks = self._own, _Marks()
+        own, marks = self._own, Marks()
         cache = new_cache(own.model.config)
         own.run(Run(self._empty_rows(_TRIED), self._real), *_tokens(0, _TRIED), cache)
 
@@ -155,7 +167,7 @@ class _Follower:
         """Once with stand-ins: what each layer is given depends on no other one, but for the hidden
         states, which are those of the layer before.
         """
-        own, marks = self._own, _Marks()
+        own, marks = self._own, Marks()
         rows = self._empty_rows(_TRIED)
         given: list[Tensor] = []
 
@@ -200,45 +212,11 @@ class _Follower:
         return torch.empty(count, self._own.embedding_size, dtype=self._dtype, device="meta")
 
 
-class AllAreTrue(OperationMode):
-    """Answers questions about data that is not there: what is asked is true, and numbers are 1."""
-
-    def seen(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
-            return args[0].dtype == torch.bool or 1
-        return func(*args, **kwargs)
-
-
-class _Marks(OperationMode):
-    """Follows which tensors depend on marked ones."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._found: dict[int, frozenset[str]] = {}
-        self._alive: list[Tensor] = []  # an id is one tensor's for as long as that lives
-
-    def add(self, value: Tensor, mark: str) -> None:
-        """From here on `value` has this mark alone."""
-        self._alive.append(value)
-        self._found[id(value)] = frozenset((mark,))
-
-    def _join(self, value: Tensor, marks: frozenset[str]) -> None:
-        self._alive.append(value)
-        self._found[id(value)] = self.of(value) | marks
-
-    def of(self, value: Tensor) -> frozenset[str]:
-        """The marks of a tensor."""
-        return self._found.get(id(value), frozenset())
-
-    def seen(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        result = func(*args, **kwargs)
-        marks = frozenset().union(*(self.of(one) for one in tensors_in(args, kwargs)))
-        if marks:
-            for one in tensors_in(result):
-                self._join(one, marks)
-                if one._base is not None and any(one is arg for arg in args):
-                    self._join(one._base, marks)  # written into a part of it
-        return result
+def _where(error: Exception) -> str:
+    """The code of a model that has raised `error`, in words."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    models = [one.f_code for one in frames if "/transformers/models/" in one.f_code.co_filename]
+    return f", in {models[-1].co_qualname}" if models else ""
 
 
 def _held(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -247,6 +225,23 @@ def _held(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         for name, value in {**vars(module), **module._buffers}.items():
             if isinstance(value, Tensor):
                 yield f"{path}.{name}", value
+
+
+def _version(value: Tensor) -> int:
+    """How often a tensor was written into."""
+    return 0 if value.is_inference() else value._version
+
+
+def _is_converted(before: Tensor | None, now: Tensor, once: Tensor | None) -> bool:
+    """Whether a model has only converted a constant to its own dtype: `once`, and then no more."""
+    return (
+        now is once
+        and before is not None
+        and before.shape == now.shape
+        and before.dtype != now.dtype
+        and before.is_floating_point()
+        and now.is_floating_point()
+    )
 
 
 def _tokens(start: int, count: int) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ a run, and put back into one for a call.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ from transformers.cache_utils import (
 )
 
 from ollm_core.contracts.kv import CacheKind, StateShape
-from ollm_core.errors import UnsupportedError
+from ollm_core.errors import UnsupportedError, one_line
 
 _KNOWN = frozenset(
     {
@@ -46,7 +47,11 @@ class LayerMemory:
     heads: int = 0
     """Of keys and values. What an index of them keeps for each token lies in the heads after."""
     index_dim: int = 0
-    """Numbers of that for each token; 0: the layer has no index."""
+    """Numbers of that for each token, in the dtype of keys; 0: the layer has no index."""
+    index_dtype: torch.dtype | None = None
+    """Of the index, where it is not that of keys: its bits are kept as so many more numbers."""
+    position_axes: int = 0
+    """Of the positions of all tokens, which a layer with an index may keep beside it; 0: none."""
     begun: tuple[bool, ...] = ()
     """By number, whether transformers says that there is a state after the first token."""
 
@@ -59,6 +64,7 @@ class LayerMemory:
         if not self.index_dim:
             return keys, values
         assert index is not None, "the model was followed when it was opened"
+        index = index.contiguous().view(keys.dtype)
         rows, count = index.shape[:2]
         more = self.kind.num_kv_heads - self.heads
         spread = _padded(index, more * size).view(rows, count, more, size).transpose(1, 2)
@@ -71,7 +77,7 @@ class LayerMemory:
         if self.index_dim:
             rows, _, count, _ = keys.shape
             spread = keys[:, self.heads :].transpose(1, 2).reshape(rows, count, -1)
-            index = spread[..., : self.index_dim].contiguous()
+            index = spread[..., : self.index_dim].contiguous().view(self.index_dtype or keys.dtype)
             layer.lazy_initialization_indexer(index)
             layer.indexer_keys = index
             keys, values = keys[:, : self.heads], values[:, : self.heads]
@@ -81,6 +87,14 @@ class LayerMemory:
             values = values[..., : kept.value_dim or kept.head_dim].contiguous()
         DynamicLayer.lazy_initialization(layer, keys, values)
         layer.keys, layer.values = keys, values
+
+    def fill_positions(self, layer: Any, num_tokens: int, rows: int, like: Tensor) -> None:
+        """Let `layer` say which positions, [A, R, S], its tokens have, where it keeps them."""
+        if self.position_axes:
+            numbers = torch.arange(num_tokens, device=like.device)
+            layer.indexer_position_ids = (
+                numbers.expand(self.position_axes, rows, -1) if num_tokens else None
+            )
 
     def fill_states(self, layer: Any, states: Sequence[Tensor]) -> None:
         """Put states, [R, ...] each, into a fresh `layer`, which may change them."""
@@ -110,18 +124,27 @@ class LayerMemory:
 
 
 def new_cache(config: PreTrainedConfig) -> DynamicCache:
-    """The empty cache that transformers makes for a model, with a layer for each of its layers."""
-    return DynamicCache(config=config)
+    """The empty cache that transformers makes for a model, with a layer for each of its layers.
+    Raises UnsupportedError if it makes none.
+    """
+    try:
+        return DynamicCache(config=config)
+    except Exception as error:
+        raise UnsupportedError(
+            f"transformers makes no cache for a {config.model_type} model: {one_line(error)}",
+            hint="a model keeps its past in transformers' own cache; this one is not made so",
+        ) from error
 
 
-def new_layer(like: Any) -> Any:
-    """An empty layer of the kind of `like`."""
+def layer_maker(like: Any) -> Callable[[], Any]:
+    """What makes an empty layer of the kind of `like`, and holds none."""
     options: dict[str, int] = {}
     if isinstance(like, DynamicSlidingWindowLayer):
         options["sliding_window"] = like.sliding_window
     if isinstance(like, LinearAttentionCacheLayerMixin):
         options["number_of_states"] = like.number_of_states
-    return type(like)(**options)
+    kind: Callable[..., Any] = type(like)
+    return functools.partial(kind, **options)
 
 
 def pretend(layer: Any, num_tokens: int, rows: int, like: Tensor) -> None:
@@ -172,10 +195,11 @@ def remembered(layer: Any, layer_idx: int, dtype: torch.dtype, model: str) -> La
                 raise error(f"a window of {window} tokens")
     own_heads, index_dim = heads, 0
     index: Any = getattr(layer, "indexer_keys", None)
+    positions: Any = getattr(layer, "indexer_position_ids", None)
     if index is not None:
-        if index.dtype != dtype or index.dim() != 3 or not heads:
+        if index.dtype not in (dtype, torch.float32) or index.dim() != 3 or not heads:
             raise error(f"an index {list(index.shape)} in {index.dtype}")
-        index_dim = index.shape[2]
+        index_dim = index.shape[2] * index.itemsize // dtype.itemsize
         heads += -(-index_dim // max(key_dim, value_dim))
     convolutions: list[int] = []
     recurrences: list[int] = []
@@ -205,7 +229,16 @@ def remembered(layer: Any, layer_idx: int, dtype: torch.dtype, model: str) -> La
         tuple(states),
         *((key_dim, value_dim) if key_dim != value_dim else (0, 0)),
     )
-    return LayerMemory(found, tuple(convolutions), tuple(recurrences), own_heads, index_dim, begun)
+    return LayerMemory(
+        found,
+        tuple(convolutions),
+        tuple(recurrences),
+        own_heads,
+        index_dim,
+        None if index is None or index.dtype == dtype else index.dtype,
+        0 if positions is None else positions.shape[0],
+        begun,
+    )
 
 
 def _padded(states: Tensor, size: int) -> Tensor:

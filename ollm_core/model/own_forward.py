@@ -22,7 +22,7 @@ from transformers import PreTrainedConfig
 from ollm_core.contracts.model import Layout
 from ollm_core.errors import UnsupportedError
 from ollm_core.memory.tracker import OperationMode, tensors_in
-from ollm_core.model.layer_memory import LayerMemory, new_cache, new_layer
+from ollm_core.model.layer_memory import LayerMemory, layer_maker, new_cache
 
 _CACHES = ("past_key_values", "cache_params")
 """What models call the cache that they are given."""
@@ -80,6 +80,8 @@ class Facts:
     """That of hidden states, before and after rows and tokens."""
     width: int
     """Numbers in the hidden states of one token between layers."""
+    converted: Mapping[str, torch.dtype]
+    """Constants that the model converts when it is first run, and keeps so, by name."""
 
     def hidden_shape(self, num_rows: int, num_tokens: int) -> tuple[int, ...]:
         """That of hidden states between layers, mostly [R, T, C]."""
@@ -113,7 +115,7 @@ class OwnForward:
     """What following it has found."""
 
     def __init__(self, model: Any, layout: Layout, layers: Sequence[nn.Module]) -> None:
-        """Puts stand-ins for `layers`, the embedding and the input of the head into `model`."""
+        """Puts stand-ins for `layers` and the embedding into `model`."""
         self.model = model
         self.device = torch.device("meta")
         """Where the model is run."""
@@ -123,15 +125,13 @@ class OwnForward:
         self._embed_forward = self._embedding.forward
         self._embedding.padding_idx = None  # for training; rows are numbered anew
         self._embedding.forward = self._embed
-        head = model.get_submodule(layout.head)
-        head.register_forward_pre_hook(self._at_head, with_kwargs=True)
         for i, layer in enumerate(layers):
             layer.forward = self._stand_in(i)
         parameters = inspect.signature(model.forward).parameters
         self._cache_name = next((name for name in _CACHES if name in parameters), "")
         self._takes_positions = "position_ids" in parameters
         self._cuts_logits = "logits_to_keep" in parameters
-        self._empty_layers = new_cache(model.config).layers
+        self._new_layers = [layer_maker(one) for one in new_cache(model.config).layers]
         configs = (getattr(module, "config", None) for module in model.modules())
         self._configs = {id(one): one for one in configs if isinstance(one, PreTrainedConfig)}
 
@@ -141,13 +141,24 @@ class OwnForward:
         return int(self._embedding.weight.shape[-1])
 
     @property
+    def takes_cache(self) -> bool:
+        """Whether the model takes a cache of transformers."""
+        return bool(self._cache_name)
+
+    def head_rows(self, num_logits: int, num_tokens: int) -> int:
+        """How many states the head multiplies where so many logits of so many tokens are wanted:
+        some models always make all.
+        """
+        return num_logits if self._cuts_logits else num_tokens
+
+    @property
     def num_layers(self) -> int:
         """How many there are."""
         return len(self._forwards)
 
     def new_layer(self, layer_idx: int) -> Any:
         """An empty layer of transformers' cache of the model."""
-        return new_layer(self._empty_layers[layer_idx])
+        return self._new_layers[layer_idx]()
 
     def attend_by(self, attention: str) -> None:
         """Let layers call the function of that name in transformers' AttentionInterface, and the
@@ -196,6 +207,8 @@ class OwnForward:
 
         logits = self.run(Run(rows, answer, num_logits), ids, positions, cache)
         self._check_here(logits)
+        if not self._cuts_logits:  # all are made, as products of other shapes have other last bits
+            logits = logits[:, -num_logits:].clone()
         return logits
 
     def call(self, layer_idx: int, hidden: Tensor, arguments: LayerArguments) -> Tensor:
@@ -244,12 +257,6 @@ class OwnForward:
         numbers = torch.arange(ids.numel(), device=ids.device).view(ids.shape)
         embedded: Tensor = self._embed_forward(numbers)
         return embedded
-
-    def _at_head(self, _: nn.Module, args: tuple[Any, ...], kwargs: Any) -> Any:
-        run = self._run
-        if run is None or not run.num_logits or not args or self._cuts_logits:
-            return None
-        return (args[0][:, -run.num_logits :], *args[1:]), kwargs
 
     def _stand_in(self, layer_idx: int) -> Callable[..., Any]:
         names = list(inspect.signature(self._forwards[layer_idx]).parameters)

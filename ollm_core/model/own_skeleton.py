@@ -45,17 +45,18 @@ class OwnSkeleton(Skeleton):
         dtype: torch.dtype,
         device: torch.device,
         products: CpuProducts | None = None,
+        model: Any = None,
     ) -> None:
-        """`products` multiply in place of torch, inside layers and the head. Raises ConfigError if
-        transformers cannot build a model from `config`, UnsupportedError
-        for one whose forward cannot be followed.
+        """`products` multiply in place of torch, inside layers and the head; `model` is that of
+        `empty_model`, if there is one already. Raises ConfigError if transformers cannot build a
+        model from `config`, UnsupportedError for one whose forward cannot be followed.
         """
         self.recurrent = frozenset()
         self.products = products
         self.outside = OutsideLayers()
         self.mixtures: Mapping[int, Mixture] = {}
         register_attention()
-        model = empty_model(config, dtype, EAGER_NAME)
+        model = model or empty_model(config, dtype, EAGER_NAME)
         self.config = model.config.get_text_config(decoder=True)
         check_paths(model, layout, ("embedding", "layers", "head"))
         _give_buffers(model)
@@ -97,12 +98,13 @@ class OwnSkeleton(Skeleton):
         self._outer = Slots(model, [places[name] for name in outer])
         head = [name for name in places if name.startswith(f"{layout.head}.")]
         self._head = Slots(model, [places[name] for name in head])
-        self._buffers = [
-            (module._buffers, name, value.to(device))
-            for module in model.modules()
+        buffers = {
+            f"{path}.{name}": (module._buffers, name, value)
+            for path, module in model.named_modules()
             for name, value in module._buffers.items()
             if value is not None and not value.is_meta
-        ]
+        }
+        self._buffers = list(buffers.values())
         self._device = device
         self.own = OwnForward(model, layout, self.layers)
         self._place_buffers(torch.device("meta"))
@@ -113,6 +115,10 @@ class OwnSkeleton(Skeleton):
         self.grows = self.blockwise.grows
         if any(kind.states for kind in self.kinds):
             refuse_kernels()
+        self._buffers = [
+            (holder, name, value.to(self.own.facts.converted.get(path, value.dtype)).to(device))
+            for path, (holder, name, value) in buffers.items()
+        ]
         self._place_buffers(device)
 
     @property

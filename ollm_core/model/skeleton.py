@@ -8,6 +8,7 @@ import copy
 import difflib
 import importlib.util
 import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from types import MappingProxyType
@@ -23,6 +24,7 @@ from ollm_core.errors import ConfigError, PluginError, UnsupportedError
 from ollm_core.model.moe import Mixture
 from ollm_core.model.outside_layers import OutsideLayers, watch_outside
 from ollm_core.model.own_forward import OwnForward
+from ollm_core.plugins.decoder import bad_config
 from ollm_core.products.products import CpuProducts
 from ollm_core.products.weight import ProductWeight
 
@@ -244,8 +246,11 @@ def _rotary_types(rotary: nn.Module, config: PreTrainedConfig, num_layers: int) 
     return types
 
 
-def empty_model(config: Config, dtype: torch.dtype, attention: str) -> Any:
-    """transformers' model on the meta device. Raises ConfigError if it cannot build one."""
+def empty_model(config: Config, dtype: torch.dtype, attention: str = "eager") -> Any:
+    """transformers' causal language model of a text config on the meta device, in `dtype`. Raises
+    ConfigError if it cannot build one.
+    """
+    _check_counts(config)
     plain = {key: value for key, value in config.items() if key != "quantization_config"}
     try:
         made = AutoConfig.for_model(**copy.deepcopy(plain))
@@ -263,6 +268,27 @@ def empty_model(config: Config, dtype: torch.dtype, attention: str) -> Any:
             f"{' '.join(str(error).split())}"
         ) from error
     return model.eval()
+
+
+_MOST = 1 << 40
+"""The largest number of a config.json that is taken for one."""
+_MOST_MODULES = 1 << 16
+"""The most layers, or experts that each are a module: beyond, building a model never ends."""
+
+
+def _check_counts(value: object, key: str = "config.json") -> None:
+    """Raises ConfigError for a number that is none of a model, before one is built of it."""
+    if isinstance(value, Mapping):
+        for name, one in value.items():
+            _check_counts(one, str(name))
+    elif isinstance(value, (list, tuple)):
+        for one in value:
+            _check_counts(one, key)
+    elif type(value) is int:
+        counted = re.search(r"layers?$|^depth$|(^|_)num_blocks$|experts$", key)
+        most = _MOST_MODULES if counted else _MOST
+        if abs(value) > most:
+            raise bad_config(key, value, f"an integer up to {most}")
 
 
 _PARTS = "embedding", "layers", "norm", "head", "rotary"

@@ -91,7 +91,8 @@ def inspect_model(
     skeleton: Skeleton
     products = choose_products(compute_dtype, device, precision)
     if layout.own_forward:
-        skeleton = own = OwnSkeleton(config, layout, compute_dtype, place, products)
+        model = adapter.built_model(config, compute_dtype)
+        skeleton = own = OwnSkeleton(config, layout, compute_dtype, place, products, model)
         kinds = own.kinds
         adapter = LimitedAdapter(adapter, own.limits)
     else:

@@ -28,6 +28,7 @@ from ollm_core.plugins.registry import Registry, supports
 from ollm_core.plugins.validation import check_capability, told
 from ollm_core.products.select import without_instructions
 from ollm_core.testing.declarations import (
+    as_opened,
     check_declarations,
     check_halves,
     check_model,
@@ -73,6 +74,7 @@ __all__ = [
     "WeightUnit",
     "aligned_buffer",
     "as_memoryview",
+    "as_opened",
     "bound_parameters",
     "check_capability",
     "check_declarations",

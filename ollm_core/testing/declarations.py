@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import functools
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from ollm_core.checkpoint.safetensors import open_checkpoint, read_config
 from ollm_core.contracts.adapter import ModelAdapter
-from ollm_core.contracts.model import Config, Layout
+from ollm_core.contracts.kv import CacheKind
+from ollm_core.contracts.model import Capability, Config, Layout
 from ollm_core.engine.activations import Workspace
+from ollm_core.errors import OllmError
+from ollm_core.model.own_skeleton import OwnSkeleton
 from ollm_core.model.skeleton import Skeleton
 from ollm_core.model.spec import ModelSpec, inspect_model
+from ollm_core.plugins.limited import LimitedAdapter
 from ollm_core.plugins.registry import Registry
 from ollm_core.plugins.validation import kinds_of, layout_of, plan_of, text_config_of
 from ollm_core.weights.formats.codecs import LogicalTensors, as_stored
@@ -30,6 +36,41 @@ def check_declarations(
     layout = layout_of(adapter, text_config)
     kinds_of(adapter, text_config, layout)
     plan_of(adapter, text_config, names_of(text_config))
+
+
+def as_opened(adapter: ModelAdapter, config: Config) -> ModelAdapter:
+    """The adapter of a config.json with what opening a model adds: where that is left to the
+    model's own forward, the caches that core finds, and what the model cannot do. Else, or where it
+    cannot be opened, `adapter` itself.
+    """
+    try:
+        text_config = text_config_of(adapter, config)
+        if not layout_of(adapter, text_config).own_forward:
+            return adapter
+        return _Opened(adapter, text_config)
+    except OllmError:
+        return adapter
+
+
+class _Opened(LimitedAdapter):
+    def __init__(self, adapter: ModelAdapter, text_config: Config) -> None:
+        self._looked_at = functools.lru_cache(maxsize=None)(self._look_at)
+        self._adapter = adapter
+        super().__init__(adapter, self._looked_at(_stated(text_config))[1])
+
+    def caches(self, config: Config) -> Sequence[CacheKind]:
+        return self._looked_at(_stated(config))[0]
+
+    def _look_at(self, stated: str) -> tuple[Sequence[CacheKind], Mapping[str, Capability]]:
+        config = json.loads(stated)
+        found = OwnSkeleton(
+            config, self._adapter.layout(config), torch.bfloat16, torch.device("meta")
+        )
+        return found.kinds, found.limits
+
+
+def _stated(config: Config) -> str:
+    return json.dumps(dict(config), sort_keys=True)
 
 
 def logical_tensors(directory: Path) -> LogicalTensors:
@@ -55,7 +96,8 @@ def check_model(config: Config, layout: Layout) -> None:
     """Raises UnsupportedError, or another OllmError, if the transformers model of a text config
     computes what the core cannot run with this layout. Nothing is allocated.
     """
-    Skeleton(config, layout, torch.bfloat16, torch.device("meta"))
+    kind = OwnSkeleton if layout.own_forward else Skeleton
+    kind(config, layout, torch.bfloat16, torch.device("meta"))
 
 
 def check_halves(adapter: ModelAdapter, directory: Path, registry: Registry) -> None:

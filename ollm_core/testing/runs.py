@@ -48,16 +48,19 @@ def bound_parameters(model: StreamedModel, layout: Layout) -> Iterator[tuple[str
     """
     vocab_size = model.config.get_text_config().vocab_size
     yield f"{layout.embedding}.weight", model.weights.embed(torch.arange(vocab_size))
-    yield f"{layout.norm}.weight", model.weights.norm[0]
-    head: list[Tensor] = []
+    own = layout.own_forward
+    outer = model.engine._skeleton.outer if own else [f"{layout.norm}.weight"]
+    yield from zip(outer, model.weights.norm, strict=own)
+    head: dict[str, list[Tensor]] = {}
     for unit_idx, unit in enumerate(model.weights.units):
         with model.weights.acquire(unit_idx) as parameters:
             for parameter, value in zip(unit.parameters, parameters, strict=True):
                 if unit_idx < layout.num_layers:
                     yield parameter.name, value.clone()
                 else:
-                    head.append(value.clone())
-    yield f"{layout.head}.weight", torch.cat(head)
+                    head.setdefault(parameter.name, []).append(value.clone())
+    for name, values in head.items():
+        yield name, torch.cat(values)
     for layer_idx, experts in model.weights.expert_units.items():
         slices: dict[str, list[Tensor]] = {}
         with model.weights.experts(layer_idx, range(len(experts))) as found:

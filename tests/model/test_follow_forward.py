@@ -104,6 +104,30 @@ class Keeping(Plain):
         return self.kept
 
 
+class Counting(Plain):
+    """Writes into a tensor of its own."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.register_buffer("count", torch.zeros(1), persistent=False)
+
+    def last(self, outputs):
+        self.count += 1
+        return outputs[-1]
+
+
+class Converting(Plain):
+    """Converts a constant when it is first run, and keeps it so."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.register_buffer("table", torch.ones(32, dtype=torch.float64), persistent=False)
+
+    def last(self, outputs):
+        self.table = self.table.to(outputs[-1].dtype)
+        return outputs[-1] * self.table
+
+
 def followed(kind):
     config = LlamaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
@@ -140,9 +164,16 @@ def test_what_is_seen():
         (Summed, "makes logits of more than what its last layer gives"),
         (Handing, "gives layer 1 what another layer returns"),
         (Keeping, "keeps what it has computed in .kept"),
+        (Counting, "keeps what it has computed in .count"),
     ],
 )
 def test_refuses_what_it_would_leave_out(kind, reason):
     """Each would give wrong tokens."""
     with pytest.raises(UnsupportedError, match=f"{kind.__name__} {reason}"):
         followed(kind)
+
+
+def test_constants_that_are_converted():
+    """The dtype in which they stay is told, so that they are so from the start."""
+    assert followed(Converting).converted == {".table": torch.float32}
+    assert not followed(Plain).converted

@@ -7,15 +7,25 @@ import json
 
 import pytest
 import torch
+from tiny import tiny_config
 from trial import checks, run_ours, run_reference, saved, steps, try_type
 
 import ollm
 from ollm_adapter_transformers import TransformersAdapter
-from ollm_core import CheckpointError, OllmError, UnknownModelError, UnsupportedError
-from ollm_core.testing import Registry, TierTracker, without_instructions
+from ollm_core import CheckpointError, ConfigError, OllmError, UnknownModelError, UnsupportedError
+from ollm_core.testing import (
+    Registry,
+    TierTracker,
+    as_opened,
+    read_config,
+    without_instructions,
+)
 
 DIFFER = {
     "bert": "embeddings of positions and types with a norm, a head of two products with a bias",
+    "ctrl": "positions that are kept in the dtype of its first run",
+    "qwen4_exp_text": "an index by blocks of tokens that asks which may be seen",
+    "trocr": "a head that makes logits of every token",
     "bloom": "alibi, and attention that knows no interface",
     "deepseek_v2": "latent attention: keys and values of different sizes",
     "deepseek_v32": "a sparse index beside keys",
@@ -48,9 +58,11 @@ def test_passes(model_type):
     assert not wrong
 
 
-@pytest.mark.parametrize("model_type", ["bloom", "falcon_h1", "deepseek_v3"])
+@pytest.mark.parametrize(
+    "model_type", ["bloom", "ctrl", "deepseek_v3", "dots3_note_text", "falcon_h1"]
+)
 def test_passes_in_bfloat16(model_type):
-    """Parameters that transformers keeps in float32 stay so."""
+    """What transformers keeps in float32 stays so: parameters, and an index beside keys."""
     assert not any(dict(checks(model_type, torch.bfloat16)).values())
 
 
@@ -63,6 +75,10 @@ def test_passes_in_bfloat16(model_type):
         ("mixtral", None, torch.float32, "exact"),
         ("jamba", None, torch.float32, "exact"),
         ("mamba2", 64, torch.bfloat16, "exact"),  # adds up in float32
+        ("qwen4_exp_text", None, torch.float32, "exact"),
+        ("trocr", None, torch.float32, "exact"),
+        ("xmod", None, torch.float32, "exact"),
+        ("zamba2", None, torch.float32, "exact"),
         ("gemma2", 64, torch.bfloat16, "fast"),
         ("gpt2", None, torch.bfloat16, "fast"),
         ("falcon_h1", 64, torch.bfloat16, "fast"),
@@ -92,6 +108,54 @@ def test_layers_that_keep_nothing_beside_others_on_disk(tmp_path):
         with ollm.load(directory, **options) as ours:
             found = run_ours(ours, ids, steps(40))
         assert torch.equal(found, run_reference(model, ids, steps(40)))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "path"), [("mixtral", "mlp.experts"), ("nemotron_h", ""), ("llama", "")]
+)
+def test_experts_are_read_one_by_one(model_type, path):
+    """A pass over one token reads those that it chose; NemotronH adds up in float32."""
+    with saved(model_type, torch.bfloat16) as (_, directory):
+        adapter = TransformersAdapter()
+        assert adapter.layout(adapter.text_config(read_config(directory))).experts == path
+        with ollm.load(directory, device="cpu") as model:
+            assert bool(model.weights.expert_units) is bool(path)
+
+
+def test_is_built_once(monkeypatch):
+    """The model that is looked at is the one that is run; another dtype makes another."""
+
+    def fail(*_):
+        raise AssertionError("built anew")
+
+    with saved("llama", torch.bfloat16) as (_, directory):
+        monkeypatch.setattr("ollm_core.model.own_skeleton.empty_model", fail)
+        ollm.load(directory, device="cpu").close()
+        with pytest.raises(AssertionError, match="built anew"):
+            ollm.load(directory, device="cpu", dtype="float32")
+
+
+@pytest.mark.parametrize(("key", "value"), [("num_hidden_layers", 10**6), ("hidden_size", 10**30)])
+def test_refuses_absurd_numbers(key, value):
+    """Before transformers begins to build a model of them."""
+    adapter = TransformersAdapter()
+    with pytest.raises(ConfigError, match=f"{key} must be an integer up to"):
+        adapter.layout({**adapter.tiny_config(), "model_type": "llama", key: value})
+
+
+def test_what_core_finds_is_told():
+    """Caches and limits of a model that is left to its own forward, as the suite asks for them."""
+    adapter = TransformersAdapter()
+    config = tiny_config("falcon_h1").to_dict()
+    opened = as_opened(adapter, config)
+    assert not adapter.caches(config)
+    kinds = opened.caches(config)
+    assert len(kinds) == config["num_hidden_layers"]
+    assert all(kind.has_keys and kind.states for kind in kinds)
+    limited = as_opened(adapter, tiny_config("jamba").to_dict())
+    assert limited.capabilities["chunked-prefill"].support == "unsupported"
+    assert "batch" not in opened.capabilities
+    assert as_opened(adapter, {"model_type": "t5"}) is adapter
 
 
 @pytest.mark.parametrize("model_id", ["gemma2-2B", "gemma3-1B", "mistral-7B", "phi4-14B"])
@@ -139,6 +203,9 @@ def test_refuses_frequencies_that_depend_on_the_length(rope_type):
     [
         ("recurrent_gemma", "keeps what it has computed in model.layers.0"),
         ("longcat_flash", "has 8 caches for 4 layers"),
+        ("blt", "transformers makes no cache for a blt model"),
+        ("jetmoe", r", in JetMoeTopKGating.forward"),
+        ("gemma4_assistant", "Gemma4AssistantForCausalLM takes no cache of transformers"),
     ],
 )
 def test_refuses_what_cannot_be_followed(model_type, reason):

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassClassValidationError
+from transformers import PreTrainedConfig
+
 HIDDEN, HEADS, HEAD_DIM, INNER, VOCAB, WINDOW, EXPERTS = 64, 4, 16, 96, 256, 24, 8
 MOST_LAYERS = 6
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "depth")
@@ -32,6 +35,12 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
     "deepseek_v2": {"num_experts_per_tok": 2, "first_k_dense_replace": 1},
     "dots1": {"n_routed_experts": EXPERTS, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "blt": {"encoder_hash_byte_group_vocab": 64},
+    "dots3_note": {
+        "vision_config": {
+            "num_hidden_layers": 2, "mlp_layer_types": ["dense"] * 2, "adapter_out_dim": HIDDEN,
+        },
+        "audio_config": {"num_hidden_layers": 2, "adapter_out_dim": HIDDEN},
+    },
     "dots3_note_text": {"head_dim": 2 * HEAD_DIM},
     "falcon_h1": {"mamba_d_head": 32, "mamba_d_ssm": 128},
     "gemma3n_text": {"num_kv_shared_layers": 2},
@@ -47,7 +56,23 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
     "mamba2": {"num_heads": HEADS, "head_dim": 32},
     "ministral": {"head_dim": HEAD_DIM},
+    "gemma4_assistant": {
+        "text_config": {
+            "model_type": "gemma4_text", "hidden_size_per_layer_input": 0,
+            "vocab_size_per_layer_input": 0, "num_hidden_layers": 4,
+        }
+    },
     "nemotron": {"num_key_value_heads": 2},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": HEAD_DIM,
+        "indexer_budget": 16, "indexer_compress_ratio": 4,
+    },
+    "reformer": {"axial_pos_embds_dim": (HIDDEN // 4, HIDDEN - HIDDEN // 4)},
+    "xmod": {"languages": ["en_XX", "de_DE"], "default_language": "de_DE"},
+    "hrm_text": {"num_layers_per_stack": 2, "num_hidden_layers": 16},
+    "emu3": {"vocabulary_map": {"<image>": 250, "<|extra_200|>": 251}},
+    "zamba2": {"layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"]},
+    "zamba": {"layers_block_type": ["linear_attention", "linear_attention", "hybrid", "hybrid"]},
 }  # fmt: skip
 """What a type needs beside, where its defaults make no model, or not one of every kind of layer."""
 _PARTS = (
@@ -58,9 +83,10 @@ _CHOSEN = (
     "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts",
     "moe_top_k", "experts_per_token",
 )  # fmt: skip
+_GROUPS = "n_group", "num_expert_group", "topk_group"
 _PLAIN: Mapping[str, int] = {
     "hidden_size": HIDDEN, "n_embd": HIDDEN, "d_model": HIDDEN, "embedding_size": HIDDEN,
-    "word_embed_proj_dim": HIDDEN, "emb_dim": HIDDEN, "attention_hidden_size": HIDDEN,
+    "word_embed_proj_dim": HIDDEN, "emb_dim": HIDDEN,
     "lru_width": HIDDEN, "dim_model": HIDDEN, "input_embedding_size": HIDDEN,
     "output_embedding_size": HIDDEN, "embedding_dim": HIDDEN,
     "head_dim": HEAD_DIM, "global_head_dim": 2 * HEAD_DIM, "qk_nope_head_dim": HEAD_DIM,
@@ -101,11 +127,15 @@ def tiny_config(model_type: str, **changes: Any) -> Any:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     kind = CONFIG_MAPPING[model_type]
-    default = kind()
+    own = CHANGES.get(model_type, {})
+    try:
+        default = kind()
+    except StrictDataclassClassValidationError:  # its defaults contradict each other
+        default = kind(**own)
     given = shrink(default, model_type)
     if "is_decoder" in given:
         given["is_decoder"] = True
-    given |= {**CHANGES.get(model_type, {}), **changes}
+    given |= {**own, **changes}
     return kind(**given)
 
 
@@ -114,10 +144,16 @@ def shrink(config: Any, model_type: str = "") -> dict[str, Any]:
     stated = config.to_dict()
     for gone in ("model_type", "transformers_version", "architectures", "_name_or_path"):
         stated.pop(gone, None)
+    for key in _computed(config, stated):
+        del stated[key]
     for key, value in list(stated.items()):
+        part = getattr(config, key) if isinstance(value, Mapping) else None
         if isinstance(value, Mapping) and key.endswith(_PARTS):
-            part = getattr(config, key)
             stated[key] = {**shrink(part), **CHANGES.get(part.model_type, {})}
+        elif isinstance(part, PreTrainedConfig) and not value.get("per_layer_config"):
+            layers = ((name, value.get(name)) for name in (*_LAYERS, "num_blocks"))
+            few = {name: min(count, 2) for name, count in layers if type(count) is int}
+            stated[key] = {**value, **few}
     num_layers = next((stated[k] for k in _LAYERS if isinstance(stated.get(k), int)), 0)
     kept = _kept_layers(stated, num_layers)
     heads = next((stated[k] for k in _HEADS if isinstance(stated.get(k), int)), 0)
@@ -138,7 +174,7 @@ def shrink(config: Any, model_type: str = "") -> dict[str, Any]:
                 small[key] = _PLAIN[key] if key.endswith("token_id") else min(value, _PLAIN[key])
         elif key in _CHOSEN:
             small[key] = min(value, 2) if isinstance(value, int) else value
-        elif key in ("n_group", "num_expert_group", "topk_group") and isinstance(value, int):
+        elif key in _GROUPS and isinstance(value, int):
             small[key] = min(value, 1 if key == "topk_group" else 2)
         elif key in ("mamba_n_groups", "n_groups") and isinstance(value, int):
             small[key] = min(value, 2)
@@ -162,6 +198,24 @@ def shrink(config: Any, model_type: str = "") -> dict[str, Any]:
     if isinstance(small.get("eos_token_id"), list):
         small["eos_token_id"] = 2
     return small
+
+
+def _computed(config: Any, stated: Mapping[str, Any]) -> list[str]:
+    """What the config class computes of other keys where it is not given, but for what is made
+    small here: sizes without a default, sizes and lists that the class does not name.
+    """
+    fields = type(config).__dataclass_fields__
+    made_small = {*_PLAIN, *_LAYERS, *_HEADS, *_KV_HEADS, *_CHOSEN, *_GROUPS, "num_blocks"}
+    num_layers = next((stated[k] for k in _LAYERS if isinstance(stated.get(k), int)), 0)
+
+    def computed(key: str, value: Any) -> bool:
+        if isinstance(value, list):
+            return key not in fields and key != "architectures" and len(value) != num_layers
+        size = type(value) is int and value > 1 and key not in made_small
+        named = key in fields and fields[key].default is not None
+        return size and not named and not key.endswith(("token_id", "vocab_size", "per_stack"))
+
+    return [key for key, value in stated.items() if computed(key, value)]
 
 
 def _kept_layers(stated: Mapping[str, Any], num_layers: int) -> list[int]:

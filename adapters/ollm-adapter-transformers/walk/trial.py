@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny import CHANGES, tiny_config
+from tiny import tiny_config
 from torch import Tensor
 
 PROMPT, STEPS, CHUNK = 75, 4, 64
@@ -21,11 +21,13 @@ PROMPT, STEPS, CHUNK = 75, 4, 64
 @contextlib.contextmanager
 def saved(model_type: str, dtype: torch.dtype, **changes: Any) -> Iterator[tuple[Any, Path]]:
     """A tiny random model of transformers, as loaded from its checkpoint, and the directory."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
 
     config = tiny_config(model_type, **changes)
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    if model.config.model_type != config.model_type:  # of a part, which has no checkpoints
+        model = AutoModelForMultimodalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():  # what is 0 or 1 by default should be seen
             if parameter.dim() < 2 or not parameter.any():
@@ -155,16 +157,17 @@ def run_reference_greedy(model: Any, ids: Tensor) -> list[int]:
 
 def planned(directory: Path, options: dict[str, Any]) -> str:
     """Whether the config alone tells the tensors that are stored."""
+    from ollm_adapter_transformers import TransformersAdapter
     from ollm_core.testing import Registry, open_checkpoint, read_config
 
     config = read_config(directory)
     adapter = Registry.discover().adapter_for(config)
     text = adapter.text_config(config)
-    told = adapter.tensors(text, {}, "F32") if adapter.name == "transformers" else None
-    if told is None:
+    if not isinstance(adapter, TransformersAdapter):
         return ""
+    told = adapter.tensors(text, {}, "F32")
     stored = {name: one.shape for name, one in open_checkpoint(directory).tensors.items()}
-    if text.get("model_type") != config.get("model_type"):  # the rest of the model is there, too
+    if adapter.is_part:  # the rest of the model is there, too
         told_shapes = Counter(shape for _, shape in told.values())
         return "" if told_shapes <= Counter(stored.values()) else "other tensors are stored"
     wrong = {name for name, (_, shape) in told.items() if stored.get(name) != shape}
@@ -179,15 +182,12 @@ def one_line(error: Exception) -> str:
 
 def try_type(model_type: str) -> dict[str, str]:
     """Each check by name: "" if it passed, else what is wrong; or "refused" and the message."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
     from ollm_core import OllmError
     from ollm_core.testing import Registry
 
     found: dict[str, str] = {}
     try:
-        stated = {**CONFIG_MAPPING[model_type]().to_dict(), **CHANGES.get(model_type, {})}
-        Registry.discover().adapter_for(stated)
+        Registry.discover().adapter_for(tiny_config(model_type).to_dict())
         for dtype in (torch.float32, torch.bfloat16):
             for name, wrong in checks(model_type, dtype):
                 found[f"{name} {str(dtype)[6:]}"] = wrong

@@ -71,9 +71,9 @@ def same_parameters(
     subject: Subject, model: StreamedModel, config: Config, reference: Reference, what: str
 ) -> None:
     """Raises AssertionError unless a model with this text config gives its layers, bit for bit, the
-    parameters of `reference`: all of them, and no other.
+    parameters of `reference`, and its buffers that are stored: all of them, and no other.
     """
-    expected = dict(reference.model.named_parameters(remove_duplicate=False))
+    expected = dict(reference.model.state_dict())
     for name, found in bound_parameters(model, subject.adapter.layout(config)):
         if name not in expected:
             raise AssertionError(f"{what}: expected parameters of transformers, got {name} too")

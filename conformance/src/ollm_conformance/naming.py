@@ -26,7 +26,7 @@ class Names:
     """What transformers makes of one config.json, nothing of it computed."""
 
     parameters: Mapping[str, tuple[int, ...]]
-    """Shape of each parameter, a tied head included."""
+    """Shape of each parameter, and of each buffer that is stored, a tied head included."""
     forms: Mapping[str, Form]
     """dtype and shape of each tensor of the checkpoint as the family has it and an adapter is told
     of it, decoded where it is packed, a tied head left out. Empty for the dtype of floats, which
@@ -51,8 +51,10 @@ def names_of(config: Config, model: PreTrainedModel | None = None) -> Names:
     transformers does for a config that makes no model.
     """
     model = model or meta_model(config)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters = model.state_dict()  # and buffers that are stored
     state = {name: p.data for name, p in model.named_parameters()}  # each shared one once
+    buffers = dict(model.named_buffers())
+    state |= {name: buffers[name] for name in parameters if name in buffers}
     plain = revert_weight_conversion(model, state)
     ignored: Iterable[str] = model._keys_to_ignore_on_load_unexpected or ()
     return Names(

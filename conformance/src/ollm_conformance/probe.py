@@ -33,9 +33,13 @@ def main(module: str, name: str, path: str) -> None:
 
 
 def read_declarations(adapter: ModelAdapter) -> None:
-    """Ask an adapter everything."""
+    """Ask an adapter everything; one that claims the rest, what it says before it looks at a model
+    of transformers.
+    """
     adapter.catalog()
     config = adapter.tiny_config()
+    if adapter.claims_rest:
+        return
     adapter.layout(config)
     adapter.caches(config)
     with contextlib.suppress(Exception):  # for an empty checkpoint it must refuse

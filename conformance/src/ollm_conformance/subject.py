@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import functools
 import hashlib
+import inspect
 import json
 import os
 import re
@@ -30,6 +31,7 @@ from ollm_core.testing import (
     Registry,
     SequenceCache,
     StreamedModel,
+    as_opened,
     logical_tensors,
     open_checkpoint,
     open_dry_run,
@@ -61,6 +63,8 @@ class Reference:
             **reference_options(read_config(directory)),
         )
         self.model: PreTrainedModel = model.eval().to(device)
+        names = inspect.signature(type(model).forward).parameters
+        self._cache_name = "cache_params" if "cache_params" in names else "past_key_values"
         with torch.no_grad():
             for parameter in self.model.parameters():
                 # In bfloat16 transformers 5.17 leaves what it has unpacked, whatever is asked for.
@@ -104,9 +108,9 @@ class Reference:
         found = [
             self.model(
                 input_ids=chunk[None],
-                past_key_values=used,
                 use_cache=True,
                 logits_to_keep=int(last_only),
+                **{self._cache_name: used},
             ).logits[0]
             for chunk in ids.split(chunk_size)
         ]
@@ -163,8 +167,11 @@ class Subject:
         one; `tiny_config` stands for the adapter's own, `small_configs` for those that the suite
         makes of entries of the catalog, by id.
         """
-        self.adapter = adapter
+        self.given_adapter = adapter
+        """As the test class names it."""
         self._tiny_config = tiny_config
+        self.adapter = as_opened(adapter, self.given_config)
+        """With what core finds of a model that it leaves to the model's own forward."""
         self.small_configs = small_configs or {}
         self.directory = directory
         self.real_checkpoint = checkpoint
@@ -180,7 +187,7 @@ class Subject:
     @functools.cached_property
     def registry(self) -> Registry:
         """A registry of this adapter alone. Raises PluginError if it cannot be used."""
-        return Registry.of(self.adapter)
+        return Registry.of(self.given_adapter)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -190,7 +197,7 @@ class Subject:
     @property
     def given_config(self) -> Config:
         """The tiny config as the adapter, or the test class, gives it."""
-        return self._tiny_config or self.adapter.tiny_config()
+        return self._tiny_config or self.given_adapter.tiny_config()
 
     def once(self, key: tuple[Hashable, ...], make: Callable[[], Any]) -> Any:
         """What `make` gave when it was called for this `key`, the first time alone."""

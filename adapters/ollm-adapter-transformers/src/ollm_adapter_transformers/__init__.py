@@ -7,7 +7,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ollm_adapter_transformers.catalog import entries
 from ollm_adapter_transformers.recognise import check_config, is_composite, language_config
@@ -39,7 +39,8 @@ class TransformersAdapter(ModelAdapter):
     def for_model(self, config: Config) -> ModelAdapter:
         """The adapter of one model: what it builds to look at is built once."""
         check_config(config)
-        return OneModel(is_part=is_composite(config))
+        dtype = config.get("dtype") or config.get("torch_dtype")
+        return OneModel(is_part=is_composite(config), dtype=str(dtype or ""))
 
     def text_config(self, config: Config) -> Config:
         """The language model's part."""
@@ -84,20 +85,35 @@ class TransformersAdapter(ModelAdapter):
         }
 
     def _tree(self, config: Config) -> Tree:
+        import torch
+
         from ollm_adapter_transformers.tree import build_tree
 
-        return build_tree(config)
+        stated = config.get("dtype") or config.get("torch_dtype") or self.unstated_dtype
+        dtype = getattr(torch, str(stated), None)
+        return build_tree(config, dtype if isinstance(dtype, torch.dtype) else torch.float32)
 
 
 class OneModel(TransformersAdapter):
     """That of one model."""
 
-    def __init__(self, *, is_part: bool) -> None:
+    def __init__(self, *, is_part: bool, dtype: str) -> None:
+        """`dtype` is that of the whole config, which a part of it may leave out."""
         self.is_part = is_part
+        self.unstated_dtype = dtype
+        self._given: list[Any] = []
         self._built = functools.lru_cache(maxsize=2)(self._build)
 
     def for_model(self, config: Config) -> ModelAdapter:
         return self
+
+    def built_model(self, config: Config, dtype: Any) -> Any | None:
+        """That of the tree, once: what it is run by changes it."""
+        model = self._tree(config).model
+        if model.dtype != dtype or any(one is model for one in self._given):
+            return None
+        self._given.append(model)
+        return model
 
     def _tree(self, config: Config) -> Tree:
         return self._built(json.dumps(dict(config), sort_keys=True, default=str))

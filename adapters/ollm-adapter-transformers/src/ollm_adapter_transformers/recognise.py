@@ -4,6 +4,7 @@ model's.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from ollm_core import Config, ConfigError, UnsupportedError
@@ -30,6 +31,32 @@ def check_config(config: Config) -> None:
             f"model_type {model_type!a} is no causal language model in transformers",
             hint="oLLM runs causal language models",
         )
+    for part in (config, _text_part(config) or {}):
+        _check_cache(str(part.get("model_type")))
+
+
+def _check_cache(model_type: str) -> None:
+    """Raises UnsupportedError for a model whose forward is not given transformers' cache."""
+    kind = _class_of(model_type)
+    if kind is not None and not {"past_key_values", "cache_params"} & _parameters(kind.forward):
+        raise UnsupportedError(
+            f"{kind.__name__} takes no cache of transformers: what it knows of earlier tokens, if "
+            "anything, is kept elsewhere",
+            hint="a model is run with transformers' own cache; this one is not made so",
+        )
+
+
+def _parameters(function: Any) -> set[str]:
+    return set(inspect.signature(function).parameters)
+
+
+def _class_of(model_type: str) -> Any:
+    """transformers' causal language model of a type; None if it has none."""
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
+    return None if name is None else getattr(transformers, name)
 
 
 _DEPTH = 4
@@ -38,7 +65,15 @@ _DEPTH = 4
 
 def is_composite(config: Config) -> bool:
     """Whether the language model is a part of a larger one."""
-    return _text_part(config) is not None
+    return _text_part(config) is not None or _is_class_of_part(str(config.get("model_type")))
+
+
+def _is_class_of_part(model_type: str) -> bool:
+    """Whether transformers' causal language model of a type is made of a part of its config."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    kind = _class_of(model_type)
+    return kind is not None and kind.config_class in CONFIG_MAPPING[model_type].sub_configs.values()
 
 
 def language_config(config: Config) -> Config:
@@ -69,7 +104,7 @@ def _text_part(config: Config) -> Config | None:
             raise ConfigError(f"{name} of config.json is {part!a:.80}, need an object")
         if part.get("model_type") in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
             tied = {key: config[key] for key in ("tie_word_embeddings",) if key in config}
-            return {**tied, **part}
+            return {**part, **tied}  # as transformers' class of the whole model goes by it
     return None
 
 

@@ -47,8 +47,7 @@ def plan_weights(tree: Tree, tensor_names: Sequence[str], *, is_part: bool) -> W
     CheckpointError for a tensor that is missing or foreign, UnsupportedError for a conversion that
     cannot be done piece by piece.
     """
-    model = tree.model
-    state = model.state_dict()
+    model, state = tree.model, tree.state
     stored = {name: _without_part(name) if is_part else name for name in tensor_names}
     if len(set(stored.values())) < len(stored):
         raise CheckpointError("two tensors of the checkpoint are one of the language model's")
@@ -57,7 +56,7 @@ def plan_weights(tree: Tree, tensor_names: Sequence[str], *, is_part: bool) -> W
     experts: dict[str, tuple[ParameterSource, ...]] = {}
     inside = f".{tree.layout.experts}."
     for target, one in gathered.items():
-        for name, source in _sources(model, target, one):
+        for name, source in _sources(tree, target, one):
             if tree.layout.experts and inside in name and name.startswith(tree.layout.layers):
                 experts[name] = _expert_sources(source, state[name].shape[0])
             else:
@@ -89,7 +88,7 @@ def plan_weights(tree: Tree, tensor_names: Sequence[str], *, is_part: bool) -> W
         and not any(re.search(pattern, name) for pattern in patterns)
         and name not in aliases
         and name not in _renamed_to(gathered, aliases)
-        and not _is_buffer(model, name)
+        and not _is_buffer(tree, name)
     ]
     if wrong:
         raise CheckpointError(
@@ -102,8 +101,7 @@ def plan_weights(tree: Tree, tensor_names: Sequence[str], *, is_part: bool) -> W
 
 def saved_tensors(tree: Tree, dtype: str) -> dict[str, tuple[str, tuple[int, ...]]]:
     """dtype and shape of the tensors that transformers would save, by name."""
-    model = tree.model
-    state = model.state_dict()
+    model, state = tree.model, dict(tree.state)
     for name in model.all_tied_weights_keys:
         state.pop(name, None)
     try:
@@ -150,7 +148,7 @@ def _gather(
     return gathered, foreign
 
 
-def _sources(model: Any, target: str, gathered: _Gathered) -> list[tuple[str, ParameterSource]]:
+def _sources(tree: Tree, target: str, gathered: _Gathered) -> list[tuple[str, ParameterSource]]:
     """What makes each parameter of one conversion."""
     names = tuple(name for group in gathered.tensors.values() for name in group)
     if gathered.converter is None:
@@ -159,31 +157,30 @@ def _sources(model: Any, target: str, gathered: _Gathered) -> list[tuple[str, Pa
         return [(target, ParameterSource(names))]
     counts = {pattern: len(group) for pattern, group in gathered.tensors.items()}
     found = []
-    for name in _made(model, target, gathered):
-        convert = _Convert(gathered.converter, tuple(counts.items()), target, name, model)
+    for name in _made(tree, target, gathered):
+        convert = _Convert(gathered.converter, tuple(counts.items()), target, name, tree.model)
         found.append((name, ParameterSource(names, convert)))
     return found
 
 
-def _made(model: Any, target: str, gathered: _Gathered) -> list[str]:
+def _made(tree: Tree, target: str, gathered: _Gathered) -> list[str]:
     """The parameters that a conversion makes, beginning with `target`."""
     assert gathered.converter is not None, "asked for a conversion"
     patterns = gathered.converter.target_patterns
-    state = dict(model.named_parameters(remove_duplicate=False))
     first = patterns[0]
     names = []
     for pattern in patterns:
         if "*" in pattern:
             raise UnsupportedError(
-                f"{type(model).__name__}: the conversion of its checkpoints makes {pattern!a} of "
-                "one tensor, which is not supported",
+                f"{type(tree.model).__name__}: the conversion of its checkpoints makes {pattern!a} "
+                "of one tensor, which is not supported",
                 hint="save the model again with this transformers",
             )
         if first in target:
             names.append(target.replace(first, pattern, 1))
         elif len(patterns) == 1:
             names.append(target)
-    return [name for name in names if name in state] or [target]
+    return [name for name in names if name in tree.state] or [target]
 
 
 def _expert_sources(source: ParameterSource, num_experts: int) -> tuple[ParameterSource, ...]:
@@ -281,6 +278,6 @@ def _renamed_to(gathered: Mapping[str, _Gathered], names: set[str]) -> set[str]:
     }
 
 
-def _is_buffer(model: Any, tensor: str) -> bool:
+def _is_buffer(tree: Tree, tensor: str) -> bool:
     """Whether a tensor is a buffer that the model makes itself, as masks of older checkpoints."""
-    return any(tensor == name or name.endswith(f".{tensor}") for name, _ in model.named_buffers())
+    return any(tensor == name or name.endswith(f".{tensor}") for name in tree.buffers)

@@ -4,16 +4,14 @@ data.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from torch import Tensor, nn
 
-from ollm_core import Config, ConfigError, Layout, UnsupportedError
+from ollm_core import Config, Layout, UnsupportedError, empty_model, run_apart
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -21,30 +19,23 @@ class Tree:
     """transformers' model on the meta device, and where its parts are."""
 
     model: Any
+    """Core may run it: its modules are then other ones."""
     layout: Layout
+    state: Mapping[str, Tensor]
+    """What a checkpoint holds of it, by name."""
+    buffers: frozenset[str]
+    """Names of all buffers."""
 
 
-def build_tree(config: Config) -> Tree:
+def build_tree(config: Config, dtype: torch.dtype) -> Tree:
     """Raises ConfigError if transformers cannot build a model, UnsupportedError for a tree without
     the usual parts.
     """
-    plain = {key: value for key, value in config.items() if key != "quantization_config"}
-    try:
-        made = AutoConfig.for_model(**copy.deepcopy(plain))
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                made,
-                attn_implementation="eager",
-                experts_implementation="eager",
-                trust_remote_code=False,
-            )
-    except Exception as error:
-        raise ConfigError(
-            f"transformers cannot build a {config.get('model_type')} model from config.json: "
-            f"{' '.join(str(error).split())}"
-        ) from error
-    if any(getattr(module, "is_decoder", None) is False for module in model.modules()):
-        raise _error(model, "sees later tokens too, as is_decoder of config.json is false")
+    model = empty_model(config, dtype)
+    for module in model.modules():
+        if getattr(module, "is_decoder", None) is False:
+            what = f"sees later tokens too: is_decoder of its {type(module).__name__} is false"
+            raise _error(model, what)
     paths = {id(module): path for path, module in model.named_modules()}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if not isinstance(embedding, nn.Embedding):
@@ -62,7 +53,7 @@ def build_tree(config: Config) -> Tree:
         experts=next((inside for layer in layers for inside in _experts(layer)), ""),
         own_forward=True,
     )
-    return Tree(model, layout)
+    return Tree(model, layout, dict(model.state_dict()), frozenset(dict(model.named_buffers())))
 
 
 def _layers(model: Any, embedding: str) -> tuple[str, nn.ModuleList]:
@@ -93,14 +84,15 @@ def _layers(model: Any, embedding: str) -> tuple[str, nn.ModuleList]:
 
 def _experts(layer: nn.Module) -> Iterator[str]:
     """Paths of modules with routed experts that transformers calls by its own interface: stacked,
-    one slice for each expert.
+    one slice for each expert, which core may run one by one.
     """
     for path, module in layer.named_modules():
         own = list(module.parameters(recurse=False))
         stacked = len({one.shape[0] for one in own if one.dim() > 1}) == 1
         stacked &= all(one.dim() > 1 for one in own)
         is_interface = getattr(module, "is_concatenated", None) is not None
-        if path and own and stacked and is_interface and not list(module.children()):
+        alone = len(own) == len(list(module.parameters()))  # an activation has none
+        if path and own and stacked and is_interface and alone and run_apart(module):
             yield path
 
 

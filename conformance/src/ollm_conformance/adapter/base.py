@@ -113,7 +113,7 @@ def check_usable(subject: Subject) -> None:
     that the registry refuses, or whose declarations of its own tiny config are not what they are
     called.
     """
-    adapter = subject.adapter
+    adapter = subject.given_adapter
     try:
         Registry.of(adapter)
         check_tiny(subject.given_config)

@@ -43,7 +43,7 @@ class Declaration(AdapterSuite):
         look="the adapter's module: import torch in functions, use transformers' registries",
     )
     def test_imports_clean(self, subject: Subject) -> None:
-        cls = type(subject.adapter)
+        cls = type(subject.given_adapter)
         if "<locals>" in cls.__qualname__:
             raise AssertionError(f"expected an adapter class of a module, got {cls.__qualname__}")
         place = [cls.__module__, cls.__qualname__, json.dumps(sys.path)]
@@ -52,7 +52,7 @@ class Declaration(AdapterSuite):
         )
         assert ran.returncode == 0, (ran.stderr.strip() or ran.stdout).splitlines()[-1]
         with untouched(type(meta_model(subject.config)).__module__):
-            probe.read_declarations(subject.adapter)
+            probe.read_declarations(subject.given_adapter)
 
     @check(
         "declaration.names",
@@ -60,13 +60,15 @@ class Declaration(AdapterSuite):
         look="`name`, `model_types` and `adapter_api` of the adapter",
     )
     def test_names(self, subject: Subject) -> None:
-        adapter = subject.adapter
+        adapter = subject.given_adapter
         assert re.fullmatch(r"[a-z0-9][a-z0-9-]*", adapter.name), (
             f"name: expected small letters, digits and hyphens, got {adapter.name!r}"
         )
-        assert adapter.model_types, "model_types: expected at least one, got none"
+        assert adapter.model_types or adapter.claims_rest, (
+            "model_types: expected at least one, got none"
+        )
         tiny_type = subject.config.get("model_type")
-        assert tiny_type in adapter.model_types, (
+        assert tiny_type in adapter.model_types or adapter.claims_rest, (
             f"tiny_config(): expected a model_type of model_types, got {tiny_type!r}, "
             f"claimed: {', '.join(adapter.model_types)}"
         )

@@ -168,11 +168,11 @@ def _fill(
     for _ in range(num_sequences):
         sequence = store.new_sequence()
         for layer_idx, kind in enumerate(kinds):
-            if kind.kind != "recurrent":
+            if kind.has_keys:
                 shape = kind.num_kv_heads, 1024, kind.head_dim
                 keys = torch.zeros(shape, dtype=torch.bfloat16)
                 store.append(layer_idx, sequence, keys, keys)
-        if then is not None and all(kind.kind == "full" for kind in kinds):
+        if then is not None and all(kind.kind == "full" and not kind.states for kind in kinds):
             then(store, sequence)
 
 

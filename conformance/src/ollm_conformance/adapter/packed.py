@@ -116,10 +116,7 @@ def _check_bits(
 ) -> None:
     """The parameters of a model, kept and streamed, must have the bits that transformers loads."""
     reference = Reference(directory, DTYPES[dtype]).model
-    expected = {
-        name: parameter.data
-        for name, parameter in reference.named_parameters(remove_duplicate=False)
-    }
+    expected = reference.state_dict()
     layout = subject.adapter.layout(subject.config)
     for kept in (True, False):
         with subject.open(directory, dtype=dtype) as model:

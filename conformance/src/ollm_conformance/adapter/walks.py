@@ -46,6 +46,6 @@ class Walks(AdapterSuite):
 
 def _num_steps(subject: Subject, most: int) -> int:
     """Fewer where a pass of the tiny model takes longer."""
-    kinds = {kind.kind for kind in subject.adapter.caches(subject.config)}
-    slow = "recurrent" in kinds or subject.adapter.layout(subject.config).experts
+    states = any(kind.states for kind in subject.adapter.caches(subject.config))
+    slow = states or subject.adapter.layout(subject.config).experts
     return 2 * most // 5 if slow else most

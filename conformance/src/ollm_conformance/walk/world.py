@@ -125,7 +125,7 @@ class World:
         if num_tokens == 0 or back == 0:
             return True
         kinds = {kind.kind for kind in self.kinds}
-        if "recurrent" in kinds and not (fresh and back == row.last):
+        if any(kind.states for kind in self.kinds) and not (fresh and back == row.last):
             return False
         return "sliding" not in kinds or back <= _SLIDES_BACK
 
