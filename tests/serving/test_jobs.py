@@ -341,7 +341,7 @@ def test_memory_does_not_grow_with_rows(paths, monkeypatch):
     check_memory(paths, monkeypatch, 500, 2500)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_memory_of_a_large_batch(paths, monkeypatch):
     """50,000 rows."""
     check_memory(paths, monkeypatch, 1000, 50_000)

@@ -1,4 +1,4 @@
-"""Which checks of the suite are slow: all but a few, of all but some types."""
+"""Which checks of the suite are left to `make soak`: all but a few, of all but some types."""
 
 import pytest
 
@@ -15,4 +15,4 @@ def pytest_collection_modifyitems(items):
         model_type = cls.tiny_config["model_type"]
         is_open = found.id == "memory.plan" and model_type in module.OPEN
         if model_type not in module.WHOLE and (is_open or found.id not in module.QUICK):
-            item.add_marker(pytest.mark.slow)
+            item.add_marker(pytest.mark.soak)

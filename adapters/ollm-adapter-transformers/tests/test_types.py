@@ -168,6 +168,14 @@ def test_plans_models_of_the_catalog(model_id, tmp_path, monkeypatch):
     assert plan.weight_bytes == entry.weight_bytes
 
 
+def test_plans_a_model_without_keys_on_disk():
+    """Its states stay in memory, and there are no files."""
+    with saved("mamba", torch.float32) as (_, directory):
+        plan = ollm.plan(directory, device="cpu", kv="disk", context=300, max_new_tokens=4)
+    assert plan.fits
+    assert plan.disk_bytes == 0
+
+
 @pytest.mark.parametrize("model_type", ["t5", "bart"])
 def test_refuses_encoder_decoders(model_type):
     """Before anything is built."""

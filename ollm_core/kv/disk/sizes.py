@@ -23,7 +23,7 @@ class DiskSizes:
         """Of each layer: a block in its file, or its tail in memory."""
         self.run_slots = [max(staging_bytes // size, 1) for size in self.slot_bytes]
         """Slots of each layer that are read together."""
-        self.lane_bytes = max(map(operator.mul, self.run_slots, self.slot_bytes))
+        self.lane_bytes = max(map(operator.mul, self.run_slots, self.slot_bytes), default=0)
         """One of the two buffers that an iterator reads into."""
         self.write_bytes = NUM_WRITE_BUFFERS * sum(set(self.slot_bytes))
         """Full blocks on their way to the disk."""
