@@ -36,6 +36,7 @@ ELSEWHERE = {
     # what a pass goes through: tested as the whole that it is part of
     "engine/layer_call": "test_exact.py",
     "engine/own_cache": "model/test_follow_forward.py",
+    "engine/own_pass": "model/test_follow_forward.py",
     "engine/own_call": "model/test_follow_forward.py",
     "engine/recurrent_call": "engine/test_engine.py",
     "engine/traced_cache": "engine/test_activations.py",

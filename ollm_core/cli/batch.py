@@ -29,7 +29,7 @@ _BAR = "{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} rows, {elapsed}<{r
 _SHOWN_SECONDS = 0.1
 
 
-@click.command()
+@click.command(short_help="Answer the rows of a file.")
 @click.argument("model")
 @click.argument("rows", metavar="IN.jsonl", type=user_path)
 @click.argument("output", metavar="OUT.jsonl", type=user_path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import re
 import signal
@@ -19,6 +18,7 @@ from ollm_core.documents.extracted import Refused
 from ollm_core.documents.kinds import decoded, kind_of
 from ollm_core.errors import InputError, OllmError
 from ollm_core.files.paths import absolute
+from ollm_core.files.untrusted_json import parse_object
 from ollm_core.memory.sizes import format_size
 
 MAX_BYTES = 100_000_000
@@ -126,5 +126,4 @@ def _run(kind: str, data: bytes, name: str, limits: Limits) -> dict[str, Any]:
     if done.returncode:
         last = (done.stderr.decode(errors="replace").strip().splitlines() or [""])[-1]
         raise Refused(f"reading it ended with code {done.returncode} {last!a}")
-    answer: dict[str, Any] = json.loads(done.stdout)
-    return answer
+    return parse_object(done.stdout)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +17,7 @@ from ollm_core.contracts.kv import KVStore
 from ollm_core.device.offload import ActivationOffload
 from ollm_core.engine.batch import Chunk, NewTokens
 from ollm_core.engine.layer_call import LayerCall, PositionEmbeddings
-from ollm_core.engine.own_call import OwnCall, own_attention
+from ollm_core.engine.own_pass import OwnPass
 from ollm_core.engine.pass_planner import PassPlan
 from ollm_core.engine.progress import ProgressReporter
 from ollm_core.engine.recurrent_call import RecurrentCall
@@ -55,7 +54,7 @@ class WeightPass:
         report = self.progress.begin(self.work, self._num_reports, given_up_bytes, self.check)
         offload = ActivationOffload(device, self.plan.hidden_on_host)
         if skeleton.own is not None:
-            return self._run_own(skeleton.own, offload, report)
+            return self._own(skeleton.own).run(offload, report)
         hidden = [offload.store(self._embed(chunk)) for chunk in self.plan.chunks]  # [R, T, C]
         calls = [
             LayerCall(
@@ -94,67 +93,16 @@ class WeightPass:
                         mixture.run(hidden, offload, fetch, report)
         return self._head(hidden, offload, report)
 
-    def _run_own(
-        self, own: OwnForward, offload: ActivationOffload, report: Callable[[], None]
-    ) -> list[Tensor]:
-        """The same for a model whose own forward says what its layers are called with, and makes
-        logits of what the last one gives.
-        """
-        skeleton, weights, work = self.skeleton, self.weights, self.work
-        calls = [self._own_call(own, chunk) for chunk in self.plan.chunks]
-        hidden = [offload.store(call.enter()) for call in calls]
-        rows = max(len(chunk.rows) * chunk.num_tokens for chunk in self.plan.chunks)
-        for layer_idx in range(len(skeleton.layers)):
-            fetch = functools.partial(weights.experts, layer_idx)
-            mixture = skeleton.routed.get(layer_idx)
-            with (
-                weights.acquire(layer_idx) as parameters,
-                skeleton.bound(layer_idx, parameters, rows),
-                mixture.fetching(fetch) if mixture else nullcontext(),
-            ):
-                del parameters  # a name would keep copies while the next layer's are made
-                for i, call in enumerate(calls):
-                    chunk_hidden = offload.fetch(hidden[i])
-                    with self.span("layer", layer_idx=layer_idx):
-                        output = call.run(layer_idx, chunk_hidden)
-                    # On the device the old ones may be part of what layers are called with.
-                    on_host = self.plan.hidden_on_host
-                    hidden[i] = offload.put(hidden[i], output) if on_host else output
-                    del chunk_hidden, output
-                    if self.eviction:
-                        self.eviction.relieve(layer_idx)
-                    report()
-        row_logits: list[list[Tensor]] = [[] for _ in work]
-        num_logits = sum(item.num_logits for item in work)
-        with (
-            weights.acquire(len(skeleton.layers)) as parameters,
-            skeleton.bound_head(parameters, own.head_rows(num_logits, rows)),
-            self.span("head"),
-        ):
-            del parameters
-            for chunk, call, states in zip(self.plan.chunks, calls, hidden, strict=True):
-                first = min(len(work[row].token_ids) - work[row].num_logits for row in chunk.rows)
-                if first < chunk.end:
-                    num_logits = chunk.end - max(first, chunk.begin)
-                    logits = call.leave(offload.fetch(states), num_logits)
-                    for place, row in enumerate(chunk.rows):
-                        row_logits[row].append(logits[place])
-        report()
-        whole = [torch.cat(chunks) if len(chunks) > 1 else chunks[0] for chunks in row_logits]
-        return [row[-item.num_logits :] for item, row in zip(work, whole, strict=True)]
-
-    def _own_call(self, own: OwnForward, chunk: Chunk) -> OwnCall:
-        work = [self.work[row] for row in chunk.rows]
-        ids = torch.stack([item.token_ids[chunk.begin : chunk.end] for item in work])
-        return OwnCall(
+    def _own(self, own: OwnForward) -> OwnPass:
+        return OwnPass(
             own,
+            self.skeleton,
+            self.weights,
             self.store,
-            [item.sequence for item in work],
-            ids.to(self.weights.device),
-            work[0].start + chunk.begin,
-            self.weights.embed,
-            own_attention(self.plan.attention, self.weights.device),
-            alone=len(self.plan.chunks) == 1 or own.facts.shares,
+            self.work,
+            self.plan,
+            self.eviction,
+            self.span,
         )
 
     @property

@@ -47,8 +47,8 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
             "command",
             "commands",
             (
-                "ask", "batch", "bench", "cache", "chat", "convert", "doctor", "help", "import",
-                "list-models", "plan", "plugins", "pull", "run", "serve",
+                "ask", "batch", "bench", "cache", "chat", "convert", "decide", "doctor", "help",
+                "import", "list-models", "plan", "plugins", "pull", "run", "serve",
             ),
         ),
     }

@@ -15,6 +15,7 @@ from ollm_core.contracts.kv import CacheKind
 from ollm_core.contracts.model import Capability, Config, Layout
 from ollm_core.engine.activations import Workspace
 from ollm_core.errors import OllmError
+from ollm_core.files.untrusted_json import parse_object
 from ollm_core.model.own_skeleton import OwnSkeleton
 from ollm_core.model.skeleton import Skeleton
 from ollm_core.model.spec import ModelSpec, inspect_model
@@ -62,7 +63,7 @@ class _Opened(LimitedAdapter):
         return self._looked_at(_stated(config))[0]
 
     def _look_at(self, stated: str) -> tuple[Sequence[CacheKind], Mapping[str, Capability]]:
-        config = json.loads(stated)
+        config = parse_object(stated.encode())
         found = OwnSkeleton(
             config, self._adapter.layout(config), torch.bfloat16, torch.device("meta")
         )
