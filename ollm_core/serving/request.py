@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from ollm_core.errors import InputError
@@ -216,8 +216,3 @@ def _in_range(
     limits = f"above {least}" if least_is_out else f"at least {least}"
     limits += f" and at most {most}" if most < math.inf else ""
     raise InputError(f"{name} is {value!r}, expected a number {limits}")
-
-
-def names_of_sampling() -> tuple[str, ...]:
-    """The fields of SamplingParams."""
-    return tuple(each.name for each in fields(SamplingParams))
