@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from ollm_core.cli.documents import document_options, read_all
-from ollm_core.cli.models import check_known, fetch
+from ollm_core.cli.models import fetch_if
 from ollm_core.cli.options import debug_option, json_option, names_of, options_of, user_path
 from ollm_core.cli.output import print_json
 from ollm_core.cli.report import summary
@@ -104,13 +104,6 @@ def ask(
     else:
         layers = options["device_layers"], options["host_layers"]
         click.echo("\n" + summary(stats, *layers), err=True)
-
-
-def fetch_if(model: str, models_dir: Any, pull: bool) -> None:
-    """Download the model if asked to, and refuse one that nobody knows."""
-    if pull and not Path(model).is_dir():
-        fetch(model, models_dir)
-    check_known(model, models_dir, here=True)
 
 
 class _Answers:

@@ -8,9 +8,9 @@ from typing import Any
 
 import click
 
-from ollm_core.cli.ask import fetch_if
 from ollm_core.cli.documents import document_options, read_all
 from ollm_core.cli.inputs import read_text
+from ollm_core.cli.models import fetch_if
 from ollm_core.cli.options import debug_option, json_option, names_of, options_of, user_path
 from ollm_core.cli.output import print_json
 from ollm_core.cli.report import summary

@@ -124,6 +124,13 @@ def check_known(model: str, models_dir: str | None, *, here: bool) -> None:
         registry.find(model)
 
 
+def fetch_if(model: str, models_dir: str | None, pull: bool) -> None:
+    """Download the model if asked to, and refuse one that nobody knows."""
+    if pull and not Path(model).is_dir():
+        fetch(model, models_dir)
+    check_known(model, models_dir, here=True)
+
+
 def fetch(model: str, models_dir: str | None, *, force: bool = False) -> tuple[str, Path]:
     """Pull a model by its id, an alias or its hub repository; -> its id and its directory."""
     from ollm_core.checkpoint import hub

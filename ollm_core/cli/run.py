@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ollm_core.cli.inputs import as_text_option, read_text
-from ollm_core.cli.models import check_known, fetch
+from ollm_core.cli.models import fetch_if
 from ollm_core.cli.options import STDIN, debug_option, json_option, names_of, options_of, user_path
 from ollm_core.cli.output import print_json
 from ollm_core.cli.profile import profile_table
@@ -92,9 +91,7 @@ def run(
         check_writable_file(profile)
     text = _user_text(prompt, file, as_text)
     drafting = options["draft"] != "none"
-    if pull and not os.path.isdir(model):
-        fetch(model, options["models_dir"])
-    check_known(model, options["models_dir"], here=True)
+    fetch_if(model, options["models_dir"], pull)
     if not options["device"].startswith("cuda"):
         wait_asleep_beside_others()
     progress = ProgressBar(Path(model).name)

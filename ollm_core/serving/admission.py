@@ -8,8 +8,9 @@ from torch import Tensor
 
 from ollm_core.contracts.kv import KeepsPrefixes, KVStore
 from ollm_core.errors import DamagedKVError, DoesNotFitError, KVStoreError
+from ollm_core.kv.disk.borrowed import common
 from ollm_core.serving.live import LiveText, RequestedText
-from ollm_core.serving.prefixes import Prefixes, common
+from ollm_core.serving.prefixes import Prefixes
 
 _LOOKS_AT = 256
 """Texts that are looked at for a common beginning."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ollm_core.contracts.kv import KVStore
 from ollm_core.errors import DamagedKVError, DoesNotFitError, KVStoreError
+from ollm_core.kv.disk.borrowed import common
 
 MOST = 64
 
@@ -86,10 +87,3 @@ class Prefixes:
 def as_tensor(token_ids: Iterable[int]) -> Tensor:
     """int32 [T]."""
     return torch.tensor(list(token_ids), dtype=torch.int32, device="cpu")
-
-
-def common(one: Tensor, other: Tensor) -> int:
-    """How many tokens two sequences [T] begin with alike."""
-    shorter = min(len(one), len(other))
-    different = (one[:shorter] != other[:shorter]).nonzero()
-    return int(different[0]) if len(different) else shorter
