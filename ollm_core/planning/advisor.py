@@ -17,6 +17,7 @@ from ollm_core.planning.plan import Change, Plan
 from ollm_core.plugins.registry import supports
 
 _STEP = 256  # the largest context is found as a multiple of it
+_MOST_WHOLE = 2048  # tokens; following a prompt that may not be cut takes about 1 ms for each
 _WORTH = 0.9  # a change is named if it leaves at most this part of the time
 _NUM_CHANGES = 3
 
@@ -129,11 +130,15 @@ class Question:
         return found
 
     def _largest_context(self) -> int:
-        """Contexts are tried as multiples of 256, and the model's own limit."""
-        scenario = self._scenario
-        if self._fits(self._positions):
-            return self._positions
-        least, most = scenario.new_tokens // _STEP + 1, -(-self._positions // _STEP)
+        """Contexts are tried as multiples of 256, and the model's own limit; where a prompt is
+        taken whole none beyond 2,048 or the context that is asked for.
+        """
+        scenario, positions = self._scenario, self._positions
+        if self._dry_run.takes_prompts_whole:
+            positions = min(positions, max(scenario.context, _MOST_WHOLE))
+        if self._fits(positions):
+            return positions
+        least, most = scenario.new_tokens // _STEP + 1, -(-positions // _STEP)
         if self._fits(scenario.context):
             least = max(least, scenario.context // _STEP)
             known = scenario.context

@@ -154,6 +154,11 @@ class DryRun:
         )
         self._workspace = Workspace.of(spec)
 
+    @property
+    def takes_prompts_whole(self) -> bool:
+        """Whether a prompt must be one chunk: its layers may then walk from token to token."""
+        return self._workspace.steps == "all"
+
     def run(self, budgets: Budgets, scenario: Scenario, *, ends_only: bool = False) -> DryRunResult:
         """Go through a run. With `ends_only`, of the decode steps only the last.
 

@@ -69,7 +69,8 @@ class Plan:
     smallest_host_bytes: int
     """The least `host_memory` that would do with that."""
     largest_context: int
-    """That would do in these budgets; 0 if none would, or none was looked for."""
+    """That would do in these budgets; 0 if none would, or none was looked for. Where the family
+    takes prompts whole, none beyond `context` and 2,048 is looked for."""
     changes: Sequence[Change]
     """That would help most."""
     rates: Rates
