@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 import ollm_core.api
-import ollm_core.serving.jobs  # noqa: F401 # once, for all processes
+import ollm_core.serving.jobs.job  # noqa: F401 # once, for all processes
 from ollm_core.cli.main import main
 
 

@@ -52,7 +52,7 @@ ELSEWHERE = {
     "model/own_skeleton": "model/test_follow_forward.py",
     "model/skeleton": "test_exact.py",
     "serving/admission": "serving/test_scheduler.py",
-    "serving/job_settings": "cli/test_batch.py",
+    "serving/jobs/settings": "cli/test_batch.py",
     "serving/live": "serving/test_scheduler.py",
     "serving/model": "serving/test_scheduler.py",
     "serving/offline": "serving/test_scheduler.py",

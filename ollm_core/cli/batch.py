@@ -20,8 +20,8 @@ from ollm_core.cli.waiting import wait_asleep_beside_others
 
 if TYPE_CHECKING:
     from ollm_core.contracts.progress import Progress
-    from ollm_core.serving.job_settings import Settings
-    from ollm_core.serving.jobs import BatchJob, BatchProgress
+    from ollm_core.serving.jobs.job import BatchJob, BatchProgress
+    from ollm_core.serving.jobs.settings import Settings
 
 _SETTINGS = ("dtype", "precision", "attention", "max_new_tokens", "trust_remote_code")
 """Options that can change an answer."""
@@ -68,8 +68,8 @@ def batch(
         wait_asleep_beside_others()
     from ollm_core.checkpoint.locate import resolve
     from ollm_core.plugins.registry import Registry
-    from ollm_core.serving.job_settings import model_sample
-    from ollm_core.serving.jobs import BatchJob
+    from ollm_core.serving.jobs.job import BatchJob
+    from ollm_core.serving.jobs.settings import model_sample
 
     chosen = {**options, "max_new_tokens": max_new_tokens}
     directory = resolve(model, Registry.discover(), options["models_dir"])
@@ -89,7 +89,7 @@ def batch(
 def _run(job: BatchJob, model: str, max_new_tokens: int, options: dict[str, Any]) -> str:
     """Answer what is left; -> what it cost, for people."""
     from ollm_core.api import load
-    from ollm_core.serving.openai import Defaults
+    from ollm_core.serving.openai.requests import Defaults
 
     name = Path(model).name if os.path.isdir(model) else model
     opening = ProgressBar(Path(model).name)

@@ -12,13 +12,8 @@ from transformers import GenerationConfig
 from ollm_core.errors import InputError, UnsupportedError
 from ollm_core.files.paths import absolute
 from ollm_core.generate.opened import OpenedModel
-from ollm_core.serving.decisions import decisions
-from ollm_core.serving.job_settings import Settings, model_sample
-from ollm_core.serving.jobs import BatchJob, BatchProgress
-from ollm_core.serving.model import MAX_RUNNING, ServedModel
-from ollm_core.serving.offline import Answered, run_all
-from ollm_core.serving.openai import Defaults
-from ollm_core.serving.questions import (
+from ollm_core.serving.asking.decisions import decisions
+from ollm_core.serving.asking.questions import (
     Encoder,
     check_length,
     combining,
@@ -27,6 +22,11 @@ from ollm_core.serving.questions import (
     part_texts,
     question_prompts,
 )
+from ollm_core.serving.jobs.job import BatchJob, BatchProgress
+from ollm_core.serving.jobs.settings import Settings, model_sample
+from ollm_core.serving.model import MAX_RUNNING, ServedModel
+from ollm_core.serving.offline import Answered, run_all
+from ollm_core.serving.openai.requests import Defaults
 from ollm_core.serving.request import Choices, Event, Request, SamplingParams, Score
 from ollm_core.serving.scheduler import Scheduler
 from ollm_core.text.generation_config import for_run

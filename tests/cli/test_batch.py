@@ -19,8 +19,8 @@ from one_line import is_one_line_error
 from ollm_core.cli import batch
 from ollm_core.cli.batch import RowsBar
 from ollm_core.contracts.progress import Progress
-from ollm_core.serving.job_settings import SettingsFile
-from ollm_core.serving.jobs import BatchJob, BatchProgress
+from ollm_core.serving.jobs.job import BatchJob, BatchProgress
+from ollm_core.serving.jobs.settings import SettingsFile
 
 CPU = ("--device", "cpu", "--dtype", "float32")
 STARTED = (

@@ -10,7 +10,7 @@ from batch_rows import chat, row
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ollm_core.serving.openai import (
+from ollm_core.serving.openai.requests import (
     KINDS,
     Defaults,
     Reader,

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from ollm_core.errors import InputError
-from ollm_core.serving.questions import (
+from ollm_core.serving.asking.questions import (
     Encoder,
     check_length,
     combining,

@@ -7,7 +7,7 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ollm_core.serving.id_table import IdTable
+from ollm_core.serving.jobs.id_table import IdTable
 
 
 @given(st.lists(st.tuples(st.text(max_size=3), st.sampled_from([1, 2, 4, 128]))))

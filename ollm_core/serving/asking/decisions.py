@@ -15,7 +15,7 @@ from typing import Any
 import jinja2.sandbox
 
 from ollm_core.errors import InputError, UnsupportedError, one_line
-from ollm_core.serving.questions import Encoder
+from ollm_core.serving.asking.questions import Encoder
 
 MAX_QUESTIONS = 4096
 _YES_NO = ("yes_no", "yes/no", "bool")

@@ -17,13 +17,13 @@ from typing import Any, Protocol
 from ollm_core.contracts.closing import Closing
 from ollm_core.errors import DoesNotFitError, InputError, OllmError, ReadError, one_line
 from ollm_core.files.untrusted_json import show
-from ollm_core.serving.id_table import IdTable
-from ollm_core.serving.job_files import MAX_LINE_BYTES, AnswerFile, InputFile, Line, sync_directory
-from ollm_core.serving.job_settings import Settings, SettingsFile, differences
+from ollm_core.serving.jobs.files import MAX_LINE_BYTES, AnswerFile, InputFile, Line, sync_directory
+from ollm_core.serving.jobs.id_table import IdTable
+from ollm_core.serving.jobs.settings import Settings, SettingsFile, differences
 from ollm_core.serving.model import ServedModel
 from ollm_core.serving.offline import Answered, run_each
-from ollm_core.serving.openai import Asked, Defaults, Reader, RefusedError, Row, read_row
-from ollm_core.serving.openai_answers import Writer, answer_line, error_line
+from ollm_core.serving.openai.answers import Writer, answer_line, error_line
+from ollm_core.serving.openai.requests import Asked, Defaults, Reader, RefusedError, Row, read_row
 from ollm_core.serving.request import Event, NewToken, Request, SamplingParams
 from ollm_core.serving.scheduler import Scheduler
 

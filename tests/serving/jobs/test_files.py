@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ollm_core.errors import InputError, OllmError
-from ollm_core.serving import job_files
-from ollm_core.serving.job_files import AnswerFile, InputFile
+from ollm_core.serving.jobs import files as job_files
+from ollm_core.serving.jobs.files import AnswerFile, InputFile
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -127,7 +127,7 @@ def test_a_full_disk_leaves_whole_lines(tmp_path):
     program = (
         "import resource, signal, sys\n"
         "from pathlib import Path\n"
-        "from ollm_core.serving.job_files import AnswerFile\n"
+        "from ollm_core.serving.jobs.files import AnswerFile\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (250, 250))\n"
         "file = AnswerFile(Path(sys.argv[1]))\n"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from ollm_core.serving.offline import Answered
-from ollm_core.serving.openai import Asked
-from ollm_core.serving.openai_answers import Writer, answer_line, error_line
+from ollm_core.serving.openai.answers import Writer, answer_line, error_line
+from ollm_core.serving.openai.requests import Asked
 from ollm_core.serving.request import Counts, SamplingParams, TokenLogprobs
 from ollm_core.text.tokenizer import open_tokenizer
 

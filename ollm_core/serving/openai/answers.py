@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ollm_core.serving.offline import Answered
-from ollm_core.serving.openai import Asked, Kind
+from ollm_core.serving.openai.requests import Asked, Kind
 from ollm_core.serving.request import TokenLogprobs
 
 _BROKEN = "\ufffd"

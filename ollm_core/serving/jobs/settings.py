@@ -14,7 +14,7 @@ from ollm_core.checkpoint.safetensors import MAX_CONFIG_BYTES, read_small
 from ollm_core.errors import ConfigError, InputError, OllmError
 from ollm_core.files.scratch import replace_file
 from ollm_core.files.untrusted_json import parse_object
-from ollm_core.serving.job_files import sync_directory
+from ollm_core.serving.jobs.files import sync_directory
 
 Settings = Mapping[str, str | int | bool]
 """By name, as a message shows them."""

@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 
 import ollm
 from ollm_core.errors import InputError
-from ollm_core.serving.decisions import decisions
+from ollm_core.serving.asking.decisions import decisions
 
 decision = pytest.importorskip("transformers.decision")
 

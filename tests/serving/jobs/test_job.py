@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from ollm_core.api import load
 from ollm_core.errors import DoesNotFitError, InputError, NotFiniteError, ReadError
-from ollm_core.serving import jobs
-from ollm_core.serving.jobs import AHEAD, BatchJob
+from ollm_core.serving.jobs import job as jobs
+from ollm_core.serving.jobs.job import AHEAD, BatchJob
 
 SETTINGS = {"dtype": "float32"}
 

@@ -1,0 +1,1 @@
+"""Questions on documents: prompts that begin alike, decisions without decoding."""

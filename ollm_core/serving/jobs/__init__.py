@@ -1,0 +1,1 @@
+"""Batch jobs: files of rows, answered to the end whatever happens between."""
