@@ -11,8 +11,8 @@ from ollm_core.contracts.closing import Closing
 from ollm_core.errors import InputError
 from ollm_core.serving.offline import Answered
 from ollm_core.serving.request import Counts, FinishReason, Request, SamplingParams, TokenLogprobs
-from ollm_core.text.chat import encode_chats
-from ollm_core.text.templates import ChatTemplate, Message
+from ollm_core.text.prompts import PromptEncoder
+from ollm_core.text.templates import Message
 from ollm_core.values import PathLike
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
@@ -78,10 +78,7 @@ class LLM(Closing):
         does.
         """
         several: Any = [messages] if messages and isinstance(messages[0], Mapping) else messages
-        template = ChatTemplate.of(self.model.tokenizer)
-        if template is None:
-            raise InputError("the model has no chat template", hint="use generate")
-        ids = encode_chats(self.model.tokenizer, template, several)
+        ids = PromptEncoder(self.model.tokenizer).of_chats(several)
         return self._run([None] * len(ids), ids, sampling_params)
 
     def close(self) -> None:

@@ -51,6 +51,8 @@ ELSEWHERE = {
     "model/own_forward": "model/test_follow_forward.py",
     "model/own_skeleton": "model/test_follow_forward.py",
     "model/skeleton": "test_exact.py",
+    "drafting/candidates": "drafting/test_lookup.py",
+    "drafting/text_drafts": "drafting/test_lookup.py",
     "serving/admission": "serving/test_scheduler.py",
     "serving/jobs/settings": "cli/test_batch.py",
     "serving/live": "serving/test_scheduler.py",

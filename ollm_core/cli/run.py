@@ -16,8 +16,8 @@ from ollm_core.cli.output import print_json
 from ollm_core.cli.profile import profile_table
 from ollm_core.cli.refused import what_would_do
 from ollm_core.cli.report import json_report, summary
-from ollm_core.cli.sampling import sampling_options, taken_sampling
-from ollm_core.cli.streaming import ProgressBar, TextStream
+from ollm_core.cli.sampling import sampling_of, sampling_options
+from ollm_core.cli.streaming import ProgressBar, StreamedAnswer
 from ollm_core.cli.waiting import wait_asleep_beside_others
 from ollm_core.errors import DoesNotFitError, InputError
 from ollm_core.files.paths import check_writable_file
@@ -84,7 +84,7 @@ def run(
         raise click.UsageError("--system needs a chat template, and --raw goes without")
     if raw and reasoning_effort:
         raise click.UsageError("--reasoning-effort needs a chat template, and --raw goes without")
-    sampling = taken_sampling(options)
+    sampling = sampling_of(options, max_new_tokens)
     if options["num_draft_tokens"] and options["draft"] == "none":
         raise click.UsageError("--num-draft-tokens needs --draft")
     if profile:
@@ -95,39 +95,29 @@ def run(
     if not options["device"].startswith("cuda"):
         wait_asleep_beside_others()
     progress = ProgressBar(Path(model).name)
-    prompt_ids: Tensor | None = None
+    prompt_ids: list[int] = []
     try:
         from ollm_core.api import load
         from ollm_core.profiling import Profile
-        from ollm_core.text.generation_config import for_run
+        from ollm_core.serving.request import Request
 
         measured = Profile() if profile else None
         loading = {name: options[name] for name in names_of("run") if name in options}
-        opened: Any  # transformers types `generate` for its own classes only
         with load(model, **loading, on_progress=progress, profile=measured) as opened:
-            if opened.tokenizer is None:
-                raise InputError(f"{model} has no tokenizer", hint="add its tokenizer.json")
-            prompt_ids = _encode(
+            [prompt_ids] = _encode(
                 opened.tokenizer, text, system, raw, reasoning_effort, allow_special_tokens
-            )
-            opened.generation_config = for_run(opened.generation_config)
-            streamer = TextStream(opened.tokenizer, progress, silent=as_json)
+            ).tolist()
+            answer = StreamedAnswer(progress, silent=as_json)
             start = time.perf_counter()
-            output = opened.generate(
-                input_ids=prompt_ids.to(opened.device),
-                attention_mask=prompt_ids.new_ones(prompt_ids.shape).to(opened.device),
-                max_new_tokens=max_new_tokens,
-                streamer=streamer,
-                **_generation(**sampling),
+            [[found]] = opened.answer(
+                [Request(token_ids=prompt_ids, wanted=sampling)], on_event=answer.add
             )
             seconds = time.perf_counter() - start
-            new_ids = output[0, prompt_ids.shape[1] :].tolist()
             stats = opened.stats
-            answer = opened.tokenizer.decode(new_ids, skip_special_tokens=True)
     except DoesNotFitError as error:
         # It names what is missing at that moment; of a draft model a plan knows nothing.
-        if error.memory and prompt_ids is not None and options["draft"] != "model":
-            num_tokens = prompt_ids.shape[1]
+        if error.memory and prompt_ids and options["draft"] != "model":
+            num_tokens = len(prompt_ids)
             error.hint = what_would_do(model, options, num_tokens, max_new_tokens) or error.hint
         raise
     finally:
@@ -135,7 +125,7 @@ def run(
     if profile and measured:
         measured.write(profile)
     if as_json:
-        print_json(json_report(answer, new_ids, prompt_ids.shape[1], stats, drafting))
+        print_json(json_report(found.text, found.token_ids, len(prompt_ids), stats, drafting))
     else:
         asked = options["device_layers"], options["host_layers"]
         click.echo("\n" + summary(stats, *asked, drafting=drafting), err=True)
@@ -171,40 +161,8 @@ def _encode(
     """Token ids [1, T] of what the model is to read."""
     import torch
 
-    from ollm_core.text.chat import encode_chat, encode_text
-    from ollm_core.text.templates import ChatTemplate
+    from ollm_core.text.prompts import PromptEncoder
 
-    template = None if raw else ChatTemplate.of(tokenizer)
-    if system and template is None:
-        raise InputError("the model has no chat template", hint="leave --system out")
-    if reasoning_effort and (template is None or "reasoning_effort" not in template.source):
-        raise InputError(
-            "the model's chat template has no reasoning effort",
-            hint="leave --reasoning-effort out",
-        )
-    if template is None:
-        token_ids = encode_text(tokenizer, text, allow_special_tokens=allow_special_tokens)
-    else:
-        messages = [{"role": "system", "content": system}] if system else []
-        messages.append({"role": "user", "content": text})
-        options = {"reasoning_effort": reasoning_effort} if reasoning_effort else {}
-        token_ids = encode_chat(
-            tokenizer, template, messages, options, allow_special_tokens=allow_special_tokens
-        )
-    return torch.tensor([token_ids], dtype=torch.long)
-
-
-def _generation(
-    temperature: float,
-    top_p: float = 1.0,
-    top_k: int = 0,  # transformers' word for all
-    seed: int | None = None,
-) -> dict[str, Any]:
-    """The arguments of `generate` that choose tokens."""
-    if not temperature:
-        return {"do_sample": False}
-    if seed is not None:
-        import torch
-
-        torch.manual_seed(seed)
-    return {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}
+    options = {"reasoning_effort": reasoning_effort} if reasoning_effort else None
+    how = {"raw": raw, "allow_special_tokens": allow_special_tokens}
+    return torch.tensor(PromptEncoder(tokenizer, system, options, **how).of_texts([text]))

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import TYPE_CHECKING, Any
 
 import click
 
 from ollm_core.contracts.progress import Progress
 from ollm_core.memory.sizes import format_size
-from ollm_core.text.detokenizer import Detokenizer
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from ollm_core.serving.request import Event, Finished, NewToken
 
 _BAR = "{desc} {percentage:3.0f}% |{bar}| {elapsed}<{remaining}{postfix}"
 _LOADING = "{desc} {elapsed}"
@@ -78,26 +74,20 @@ class ProgressBar:
         self._bar.close()
 
 
-class TextStream:
-    """A streamer for `generate`: writes text to stdout as soon as its characters are whole."""
+class StreamedAnswer:
+    """Writes an answer to stdout as soon as its characters are whole."""
 
-    def __init__(self, tokenizer: Any, progress: ProgressBar, silent: bool) -> None:
-        self._detokenizer = Detokenizer(tokenizer)
+    def __init__(self, progress: ProgressBar, *, silent: bool) -> None:
         self._progress = progress
         self._silent = silent
-        self._seen_prompt = False
 
-    def put(self, token_ids: Tensor) -> None:
-        """The prompt first, then each new token."""
-        if not self._seen_prompt:
-            self._seen_prompt = True
-            return
-        self._progress.close()
-        self._write(self._detokenizer.add(token_ids.flatten().tolist()))
-
-    def end(self) -> None:
-        """Write what is left."""
-        self._write(self._detokenizer.finish() + "\n")
+    def add(self, event: Event) -> None:
+        """Called with what happens to its request."""
+        if isinstance(event, NewToken):
+            self._progress.close()
+            self._write(event.text)
+        elif isinstance(event, Finished):
+            self._write(event.text + "\n")
 
     def _write(self, text: str) -> None:
         if text and not self._silent:

@@ -13,7 +13,7 @@ from ollm_core.contracts.closing import Belongings, Closing, close_outside
 from ollm_core.contracts.drafting import FollowsText
 from ollm_core.contracts.kv import KVStore
 from ollm_core.drafting.draft_memory import DraftAccounts, DraftMemory
-from ollm_core.drafting.lookup import NUM_DRAFT_TOKENS
+from ollm_core.drafting.text_drafts import NUM_DRAFT_TOKENS
 from ollm_core.engine.batch import NewTokens
 from ollm_core.engine.engine import Engine
 from ollm_core.errors import InputError, KVStoreError, NotFiniteError

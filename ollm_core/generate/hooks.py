@@ -18,8 +18,9 @@ from transformers.generation.candidate_generator import CandidateGenerator
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.streamers import BaseStreamer
 
+from ollm_core.drafting.candidates import DraftCandidates
 from ollm_core.drafting.controller import draft_length
-from ollm_core.drafting.lookup import NUM_DRAFT_TOKENS, DraftCandidates, begin_text
+from ollm_core.drafting.text_drafts import NUM_DRAFT_TOKENS, TextDrafts, begin_text
 from ollm_core.errors import InputError, UnsupportedError, one_line
 from ollm_core.generate.cache import SequenceCache
 from ollm_core.generate.limits import check_length
@@ -124,15 +125,15 @@ class GenerationHooks(OpenedModel):
             return mixin._sample(*arguments, streamer, **options)
         cache: SequenceCache = options["past_key_values"]
         sampling = generation_config.do_sample
-        candidates = DraftCandidates(
+        drafts = TextDrafts(
             self._drafter,
             draft_length(NUM_DRAFT_TOKENS, self._num_draft_tokens, sampling=sampling),
             self.engine.counters,
-            stopping_criteria,
             lambda number: self.engine.fits(cache.store, [cache.drafted(number)]),
-            max_positions=getattr(self.config, "max_position_embeddings", None) or sys.maxsize,
             vocab_size=self.config.vocab_size,
         )
+        positions = getattr(self.config, "max_position_embeddings", None) or sys.maxsize
+        candidates = DraftCandidates(drafts, stopping_criteria, max_positions=positions)
         # The assistant model is only handed on, to _get_candidate_generator.
         decode: Any = self._assisted_decoding
         return decode(*arguments, streamer, assistant_model=candidates, **options)

@@ -14,7 +14,6 @@ from ollm_core.files.paths import absolute
 from ollm_core.generate.opened import OpenedModel
 from ollm_core.serving.asking.decisions import decisions
 from ollm_core.serving.asking.questions import (
-    Encoder,
     check_length,
     combining,
     cut_document,
@@ -30,6 +29,7 @@ from ollm_core.serving.openai.requests import Defaults
 from ollm_core.serving.request import Choices, Event, Request, SamplingParams, Score
 from ollm_core.serving.scheduler import Scheduler
 from ollm_core.text.generation_config import for_run
+from ollm_core.text.prompts import PromptEncoder
 from ollm_core.values import PathLike
 
 _SLACK = 16  # tokens that a part may have more beside others than alone
@@ -62,25 +62,37 @@ class ServesRequests(OpenedModel):
             for_run(self.generation_config),
             self.tokenizer,
             max_running,
+            self._drafter,
+            self._num_draft_tokens,
         )
 
-    def open_scheduler(self, num_tokens: int = 0) -> Scheduler:
-        """A scheduler over a new KV store; `num_tokens` to expect at once, over all requests, help
-        to choose the tier when it is "auto". Closed with the
-        model, if not before. Raises DoesNotFitError.
+    def open_scheduler(self, num_tokens: int = 0, longest: int = 0) -> Scheduler:
+        """A scheduler over a new KV store, closed with the model if not before. `num_tokens` to
+        expect at once, over all requests, help to choose the tier when it is "auto". Raises
+        DoesNotFitError, also where a text of `longest` tokens would not fit when it gets there.
         """
         if not self._close.alive:
             raise InputError("the model is closed", hint="open it again with ollm.load")
-        store = self._new_store(num_tokens=num_tokens)
+        store = self._new_store(num_tokens=num_tokens, at_least=longest)
         scheduler = Scheduler(self.served, store)
         self._belongings.add(weakref.finalize(scheduler, store.close))
+        try:
+            if longest:
+                self.engine.demand_room(store, [longest])
+        except BaseException:
+            scheduler.close()
+            raise
         return scheduler
 
     def answer(
         self, requests: Sequence[Request], on_event: Callable[[Event], None] = lambda _: None
     ) -> list[list[Answered]]:
-        """Run requests together to their end; see `ollm_core.serving.offline.run_all`."""
-        with self.open_scheduler(sum(map(_most_tokens, requests))) as scheduler:
+        """Run requests together to their end; see `ollm_core.serving.offline.run_all`. One alone
+        that would not fit in the end is refused before anything is computed.
+        """
+        lengths = list(map(_most_tokens, requests))
+        longest = lengths[0] if len(requests) == 1 and _has_one_answer(requests[0]) else 0
+        with self.open_scheduler(sum(lengths), longest) as scheduler:
             return run_all(scheduler, requests, on_event)
 
     def batch(
@@ -156,7 +168,7 @@ class ServesRequests(OpenedModel):
         model's answer to the whole document.
         """
         sampling = sampling or SamplingParams(temperature=0)
-        encoder = Encoder(self.tokenizer, system)
+        encoder = PromptEncoder(self.tokenizer, system)
         prompts = question_prompts(encoder, document, questions)
         positions = self.served.max_positions
         longest = max(map(len, prompts))
@@ -174,7 +186,7 @@ class ServesRequests(OpenedModel):
 
     def _reduced(
         self,
-        encoder: Encoder,
+        encoder: PromptEncoder,
         parts: Sequence[str],
         questions: Sequence[str],
         sampling: SamplingParams,
@@ -184,9 +196,9 @@ class ServesRequests(OpenedModel):
         prompts = [one for part in parts for one in question_prompts(encoder, part, asked)]
         found = [answers[0].text for answers in self.answer(_alike(prompts, sampling))]
         of_each = [found[place :: len(questions)] for place in range(len(questions))]
-        return encoder.prompts(list(map(combining, questions, of_each)))
+        return encoder.of_texts(list(map(combining, questions, of_each)))
 
-    def _around(self, encoder: Encoder, questions: Sequence[str]) -> int:
+    def _around(self, encoder: PromptEncoder, questions: Sequence[str]) -> int:
         """Tokens of a prompt beside a part of the document, at most."""
         asked = [part_question(question) for question in questions]
         [beside] = part_texts(["x"])
@@ -234,7 +246,12 @@ def _alike(prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> list[R
 
 
 def _most_tokens(request: Request) -> int:
+    """That the store has in the end, over all answers; their last tokens need no place."""
     wanted, num_prompt = request.wanted, len(request.token_ids)
     if isinstance(wanted, SamplingParams):
-        return wanted.n * (num_prompt + wanted.max_tokens)
+        return wanted.n * (num_prompt + wanted.max_tokens - 1)
     return num_prompt
+
+
+def _has_one_answer(request: Request) -> bool:
+    return not isinstance(request.wanted, SamplingParams) or request.wanted.n == 1

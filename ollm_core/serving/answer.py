@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from ollm_core.errors import InputError
@@ -14,15 +14,16 @@ class Answer:
     is held back until it is not.
     """
 
-    def __init__(self, tokenizer: Any, stops: Sequence[str], *, include_stop: bool = False) -> None:
-        """Without a `tokenizer` there is no text. Raises InputError for `stops` then."""
+    def __init__(self, tokenizer: Any, stops: Mapping[str, bool]) -> None:
+        """`stops` are the texts that end it, and whether each is part of it. Without a `tokenizer`
+        there is no text. Raises InputError for `stops` then.
+        """
         if stops and tokenizer is None:
             raise InputError(
                 "stop: need a tokenizer to find texts, have none", hint="use stop_token_ids"
             )
         self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer)
-        self._stops = tuple(stops)
-        self._include_stop = include_stop
+        self._stops = dict(stops)
         self._held = ""
         self.stopped_by: str | None = None
         """The text that has ended it."""
@@ -50,7 +51,7 @@ class Answer:
         if found is not None:
             at, self.stopped_by = found
             self._held = ""
-            return text[: at + len(self.stopped_by) * self._include_stop]
+            return text[: at + len(self.stopped_by) * self._stops[self.stopped_by]]
         end = len(text) - max(_begun(text, stop) for stop in self._stops)
         self._held = text[end:]
         return text[:end]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from ollm_core.contracts.drafting import Drafter
 from ollm_core.engine.engine import Engine
 from ollm_core.errors import InputError
 from ollm_core.serving.request import Choices, Request, Score
@@ -28,6 +29,10 @@ class ServedModel:
     tokenizer: Any = None
     max_running: int = MAX_RUNNING
     """Texts in one pass."""
+    drafter: Drafter | None = None
+    """Drafts for a text that runs alone."""
+    num_draft_tokens: int | None = None
+    """At a time; None: as many as pay."""
 
     @property
     def end_ids(self) -> tuple[int, ...]:
@@ -36,6 +41,14 @@ class ServedModel:
         if ends is None:
             return ()
         return (ends,) if isinstance(ends, int) else tuple(ends)
+
+    @property
+    def stop_texts(self) -> tuple[str, ...]:
+        """Texts that end a text, and are part of it."""
+        texts = self.generation.stop_strings
+        if not texts:
+            return ()
+        return (texts,) if isinstance(texts, str) else tuple(texts)
 
     def check(self, request: Request) -> None:
         """Raises InputError for a request that the model can never answer."""

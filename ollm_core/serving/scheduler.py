@@ -25,10 +25,11 @@ from ollm_core.errors import (
 )
 from ollm_core.serving.admission import begin, best_known, shared_beginning
 from ollm_core.serving.live import LiveText, RequestedText, SharedPrefix
+from ollm_core.serving.lone_drafts import LoneDrafts
 from ollm_core.serving.model import ServedModel
 from ollm_core.serving.prefixes import Prefixes, as_tensor
 from ollm_core.serving.request import Event, Request
-from ollm_core.serving.texts import open_texts
+from ollm_core.serving.texts import GeneratedText, open_texts
 from ollm_core.serving.token_budget import TokenBudget
 
 _RESTARTS = 2  # of a text whose KV was damaged
@@ -49,6 +50,7 @@ class Scheduler(Closing):
         self._store = store
         self._prefixes = Prefixes(store, whole=isinstance(store, KeepsStates))
         self._budget = TokenBudget()
+        self._drafts = LoneDrafts(model, store)
         self._waiting: list[RequestedText] = []
         self._running: list[LiveText] = []
         self._texts: dict[str, list[RequestedText]] = {}
@@ -100,7 +102,7 @@ class Scheduler(Closing):
         with own_torch_state(), torch.no_grad():
             self._let_go()
             self._admit()
-            if self._running:
+            if self._running and self._follow():
                 self._pass(self._choose())
             self._let_go()
         events, self._events = self._events, []
@@ -195,6 +197,19 @@ class Scheduler(Closing):
                 self._events.append(text.finished("cancelled"))
             self._drop(text, keep=False)
 
+    def _follow(self) -> bool:
+        """Draft for a text that runs alone; False if that has ended it."""
+        [alone] = self._running if len(self._running) == 1 else [None]
+        text = alone if isinstance(alone, GeneratedText) else None
+        try:
+            self._drafts.follow(text)
+            self._drafts.guess()
+        except OllmError as error:
+            assert text is not None
+            self._fail(text, error)
+            return False
+        return True
+
     # Who takes part in the next pass.
 
     def _choose(self) -> Chosen:
@@ -269,18 +284,24 @@ class Scheduler(Closing):
             begin, end = text.num_stored, text.num_stored + number
             assert text.sequence is not None
             text.note(begin, end, logits)
-            if isinstance(self._store, KeepsPrefixes) and text.kept:
-                self._store.keep(text.sequence, begin, as_tensor(text.token_ids[begin:end]))
-            if text.num_pending:
-                self._events += [one.reading(end) for one in text.texts]
-                continue
+            num_drafted = len(logits) - 1 if isinstance(text, GeneratedText) else 0
             try:
-                self._events += text.take(logits)
+                if text.num_pending:
+                    self._events += [one.reading(end) for one in text.texts]
+                else:
+                    self._events += text.take(logits)
             except InputError as error:
                 self._fail(text, error)
-            else:
-                if text.ended:
-                    self._end(text)
+                continue
+            if num_drafted:
+                self._store.truncate(text.sequence, text.num_stored)
+            if isinstance(text, GeneratedText) and text.num_new:
+                self._drafts.checked(num_drafted, text.num_stored - end)
+            if isinstance(self._store, KeepsPrefixes) and text.kept:
+                new = text.token_ids[begin : text.num_stored]
+                self._store.keep(text.sequence, begin, as_tensor(new))
+            if text.ended:
+                self._end(text)
 
     def _fewer(self, chosen: Chosen, error: DoesNotFitError) -> Chosen:
         """The same or less, after something has made room: prefixes that are kept, then those who

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from ollm_core.engine.batch import NewTokens
 from ollm_core.serving.answer import Answer
 from ollm_core.serving.live import RequestedText
 from ollm_core.serving.model import ServedModel
@@ -57,10 +59,23 @@ class GeneratedText(RequestedText):
         self._sampler = Sampler(
             sampling, model.generation, len(request.token_ids), ends, model.device, index
         )
-        self._answer = Answer(
-            model.tokenizer, sampling.stops, include_stop=sampling.include_stop_str_in_output
-        )
+        stops = dict.fromkeys(() if sampling.ignore_eos else model.stop_texts, True)
+        stops |= dict.fromkeys(sampling.stops, sampling.include_stop_str_in_output)
+        self._answer = Answer(model.tokenizer, stops)
         self._ends = {*sampling.stop_token_ids, *(() if sampling.ignore_eos else ends)}
+        self.draft: list[int] = []
+        """Guesses of what comes after all of its tokens, which the next pass checks."""
+
+    @property
+    def samples(self) -> bool:
+        """Whether chance has a part in it."""
+        return self._sampling.temperature > 0 or self._sampling.choose is not None
+
+    @property
+    def longest(self) -> int:
+        """Tokens that it has in the end at most."""
+        length = len(self.request.token_ids) + self._sampling.max_tokens
+        return length if self._max_length is None else min(length, self._max_length + 1)
 
     @property
     def reads(self) -> bool:
@@ -71,8 +86,38 @@ class GeneratedText(RequestedText):
         more = min(self._sampling.max_tokens - self.num_new, _EXPECTED)
         return len(self.token_ids) + more
 
+    def guess(self, token_ids: Sequence[int]) -> None:
+        """Let the next pass check a draft, up to what would end the text."""
+        ends = (i for i, token_id in enumerate(token_ids) if token_id in self._ends)
+        self.draft = list(token_ids[: next(ends, len(token_ids))])
+
+    def work(self, num_new: int) -> NewTokens:
+        work = super().work(num_new)
+        if not self.draft:
+            return work
+        ids = torch.cat([work.token_ids, torch.tensor(self.draft, dtype=torch.long, device="cpu")])
+        return replace(
+            work, token_ids=ids, num_logits=len(self.draft) + 1, num_drafted=len(ids) - 1
+        )
+
+    def lose_sequence(self) -> None:
+        super().lose_sequence()
+        self.draft = []
+
     def take(self, logits: Tensor) -> list[Event]:
-        token_id, logprobs = self._sampler.choose(self.token_ids, logits[-1])
+        """Of a draft what the model says, too, is taken: the text is the same without."""
+        events = []
+        for row, guess in zip(logits, [*self.draft, None], strict=True):
+            events.append(self._next(row))
+            if self.ended or self.token_ids[-1] != guess:
+                break
+            self.num_stored += 1
+        self.draft = []
+        return events
+
+    def _next(self, logits: Tensor) -> Event:
+        """One more token, after all that there are, by `logits` [V]."""
+        token_id, logprobs = self._sampler.choose(self.token_ids, logits)
         self.token_ids.append(token_id)
         self.num_new += 1
         self.has_token()
@@ -84,7 +129,7 @@ class GeneratedText(RequestedText):
             self.ended = "stop"
         elif self.num_new >= self._sampling.max_tokens or is_full:
             self.ended = "length"
-        return [NewToken(self.request.request_id, self.index, token_id, text, logprobs)]
+        return NewToken(self.request.request_id, self.index, token_id, text, logprobs)
 
     def rest(self) -> str:
         return self._answer.finish()

@@ -9,7 +9,8 @@ from transformers import StoppingCriteria
 import ollm
 from ollm_conformance import DrafterConformance
 from ollm_core.contracts.closing import Closing
-from ollm_core.drafting.lookup import NUM_DRAFT_TOKENS, LookupDrafter
+from ollm_core.drafting.lookup import LookupDrafter
+from ollm_core.drafting.text_drafts import NUM_DRAFT_TOKENS
 from ollm_core.errors import PluginError
 
 GREEDY = {"do_sample": False, "eos_token_id": None}

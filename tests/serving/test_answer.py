@@ -18,9 +18,9 @@ class Letters:
         return "".join(map(chr, token_ids))
 
 
-def written(text, stops, **how):
+def written(text, stops, *, include_stop=False):
     """What an answer gives, piece by piece, and what ended it."""
-    answer = Answer(Letters(), stops, **how)
+    answer = Answer(Letters(), dict.fromkeys(stops, include_stop))
     pieces = []
     for letter in text:
         pieces.append(answer.add(ord(letter)))
@@ -39,7 +39,9 @@ def test_what_may_begin_a_stop_text_is_held_back():
 
 
 def test_the_first_of_several_stop_texts_ends_it():
-    """By its place in the text; it is part of it only if asked for."""
+    """By its place in the text; it is part of it only if it is to be."""
+    answer = Answer(Letters(), {"two": True, "one": False})
+    assert "".join(answer.add(ord(letter)) for letter in "a two one") == "a two"
     assert "".join(written("one two three", ["three", "two"])[0]) == "one "
     assert "".join(written("one two", ["two"], include_stop=True)[0]) == "one two"
 
@@ -60,7 +62,7 @@ def test_an_answer_is_the_text_before_the_first_stop(text, stops):
 
 def test_without_a_tokenizer_there_is_no_text():
     """And none can be looked for."""
-    answer = Answer(None, [])
+    answer = Answer(None, {})
     assert answer.add(5) + answer.finish() == ""
     with pytest.raises(InputError, match="need a tokenizer"):
-        Answer(None, ["x"])
+        Answer(None, {"x": False})

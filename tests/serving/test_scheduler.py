@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from text_requests import greedy
+from text_requests import finish, greedy, tokens
 
 from ollm_core.errors import DamagedKVError, DoesNotFitError, InputError, NotFiniteError, ReadError
 from ollm_core.serving.offline import run_all
@@ -20,23 +20,6 @@ from ollm_core.serving.request import (
     SamplingParams,
     Score,
 )
-
-
-def finish(scheduler):
-    """All events until nothing is left to do."""
-    events = []
-    while not scheduler.is_idle:
-        events += scheduler.step()
-    return events
-
-
-def tokens(events, request):
-    """The tokens that a request was given."""
-    return [
-        event.token_id
-        for event in events
-        if isinstance(event, NewToken) and event.request_id == request.request_id
-    ]
 
 
 def test_one_request_is_greedy_decoding(model, ids, alone):

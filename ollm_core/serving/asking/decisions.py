@@ -15,7 +15,7 @@ from typing import Any
 import jinja2.sandbox
 
 from ollm_core.errors import InputError, UnsupportedError, one_line
-from ollm_core.serving.asking.questions import Encoder
+from ollm_core.text.prompts import PromptEncoder
 
 MAX_QUESTIONS = 4096
 _YES_NO = ("yes_no", "yes/no", "bool")
@@ -56,10 +56,10 @@ def decisions(tokenizer: Any, document: str, questions: Mapping[str, Any]) -> li
         parsed = parse({name: _named(one) for name, one in questions.items()}, config)
     except ValueError as error:
         raise InputError(one_line(error)) from error
-    encoder = Encoder(tokenizer, options={"enable_thinking": False})
+    encoder = PromptEncoder(tokenizer, options={"enable_thinking": False})
     texts = [template.render(state=document, question=one) for one in parsed]
     found = []
-    for one, token_ids in zip(parsed, encoder.prompts(texts), strict=True):
+    for one, token_ids in zip(parsed, encoder.of_texts(texts), strict=True):
         try:
             labels = label_token_ids(tokenizer, tuple(one.labels))
         except ValueError as error:

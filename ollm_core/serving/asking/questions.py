@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from ollm_core.errors import InputError
-from ollm_core.text.chat import encode_chats, encode_text
-from ollm_core.text.templates import ChatTemplate
+from ollm_core.text.prompts import PromptEncoder
 
 MAX_QUESTIONS = 4096
 _PART = "This is part {number} of {total} of a document."
@@ -24,40 +22,9 @@ def joined(*parts: str) -> str:
     return "\n\n".join(part for part in parts if part.strip())
 
 
-class Encoder:
-    """Makes prompts of texts: by the model's chat template, or as they are where it has none."""
-
-    def __init__(
-        self,
-        tokenizer: Any,
-        system: str | None = None,
-        options: dict[str, Any] | None = None,
-        *,
-        raw: bool = False,
-        allow_special_tokens: bool = False,
-    ) -> None:
-        """Raises InputError without a tokenizer, or for a system message without a template."""
-        if tokenizer is None:
-            raise InputError("the model has no tokenizer", hint="add its tokenizer.json")
-        self._tokenizer = tokenizer
-        self._template = None if raw else ChatTemplate.of(tokenizer)
-        self._system = system
-        self._options = options
-        self._special = allow_special_tokens
-        if system and self._template is None:
-            raise InputError("the model has no chat template", hint="go without a system message")
-
-    def prompts(self, texts: Sequence[str]) -> list[list[int]]:
-        """The token ids of each text as a user's message."""
-        how = {"allow_special_tokens": self._special}
-        if self._template is None:
-            return [encode_text(self._tokenizer, text, **how) for text in texts]
-        before = [{"role": "system", "content": self._system}] if self._system else []
-        chats = [[*before, {"role": "user", "content": text}] for text in texts]
-        return encode_chats(self._tokenizer, self._template, chats, self._options, **how)
-
-
-def question_prompts(encoder: Encoder, document: str, questions: Sequence[str]) -> list[list[int]]:
+def question_prompts(
+    encoder: PromptEncoder, document: str, questions: Sequence[str]
+) -> list[list[int]]:
     """The document, then the question, for each. Raises InputError for questions without words."""
     if not questions:
         raise InputError("there is no question", hint="ask at least one")
@@ -69,7 +36,7 @@ def question_prompts(encoder: Encoder, document: str, questions: Sequence[str]) 
     for number, question in enumerate(questions, start=1):
         if not question.strip():
             raise InputError(f"question {number} is empty")
-    return encoder.prompts([joined(document, question) for question in questions])
+    return encoder.of_texts([joined(document, question) for question in questions])
 
 
 def check_length(prompts: Sequence[Sequence[int]], max_positions: int | None) -> None:

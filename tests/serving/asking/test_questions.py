@@ -9,7 +9,6 @@ from transformers import AutoTokenizer
 
 from ollm_core.errors import InputError
 from ollm_core.serving.asking.questions import (
-    Encoder,
     check_length,
     combining,
     cut_document,
@@ -17,6 +16,7 @@ from ollm_core.serving.asking.questions import (
     part_texts,
     question_prompts,
 )
+from ollm_core.text.prompts import PromptEncoder
 
 
 @pytest.fixture(scope="module")
@@ -42,15 +42,7 @@ def test_a_document_stands_before_each_question():
 def test_questions_that_are_none(tokenizer, questions, words):
     """One line each."""
     with pytest.raises(InputError, match=words):
-        question_prompts(Encoder(tokenizer, raw=True), "document", questions)
-
-
-def test_without_tokenizer_or_template(tokenizer):
-    """A system message needs a template."""
-    with pytest.raises(InputError, match="the model has no tokenizer"):
-        Encoder(None)
-    with pytest.raises(InputError, match="no chat template"):
-        Encoder(tokenizer, "be brief", raw=True)
+        question_prompts(PromptEncoder(tokenizer, raw=True), "document", questions)
 
 
 def test_past_the_positions():
