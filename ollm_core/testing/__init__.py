@@ -27,6 +27,8 @@ from ollm_core.planning.dry_run import DryRun
 from ollm_core.plugins.registry import Registry, supports
 from ollm_core.plugins.validation import check_capability, told
 from ollm_core.products.select import without_instructions
+from ollm_core.serving.request import Finished, NewToken, Request, SamplingParams
+from ollm_core.serving.scheduler import Scheduler
 from ollm_core.testing.declarations import (
     as_opened,
     check_declarations,
@@ -56,9 +58,11 @@ __all__ = [
     "Checkpoint",
     "Closing",
     "DryRun",
+    "Finished",
     "KVView",
     "KeepsStates",
     "LogicalTensors",
+    "NewToken",
     "NewTokens",
     "NotFiniteError",
     "Parameter",
@@ -66,6 +70,9 @@ __all__ = [
     "PluginError",
     "Progress",
     "Registry",
+    "Request",
+    "SamplingParams",
+    "Scheduler",
     "SequenceCache",
     "StreamedModel",
     "TierTracker",

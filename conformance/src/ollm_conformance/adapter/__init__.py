@@ -22,6 +22,7 @@ from ollm_conformance.adapter.planned import Planned
 from ollm_conformance.adapter.precision import Precision
 from ollm_conformance.adapter.released import Released
 from ollm_conformance.adapter.robust import Failure, Isolation
+from ollm_conformance.adapter.serving import Serving
 from ollm_conformance.adapter.sizes import Sizes
 from ollm_conformance.adapter.stored import Stored
 from ollm_conformance.adapter.stray import Stray
@@ -51,6 +52,7 @@ class AdapterConformance(
     Released,
     Batches,
     Drafts,
+    Serving,
     Experts,
     Memory,
     Hidden,

@@ -1,0 +1,170 @@
+"""Checks of requests that run together: texts join and leave between passes."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import pytest
+import torch
+
+from ollm_conformance.adapter.base import AdapterSuite
+from ollm_conformance.checks import check
+from ollm_conformance.compare import same_tokens, same_within
+from ollm_conformance.subject import Subject
+from ollm_core.testing import (
+    Finished,
+    NewToken,
+    Request,
+    SamplingParams,
+    Scheduler,
+    StreamedModel,
+)
+
+_LOOK = "caches() and the layers: what a row remembers is its own, whoever is beside it"
+_TIERS = pytest.mark.parametrize("kv", ["device", "disk"])
+
+
+class Serving(AdapterSuite):
+    """Requests over one model give what each gives alone."""
+
+    @check(
+        "serving.joins",
+        "Texts that begin alike, join while others decode, and leave before them get the greedy "
+        "tokens that each gets alone, and sampled ones those of their seed; one that goes on from "
+        "an earlier one, too.",
+        look=_LOOK,
+        needs=["batch"],
+    )
+    @_TIERS
+    def test_joins(self, subject: Subject, kv: str) -> None:
+        document = subject.prompt(200)
+        prompts = [
+            torch.cat([document, subject.prompt(n, seed=n)]).tolist() for n in (3, 70, 12)
+        ] + [subject.prompt(n, seed=n).tolist() for n in (150, 1)]
+        lengths, sampled = (12, 3, 7, 5, 9), _request(document.tolist(), 6, seed=5)
+        with subject.open(kv=kv) as model:
+            [[alone]] = model.answer([sampled])
+            requests = list(map(_request, prompts, lengths))
+            with model.open_scheduler() as scheduler:
+                found: dict[str, list[int]] = defaultdict(list)
+                for request in (*requests, _request(document.tolist(), 6, seed=5)):
+                    scheduler.add(request)
+                    for _ in range(2):
+                        _note(scheduler, found)
+                _finish(scheduler, found)
+                later = [*prompts[0], *found[requests[0].request_id], *prompts[3][:9]]
+                again = _request(later, 4)
+                scheduler.add(again)
+                _finish(scheduler, found)
+        for prompt, request in zip((*prompts, later), (*requests, again), strict=True):
+            tokens = found[request.request_id]
+            expected = subject.reference().greedy(torch.tensor(prompt), len(tokens))[0]
+            assert tokens, f"{len(prompt)} tokens: expected an answer, got none"
+            same_tokens(tokens, expected, f"tokens after {len(prompt)}, beside others")
+        [last] = [tokens for name, tokens in found.items() if name not in _names(requests, again)]
+        same_tokens(last, alone.token_ids, "tokens sampled by a seed, beside others")
+
+    @check(
+        "serving.cancel",
+        "A request that is cancelled while it reads, decodes or waits gets no more tokens and "
+        "gives back what it held; the others get the tokens that each gets alone.",
+        look=_LOOK,
+        needs=["batch"],
+    )
+    @_TIERS
+    def test_cancel(self, subject: Subject, kv: str) -> None:
+        prompts = [subject.prompt(n, seed=n).tolist() for n in (90, 40, 65)]
+        with subject.open(kv=kv) as model, model.open_scheduler() as scheduler:
+            held = _held(model)
+            for moment in range(4):
+                stays, goes, waits = (_request(prompt, 8, keep=False) for prompt in prompts)
+                found: dict[str, list[int]] = defaultdict(list)
+                scheduler.add(stays)
+                scheduler.add(goes)
+                for _ in range(moment):
+                    _note(scheduler, found)
+                before = len(found[goes.request_id])
+                scheduler.add(waits)
+                scheduler.cancel(goes.request_id)
+                scheduler.cancel(waits.request_id)
+                ends = _finish(scheduler, found)
+                what = f"cancelled after {moment} passes"
+                reasons = {end.request_id: end.reason for end in ends}
+                for one in (goes, waits):
+                    got = reasons.get(one.request_id)
+                    assert got == "cancelled", f"{what}: expected the end 'cancelled', got {got!r}"
+                number = len(found[goes.request_id])
+                assert number == before, f"{what}: expected {before} tokens, got {number}"
+                expected = subject.reference().greedy(torch.tensor(prompts[0]), 8)[0]
+                same_tokens(found[stays.request_id], expected, f"tokens beside one {what}")
+                now = _held(model)
+                assert now <= held, (
+                    f"{what}, and all others ended: expected {held} bytes of KV and states, "
+                    f"got {now}"
+                )
+
+    @check(
+        "serving.score",
+        "The score of a continuation is the log-probability of each of its tokens in a forward "
+        "pass over the whole text, however many are scored together.",
+        look=_LOOK,
+        needs=["batch"],
+    )
+    def test_score(self, subject: Subject) -> None:
+        prompt = subject.prompt(130)
+        continuations = [subject.prompt(n, seed=n) for n in (1, 40, 300, 7)]
+        with subject.open() as model:
+            found = model.score(prompt.tolist(), [one.tolist() for one in continuations])
+        for continuation, logprobs in zip(continuations, found, strict=True):
+            text = torch.cat([prompt, continuation])
+            logits = subject.reference().run(text)[len(prompt) - 1 : -1]
+            expected = logits.log_softmax(-1).gather(1, continuation[:, None])[:, 0]
+            what = f"log-probabilities of {len(continuation)} tokens after {len(prompt)}"
+            same_within(torch.tensor(logprobs), expected, 1e-4, what)
+
+
+def _request(
+    prompt: list[int], num_new: int, *, seed: int | None = None, keep: bool = True
+) -> Request:
+    """Greedy without a seed."""
+    sampling = SamplingParams(
+        max_tokens=num_new, ignore_eos=True, seed=seed, temperature=0 if seed is None else 0.9
+    )
+    return Request(token_ids=prompt, wanted=sampling, keep=keep)
+
+
+def _names(requests: list[Request], *more: Request) -> set[str]:
+    return {request.request_id for request in (*requests, *more)}
+
+
+def _note(scheduler: Scheduler, tokens: dict[str, list[int]]) -> list[Finished]:
+    """Take one step: new tokens are noted by request; -> what has ended. Raises what a request
+    failed by.
+    """
+    ends = []
+    for event in scheduler.step():
+        if isinstance(event, NewToken):
+            tokens[event.request_id].append(event.token_id)
+        elif isinstance(event, Finished):
+            ends.append(event)
+        elif error := getattr(event, "error", None):
+            raise error
+    return ends
+
+
+def _finish(scheduler: Scheduler, tokens: dict[str, list[int]]) -> list[Finished]:
+    """Take steps until nothing is left to do, as `_note` does."""
+    ends = []
+    while not scheduler.is_idle:
+        ends += _note(scheduler, tokens)
+    return ends
+
+
+def _held(model: StreamedModel) -> int:
+    """Bytes of the KV cache and of states in both memories."""
+    return sum(
+        num_bytes
+        for account in (model.accounts.device, model.accounts.host)
+        for kind, num_bytes in account.kinds.items()
+        if kind.startswith("kv ") or kind == "recurrent states"
+    )
