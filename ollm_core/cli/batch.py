@@ -44,6 +44,17 @@ _SHOWN_SECONDS = 0.1
     is_flag=True,
     help="Go on with OUT.jsonl though it was begun with other settings or rows.",
 )
+@click.option(
+    "--ray",
+    "address",
+    metavar="ADDRESS",
+    help="Answer on a Ray cluster: host:port, ray://host:port, auto, or local.",
+)
+@click.option(
+    "--ray-workers",
+    type=click.IntRange(1),
+    help="Models that are opened on the cluster.  [default: one for each node]",
+)
 @options_of("batch")
 @json_option
 @debug_option
@@ -53,6 +64,8 @@ def batch(
     output: Path,
     errors: Path | None,
     anyway: bool,
+    address: str | None,
+    ray_workers: int | None,
     as_json: bool,
     max_new_tokens: int,
     **options: Any,
@@ -63,8 +76,10 @@ def batch(
     After a crash or Ctrl-C the same command goes on with the rows that are left. Rows that say no
     max_tokens get --max-new-tokens.
     """
+    if ray_workers and not address:
+        raise click.UsageError("--ray-workers needs --ray ADDRESS")
     check_known(model, options["models_dir"], here=True)
-    if not options["device"].startswith("cuda"):
+    if not address and not options["device"].startswith("cuda"):
         wait_asleep_beside_others()
     from ollm_core.checkpoint.locate import resolve
     from ollm_core.plugins.registry import Registry
@@ -79,7 +94,11 @@ def batch(
     }
     try:
         with BatchJob(rows, output, errors, settings=settings, anyway=anyway) as job:
-            stats = _run(job, model, max_new_tokens, options) if job.progress.num_left else ""
+            stats = ""
+            if job.progress.num_left and address:
+                _run_on_ray(job, model, max_new_tokens, options, address, ray_workers)
+            elif job.progress.num_left:
+                stats = _run(job, model, max_new_tokens, options)
             _report(job, stats, as_json=as_json)
     except Ended as ended:
         ended.hint = "the same command goes on with the rows that are left"
@@ -108,6 +127,35 @@ def _run(job: BatchJob, model: str, max_new_tokens: int, options: dict[str, Any]
             return summary(opened.stats, *asked)
     finally:
         opening.close()
+
+
+def _run_on_ray(
+    job: BatchJob,
+    model: str,
+    max_new_tokens: int,
+    options: dict[str, Any],
+    address: str,
+    num_workers: int | None,
+) -> None:
+    """The same on the workers of a Ray cluster, which find the model under the same name."""
+    from ollm_core.serving.jobs.cluster import Cluster
+    from ollm_core.serving.openai.requests import Defaults
+
+    is_directory = os.path.isdir(model)
+    how: dict[str, Any] = {
+        "model": str(Path(model).absolute()) if is_directory else model,
+        "loading": {name: options[name] for name in names_of("batch") if name in options},
+        "name": Path(model).name if is_directory else model,
+        "defaults": Defaults(max_tokens=max_new_tokens),
+        "num_gpus": int(options["device"].startswith("cuda")),
+    }
+    bar = RowsBar(job.progress)
+    cluster = Cluster(address, num_workers)
+    try:
+        job.run_by(lambda rows, tell: cluster.answer(rows, tell, **how), bar, counts_tokens=True)
+    finally:
+        bar.close()
+        cluster.close()
 
 
 class RowsBar:

@@ -12,48 +12,22 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from ollm_core.contracts.closing import Closing
-from ollm_core.errors import DoesNotFitError, InputError, OllmError, ReadError, one_line
+from ollm_core.errors import InputError
 from ollm_core.files.untrusted_json import show
 from ollm_core.serving.jobs.files import MAX_LINE_BYTES, AnswerFile, InputFile, Line, sync_directory
 from ollm_core.serving.jobs.id_table import IdTable
+from ollm_core.serving.jobs.rows import AnswersRequests, Outcome, RowAnswerer, TakenRow
 from ollm_core.serving.jobs.settings import Settings, SettingsFile, differences
-from ollm_core.serving.model import ServedModel
-from ollm_core.serving.offline import Answered, run_each
-from ollm_core.serving.openai.answers import Writer, answer_line, error_line
-from ollm_core.serving.openai.requests import Asked, Defaults, Reader, RefusedError, Row, read_row
-from ollm_core.serving.request import Event, NewToken, Request, SamplingParams
-from ollm_core.serving.scheduler import Scheduler
-
-PRIORITY = 1
-"""After whoever waits for an answer."""
-AHEAD = 384
-"""Rows that are read before others are answered: more than a pass takes."""
-AHEAD_TOKENS = 1 << 20
-"""Tokens of their prompts, which take some 50 bytes each."""
-_EXPECTED = 32
-"""Rows whose lengths say how much memory to expect."""
-_EXPECTED_NEW = 512
-"""New tokens of an answer, at most, for that."""
-_MOST_IN_VAIN = 8
-"""Rows in turn that find no room on the disk, before the run is given up."""
+from ollm_core.serving.openai.answers import answer_line, error_line
+from ollm_core.serving.openai.requests import Defaults, RefusedError, Row, read_row
+from ollm_core.serving.request import Event, NewToken
 
 _DONE, _COUNTED, _TAKEN = 1, 2, 4  # marks of a row: answered, met by the first walk, by the second
 _BY_LINE = ("invalid_json_line", "missing_custom_id", "duplicate_custom_id")
 """Codes of errors whose rows are known by their line."""
-
-
-class AnswersRequests(Protocol):
-    """A model, as far as a batch needs one."""
-
-    @property
-    def served(self) -> ServedModel:
-        """What a scheduler knows of it."""
-
-    def open_scheduler(self, num_tokens: int = 0) -> Scheduler:
-        """A scheduler over a new KV store, for `num_tokens` at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,14 +64,6 @@ class _Met:
     row: Row | None
     refused: RefusedError | None = None
     """In place of `row`."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Live:
-    """A row that the scheduler has."""
-
-    met: _Met
-    asked: Asked
 
 
 class BatchJob(Closing):
@@ -157,10 +123,47 @@ class BatchJob(Closing):
         anything else: what is written stays, and another job goes on with the rest. To be called
         once.
         """
+        answerer = RowAnswerer(model, name, defaults)
+
+        def on_event(event: Event) -> None:
+            if isinstance(event, NewToken):
+                self._count(num_new_tokens=1)
+                self._tell(on_progress)
+
+        def answer(rows: Iterator[TakenRow], tell: Callable[[Outcome], None]) -> None:
+            answerer.answer(rows, tell, on_event)
+
+        return self.run_by(answer, on_progress)
+
+    def run_by(
+        self,
+        answer: Callable[[Iterator[TakenRow], Callable[[Outcome], None]], None],
+        on_progress: Callable[[BatchProgress], None] = lambda _: None,
+        *,
+        counts_tokens: bool = False,
+    ) -> BatchProgress:
+        """As `run`, with whoever answers rows elsewhere: `answer` is given those that are left, and
+        a function to tell what comes of each, in any order; of one told twice the first counts.
+        With `counts_tokens` new tokens are counted as answers come.
+        """
         if self._is_run:
             raise InputError("the batch has been run", hint="open another job: it goes on")
         self._is_run = True
-        _Run(self, model, name, defaults or Defaults(), on_progress).all()
+        self._began = time.perf_counter()
+        taken: dict[int, _Met] = {}
+
+        def tell(outcome: Outcome) -> None:
+            met = taken.pop(outcome.line, None)
+            if met is None:
+                return
+            if outcome.body is None:
+                self._write_refusal(met, outcome.code, outcome.message, outcome.param)
+            else:
+                self._write_answer(met, outcome.body, counts_tokens=counts_tokens)
+            self._tell(on_progress)
+
+        answer(self._taken(taken, on_progress), tell)
+        self._tell(on_progress)
         if not self._progress.num_left:
             self._settings.remove()
         return self._progress
@@ -255,10 +258,38 @@ class BatchJob(Closing):
         if self._input.digest != self._digest:
             raise InputError(f"{self.rows} was changed while it was read")
 
-    def _write_answer(self, met: _Met, body: dict[str, Any], **counted: int) -> None:
+    def _taken(
+        self, taken: dict[int, _Met], on_progress: Callable[[BatchProgress], None]
+    ) -> Iterator[TakenRow]:
+        """The rows that are left and can be read, each noted in `taken` by its line; the others are
+        told of at once.
+        """
+        for met in self._left():
+            if met.row is None:
+                assert met.refused is not None
+                refused = met.refused
+                self._write_refusal(met, refused.code, refused.message, refused.param)
+                self._tell(on_progress)
+            else:
+                taken[met.line] = met
+                yield TakenRow(met.line, met.row)
+
+    def _tell(self, on_progress: Callable[[BatchProgress], None]) -> None:
+        now = time.perf_counter()
+        self._count(seconds=now - self._began)
+        self._began = now
+        on_progress(self._progress)
+
+    def _write_answer(self, met: _Met, body: dict[str, Any], *, counts_tokens: bool) -> None:
         assert met.custom_id is not None
         self._answers.append(answer_line(met.custom_id, body))
-        self._count(num_answered=1, **counted)
+        usage = body["usage"]
+        self._count(
+            num_answered=1,
+            num_prompt_tokens=usage["prompt_tokens"],
+            num_cached_tokens=usage["prompt_tokens_details"]["cached_tokens"],
+            num_new_tokens=usage["completion_tokens"] if counts_tokens else 0,
+        )
 
     def _write_refusal(self, met: _Met, code: str, message: str, param: str | None) -> None:
         self._refusals.append(error_line(met.custom_id, met.line, code, message, param))
@@ -269,131 +300,9 @@ class BatchJob(Closing):
         self._progress = replace(self._progress, **now)
 
 
-class _Run:
-    """One walk over the rows that are left."""
-
-    def __init__(
-        self,
-        job: BatchJob,
-        model: AnswersRequests,
-        name: str,
-        defaults: Defaults,
-        on_progress: Callable[[BatchProgress], None],
-    ) -> None:
-        self._job, self._model, self._served = job, model, model.served
-        if self._served.tokenizer is None:
-            raise InputError(f"{name} has no tokenizer", hint="add its tokenizer.json")
-        self._reader = Reader(self._served.tokenizer, defaults)
-        self._writer = Writer(self._served.tokenizer, name)
-        self._on_progress = on_progress
-        self._began = time.perf_counter()
-        self._live: dict[str, _Live] = {}
-        self._in_vain: OllmError | None = None
-        self._num_in_vain = 0
-
-    def all(self) -> None:
-        """Answer them. Raises OllmError."""
-        requests = self._requests()
-        first = list(itertools.islice(requests, _EXPECTED))
-        if first:
-            num_tokens = sum(map(_expected_tokens, first))
-            with self._model.open_scheduler(num_tokens) as scheduler:
-                together = itertools.chain(first, requests)
-                first = []
-                for request, answers in run_each(
-                    scheduler, together, self._on_event, AHEAD, AHEAD_TOKENS
-                ):
-                    self._end(self._live.pop(request.request_id), answers)
-        self._tell()
-        if self._in_vain is not None:
-            raise self._in_vain
-
-    def _requests(self) -> Iterator[Request]:
-        """Of the rows that can be answered; the others are told of at once."""
-        for met in self._job._left():
-            try:
-                if met.row is None:
-                    assert met.refused is not None
-                    raise met.refused
-                asked = self._reader.read(met.row)
-                request = Request(
-                    token_ids=asked.token_ids,
-                    wanted=asked.sampling,
-                    priority=PRIORITY,
-                    keep=False,
-                )
-                self._check(request)
-            except RefusedError as refused:
-                self._refuse(met, refused.code, refused.message, refused.param)
-            else:
-                self._live[request.request_id] = _Live(met, asked)
-                yield request
-
-    def _check(self, request: Request) -> None:
-        most, num_tokens = self._served.max_positions, len(request.token_ids)
-        if most is not None and num_tokens > most:
-            raise RefusedError(
-                f"the prompt has {num_tokens} tokens, the model {most} positions",
-                code="context_length_exceeded",
-            )
-        try:
-            self._served.check(request)
-        except InputError as error:
-            raise RefusedError(error.message, code="invalid_prompt") from error
-
-    def _end(self, live: _Live, answers: list[Answered]) -> None:
-        """A row has ended, well or not."""
-        failed = next((one.error for one in answers if one.error is not None), None)
-        if failed is None:
-            body = self._writer.body(live.asked, answers)
-            self._job._write_answer(
-                live.met,
-                body,
-                num_prompt_tokens=len(live.asked.token_ids),
-                num_cached_tokens=min(one.counts.num_cached_tokens for one in answers),
-            )
-            self._num_in_vain = 0
-            self._tell()
-        elif isinstance(failed, ReadError | OSError):  # no row is to blame, and none would do
-            raise failed
-        elif isinstance(failed, DoesNotFitError) and not failed.memory:  # of the disk
-            self._in_vain, self._num_in_vain = failed, self._num_in_vain + 1
-            if self._num_in_vain == _MOST_IN_VAIN:
-                raise failed
-        else:
-            self._refuse(live.met, _code_of(failed), one_line(failed))
-
-    def _refuse(self, met: _Met, code: str, message: str, param: str | None = None) -> None:
-        self._job._write_refusal(met, code, message, param)
-        self._tell()
-
-    def _on_event(self, event: Event) -> None:
-        if isinstance(event, NewToken):
-            self._job._count(num_new_tokens=1)
-            self._tell()
-
-    def _tell(self) -> None:
-        now = time.perf_counter()
-        self._job._count(seconds=now - self._began)
-        self._began = now
-        self._on_progress(self._job.progress)
-
-
 def _key_of(answer: dict[str, Any]) -> str:
     """What the row of an answer is known by."""
     error = answer.get("error")
     if isinstance(error, dict) and (answer["custom_id"] is None or error.get("code") in _BY_LINE):
         return f"line {error.get('line')}"
     return f"id {answer['custom_id']}"
-
-
-def _code_of(error: Exception) -> str:
-    if isinstance(error, DoesNotFitError):
-        return "does_not_fit"
-    return "invalid_request" if isinstance(error, InputError) else "model_failed"
-
-
-def _expected_tokens(request: Request) -> int:
-    wanted = request.wanted
-    assert isinstance(wanted, SamplingParams)
-    return len(request.token_ids) + wanted.n * min(wanted.max_tokens, _EXPECTED_NEW)

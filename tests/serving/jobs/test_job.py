@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 from ollm_core.api import load
 from ollm_core.errors import DoesNotFitError, InputError, NotFiniteError, ReadError
-from ollm_core.serving.jobs import job as jobs
-from ollm_core.serving.jobs.job import AHEAD, BatchJob
+from ollm_core.serving.jobs import rows as jobs
+from ollm_core.serving.jobs.job import BatchJob
+from ollm_core.serving.jobs.rows import AHEAD
 
 SETTINGS = {"dtype": "float32"}
 
