@@ -21,7 +21,6 @@ from ollm_core.serving.openai.requests import Defaults, Row
 
 ROWS_AT_ONCE = 64
 """Rows that a worker answers together. Those of one that dies are answered again."""
-_ROWS_OF_A_BLOCK = 512
 _GO_ON = "the same command goes on with the rows that are left"
 
 
@@ -105,8 +104,9 @@ class Cluster:
             return
         data = self._ray.data
         items = [{"row": json.dumps(_told(one))} for one in chain([first], rows)]
-        num_blocks = max(-(-len(items) // _ROWS_OF_A_BLOCK), self.num_workers)
-        dataset = data.from_items(items, override_num_blocks=min(num_blocks, len(items)))
+        # Answers come back a block at a time.
+        num_blocks = max(-(-len(items) // ROWS_AT_ONCE), min(self.num_workers, len(items)))
+        dataset = data.from_items(items, override_num_blocks=num_blocks)
         del items
         answered = dataset.map_batches(
             RowWorker,
