@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
 from ollm_core.cli.documents import document_options, read_all
+from ollm_core.cli.forecast import forecast
 from ollm_core.cli.models import fetch_if
 from ollm_core.cli.options import debug_option, json_option, names_of, options_of, user_path
 from ollm_core.cli.output import print_json
@@ -78,7 +79,13 @@ def ask(
     if not options["device"].startswith("cuda"):
         wait_asleep_beside_others()
     progress = ProgressBar(Path(model).name)
-    answers = _Answers(asked, len(files), progress, silent=as_json)
+    answers = _Answers(
+        asked,
+        len(files),
+        progress,
+        lambda num_tokens: forecast(model, options, num_tokens, max_new_tokens),
+        silent=as_json,
+    )
     try:
         from ollm_core.api import load
 
@@ -110,8 +117,16 @@ class _Answers:
     """Prints each answer when it is complete. A single one is printed as it is made."""
 
     def __init__(
-        self, questions: Sequence[str], num_files: int, progress: ProgressBar, *, silent: bool
+        self,
+        questions: Sequence[str],
+        num_files: int,
+        progress: ProgressBar,
+        expected: Callable[[int], str],
+        *,
+        silent: bool,
     ) -> None:
+        """`expected` says how long a prompt of so many tokens will take."""
+        self._expected = expected
         self._questions = questions
         self._num_files = num_files
         self._progress = progress
@@ -126,6 +141,8 @@ class _Answers:
         questions = "1 question" if number == 1 else f"{number} questions"
         parts = f", read in {num_parts} parts" if num_parts > 1 else ""
         self._progress.line(f"{num_tokens:,} tokens with {documents}, {questions}{parts}")
+        if num_parts == 1 and (expected := self._expected(num_tokens)):
+            self._progress.line(expected)
 
     def add(self, event: Any) -> None:
         """Called with what happens."""

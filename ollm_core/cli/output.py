@@ -44,3 +44,10 @@ def print_error(message: str, hint: str = "") -> None:
         click.echo(f"error: {' '.join(message.split())}", err=True)
         if hint:
             click.echo(f"hint: {' '.join(hint.split())}", err=True)
+
+
+def format_time(seconds: float) -> str:
+    """`4.2 s`, `12 min`, `3.4 h`."""
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 60:.3g} min" if seconds < 7200 else f"{seconds / 3600:.3g} h"

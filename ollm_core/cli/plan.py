@@ -10,7 +10,7 @@ import click
 
 from ollm_core.cli.models import check_known
 from ollm_core.cli.options import debug_option, json_option, options_of
-from ollm_core.cli.output import print_json
+from ollm_core.cli.output import format_time, print_json
 from ollm_core.cli.picture import check_path, save
 from ollm_core.cli.timeline import draw
 from ollm_core.errors import DoesNotFitError
@@ -78,7 +78,10 @@ def _text(plan: Plan, device_layers: int | None = None, host_layers: int | None 
             f"{plan.batch} x {plan.context - plan.max_new_tokens} prompt tokens and "
             f"{plan.max_new_tokens} new tokens on {plan.device}",
         ),
-        ("prefill", f"{_time(plan.prefill_seconds)}, bound by {_limit(plan.prefill_limited_by)}"),
+        (
+            "prefill",
+            f"{format_time(plan.prefill_seconds)}, bound by {_limit(plan.prefill_limited_by)}",
+        ),
         (
             "decode",
             f"{plan.tokens_per_second:.3g} tokens/s, bound by {_limit(plan.limited_by)}; "
@@ -116,7 +119,7 @@ def _text(plan: Plan, device_layers: int | None = None, host_layers: int | None 
     for i, change in enumerate(plan.changes):
         text.append(
             f"{'' if i else 'better':<{_COLUMN}}{change.option}: prefill "
-            f"{_time(change.prefill_seconds)}, {change.tokens_per_second:.3g} tokens/s"
+            f"{format_time(change.prefill_seconds)}, {change.tokens_per_second:.3g} tokens/s"
         )
     return "\n".join(text)
 
@@ -166,10 +169,3 @@ def _rates(plan: Plan) -> list[str]:
         f"{', '.join(told)} ({source}{hint if source == 'assumed' else ''})"
         for source, told in by_source.items()
     ]
-
-
-def _time(seconds: float) -> str:
-    """`4.2 s`, `12 min`, `3.4 h`."""
-    if seconds < 120:
-        return f"{seconds:.3g} s"
-    return f"{seconds / 60:.3g} min" if seconds < 7200 else f"{seconds / 3600:.3g} h"
