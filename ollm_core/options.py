@@ -55,10 +55,10 @@ Keywords = ParamSpec("Keywords")
 Chosen = TypeVar("Chosen")
 Made = TypeVar("Made")
 
-_RUN, _TEXTS = ("run",), ("run", "ask", "batch", "plan")
-_LOADS = ("run", "ask", "decide", "batch")
+_DRAFTS, _TEXTS = ("run", "chat"), ("run", "chat", "ask", "batch", "plan")
+_LOADS = ("run", "chat", "ask", "decide", "batch")
 _BOTH = (*_LOADS, "plan")
-"""Verbs: the one that drafts, those that open a model, and those that a plan is made for."""
+"""Verbs: those that draft, those that open a model, and those that a plan is made for."""
 PRECISIONS = ("fast", "exact")
 
 
@@ -240,13 +240,13 @@ class LoadOptions(ModelOptions):
         "Source of draft tokens.",
         "lookup looks for the last tokens earlier in the text; model asks `draft_model`. Drafts "
         "change the speed, not the text. Batches go without.",
-        verbs=_RUN,
+        verbs=_DRAFTS,
     )
     draft_model: PathLike | None = said(
         None,
         "Directory or id of a small model of the same vocabulary, for `draft` model.",
         "It is held in memory as a whole, inside `device_memory` and `host_memory`.",
-        verbs=_RUN,
+        verbs=_DRAFTS,
         metavar="DIR_OR_ID",
         unset="none",
     )
@@ -256,7 +256,7 @@ class LoadOptions(ModelOptions):
         "Draft tokens at a time.",
         "What pays off is known by what drafts have cost and brought so far; none are made while "
         "they do not. With sampling it is 10, so that a seed repeats a text.",
-        verbs=_RUN,
+        verbs=_DRAFTS,
         unset="as many as pay off, up to 10",
     )
     trust_remote_code: bool = switch(

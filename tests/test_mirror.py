@@ -65,6 +65,7 @@ ELSEWHERE = {
     "calibration/timing": "calibration/test_products.py",
     "checkpoint/hub_download": "checkpoint/test_hub.py",
     "checkpoint/hub_refusals": "checkpoint/test_hub.py",
+    "cli/conversation": "cli/test_chat.py",
     "cli/documents": "cli/test_ask.py",
     "cli/sampling": "cli/test_run.py",
     "cli/offered": "plugins/test_commands.py",

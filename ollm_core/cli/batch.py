@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import time
@@ -138,13 +139,15 @@ def _run_on_ray(
     num_workers: int | None,
 ) -> None:
     """The same on the workers of a Ray cluster, which find the model under the same name."""
+    from ollm_core.api import load
     from ollm_core.serving.jobs.cluster import Cluster
     from ollm_core.serving.openai.requests import Defaults
 
     is_directory = os.path.isdir(model)
+    path = str(Path(model).absolute()) if is_directory else model
+    loading = {name: options[name] for name in names_of("batch") if name in options}
     how: dict[str, Any] = {
-        "model": str(Path(model).absolute()) if is_directory else model,
-        "loading": {name: options[name] for name in names_of("batch") if name in options},
+        "open_model": functools.partial(load, path, **loading),
         "name": Path(model).name if is_directory else model,
         "defaults": Defaults(max_tokens=max_new_tokens),
         "num_gpus": int(options["device"].startswith("cuda")),

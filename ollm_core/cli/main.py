@@ -15,6 +15,7 @@ from ollm_core import __version__
 from ollm_core.cli.ask import ask
 from ollm_core.cli.batch import batch
 from ollm_core.cli.cache import cache
+from ollm_core.cli.chat import chat
 from ollm_core.cli.convert import convert
 from ollm_core.cli.decide import decide
 from ollm_core.cli.doctor import doctor
@@ -47,6 +48,7 @@ def cli() -> None:
 
 for _command in (
     run,
+    chat,
     ask,
     decide,
     batch,

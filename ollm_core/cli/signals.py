@@ -134,6 +134,27 @@ class Signals:
         return dropped
 
 
+@contextmanager
+def at_interrupt(act: Callable[[], None]) -> Iterator[None]:
+    """In the `with` the first Ctrl-C calls `act`, and ends nothing; the next one does as elsewhere.
+    In the main thread alone, which may choose.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def once(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, before)
+        act()
+
+    signal.signal(signal.SIGINT, once)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _frames(frame: FrameType | None) -> Iterator[FrameType]:
     while frame is not None:
         yield frame

@@ -16,7 +16,7 @@ from typing import Any
 
 from ollm_core.errors import OllmError, UnsupportedError, one_line
 from ollm_core.files.untrusted_json import parse_object
-from ollm_core.serving.jobs.rows import Outcome, RowAnswerer, TakenRow
+from ollm_core.serving.jobs.rows import AnswersRequests, Outcome, RowAnswerer, TakenRow
 from ollm_core.serving.openai.requests import Defaults, Row
 
 ROWS_AT_ONCE = 64
@@ -28,12 +28,10 @@ class RowWorker:
     """What an actor runs: the model, and rows that come as columns of a batch."""
 
     def __init__(
-        self, model: str, loading: Mapping[str, Any], name: str, defaults: Defaults
+        self, open_model: Callable[[], AnswersRequests], name: str, defaults: Defaults
     ) -> None:
-        """`model` is its directory or id on the worker, `loading` are the options of `load`."""
-        from ollm_core.api import load
-
-        self._answerer = RowAnswerer(load(model, **loading), name, defaults)
+        """`open_model` is called on the worker's machine."""
+        self._answerer = RowAnswerer(open_model(), name, defaults)
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[str]]:
         """`row` holds JSON of TakenRows -> `outcome`, JSON of what comes of each."""
@@ -90,14 +88,13 @@ class Cluster:
         rows: Iterator[TakenRow],
         tell: Callable[[Outcome], None],
         *,
-        model: str,
-        loading: Mapping[str, Any],
+        open_model: Callable[[], AnswersRequests],
         name: str,
         defaults: Defaults,
         num_gpus: int = 0,
     ) -> None:
-        """Answer `rows` on the workers; each opens `model` with `loading`, and on a machine with
-        GPUs takes `num_gpus` of them. Raises OllmError where the workers cannot.
+        """Answer `rows` on the workers; each calls `open_model`, which can be pickled, and takes
+        `num_gpus` of its machine's. Raises OllmError where the workers cannot.
         """
         first = next(rows, None)
         if first is None:
@@ -110,7 +107,7 @@ class Cluster:
         del items
         answered = dataset.map_batches(
             RowWorker,
-            fn_constructor_args=(model, dict(loading), name, defaults),
+            fn_constructor_args=(open_model, name, defaults),
             batch_size=ROWS_AT_ONCE,
             compute=data.ActorPoolStrategy(size=self.num_workers),
             num_gpus=num_gpus,

@@ -14,6 +14,7 @@ import pytest
 import torch
 from batch_rows import InstantModel, read_lines, row, texts, write_rows
 
+import ollm
 from ollm_core.errors import UnsupportedError
 from ollm_core.serving.jobs.cluster import Cluster, RowWorker, _taken, _told
 from ollm_core.serving.jobs.job import BatchJob
@@ -59,10 +60,8 @@ def test_a_worker_answers_as_one_machine_does(speaking, paths):
     ]
     sent = np.array([json.dumps(_told(one)) for one in taken], dtype=object)
     assert [_taken(one) for one in sent] == taken
-    worker = RowWorker(str(speaking), loading, "tiny", Defaults(max_tokens=4))
+    worker = RowWorker(lambda: ollm.load(speaking, **loading), "tiny", Defaults(max_tokens=4))
     found = [json.loads(one) for one in worker({"row": sent})["outcome"]]
-    import ollm
-
     with ollm.load(speaking, **loading) as model, BatchJob(*paths, settings={}) as job:
         job.run(model, "tiny", Defaults(max_tokens=4))
     alone = {one["custom_id"]: one["response"]["body"]["choices"] for one in read_lines(paths[1])}
