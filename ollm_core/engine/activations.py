@@ -269,24 +269,31 @@ class Workspace:
         offload = ActivationOffload(meta, on_host=False)
         hidden_size: int = self._skeleton.config.hidden_size
         hidden = torch.empty(1, num_tokens, hidden_size, dtype=dtype, device=meta)
-        parameters = [
-            torch.empty(shape, dtype=dtype, device=meta) for shape in mixture.slice_shapes
-        ]
-
-        def add(chunk: RoutedChunk, _: ActivationOffload = offload) -> None:
-            with OneExpertTaken(), mixture.bound(parameters):
-                mixture.add(chunk, 0, num_tokens, offload)
+        add = self._serving(mixture, num_tokens)
 
         if alone:
             return traced_peak(lambda: mixture.at_once(hidden, add)), 0, 0
         chunk = mixture.route(hidden, offload)
         work = max(
             traced_peak(lambda: mixture.route(hidden, offload)),
-            traced_peak(lambda: add(chunk)),
+            traced_peak(lambda: add(chunk, offload)),
             traced_peak(lambda: mixture.finish(hidden, chunk.total)),
         )
         per_chunk = chunk.starts.nbytes
         return work, (chunk.num_bytes - per_chunk) // num_tokens, per_chunk
+
+    def _serving(
+        self, mixture: Mixture, num_tokens: int
+    ) -> Callable[[RoutedChunk, ActivationOffload], None]:
+        """What adds up what the experts say of a chunk, if one of them gets all of its tokens."""
+        dtype = self._geometry.dtype
+        slices = [torch.empty(one, dtype=dtype, device="meta") for one in mixture.slice_shapes]
+
+        def serve(chunk: RoutedChunk, here: ActivationOffload) -> None:
+            with OneExpertTaken(), mixture.bound(slices):
+                mixture.add(chunk, 0, num_tokens, here)
+
+        return serve
 
     def _trace(
         self,
@@ -331,15 +338,6 @@ class Workspace:
         def embed(token_ids: Tensor) -> Tensor:
             return torch.empty(len(token_ids), own.embedding_size, dtype=dtype, device=meta)
 
-        def add(mixture: Mixture) -> Callable[[RoutedChunk, ActivationOffload], None]:
-            slices = [torch.empty(one, dtype=dtype, device=meta) for one in mixture.slice_shapes]
-
-            def serve(chunk: RoutedChunk, here: ActivationOffload) -> None:
-                with mixture.bound(slices):
-                    mixture.add(chunk, 0, num_rows * num_new, here)
-
-            return serve
-
         def work() -> Tensor:
             sequences = tuple(range(num_rows))
             call = OwnCall(
@@ -365,13 +363,16 @@ class Workspace:
                 for before in range(layer_idx):
                     states = call.run(before, states)
                 return call.run(layer_idx, states)
+            del states  # as `hidden`, these are counted elsewhere
             return call.run(layer_idx, hidden)
 
         mixture = skeleton.routed.get(layer_idx)
         with (
             skeleton.on_meta(),
             own.facts.answers(),
-            mixture.serving(add(mixture)) if mixture else nullcontext(),
+            mixture.serving(self._serving(mixture, num_rows * num_new))
+            if mixture
+            else nullcontext(),
         ):
             try:
                 return traced_peak(work)

@@ -41,7 +41,8 @@ class OwnPass:
         """Logits [num_logits, V] of each item of the work; `report` after each step."""
         own, skeleton, weights, work = self.own, self.skeleton, self.weights, self.work
         calls = [self._call(chunk) for chunk in self.plan.chunks]
-        hidden = [offload.store(call.enter()) for call in calls]
+        widest = max(dtype.itemsize for dtype in own.facts.hidden_dtypes)
+        hidden = [offload.store(call.enter(), widest) for call in calls]
         rows = max(len(chunk.rows) * chunk.num_tokens for chunk in self.plan.chunks)
         for layer_idx in range(len(skeleton.layers)):
             fetch = functools.partial(weights.experts, layer_idx)
