@@ -43,10 +43,10 @@ class ActivationOffload:
         """`value` where `place` is offloaded, in its memory if there is room for its dtype."""
         if not self.on_host or value.dtype == place.dtype:
             return put_into(place, value)
-        memory = place.untyped_storage()
-        if memory.nbytes() < value.nbytes:
+        memory = torch.empty(0, dtype=torch.uint8).set_(place.untyped_storage())
+        if memory.nbytes < value.nbytes:
             return self.store(value)
-        return torch.empty(0, dtype=value.dtype).set_(memory, 0, value.shape).copy_(value)
+        return _shown(memory, value).copy_(value)
 
     def rows(self, offloaded: Tensor, indices: Tensor) -> Tensor:
         """Some rows of what was offloaded, on the device. `indices` are offloaded too."""
@@ -63,4 +63,9 @@ def host_like(value: Tensor, itemsize: int = 0) -> Tensor:
     """
     num_bytes = value.numel() * max(itemsize, value.itemsize)
     memory = torch.empty(num_bytes, dtype=torch.uint8, device="cpu")
+    return _shown(memory, value)
+
+
+def _shown(memory: Tensor, value: Tensor) -> Tensor:
+    """Bytes as a tensor like `value`."""
     return memory[: value.nbytes].view(value.dtype).view(value.shape)

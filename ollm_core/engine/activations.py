@@ -4,7 +4,7 @@ and quick.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import cast
@@ -44,20 +44,22 @@ class Workspace:
         self._known_packed: dict[_Shape, int] = {}
         self._known_mixtures: dict[tuple[int, int, bool], tuple[int, int, int]] = {}
         # One layer of each kind: what it remembers, and what it is made of.
-        kinds: dict[Hashable, int] = {}
+        kinds: dict[Hashable, list[int]] = {}
         for layer_idx, (layer, cache) in enumerate(
             zip(skeleton.layers, geometry.kinds, strict=True)
         ):
             made_of = tuple((name, value.shape) for name, value in layer.named_parameters())
             mixture = skeleton.mixtures.get(layer_idx) or skeleton.routed.get(layer_idx)
             experts = mixture and mixture.slice_shapes
-            kinds.setdefault((cache, type(layer), made_of, experts), layer_idx)
-        self._distinct = tuple(kinds.values())
+            kinds.setdefault((cache, type(layer), made_of, experts), []).append(layer_idx)
+        self._alike: Mapping[int, Sequence[int]] = {one[0]: one for one in kinds.values()}
+        """By the first of each kind, the layers that take as much."""
         self._bends = {kind.window - 1 for kind in geometry.kinds if kind.window is not None}
         self._grows = skeleton.grows
         """Whether something beside block-wise attention is as long as the past."""
         if skeleton.own is not None and skeleton.own.facts.shares:
-            self._distinct = (len(skeleton.layers) - 1,)  # traced with all before it
+            every = range(len(skeleton.layers))
+            self._alike = {every[-1]: every}  # the last one, traced with all before it
 
     @classmethod
     def of(cls, spec: ModelSpec, proven: set[str] | None = None) -> Workspace:
@@ -130,7 +132,7 @@ class Workspace:
         else than the layer, as where a multiplier on its residual stream was left out. They are
         followed for one token after another: the fewest operations, with each kind of them.
         """
-        for layer_idx in self._distinct:
+        for layer_idx in self._alike:
             mixture = self._skeleton.mixtures.get(layer_idx)
             if mixture is None:
                 continue
@@ -151,15 +153,20 @@ class Workspace:
         num_past: int,
         attention: str,
         sharing: Sharing = APART,
+        spare: Sequence[int] = (),
     ) -> int:
         """Peak bytes of a layer for `num_new` tokens in each of `num_rows`, after `num_past`
         tokens: of the layer that takes most.
 
-        The layer's output is counted, its input and its weights are not.
+        The layer's output is counted, its input and its weights are not; nor are, by layer, the
+        `spare` bytes that are there for larger weights than its own.
         """
+        shape = num_rows, num_new, num_past, attention, sharing
         return max(
-            self._one_layer(layer_idx, num_rows, num_new, num_past, attention, sharing)
-            for layer_idx in self._distinct
+            max(
+                self._one_layer(one, *shape) - min((spare[i] for i in alike if spare), default=0), 0
+            )
+            for one, alike in self._alike.items()
         )
 
     @property
@@ -250,7 +257,7 @@ class Workspace:
         Hidden states and weights are not counted; any expert may get all tokens of a chunk.
         """
         found = [(0, 0)]
-        for layer_idx in self._distinct:
+        for layer_idx in self._alike:
             if mixture := self._skeleton.mixtures.get(layer_idx):
                 key = layer_idx, largest, num_chunks == 1
                 if key not in self._known_mixtures:

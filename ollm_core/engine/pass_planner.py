@@ -262,7 +262,9 @@ class PassPlanner:
             call = *shape, shared
             layers[call] = max(layers.get(call, 0), past)
         layer = max(
-            self._workspace.layer_bytes(num_rows, num_new, past, attention, shared)
+            self._workspace.layer_bytes(
+                num_rows, num_new, past, attention, shared, self._weights.spare_bytes
+            )
             for (num_rows, num_new, shared), past in layers.items()
         )
         largest = max(chunk.num_rows * chunk.num_tokens for chunk in chunks)

@@ -26,13 +26,6 @@ QUICK = frozenset(
 )  # fmt: skip
 """Exact, in every tier, with the tensors that transformers has, and within the plan to the byte."""
 
-OPEN = {
-    "mamba2": "the plan of host memory is two pages below what is held",
-    "mixtral": "with KV on the host the plan is more than a tenth above what is held",
-    "nemotron_h": "the plan is more than a tenth above what is held",
-}
-"""Types whose `memory.plan` does not hold yet, and how: not among the quick checks."""
-
 
 def suite_config(model_type):
     """The tiny config of a type as config.json has it, with room for the suite's prompts. What JSON
