@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ollm_core.errors import UnsupportedError, one_line
 from ollm_core.memory.tracker import OneExpertTaken, OperationMode, tensors_in
-from ollm_core.model.layer_memory import LayerMemory, new_cache, remembered
+from ollm_core.model.layer_memory import LayerMemory, remembered
 from ollm_core.model.operation_modes import AllAreTrue, Marks
 from ollm_core.model.own_forward import Facts, LayerArguments, OwnForward, Run, as_returned
 
@@ -104,7 +104,7 @@ class _Follower:
     def _try_real(self) -> None:
         """Two steps with layers that compute: what they return and what they remember."""
         own = self._own
-        cache = new_cache(own.model.config)
+        cache = own.new_cache()
         if len(cache.layers) != own.num_layers:
             raise own.error(f"has {len(cache.layers)} caches for {own.num_layers} layers")
         for start, count in ((0, _TRIED), (_TRIED, 1)):
@@ -123,7 +123,7 @@ class _Follower:
     def _try_continuing(self) -> None:
         """A second call of several tokens: whether what each layer gives depends on its states."""
         own, marks = self._own, Marks()
-        cache = new_cache(own.model.config)
+        cache = own.new_cache()
         own.run(Run(self._empty_rows(_TRIED), self._real), *_tokens(0, _TRIED), cache)
 
         def alone(layer_idx: int, hidden: Tensor, arguments: LayerArguments) -> Any:
@@ -192,7 +192,7 @@ class _Follower:
         marks.add(rows, "embedding")
         run = Run(rows, stand_in)
         with marks:
-            logits = own.run(run, *_tokens(0, _TRIED), new_cache(own.model.config))
+            logits = own.run(run, *_tokens(0, _TRIED), own.new_cache())
         if len(run.found) != own.num_layers:
             raise own.error("calls its layers more or less than once each")
         if "layer" in marks.of(logits):

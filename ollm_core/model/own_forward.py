@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
+from transformers import DynamicCache, PreTrainedConfig
 
 from ollm_core.contracts.model import Layout
 from ollm_core.errors import UnsupportedError
@@ -131,7 +131,7 @@ class OwnForward:
         self._cache_name = next((name for name in _CACHES if name in parameters), "")
         self._takes_positions = "position_ids" in parameters
         self._cuts_logits = "logits_to_keep" in parameters
-        self._new_layers = [layer_maker(one) for one in new_cache(model.config).layers]
+        self._new_layers = [layer_maker(one) for one in self.new_cache().layers]
         configs = (getattr(module, "config", None) for module in model.modules())
         self._configs = {id(one): one for one in configs if isinstance(one, PreTrainedConfig)}
 
@@ -155,6 +155,15 @@ class OwnForward:
     def num_layers(self) -> int:
         """How many there are."""
         return len(self._forwards)
+
+    def new_cache(self) -> DynamicCache:
+        """An empty cache as transformers makes it for the model. Of some decoders it has as many
+        layers as the encoder that they were taken from: those that are too many are left out, and
+        whoever asked for one would not find it.
+        """
+        cache = new_cache(self.model.config)
+        del cache.layers[self.num_layers :]
+        return cache
 
     def new_layer(self, layer_idx: int) -> Any:
         """An empty layer of transformers' cache of the model."""

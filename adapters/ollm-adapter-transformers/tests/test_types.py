@@ -22,6 +22,7 @@ from ollm_core.testing import (
 )
 
 DIFFER = {
+    "bart": "the decoder of an encoder-decoder, whose cache has a layer for each of the encoder's",
     "bert": "embeddings of positions and types with a norm, a head of two products with a bias",
     "ctrl": "positions that are kept in the dtype of its first run",
     "qwen4_exp_text": "an index by blocks of tokens that asks which may be seen",
@@ -178,9 +179,11 @@ def test_plans_a_model_without_keys_on_disk():
 
 @pytest.mark.parametrize("model_type", ["t5", "bart"])
 def test_refuses_encoder_decoders(model_type):
-    """Before anything is built."""
-    with pytest.raises(OllmError, match=rf"'{model_type}'.* is an encoder-decoder"):
-        Registry.of(TransformersAdapter()).adapter_for({"model_type": model_type})
+    """Before anything is built; the decoder of one says that it is none."""
+    registry = Registry.of(TransformersAdapter())
+    for stated in ({}, {"is_encoder_decoder": True}):
+        with pytest.raises(OllmError, match=rf"'{model_type}'.* is an encoder-decoder"):
+            registry.adapter_for({"model_type": model_type, **stated})
 
 
 def test_refuses_code_of_a_checkpoint():

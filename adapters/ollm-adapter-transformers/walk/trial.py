@@ -118,7 +118,7 @@ def checks(model_type: str, dtype: torch.dtype) -> Iterator[tuple[str, str]]:
             if dtype == torch.float32:
                 found = ours.generate(
                     ids[:1, :20], max_new_tokens=6, do_sample=False, eos_token_id=None,
-                    pad_token_id=0,
+                    pad_token_id=0, forced_eos_token_id=None,
                 )[0, 20:].tolist()  # fmt: skip
                 wanted = run_reference_greedy(model, ids[:1, :20])
                 yield "greedy", "" if found == wanted else f"{found}, need {wanted}"
