@@ -41,6 +41,7 @@ class Workspace:
         self._skeleton = skeleton
         self._geometry = geometry
         self._known: dict[_Shape, int] = {}
+        self._known_handed: dict[tuple[int, int, int], Sequence[Tensor]] = {}
         self._known_packed: dict[_Shape, int] = {}
         self._known_mixtures: dict[tuple[int, int, bool], tuple[int, int, int]] = {}
         # One layer of each kind: what it remembers, and what it is made of.
@@ -116,6 +117,27 @@ class Workspace:
         if attention != "exact" and not self._grows:
             past = min(past, self._geometry.block_size)
         return self._remembered(-1 - num_logits, num_rows, num_new, past, attention, APART)
+
+    def handed_bytes(self, num_rows: int, num_new: int, num_past: int, attention: str) -> int:
+        """What layers hand to the next one beside hidden states, for `num_new` tokens in each of
+        `num_rows` after `num_past`.
+        """
+        like = self._handed_like(num_rows, num_new, num_past, attention)
+        return sum(one.nbytes for one in like)
+
+    def _handed_like(
+        self, num_rows: int, num_new: int, num_past: int, attention: str
+    ) -> Sequence[Tensor]:
+        """The same without data: layers hand on values of one size."""
+        own, key = self._skeleton.own, (num_rows, num_new, num_past)
+        if own is None or not own.facts.handed:
+            return ()
+        if key not in self._known_handed:
+            dtype = max(own.facts.hidden_dtypes, key=lambda one: one.itemsize)
+            found: list[Tensor] = []
+            self._trace_own(own, 0, *key, attention, dtype, found)
+            self._known_handed[key] = tuple(torch.empty_like(one) for one in found)
+        return self._known_handed[key]
 
     @property
     def vocab_size(self) -> int:
@@ -330,14 +352,18 @@ class Workspace:
         num_past: int,
         attention: str,
         hidden_dtype: torch.dtype,
+        handed: list[Tensor] | None = None,
     ) -> int:
         """The same of a layer that its model's own forward calls, with what that makes for it; of
         the end of that forward, with -1 - n logits, for a negative `layer_idx`. Either is given
-        hidden states in `hidden_dtype`.
+        hidden states in `hidden_dtype`. What the layer hands on is added to `handed`.
         """
         meta, dtype, skeleton = torch.device("meta"), self._geometry.dtype, self._skeleton
         ids = torch.zeros(num_rows, num_new, dtype=torch.long, device=meta)
         store = TracedStore(self._geometry, num_past)
+        before: Sequence[Tensor] = ()
+        if layer_idx > 0:
+            before = self._handed_like(num_rows, num_new, num_past, attention)
         hidden = torch.empty(
             own.facts.hidden_shape(num_rows, num_new), dtype=hidden_dtype, device=meta
         )
@@ -367,11 +393,15 @@ class Workspace:
         def traced(call: OwnCall) -> Tensor:
             states = call.enter()
             if own.facts.shares:  # of those before, too
-                for before in range(layer_idx):
-                    states = call.run(before, states)
+                for earlier in range(layer_idx):
+                    states = call.run(earlier, states)
                 return call.run(layer_idx, states)
-            del states  # as `hidden`, these are counted elsewhere
-            return call.run(layer_idx, hidden)
+            del states  # as `hidden` and `before`, these are counted elsewhere
+            call.handed = [*before]
+            output = call.run(layer_idx, hidden)
+            if handed is not None:
+                handed.extend(call.handed)
+            return output
 
         mixture = skeleton.routed.get(layer_idx)
         with (

@@ -83,6 +83,8 @@ class _Probe:
         """Whether something beside attention grows. Raises NotSeen."""
         if self._own.facts.shares:
             raise NotSeen("its layers share keys and values")
+        if self._own.facts.handed:
+            raise NotSeen("its layers hand values to each other")
         if any(memory.index_dim for memory in self._memories):
             raise NotSeen("an index chooses the keys that its layers attend to")
         self._look_at_masks(max_positions)

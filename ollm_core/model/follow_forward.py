@@ -1,5 +1,6 @@
 """Follows a model's own forward when the model is opened: each layer must give hidden states to the
-next one, and be given nothing else that depends on another layer.
+next one, with other values that it returns or without, and be given nothing else that depends on
+another layer.
 """
 
 from __future__ import annotations
@@ -59,6 +60,9 @@ class _Follower:
         self._memories: tuple[LayerMemory, ...] = ()
         self._returned = [-1] * own.num_layers
         self._given: list[tuple[object, ...]] = []
+        self._before: tuple[Any, ...] = ()
+        self._handed: dict[int, int | str] = {}
+        self._sizes: list[tuple[torch.Size, torch.dtype]] = []
         self._hidden_dtypes = {dtype}
         self._shares = False
         self._continues = True
@@ -73,6 +77,7 @@ class _Follower:
             self._memories,
             answers,
             tuple(self._returned),
+            self._handed,
             self._shares,
             self._continues,
             "embedding" in self._uses,
@@ -128,6 +133,11 @@ class _Follower:
 
         def alone(layer_idx: int, hidden: Tensor, arguments: LayerArguments) -> Any:
             hidden = torch.empty_like(hidden)  # of no other layer
+            if layer_idx:
+                places = self._handed.values()
+                arguments = arguments.replaced(
+                    {place: torch.empty_like(arguments.at(place)) for place in places}
+                )
             output = self._own.call_layer(layer_idx, hidden, arguments)
             first = output if isinstance(output, Tensor) else output[0]
             memory = self._memories[layer_idx]
@@ -152,6 +162,8 @@ class _Follower:
 
     def _real(self, layer_idx: int, hidden: Tensor, arguments: LayerArguments) -> Any:
         """The layer itself."""
+        if layer_idx:
+            self._note_handed(layer_idx, arguments)
         shared = [one for one in arguments.options.values() if isinstance(one, MutableMapping)]
         before = [len(one) for one in shared]
         output = self._own.call_layer(layer_idx, hidden, arguments)
@@ -161,7 +173,23 @@ class _Follower:
             raise self._own.error(f"has a layer {layer_idx} that gives no hidden states")
         self._hidden_dtypes |= {hidden.dtype, first.dtype}
         self._returned[layer_idx] = -1 if isinstance(output, Tensor) else len(output)
+        self._before = () if isinstance(output, Tensor) else tuple(output)
         return output
+
+    def _note_handed(self, layer_idx: int, arguments: LayerArguments) -> None:
+        """Of what the layer before has returned beside hidden states, what this one is given."""
+        places = [*range(len(arguments.args)), *arguments.options]
+        found: dict[int, int | str] = {
+            number: place
+            for number, value in enumerate(self._before)
+            for place in places
+            if number and isinstance(value, Tensor) and arguments.at(place) is value
+        }
+        sizes = [(self._before[number].shape, self._before[number].dtype) for number in found]
+        if layer_idx == 1:
+            self._handed, self._sizes = found, sizes
+        elif found != self._handed or sizes != self._sizes:
+            raise self._own.error("hands different values on from layer to layer")
 
     def _try_apart(self) -> None:
         """Once with stand-ins: what each layer is given depends on no other one, but for the hidden
@@ -170,13 +198,20 @@ class _Follower:
         own, marks = self._own, Marks()
         rows = self._empty_rows(_TRIED)
         given: list[Tensor] = []
+        handed: dict[int, Tensor] = {}
 
         def stand_in(layer_idx: int, hidden: Tensor, arguments: LayerArguments) -> Any:
             if arguments.present != self._given[layer_idx]:
                 raise own.error(f"gives layer {layer_idx} what another layer returns")
             if layer_idx and hidden is not given[-1]:
                 raise own.error(f"computes between layers {layer_idx - 1} and {layer_idx}")
+            if layer_idx:
+                for number, place in self._handed.items():
+                    if arguments.at(place) is not handed[number]:
+                        raise own.error(f"computes between layers {layer_idx - 1} and {layer_idx}")
             for value in tensors_in(arguments.args, arguments.options):
+                if any(value is one for one in handed.values()):
+                    continue
                 if "layer" in marks.of(value):
                     raise own.error(f"gives layer {layer_idx} what another layer computed")
                 self._uses.update(marks.of(value))
@@ -187,7 +222,10 @@ class _Follower:
             output = torch.empty_like(hidden)
             marks.add(output, "layer" if layer_idx < own.num_layers - 1 else "last")
             given.append(output)
-            return as_returned(output, self._returned[layer_idx])
+            for number in self._handed:
+                handed[number] = torch.empty(0, device="meta")
+                marks.add(handed[number], "layer")
+            return as_returned(output, self._returned[layer_idx], handed)
 
         marks.add(rows, "embedding")
         run = Run(rows, stand_in)

@@ -43,6 +43,18 @@ class LayerArguments:
         options = sorted((name, value is not None) for name, value in self.options.items())
         return *(one is not None for one in self.args), *options
 
+    def at(self, place: int | str) -> Any:
+        """One of `args` by its number, or of `options` by its name; None if it is not there."""
+        if isinstance(place, str):
+            return self.options.get(place)
+        return self.args[place] if place < len(self.args) else None
+
+    def replaced(self, values: Mapping[int | str, Tensor]) -> LayerArguments:
+        """The same with other `values` at some places."""
+        args = tuple(values.get(number, one) for number, one in enumerate(self.args))
+        options = {name: values.get(name, one) for name, one in self.options.items()}
+        return LayerArguments(args, options, self.name)
+
     def call(self, forward: Callable[..., Any], hidden: Tensor) -> Any:
         """What `forward` gives for `hidden`."""
         if self.name:
@@ -64,6 +76,10 @@ class Facts:
     """What answers questions about data while the model is traced without."""
     returned: tuple[int, ...]
     """How many values each layer returns; -1: hidden states as they are."""
+    handed: Mapping[int, int | str]
+    """Which values that a layer returns beside hidden states the next one is called with, by their
+    number, and at which place of its arguments.
+    """
     shares: bool
     """Whether layers hand something to later ones in a dictionary, as keys that these share."""
     continues: bool
@@ -220,11 +236,14 @@ class OwnForward:
             logits = logits[:, -num_logits:].clone()
         return logits
 
-    def call(self, layer_idx: int, hidden: Tensor, arguments: LayerArguments) -> Tensor:
-        """The hidden states that the layer itself gives."""
+    def call(
+        self, layer_idx: int, hidden: Tensor, arguments: LayerArguments
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The hidden states that the layer itself gives, and what it hands to the next one."""
         output = self.call_layer(layer_idx, hidden, arguments)
-        first: Tensor = output if isinstance(output, Tensor) else output[0]
-        return first
+        if isinstance(output, Tensor):
+            return output, []
+        return output[0], [output[number] for number in self.facts.handed]
 
     def call_layer(self, layer_idx: int, hidden: Tensor, arguments: LayerArguments) -> Any:
         """All that the layer itself gives."""
@@ -286,7 +305,8 @@ class OwnForward:
         return forward
 
     def _as_returned(self, layer_idx: int, hidden: Tensor) -> Any:
-        return as_returned(hidden, self.facts.returned[layer_idx])
+        handed = {number: torch.empty(0, device=self.device) for number in self.facts.handed}
+        return as_returned(hidden, self.facts.returned[layer_idx], handed)
 
     def _check_here(self, *values: Tensor) -> None:
         """Raises UnsupportedError for what was made without data in a run with data: a model that
@@ -303,6 +323,10 @@ class OwnForward:
         )
 
 
-def as_returned(hidden: Tensor, count: int) -> Any:
-    """Hidden states as a layer returns them that gives `count` values; -1: as they are."""
-    return hidden if count < 0 else (hidden, *[None] * (count - 1))
+def as_returned(hidden: Tensor, count: int, handed: Mapping[int, Tensor]) -> Any:
+    """Hidden states as a layer returns them that gives `count` values, those of `handed` by their
+    numbers; -1: as they are.
+    """
+    if count < 0:
+        return hidden
+    return (hidden, *(handed.get(number) for number in range(1, count)))

@@ -17,6 +17,7 @@ OTHERS = (
     "bloom", "cohere2", "deepseek_v3", "falcon", "falcon_h1", "falcon_mamba", "gemma2",
     "gemma3_text", "glm4", "gpt_neox", "granite", "granitemoehybrid", "jamba", "lfm2", "mamba",
     "mamba2", "mixtral", "nemotron_h", "olmo2", "phi3", "qwen2_moe", "qwen3", "starcoder2",
+    "zaya",
 )  # fmt: skip
 QUICK = frozenset(
     {

@@ -39,6 +39,7 @@ DIFFER = {
     "mamba2": "no layer with keys",
     "mixtral": "experts that the checkpoint holds one by one",
     "opt": "learned positions with an offset",
+    "zaya": "layers that hand a value to the next one beside hidden states",
 }
 
 
@@ -77,6 +78,8 @@ def test_passes_in_bfloat16(model_type):
         ("jamba", None, torch.float32, "exact"),
         ("mamba2", 64, torch.bfloat16, "exact"),  # adds up in float32
         ("qwen4_exp_text", None, torch.float32, "exact"),
+        ("glm_moe_dsa", None, torch.float32, "exact"),
+        ("zaya", 64, torch.bfloat16, "exact"),
         ("trocr", None, torch.float32, "exact"),
         ("xmod", None, torch.float32, "exact"),
         ("zamba2", None, torch.float32, "exact"),
