@@ -91,8 +91,8 @@ class OwnCall:
                 fetched = map(self._offload.fetch, self.handed)
                 places = self._own.facts.handed.values()
                 arguments = arguments.replaced(dict(zip(places, fetched, strict=True)))
-            with self._cache.around(layer_idx, hidden, self._ids.shape[1]):
-                output, handed = self._own.call(layer_idx, hidden, arguments)
+            with self._cache.around(layer_idx, hidden, self._ids.shape[1]) as apart:
+                output, handed = self._own.call(layer_idx, hidden, arguments, apart)
             if layer_idx < self._own.num_layers - 1:
                 if self._offload.on_host and self.handed:
                     pairs = zip(self.handed, handed, strict=True)

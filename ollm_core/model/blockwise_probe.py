@@ -83,6 +83,8 @@ class _Probe:
         """Whether something beside attention grows. Raises NotSeen."""
         if self._own.facts.shares:
             raise NotSeen("its layers share keys and values")
+        if any(self._own.facts.places):
+            raise NotSeen("its layers keep states beside the cache")
         if self._own.facts.handed:
             raise NotSeen("its layers hand values to each other")
         if any(memory.index_dim for memory in self._memories):

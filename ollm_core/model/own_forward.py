@@ -23,6 +23,7 @@ from ollm_core.contracts.model import Layout
 from ollm_core.errors import UnsupportedError
 from ollm_core.memory.tracker import OperationMode, tensors_in
 from ollm_core.model.layer_memory import LayerMemory, layer_maker, new_cache
+from ollm_core.model.own_states import Apart, StatePlaces
 
 _CACHES = ("past_key_values", "cache_params")
 """What models call the cache that they are given."""
@@ -49,7 +50,7 @@ class LayerArguments:
             return self.options.get(place)
         return self.args[place] if place < len(self.args) else None
 
-    def replaced(self, values: Mapping[int | str, Tensor]) -> LayerArguments:
+    def replaced(self, values: Mapping[int | str, Any]) -> LayerArguments:
         """The same with other `values` at some places."""
         args = tuple(values.get(number, one) for number, one in enumerate(self.args))
         options = {name: values.get(name, one) for name, one in self.options.items()}
@@ -80,6 +81,8 @@ class Facts:
     """Which values that a layer returns beside hidden states the next one is called with, by their
     number, and at which place of its arguments.
     """
+    places: tuple[StatePlaces, ...]
+    """Where each layer keeps states beside the cache."""
     shares: bool
     """Whether layers hand something to later ones in a dictionary, as keys that these share."""
     continues: bool
@@ -135,6 +138,15 @@ class OwnForward:
         self.model = model
         self.device = torch.device("meta")
         """Where the model is run."""
+        self.makes_cache = False
+        """Whether the model makes its cache itself, in each run, and gives layers their states in
+        it as an argument.
+        """
+        self.num_caches = 0
+        """Layers of the cache that transformers makes for the model."""
+        self.made_cache: object = None
+        """What the last run has made so."""
+        self.layers = layers
         self._run: Run | None = None
         self._forwards: list[Callable[..., Any]] = [layer.forward for layer in layers]
         self._embedding = model.get_submodule(layout.embedding)
@@ -178,6 +190,7 @@ class OwnForward:
         whoever asked for one would not find it.
         """
         cache = new_cache(self.model.config)
+        self.num_caches = len(cache.layers)
         del cache.layers[self.num_layers :]
         return cache
 
@@ -202,10 +215,12 @@ class OwnForward:
         """
         last = last if last >= 0 else self.num_layers - 1
 
-        def answer(layer_idx: int, hidden: Tensor, _: LayerArguments) -> Any:
+        def answer(layer_idx: int, hidden: Tensor, given: LayerArguments) -> Any:
+            if hidden.numel() != ids.numel() * self.facts.width:
+                raise self.error(f"takes {ids.shape[1]} tokens in several parts")
             if layer_idx == last:
                 raise _Reached
-            return self._as_returned(layer_idx, hidden)
+            return self._as_returned(layer_idx, hidden, given)
 
         run = Run(rows, answer)
         with suppress(_Reached):
@@ -226,9 +241,9 @@ class OwnForward:
     ) -> Tensor:
         """Logits [R, n, V] at the last positions, where `hidden` is what the last layer gives."""
 
-        def answer(layer_idx: int, given: Tensor, _: LayerArguments) -> Any:
+        def answer(layer_idx: int, states: Tensor, given: LayerArguments) -> Any:
             at_last = layer_idx == self.num_layers - 1
-            return self._as_returned(layer_idx, hidden if at_last else given)
+            return self._as_returned(layer_idx, hidden if at_last else states, given)
 
         logits = self.run(Run(rows, answer, num_logits), ids, positions, cache)
         self._check_here(logits)
@@ -237,10 +252,21 @@ class OwnForward:
         return logits
 
     def call(
-        self, layer_idx: int, hidden: Tensor, arguments: LayerArguments
+        self, layer_idx: int, hidden: Tensor, arguments: LayerArguments, apart: Apart
     ) -> tuple[Tensor, list[Tensor]]:
-        """The hidden states that the layer itself gives, and what it hands to the next one."""
-        output = self.call_layer(layer_idx, hidden, arguments)
+        """The hidden states that the layer itself gives, and what it hands to the next one. `apart`
+        has its states beside the cache, and gets those after the call.
+        """
+        layer, places = self.layers[layer_idx], self.facts.places[layer_idx]
+        if places.argument is not None and apart.states:
+            arguments = arguments.replaced({places.argument: tuple(apart.states)})
+        places.put(layer, apart.states)
+        try:
+            output = self.call_layer(layer_idx, hidden, arguments)
+            given = None if places.argument is None else arguments.at(places.argument)
+            apart.states = places.taken(layer, given, output)
+        finally:
+            places.put(layer, ())
         if isinstance(output, Tensor):
             return output, []
         return output[0], [output[number] for number in self.facts.handed]
@@ -253,13 +279,14 @@ class OwnForward:
         """The logits of a run."""
         options: dict[str, Any] = {"use_cache": True, "return_dict": True}
         if self._cache_name:
-            options[self._cache_name] = cache
+            options[self._cache_name] = None if self.makes_cache else cache
         if self._takes_positions:
             options["position_ids"] = positions
         if self._cuts_logits and run.num_logits:
             options["logits_to_keep"] = run.num_logits
         with self._running(run):
             output = self.model(input_ids=ids, **options)
+        self.made_cache = getattr(output, self._cache_name, None) if self.makes_cache else None
         logits: Tensor = output["logits"] if isinstance(output, Mapping) else output[0]
         return logits
 
@@ -304,9 +331,12 @@ class OwnForward:
 
         return forward
 
-    def _as_returned(self, layer_idx: int, hidden: Tensor) -> Any:
-        handed = {number: torch.empty(0, device=self.device) for number in self.facts.handed}
-        return as_returned(hidden, self.facts.returned[layer_idx], handed)
+    def _as_returned(self, layer_idx: int, hidden: Tensor, given: LayerArguments) -> Any:
+        facts, places = self.facts, self.facts.places[layer_idx]
+        others: dict[int, Any] = {n: torch.empty(0, device=self.device) for n in facts.handed}
+        if places.argument is not None:
+            others[places.number] = given.at(places.argument)
+        return as_returned(hidden, facts.returned[layer_idx], others)
 
     def _check_here(self, *values: Tensor) -> None:
         """Raises UnsupportedError for what was made without data in a run with data: a model that
@@ -323,10 +353,10 @@ class OwnForward:
         )
 
 
-def as_returned(hidden: Tensor, count: int, handed: Mapping[int, Tensor]) -> Any:
-    """Hidden states as a layer returns them that gives `count` values, those of `handed` by their
+def as_returned(hidden: Tensor, count: int, others: Mapping[int, Any]) -> Any:
+    """Hidden states as a layer returns them that gives `count` values, those of `others` by their
     numbers; -1: as they are.
     """
     if count < 0:
         return hidden
-    return (hidden, *(handed.get(number) for number in range(1, count)))
+    return (hidden, *(others.get(number) for number in range(1, count)))

@@ -70,6 +70,7 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
     },
     "reformer": {"axial_pos_embds_dim": (HIDDEN // 4, HIDDEN - HIDDEN // 4)},
     "xmod": {"languages": ["en_XX", "de_DE"], "default_language": "de_DE"},
+    "xlstm": {"num_blocks": 4, "qk_dim_factor": 1.0},  # whose states are rounded up
     "hrm_text": {"num_layers_per_stack": 2, "num_hidden_layers": 16},
     "emu3": {"vocabulary_map": {"<image>": 250, "<|extra_200|>": 251}},
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"]},
