@@ -34,15 +34,14 @@ def write_model(directory: Path, layers: int, experts: int) -> int:
     """A model of random weights; the number of its tensors."""
     import torch
     from safetensors import safe_open
-    from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     config = Qwen3MoeConfig(
         vocab_size=256, hidden_size=16, num_hidden_layers=layers, num_attention_heads=2,
         num_key_value_heads=1, head_dim=8, intermediate_size=16, moe_intermediate_size=8,
         num_experts=experts, num_experts_per_tok=4, max_position_embeddings=4096,
     )  # fmt: skip
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model.save_pretrained(directory)
+    Qwen3MoeForCausalLM(config).bfloat16().save_pretrained(directory)
     with safe_open(directory / "model.safetensors", "pt") as file:
         return len(file.keys())
 
