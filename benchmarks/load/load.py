@@ -32,7 +32,6 @@ SECONDS = 300
 
 def write_model(directory: Path, layers: int, experts: int) -> int:
     """A model of random weights; the number of its tensors."""
-    import torch
     from safetensors import safe_open
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 

@@ -39,8 +39,8 @@ class OwnCache(Cache, ABC):
         self._layer_idx = -1
         self._keeping = nullcontext() if store.in_place else torch.inference_mode(mode=False)
         self._like = torch.empty(0, device=own.device)
-        for layer in self.layers:
-            pretend(layer, start, len(sequences), self._like)
+        for layer_idx in own.facts.called:
+            pretend(self.layers[layer_idx], start, len(sequences), self._like)
 
     def rewind(self) -> None:
         """Before each run of the model's forward: positions are those before the chunk again."""

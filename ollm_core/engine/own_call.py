@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -54,7 +54,7 @@ class OwnCall:
         self._start = start
         self._embed = embed
         self._alone = alone
-        self._arguments: list[LayerArguments] = []
+        self._arguments: Mapping[int, LayerArguments] = {}
         positions = torch.arange(start, start + ids.shape[1], device=ids.device)
         self._positions = positions.expand(ids.shape[0], -1)
         self._cache: OwnCache = (
@@ -69,7 +69,11 @@ class OwnCall:
             rows = self._embed(self._ids.flatten())
             self._cache.rewind()
             hidden, found = self._own.enter(
-                self._ids, self._positions, rows, self._cache, -1 if self._alone else 0
+                self._ids,
+                self._positions,
+                rows,
+                self._cache,
+                -1 if self._alone else self._own.facts.called[0],
             )
             if self._alone:
                 self._arguments = found
@@ -77,6 +81,8 @@ class OwnCall:
 
     def run(self, layer_idx: int, hidden: Tensor) -> Tensor:
         """Run a layer: [R, T, C] -> the same."""
+        if layer_idx not in self._own.facts.called:
+            return hidden
         with self._computing():
             if self._alone:
                 arguments = self._arguments[layer_idx]
@@ -104,7 +110,7 @@ class OwnCall:
 
     def leave(self, hidden: Tensor, num_logits: int) -> Tensor:
         """Logits [R, n, V] at the last positions."""
-        self._arguments, self.handed = [], []
+        self._arguments, self.handed = {}, []
         with self._computing():
             self._cache.rewind()
             return self._own.leave(

@@ -64,7 +64,8 @@ class _Follower:
         self._dtype = dtype
         self._memories: tuple[LayerMemory, ...] = ()
         self._returned = [-1] * own.num_layers
-        self._given: list[tuple[object, ...]] = []
+        self._called: tuple[int, ...] = ()
+        self._given: dict[int, tuple[object, ...]] = {}
         self._before: tuple[Any, ...] = ()
         self._places = [StatePlaces()] * own.num_layers
         self._states: list[list[Tensor]] = [[] for _ in range(own.num_layers)]
@@ -83,6 +84,7 @@ class _Follower:
         return Facts(
             self._memories,
             answers,
+            self._called,
             tuple(self._returned),
             self._handed,
             tuple(self._places),
@@ -129,12 +131,16 @@ class _Follower:
         for start, count in ((0, _TRIED), (_TRIED, 1)):
             run = Run(self._empty_rows(count), self._real)
             own.run(run, *_tokens(start, count), cache)
-            if len(run.found) != own.num_layers:
-                raise own.error(f"calls {len(run.found)} of its {own.num_layers} layers")
+            called = tuple(run.found)
+            if run.num_calls != len(called) or called != tuple(sorted(called)) or not called:
+                raise own.error(f"makes {run.num_calls} calls of {len(called)} layers")
+            if start and called != self._called:
+                raise own.error("calls other layers from step to step")
+            self._called = called
             if own.makes_cache and isinstance(own.made_cache, Cache):
                 self._check_cache(type(own.made_cache).__name__)
             if start == 0:
-                self._given = [one.present for one in run.found]
+                self._given = {i: one.present for i, one in run.found.items()}
                 self._memories = self._remembered(cache)
         if all(memory.kind.kind == "none" for memory in self._memories):
             raise own.error("keeps nothing of earlier tokens")
@@ -198,8 +204,7 @@ class _Follower:
 
     def _real(self, layer_idx: int, hidden: Tensor, arguments: LayerArguments) -> Any:
         """The layer itself."""
-        if layer_idx:
-            self._note_handed(layer_idx, arguments)
+        self._note_handed(layer_idx, arguments)
         shared = [one for one in arguments.options.values() if isinstance(one, MutableMapping)]
         before = [len(one) for one in shared]
         layer, places = self._own.layers[layer_idx], self._places[layer_idx]
@@ -252,6 +257,8 @@ class _Follower:
             if number and isinstance(value, Tensor) and arguments.at(place) is value
         }
         sizes = [(self._before[number].shape, self._before[number].dtype) for number in found]
+        if layer_idx == 0:
+            return
         if layer_idx == 1:
             self._handed, self._sizes = found, sizes
         elif found != self._handed or sizes != self._sizes:
@@ -267,9 +274,9 @@ class _Follower:
         handed: dict[int, Tensor] = {}
 
         def stand_in(layer_idx: int, hidden: Tensor, arguments: LayerArguments) -> Any:
-            if arguments.present != self._given[layer_idx]:
+            if arguments.present != self._given.get(layer_idx):
                 raise own.error(f"gives layer {layer_idx} what another layer returns")
-            if layer_idx and hidden is not given[-1]:
+            if given and hidden is not given[-1]:
                 raise own.error(f"computes between layers {layer_idx - 1} and {layer_idx}")
             if layer_idx:
                 for number, place in self._handed.items():
@@ -281,7 +288,7 @@ class _Follower:
                 if "layer" in marks.of(value):
                     raise own.error(f"gives layer {layer_idx} what another layer computed")
                 self._uses.update(marks.of(value))
-            if layer_idx == 0:
+            if not given:
                 self._note_shape(hidden)
             elif hidden.shape != given[0].shape:
                 raise own.error("changes the size of hidden states from layer to layer")
@@ -289,7 +296,7 @@ class _Follower:
             if (places := self._places[layer_idx]).argument is not None:
                 others[places.number] = arguments.at(places.argument)
             output = torch.empty_like(hidden)
-            marks.add(output, "layer" if layer_idx < own.num_layers - 1 else "last")
+            marks.add(output, "last" if layer_idx == self._called[-1] else "layer")
             given.append(output)
             for number in self._handed:
                 handed[number] = torch.empty(0, device="meta")
@@ -300,7 +307,7 @@ class _Follower:
         run = Run(rows, stand_in)
         with marks:
             logits = own.run(run, *_tokens(0, _TRIED), own.new_cache())
-        if len(run.found) != own.num_layers:
+        if tuple(run.found) != self._called or run.num_calls != len(self._called):
             raise own.error("calls its layers more or less than once each")
         if "layer" in marks.of(logits):
             raise own.error("makes logits of more than what its last layer gives")

@@ -75,6 +75,8 @@ class Facts:
     """What each layer remembers."""
     answers: Callable[[], OperationMode]
     """What answers questions about data while the model is traced without."""
+    called: tuple[int, ...]
+    """Layers that are called, in order; others are for images, and what is before them goes on."""
     returned: tuple[int, ...]
     """How many values each layer returns; -1: hidden states as they are."""
     handed: Mapping[int, int | str]
@@ -123,8 +125,9 @@ class Run:
     """Rows of the head's input that count, from the end; 0: all."""
     hidden: Tensor | None = None
     """What the first layer is given."""
-    found: list[LayerArguments] = field(default_factory=list)
-    """What the layers are called with."""
+    found: dict[int, LayerArguments] = field(default_factory=dict)
+    """What each layer is called with that is called."""
+    num_calls: int = 0
 
 
 class OwnForward:
@@ -208,16 +211,18 @@ class OwnForward:
 
     def enter(
         self, ids: Tensor, positions: Tensor, rows: Tensor, cache: object, last: int = -1
-    ) -> tuple[Tensor, list[LayerArguments]]:
-        """What the first layer is given, and what all layers up to `last` are called with; -1: all.
+    ) -> tuple[Tensor, Mapping[int, LayerArguments]]:
+        """What the first layer is given, and what all layers up to `last` are called with that are
+        called; -1: all.
 
         `ids` and `positions` [R, T], `rows` [R * T, C] of the embedding table, `cache` of the past.
         """
-        last = last if last >= 0 else self.num_layers - 1
+        last = last if last >= 0 else self.facts.called[-1]
 
         def answer(layer_idx: int, hidden: Tensor, given: LayerArguments) -> Any:
             if hidden.numel() != ids.numel() * self.facts.width:
                 raise self.error(f"takes {ids.shape[1]} tokens in several parts")
+            self._check_called(layer_idx)
             if layer_idx == last:
                 raise _Reached
             return self._as_returned(layer_idx, hidden, given)
@@ -226,7 +231,7 @@ class OwnForward:
         with suppress(_Reached):
             self.run(run, ids, positions, cache)
         assert run.hidden is not None, "the forward was followed when the model was opened"
-        for one in run.found:
+        for one in run.found.values():
             self._check_here(run.hidden, *tensors_in(one.args, one.options))
         return run.hidden, run.found
 
@@ -242,7 +247,8 @@ class OwnForward:
         """Logits [R, n, V] at the last positions, where `hidden` is what the last layer gives."""
 
         def answer(layer_idx: int, states: Tensor, given: LayerArguments) -> Any:
-            at_last = layer_idx == self.num_layers - 1
+            self._check_called(layer_idx)
+            at_last = layer_idx == self.facts.called[-1]
             return self._as_returned(layer_idx, hidden if at_last else states, given)
 
         logits = self.run(Run(rows, answer, num_logits), ids, positions, cache)
@@ -324,9 +330,10 @@ class OwnForward:
             else:
                 rest = {key: value for key, value in options.items() if key != names[0]}
                 hidden, arguments = options[names[0]], LayerArguments((), rest, names[0])
-            if layer_idx == 0:
+            if run.hidden is None:
                 run.hidden = hidden
-            run.found.append(arguments)
+            run.found[layer_idx] = arguments
+            run.num_calls += 1
             return run.answer(layer_idx, hidden, arguments)
 
         return forward
@@ -337,6 +344,11 @@ class OwnForward:
         if places.argument is not None:
             others[places.number] = given.at(places.argument)
         return as_returned(hidden, facts.returned[layer_idx], others)
+
+    def _check_called(self, layer_idx: int) -> None:
+        """Raises UnsupportedError for a layer that was not called when the model was followed."""
+        if layer_idx not in self.facts.called:
+            raise self.error(f"calls layer {layer_idx}, which it does not for a text alone")
 
     def _check_here(self, *values: Tensor) -> None:
         """Raises UnsupportedError for what was made without data in a run with data: a model that

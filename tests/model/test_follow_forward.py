@@ -64,6 +64,19 @@ class Short(Plain):
         return self.model.layers[:-1]
 
 
+class Sometimes(Plain):
+    """Calls its last layer for many tokens alone."""
+
+    def between(self, layer_idx, hidden, embedded):
+        self.long = hidden.shape[1] > 5
+        return hidden
+
+    def called(self):
+        yield from self.model.layers[:-1]
+        if self.long:
+            yield self.model.layers[-1]
+
+
 class Twice(Plain):
     def called(self):
         return [*self.model.layers, self.model.layers[0]]
@@ -153,7 +166,7 @@ class Converting(Plain):
         return outputs[-1] * self.table
 
 
-def followed(kind):
+def opened(kind):
     config = LlamaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
         num_attention_heads=4, num_key_value_heads=2, attn_implementation="eager",
@@ -164,8 +177,11 @@ def followed(kind):
             made = HandingMoreLayer if kind is HandingMore else HandingLayer
             layers = [made(config, i) for i in range(3)]
             model.model.layers = torch.nn.ModuleList(layers)
-    own = OwnForward(model, Layout(3, own_forward=True), list(model.model.layers))
-    return follow_forward(own, torch.float32, ())
+    return OwnForward(model, Layout(3, own_forward=True), list(model.model.layers))
+
+
+def followed(kind):
+    return follow_forward(opened(kind), torch.float32, ())
 
 
 def test_what_is_seen():
@@ -185,8 +201,7 @@ def test_what_is_seen():
     [
         (Scaled, "computes between layers 1 and 2"),
         (Turned, "gives layer 1 what another layer computed"),
-        (Short, "calls 2 of its 3 layers"),
-        (Twice, "calls 4 of its 3 layers"),
+        (Twice, "makes 4 calls of 3 layers"),
         (Summed, "makes logits of more than what its last layer gives"),
         (HandingChanged, "hands different values on from layer to layer"),
         (HandingOnce, "hands different values on from layer to layer"),
@@ -199,6 +214,19 @@ def test_refuses_what_it_would_leave_out(kind, reason):
     """Each would give wrong tokens."""
     with pytest.raises(UnsupportedError, match=f"{kind.__name__} {reason}"):
         followed(kind)
+
+
+def test_layers_that_are_not_called():
+    """As those for images: they are left out, and never called unseen."""
+    assert followed(Short).called == (0, 1)
+    assert followed(Plain).called == (0, 1, 2)
+    own = opened(Sometimes)
+    own.facts = follow_forward(own, torch.float32, ())
+    assert own.facts.called == (0, 1)
+    ids = torch.zeros(1, 7, dtype=torch.long, device="meta")
+    rows = torch.empty(7, 32, device="meta")
+    with pytest.raises(UnsupportedError, match="calls layer 2, which it does not for a text alone"):
+        own.leave(ids, ids, rows, own.new_cache(), torch.empty(1, 7, 32, device="meta"), 1)
 
 
 def test_values_that_layers_hand_on():

@@ -38,6 +38,7 @@ DIFFER = {
     "llama4_text": "chunked attention, and a forward that asks where its embedding is",
     "mamba2": "no layer with keys",
     "mixtral": "experts that the checkpoint holds one by one",
+    "mllama": "layers for images, which a text alone does not call",
     "opt": "learned positions with an offset",
     "recurrent_gemma": "states that modules keep as attributes, beside windows of keys",
     "xlstm": "states in a cache of its own, which layers are given and return anew",
