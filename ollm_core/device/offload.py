@@ -23,9 +23,11 @@ class ActivationOffload:
     device: torch.device
     on_host: bool
 
-    def store(self, value: Tensor) -> Tensor:
-        """`value`, which the device has, where it can wait."""
-        return host_like(value).copy_(value) if self.on_host else value
+    def store(self, value: Tensor, itemsize: int = 0) -> Tensor:
+        """`value`, which the device has, where it can wait: in memory with room for as many numbers
+        of `itemsize` bytes, as which `put` may replace it.
+        """
+        return host_like(value, itemsize).copy_(value) if self.on_host else value
 
     def zeros_like(self, value: Tensor) -> Tensor:
         """Zeros of its shape and dtype, where they can wait."""
@@ -38,10 +40,13 @@ class ActivationOffload:
         return torch.empty_like(offloaded, device=self.device).copy_(offloaded)
 
     def put(self, place: Tensor, value: Tensor) -> Tensor:
-        """`value` where `place` is offloaded, in its memory if it has its dtype."""
-        if self.on_host and value.dtype != place.dtype:
+        """`value` where `place` is offloaded, in its memory if there is room for its dtype."""
+        if not self.on_host or value.dtype == place.dtype:
+            return put_into(place, value)
+        memory = torch.empty(0, dtype=torch.uint8).set_(place.untyped_storage())
+        if memory.nbytes < value.nbytes:
             return self.store(value)
-        return put_into(place, value)
+        return _shown(memory, value).copy_(value)
 
     def rows(self, offloaded: Tensor, indices: Tensor) -> Tensor:
         """Some rows of what was offloaded, on the device. `indices` are offloaded too."""
@@ -52,8 +57,15 @@ class ActivationOffload:
         offloaded.index_add_(0, indices, values.to(offloaded.device))
 
 
-def host_like(value: Tensor) -> Tensor:
-    """Host memory for what has the shape and dtype of `value`. All that is offloaded there is
-    allocated here.
+def host_like(value: Tensor, itemsize: int = 0) -> Tensor:
+    """Host memory for what has the shape and dtype of `value`, and could be of `itemsize`. All that
+    is offloaded there is allocated here.
     """
-    return torch.empty_like(value, device="cpu")
+    num_bytes = value.numel() * max(itemsize, value.itemsize)
+    memory = torch.empty(num_bytes, dtype=torch.uint8, device="cpu")
+    return _shown(memory, value)
+
+
+def _shown(memory: Tensor, value: Tensor) -> Tensor:
+    """Bytes as a tensor like `value`."""
+    return memory[: value.nbytes].view(value.dtype).view(value.shape)

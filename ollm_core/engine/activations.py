@@ -4,7 +4,7 @@ and quick.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import cast
@@ -41,23 +41,26 @@ class Workspace:
         self._skeleton = skeleton
         self._geometry = geometry
         self._known: dict[_Shape, int] = {}
+        self._known_handed: dict[tuple[int, int, int], Sequence[Tensor]] = {}
         self._known_packed: dict[_Shape, int] = {}
         self._known_mixtures: dict[tuple[int, int, bool], tuple[int, int, int]] = {}
         # One layer of each kind: what it remembers, and what it is made of.
-        kinds: dict[Hashable, int] = {}
+        kinds: dict[Hashable, list[int]] = {}
         for layer_idx, (layer, cache) in enumerate(
             zip(skeleton.layers, geometry.kinds, strict=True)
         ):
             made_of = tuple((name, value.shape) for name, value in layer.named_parameters())
             mixture = skeleton.mixtures.get(layer_idx) or skeleton.routed.get(layer_idx)
             experts = mixture and mixture.slice_shapes
-            kinds.setdefault((cache, type(layer), made_of, experts), layer_idx)
-        self._distinct = tuple(kinds.values())
+            kinds.setdefault((cache, type(layer), made_of, experts), []).append(layer_idx)
+        self._alike: Mapping[int, Sequence[int]] = {one[0]: one for one in kinds.values()}
+        """By the first of each kind, the layers that take as much."""
         self._bends = {kind.window - 1 for kind in geometry.kinds if kind.window is not None}
         self._grows = skeleton.grows
         """Whether something beside block-wise attention is as long as the past."""
         if skeleton.own is not None and skeleton.own.facts.shares:
-            self._distinct = (len(skeleton.layers) - 1,)  # traced with all before it
+            every = range(len(skeleton.layers))
+            self._alike = {every[-1]: every}  # the last one, traced with all before it
 
     @classmethod
     def of(cls, spec: ModelSpec, proven: set[str] | None = None) -> Workspace:
@@ -115,6 +118,27 @@ class Workspace:
             past = min(past, self._geometry.block_size)
         return self._remembered(-1 - num_logits, num_rows, num_new, past, attention, APART)
 
+    def handed_bytes(self, num_rows: int, num_new: int, num_past: int, attention: str) -> int:
+        """What layers hand to the next one beside hidden states, for `num_new` tokens in each of
+        `num_rows` after `num_past`.
+        """
+        like = self._handed_like(num_rows, num_new, num_past, attention)
+        return sum(one.nbytes for one in like)
+
+    def _handed_like(
+        self, num_rows: int, num_new: int, num_past: int, attention: str
+    ) -> Sequence[Tensor]:
+        """The same without data: layers hand on values of one size."""
+        own, key = self._skeleton.own, (num_rows, num_new, num_past)
+        if own is None or not own.facts.handed:
+            return ()
+        if key not in self._known_handed:
+            dtype = max(own.facts.hidden_dtypes, key=lambda one: one.itemsize)
+            found: list[Tensor] = []
+            self._trace_own(own, 0, *key, attention, dtype, found)
+            self._known_handed[key] = tuple(torch.empty_like(one) for one in found)
+        return self._known_handed[key]
+
     @property
     def vocab_size(self) -> int:
         """Logits of one token."""
@@ -130,7 +154,7 @@ class Workspace:
         else than the layer, as where a multiplier on its residual stream was left out. They are
         followed for one token after another: the fewest operations, with each kind of them.
         """
-        for layer_idx in self._distinct:
+        for layer_idx in self._alike:
             mixture = self._skeleton.mixtures.get(layer_idx)
             if mixture is None:
                 continue
@@ -151,15 +175,20 @@ class Workspace:
         num_past: int,
         attention: str,
         sharing: Sharing = APART,
+        spare: Sequence[int] = (),
     ) -> int:
         """Peak bytes of a layer for `num_new` tokens in each of `num_rows`, after `num_past`
         tokens: of the layer that takes most.
 
-        The layer's output is counted, its input and its weights are not.
+        The layer's output is counted, its input and its weights are not; nor are, by layer, the
+        `spare` bytes that are there for larger weights than its own.
         """
+        shape = num_rows, num_new, num_past, attention, sharing
         return max(
-            self._one_layer(layer_idx, num_rows, num_new, num_past, attention, sharing)
-            for layer_idx in self._distinct
+            max(
+                self._one_layer(one, *shape) - min((spare[i] for i in alike if spare), default=0), 0
+            )
+            for one, alike in self._alike.items()
         )
 
     @property
@@ -250,7 +279,7 @@ class Workspace:
         Hidden states and weights are not counted; any expert may get all tokens of a chunk.
         """
         found = [(0, 0)]
-        for layer_idx in self._distinct:
+        for layer_idx in self._alike:
             if mixture := self._skeleton.mixtures.get(layer_idx):
                 key = layer_idx, largest, num_chunks == 1
                 if key not in self._known_mixtures:
@@ -269,24 +298,31 @@ class Workspace:
         offload = ActivationOffload(meta, on_host=False)
         hidden_size: int = self._skeleton.config.hidden_size
         hidden = torch.empty(1, num_tokens, hidden_size, dtype=dtype, device=meta)
-        parameters = [
-            torch.empty(shape, dtype=dtype, device=meta) for shape in mixture.slice_shapes
-        ]
-
-        def add(chunk: RoutedChunk, _: ActivationOffload = offload) -> None:
-            with OneExpertTaken(), mixture.bound(parameters):
-                mixture.add(chunk, 0, num_tokens, offload)
+        add = self._serving(mixture, num_tokens)
 
         if alone:
             return traced_peak(lambda: mixture.at_once(hidden, add)), 0, 0
         chunk = mixture.route(hidden, offload)
         work = max(
             traced_peak(lambda: mixture.route(hidden, offload)),
-            traced_peak(lambda: add(chunk)),
+            traced_peak(lambda: add(chunk, offload)),
             traced_peak(lambda: mixture.finish(hidden, chunk.total)),
         )
         per_chunk = chunk.starts.nbytes
         return work, (chunk.num_bytes - per_chunk) // num_tokens, per_chunk
+
+    def _serving(
+        self, mixture: Mixture, num_tokens: int
+    ) -> Callable[[RoutedChunk, ActivationOffload], None]:
+        """What adds up what the experts say of a chunk, if one of them gets all of its tokens."""
+        dtype = self._geometry.dtype
+        slices = [torch.empty(one, dtype=dtype, device="meta") for one in mixture.slice_shapes]
+
+        def serve(chunk: RoutedChunk, here: ActivationOffload) -> None:
+            with OneExpertTaken(), mixture.bound(slices):
+                mixture.add(chunk, 0, num_tokens, here)
+
+        return serve
 
     def _trace(
         self,
@@ -316,29 +352,24 @@ class Workspace:
         num_past: int,
         attention: str,
         hidden_dtype: torch.dtype,
+        handed: list[Tensor] | None = None,
     ) -> int:
         """The same of a layer that its model's own forward calls, with what that makes for it; of
         the end of that forward, with -1 - n logits, for a negative `layer_idx`. Either is given
-        hidden states in `hidden_dtype`.
+        hidden states in `hidden_dtype`. What the layer hands on is added to `handed`.
         """
         meta, dtype, skeleton = torch.device("meta"), self._geometry.dtype, self._skeleton
         ids = torch.zeros(num_rows, num_new, dtype=torch.long, device=meta)
         store = TracedStore(self._geometry, num_past)
+        before: Sequence[Tensor] = ()
+        if layer_idx > 0:
+            before = self._handed_like(num_rows, num_new, num_past, attention)
         hidden = torch.empty(
             own.facts.hidden_shape(num_rows, num_new), dtype=hidden_dtype, device=meta
         )
 
         def embed(token_ids: Tensor) -> Tensor:
             return torch.empty(len(token_ids), own.embedding_size, dtype=dtype, device=meta)
-
-        def add(mixture: Mixture) -> Callable[[RoutedChunk, ActivationOffload], None]:
-            slices = [torch.empty(one, dtype=dtype, device=meta) for one in mixture.slice_shapes]
-
-            def serve(chunk: RoutedChunk, here: ActivationOffload) -> None:
-                with mixture.bound(slices):
-                    mixture.add(chunk, 0, num_rows * num_new, here)
-
-            return serve
 
         def work() -> Tensor:
             sequences = tuple(range(num_rows))
@@ -362,16 +393,23 @@ class Workspace:
         def traced(call: OwnCall) -> Tensor:
             states = call.enter()
             if own.facts.shares:  # of those before, too
-                for before in range(layer_idx):
-                    states = call.run(before, states)
+                for earlier in range(layer_idx):
+                    states = call.run(earlier, states)
                 return call.run(layer_idx, states)
-            return call.run(layer_idx, hidden)
+            del states  # as `hidden` and `before`, these are counted elsewhere
+            call.handed = [*before]
+            output = call.run(layer_idx, hidden)
+            if handed is not None:
+                handed.extend(call.handed)
+            return output
 
         mixture = skeleton.routed.get(layer_idx)
         with (
             skeleton.on_meta(),
             own.facts.answers(),
-            mixture.serving(add(mixture)) if mixture else nullcontext(),
+            mixture.serving(self._serving(mixture, num_rows * num_new))
+            if mixture
+            else nullcontext(),
         ):
             try:
                 return traced_peak(work)

@@ -19,6 +19,7 @@ from ollm_core.contracts.kv import CacheKind, KeepsStates, KVStore
 from ollm_core.errors import UnsupportedError
 from ollm_core.model.layer_memory import LayerMemory, pretend, pretend_keys
 from ollm_core.model.own_forward import OwnForward
+from ollm_core.model.own_states import Apart
 
 
 class OwnCache(Cache, ABC):
@@ -38,8 +39,8 @@ class OwnCache(Cache, ABC):
         self._layer_idx = -1
         self._keeping = nullcontext() if store.in_place else torch.inference_mode(mode=False)
         self._like = torch.empty(0, device=own.device)
-        for layer in self.layers:
-            pretend(layer, start, len(sequences), self._like)
+        for layer_idx in own.facts.called:
+            pretend(self.layers[layer_idx], start, len(sequences), self._like)
 
     def rewind(self) -> None:
         """Before each run of the model's forward: positions are those before the chunk again."""
@@ -47,21 +48,23 @@ class OwnCache(Cache, ABC):
             memory.fill_positions(layer, self._start, len(self._sequences), self._like)
 
     @contextmanager
-    def around(self, layer_idx: int, like: Tensor, num_new: int) -> Iterator[None]:
+    def around(self, layer_idx: int, like: Tensor, num_new: int) -> Iterator[Apart]:
         """In the `with` a layer may be called, its past being here, as tensors `like` hidden
-        states; after it, what the layer has added for `num_new` tokens is in the store.
+        states, but for its states that are kept apart from a cache; after it, what the layer has
+        added for `num_new` tokens is in the store, those states too.
         """
         self._layer_idx = layer_idx
+        apart = Apart()
         try:
-            self._begin(layer_idx, like)
-            yield
-            self._end(layer_idx, num_new)
+            self._begin(layer_idx, like, apart)
+            yield apart
+            self._end(layer_idx, num_new, apart)
         finally:
             self._layer_idx = -1
             self._drop()
             pretend(self._fresh(layer_idx), self._start, len(self._sequences), self._like)
 
-    def _begin(self, layer_idx: int, like: Tensor) -> None:
+    def _begin(self, layer_idx: int, like: Tensor, apart: Apart) -> None:
         memory = self._own.facts.memories[layer_idx]
         layer = self._fresh(layer_idx)
         if not self._start:
@@ -73,15 +76,15 @@ class OwnCache(Cache, ABC):
             assert isinstance(self._store, KeepsStates), "such a model has such a store"
             rows = [self._store.state(layer_idx, one) for one in self._sequences]
             states = [torch.stack(same).to(like.device) for same in zip(*rows, strict=True)]
-            memory.fill_states(layer, states)
+            apart.states = memory.fill_states(layer, states)
 
-    def _end(self, layer_idx: int, num_new: int) -> None:
+    def _end(self, layer_idx: int, num_new: int, apart: Apart) -> None:
         memory = self._own.facts.memories[layer_idx]
         if memory.kind.has_keys:
             self._keep(layer_idx, memory)
         if memory.kind.states:
             assert isinstance(self._store, KeepsStates), "such a model has such a store"
-            states = memory.states(self.layers[layer_idx])
+            states = [*memory.states(self.layers[layer_idx]), *apart.states]
             for row, sequence in enumerate(self._sequences):
                 state = [one[row] for one in states]
                 self._store.put_state(layer_idx, sequence, num_new, state)

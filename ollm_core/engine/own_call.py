@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from ollm_core.attention.select import ATTENTION_NAME, EAGER_NAME, find_attention
 from ollm_core.contracts.attention import Attention
 from ollm_core.contracts.kv import KVStore
+from ollm_core.device.offload import ActivationOffload
 from ollm_core.engine.own_cache import HandleCache, LaidOutCache, OwnCache
 from ollm_core.model.own_forward import LayerArguments, OwnForward
 
@@ -33,10 +34,17 @@ class OwnCall:
         attention: Attention | None,
         *,
         alone: bool,
+        offload: ActivationOffload | None = None,
     ) -> None:
         """`ids` [R, T] come after `start` tokens of each of `sequences`. `attention` None: the
         model's own, eager one, over a past laid out. `alone`: there is no other chunk, so what
-        layers are called with may be kept from one to the next.
+        layers are called with may be kept from one to the next. What layers hand on beside hidden
+        states waits where `offload` has it; None: on the device.
+        """
+        self._offload = offload or ActivationOffload(ids.device, on_host=False)
+        self.handed: list[Tensor] = []
+        """What the last layer that was run hands to the next one, in the order of `Facts.handed`,
+        where it is offloaded.
         """
         self._own = own
         self._attention = EAGER_NAME if attention is None else ATTENTION_NAME
@@ -46,7 +54,7 @@ class OwnCall:
         self._start = start
         self._embed = embed
         self._alone = alone
-        self._arguments: list[LayerArguments] = []
+        self._arguments: Mapping[int, LayerArguments] = {}
         positions = torch.arange(start, start + ids.shape[1], device=ids.device)
         self._positions = positions.expand(ids.shape[0], -1)
         self._cache: OwnCache = (
@@ -61,7 +69,11 @@ class OwnCall:
             rows = self._embed(self._ids.flatten())
             self._cache.rewind()
             hidden, found = self._own.enter(
-                self._ids, self._positions, rows, self._cache, -1 if self._alone else 0
+                self._ids,
+                self._positions,
+                rows,
+                self._cache,
+                -1 if self._alone else self._own.facts.called[0],
             )
             if self._alone:
                 self._arguments = found
@@ -69,6 +81,8 @@ class OwnCall:
 
     def run(self, layer_idx: int, hidden: Tensor) -> Tensor:
         """Run a layer: [R, T, C] -> the same."""
+        if layer_idx not in self._own.facts.called:
+            return hidden
         with self._computing():
             if self._alone:
                 arguments = self._arguments[layer_idx]
@@ -79,12 +93,24 @@ class OwnCall:
                     self._ids, self._positions, rows, self._cache, layer_idx
                 )[1][layer_idx]  # what others are called with is not kept
                 del rows
-            with self._cache.around(layer_idx, hidden, self._ids.shape[1]):
-                return self._own.call(layer_idx, hidden, arguments)
+            if layer_idx and self._own.facts.handed:
+                fetched = map(self._offload.fetch, self.handed)
+                places = self._own.facts.handed.values()
+                arguments = arguments.replaced(dict(zip(places, fetched, strict=True)))
+            with self._cache.around(layer_idx, hidden, self._ids.shape[1]) as apart:
+                output, handed = self._own.call(layer_idx, hidden, arguments, apart)
+            if layer_idx < self._own.num_layers - 1:
+                if self._offload.on_host and self.handed:
+                    pairs = zip(self.handed, handed, strict=True)
+                    handed = [self._offload.put(place, value) for place, value in pairs]
+                else:
+                    handed = [self._offload.store(value) for value in handed]
+                self.handed = handed
+            return output
 
     def leave(self, hidden: Tensor, num_logits: int) -> Tensor:
         """Logits [R, n, V] at the last positions."""
-        self._arguments = []
+        self._arguments, self.handed = {}, []
         with self._computing():
             self._cache.rewind()
             return self._own.leave(

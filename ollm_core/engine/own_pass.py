@@ -40,8 +40,9 @@ class OwnPass:
     def run(self, offload: ActivationOffload, report: Callable[[], None]) -> list[Tensor]:
         """Logits [num_logits, V] of each item of the work; `report` after each step."""
         own, skeleton, weights, work = self.own, self.skeleton, self.weights, self.work
-        calls = [self._call(chunk) for chunk in self.plan.chunks]
-        hidden = [offload.store(call.enter()) for call in calls]
+        calls = [self._call(chunk, offload) for chunk in self.plan.chunks]
+        widest = max(dtype.itemsize for dtype in own.facts.hidden_dtypes)
+        hidden = [offload.store(call.enter(), widest) for call in calls]
         rows = max(len(chunk.rows) * chunk.num_tokens for chunk in self.plan.chunks)
         for layer_idx in range(len(skeleton.layers)):
             fetch = functools.partial(weights.experts, layer_idx)
@@ -82,7 +83,7 @@ class OwnPass:
         whole = [torch.cat(chunks) if len(chunks) > 1 else chunks[0] for chunks in row_logits]
         return [row[-item.num_logits :] for item, row in zip(work, whole, strict=True)]
 
-    def _call(self, chunk: Chunk) -> OwnCall:
+    def _call(self, chunk: Chunk, offload: ActivationOffload) -> OwnCall:
         work = [self.work[row] for row in chunk.rows]
         ids = torch.stack([item.token_ids[chunk.begin : chunk.end] for item in work])
         return OwnCall(
@@ -94,4 +95,5 @@ class OwnPass:
             self.weights.embed,
             own_attention(self.plan.attention, self.weights.device),
             alone=len(self.plan.chunks) == 1 or self.own.facts.shares,
+            offload=offload,
         )

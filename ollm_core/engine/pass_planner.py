@@ -255,14 +255,19 @@ class PassPlanner:
         hidden = num_tokens * self._hidden_bytes
         shapes: dict[tuple[int, int], int] = {}
         layers: dict[tuple[int, int, Sharing], int] = {}
+        handed = [0]
         for chunk, shared in zip(chunks, sharing, strict=True):
             past = max(work[row].start for row in chunk.rows) + chunk.begin
             shape = chunk.num_rows, chunk.num_tokens
             shapes[shape] = max(shapes.get(shape, 0), past)
             call = *shape, shared
             layers[call] = max(layers.get(call, 0), past)
+            handed.append(self._workspace.handed_bytes(*shape, past, attention))
+        hidden += sum(handed)
         layer = max(
-            self._workspace.layer_bytes(num_rows, num_new, past, attention, shared)
+            self._workspace.layer_bytes(
+                num_rows, num_new, past, attention, shared, self._weights.spare_bytes
+            )
             for (num_rows, num_new, shared), past in layers.items()
         )
         largest = max(chunk.num_rows * chunk.num_tokens for chunk in chunks)
@@ -283,7 +288,7 @@ class PassPlanner:
             tokens += num_tokens * _POSITION_BYTES  # the ids of each call, too
         tokens += len(chunks) * self._workspace.call_bytes
         if on_host:
-            chunk_bytes = largest * self._hidden_bytes
+            chunk_bytes = largest * self._hidden_bytes + max(handed)
             if offloaded:  # parts of a chunk on their way from and to the host
                 experts += 2 * chunk_bytes
                 offloaded += 2 * chunk_bytes if self._memory.is_own else 0

@@ -13,7 +13,7 @@ attention function as it is. What is looked at, without names of models:
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, cast
@@ -83,12 +83,17 @@ class _Probe:
         """Whether something beside attention grows. Raises NotSeen."""
         if self._own.facts.shares:
             raise NotSeen("its layers share keys and values")
+        if any(self._own.facts.places):
+            raise NotSeen("its layers keep states beside the cache")
+        if self._own.facts.handed:
+            raise NotSeen("its layers hand values to each other")
         if any(memory.index_dim for memory in self._memories):
             raise NotSeen("an index chooses the keys that its layers attend to")
         self._look_at_masks(max_positions)
         kinds: dict[Hashable, int] = {}
-        for layer_idx, layer in enumerate(self._layers):
-            kinds.setdefault(_kind(layer, self._memories[layer_idx]), layer_idx)
+        for layer_idx in self._own.facts.called:
+            kind = _kind(self._layers[layer_idx], self._memories[layer_idx])
+            kinds.setdefault(kind, layer_idx)
         with self._own.facts.answers():
             calls = {layer_idx: self._look_at_layer(layer_idx) for layer_idx in kinds.values()}
             grows = self._grows(tuple(kinds.values()))
@@ -178,7 +183,7 @@ class _Probe:
 
     def _given(
         self, attention: str, start: int, device: torch.device
-    ) -> tuple[_ProbeCache, list[LayerArguments]]:
+    ) -> tuple[_ProbeCache, Mapping[int, LayerArguments]]:
         """What the layers are called with after `start` tokens, and the cache that they find."""
         own = self._own
         own.attend_by(attention)
@@ -202,8 +207,8 @@ class _ProbeCache(Cache):
         self._own = own
         self._start = start
         self._like = torch.empty(0, dtype=own.facts.dtype, device=device)
-        for layer in self.layers:
-            pretend(layer, start, 1, self._like)
+        for layer_idx in own.facts.called:
+            pretend(self.layers[layer_idx], start, 1, self._like)
 
     def fill(self, layer_idx: int, memory: LayerMemory) -> None:
         """Give a layer a past without data."""

@@ -96,8 +96,10 @@ class LayerMemory:
                 numbers.expand(self.position_axes, rows, -1) if num_tokens else None
             )
 
-    def fill_states(self, layer: Any, states: Sequence[Tensor]) -> None:
-        """Put states, [R, ...] each, into a fresh `layer`, which may change them."""
+    def fill_states(self, layer: Any, states: Sequence[Tensor]) -> list[Tensor]:
+        """Put states, [R, ...] each, into a fresh `layer`, which may change them; returns those
+        that are kept apart from it.
+        """
         tensors = iter(states)
         for number in self.convolutions:
             state = next(tensors)
@@ -109,6 +111,7 @@ class LayerMemory:
             layer.recurrent_states[number] = state
         for number, begun in enumerate(self.begun):
             layer.has_previous_state[number] = begun
+        return list(tensors)
 
     def states(self, layer: Any) -> list[Tensor]:
         """The states [R, ...] that a call has left in `layer`."""
@@ -165,9 +168,11 @@ def pretend_keys(layer: Any, num_tokens: int, rows: int, like: Tensor) -> None:
             layer.cumulative_length = num_tokens
 
 
-def remembered(layer: Any, layer_idx: int, dtype: torch.dtype, model: str) -> LayerMemory:
-    """What a `layer` of a cache holds after a run of one row. Raises UnsupportedError for what
-    core cannot keep.
+def remembered(
+    layer: Any, layer_idx: int, dtype: torch.dtype, model: str, apart: Sequence[Tensor] = ()
+) -> LayerMemory:
+    """What a `layer` of a cache holds after a run of one row, and the states that are kept `apart`
+    from it, which come last. Raises UnsupportedError for what core cannot keep.
     """
 
     def error(what: str) -> UnsupportedError:
@@ -219,8 +224,12 @@ def remembered(layer: Any, layer_idx: int, dtype: torch.dtype, model: str) -> La
                     raise error(f"a state in {state.dtype}")
                 note(number)
                 states.append(StateShape(tuple(state.shape[1:]), state.dtype == torch.float32))
-        if states and kind == "none":
-            kind = "recurrent"
+    for state in apart:
+        if state.dtype not in (dtype, torch.float32) or state.shape[:1] != (1,):
+            raise error(f"a state {list(state.shape)} in {state.dtype}")
+        states.append(StateShape(tuple(state.shape[1:]), state.dtype == torch.float32))
+    if states and kind == "none":
+        kind = "recurrent"
     found = CacheKind(
         kind,  # type: ignore[arg-type]
         heads,

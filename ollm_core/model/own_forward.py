@@ -17,12 +17,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
+from transformers import DynamicCache, PreTrainedConfig
 
 from ollm_core.contracts.model import Layout
 from ollm_core.errors import UnsupportedError
 from ollm_core.memory.tracker import OperationMode, tensors_in
 from ollm_core.model.layer_memory import LayerMemory, layer_maker, new_cache
+from ollm_core.model.own_states import Apart, StatePlaces
 
 _CACHES = ("past_key_values", "cache_params")
 """What models call the cache that they are given."""
@@ -43,6 +44,18 @@ class LayerArguments:
         options = sorted((name, value is not None) for name, value in self.options.items())
         return *(one is not None for one in self.args), *options
 
+    def at(self, place: int | str) -> Any:
+        """One of `args` by its number, or of `options` by its name; None if it is not there."""
+        if isinstance(place, str):
+            return self.options.get(place)
+        return self.args[place] if place < len(self.args) else None
+
+    def replaced(self, values: Mapping[int | str, Any]) -> LayerArguments:
+        """The same with other `values` at some places."""
+        args = tuple(values.get(number, one) for number, one in enumerate(self.args))
+        options = {name: values.get(name, one) for name, one in self.options.items()}
+        return LayerArguments(args, options, self.name)
+
     def call(self, forward: Callable[..., Any], hidden: Tensor) -> Any:
         """What `forward` gives for `hidden`."""
         if self.name:
@@ -62,8 +75,16 @@ class Facts:
     """What each layer remembers."""
     answers: Callable[[], OperationMode]
     """What answers questions about data while the model is traced without."""
+    called: tuple[int, ...]
+    """Layers that are called, in order; others are for images, and what is before them goes on."""
     returned: tuple[int, ...]
     """How many values each layer returns; -1: hidden states as they are."""
+    handed: Mapping[int, int | str]
+    """Which values that a layer returns beside hidden states the next one is called with, by their
+    number, and at which place of its arguments.
+    """
+    places: tuple[StatePlaces, ...]
+    """Where each layer keeps states beside the cache."""
     shares: bool
     """Whether layers hand something to later ones in a dictionary, as keys that these share."""
     continues: bool
@@ -104,8 +125,9 @@ class Run:
     """Rows of the head's input that count, from the end; 0: all."""
     hidden: Tensor | None = None
     """What the first layer is given."""
-    found: list[LayerArguments] = field(default_factory=list)
-    """What the layers are called with."""
+    found: dict[int, LayerArguments] = field(default_factory=dict)
+    """What each layer is called with that is called."""
+    num_calls: int = 0
 
 
 class OwnForward:
@@ -119,6 +141,15 @@ class OwnForward:
         self.model = model
         self.device = torch.device("meta")
         """Where the model is run."""
+        self.makes_cache = False
+        """Whether the model makes its cache itself, in each run, and gives layers their states in
+        it as an argument.
+        """
+        self.num_caches = 0
+        """Layers of the cache that transformers makes for the model."""
+        self.made_cache: object = None
+        """What the last run has made so."""
+        self.layers = layers
         self._run: Run | None = None
         self._forwards: list[Callable[..., Any]] = [layer.forward for layer in layers]
         self._embedding = model.get_submodule(layout.embedding)
@@ -131,7 +162,7 @@ class OwnForward:
         self._cache_name = next((name for name in _CACHES if name in parameters), "")
         self._takes_positions = "position_ids" in parameters
         self._cuts_logits = "logits_to_keep" in parameters
-        self._new_layers = [layer_maker(one) for one in new_cache(model.config).layers]
+        self._new_layers = [layer_maker(one) for one in self.new_cache().layers]
         configs = (getattr(module, "config", None) for module in model.modules())
         self._configs = {id(one): one for one in configs if isinstance(one, PreTrainedConfig)}
 
@@ -156,6 +187,16 @@ class OwnForward:
         """How many there are."""
         return len(self._forwards)
 
+    def new_cache(self) -> DynamicCache:
+        """An empty cache as transformers makes it for the model. Of some decoders it has as many
+        layers as the encoder that they were taken from: those that are too many are left out, and
+        whoever asked for one would not find it.
+        """
+        cache = new_cache(self.model.config)
+        self.num_caches = len(cache.layers)
+        del cache.layers[self.num_layers :]
+        return cache
+
     def new_layer(self, layer_idx: int) -> Any:
         """An empty layer of transformers' cache of the model."""
         return self._new_layers[layer_idx]()
@@ -170,23 +211,27 @@ class OwnForward:
 
     def enter(
         self, ids: Tensor, positions: Tensor, rows: Tensor, cache: object, last: int = -1
-    ) -> tuple[Tensor, list[LayerArguments]]:
-        """What the first layer is given, and what all layers up to `last` are called with; -1: all.
+    ) -> tuple[Tensor, Mapping[int, LayerArguments]]:
+        """What the first layer is given, and what all layers up to `last` are called with that are
+        called; -1: all.
 
         `ids` and `positions` [R, T], `rows` [R * T, C] of the embedding table, `cache` of the past.
         """
-        last = last if last >= 0 else self.num_layers - 1
+        last = last if last >= 0 else self.facts.called[-1]
 
-        def answer(layer_idx: int, hidden: Tensor, _: LayerArguments) -> Any:
+        def answer(layer_idx: int, hidden: Tensor, given: LayerArguments) -> Any:
+            if hidden.numel() != ids.numel() * self.facts.width:
+                raise self.error(f"takes {ids.shape[1]} tokens in several parts")
+            self._check_called(layer_idx)
             if layer_idx == last:
                 raise _Reached
-            return self._as_returned(layer_idx, hidden)
+            return self._as_returned(layer_idx, hidden, given)
 
         run = Run(rows, answer)
         with suppress(_Reached):
             self.run(run, ids, positions, cache)
         assert run.hidden is not None, "the forward was followed when the model was opened"
-        for one in run.found:
+        for one in run.found.values():
             self._check_here(run.hidden, *tensors_in(one.args, one.options))
         return run.hidden, run.found
 
@@ -201,9 +246,10 @@ class OwnForward:
     ) -> Tensor:
         """Logits [R, n, V] at the last positions, where `hidden` is what the last layer gives."""
 
-        def answer(layer_idx: int, given: Tensor, _: LayerArguments) -> Any:
-            at_last = layer_idx == self.num_layers - 1
-            return self._as_returned(layer_idx, hidden if at_last else given)
+        def answer(layer_idx: int, states: Tensor, given: LayerArguments) -> Any:
+            self._check_called(layer_idx)
+            at_last = layer_idx == self.facts.called[-1]
+            return self._as_returned(layer_idx, hidden if at_last else states, given)
 
         logits = self.run(Run(rows, answer, num_logits), ids, positions, cache)
         self._check_here(logits)
@@ -211,11 +257,25 @@ class OwnForward:
             logits = logits[:, -num_logits:].clone()
         return logits
 
-    def call(self, layer_idx: int, hidden: Tensor, arguments: LayerArguments) -> Tensor:
-        """The hidden states that the layer itself gives."""
-        output = self.call_layer(layer_idx, hidden, arguments)
-        first: Tensor = output if isinstance(output, Tensor) else output[0]
-        return first
+    def call(
+        self, layer_idx: int, hidden: Tensor, arguments: LayerArguments, apart: Apart
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The hidden states that the layer itself gives, and what it hands to the next one. `apart`
+        has its states beside the cache, and gets those after the call.
+        """
+        layer, places = self.layers[layer_idx], self.facts.places[layer_idx]
+        if places.argument is not None and apart.states:
+            arguments = arguments.replaced({places.argument: tuple(apart.states)})
+        places.put(layer, apart.states)
+        try:
+            output = self.call_layer(layer_idx, hidden, arguments)
+            given = None if places.argument is None else arguments.at(places.argument)
+            apart.states = places.taken(layer, given, output)
+        finally:
+            places.put(layer, ())
+        if isinstance(output, Tensor):
+            return output, []
+        return output[0], [output[number] for number in self.facts.handed]
 
     def call_layer(self, layer_idx: int, hidden: Tensor, arguments: LayerArguments) -> Any:
         """All that the layer itself gives."""
@@ -225,13 +285,14 @@ class OwnForward:
         """The logits of a run."""
         options: dict[str, Any] = {"use_cache": True, "return_dict": True}
         if self._cache_name:
-            options[self._cache_name] = cache
+            options[self._cache_name] = None if self.makes_cache else cache
         if self._takes_positions:
             options["position_ids"] = positions
         if self._cuts_logits and run.num_logits:
             options["logits_to_keep"] = run.num_logits
         with self._running(run):
             output = self.model(input_ids=ids, **options)
+        self.made_cache = getattr(output, self._cache_name, None) if self.makes_cache else None
         logits: Tensor = output["logits"] if isinstance(output, Mapping) else output[0]
         return logits
 
@@ -269,15 +330,25 @@ class OwnForward:
             else:
                 rest = {key: value for key, value in options.items() if key != names[0]}
                 hidden, arguments = options[names[0]], LayerArguments((), rest, names[0])
-            if layer_idx == 0:
+            if run.hidden is None:
                 run.hidden = hidden
-            run.found.append(arguments)
+            run.found[layer_idx] = arguments
+            run.num_calls += 1
             return run.answer(layer_idx, hidden, arguments)
 
         return forward
 
-    def _as_returned(self, layer_idx: int, hidden: Tensor) -> Any:
-        return as_returned(hidden, self.facts.returned[layer_idx])
+    def _as_returned(self, layer_idx: int, hidden: Tensor, given: LayerArguments) -> Any:
+        facts, places = self.facts, self.facts.places[layer_idx]
+        others: dict[int, Any] = {n: torch.empty(0, device=self.device) for n in facts.handed}
+        if places.argument is not None:
+            others[places.number] = given.at(places.argument)
+        return as_returned(hidden, facts.returned[layer_idx], others)
+
+    def _check_called(self, layer_idx: int) -> None:
+        """Raises UnsupportedError for a layer that was not called when the model was followed."""
+        if layer_idx not in self.facts.called:
+            raise self.error(f"calls layer {layer_idx}, which it does not for a text alone")
 
     def _check_here(self, *values: Tensor) -> None:
         """Raises UnsupportedError for what was made without data in a run with data: a model that
@@ -294,6 +365,10 @@ class OwnForward:
         )
 
 
-def as_returned(hidden: Tensor, count: int) -> Any:
-    """Hidden states as a layer returns them that gives `count` values; -1: as they are."""
-    return hidden if count < 0 else (hidden, *[None] * (count - 1))
+def as_returned(hidden: Tensor, count: int, others: Mapping[int, Any]) -> Any:
+    """Hidden states as a layer returns them that gives `count` values, those of `others` by their
+    numbers; -1: as they are.
+    """
+    if count < 0:
+        return hidden
+    return (hidden, *(others.get(number) for number in range(1, count)))

@@ -24,6 +24,7 @@ from ollm_core.engine.torch_state import own_torch_state
 from ollm_core.errors import InputError, OllmError
 from ollm_core.files.paths import absolute
 from ollm_core.memory.budgets import layer_limits, stated_budgets
+from ollm_core.memory.collector import paused_collector
 from ollm_core.model.spec import inspect_model
 from ollm_core.options import PlanOptions, takes
 from ollm_core.planning.advisor import Question
@@ -51,6 +52,7 @@ def plan(path_or_id: PathLike, options: PlanOptions) -> Plan:
 class Planner:
     """One model, to be planned as often as wanted: what its layers take is found out once."""
 
+    @paused_collector()
     def __init__(self, path_or_id: PathLike, options: PlanOptions) -> None:
         """See `plan`."""
         registry = options.registry or Registry.discover()

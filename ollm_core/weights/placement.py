@@ -101,6 +101,10 @@ class ResidentWeights:
         sizes = zip(self.copied_bytes, arrived, strict=True)
         copied = max((max(pair) for pair in sizes if pair[0]), default=0)
         copied += max(unit.scratch_bytes for unit in (*self.units, units.norm))
+        self.spare_bytes = [copied - own for own in self.copied_bytes]
+        """Of what is there for parameters in conversion, by unit, what is free once its own are
+        made.
+        """
         norm_bytes = sum(p.num_bytes(dtype) for p in units.norm.parameters)
         self.fixed_device_bytes = (
             norm_bytes + buffer_bytes + copied + self.experts.fixed_device_bytes + self.upload_bytes

@@ -99,6 +99,11 @@ class TieredStreamer(WeightStreamer):
         return self.resident.fixed_device_bytes
 
     @property
+    def spare_bytes(self) -> Sequence[int]:
+        """Of `fixed_device_bytes`, by unit, what is not needed once it is made."""
+        return self.resident.spare_bytes
+
+    @property
     def slot_bytes(self) -> int:
         """Bytes of one buffer of the ring."""
         return self.resident.slot_bytes

@@ -27,7 +27,22 @@ def test_what_is_offloaded_to_the_host_is_a_copy_and_comes_back_as_one():
     assert torch.equal(offload.rows(again, torch.tensor([1])), 2 * value[1:])
     offload.add_rows(again, torch.tensor([0]), value[:1])
     assert torch.equal(again[0], 3 * value[0])
-    assert offload.put(place, value.half()).dtype == torch.float16
+    half = offload.put(place, value.half())
+    assert half.dtype == torch.float16
+    assert half.data_ptr() == place.data_ptr()
+    assert torch.equal(half, value.half())
+
+
+@pytest.mark.parametrize("itemsize", [0, 4])
+def test_what_gets_wider_stays_where_it_is_if_there_was_room_made_for_it(itemsize):
+    """So that two sizes of one thing are never there at once."""
+    offload = ActivationOffload(CPU, on_host=True)
+    value = torch.randn(2, 3)
+    place = offload.store(value.bfloat16(), itemsize)
+    assert torch.equal(place, value.bfloat16())
+    wider = offload.put(place, value)
+    assert torch.equal(wider, value)
+    assert (wider.data_ptr() == place.data_ptr()) == bool(itemsize)
 
 
 def test_what_stays_on_the_device_is_not_copied():

@@ -8,6 +8,7 @@ from smallest_memory import check_refusal_to_the_byte
 
 import ollm
 from ollm_core.engine.batch import NewTokens
+from ollm_core.engine.traced_cache import APART
 from ollm_core.memory.tracker import AllocationTracker
 
 WIDE = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6}
@@ -67,3 +68,17 @@ def test_blockwise_peak_does_not_grow_with_the_prompt(tiny, ids):
             with model.engine._pass_planner.admit(cache.store, work) as plan:
                 needed.append(plan.needed.device)
     assert needed[1] - needed[0] == 1024 * (64 * 4 + 18)  # and its ids and positions
+
+
+def test_room_for_converting_larger_weights_is_room_to_work_in(make_llama):
+    """A layer whose own weights leave some of it free takes that much less beside, down to
+    nothing.
+    """
+    directory = make_llama(torch.float32, **WIDE)
+    with ollm.load(directory, device="cpu") as model:
+        workspace = model.engine._pass_planner._workspace
+        shape = 1, 64, 0, "exact", APART
+        whole, num_units = workspace.layer_bytes(*shape), len(model.weights.units)
+        assert workspace.layer_bytes(*shape, [1000] * num_units) == whole - 1000
+        assert workspace.layer_bytes(*shape, [1000] * (num_units - 2) + [10] * 2) == whole - 10
+        assert workspace.layer_bytes(*shape, [2 * whole] * num_units) == 0

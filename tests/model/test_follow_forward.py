@@ -64,6 +64,19 @@ class Short(Plain):
         return self.model.layers[:-1]
 
 
+class Sometimes(Plain):
+    """Calls its last layer for many tokens alone."""
+
+    def between(self, layer_idx, hidden, embedded):
+        self.long = hidden.shape[1] > 5
+        return hidden
+
+    def called(self):
+        yield from self.model.layers[:-1]
+        if self.long:
+            yield self.model.layers[-1]
+
+
 class Twice(Plain):
     def called(self):
         return [*self.model.layers, self.model.layers[0]]
@@ -82,20 +95,45 @@ class Handing(Plain):
     ):
         hidden, handed = self.model.embed_tokens(input_ids), None
         rotary = self.model.rotary_emb(hidden, position_ids)
-        for layer in self.model.layers:
+        for i, layer in enumerate(self.model.layers):
+            given = self.handed_on(i, handed)
             hidden, handed = layer(
                 hidden,
                 past_key_values=past_key_values,
                 position_embeddings=rotary,
-                handed=handed,
+                handed=given,
             )
         return CausalLMOutputWithPast(logits=self.lm_head(self.model.norm(hidden)))
+
+    def handed_on(self, layer_idx, handed):
+        return handed
+
+
+class HandingChanged(Handing):
+    def handed_on(self, layer_idx, handed):
+        return handed * 2 if layer_idx == 2 else handed
+
+
+class HandingOnce(Handing):
+    def handed_on(self, layer_idx, handed):
+        self.first = self.first if layer_idx > 1 else handed
+        return self.first
 
 
 class HandingLayer(LlamaDecoderLayer):
     def forward(self, hidden, handed=None, **options):
         output = super().forward(hidden, **options)
-        return output, output.mean()
+        return output, output.mean(-1)
+
+
+class HandingMore(Handing):
+    """Its last layers hand on more than its first one."""
+
+
+class HandingMoreLayer(HandingLayer):
+    def forward(self, hidden, handed=None, **options):
+        output = super().forward(hidden, **options)[0]
+        return output, output.mean(-1) if handed is None else output
 
 
 class Keeping(Plain):
@@ -128,18 +166,22 @@ class Converting(Plain):
         return outputs[-1] * self.table
 
 
-def followed(kind):
+def opened(kind):
     config = LlamaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
         num_attention_heads=4, num_key_value_heads=2, attn_implementation="eager",
     )  # fmt: skip
     with torch.device("meta"):
         model = kind(config)
-        if kind is Handing:
-            layers = [HandingLayer(config, i) for i in range(3)]
+        if issubclass(kind, Handing):
+            made = HandingMoreLayer if kind is HandingMore else HandingLayer
+            layers = [made(config, i) for i in range(3)]
             model.model.layers = torch.nn.ModuleList(layers)
-    own = OwnForward(model, Layout(3, own_forward=True), list(model.model.layers))
-    return follow_forward(own, torch.float32, ())
+    return OwnForward(model, Layout(3, own_forward=True), list(model.model.layers))
+
+
+def followed(kind):
+    return follow_forward(opened(kind), torch.float32, ())
 
 
 def test_what_is_seen():
@@ -159,10 +201,11 @@ def test_what_is_seen():
     [
         (Scaled, "computes between layers 1 and 2"),
         (Turned, "gives layer 1 what another layer computed"),
-        (Short, "calls 2 of its 3 layers"),
-        (Twice, "calls 4 of its 3 layers"),
+        (Twice, "makes 4 calls of 3 layers"),
         (Summed, "makes logits of more than what its last layer gives"),
-        (Handing, "gives layer 1 what another layer returns"),
+        (HandingChanged, "hands different values on from layer to layer"),
+        (HandingOnce, "hands different values on from layer to layer"),
+        (HandingMore, "hands different values on from layer to layer"),
         (Keeping, "keeps what it has computed in .kept"),
         (Counting, "keeps what it has computed in .count"),
     ],
@@ -171,6 +214,25 @@ def test_refuses_what_it_would_leave_out(kind, reason):
     """Each would give wrong tokens."""
     with pytest.raises(UnsupportedError, match=f"{kind.__name__} {reason}"):
         followed(kind)
+
+
+def test_layers_that_are_not_called():
+    """As those for images: they are left out, and never called unseen."""
+    assert followed(Short).called == (0, 1)
+    assert followed(Plain).called == (0, 1, 2)
+    own = opened(Sometimes)
+    own.facts = follow_forward(own, torch.float32, ())
+    assert own.facts.called == (0, 1)
+    ids = torch.zeros(1, 7, dtype=torch.long, device="meta")
+    rows = torch.empty(7, 32, device="meta")
+    with pytest.raises(UnsupportedError, match="calls layer 2, which it does not for a text alone"):
+        own.leave(ids, ids, rows, own.new_cache(), torch.empty(1, 7, 32, device="meta"), 1)
+
+
+def test_values_that_layers_hand_on():
+    """Their number in what a layer returns, and the name by which the next one is given them."""
+    assert followed(Handing).handed == {1: "handed"}
+    assert not followed(Plain).handed
 
 
 def test_constants_that_are_converted():

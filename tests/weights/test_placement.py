@@ -213,3 +213,22 @@ def test_fit_keeps_to_its_budget(tmp_path_factory, budgets):
             for i in range(6):
                 with weights.acquire(i) as (value,):
                     assert torch.equal(value, tensors[f"t{i}"])
+
+
+def test_what_is_free_of_the_room_for_converting(tmp_path):
+    """In another dtype than the stored one: of the largest unit nothing, of one half as large half
+    of it. In the stored one there is no such room.
+    """
+    save_file(
+        {"large": torch.zeros(64, 64).bfloat16(), "small": torch.zeros(32, 64).bfloat16()},
+        tmp_path / "model.safetensors",
+    )
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    checkpoint = open_checkpoint(tmp_path)
+    large, small, norm = (unit_of(checkpoint, *names) for names in (["large"], ["small"], []))
+    units = Units((large, small), (large,), norm, checkpoint.tensors["large"])
+    for dtype, free in ((torch.float32, [0, 32 * 64 * 4, 0]), (torch.bfloat16, [0, 0, 0])):
+        accounts = PerMemory(MemoryAccount("device", 1 << 30), MemoryAccount("host", 1 << 30))
+        source = open_source(list(checkpoint.files))
+        with TieredStreamer(units, source, dtype, CPU, accounts) as weights:
+            assert weights.spare_bytes == free

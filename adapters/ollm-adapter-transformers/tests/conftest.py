@@ -12,7 +12,6 @@ def pytest_collection_modifyitems(items):
         module = getattr(item, "module", None)
         if found is None or not hasattr(module, "QUICK"):
             continue
-        model_type = cls.tiny_config["model_type"]
-        is_open = found.id == "memory.plan" and model_type in module.OPEN
-        if model_type not in module.WHOLE and (is_open or found.id not in module.QUICK):
+        is_whole = cls.tiny_config["model_type"] in module.WHOLE
+        if not is_whole and found.id not in module.QUICK:
             item.add_marker(pytest.mark.soak)

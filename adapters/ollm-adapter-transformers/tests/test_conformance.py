@@ -17,6 +17,7 @@ OTHERS = (
     "bloom", "cohere2", "deepseek_v3", "falcon", "falcon_h1", "falcon_mamba", "gemma2",
     "gemma3_text", "glm4", "gpt_neox", "granite", "granitemoehybrid", "jamba", "lfm2", "mamba",
     "mamba2", "mixtral", "nemotron_h", "olmo2", "phi3", "qwen2_moe", "qwen3", "starcoder2",
+    "zaya",
 )  # fmt: skip
 QUICK = frozenset(
     {
@@ -25,13 +26,6 @@ QUICK = frozenset(
     }
 )  # fmt: skip
 """Exact, in every tier, with the tensors that transformers has, and within the plan to the byte."""
-
-OPEN = {
-    "mamba2": "the plan of host memory is two pages below what is held",
-    "mixtral": "with KV on the host the plan is more than a tenth above what is held",
-    "nemotron_h": "the plan is more than a tenth above what is held",
-}
-"""Types whose `memory.plan` does not hold yet, and how: not among the quick checks."""
 
 
 def suite_config(model_type):

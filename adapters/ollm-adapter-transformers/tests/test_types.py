@@ -22,6 +22,7 @@ from ollm_core.testing import (
 )
 
 DIFFER = {
+    "bart": "the decoder of an encoder-decoder, whose cache has a layer for each of the encoder's",
     "bert": "embeddings of positions and types with a norm, a head of two products with a bias",
     "ctrl": "positions that are kept in the dtype of its first run",
     "qwen4_exp_text": "an index by blocks of tokens that asks which may be seen",
@@ -37,7 +38,11 @@ DIFFER = {
     "llama4_text": "chunked attention, and a forward that asks where its embedding is",
     "mamba2": "no layer with keys",
     "mixtral": "experts that the checkpoint holds one by one",
+    "mllama": "layers for images, which a text alone does not call",
     "opt": "learned positions with an offset",
+    "recurrent_gemma": "states that modules keep as attributes, beside windows of keys",
+    "xlstm": "states in a cache of its own, which layers are given and return anew",
+    "zaya": "layers that hand a value to the next one beside hidden states",
 }
 
 
@@ -53,7 +58,7 @@ def test_passes(model_type):
     found = dict(checks(model_type, torch.float32))
     assert found
     wrong = {name: told for name, told in found.items() if told}
-    if model_type == "jamba":
+    if model_type in ("jamba", "recurrent_gemma"):
         assert "begin anew with each call of several tokens" in wrong.pop("chunks")
     assert not wrong
 
@@ -76,6 +81,10 @@ def test_passes_in_bfloat16(model_type):
         ("jamba", None, torch.float32, "exact"),
         ("mamba2", 64, torch.bfloat16, "exact"),  # adds up in float32
         ("qwen4_exp_text", None, torch.float32, "exact"),
+        ("glm_moe_dsa", None, torch.float32, "exact"),
+        ("recurrent_gemma", None, torch.bfloat16, "exact"),
+        ("xlstm", 64, torch.bfloat16, "exact"),
+        ("zaya", 64, torch.bfloat16, "exact"),
         ("trocr", None, torch.float32, "exact"),
         ("xmod", None, torch.float32, "exact"),
         ("zamba2", None, torch.float32, "exact"),
@@ -176,11 +185,27 @@ def test_plans_a_model_without_keys_on_disk():
     assert plan.disk_bytes == 0
 
 
+def test_refuses_a_prompt_that_a_model_would_take_in_parts():
+    """xLSTM calls its layers again for each so many tokens."""
+    with saved("xlstm", torch.float32, max_inference_chunksize=16) as (model, directory):
+        ids = torch.randint(3, 250, (1, 40))
+        with ollm.load(directory, device="cpu", precision="exact", chunk_size=16) as ours:
+            found = run_ours(ours, ids, [40])
+        assert torch.equal(found, run_reference(model, ids, [16, 32, 40])[:, -1:])
+        with (
+            ollm.load(directory, device="cpu", precision="exact", chunk_size=32) as ours,
+            pytest.raises(UnsupportedError, match="takes 32 tokens in several parts"),
+        ):
+            run_ours(ours, ids, [40])
+
+
 @pytest.mark.parametrize("model_type", ["t5", "bart"])
 def test_refuses_encoder_decoders(model_type):
-    """Before anything is built."""
-    with pytest.raises(OllmError, match=rf"'{model_type}'.* is an encoder-decoder"):
-        Registry.of(TransformersAdapter()).adapter_for({"model_type": model_type})
+    """Before anything is built; the decoder of one says that it is none."""
+    registry = Registry.of(TransformersAdapter())
+    for stated in ({}, {"is_encoder_decoder": True}):
+        with pytest.raises(OllmError, match=rf"'{model_type}'.* is an encoder-decoder"):
+            registry.adapter_for({"model_type": model_type, **stated})
 
 
 def test_refuses_code_of_a_checkpoint():
@@ -209,7 +234,7 @@ def test_refuses_frequencies_that_depend_on_the_length(rope_type):
 @pytest.mark.parametrize(
     ("model_type", "reason"),
     [
-        ("recurrent_gemma", "keeps what it has computed in model.layers.0"),
+        ("minimax", "keeps its past in a MiniMaxCache, not in transformers' usual cache"),
         ("longcat_flash", "has 8 caches for 4 layers"),
         ("blt", "transformers makes no cache for a blt model"),
         ("jetmoe", r", in JetMoeTopKGating.forward"),

@@ -34,6 +34,7 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
     },
     "deepseek_v2": {"num_experts_per_tok": 2, "first_k_dense_replace": 1},
     "dots1": {"n_routed_experts": EXPERTS, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "blenderbot": {"encoder_layers": 4},  # transformers' cache has as many
     "blt": {"encoder_hash_byte_group_vocab": 64},
     "dots3_note": {
         "vision_config": {
@@ -69,6 +70,7 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
     },
     "reformer": {"axial_pos_embds_dim": (HIDDEN // 4, HIDDEN - HIDDEN // 4)},
     "xmod": {"languages": ["en_XX", "de_DE"], "default_language": "de_DE"},
+    "xlstm": {"num_blocks": 4, "qk_dim_factor": 1.0},  # whose states are rounded up
     "hrm_text": {"num_layers_per_stack": 2, "num_hidden_layers": 16},
     "emu3": {"vocabulary_map": {"<image>": 250, "<|extra_200|>": 251}},
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"]},
@@ -102,7 +104,7 @@ _PLAIN: Mapping[str, int] = {
     "dense_intermediate_size": INNER, "prefix_dense_intermediate_size": INNER,
     "expert_ffn_hidden_size": INNER // 2, "decoder_ffn_dim": INNER, "encoder_ffn_dim": INNER,
     "block_ff_dim": INNER, "mlp_hidden_size": INNER,
-    "vocab_size": VOCAB, "vocab_size_per_layer_input": VOCAB,
+    "vocab_size": VOCAB, "decoder_vocab_size": VOCAB, "vocab_size_per_layer_input": VOCAB,
     "hidden_size_per_layer_input": 16, "laurel_rank": 8,
     "sliding_window": WINDOW, "attention_window_size": WINDOW, "window_size": WINDOW,
     "local_attention": 2 * WINDOW, "attention_chunk_size": WINDOW, "sliding_window_size": WINDOW,
@@ -135,6 +137,8 @@ def tiny_config(model_type: str, **changes: Any) -> Any:
     given = shrink(default, model_type)
     if "is_decoder" in given:
         given["is_decoder"] = True
+    if given.get("is_encoder_decoder"):  # as transformers saves its decoder
+        given["is_encoder_decoder"] = False
     given |= {**own, **changes}
     return kind(**given)
 

@@ -314,6 +314,12 @@ class Subject:
         generator = drawn(seed)
         return torch.randint(5, vocab_size or self.vocab_size, (num_tokens,), generator=generator)
 
+    def prompts(self, num_tokens: int) -> tuple[Tensor, Tensor]:
+        """Two of token ids [num_tokens]: `prompt`, and one token again and again, all of which a
+        router sends to the same few experts. A plan must allow for that.
+        """
+        return self.prompt(num_tokens), self.prompt(1).expand(num_tokens)
+
     def least_memory(
         self,
         work: Callable[[StreamedModel], object],

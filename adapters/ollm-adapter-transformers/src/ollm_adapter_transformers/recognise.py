@@ -15,12 +15,14 @@ _TEXT_PARTS = ("text_config", "llm_config", "language_config", "thinker_config")
 
 def check_config(config: Config) -> None:
     """Raises UnsupportedError for a model that is no decoder, or whose frequencies depend on the
-    length. What transformers does not know core has refused.
+    length. What transformers does not know core has refused. The decoder of an encoder-decoder that
+    was saved as a causal model says that it is no encoder-decoder.
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     model_type = config.get("model_type")
-    if config.get("is_encoder_decoder") or _is_encoder_decoder(str(model_type)):
+    stated = config.get("is_encoder_decoder")
+    if stated or (stated is None and _is_encoder_decoder(str(model_type))):
         raise UnsupportedError(
             f"model_type {model_type!a} is an encoder-decoder, need a decoder alone",
             hint="oLLM runs causal language models",

@@ -190,18 +190,14 @@ def _expert_sources(source: ParameterSource, num_experts: int) -> tuple[Paramete
         return tuple(ParameterSource(source.tensors, row=i) for i in range(num_experts))
     assert isinstance(convert, _Convert), "made above"
     if convert.stacks and all(count == num_experts for _, count in convert.counts):
+        of_one = convert.of_one()
         return tuple(
-            ParameterSource(
-                tuple(source.tensors[i::1][k * num_experts] for k in range(len(convert.counts))),
-                convert.of_one(),
-            )
-            for i in range(num_experts)
+            ParameterSource(source.tensors[i::num_experts], of_one) for i in range(num_experts)
         )
     if all(count == 1 for _, count in convert.counts):
         # Stacked already: each row is converted alone, as a stack of one.
-        return tuple(
-            ParameterSource(source.tensors, convert.of_row(), row=i) for i in range(num_experts)
-        )
+        of_row = convert.of_row()
+        return tuple(ParameterSource(source.tensors, of_row, row=i) for i in range(num_experts))
     raise UnsupportedError(
         f"the experts of {convert.name} are stored in {convert.counts} tensors, which cannot be "
         "read one by one"

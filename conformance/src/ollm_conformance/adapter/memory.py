@@ -80,10 +80,11 @@ class Memory(AdapterSuite):
     )
     @pytest.mark.parametrize(("resident", "attention"), [(True, "exact"), (False, "blockwise")])
     def test_planned(self, subject: Subject, resident: bool, attention: str) -> None:
-        prompt, directory = subject.prompt(400), subject.tiny("bfloat16")
+        prompts, directory = subject.prompts(400), subject.tiny("bfloat16")
 
         def work(model: StreamedModel) -> None:
-            model(input_ids=prompt[None], logits_to_keep=1)
+            for prompt in prompts:
+                model(input_ids=prompt[None], logits_to_keep=1)
 
         options = {"attention": attention, "kv": "device"}
         budget = 1 << 30
@@ -93,7 +94,7 @@ class Memory(AdapterSuite):
             before = live_bytes()
             with subject.open(directory, device_memory=budget, **options) as model:
                 work(model)
-                model(input_ids=prompt[None, :1], logits_to_keep=1)  # layers that fit beside it
+                model(input_ids=prompts[0][None, :1], logits_to_keep=1)  # layers that fit beside it
                 gc.collect()  # stay, and go again for what needs their room
                 with TierTracker(kv_on_device=True) as tracker:
                     work(model)

@@ -107,11 +107,10 @@ def _measured(
     subject: Subject, directory: Path, kv: str, plan: PlannedRun, dtype: str
 ) -> tuple[int, int]:
     """Bytes that a prompt and a step really have at their peak, of the device's memory and of the
-    host's.
+    host's: of two prompts, those of the one that takes more.
     """
-    prompt = subject.prompt(_PROMPT)[None]
-    kv_on_device = kv == "device"
-    peaks = []
+    prompts, kv_on_device = subject.prompts(_PROMPT), kv == "device"
+    found = []
     before = live_bytes()
     with subject.open(
         directory,
@@ -120,16 +119,22 @@ def _measured(
         device_memory=plan.device_memory,
         host_memory=plan.host_memory,
     ) as model:
-        with TierTracker(kv_on_device=kv_on_device) as whole:
-            cache = model.new_cache(num_tokens=_PROMPT + 2)
-            for ids in (prompt, prompt[:, :1]):
-                with TierTracker(kv_on_device=kv_on_device) as one_pass:
-                    model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
-                # What is alive now and was not made by an operation was there at the peak too.
-                peaks.append(live_bytes() - before - one_pass.used + one_pass.peak)
-        full, made = live_bytes(), whole.host_used
-        cache.store.close()
-        stored = full - live_bytes()
-    if kv_on_device:
-        return max(peaks), whole.host_peak
-    return max(peaks) - stored, whole.host_peak + stored - made
+        for prompt in prompts:
+            peaks = []
+            with TierTracker(kv_on_device=kv_on_device) as whole:
+                cache = model.new_cache(num_tokens=_PROMPT + 2)
+                for ids in (prompt[None], prompt[None, :1]):
+                    with TierTracker(kv_on_device=kv_on_device) as one_pass:
+                        model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
+                    # What is alive now and was not made by an operation was there at the peak too.
+                    peaks.append(live_bytes() - before - one_pass.used + one_pass.peak)
+            full, made = live_bytes(), whole.host_used
+            cache.store.close()
+            stored = full - live_bytes()
+            del cache
+            if kv_on_device:
+                found.append((max(peaks), whole.host_peak))
+            else:
+                found.append((max(peaks) - stored, whole.host_peak + stored - made))
+    device, host = zip(*found, strict=True)
+    return max(device), max(host)
