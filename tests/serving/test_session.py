@@ -96,3 +96,48 @@ def test_get_waits_so_long(session, ids):
             break
     with pytest.raises(StopIteration):
         stream.get(timeout=0)
+
+
+def test_who_cannot_wait_is_called(session, ids):
+    """After each event, when it can be got without waiting."""
+    told = []
+    stream = session.submit(greedy(ids(20), 3), lambda: told.append(stream_has(stream)))
+
+    def stream_has(stream):
+        return stream._events.qsize() > 0
+
+    events = list(stream)
+    assert len(events) == len(told) == 4
+    assert any(told)
+
+
+def test_it_tells_who_waits_and_runs(session, ids):
+    """And how much of a prompt is read."""
+    assert (session.num_waiting, session.num_running, session.is_open) == (0, 0, True)
+    stream = session.submit(greedy(ids(20), 4000))
+    next(stream)
+    assert session.num_running == 1
+    assert session.num_read(stream.request_id) >= 20
+    stream.close()
+    list(stream)
+    assert session.num_read(stream.request_id) is None
+    session.close()
+    assert not session.is_open
+
+
+def test_closing_a_stream_while_it_is_handed_on(model, ids):
+    """Before the scheduler knows the request there is nothing to cancel; it is cancelled after."""
+    scheduler = model.open_scheduler()
+    add, streams, going = scheduler.add, [], threading.Event()
+
+    def close_first(request):
+        going.wait()
+        streams[0].close()
+        add(request)
+
+    scheduler.add = close_first
+    with Session(scheduler) as session:
+        streams.append(session.submit(greedy(ids(20), 4000)))
+        going.set()
+        [event] = list(streams[0])
+        assert event.reason == "cancelled"
