@@ -1,0 +1,77 @@
+"""The verb `serve`: answers over HTTP."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ollm_core.cli.models import fetch_if
+from ollm_core.cli.options import debug_option, options_of
+from ollm_core.cli.report import summary
+from ollm_core.cli.streaming import ProgressBar
+from ollm_core.cli.waiting import wait_asleep_beside_others
+from ollm_core.errors import OllmError
+from ollm_core.options import LoadOptions
+from ollm_core.server_options import ServerOptions
+from ollm_core.values import parse_tokens
+
+API_KEY = "OLLM_API_KEY"
+DEFAULT_CONTEXT = 8192
+_NEEDED = ("starlette", "uvicorn", "h11")
+
+
+@click.command(short_help="Answer over HTTP, as OpenAI's and Ollama's servers do.")
+@click.argument("model")
+@click.option("--pull", is_flag=True, help="Download MODEL first, if it is not on disk.")
+@options_of("serve")
+@debug_option
+def serve(model: str, pull: bool, max_new_tokens: int, context: str | None, **options: Any) -> None:
+    """Answer requests to MODEL over HTTP, many in each weight pass.
+
+    OpenAI's addresses are below /v1, Ollama's below /api. Only this machine is listened to, unless
+    --host says otherwise, which needs an API key. Ctrl-C ends it.
+    """
+    try:
+        from ollm_core.server.app import open_app
+        from ollm_core.server.listening import Listener, address_of, bound
+    except ModuleNotFoundError as error:
+        name = (error.name or "").partition(".")[0]
+        if name not in _NEEDED:
+            raise
+        raise OllmError(
+            f"ollm serve: need the package {name}, have none",
+            hint="pip install 'ollm-core[serve]'",
+        ) from error
+    names = ServerOptions.__dataclass_fields__
+    chosen = {name: options[name] for name in names}
+    chosen["api_key"] = chosen["api_key"] or os.environ.get(API_KEY) or None
+    told = ServerOptions(**chosen)
+    with bound(told) as listener:
+        fetch_if(model, options["models_dir"], pull)
+        if not options["device"].startswith("cuda"):
+            wait_asleep_beside_others()
+        from ollm_core.api import load
+        from ollm_core.server.service import Service
+        from ollm_core.serving.openai.requests import Defaults
+
+        name = Path(model).name if os.path.isdir(model) else model
+        loading = {one: options[one] for one in LoadOptions.__dataclass_fields__ if one in options}
+        progress = ProgressBar(name)
+        try:
+            opened = load(model, **loading, on_progress=progress)
+        finally:
+            progress.close()
+        with opened:
+            positions = opened.served.max_positions
+            most = DEFAULT_CONTEXT if context is None else parse_tokens(context)
+            expected = most if positions is None else min(most, positions)
+            defaults = Defaults(max_tokens=max_new_tokens)
+            with Service(opened, name, told, defaults, expected) as service:
+                address = address_of(listener)
+                click.echo(f"{name} at {address}/v1 and {address}/api, Ctrl-C ends", err=True)
+                Listener(open_app(service), told, service.close).run([listener])
+            layers = options["device_layers"], options["host_layers"]
+            click.echo("\n" + summary(opened.stats, *layers), err=True)
