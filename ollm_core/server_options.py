@@ -7,8 +7,8 @@ from typing import Any
 
 from ollm_core.errors import InputError
 from ollm_core.memory.sizes import parse_size
-from ollm_core.option_fields import about, called_by, counted, said
-from ollm_core.values import Count, Size
+from ollm_core.option_fields import about, called_by, counted, directory, said
+from ollm_core.values import Count, PathLike, Size
 
 _VERBS = ("serve",)
 MAX_PORT = 65_535
@@ -93,6 +93,22 @@ class ServerOptions:
         unset="16MiB",
         check=called_by(parse_size),
     )
+    files_dir: PathLike | None = directory(
+        None,
+        "Directory for files and batches of clients.",
+        "It is the server's own: nothing outside it is read or written for a client. Batches that "
+        "are not done go on when a server is started with it again.",
+        verbs=_VERBS,
+        unset="there are none",
+    )
+    files_budget: Size | None = said(
+        None,
+        "Most bytes of all files that clients have sent.",
+        verbs=_VERBS,
+        metavar="SIZE",
+        unset="1GB",
+        check=called_by(parse_size),
+    )
     max_connections: Count = counted(512, 1, "Most open connections.", verbs=_VERBS)
 
     def __post_init__(self) -> None:
@@ -110,6 +126,11 @@ class ServerOptions:
     def max_body_bytes(self) -> int:
         """`max_body` with its default."""
         return (16 << 20) if self.max_body is None else int(self.max_body)
+
+    @property
+    def files_budget_bytes(self) -> int:
+        """`files_budget` with its default."""
+        return 10**9 if self.files_budget is None else int(self.files_budget)
 
     @property
     def hosts(self) -> tuple[str, ...]:

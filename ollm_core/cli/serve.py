@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from ollm_core.values import parse_tokens
 
 API_KEY = "OLLM_API_KEY"
 DEFAULT_CONTEXT = 8192
-_NEEDED = ("starlette", "uvicorn", "h11")
+_NEEDED = ("starlette", "uvicorn", "h11", "python_multipart")
 
 
 @click.command(short_help="Answer over HTTP, as OpenAI's and Ollama's servers do.")
@@ -36,6 +37,7 @@ def serve(model: str, pull: bool, max_new_tokens: int, context: str | None, **op
     """
     try:
         from ollm_core.server.app import open_app
+        from ollm_core.server.batch_routes import BatchRoutes
         from ollm_core.server.listening import Listener, address_of, bound
     except ModuleNotFoundError as error:
         name = (error.name or "").partition(".")[0]
@@ -54,6 +56,8 @@ def serve(model: str, pull: bool, max_new_tokens: int, context: str | None, **op
         if not options["device"].startswith("cuda"):
             wait_asleep_beside_others()
         from ollm_core.api import load
+        from ollm_core.server.batches import Batches
+        from ollm_core.server.file_store import FileStore
         from ollm_core.server.service import Service
         from ollm_core.serving.openai.requests import Defaults
 
@@ -69,9 +73,18 @@ def serve(model: str, pull: bool, max_new_tokens: int, context: str | None, **op
             most = DEFAULT_CONTEXT if context is None else parse_tokens(context)
             expected = most if positions is None else min(most, positions)
             defaults = Defaults(max_tokens=max_new_tokens)
-            with Service(opened, name, told, defaults, expected) as service:
+            with ExitStack() as stack:
+                service = stack.enter_context(Service(opened, name, told, defaults, expected))
+                more = []
+                if told.files_dir is not None:
+                    store = FileStore(Path(told.files_dir), told.files_budget_bytes)
+                    stack.enter_context(store)
+                    batches = stack.enter_context(Batches(service, store))
+                    more = BatchRoutes(service, store, batches).routes()
+                app = open_app(service, more)
                 address = address_of(listener)
                 click.echo(f"{name} at {address}/v1 and {address}/api, Ctrl-C ends", err=True)
-                Listener(open_app(service), told, service.close).run([listener])
+                # Streams are told of the end while there is still somebody to tell them.
+                Listener(app, told, stack.close).run([listener])
             layers = options["device_layers"], options["host_layers"]
             click.echo("\n" + summary(opened.stats, *layers), err=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from starlette.applications import Starlette
@@ -28,8 +28,8 @@ _OLLAMA = "/api/"
 _MAX_SHOWN = 64 << 10  # bytes of a body of /api/show
 
 
-def open_app(service: Service) -> ASGIApp:
-    """The application. The service stays the caller's."""
+def open_app(service: Service, more: Sequence[Route] = ()) -> ASGIApp:
+    """The application, with `more` routes. The service stays the caller's."""
     options = service.options
     answers: dict[str, Answer] = {
         "/v1/chat/completions": Completions(service, "chat"),
@@ -46,7 +46,7 @@ def open_app(service: Service) -> ASGIApp:
     if options.origins:
         middleware.append(Middleware(CORSMiddleware, **cors_options(options.origins)))
     app = Starlette(
-        routes=[*asked, *_told(service)],
+        routes=[*asked, *_told(service), *more],
         middleware=middleware,
         exception_handlers={HTTPException: _refused, Exception: _failed},
     )

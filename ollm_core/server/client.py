@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Coroutine, Mapping, MutableMapping
+from collections.abc import Callable, Coroutine, Mapping, MutableMapping
 from contextlib import suppress
 from types import TracebackType
 from typing import Any, TypeVar
@@ -34,6 +34,9 @@ class Client:
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._headers = {name.lower(): value for name, value in scope["headers"]}
+        self.method: str = scope["method"]
+        self.params: Mapping[str, str] = scope.get("path_params", {})
+        """Of the path, by the names that its route gives them."""
         self._receive, self._send = receive, send
         self._gone: asyncio.Task[None] | None = None
         self._has_all = False
@@ -69,24 +72,38 @@ class Client:
                 400, f"the body: need a JSON object: {reason}", code="invalid_json"
             ) from None
 
+    @property
+    def content_type(self) -> bytes:
+        """Of what it sends."""
+        return bytes(self._headers.get(b"content-type", b""))
+
     async def _read(self, max_bytes: int) -> bytes:
+        parts: list[bytes] = []
+        await self.read_parts(max_bytes, READ_SECONDS, parts.append)
+        return b"".join(parts)
+
+    async def read_parts(
+        self, max_bytes: int, seconds: float, take: Callable[[bytes], object]
+    ) -> None:
+        """Hand its body to `take`, part by part. Raises RefusedRequestError, ClientGoneError, and
+        what `take` raises.
+        """
         length = self._headers.get(b"content-length", b"0")
         if length.isdigit() and int(length[:20]) > max_bytes:
             raise _too_large(max_bytes)
-        parts, num_bytes = [], 0
+        num_bytes = 0
         try:
-            async with asyncio.timeout(READ_SECONDS):
+            async with asyncio.timeout(seconds):
                 while not self._has_all:
                     part = await self._next_part()
                     num_bytes += len(part)
                     if num_bytes > max_bytes:
                         raise _too_large(max_bytes)
-                    parts.append(part)
+                    take(part)
         except TimeoutError:
             raise RefusedRequestError(
-                408, f"the body did not come within {READ_SECONDS:g} s", code="timeout"
+                408, f"the body did not come within {seconds:g} s", code="timeout"
             ) from None
-        return b"".join(parts)
 
     async def _next_part(self) -> bytes:
         message = await self._receive()
@@ -95,7 +112,7 @@ class Client:
         self._has_all = not message.get("more_body", False)
         return bytes(message.get("body", b""))
 
-    async def _drain(self) -> None:
+    async def drain(self) -> None:
         """Take what is left of a small body: a connection that is closed before it has come is
         reset, and the client would not see why.
         """
@@ -151,8 +168,7 @@ class Client:
         self, status: int, fields: Mapping[str, Any], headers: Mapping[str, str] | None = None
     ) -> None:
         """A whole answer."""
-        if not self._has_all:
-            await self._drain()
+        await self.drain()
         data = as_json(fields)
         sizes = {"content-length": str(len(data)), **(headers or {})}
         await self.start(status, "application/json", sizes)

@@ -7,7 +7,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 
 from starlette.types import Receive, Scope, Send
 
@@ -22,20 +22,28 @@ _GONE = 499
 
 
 class Endpoint:
-    """A route that asks the model: at most so many at once."""
+    """A route of a service."""
 
     def __init__(
-        self, service: Service, path: str, answer: Answer, *, ollama: bool = False
+        self,
+        service: Service,
+        path: str,
+        answer: Answer,
+        *,
+        ollama: bool = False,
+        needs_place: bool = True,
     ) -> None:
-        """`answer` tells its client all; what it raises is told if nothing was before."""
+        """`answer` tells its client all; what it raises is told if nothing was before. One that
+        `needs_place` is told to come again later where there is none.
+        """
         self._service, self._path, self._answer = service, path, answer
-        self._ollama = ollama
+        self._ollama, self._needs_place = ollama, needs_place
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         began, status = time.monotonic(), 200
         async with Client(scope, receive, send) as client:
             try:
-                with self._service.places.taken():
+                with self._service.places.taken() if self._needs_place else nullcontext():
                     await self._answer(client)
             except ClientGoneError:
                 status = _GONE
