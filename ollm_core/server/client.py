@@ -40,6 +40,8 @@ class Client:
         self._receive, self._send = receive, send
         self._gone: asyncio.Task[None] | None = None
         self._has_all = False
+        self.hold: Callable[[int], None] = lambda _: None
+        """Called with the number of bytes of a body that are kept; it may refuse them."""
         self.has_started = False
         """Whether it was told a status."""
 
@@ -79,7 +81,12 @@ class Client:
 
     async def _read(self, max_bytes: int) -> bytes:
         parts: list[bytes] = []
-        await self.read_parts(max_bytes, READ_SECONDS, parts.append)
+
+        def keep(part: bytes) -> None:
+            self.hold(len(part))
+            parts.append(part)
+
+        await self.read_parts(max_bytes, READ_SECONDS, keep)
         return b"".join(parts)
 
     async def read_parts(

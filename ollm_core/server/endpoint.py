@@ -7,7 +7,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from contextlib import nullcontext, suppress
+from contextlib import ExitStack, suppress
 
 from starlette.types import Receive, Scope, Send
 
@@ -43,7 +43,10 @@ class Endpoint:
         began, status = time.monotonic(), 200
         async with Client(scope, receive, send) as client:
             try:
-                with self._service.places.taken() if self._needs_place else nullcontext():
+                with ExitStack() as stack:
+                    if self._needs_place:
+                        place = stack.enter_context(self._service.places.taken())
+                        client.hold = place.hold
                     await self._answer(client)
             except ClientGoneError:
                 status = _GONE

@@ -26,6 +26,8 @@ from ollm_core.serving.request import Request
 from ollm_core.serving.session import Session
 
 Made = TypeVar("Made")
+_MOST_BODIES = 4
+"""Of the largest size, in memory at once."""
 
 
 class Service(Closing):
@@ -56,7 +58,9 @@ class Service(Closing):
         self.tokenizer = copy.deepcopy(model.tokenizer)
         self.reader = Reader(self.tokenizer, self.defaults)
         self.writer = Writer(model.tokenizer, name)
-        self.places = Places(int(self.options.max_requests))
+        self.places = Places(
+            int(self.options.max_requests), _MOST_BODIES * self.options.max_body_bytes
+        )
         self.meter = Meter()
         self.watch = PassWatch()
         with ExitStack() as stack:
