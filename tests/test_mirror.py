@@ -31,6 +31,7 @@ ELSEWHERE = {
     "kv/disk/sizes": "kv/disk/test_storage.py",
     "option_fields": "test_options.py",
     "planning/plan": "planning/test_planner.py",
+    "server/answering": "server/test_openai.py",
     "server/endpoint": "server/test_app.py",
     "server/errors": "server/test_app.py",
     "server/meter": "server/test_metrics.py",

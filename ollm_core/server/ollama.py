@@ -14,8 +14,9 @@ from datetime import UTC, datetime
 from typing import Any
 
 from ollm_core.files.untrusted_json import show
+from ollm_core.server.answering import check
 from ollm_core.server.client import Client, as_json
-from ollm_core.server.errors import ClientGoneError, RefusedRequestError, refusal
+from ollm_core.server.errors import ClientGoneError, refusal
 from ollm_core.server.meter import Stopwatch
 from ollm_core.server.service import Service
 from ollm_core.serving.offline import Answered
@@ -152,15 +153,12 @@ class Generating:
                 events = await client.unless_gone(asking.events(KEEP_ALIVE_SECONDS))
                 for _, event in events:
                     watch.count(event)
+                    check(event)
                     answer.add(event)
                 text = answer.text[num_sent:]
                 if stream and (text or not events):  # one without text is nothing new
                     num_sent += len(text)
                     await client.write(_line(self._part(text)))
-        if answer.error is not None:
-            raise answer.error
-        if answer.finish_reason == "cancelled":
-            raise RefusedRequestError(503, "the server is being stopped")
         return answer
 
     def _part(self, text: str) -> dict[str, Any]:

@@ -6,9 +6,8 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ollm_core.server.asking import Asking
+from ollm_core.server.answering import Stream, collected, read, tell
 from ollm_core.server.client import Client, as_json
-from ollm_core.server.errors import ClientGoneError, RefusedRequestError, refusal
 from ollm_core.server.meter import Stopwatch
 from ollm_core.server.service import Service
 from ollm_core.serving.offline import Answered
@@ -16,19 +15,7 @@ from ollm_core.serving.openai.answers import Echo, usage
 from ollm_core.serving.openai.chunks import Chunks
 from ollm_core.serving.openai.requests import Kind
 from ollm_core.serving.openai.served import Body
-from ollm_core.serving.request import Failed, Finished, NewToken, Request, Scored, TokenLogprobs
-
-PROGRESS_SECONDS = 1.0
-"""Between two comments before the first token."""
-KEEP_ALIVE_SECONDS = 10.0
-"""Between two bytes after it."""
-PATIENCE_SECONDS = 30.0
-"""Until an answer that is no stream is begun with white space, so that nobody on the way gives it
-up. From then on what fails can be told by an answer that breaks off alone.
-"""
-_READ_SECONDS = 0.5
-"""For a prompt to be read before a stream is begun: what is refused by then has a status."""
-_STREAM = "text/event-stream; charset=utf-8"
+from ollm_core.serving.request import Finished, NewToken, Request, Scored, TokenLogprobs
 
 
 class Completions:
@@ -43,10 +30,10 @@ class Completions:
         reading = asyncio.ensure_future(self._service.read_body(self._kind, fields))
         try:
             if fields.get("stream") is True:
-                await _Stream(self._service, client).run(self._kind, reading)
+                stream = Stream(self._service, client, lambda refused: _data(refused.fields))
+                await stream.run(reading, lambda body: self._streamed(stream, body))
             else:
-                body = await client.unless_gone(_result(reading))
-                await self._whole(client, body)
+                await self._whole(client, await read(client, reading))
         finally:
             if not reading.cancel() and not reading.cancelled():
                 reading.exception()  # looked at, or asyncio tells of it
@@ -54,39 +41,12 @@ class Completions:
     async def _whole(self, client: Client, body: Body) -> None:
         """The answer as one object."""
         asked, scores = body.requests()
-        requests = [*asked, *(one for one in scores if one is not None)]
-        answers = [
-            [Answered() for _ in range(body.num_answers)] if body.answers else [Answered()]
-            for _ in body.asked
-        ]
-        scored: list[Answered] = [Answered() for _ in requests[len(asked) :]]
-        watch = Stopwatch(self._service.meter)
-        async with self._service.ask(requests) as asking:
-            while not asking.has_ended:
-                events = await client.unless_gone(asking.events(PATIENCE_SECONDS))
-                if not events and not asking.has_ended:
-                    await _patience(client)
-                for place, event in events:
-                    watch.count(event)
-                    if place < len(asked):
-                        answers[place][event.index].add(event)
-                    else:
-                        scored[place - len(asked)].add(event)
-        found = [one for several in answers for one in several] + scored
-        for one in found:
-            if one.error is not None:
-                raise one.error
-            if one.finish_reason == "cancelled":
-                raise RefusedRequestError(503, "the server is being stopped")
+        scoring = [one for one in scores if one is not None]
+        found = await collected(client, self._service, [*asked, *scoring])
+        answers, scored = found[: len(asked)], [one for [one] in found[len(asked) :]]
         if not body.answers:
-            for several in answers:
-                several[0].finish_reason = "length"
-        echoes = self._echoes(body, scores, scored)
-        fields = self._fields(body, answers, echoes)
-        if client.has_started:
-            await client.write(as_json(fields), more=False)
-        else:
-            await client.tell(200, fields)
+            answers = [[Answered(finish_reason="length")] for _ in body.asked]
+        await tell(client, self._fields(body, answers, self._echoes(body, scores, scored)))
 
     def _fields(
         self, body: Body, answers: Sequence[Sequence[Answered]], echoes: Sequence[Echo | None]
@@ -116,34 +76,8 @@ class Completions:
             echoes.append(Echo(shown, asked.token_ids if body.scored else (), told))
         return echoes
 
-
-class _Stream:
-    """Server-sent events of one answer. Comments, which clients skip, say how far it is."""
-
-    def __init__(self, service: Service, client: Client) -> None:
-        self._service, self._client = service, client
-
-    async def run(self, kind: Kind, reading: asyncio.Future[Body]) -> None:
-        """Raises what is to be told with a status of its own, before the first byte alone."""
-        await self._client.unless_gone(_wait(reading, _READ_SECONDS))
-        if reading.done():
-            reading.result()
-        self._service.ask([])  # is it open?
-        await self._client.start(200, _STREAM, {"x-accel-buffering": "no"})
-        try:
-            await self._comment({"state": "received"})
-            while not reading.done():
-                await self._client.unless_gone(_wait(reading, PROGRESS_SECONDS))
-                await self._comment({"state": "encoding"})
-            await self._answer(reading.result())
-            await self._client.write(b"data: [DONE]\n\n", more=False)
-        except ClientGoneError:
-            raise
-        except Exception as error:  # the client is told, in the stream
-            await self._client.write(_data(refusal(error).fields), more=False)
-            raise
-
-    async def _answer(self, body: Body) -> None:
+    async def _streamed(self, stream: Stream, body: Body) -> bytes:
+        """Tell the answer in chunks; -> the end."""
         requests, _ = body.requests()
         chunks = Chunks(
             self._service.writer,
@@ -154,12 +88,9 @@ class _Stream:
         answers = [[Answered() for _ in range(body.num_answers)] for _ in body.asked]
         watch, begun = Stopwatch(self._service.meter), set[int]()
         async with self._service.ask(requests) as asking:
-            await self._tell_progress(asking, requests)
             while not asking.has_ended:
-                seconds = KEEP_ALIVE_SECONDS if begun else PROGRESS_SECONDS
-                events = await self._client.unless_gone(asking.events(seconds))
                 made: list[dict[str, Any] | None] = []
-                for place, event in events:
+                for place, event in await stream.events(asking, requests):
                     watch.count(event)
                     index = place * body.num_answers + event.index
                     if isinstance(event, NewToken | Finished) and index not in begun:
@@ -167,12 +98,9 @@ class _Stream:
                         made.append(chunks.first(index, self._echo(body, place)))
                     made += _chunks(chunks, index, event)
                     answers[place][event.index].add(event)
-                if data := b"".join(_data(one) for one in made if one is not None):
-                    await self._client.write(data)
-                elif not asking.has_ended and not events:
-                    await self._tell_progress(asking, requests, has_begun=bool(begun))
-        if body.with_usage:
-            await self._client.write(_data(chunks.usage(usage(body.asked, answers))))
+                await stream.write(b"".join(_data(one) for one in made if one is not None))
+        end = _data(chunks.usage(usage(body.asked, answers))) if body.with_usage else b""
+        return end + b"data: [DONE]\n\n"
 
     def _echo(self, body: Body, place: int) -> str:
         if not body.echo:
@@ -180,27 +108,12 @@ class _Stream:
         text = body.prompts[place]
         return self._service.writer.decode(body.asked[place].token_ids) if text is None else text
 
-    async def _tell_progress(
-        self, asking: Asking, requests: Sequence[Request], *, has_begun: bool = False
-    ) -> None:
-        if has_begun:
-            await self._comment({"state": "decoding"})
-        else:
-            await self._comment(self._service.standing(asking, requests))
-
-    async def _comment(self, fields: Mapping[str, Any]) -> None:
-        await self._client.write(b": " + as_json(fields) + b"\n\n")
-
 
 def _chunks(chunks: Chunks, index: int, event: object) -> list[dict[str, Any] | None]:
-    """Of one event. Raises what it tells to have failed."""
+    """Of one event."""
     if isinstance(event, NewToken):
         return [chunks.token(index, event)]
-    if isinstance(event, Failed):
-        raise event.error
     if isinstance(event, Finished):
-        if event.reason == "cancelled":
-            raise RefusedRequestError(503, "the server is being stopped")
         return [*chunks.last(index, event.text, event.reason)]
     return []
 
@@ -215,20 +128,6 @@ def _told(scored: Scored | None, num_top: int) -> list[TokenLogprobs | None]:
         TokenLogprobs(logprob, top if num_top else ())
         for logprob, top in zip(scored.logprobs, scored.top, strict=True)
     ]
-
-
-async def _patience(client: Client) -> None:
-    if not client.has_started:
-        await client.start(200, "application/json")
-    await client.write(b"\n")
-
-
-async def _wait(future: asyncio.Future[Any], seconds: float) -> None:
-    await asyncio.wait({future}, timeout=seconds)
-
-
-async def _result(future: asyncio.Future[Body]) -> Body:
-    return await future
 
 
 def _data(fields: Mapping[str, Any]) -> bytes:

@@ -10,13 +10,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from ollm_core.files.untrusted_json import show
+from ollm_core.server.answering import collected, tell
 from ollm_core.server.client import Client
-from ollm_core.server.errors import RefusedRequestError
-from ollm_core.server.openai import PATIENCE_SECONDS
 from ollm_core.server.service import Service
 from ollm_core.serving.asking.decisions import Decision, decisions
 from ollm_core.serving.asking.questions import check_length
-from ollm_core.serving.offline import Answered
 from ollm_core.serving.openai.requests import RefusedError
 from ollm_core.serving.request import Choices, Request
 
@@ -38,21 +36,15 @@ class Deciding:
             Request(token_ids=one.token_ids, wanted=Choices(one.label_ids), keep=False)
             for one in made
         ]
-        answers = [Answered() for _ in requests]
-        async with self._service.ask(requests) as asking:
-            while not asking.has_ended:
-                for place, event in await client.unless_gone(asking.events(PATIENCE_SECONDS)):
-                    answers[place].add(event)
         found = {}
-        for one, answer in zip(made, answers, strict=True):
-            if answer.error is not None:
-                raise answer.error
-            if answer.scored is None:
-                raise RefusedRequestError(503, "the server is being stopped")
+        for one, [answer] in zip(
+            made, await collected(client, self._service, requests), strict=True
+        ):
+            assert answer.scored is not None
             found[one.question.name] = one.answer(answer.scored.logprobs)
         num_tokens = sum(len(one.token_ids) for one in made)
         usage = {"input_tokens": num_tokens, "output_tokens": 0}
-        await client.tell(200, {"model": self._service.name, "answers": found, "usage": usage})
+        await tell(client, {"model": self._service.name, "answers": found, "usage": usage})
 
     def _decisions(self, fields: Mapping[str, Any]) -> list[Decision]:
         if unknown := fields.keys() - _FIELDS:

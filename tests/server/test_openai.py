@@ -9,7 +9,7 @@ import asyncio
 import pytest
 from asgi_calls import Call, calls
 
-from ollm_core.server import openai
+from ollm_core.server import answering
 from ollm_core.serving.request import Request, SamplingParams, Score
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -274,7 +274,7 @@ def test_what_may_wait_comes_after_chats(app, service):
 
 def test_progress_is_told_before_the_first_token(app, service, gate, monkeypatch):
     """In comments: that it waits, and then that its prompt is read, with what is known of it."""
-    monkeypatch.setattr(openai, "PROGRESS_SECONDS", 0.02)
+    monkeypatch.setattr(answering, "PROGRESS_SECONDS", 0.02)
 
     async def run():
         gate.shut()
@@ -292,8 +292,8 @@ def test_progress_is_told_before_the_first_token(app, service, gate, monkeypatch
 
 def test_a_long_prompt_does_not_hold_up_the_first_byte(app, service, monkeypatch):
     """The stream begins while it is still encoded; what is then refused is told in the stream."""
-    monkeypatch.setattr(openai, "_READ_SECONDS", 0.02)
-    monkeypatch.setattr(openai, "PROGRESS_SECONDS", 0.02)
+    monkeypatch.setattr(answering, "_READ_SECONDS", 0.02)
+    monkeypatch.setattr(answering, "PROGRESS_SECONDS", 0.02)
 
     async def run():
         slow = asyncio.get_running_loop().run_in_executor(
@@ -313,7 +313,7 @@ def test_a_long_prompt_does_not_hold_up_the_first_byte(app, service, monkeypatch
 
 def test_who_waits_long_for_a_whole_answer_gets_white_space(app, service, gate, monkeypatch):
     """Before the object, so that nobody on the way gives up; it is JSON all the same."""
-    monkeypatch.setattr(openai, "PATIENCE_SECONDS", 0.02)
+    monkeypatch.setattr(answering, "PATIENCE_SECONDS", 0.02)
 
     async def run():
         gate.shut()
