@@ -21,6 +21,7 @@ from ollm_core.server.guard import Guard, cors_options
 from ollm_core.server.metrics import CONTENT_TYPE, metrics_page
 from ollm_core.server.ollama import Generating, Told
 from ollm_core.server.openai import Completions
+from ollm_core.server.responses import Responding
 from ollm_core.server.service import Service
 from ollm_core.server.systemone import Deciding
 
@@ -34,6 +35,7 @@ def open_app(service: Service, more: Sequence[Route] = ()) -> ASGIApp:
     answers: dict[str, Answer] = {
         "/v1/chat/completions": Completions(service, "chat"),
         "/v1/completions": Completions(service, "completion"),
+        "/v1/responses": Responding(service),
         "/v1/systemone": Deciding(service),
         "/api/chat": Generating(service, "chat"),
         "/api/generate": Generating(service, "completion"),
