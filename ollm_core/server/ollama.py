@@ -42,13 +42,13 @@ _IGNORED_OPTIONS = frozenset(
 )  # fmt: skip
 """Of how Ollama runs a model."""
 _ONLY: Mapping[str, tuple[Any, ...]] = {
-    "tools": ([],), "format": ("",), "images": ([],), "suffix": ("",), "template": ("",),
+    "tools": ([],), "images": ([],), "suffix": ("",), "template": ("",),
     "think": (False,), "context": ([],), "logprobs": (False,),
 }  # fmt: skip
 _KNOWN: Mapping[Kind, frozenset[str]] = {
-    "chat": frozenset({"model", "messages", "stream", "options", "keep_alive"}),
+    "chat": frozenset({"model", "messages", "format", "stream", "options", "keep_alive"}),
     "completion": frozenset(
-        {"model", "prompt", "system", "raw", "stream", "options", "keep_alive"}
+        {"model", "prompt", "system", "raw", "format", "stream", "options", "keep_alive"}
     ),
 }
 
@@ -76,7 +76,7 @@ def understood(kind: Kind, body: Mapping[str, Any], *, has_template: bool) -> Wa
     for name, value in (("stream", stream), ("raw", raw)):
         if not isinstance(value, bool):
             raise RefusedError(f"{name}: need true or false, have {show(value)}", param=name)
-    fields = _sampling(said.get("options", {}))
+    fields = {**_sampling(said.get("options", {})), **_format(said.get("format", ""))}
     if kind == "chat":
         messages = said.get("messages", [])
         return Wanted("chat", {**fields, "messages": messages}, stream, messages == [])
@@ -90,6 +90,17 @@ def understood(kind: Kind, body: Mapping[str, Any], *, has_template: bool) -> Wa
     messages = [{"role": "system", "content": system}] if system else []
     messages = [*messages, {"role": "user", "content": prompt}]
     return Wanted("chat", {**fields, "messages": messages}, stream, not prompt)
+
+
+def _format(wanted: Any) -> dict[str, Any]:
+    """ "json", or a JSON schema."""
+    if wanted == "":
+        return {}
+    if wanted == "json":
+        return {"response_format": {"type": "json_object"}}
+    if not isinstance(wanted, dict):
+        raise RefusedError(f"format: need 'json' or a schema, have {show(wanted)}", param="format")
+    return {"response_format": {"type": "json_schema", "json_schema": {"schema": wanted}}}
 
 
 def _sampling(options: Any) -> dict[str, Any]:

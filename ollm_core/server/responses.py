@@ -33,11 +33,11 @@ _IGNORED = frozenset(
 _ONLY: Mapping[str, tuple[Any, ...]] = {
     "previous_response_id": (), "conversation": (), "prompt": (), "background": (False,),
     "tools": ([],), "tool_choice": ("none", "auto"), "truncation": ("disabled",),
-    "text": ({}, {"format": {"type": "text"}}), "top_logprobs": (0,), "max_tool_calls": (),
+    "top_logprobs": (0,), "max_tool_calls": (),
     "reasoning": ({},),
 }  # fmt: skip
 """Fields that are taken where they ask for what happens anyway."""
-_KNOWN = frozenset({"input", "instructions", "max_output_tokens", *_AS_THEY_ARE})
+_KNOWN = frozenset({"input", "instructions", "max_output_tokens", "text", *_AS_THEY_ARE})
 _TEXTS = ("input_text", "output_text")
 
 
@@ -60,6 +60,8 @@ def understood(fields: Mapping[str, Any]) -> dict[str, Any]:
     chat = {name: said[name] for name in _AS_THEY_ARE if name in said}
     if "max_output_tokens" in said:
         chat["max_completion_tokens"] = said["max_output_tokens"]
+    if (wanted := _format(said.get("text", {}))) is not None:
+        chat["response_format"] = wanted
     turns, first = said.get("input"), said.get("instructions")
     if isinstance(turns, str):
         turns = [{"role": "user", "content": turns}]
@@ -71,6 +73,22 @@ def understood(fields: Mapping[str, Any]) -> dict[str, Any]:
     if first is not None:
         messages.insert(0, {"role": "system", "content": first})
     return {**chat, "messages": messages}
+
+
+def _format(text: Any) -> dict[str, Any] | None:
+    """What an answer is to follow, in the words of chat; None where that is nothing."""
+    wanted = text.get("format", {"type": "text"}) if isinstance(text, dict) else None
+    if not isinstance(wanted, dict) or text.keys() - {"format"}:
+        raise RefusedError(
+            f"text: need an object with a format, have {show(text)}",
+            code="unsupported_parameter",
+            param="text",
+        )
+    if wanted.get("type") == "text":
+        return None
+    if wanted.get("type") == "json_schema":
+        return {"type": "json_schema", "json_schema": {"schema": wanted.get("schema")}}
+    return dict(wanted)
 
 
 def _message(place: int, turn: Any) -> dict[str, Any]:
@@ -174,7 +192,7 @@ class _Writer:
             "previous_response_id": None,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
-            "text": {"format": {"type": "text"}},
+            "text": self._fields.get("text") or {"format": {"type": "text"}},
             "tool_choice": "none",
             "tools": [],
             "truncation": "disabled",

@@ -24,6 +24,7 @@ from ollm_core.serving.openai.requests import Defaults, Kind, Reader
 from ollm_core.serving.openai.served import Body, read_body
 from ollm_core.serving.request import Request
 from ollm_core.serving.session import Session
+from ollm_core.serving.structured import Grammars
 
 Made = TypeVar("Made")
 _MOST_BODIES = 4
@@ -57,6 +58,7 @@ class Service(Closing):
         # of the session decodes with the model's.
         self.tokenizer = copy.deepcopy(model.tokenizer)
         self.reader = Reader(self.tokenizer, self.defaults)
+        self._grammars = Grammars(self.tokenizer, self.served.vocab_size, self.served.end_ids)
         self.writer = Writer(model.tokenizer, name)
         self.places = Places(
             int(self.options.max_requests), _MOST_BODIES * self.options.max_body_bytes
@@ -89,7 +91,9 @@ class Service(Closing):
 
     async def read_body(self, kind: Kind, fields: Mapping[str, Any]) -> Body:
         """A body in OpenAI's words. Raises RefusedError."""
-        return await self.read(lambda: read_body(self.reader, self.served, kind, fields))
+        return await self.read(
+            lambda: read_body(self.reader, self.served, kind, fields, self._grammars)
+        )
 
     def ask(self, requests: Sequence[Request]) -> Asking:
         """Raises RefusedRequestError if the session has ended."""

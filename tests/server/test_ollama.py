@@ -93,7 +93,7 @@ def test_clients_that_probe_find_what_they_look_for(app):
     ("body", "message"),
     [
         ({"tools": [{}]}, "tools: is not supported"),
-        ({"format": "json"}, "format: is not supported"),
+        ({"format": "xml"}, "format: need 'json' or a schema"),
         ({"colour": 1}, "'colour' in the body is not known"),
         ({"stream": "yes"}, "stream: need true or false"),
         ({"options": []}, "options: need an object"),

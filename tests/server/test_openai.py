@@ -5,6 +5,7 @@ away.
 from __future__ import annotations
 
 import asyncio
+import json
 
 import pytest
 from asgi_calls import Call, calls
@@ -172,6 +173,41 @@ def test_an_echo_without_log_probabilities(app):
     assert found["text"].startswith("hello")
     assert found["logprobs"] is None
     assert streamed(stream) == found["text"]
+
+
+def test_an_answer_follows_its_schema(app):
+    """Whole and streamed, by OpenAI's field; an object of any kind by the other one."""
+    schema = {
+        "type": "object", "properties": {"a": {"type": "integer", "maximum": 9, "minimum": 0}},
+        "required": ["a"], "additionalProperties": False,
+    }  # fmt: skip
+    wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    body = said("hello", max_tokens=60, response_format=wanted)
+    whole, stream = calls(app, (CHAT, body), (CHAT, {**body, "stream": True}))
+    assert json.loads(text(whole)).keys() == {"a"}
+    assert streamed(stream) == text(whole)
+    assert whole.fields()["choices"][0]["finish_reason"] == "stop"
+    [any_kind] = calls(app, (CHAT, {**body, "response_format": {"type": "json_object"}}))
+    assert text(any_kind).startswith("{")
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"response_format": {"type": "xml"}}, "response_format"),
+        ({"response_format": {"type": "json_schema"}}, "response_format"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": 3}}}},
+            "response_format",
+        ),
+        ({"response_format": {"type": "json_object"}, "ignore_eos": True}, "ignore_eos"),
+        ({"response_format": {"type": "json_object"}, "min_tokens": 2}, "min_tokens"),
+    ],
+)
+def test_formats_that_cannot_be_are_refused(app, fields, param):
+    """With the field's name."""
+    [made] = calls(app, (CHAT, said("hello", **fields)))
+    assert (made.status, made.fields()["error"]["param"]) == (400, param)
 
 
 @pytest.mark.parametrize("stream", [False, True])

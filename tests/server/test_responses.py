@@ -87,7 +87,8 @@ def test_turns_and_instructions_are_a_chat(app):
         ({"input": [{"role": "user", "content": "x", "colour": 1}]}, "input[0]"),
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
         ({"tools": [{}]}, "tools"),
-        ({"text": {"format": {"type": "json_object"}}}, "text"),
+        ({"text": {"verbosity": "low"}}, "text"),
+        ({"text": "x"}, "text"),
         ({"colour": 1}, "colour"),
     ],
 )
@@ -96,6 +97,16 @@ def test_what_is_not_supported_is_refused(fields, param):
     with pytest.raises(RefusedError) as refused:
         understood({"input": "x", **fields})
     assert refused.value.param == param
+
+
+def test_a_format_is_that_of_chats(app):
+    """Under another name."""
+    schema = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}
+    wanted = {"format": {"type": "json_schema", "name": "x", "schema": schema}}
+    assert understood({"input": "x", "text": wanted})["response_format"] == {
+        "type": "json_schema", "json_schema": {"schema": schema},
+    }  # fmt: skip
+    assert "response_format" not in understood({"input": "x", "text": {"format": {"type": "text"}}})
 
 
 def test_wrong_values_have_a_status(app):

@@ -13,6 +13,7 @@ from ollm_core.files.untrusted_json import show
 from ollm_core.serving.model import ServedModel
 from ollm_core.serving.openai.requests import Asked, Kind, Reader, RefusedError
 from ollm_core.serving.request import Request, Score
+from ollm_core.serving.structured import Grammars
 
 MAX_TEXTS = 256
 """Answers to all prompts of a body."""
@@ -75,8 +76,16 @@ class Body:
         return asked if self.answers else [], scores
 
 
-def read_body(reader: Reader, model: ServedModel, kind: Kind, fields: Mapping[str, Any]) -> Body:
-    """What a body asks. Raises RefusedError, which names the field."""
+def read_body(
+    reader: Reader,
+    model: ServedModel,
+    kind: Kind,
+    fields: Mapping[str, Any],
+    grammars: Grammars | None = None,
+) -> Body:
+    """What a body asks; `grammars` are for answers that follow a schema. Raises RefusedError, which
+    names the field.
+    """
     said = {name: value for name, value in fields.items() if value is not None}
     stream = _switch(said, "stream")
     with_usage = _with_usage(said.pop("stream_options", None), stream=stream)
@@ -86,6 +95,7 @@ def read_body(reader: Reader, model: ServedModel, kind: Kind, fields: Mapping[st
             f"service_tier: need one of {', '.join(_TIERS)}, have {show(tier)}",
             param="service_tier",
         )
+    schema = _schema(said) if kind == "chat" and grammars is not None else None
     echo = kind == "completion" and _switch(said, "echo")
     answers = not (echo and said.get("max_tokens") == 0 and said["max_tokens"] is not False)
     if not answers:
@@ -95,6 +105,8 @@ def read_body(reader: Reader, model: ServedModel, kind: Kind, fields: Mapping[st
     for text in texts:
         one = said if kind == "chat" else {**said, "prompt": text}
         asked.append(_checked(reader.read_body(kind, one), model))
+        if schema is not None and grammars is not None:
+            asked[-1] = _following(asked[-1], schema, grammars)
     if asked[0].sampling.n * len(asked) > MAX_TEXTS:
         raise RefusedError(
             f"n: need at most {MAX_TEXTS} answers to all prompts, "
@@ -132,6 +144,37 @@ def _checked(asked: Asked, model: ServedModel) -> Asked:
     except InputError as error:
         raise RefusedError(error.message, code="invalid_prompt") from error
     return asked
+
+
+def _schema(said: dict[str, Any]) -> dict[str, Any] | None:
+    """What answers are to follow, if anything."""
+    wanted = said.get("response_format")
+    if not isinstance(wanted, dict) or wanted.get("type") not in ("json_object", "json_schema"):
+        return None
+    del said["response_format"]
+    for name in ("ignore_eos", "min_tokens"):
+        if said.get(name):
+            raise RefusedError(f"{name}: a schema says where the answer ends", param=name)
+    if wanted["type"] == "json_object":
+        return {"type": "object"}
+    told = wanted.get("json_schema")
+    schema = told.get("schema") if isinstance(told, dict) else None
+    if not isinstance(schema, dict):
+        raise RefusedError(
+            f"response_format: need json_schema with a schema, have {show(told)}",
+            param="response_format",
+        )
+    return schema
+
+
+def _following(asked: Asked, schema: Mapping[str, Any], grammars: Grammars) -> Asked:
+    """The same, whose answers follow a schema."""
+    try:
+        processor = grammars.follow(schema, len(asked.token_ids))
+    except InputError as error:
+        hint = f"; {error.hint}" if error.hint else ""
+        raise RefusedError(f"{error.message}{hint}", param="response_format") from None
+    return replace(asked, sampling=replace(asked.sampling, logits_processors=(processor,)))
 
 
 def _prompts(said: Mapping[str, Any]) -> list[Any]:
