@@ -21,6 +21,7 @@ from ollm_core.server.guard import Guard, cors_options
 from ollm_core.server.metrics import CONTENT_TYPE, metrics_page
 from ollm_core.server.ollama import Generating, Told
 from ollm_core.server.openai import Completions
+from ollm_core.server.page import page_routes
 from ollm_core.server.responses import Responding
 from ollm_core.server.service import Service
 from ollm_core.server.systemone import Deciding
@@ -48,7 +49,7 @@ def open_app(service: Service, more: Sequence[Route] = ()) -> ASGIApp:
     if options.origins:
         middleware.append(Middleware(CORSMiddleware, **cors_options(options.origins)))
     app = Starlette(
-        routes=[*asked, *_told(service), *more],
+        routes=[*asked, *_told(service), *page_routes(service), *more],
         middleware=middleware,
         exception_handlers={HTTPException: _refused, Exception: _failed},
     )

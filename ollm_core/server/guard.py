@@ -16,8 +16,8 @@ from ollm_core.server.errors import RefusedRequestError
 
 logger = logging.getLogger("ollm.server")
 
-OPEN_PATHS = frozenset({"/health"})
-"""That need no key: they tell nothing but that the server is there."""
+OPEN_PATHS = frozenset({"/", "/page.css", "/page.js", "/health"})
+"""That need no key: they are the same for all, but for whether the server answers."""
 _LOCAL = frozenset({"localhost", "ip6-localhost"})
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from ollm_core.server.answering import Stream, collected, read, tell
 from ollm_core.server.client import Client, as_json
+from ollm_core.server.errors import RefusedRequestError
 from ollm_core.server.meter import Stopwatch
 from ollm_core.server.service import Service
 from ollm_core.serving.offline import Answered
@@ -30,8 +31,8 @@ class Completions:
         reading = asyncio.ensure_future(self._service.read_body(self._kind, fields))
         try:
             if fields.get("stream") is True:
-                stream = Stream(self._service, client, lambda refused: _data(refused.fields))
-                await stream.run(reading, lambda body: self._streamed(stream, body))
+                stream = Stream(self._service, client, failed)
+                await stream.run(reading, lambda body: self.streamed(stream, body))
             else:
                 await self._whole(client, await read(client, reading))
         finally:
@@ -76,7 +77,7 @@ class Completions:
             echoes.append(Echo(shown, asked.token_ids if body.scored else (), told))
         return echoes
 
-    async def _streamed(self, stream: Stream, body: Body) -> bytes:
+    async def streamed(self, stream: Stream, body: Body) -> bytes:
         """Tell the answer in chunks; -> the end."""
         requests, _ = body.requests()
         chunks = Chunks(
@@ -128,6 +129,11 @@ def _told(scored: Scored | None, num_top: int) -> list[TokenLogprobs | None]:
         TokenLogprobs(logprob, top if num_top else ())
         for logprob, top in zip(scored.logprobs, scored.top, strict=True)
     ]
+
+
+def failed(refused: RefusedRequestError) -> bytes:
+    """The last event of a stream that fails."""
+    return _data(refused.fields)
 
 
 def _data(fields: Mapping[str, Any]) -> bytes:

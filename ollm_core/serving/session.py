@@ -109,7 +109,12 @@ class Session(Closing):
         for its first pass, and after its end. From any thread.
         """
         texts = [*self._scheduler._texts.get(request_id, ())]
-        return max((one.num_stored for one in texts if one.sequence is not None), default=None)
+        running = [
+            one
+            for one in [*self._scheduler._running]
+            if one.sequence is not None and any(text in texts for text in one.texts)
+        ]  # itself, or a beginning that it waits for with others
+        return max((one.num_stored for one in running), default=None)
 
     def submit(self, request: Request, on_event: Callable[[], None] = lambda: None) -> EventStream:
         """Let a request wait for its turn; its events come in the stream, a refusal too. Raises

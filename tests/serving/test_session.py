@@ -125,6 +125,29 @@ def test_it_tells_who_waits_and_runs(session, ids):
     assert not session.is_open
 
 
+def test_a_beginning_that_several_share_is_read_for_each(model, ids):
+    """Who waits for it is told how far it is."""
+    told = []
+    shared = ids(300)
+    with Session(model.open_scheduler()) as session:
+        held = session.submit(greedy(ids(20, 9), 4000))
+        next(held)
+        going = threading.Event()
+
+        def note(_):
+            going.wait(20)
+            told.append([session.num_read(one.request_id) for one in streams])
+
+        streams = [session.submit(greedy([*shared, *ids(5, number + 1)], 2)) for number in range(4)]
+        model.on_progress(note)
+        going.set()
+        for one in streams:
+            list(one)
+        model.on_progress(None)
+        held.close()
+    assert any(None not in one and len({*one}) == 1 for one in told)
+
+
 def test_closing_a_stream_while_it_is_handed_on(model, ids):
     """Before the scheduler knows the request there is nothing to cancel; it is cancelled after."""
     scheduler = model.open_scheduler()
