@@ -32,7 +32,6 @@ ELSEWHERE = {
     "option_fields": "test_options.py",
     "planning/plan": "planning/test_planner.py",
     "server/answering": "server/test_openai.py",
-    "server/endpoint": "server/test_app.py",
     "server/errors": "server/test_app.py",
     "server/meter": "server/test_metrics.py",
     "plugins/hookspecs": "plugins/test_loader.py",
