@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
+from contextlib import asynccontextmanager
 from typing import Any
 
 from ollm_core.server.asking import Asking
@@ -66,6 +67,17 @@ def check(event: Event) -> None:
         raise event.error
     if isinstance(event, Finished) and event.reason == "cancelled":
         raise RefusedRequestError(503, "the server is being stopped")
+
+
+@asynccontextmanager
+async def reading_body(wanted: Coroutine[Any, Any, Body]) -> AsyncIterator[asyncio.Future[Body]]:
+    """A body that is being read meanwhile, for the length of an `async with`."""
+    reading = asyncio.ensure_future(wanted)
+    try:
+        yield reading
+    finally:
+        if not reading.cancel() and not reading.cancelled():
+            reading.exception()  # looked at, or asyncio tells of it
 
 
 async def read(client: Client, reading: asyncio.Future[Body]) -> Body:

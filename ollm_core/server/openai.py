@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ollm_core.server.answering import Stream, collected, read, tell
+from ollm_core.server.answering import Stream, collected, read, reading_body, tell
 from ollm_core.server.client import Client, as_json
 from ollm_core.server.errors import RefusedRequestError
 from ollm_core.server.meter import Stopwatch
@@ -28,16 +27,12 @@ class Completions:
     async def __call__(self, client: Client) -> None:
         """Raises what is to be told to the client, and ClientGoneError."""
         fields = await client.read_object(self._service.options.max_body_bytes)
-        reading = asyncio.ensure_future(self._service.read_body(self._kind, fields))
-        try:
+        async with reading_body(self._service.read_body(self._kind, fields)) as reading:
             if fields.get("stream") is True:
                 stream = Stream(self._service, client, failed)
                 await stream.run(reading, lambda body: self.streamed(stream, body))
             else:
                 await self._whole(client, await read(client, reading))
-        finally:
-            if not reading.cancel() and not reading.cancelled():
-                reading.exception()  # looked at, or asyncio tells of it
 
     async def _whole(self, client: Client, body: Body) -> None:
         """The answer as one object."""

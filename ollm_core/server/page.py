@@ -18,7 +18,7 @@ from starlette.routing import Route
 
 from ollm_core.documents.reading import read_opened
 from ollm_core.errors import InputError
-from ollm_core.server.answering import Stream, tell
+from ollm_core.server.answering import Stream, reading_body, tell
 from ollm_core.server.client import READ_SECONDS, Client
 from ollm_core.server.endpoint import Endpoint
 from ollm_core.server.openai import Completions, failed
@@ -135,13 +135,9 @@ class _Questions:
     async def __call__(self, client: Client) -> None:
         """Raises what is to be told to the client, and ClientGoneError."""
         fields = await client.read_object(self._service.options.max_body_bytes)
-        reading = asyncio.ensure_future(self._service.read(lambda: self._body(fields)))
         stream = Stream(self._service, client, failed)
-        try:
+        async with reading_body(self._service.read(lambda: self._body(fields))) as reading:
             await stream.run(reading, lambda body: self._chat.streamed(stream, body))
-        finally:
-            if not reading.cancel() and not reading.cancelled():
-                reading.exception()  # looked at, or asyncio tells of it
 
     def _body(self, fields: Mapping[str, Any]) -> Body:
         document, questions = fields.get("document"), fields.get("questions")

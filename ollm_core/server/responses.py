@@ -7,14 +7,13 @@ chat, and understood there.
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 import time
 from collections.abc import Mapping
 from typing import Any
 
 from ollm_core.files.untrusted_json import show
-from ollm_core.server.answering import Stream, collected, read, tell
+from ollm_core.server.answering import Stream, collected, read, reading_body, tell
 from ollm_core.server.client import Client, as_json
 from ollm_core.server.errors import RefusedRequestError
 from ollm_core.server.meter import Stopwatch
@@ -128,9 +127,8 @@ class Responding:
         """Raises what is to be told to the client, and ClientGoneError."""
         fields = await client.read_object(self._service.options.max_body_bytes)
         chat = understood(fields)
-        reading = asyncio.ensure_future(self._service.read_body("chat", chat))
         writer = _Writer(self._service.name, fields)
-        try:
+        async with reading_body(self._service.read_body("chat", chat)) as reading:
             if chat.get("stream") is True:
                 stream = Stream(self._service, client, writer.failed)
                 await stream.run(reading, lambda body: self._streamed(stream, body, writer))
@@ -138,9 +136,6 @@ class Responding:
                 body = await read(client, reading)
                 [[answer]] = await collected(client, self._service, body.requests()[0])
                 await tell(client, writer.response(body, answer))
-        finally:
-            if not reading.cancel() and not reading.cancelled():
-                reading.exception()  # looked at, or asyncio tells of it
 
     async def _streamed(self, stream: Stream, body: Body, writer: _Writer) -> bytes:
         """Tell the answer in events; -> the end."""
