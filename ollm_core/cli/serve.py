@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ollm_core.cli.models import fetch_if
-from ollm_core.cli.options import debug_option, options_of
+from ollm_core.cli.options import debug_option, names_of, options_of
 from ollm_core.cli.report import summary
 from ollm_core.cli.streaming import ProgressBar
 from ollm_core.cli.waiting import wait_asleep_beside_others
@@ -18,6 +18,9 @@ from ollm_core.errors import OllmError
 from ollm_core.options import LoadOptions
 from ollm_core.server_options import ServerOptions
 from ollm_core.values import parse_tokens
+
+if TYPE_CHECKING:
+    from ollm_core.server.forecast import Forecasts
 
 API_KEY = "OLLM_API_KEY"
 DEFAULT_CONTEXT = 8192
@@ -61,6 +64,7 @@ def serve(model: str, pull: bool, max_new_tokens: int, context: str | None, **op
         from ollm_core.server.service import Service
         from ollm_core.serving.openai.requests import Defaults
 
+        forecasts = _forecasts(model, options)
         name = Path(model).name if os.path.isdir(model) else model
         loading = {one: options[one] for one in LoadOptions.__dataclass_fields__ if one in options}
         progress = ProgressBar(name)
@@ -74,7 +78,9 @@ def serve(model: str, pull: bool, max_new_tokens: int, context: str | None, **op
             expected = most if positions is None else min(most, positions)
             defaults = Defaults(max_tokens=max_new_tokens)
             with ExitStack() as stack:
-                service = stack.enter_context(Service(opened, name, told, defaults, expected))
+                service = stack.enter_context(
+                    Service(opened, name, told, defaults, expected, forecasts)
+                )
                 more = []
                 if told.files_dir is not None:
                     store = FileStore(Path(told.files_dir), told.files_budget_bytes)
@@ -88,3 +94,27 @@ def serve(model: str, pull: bool, max_new_tokens: int, context: str | None, **op
                 Listener(app, told, stack.close).run([listener])
             layers = options["device_layers"], options["host_layers"]
             click.echo("\n" + summary(opened.stats, *layers), err=True)
+
+
+def _forecasts(model: str, options: dict[str, Any]) -> Forecasts:
+    """How long prompts will take; none where the model cannot be planned."""
+    from dataclasses import replace
+
+    from ollm_core.options import PlanOptions
+    from ollm_core.planning.planner import Planner
+    from ollm_core.server.forecast import Forecast, Forecasts, make_forecasts
+
+    known = {name: options[name] for name in names_of("plan") if name in options}
+    try:
+        planner = Planner(model, PlanOptions(**known, max_new_tokens=1))
+    except OllmError:
+        return Forecasts()
+
+    def plan(num_tokens: int) -> Forecast | None:
+        try:
+            found = planner.plan(replace(planner.options, context=num_tokens + 1), compare=False)
+        except OllmError:
+            return None
+        return Forecast(num_tokens, found.prefill_seconds, found.fits)
+
+    return make_forecasts(planner.positions - 1, plan)

@@ -108,10 +108,11 @@ class Stream:
         is to be told with a status of its own, before the first byte alone.
         """
         await self._client.unless_gone(_wait(reading, _READ_SECONDS))
+        headers = {"x-accel-buffering": "no"}
         if reading.done():
-            reading.result()
+            headers |= forecast_headers(self._service, reading.result())
         self._service.ask([])  # is it open?
-        await self._client.start(200, _STREAM, {"x-accel-buffering": "no"})
+        await self._client.start(200, _STREAM, headers)
         try:
             await self._comment({"state": "received"})
             self._told = -PROGRESS_SECONDS  # where it is, is told soon
@@ -149,6 +150,17 @@ class Stream:
     async def _comment(self, fields: Mapping[str, Any]) -> None:
         self._told = time.monotonic()
         await self._client.write(b": " + as_json(fields) + b"\n\n")
+
+
+def forecast_headers(service: Service, body: Body) -> dict[str, str]:
+    """What is known of an answer before it begins: tokens of its longest prompt, and by the plan
+    the seconds until its first token, if nothing of it was read before and nobody else asks.
+    """
+    longest = max(len(one.token_ids) for one in body.asked)
+    headers = {"ollm-prompt-tokens": str(longest)}
+    if (forecast := service.forecasts.of(longest)) is not None:
+        headers["ollm-forecast-seconds"] = f"{forecast.seconds:.1f}"
+    return headers
 
 
 async def _have_patience(client: Client) -> None:

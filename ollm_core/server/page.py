@@ -76,7 +76,7 @@ def page_routes(service: Service) -> list[Route]:
 
 def _state(service: Service) -> dict[str, Any]:
     """What the page shows beside answers."""
-    accounts, stats = service.model.accounts, service.model.stats
+    accounts = service.model.accounts
     current = service.watch.current
     return {
         "model": service.name,
@@ -87,9 +87,6 @@ def _state(service: Service) -> dict[str, Any]:
             "host": {"used": accounts.host.used, "limit": accounts.host.limit},
         },
         "pass": None if current is None else round(current.share, 3),
-        "prefill_tokens_per_second": (
-            stats.prefill_tokens / stats.prefill_seconds if stats.prefill_seconds else None
-        ),
     }
 
 
@@ -120,7 +117,10 @@ class _Document:
         num_tokens = await client.unless_gone(
             self._service.read(lambda: len(encode_text(self._service.tokenizer, text)))
         )
-        await tell(client, {"text": text, "tokens": num_tokens, "remarks": remarks})
+        forecast = self._service.forecasts.of(num_tokens)
+        planned = None if forecast is None else {"seconds": forecast.seconds, "fits": forecast.fits}
+        found = {"text": text, "tokens": num_tokens, "remarks": remarks, "plan": planned}
+        await tell(client, found)
 
 
 class _Questions:

@@ -15,6 +15,7 @@ from ollm_core.errors import InputError
 from ollm_core.generate.causal_lm import StreamedModel
 from ollm_core.server.asking import Asking
 from ollm_core.server.errors import RefusedRequestError
+from ollm_core.server.forecast import Forecasts
 from ollm_core.server.meter import Meter
 from ollm_core.server.places import Places
 from ollm_core.server.progress import PassWatch, standing
@@ -43,9 +44,11 @@ class Service(Closing):
         options: ServerOptions | None = None,
         defaults: Defaults | None = None,
         context: int = 0,
+        forecasts: Forecasts | None = None,
     ) -> None:
-        """`name` is what answers call the model; `context` tokens are expected at once. The model
-        stays the caller's. Raises InputError for one without a tokenizer, DoesNotFitError.
+        """`name` is what answers call the model; `context` tokens are expected at once; `forecasts`
+        are told to clients. The model stays the caller's. Raises InputError for one without a
+        tokenizer, DoesNotFitError.
         """
         if model.tokenizer is None:
             raise InputError(f"{name} has no tokenizer", hint="add its tokenizer.json")
@@ -53,6 +56,7 @@ class Service(Closing):
         self.served = model.served
         self.options = options or ServerOptions()
         self.defaults = defaults or Defaults()
+        self.forecasts = forecasts or Forecasts()
         self.started = time.time()
         # Of its own: what marks control tokens changes a tokenizer for a moment, while the thread
         # of the session decodes with the model's.

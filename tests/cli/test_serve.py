@@ -43,6 +43,7 @@ def answered_until(process: subprocess.Popen[str], number: int) -> str:
     assert match, line + process.stderr.read()
     body = {"prompt": "hello", "max_tokens": 200, "ignore_eos": True, "stream": True}
     with httpx.stream("POST", f"{match[1]}/v1/completions", json=body) as answer:
+        assert float(answer.headers["ollm-forecast-seconds"]) >= 0
         parts = answer.iter_raw()
         assert next(parts).startswith(b": ")
         process.send_signal(number)

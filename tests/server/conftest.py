@@ -11,6 +11,7 @@ import pytest
 from ollm_core.api import load
 from ollm_core.contracts.progress import Progress
 from ollm_core.server.app import open_app
+from ollm_core.server.forecast import Forecast, Forecasts
 from ollm_core.server.service import Service
 from ollm_core.server_options import ServerOptions
 from ollm_core.serving.openai.requests import Defaults
@@ -54,7 +55,8 @@ def model(tiny_chat) -> Iterator[Any]:
 def service(model) -> Iterator[Service]:
     """Of the model."""
     options = ServerOptions(max_requests=12, max_body=100_000)
-    with Service(model, "tiny", options, Defaults(max_tokens=16)) as opened:
+    forecasts = Forecasts([Forecast(200, 20.0, True)])
+    with Service(model, "tiny", options, Defaults(max_tokens=16), 0, forecasts) as opened:
         yield opened
 
 

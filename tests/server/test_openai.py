@@ -69,6 +69,8 @@ def test_a_stream_has_a_comment_first_and_its_usage_last(app):
     [made] = calls(app, (CHAT, body))
     assert made.headers["content-type"].startswith("text/event-stream")
     assert made.data.startswith(b': {"state":"received"}\n\n')
+    assert made.headers["ollm-prompt-tokens"] == "22"
+    assert made.headers["ollm-forecast-seconds"] == "2.2"
     *events, end = made.events()
     assert end == "[DONE]"
     assert made.is_whole

@@ -66,6 +66,8 @@ def test_a_document_is_read_and_counted(app, model, name, data, text):
     fields = calls(app, (f"/page/document/{name}", data))[0].fields()
     assert fields["text"] == text
     assert fields["tokens"] == len(model.tokenizer(text)["input_ids"])
+    assert fields["plan"]["seconds"] == pytest.approx(fields["tokens"] / 10)
+    assert fields["plan"]["fits"]
 
 
 @pytest.mark.parametrize("data", [b"", b"\x00\x01\x02", b"%PDF-1.4 nothing", b"x" * 100_001])

@@ -6,6 +6,7 @@ let key = "";
 let text = "";
 let tokens = 0;
 let title = "";
+let planned = null;
 let state = null;
 let stopping = null;
 let took = "";
@@ -71,8 +72,11 @@ function plan() {
     return;
   }
   if (state && state.positions) words += ` of the model's ${state.positions.toLocaleString()}`;
-  const rate = state && state.prefill_tokens_per_second;
-  if (rate) words += `; reading it takes about ${time(tokens / rate)}, once for all questions`;
+  if (planned && !planned.fits) {
+    say("file-told", `${words}. It does not fit in the memory limits.`, true);
+    return;
+  }
+  if (planned) words += `; by the plan it takes ${time(planned.seconds)} to read, once for all questions`;
   say("file-told", `${words}.`);
 }
 
@@ -81,7 +85,7 @@ async function take(file) {
   try {
     const path = `/page/document/${encodeURIComponent(file.name.replaceAll("/", "_"))}`;
     const found = await (await ask(path, { method: "POST", body: file })).json();
-    [text, tokens, title] = [found.text, found.tokens, file.name];
+    [text, tokens, title, planned] = [found.text, found.tokens, file.name, found.plan];
     find("remove").hidden = false;
     await look();
     plan();
