@@ -10,7 +10,7 @@ from typing import Any
 
 from ollm_core.server.asking import Asking
 from ollm_core.server.client import Client, as_json
-from ollm_core.server.errors import ClientGoneError, RefusedRequestError, refusal
+from ollm_core.server.errors import ClientGoneError, RefusedRequestError, refusal, stopping
 from ollm_core.server.meter import Stopwatch
 from ollm_core.server.service import Service
 from ollm_core.serving.offline import Answered
@@ -66,7 +66,7 @@ def check(event: Event) -> None:
     if isinstance(event, Failed):
         raise event.error
     if isinstance(event, Finished) and event.reason == "cancelled":
-        raise RefusedRequestError(503, "the server is being stopped")
+        raise stopping()
 
 
 @asynccontextmanager

@@ -7,6 +7,7 @@ from typing import Any
 
 from ollm_core.errors import DoesNotFitError, InputError, OllmError
 from ollm_core.serving.openai.requests import RefusedError
+from ollm_core.serving.session import SessionClosedError
 
 _TYPES = {
     400: "invalid_request_error",
@@ -72,6 +73,8 @@ def refusal(error: Exception) -> RefusedRequestError:
         return error
     if isinstance(error, RefusedError):
         return RefusedRequestError(400, error.message, code=error.code, param=error.param)
+    if isinstance(error, SessionClosedError):
+        return stopping()
     if isinstance(error, DoesNotFitError):
         return RefusedRequestError(400, _told(error), code="does_not_fit")
     if isinstance(error, InputError):
@@ -81,6 +84,11 @@ def refusal(error: Exception) -> RefusedRequestError:
     if isinstance(error, OSError):
         return RefusedRequestError(500, "the storage failed", code="model_failed")
     return RefusedRequestError(500, "the server failed", code="server_error")
+
+
+def stopping() -> RefusedRequestError:
+    """What a client is told whose answer will not come."""
+    return RefusedRequestError(503, "the server is being stopped, or has failed", code="stopped")
 
 
 def _told(error: OllmError) -> str:

@@ -14,7 +14,7 @@ from ollm_core.contracts.closing import Closing
 from ollm_core.errors import InputError
 from ollm_core.generate.causal_lm import StreamedModel
 from ollm_core.server.asking import Asking
-from ollm_core.server.errors import RefusedRequestError
+from ollm_core.server.errors import stopping
 from ollm_core.server.forecast import Forecasts
 from ollm_core.server.meter import Meter
 from ollm_core.server.places import Places
@@ -90,7 +90,7 @@ class Service(Closing):
             return await asyncio.get_running_loop().run_in_executor(self._reading, work)
         except RuntimeError as error:
             if "shutdown" in str(error):
-                raise _closing() from None
+                raise stopping() from None
             raise
 
     async def read_body(self, kind: Kind, fields: Mapping[str, Any]) -> Body:
@@ -102,7 +102,7 @@ class Service(Closing):
     def ask(self, requests: Sequence[Request]) -> Asking:
         """Raises RefusedRequestError if the session has ended."""
         if not self.session.is_open:
-            raise _closing()
+            raise stopping()
         return Asking(self.session, requests)
 
     def standing(self, asking: Asking, requests: Sequence[Request]) -> dict[str, Any]:
@@ -112,7 +112,3 @@ class Service(Closing):
         current = self.watch.current
         place = max(range(len(requests)), key=lambda one: len(requests[one].token_ids))
         return standing(len(requests[place].token_ids), asking.num_read(place), current)
-
-
-def _closing() -> RefusedRequestError:
-    return RefusedRequestError(503, "the server is being stopped, or has failed")

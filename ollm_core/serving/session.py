@@ -13,6 +13,13 @@ from ollm_core.serving.request import Event, Failed, Finished, Request, Sampling
 from ollm_core.serving.scheduler import Scheduler
 
 
+class SessionClosedError(OllmError):
+    """Nothing more can be asked of a session, and what was asked is not answered."""
+
+    def __init__(self) -> None:
+        super().__init__("the session is closed", hint="open another one")
+
+
 class EventStream(Iterator[Event]):
     """The events of one request, in their order; it ends after the last one. Closing it, or
     dropping it, cancels the request.
@@ -118,7 +125,7 @@ class Session(Closing):
 
     def submit(self, request: Request, on_event: Callable[[], None] = lambda: None) -> EventStream:
         """Let a request wait for its turn; its events come in the stream, a refusal too. Raises
-        OllmError if the session is closed.
+        SessionClosedError.
 
         `on_event` is called after each of them, in the thread of the session: for readers who
         cannot wait in `get`. It must be quick, and raise nothing.
@@ -126,7 +133,7 @@ class Session(Closing):
         stream = EventStream(request, self._scheduler.cancel, on_event)
         with self._lock:
             if self._closed:
-                raise OllmError("the session is closed", hint="open another one")
+                raise SessionClosedError
             self._new.put((request, stream))
         return stream
 
@@ -141,7 +148,7 @@ class Session(Closing):
         self._thread.join()
 
     def _work(self) -> None:
-        error: Exception = OllmError("the session is closed")
+        error: Exception = SessionClosedError()
         try:
             while self._take_new():
                 for event in self._scheduler.step():

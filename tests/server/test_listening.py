@@ -14,8 +14,10 @@ from running_server import Running
 
 from ollm_core.errors import InputError
 from ollm_core.server import listening
+from ollm_core.server.errors import refusal, stopping
 from ollm_core.server.listening import address_of, bound
 from ollm_core.server_options import ServerOptions
+from ollm_core.serving.session import SessionClosedError
 
 LONG = {"prompt": "x", "max_tokens": 200, "ignore_eos": True, "temperature": 0}
 
@@ -220,6 +222,12 @@ def test_the_end_is_told_to_streams(model):
             data += part
         assert b"the server is being stopped" in data
         connection.close()
+
+
+def test_what_the_end_of_a_session_breaks_off_has_one_name():
+    """Whether it was cancelled first or not."""
+    refused = refusal(SessionClosedError())
+    assert (refused.status, refused.fields) == (503, stopping().fields)
 
 
 @pytest.mark.soak

@@ -8,9 +8,9 @@ import threading
 import pytest
 from text_requests import greedy
 
-from ollm_core.errors import InputError, OllmError
+from ollm_core.errors import InputError
 from ollm_core.serving.request import Failed, Finished, NewToken, SamplingParams
-from ollm_core.serving.session import Session
+from ollm_core.serving.session import Session, SessionClosedError
 
 
 @pytest.fixture
@@ -75,8 +75,11 @@ def test_closing_ends_what_runs(model, ids):
     session.close()
     for stream in streams:
         last = list(stream)[-1]
-        assert isinstance(last, Failed) or last.reason == "cancelled"
-    with pytest.raises(OllmError, match="the session is closed"):
+        if isinstance(last, Failed):
+            assert isinstance(last.error, SessionClosedError)
+        else:
+            assert last.reason == "cancelled"
+    with pytest.raises(SessionClosedError, match="the session is closed"):
         session.submit(greedy(ids(5)))
 
 

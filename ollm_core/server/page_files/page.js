@@ -76,7 +76,7 @@ function plan() {
     say("file-told", `${words}. It does not fit in the memory limits.`, true);
     return;
   }
-  if (planned) words += `; by the plan it takes ${time(planned.seconds)} to read, once for all questions`;
+  if (planned) words += `; by the plan it takes about ${time(planned.seconds)} to read, once for all questions`;
   say("file-told", `${words}.`);
 }
 
