@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from contextlib import ExitStack
 from pathlib import Path
@@ -38,26 +39,23 @@ def serve(model: str, pull: bool, max_new_tokens: int, context: str | None, **op
     OpenAI's addresses are below /v1, Ollama's below /api. Only this machine is listened to, unless
     --host says otherwise, which needs an API key. Ctrl-C ends it.
     """
-    try:
-        from ollm_core.server.app import open_app
-        from ollm_core.server.batch_routes import BatchRoutes
-        from ollm_core.server.listening import Listener, address_of, bound
-    except ModuleNotFoundError as error:
-        name = (error.name or "").partition(".")[0]
-        if name not in _NEEDED:
-            raise
+    if missing := [name for name in _NEEDED if importlib.util.find_spec(name) is None]:
         raise OllmError(
-            f"ollm serve: need the package {name}, have none",
+            f"ollm serve: need the package {missing[0]}, have none",
             hint="pip install 'ollm-core[serve]'",
-        ) from error
+        )
     names = ServerOptions.__dataclass_fields__
     chosen = {name: options[name] for name in names}
     chosen["api_key"] = chosen["api_key"] or os.environ.get(API_KEY) or None
     told = ServerOptions(**chosen)
+    if not options["device"].startswith("cuda"):
+        wait_asleep_beside_others()
+    from ollm_core.server.app import open_app
+    from ollm_core.server.batch_routes import BatchRoutes
+    from ollm_core.server.listening import Listener, address_of, bound
+
     with bound(told) as listener:
         fetch_if(model, options["models_dir"], pull)
-        if not options["device"].startswith("cuda"):
-            wait_asleep_beside_others()
         from ollm_core.api import load
         from ollm_core.server.batches import Batches
         from ollm_core.server.file_store import FileStore

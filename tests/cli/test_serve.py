@@ -52,6 +52,16 @@ def answered_until(process: subprocess.Popen[str], number: int) -> str:
     return process.communicate(timeout=60)[1]
 
 
+def test_threads_wait_asleep_beside_others():
+    """Chosen before anything loads torch, which reads it once."""
+    code = (
+        "import sys, ollm_core.cli.serve as verb; from ollm_core.cli.main import main\n"
+        "verb.wait_asleep_beside_others = lambda: sys.exit(7 + ('torch' in sys.modules))\n"
+        "main(['serve', 'no-such-model', '--device', 'cpu'])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 7
+
+
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     """What is told of a command line that cannot be."""
     with pytest.raises(SystemExit) as ended:
@@ -62,11 +72,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 
 def test_without_the_extra_it_says_what_to_install(capsys, monkeypatch, tiny_chat):
     """In one line and a hint."""
-    for name in [name for name in sys.modules if name.startswith("ollm_core.server.")]:
-        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "starlette", None)
-    for name in [name for name in sys.modules if name.startswith("starlette.")]:
-        monkeypatch.setitem(sys.modules, name, None)
     err = refused(capsys, tiny_chat)
     assert err.startswith("error: ollm serve: need the package starlette")
     assert "pip install 'ollm-core[serve]'" in err
