@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 from contextlib import ExitStack
 from pathlib import Path
@@ -48,6 +49,8 @@ def serve(model: str, pull: bool, max_new_tokens: int, context: str | None, **op
     chosen = {name: options[name] for name in names}
     chosen["api_key"] = chosen["api_key"] or os.environ.get(API_KEY) or None
     told = ServerOptions(**chosen)
+    if click.get_current_context().ensure_object(dict).get("debug"):
+        _log_requests()
     if not options["device"].startswith("cuda"):
         wait_asleep_beside_others()
     from ollm_core.server.app import open_app
@@ -92,6 +95,15 @@ def serve(model: str, pull: bool, max_new_tokens: int, context: str | None, **op
                 Listener(app, told, stack.close).run([listener])
             layers = options["device_layers"], options["host_layers"]
             click.echo("\n" + summary(opened.stats, *layers), err=True)
+
+
+def _log_requests() -> None:
+    """A line on stderr for each request."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    logger = logging.getLogger("ollm.server")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
 
 
 def _forecasts(model: str, options: dict[str, Any]) -> Forecasts:

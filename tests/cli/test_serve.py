@@ -22,10 +22,12 @@ def start(*arguments: object) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_server_answers_until_a_signal(tiny_chat: Path, number: int):
-    """Its address is told; what it took is told at the end, and the code is 0."""
-    with start(tiny_chat, "--device", "cpu", "--port", "0") as process:
+@pytest.mark.parametrize(("number", "more"), [(signal.SIGINT, ()), (signal.SIGTERM, ("--debug",))])
+def test_a_server_answers_until_a_signal(tiny_chat: Path, number: int, more: tuple[str, ...]):
+    """Its address is told; what it took is told at the end, and the code is 0. With --debug each
+    request has a line, without what was asked.
+    """
+    with start(tiny_chat, "--device", "cpu", "--port", "0", *more) as process:
         try:
             err = answered_until(process, number)
         finally:
@@ -33,15 +35,18 @@ def test_a_server_answers_until_a_signal(tiny_chat: Path, number: int):
     assert process.returncode == 0, err
     assert "weights read" in err
     assert "error" not in err
+    assert ("/v1/completions: " in err) == bool(more)
+    assert "swordfish" not in err
 
 
 def answered_until(process: subprocess.Popen[str], number: int) -> str:
     """Send a signal in the middle of an answer; -> what is told of the end."""
     assert process.stderr
-    line = process.stderr.readline()
+    while (line := process.stderr.readline()) and "Ctrl-C ends" not in line:
+        pass
     match = re.match(r"tiny at (http://127\.0\.0\.1:\d+)/v1 and \1/api, Ctrl-C ends$", line)
     assert match, line + process.stderr.read()
-    body = {"prompt": "hello", "max_tokens": 200, "ignore_eos": True, "stream": True}
+    body = {"prompt": "swordfish", "max_tokens": 200, "ignore_eos": True, "stream": True}
     with httpx.stream("POST", f"{match[1]}/v1/completions", json=body) as answer:
         assert float(answer.headers["ollm-forecast-seconds"]) >= 0
         parts = answer.iter_raw()
