@@ -32,6 +32,7 @@ from ollm_core.option_fields import (
     size,
     switch,
 )
+from ollm_core.server_options import ServerOptions
 from ollm_core.values import (
     DTYPES,
     Count,
@@ -55,8 +56,8 @@ Keywords = ParamSpec("Keywords")
 Chosen = TypeVar("Chosen")
 Made = TypeVar("Made")
 
-_DRAFTS, _TEXTS = ("run", "chat"), ("run", "chat", "ask", "batch", "plan")
-_LOADS = ("run", "chat", "ask", "decide", "batch")
+_DRAFTS, _TEXTS = ("run", "chat"), ("run", "chat", "ask", "batch", "plan", "serve")
+_LOADS = ("run", "chat", "ask", "decide", "batch", "serve")
 _BOTH = (*_LOADS, "plan")
 """Verbs: those that draft, those that open a model, and those that a plan is made for."""
 PRECISIONS = ("fast", "exact")
@@ -308,7 +309,7 @@ class PlanOptions(ModelOptions):
     context: str | Count | None = said(
         None,
         "Tokens of each sequence, prompt and answer together, for example 8192 or 100k.",
-        verbs=("plan",),
+        verbs=("plan", "serve"),
         metavar="TOKENS",
         unset="8192, or what the model has",
         check=called_by(parse_tokens),
@@ -322,10 +323,13 @@ class PlanOptions(ModelOptions):
     )
 
 
+OPTION_SETS: tuple[type[Any], ...] = (LoadOptions, PlanOptions, ServerOptions)
 OPTIONS: Mapping[str, Field[Any]] = MappingProxyType(
-    {each.name: each for kind in (LoadOptions, PlanOptions) for each in fields(kind)}
+    {each.name: each for kind in OPTION_SETS for each in fields(kind)}
 )
-"""Every option by name: those of `load`, then those that only `plan` has."""
+"""Every option by name: those of `load`, then those that only `plan` has, then those of a server
+alone.
+"""
 
 
 def takes(

@@ -28,7 +28,7 @@ ORDER = [
     ["memory", "profiling"],
     ["device", "documents", "plugins"],
     ["attention", "checkpoint", "option_fields", "products"],
-    ["kv", "text", "weights"],
+    ["kv", "server_options", "text", "weights"],
     ["calibration", "model"],
     ["convert", "engine", "options"],
     ["drafting", "planning"],
@@ -36,7 +36,7 @@ ORDER = [
     ["generate"],
     ["loader"],
     ["api"],
-    ["llm"],
+    ["llm", "server"],
     ["cli", "compat", "testing"],
 ]
 """The folders and single modules of `ollm_core`, from the ground up. Each may import those in rows

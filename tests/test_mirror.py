@@ -31,6 +31,9 @@ ELSEWHERE = {
     "kv/disk/sizes": "kv/disk/test_storage.py",
     "option_fields": "test_options.py",
     "planning/plan": "planning/test_planner.py",
+    "server/answering": "server/test_openai.py",
+    "server/errors": "server/test_app.py",
+    "server/meter": "server/test_metrics.py",
     "plugins/hookspecs": "plugins/test_loader.py",
     "products/weight": "products/test_products.py",
     # what a pass goes through: tested as the whole that it is part of

@@ -80,7 +80,9 @@ def test_every_option_is_a_keyword(function: Any, kind: type[ModelOptions]):
         assert f"Default: {default_text(option)}." in text
 
 
-@pytest.mark.parametrize("verb", ["run", "batch", "plan", "doctor", "convert", "import", "pull"])
+@pytest.mark.parametrize(
+    "verb", ["run", "batch", "serve", "plan", "doctor", "convert", "import", "pull"]
+)
 def test_a_verb_has_a_flag_for_each_of_its_options(verb: str):
     """With that default, its choices, and its text; and for no other option."""
     command = cli.commands[verb]

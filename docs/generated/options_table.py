@@ -9,7 +9,7 @@ from dataclasses import Field, fields
 from typing import Any
 
 from ollm_core.option_fields import about, default_text
-from ollm_core.options import OPTIONS, LoadOptions, PlanOptions
+from ollm_core.options import OPTION_SETS, OPTIONS
 
 _HEAD = """# Options
 
@@ -32,12 +32,13 @@ _TABLE = """
 
 def options_page() -> str:
     """The page."""
-    loads, plans = ({each.name for each in fields(kind)} for kind in (LoadOptions, PlanOptions))
+    loads, plans, serves = ({each.name for each in fields(kind)} for kind in OPTION_SETS)
     page = _HEAD
     for title, names in (
         ("`load` and `plan`", loads & plans),
         ("`load` alone", loads - plans),
         ("`plan` alone", plans - loads),
+        ("A server alone", serves),
     ):
         page += _TABLE.format(title=title)
         page += "".join(_row(option) for name, option in OPTIONS.items() if name in names)

@@ -26,6 +26,7 @@ from ollm_core.cli.options import debug_option
 from ollm_core.cli.output import print_error, quiet
 from ollm_core.cli.plan import plan
 from ollm_core.cli.run import run
+from ollm_core.cli.serve import serve
 from ollm_core.cli.signals import Ended, Signals
 from ollm_core.cli.streams import READER_GONE, flush, is_gone, open_missing, was_writing
 from ollm_core.errors import DoesNotFitError, OllmError, one_line
@@ -52,6 +53,7 @@ for _command in (
     ask,
     decide,
     batch,
+    serve,
     plan,
     pull,
     import_,

@@ -80,6 +80,11 @@ class Planner:
         )
         self._dry_run, self._estimate = DryRun(spec, blocks), Estimate(spec)
 
+    @property
+    def positions(self) -> int:
+        """Most tokens of a sequence."""
+        return self._positions
+
     def plan(self, options: PlanOptions | None = None, *, compare: bool = True) -> Plan:
         """See `plan`. Other `options` than those of the planner may differ in all but those that
         say which model it is, on which device, in which dtype, by which rates: ValueError.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from ollm_core.errors import InputError
 from ollm_core.serving.request import (
@@ -19,6 +20,16 @@ from ollm_core.serving.request import (
     TokenLogprobs,
 )
 from ollm_core.serving.scheduler import Scheduler
+
+
+class Steps(Protocol):
+    """A scheduler, as far as `run_each` needs one."""
+
+    def add(self, request: Request) -> None:
+        """Let a request wait for its turn. Raises InputError for one that can never run."""
+
+    def step(self) -> list[Event]:
+        """What has happened next."""
 
 
 @dataclass(slots=True)
@@ -55,7 +66,7 @@ class Answered:
 
 
 def run_each(
-    scheduler: Scheduler,
+    scheduler: Steps,
     requests: Iterable[Request],
     on_event: Callable[[Event], None] = lambda _: None,
     ahead: int | None = None,

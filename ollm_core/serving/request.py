@@ -104,6 +104,8 @@ class Score:
     """Wanted in place of an answer: the log-probability of each of the prompt's last tokens."""
 
     num_tokens: int
+    top: int = 0
+    """How many of the most likely tokens to tell in each of their places."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,6 +189,8 @@ class Scored(Event):
     logprobs: tuple[float, ...]
     greedy: tuple[bool, ...]
     """Whether each was the most likely token of all."""
+    top: tuple[tuple[tuple[int, float], ...], ...] = ()
+    """The most likely tokens in each place, where Score wants them, as TokenLogprobs has them."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -94,11 +94,13 @@ class Sampler:
         if number is None:
             return None
         logprobs = torch.log_softmax(logits.float(), dim=-1)
-        top: list[tuple[int, float]] = []
-        if number:
-            best = logprobs.topk(min(number, len(logprobs)))
-            top = list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
-        return TokenLogprobs(float(logprobs[token_id]), tuple(top))
+        return TokenLogprobs(float(logprobs[token_id]), most_likely(logprobs, number))
+
+
+def most_likely(logprobs: Tensor, number: int) -> tuple[tuple[int, float], ...]:
+    """So many of the most likely tokens by their log-probabilities [V], the most likely first."""
+    best = logprobs.topk(min(number, len(logprobs)))
+    return tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
 
 
 def _processors(

@@ -13,12 +13,24 @@ from ollm_core.serving.request import Event, Failed, Finished, Request, Sampling
 from ollm_core.serving.scheduler import Scheduler
 
 
+class SessionClosedError(OllmError):
+    """Nothing more can be asked of a session, and what was asked is not answered."""
+
+    def __init__(self) -> None:
+        super().__init__("the session is closed", hint="open another one")
+
+
 class EventStream(Iterator[Event]):
     """The events of one request, in their order; it ends after the last one. Closing it, or
     dropping it, cancels the request.
     """
 
-    def __init__(self, request: Request, cancel: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        request: Request,
+        cancel: Callable[[str], None],
+        on_event: Callable[[], None] = lambda: None,
+    ) -> None:
         self.request_id = request.request_id
         wanted = request.wanted
         answers = range(wanted.n if isinstance(wanted, SamplingParams) else 1)
@@ -26,6 +38,7 @@ class EventStream(Iterator[Event]):
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._cancel = weakref.finalize(self, cancel, request.request_id)
         self._cancel.atexit = False
+        self._on_event = on_event
 
     def __next__(self) -> Event:
         """Waits for the next event."""
@@ -61,6 +74,7 @@ class EventStream(Iterator[Event]):
     def put(self, event: Event) -> None:
         """Called by the session."""
         self._events.put(event)
+        self._on_event()
 
     def fail(self, error: Exception) -> None:
         """Called by the session: end all answers that have not ended."""
@@ -82,14 +96,44 @@ class Session(Closing):
         self._thread = threading.Thread(target=self._work, name="serving", daemon=True)
         self._thread.start()
 
-    def submit(self, request: Request) -> EventStream:
-        """Let a request wait for its turn; its events come in the stream, a refusal too. Raises
-        OllmError if the session is closed.
+    @property
+    def is_open(self) -> bool:
+        """Whether more can be asked: it was not closed, and nothing has broken it."""
+        return not self._closed
+
+    @property
+    def num_waiting(self) -> int:
+        """Texts that are in no pass yet."""
+        return self._new.qsize() + self._scheduler.num_waiting
+
+    @property
+    def num_running(self) -> int:
+        """Texts that take part in passes."""
+        return self._scheduler.num_running
+
+    def num_read(self, request_id: str) -> int | None:
+        """Tokens of a request that are read, of the text of it that has most; None while it waits
+        for its first pass, and after its end. From any thread.
         """
-        stream = EventStream(request, self._scheduler.cancel)
+        texts = [*self._scheduler._texts.get(request_id, ())]
+        running = [
+            one
+            for one in [*self._scheduler._running]
+            if one.sequence is not None and any(text in texts for text in one.texts)
+        ]  # itself, or a beginning that it waits for with others
+        return max((one.num_stored for one in running), default=None)
+
+    def submit(self, request: Request, on_event: Callable[[], None] = lambda: None) -> EventStream:
+        """Let a request wait for its turn; its events come in the stream, a refusal too. Raises
+        SessionClosedError.
+
+        `on_event` is called after each of them, in the thread of the session: for readers who
+        cannot wait in `get`. It must be quick, and raise nothing.
+        """
+        stream = EventStream(request, self._scheduler.cancel, on_event)
         with self._lock:
             if self._closed:
-                raise OllmError("the session is closed", hint="open another one")
+                raise SessionClosedError
             self._new.put((request, stream))
         return stream
 
@@ -104,7 +148,7 @@ class Session(Closing):
         self._thread.join()
 
     def _work(self) -> None:
-        error: Exception = OllmError("the session is closed")
+        error: Exception = SessionClosedError()
         try:
             while self._take_new():
                 for event in self._scheduler.step():
@@ -133,9 +177,14 @@ class Session(Closing):
             request, stream = taken
             if stream.is_closed:
                 continue
-            self._streams[request.request_id] = stream
-            try:
-                self._scheduler.add(request)
-            except OllmError as error:
-                stream.fail(error)
+            self._hand_on(request, stream)
         return not self._closed
+
+    def _hand_on(self, request: Request, stream: EventStream) -> None:
+        self._streams[request.request_id] = stream
+        try:
+            self._scheduler.add(request)
+        except OllmError as error:
+            stream.fail(error)
+        if stream.is_closed:  # meanwhile, when there was nothing to cancel yet
+            self._scheduler.cancel(request.request_id)

@@ -21,7 +21,7 @@ from ollm_core.serving.request import (
     Score,
     Scored,
 )
-from ollm_core.serving.sampler import Sampler
+from ollm_core.serving.sampler import Sampler, most_likely
 
 MAX_LOGITS = 256
 """Of one text in a pass, where the log-probabilities of many tokens are wanted."""
@@ -37,7 +37,7 @@ def open_texts(request: Request, model: ServedModel, order: int) -> list[Request
             GeneratedText(request, index, order + index, wanted, model) for index in range(wanted.n)
         ]
     if isinstance(wanted, Score):
-        return [ScoredText(request, order, wanted.num_tokens)]
+        return [ScoredText(request, order, wanted)]
     return [ChoiceText(request, order, wanted)]
 
 
@@ -138,11 +138,13 @@ class GeneratedText(RequestedText):
 class ScoredText(RequestedText):
     """The log-probabilities of the last tokens of a text. The very last is only asked about."""
 
-    def __init__(self, request: Request, order: int, num_tokens: int) -> None:
+    def __init__(self, request: Request, order: int, score: Score) -> None:
         super().__init__(request, 0, order)
-        self._first = len(self.token_ids) - num_tokens - 1  # whose logits are wanted
+        self._first = len(self.token_ids) - score.num_tokens - 1  # whose logits are wanted
+        self._num_top = score.top
         self._logprobs: list[float] = []
         self._greedy: list[bool] = []
+        self._top: list[tuple[tuple[int, float], ...]] = []
 
     @property
     def num_to_store(self) -> int:
@@ -167,17 +169,18 @@ class ScoredText(RequestedText):
             logprobs, greedy = _told(row, [target])
             self._logprobs += logprobs
             self._greedy += greedy
+            if self._num_top:
+                self._top.append(most_likely(torch.log_softmax(row.float(), -1), self._num_top))
 
     def lose_sequence(self) -> None:
         super().lose_sequence()
-        self._logprobs, self._greedy = [], []
+        self._logprobs, self._greedy, self._top = [], [], []
 
     def take(self, logits: Tensor) -> list[Event]:
         self.has_token()
         self.ended = "stop"
-        return [
-            Scored(self.request.request_id, 0, tuple(self._logprobs), tuple(self._greedy)),
-        ]
+        found = tuple(self._logprobs), tuple(self._greedy), tuple(self._top)
+        return [Scored(self.request.request_id, 0, *found)]
 
 
 class ChoiceText(RequestedText):

@@ -53,6 +53,15 @@ def test_only_strict_refuses_what_python_takes(raw: bytes):
         parse_object(raw, strict=True)
 
 
+@pytest.mark.parametrize("inner", [b"[" * 3 + b"]" * 3, b'{"b": [{}]}', b'[1, {"b": {"c": 2}}]'])
+def test_depth_is_counted(inner: bytes):
+    """Objects and lists alike, the outermost among them."""
+    raw = b'{"a": ' + inner + b"}"
+    assert parse_object(raw, max_depth=4)
+    with pytest.raises(ValueError, match="nested too deeply"):
+        parse_object(raw, max_depth=3)
+
+
 def test_infinity_is_taken_as_published():
     """Mamba's `time_step_limit`."""
     assert parse_object(b'{"time_step_limit": [0.0, Infinity]}')["time_step_limit"][1] == math.inf

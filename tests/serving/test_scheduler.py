@@ -282,7 +282,7 @@ def test_damaged_kv_is_computed_again(model, ids, alone, monkeypatch):
 def test_scores_are_those_of_the_forward_pass(model, ids):
     """Log-probabilities of a continuation, alone and with others that share its prompt."""
     prompt, ends = ids(130), [ids(3, 1), ids(9, 2), ids(1, 3), ids(300, 4)]
-    requests = [Request(token_ids=prompt + end, wanted=Score(len(end))) for end in ends]
+    requests = [Request(token_ids=prompt + end, wanted=Score(len(end), top=2)) for end in ends]
     with model.open_scheduler() as scheduler:
         found = run_all(scheduler, requests)
     for end, answers in zip(ends, found, strict=True):
@@ -292,6 +292,13 @@ def test_scores_are_those_of_the_forward_pass(model, ids):
         scored = answers[0].scored
         assert torch.allclose(torch.tensor(scored.logprobs), expected, atol=1e-4)
         assert list(scored.greedy) == (rows.argmax(-1) == torch.tensor(end)).tolist()
+        most = [[token_id for token_id, _ in one] for one in scored.top]
+        assert most == rows.topk(2).indices.tolist()
+        assert torch.allclose(
+            torch.tensor([[logprob for _, logprob in one] for one in scored.top]),
+            rows.topk(2).values,
+            atol=1e-4,
+        )
 
 
 def test_choices_are_the_next_tokens_probabilities(model, ids):

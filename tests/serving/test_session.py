@@ -8,9 +8,9 @@ import threading
 import pytest
 from text_requests import greedy
 
-from ollm_core.errors import InputError, OllmError
+from ollm_core.errors import InputError
 from ollm_core.serving.request import Failed, Finished, NewToken, SamplingParams
-from ollm_core.serving.session import Session
+from ollm_core.serving.session import Session, SessionClosedError
 
 
 @pytest.fixture
@@ -75,8 +75,11 @@ def test_closing_ends_what_runs(model, ids):
     session.close()
     for stream in streams:
         last = list(stream)[-1]
-        assert isinstance(last, Failed) or last.reason == "cancelled"
-    with pytest.raises(OllmError, match="the session is closed"):
+        if isinstance(last, Failed):
+            assert isinstance(last.error, SessionClosedError)
+        else:
+            assert last.reason == "cancelled"
+    with pytest.raises(SessionClosedError, match="the session is closed"):
         session.submit(greedy(ids(5)))
 
 
@@ -96,3 +99,71 @@ def test_get_waits_so_long(session, ids):
             break
     with pytest.raises(StopIteration):
         stream.get(timeout=0)
+
+
+def test_who_cannot_wait_is_called(session, ids):
+    """After each event, when it can be got without waiting."""
+    told = []
+    stream = session.submit(greedy(ids(20), 3), lambda: told.append(stream_has(stream)))
+
+    def stream_has(stream):
+        return stream._events.qsize() > 0
+
+    events = list(stream)
+    assert len(events) == len(told) == 4
+    assert any(told)
+
+
+def test_it_tells_who_waits_and_runs(session, ids):
+    """And how much of a prompt is read."""
+    assert (session.num_waiting, session.num_running, session.is_open) == (0, 0, True)
+    stream = session.submit(greedy(ids(20), 4000))
+    next(stream)
+    assert session.num_running == 1
+    assert session.num_read(stream.request_id) >= 20
+    stream.close()
+    list(stream)
+    assert session.num_read(stream.request_id) is None
+    session.close()
+    assert not session.is_open
+
+
+def test_a_beginning_that_several_share_is_read_for_each(model, ids):
+    """Who waits for it is told how far it is."""
+    told = []
+    shared = ids(300)
+    with Session(model.open_scheduler()) as session:
+        held = session.submit(greedy(ids(20, 9), 4000))
+        next(held)
+        going = threading.Event()
+
+        def note(_):
+            going.wait(20)
+            told.append([session.num_read(one.request_id) for one in streams])
+
+        streams = [session.submit(greedy([*shared, *ids(5, number + 1)], 2)) for number in range(4)]
+        model.on_progress(note)
+        going.set()
+        for one in streams:
+            list(one)
+        model.on_progress(None)
+        held.close()
+    assert any(None not in one and len({*one}) == 1 for one in told)
+
+
+def test_closing_a_stream_while_it_is_handed_on(model, ids):
+    """Before the scheduler knows the request there is nothing to cancel; it is cancelled after."""
+    scheduler = model.open_scheduler()
+    add, streams, going = scheduler.add, [], threading.Event()
+
+    def close_first(request):
+        going.wait()
+        streams[0].close()
+        add(request)
+
+    scheduler.add = close_first
+    with Session(scheduler) as session:
+        streams.append(session.submit(greedy(ids(20), 4000)))
+        going.set()
+        [event] = list(streams[0])
+        assert event.reason == "cancelled"

@@ -6,16 +6,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ollm_core.errors import DoesNotFitError, InputError, ReadError, one_line
 from ollm_core.serving.model import ServedModel
-from ollm_core.serving.offline import run_each
+from ollm_core.serving.offline import Steps, run_each
 from ollm_core.serving.openai.answers import Writer
 from ollm_core.serving.openai.requests import Asked, Defaults, Reader, RefusedError, Row
 from ollm_core.serving.request import Event, Request, SamplingParams
-from ollm_core.serving.scheduler import Scheduler
 
 PRIORITY = 1
 """After whoever waits for an answer."""
@@ -38,8 +38,8 @@ class AnswersRequests(Protocol):
     def served(self) -> ServedModel:
         """What a scheduler knows of it."""
 
-    def open_scheduler(self, num_tokens: int = 0) -> Scheduler:
-        """A scheduler over a new KV store, for `num_tokens` at once."""
+    def open_scheduler(self, num_tokens: int = 0) -> AbstractContextManager[Steps]:
+        """A scheduler, for `num_tokens` at once. Closed after use."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ollm_core.serving.offline import Answered
@@ -19,6 +20,16 @@ _OBJECTS: Mapping[Kind, tuple[str, str]] = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Echo:
+    """A prompt that is told again before the answers to it."""
+
+    text: str
+    token_ids: Sequence[int]
+    told: Sequence[TokenLogprobs | None] = ()
+    """Of each token, where they were asked for: nothing comes before the first one."""
+
+
 class Writer:
     """Writes the answers of one model."""
 
@@ -29,74 +40,94 @@ class Writer:
         anchor = tokenizer("a", add_special_tokens=False)["input_ids"][-1:]
         # A tokenizer may leave out the space before a first word: so none comes first.
         self._anchor: list[int] = list(anchor)
-        self._before = self._decode(self._anchor)
+        self._before = self.decode(self._anchor)
 
-    def body(self, asked: Asked, answers: Sequence[Answered]) -> dict[str, Any]:
-        """The body of the answers to one prompt, none of which failed."""
-        prefix, kind = _OBJECTS[asked.kind]
-        num_prompt, num_new = len(asked.token_ids), sum(len(one.token_ids) for one in answers)
+    def body(
+        self, asked: Asked, answers: Sequence[Answered], echo: Echo | None = None
+    ) -> dict[str, Any]:
+        """The body of the answers to one prompt, none of which failed; of completions, each after
+        the `echo`, if there is one.
+        """
         choice = self._chat if asked.kind == "chat" else self._completion
         wants_logprobs = asked.sampling.logprobs is not None
         return {
-            "id": f"{prefix}-{secrets.token_hex(12)}",
-            "object": kind,
-            "created": int(time.time()),
-            "model": self._model,
+            **self.head(asked.kind),
             "choices": [
-                choice(index, one, wants_logprobs=wants_logprobs)
+                choice(index, one, echo, wants_logprobs=wants_logprobs)
                 for index, one in enumerate(answers)
             ],
-            "usage": {
-                "prompt_tokens": num_prompt,
-                "completion_tokens": num_new,
-                "total_tokens": num_prompt + num_new,
-                "prompt_tokens_details": {
-                    "cached_tokens": min(one.counts.num_cached_tokens for one in answers)
-                },
-            },
+            "usage": usage([asked], [answers]),
+        }
+
+    def head(self, kind: Kind, *, chunk: bool = False) -> dict[str, Any]:
+        """The fields that all answers have, and all chunks of one: a new id among them."""
+        prefix, name = _OBJECTS[kind]
+        return {
+            "id": f"{prefix}-{secrets.token_hex(12)}",
+            "object": f"{name}.chunk" if chunk and kind == "chat" else name,
+            "created": int(time.time()),
+            "model": self._model,
             "system_fingerprint": None,
         }
 
-    def _chat(self, index: int, answer: Answered, *, wants_logprobs: bool) -> dict[str, Any]:
+    def _chat(
+        self, index: int, answer: Answered, _: Echo | None, *, wants_logprobs: bool
+    ) -> dict[str, Any]:
+        return {
+            "index": index,
+            "message": {"role": "assistant", "content": answer.text, "refusal": None},
+            "logprobs": self.listed(answer.token_ids, answer.logprobs) if wants_logprobs else None,
+            "finish_reason": answer.finish_reason,
+        }
+
+    def _completion(
+        self, index: int, answer: Answered, echo: Echo | None, *, wants_logprobs: bool
+    ) -> dict[str, Any]:
+        echo = echo or Echo("", ())
+        token_ids, told = [*echo.token_ids, *answer.token_ids], [*echo.told, *answer.logprobs]
+        return {
+            "index": index,
+            "text": echo.text + answer.text,
+            "logprobs": self.columns(token_ids, told) if wants_logprobs else None,
+            "finish_reason": answer.finish_reason,
+        }
+
+    def listed(
+        self, token_ids: Sequence[int], told: Sequence[TokenLogprobs]
+    ) -> dict[str, list[dict[str, Any]] | None]:
+        """The log-probabilities of a chat's tokens."""
         content = [
             {
                 **self._told(token_id, one.logprob),
                 "top_logprobs": [self._told(*pair) for pair in one.top],
             }
-            for token_id, one in zip(answer.token_ids, answer.logprobs, strict=False)
+            for token_id, one in zip(token_ids, told, strict=False)
         ]
-        return {
-            "index": index,
-            "message": {"role": "assistant", "content": answer.text, "refusal": None},
-            "logprobs": {"content": content, "refusal": None} if wants_logprobs else None,
-            "finish_reason": answer.finish_reason,
-        }
+        return {"content": content, "refusal": None}
 
-    def _completion(self, index: int, answer: Answered, *, wants_logprobs: bool) -> dict[str, Any]:
-        return {
-            "index": index,
-            "text": answer.text,
-            "logprobs": self._columns(answer) if wants_logprobs else None,
-            "finish_reason": answer.finish_reason,
-        }
-
-    def _columns(self, answer: Answered) -> dict[str, Any]:
-        """The older form: a list for each of token, log-probability, the likeliest, and place."""
-        tokens = [self._text(token_id) for token_id in answer.token_ids]
-        offsets, end = [], 0
+    def columns(
+        self, token_ids: Sequence[int], told: Sequence[TokenLogprobs | None], begin: int = 0
+    ) -> dict[str, Any]:
+        """Those of a completion, in the older form: a list for each of token, log-probability, the
+        likeliest, and place, the first of which is `begin`.
+        """
+        tokens = [self._text(token_id) for token_id in token_ids]
+        offsets, end = [], begin
         for token in tokens:
             offsets.append(end)
             end += len(token)
-        pairs = list(zip(answer.token_ids, answer.logprobs, strict=False))
+        pairs = list(zip(token_ids, told, strict=False))
         return {
             "tokens": tokens,
-            "token_logprobs": [one.logprob for _, one in pairs],
+            "token_logprobs": [one and one.logprob for _, one in pairs],
             "top_logprobs": [self._likeliest(*pair) for pair in pairs],
             "text_offset": offsets,
         }
 
-    def _likeliest(self, token_id: int, told: TokenLogprobs) -> dict[str, float]:
+    def _likeliest(self, token_id: int, told: TokenLogprobs | None) -> dict[str, float] | None:
         """By their text, the likeliest of those that have the same; the new token among them."""
+        if told is None:
+            return None
         found: dict[str, float] = {}
         for one, logprob in (*told.top, (token_id, told.logprob)):
             found.setdefault(self._text(one), logprob)
@@ -108,10 +139,24 @@ class Writer:
         return {"token": text, "logprob": logprob, "bytes": whole}
 
     def _text(self, token_id: int) -> str:
-        return self._decode([*self._anchor, token_id])[len(self._before) :]
+        return self.decode([*self._anchor, token_id])[len(self._before) :]
 
-    def _decode(self, token_ids: list[int]) -> str:
-        return str(self._tokenizer.decode(token_ids, skip_special_tokens=False))
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Their text, control tokens too."""
+        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=False))
+
+
+def usage(asked: Sequence[Asked], answers: Sequence[Sequence[Answered]]) -> dict[str, Any]:
+    """What prompts and all answers to each took."""
+    num_prompt = sum(len(one.token_ids) for one in asked)
+    num_new = sum(len(one.token_ids) for several in answers for one in several)
+    cached = (min(one.counts.num_cached_tokens for one in several) for several in answers)
+    return {
+        "prompt_tokens": num_prompt,
+        "completion_tokens": num_new,
+        "total_tokens": num_prompt + num_new,
+        "prompt_tokens_details": {"cached_tokens": sum(cached)},
+    }
 
 
 def answer_line(custom_id: str, body: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""HTTP in, requests to a session, events out. Needs the extra `serve`."""

@@ -1,0 +1,54 @@
+"""How long a prompt will take to be read, by the plan: made for a few lengths before a server
+listens, since a plan beside weight passes would take their processor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+FIRST = 256
+"""Tokens of the shortest prompt that is planned; each next one has four times as many."""
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """Of a prompt that nothing is known of."""
+
+    num_tokens: int
+    seconds: float
+    """Until its first token, if it runs alone."""
+    fits: bool
+    """In the memory limits."""
+
+
+class Forecasts:
+    """Those of any length, between the ones that were planned."""
+
+    def __init__(self, planned: Sequence[Forecast] = ()) -> None:
+        """`planned` are in the order of their lengths."""
+        self._planned = [Forecast(0, 0.0, True), *planned]
+
+    def of(self, num_tokens: int) -> Forecast | None:
+        """One of a prompt of so many tokens; None past the longest that was planned."""
+        for shorter, longer in pairwise(self._planned):
+            if num_tokens <= longer.num_tokens:
+                share = (num_tokens - shorter.num_tokens) / (longer.num_tokens - shorter.num_tokens)
+                seconds = shorter.seconds + share * (longer.seconds - shorter.seconds)
+                return Forecast(num_tokens, seconds, longer.fits)
+        return None
+
+
+def make_forecasts(most: int, plan: Callable[[int], Forecast | None]) -> Forecasts:
+    """Plan prompts of up to `most` tokens; a length that cannot be planned ends it."""
+    lengths: list[int] = []
+    while (length := FIRST * 4 ** len(lengths)) < most:
+        lengths.append(length)
+    planned = []
+    for length in [*lengths, most]:
+        found = plan(length)
+        if found is None:
+            break
+        planned.append(found)
+    return Forecasts(planned)

@@ -1,0 +1,135 @@
+"""`/v1/chat/completions` and `/v1/completions`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ollm_core.server.answering import Stream, collected, read, reading_body, tell
+from ollm_core.server.client import Client, as_json
+from ollm_core.server.errors import RefusedRequestError
+from ollm_core.server.meter import Stopwatch
+from ollm_core.server.service import Service
+from ollm_core.serving.offline import Answered
+from ollm_core.serving.openai.answers import Echo, usage
+from ollm_core.serving.openai.chunks import Chunks
+from ollm_core.serving.openai.requests import Kind
+from ollm_core.serving.openai.served import Body
+from ollm_core.serving.request import Finished, NewToken, Request, Scored, TokenLogprobs
+
+
+class Completions:
+    """Answers bodies of one kind."""
+
+    def __init__(self, service: Service, kind: Kind) -> None:
+        self._service, self._kind = service, kind
+
+    async def __call__(self, client: Client) -> None:
+        """Raises what is to be told to the client, and ClientGoneError."""
+        fields = await client.read_object(self._service.options.max_body_bytes)
+        async with reading_body(self._service.read_body(self._kind, fields)) as reading:
+            if fields.get("stream") is True:
+                stream = Stream(self._service, client, failed)
+                await stream.run(reading, lambda body: self.streamed(stream, body))
+            else:
+                await self._whole(client, await read(client, reading))
+
+    async def _whole(self, client: Client, body: Body) -> None:
+        """The answer as one object."""
+        asked, scores = body.requests()
+        scoring = [one for one in scores if one is not None]
+        found = await collected(client, self._service, [*asked, *scoring])
+        answers, scored = found[: len(asked)], [one for [one] in found[len(asked) :]]
+        if not body.answers:
+            answers = [[Answered(finish_reason="length")] for _ in body.asked]
+        await tell(client, self._fields(body, answers, self._echoes(body, scores, scored)))
+
+    def _fields(
+        self, body: Body, answers: Sequence[Sequence[Answered]], echoes: Sequence[Echo | None]
+    ) -> dict[str, Any]:
+        bodies = [
+            self._service.writer.body(*each)
+            for each in zip(body.asked, answers, echoes, strict=True)
+        ]
+        choices = [choice for one in bodies for choice in one["choices"]]
+        choices = [{**choice, "index": index} for index, choice in enumerate(choices)]
+        return {**bodies[0], "choices": choices, "usage": usage(body.asked, answers)}
+
+    def _echoes(
+        self, body: Body, scores: Sequence[Request | None], scored: Sequence[Answered]
+    ) -> list[Echo | None]:
+        """Each prompt again, with what was scored of it."""
+        if not body.echo:
+            return [None] * len(body.asked)
+        of_each = iter(scored)
+        echoes: list[Echo | None] = []
+        for asked, text, score in zip(body.asked, body.prompts, scores, strict=True):
+            told: list[TokenLogprobs | None] = []
+            if body.scored:
+                found = next(of_each).scored if score is not None else None
+                told = [None, *_told(found, asked.sampling.logprobs or 0)]
+            shown = self._service.writer.decode(asked.token_ids) if text is None else text
+            echoes.append(Echo(shown, asked.token_ids if body.scored else (), told))
+        return echoes
+
+    async def streamed(self, stream: Stream, body: Body) -> bytes:
+        """Tell the answer in chunks; -> the end."""
+        requests, _ = body.requests()
+        chunks = Chunks(
+            self._service.writer,
+            body.kind,
+            wants_logprobs=body.asked[0].sampling.logprobs is not None,
+            with_usage=body.with_usage,
+        )
+        answers = [[Answered() for _ in range(body.num_answers)] for _ in body.asked]
+        watch, begun = Stopwatch(self._service.meter), set[int]()
+        async with self._service.ask(requests) as asking:
+            while not asking.has_ended:
+                made: list[dict[str, Any] | None] = []
+                for place, event in await stream.events(asking, requests):
+                    watch.count(event)
+                    index = place * body.num_answers + event.index
+                    if isinstance(event, NewToken | Finished) and index not in begun:
+                        begun.add(index)
+                        made.append(chunks.first(index, self._echo(body, place)))
+                    made += _chunks(chunks, index, event)
+                    answers[place][event.index].add(event)
+                await stream.write(b"".join(_data(one) for one in made if one is not None))
+        end = _data(chunks.usage(usage(body.asked, answers))) if body.with_usage else b""
+        return end + b"data: [DONE]\n\n"
+
+    def _echo(self, body: Body, place: int) -> str:
+        if not body.echo:
+            return ""
+        text = body.prompts[place]
+        return self._service.writer.decode(body.asked[place].token_ids) if text is None else text
+
+
+def _chunks(chunks: Chunks, index: int, event: object) -> list[dict[str, Any] | None]:
+    """Of one event."""
+    if isinstance(event, NewToken):
+        return [chunks.token(index, event)]
+    if isinstance(event, Finished):
+        return [*chunks.last(index, event.text, event.reason)]
+    return []
+
+
+def _told(scored: Scored | None, num_top: int) -> list[TokenLogprobs | None]:
+    """Of each token but the first: asked for `num_top` of the likeliest, at least the one that says
+    whether it is that itself.
+    """
+    if scored is None:
+        return []
+    return [
+        TokenLogprobs(logprob, top if num_top else ())
+        for logprob, top in zip(scored.logprobs, scored.top, strict=True)
+    ]
+
+
+def failed(refused: RefusedRequestError) -> bytes:
+    """The last event of a stream that fails."""
+    return _data(refused.fields)
+
+
+def _data(fields: Mapping[str, Any]) -> bytes:
+    return b"data: " + as_json(fields) + b"\n\n"
