@@ -9,7 +9,7 @@ from typing import Literal
 @dataclass(frozen=True, slots=True)
 class Progress:
     """Where a weight pass is, or a reading of the model's files before one. Sent to `on_progress`
-    after every step of work; cheap to ignore.
+    after every step of work, and when more of it is saved; cheap to ignore.
     """
 
     stage: Literal["check", "prefill", "decode"]

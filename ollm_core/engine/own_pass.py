@@ -70,7 +70,7 @@ class OwnPass:
                         self.eviction.relieve(layer_idx)
                     report()
             self.checkpoint.after_layer(layer_idx + 1, hidden)
-            report.saved_layers = self.checkpoint.saved_layers
+            report.saved(self.checkpoint.saved_layers)
         row_logits: list[list[Tensor]] = [[] for _ in work]
         num_logits = sum(item.num_logits for item in work)
         with (

@@ -64,8 +64,6 @@ class PassReport:
         first: Progress,
         check: Callable[[], None] | None,
     ) -> None:
-        self.saved_layers = 0
-        """Layers that another run would not compute again."""
         self._send = send
         self._check = check
         self._next = first
@@ -73,13 +71,23 @@ class PassReport:
     def __call__(self) -> None:
         if self._check:
             self._check()
-        self._send(replace(self._next, saved_layers=self.saved_layers))
+        self._send(self._next)
         self._next = replace(self._next, steps_done=self._next.steps_done + 1)
 
     def go_on(self, num_layers: int, num_steps: int) -> None:
         """So many layers, which are so many steps, are done already: tell it."""
         if num_layers:
-            self.saved_layers = num_layers
             steps_done = self._next.steps_done + num_steps - 1
-            self._next = replace(self._next, steps_done=steps_done, resumed_layers=num_layers)
+            self._next = replace(
+                self._next,
+                steps_done=steps_done,
+                resumed_layers=num_layers,
+                saved_layers=num_layers,
+            )
             self()
+
+    def saved(self, num_layers: int) -> None:
+        """Another run would not compute so many layers again: tell it, if that is more."""
+        if num_layers > self._next.saved_layers:
+            self._next = replace(self._next, saved_layers=num_layers)
+            self._send(replace(self._next, steps_done=self._next.steps_done - 1))

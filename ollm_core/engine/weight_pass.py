@@ -100,7 +100,7 @@ class WeightPass:
                     with self.span("experts", layer_idx=layer_idx):
                         mixture.run(hidden, offload, fetch, report)
             self.checkpoint.after_layer(layer_idx + 1, hidden)
-            report.saved_layers = self.checkpoint.saved_layers
+            report.saved(self.checkpoint.saved_layers)
         return self._head(hidden, offload, report)
 
     def _own(self, own: OwnForward) -> OwnPass:

@@ -52,12 +52,18 @@ class PassHoldingStore(PrefixCachingStore):
         super().reserve(sequence, num_tokens, longest)
 
     def release(self, sequence: int) -> None:
-        self.drop_finished(sequence)
+        for held in [one for one in self._passes if one.finished_by == sequence]:
+            self._drop_pass(held)
         super().release(sequence)
 
     def drop_finished(self, sequence: int) -> None:
-        for held in [one for one in self._passes if one.finished_by == sequence]:
-            self._drop_pass(held)
+        """Also what another pass has left over tokens that the sequence now has."""
+        if self._passes:
+            known = self.token_ids(sequence)[: self.num_tokens(sequence)]
+            for held in [*self._passes]:
+                covered = common(held.token_ids, known) == len(held.token_ids)
+                if covered or held.finished_by == sequence:
+                    self._drop_pass(held)
 
     def close(self) -> None:
         if not self._closed and not in_own_thread():
@@ -161,5 +167,8 @@ class PassHoldingStore(PrefixCachingStore):
 
 
 def _begins(one: Unfinished, token_ids: Tensor, wanted: Tensor) -> bool:
-    """Whether an unfinished prompt of `token_ids` may be the one that begins with `wanted`."""
-    return one.num_done > 0 and one.start <= len(wanted) == common(token_ids, wanted)
+    """Whether an unfinished prompt of `token_ids` is the one of which `wanted` is to be found: all
+    of its tokens, or all but the last one, whose logits choose the next.
+    """
+    alike = len(token_ids) - 1 <= len(wanted) == common(token_ids, wanted)
+    return alike and one.num_done > 0 and one.start <= len(wanted)

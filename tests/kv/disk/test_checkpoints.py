@@ -239,6 +239,40 @@ def test_it_is_of_use_only_where_it_is_further(tmp_path):
         assert Pass(store, prompt).start == 24
 
 
+def test_a_shorter_prompt_that_is_kept_is_found(tmp_path):
+    """Though a long one begins with it, which is far."""
+    prompt = numbers(41)
+    with open_store(tmp_path) as store:
+        one = Pass(store, prompt[:9])
+        one.run(saving=False)
+        one.finish()
+    broken_off(tmp_path, prompt, num_layers=2)
+    with open_store(tmp_path) as store:
+        assert store.find(prompt[:9])[1] == 9
+        assert store.find(prompt[:20])[1] == 9
+        assert Pass(store, prompt).first == 2
+
+
+def test_who_reads_all_of_it_another_way_removes_it(tmp_path):
+    """Killed after its tokens were kept, and before it was removed: a prefix is all it takes."""
+    prompt = numbers(31)
+    with open_store(tmp_path) as store:
+        one = Pass(store, prompt)
+        assert one.run()
+        store.commit(one.sequence)
+        store.keep(one.sequence, 0, prompt)
+        assert left(tmp_path) == []
+    broken_off(tmp_path / "other", prompt)
+    with open_store(tmp_path / "other") as store:
+        sequence = store.new_sequence()
+        for begin, end in ((0, 24), (24, 31)):
+            for layer_idx in range(2):
+                keys, values = expected_kv(prompt, layer_idx)[:, :, begin:end]
+                store.append(layer_idx, sequence, keys, values)
+            store.keep(sequence, begin, prompt[begin:end])
+            assert len(left(tmp_path / "other")) == (end == 24)
+
+
 def test_a_prefix_that_is_gone_or_another_is_noticed(tmp_path):
     """What layers not done would see is then not what those done saw."""
     prompt = numbers(31)
