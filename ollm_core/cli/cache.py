@@ -153,8 +153,8 @@ def verify(removing: bool, kv_dir: Path, as_json: bool) -> None:
 @json_option
 @debug_option
 def remove(prefix_id: str | None, everything: bool, kv_dir: Path, as_json: bool) -> None:
-    """Remove the cached prefix whose id begins with ID, or all of them, pinned or not, with
-    unfinished prompts. Other files stay.
+    """Remove the cached prefix or unfinished prompt whose id begins with ID, or all of them, pinned
+    or not. Other files stay.
     """
     from ollm_core.kv.disk.admin import pick, remove_empty, remove_unfinished
     from ollm_core.kv.disk.admin import remove as remove_kept
@@ -163,19 +163,29 @@ def remove(prefix_id: str | None, everything: bool, kv_dir: Path, as_json: bool)
         raise click.UsageError("give either an ID or --all")
     inventory = _inventory(kv_dir)
     kept = inventory.prefixes
-    wanted = kept if prefix_id is None else pick(kept, prefix_id)
+    begun = inventory.unfinished
+    wanted_begun = [one for one in begun if prefix_id is None or _is_named(one, prefix_id)]
+    wanted = kept
+    if prefix_id is not None:
+        wanted = [] if wanted_begun else pick(kept, prefix_id)
     in_use = remove_kept(wanted)
-    busy: list[StoredUnfinished] = []
+    busy = remove_unfinished(wanted_begun)
     if everything:
-        busy = remove_unfinished(inventory.unfinished)
         remove_empty(inventory.empty)
         for state in inventory.states if not in_use else ():
             _unlink(state.path)
     removed = [one for one in wanted if one not in in_use]
+    gone = [one for one in wanted_begun if one not in busy]
     if as_json:
-        print_json({"removed": [_fields(one) for one in removed], "in_use": len(in_use)})
+        print_json(
+            {
+                "removed": [_fields(one) for one in removed],
+                "removed_unfinished": [_unfinished_fields(one) for one in gone],
+                "in_use": len(in_use) + len(busy),
+            }
+        )
     else:
-        click.echo(f"removed {len(removed)} of {len(kept)} cached prefixes")
+        click.echo(f"removed {_counted(len(removed), len(kept), len(gone), len(begun))}")
     _check_in_use(in_use, busy)
 
 
@@ -224,11 +234,9 @@ def prune(
             }
         )
     else:
-        counted = f"removed {len(done.removed)} of {len(inventory.prefixes)} cached prefixes"
-        if inventory.unfinished:
-            begun = f"{len(done.unfinished)} of {len(inventory.unfinished)} unfinished prompts"
-            counted = f"{counted}, {begun}"
-        click.echo(f"{counted}; {format_size(left.num_bytes())} left")
+        prefixes = len(done.removed), len(inventory.prefixes)
+        counted = _counted(*prefixes, len(done.unfinished), len(inventory.unfinished))
+        click.echo(f"removed {counted}; {format_size(left.num_bytes())} left")
         _warn(inventory)
     _check_in_use(done.in_use, done.unfinished_in_use)
 
@@ -351,6 +359,18 @@ def _state_fields(one: StoredState) -> dict[str, object]:
         "num_bytes": one.num_bytes,
         "file": str(one.path),
     }
+
+
+def _counted(prefixes: int, of: int, unfinished: int, of_unfinished: int) -> str:
+    """How many of what is there, for people."""
+    told = f"{prefixes} of {of} cached prefixes"
+    if of_unfinished:
+        told += f", {unfinished} of {of_unfinished} unfinished prompts"
+    return told
+
+
+def _is_named(one: StoredUnfinished, beginning: str) -> bool:
+    return bool(beginning) and one.one.id.startswith(beginning.lower())
 
 
 def _unfinished_line(one: StoredUnfinished) -> str:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import json
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,11 +17,13 @@ from ollm_adapter_llama import LlamaAdapter
 from ollm_adapter_qwen3_next import Qwen3MoeAdapter, Qwen3NextAdapter
 from ollm_conformance.subject import Subject
 from ollm_core import DoesNotFitError, ReadError
-from ollm_core.engine.checkpoint import CheckpointPolicy, PassCheckpoint
-from ollm_core.engine.pass_planner import PassPlanner
+from ollm_core.engine.batch import Chunk, NewTokens
+from ollm_core.engine.checkpoint import CheckpointPolicy, PassCheckpoint, checkpoint_of
+from ollm_core.engine.pass_planner import PassPlan, PassPlanner
 from ollm_core.engine.weight_pass import WeightPass
 from ollm_core.errors import NotFiniteError
 from ollm_core.kv.disk.inventory import take_inventory
+from ollm_core.memory.pair import PerMemory
 
 ALWAYS = CheckpointPolicy(least_tokens=300, after_seconds=0, share=1e9)
 NUM_TOKENS = 601
@@ -358,3 +363,49 @@ def test_an_interrupt_drops_nothing_and_an_error_does():
         with pytest.raises(error), one.dropped_if_it_fails():
             raise error("now")
         assert saved.dropped is dropped
+
+
+class Asked:
+    """A store that keeps checkpoints, and notes that it was asked for one."""
+
+    def __init__(self):
+        self.asked = []
+
+    def checkpoint(self, sequence, token_ids, settings, dtypes):
+        self.asked.append((sequence, len(token_ids), settings, dtypes))
+        return
+
+
+PLAN = PassPlan((Chunk((0,), 0, 900),), 900, "exact", False, PerMemory({}, {}))
+LONG = NewTokens(3, torch.zeros(900, dtype=torch.long), 0)
+
+
+@pytest.mark.parametrize(
+    ("work", "shares", "asked"),
+    [
+        ([LONG], False, True),
+        ([replace(LONG, start=5)], False, True),
+        ([LONG], None, True),
+        ([LONG], True, False),  # what layers hand on is nowhere written
+        ([LONG, replace(LONG, sequence=4)], False, False),
+        ([replace(LONG, kept=False)], False, False),
+        ([replace(LONG, num_drafted=1)], False, False),
+        ([replace(LONG, token_ids=LONG.token_ids[:500])], False, False),
+        ([replace(LONG, start=5, num_logits=900)], False, False),  # no prompt
+    ],
+)
+def test_which_passes_can_be_gone_on_with(work, shares, asked):
+    """One sequence's long prompt, of which all that layers need is written."""
+    facts = SimpleNamespace(shares=shares, hidden_dtypes=frozenset({torch.float32}))
+    own = None if shares is None else SimpleNamespace(facts=facts)
+    skeleton = SimpleNamespace(own=own, products=None)
+    weights = SimpleNamespace(dtype=torch.bfloat16, device=torch.device("cpu"))
+    store, policy = Asked(), CheckpointPolicy(least_tokens=600)
+    assert checkpoint_of(store, work, PLAN, skeleton, weights, policy) is None
+    assert bool(store.asked) is asked
+    if asked:
+        sequence, num_tokens, settings, dtypes = store.asked[0]
+        assert (sequence, num_tokens) == (3, 900)
+        assert dtypes == ({torch.bfloat16} if own is None else facts.hidden_dtypes)
+        assert json.loads(json.dumps(settings)) == settings
+    assert checkpoint_of(object(), [LONG], PLAN, skeleton, weights, policy) is None

@@ -33,6 +33,7 @@ from ollm_core.kv.disk.layer_file import (
 )
 from ollm_core.kv.disk.unfinished import (
     Unfinished,
+    read_unfinished,
     remove_partial,
     sound_unfinished,
     unfinished_files,
@@ -261,7 +262,7 @@ def home_fields(geometry: KVGeometry, fingerprint: str) -> dict[str, Any]:
 
 
 def _remove_unkept(directory: Path) -> None:
-    if unfinished_files(directory):
+    if any(map(_may_go_on, unfinished_files(directory))):
         return
     try:
         if (directory / NAME).lstat().st_size > PAGE and read_journal(directory)[1]:
@@ -271,6 +272,16 @@ def _remove_unkept(directory: Path) -> None:
     except KVStoreError:  # that of another version may have kept something
         return
     remove_files(directory)
+
+
+def _may_go_on(path: Path) -> bool:
+    """Whether a file of an unfinished prompt is, or may be to another version, more than a claim:
+    a process has then been killed before it wrote anything else.
+    """
+    try:
+        return read_unfinished(path)[1].num_done > 0
+    except (OSError, KVStoreError):
+        return True
 
 
 def _files_in(directory: Path) -> list[Path]:

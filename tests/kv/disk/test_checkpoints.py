@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,9 +17,9 @@ from ollm_core.contracts.kv import CacheKind, Checkpoint, KeepsCheckpoints
 from ollm_core.errors import DoesNotFitError
 from ollm_core.kv.disk.admin import remove_unfinished
 from ollm_core.kv.disk.checkpoints import CheckpointingStore
-from ollm_core.kv.disk.directory import reap_homes
+from ollm_core.kv.disk.directory import home_fields, reap_homes
 from ollm_core.kv.disk.inventory import take_inventory
-from ollm_core.kv.disk.unfinished import unfinished_files
+from ollm_core.kv.disk.unfinished import unfinished_files, write_unfinished
 from ollm_core.memory.accounts import MemoryAccount
 
 SETTINGS = {"attention": "exact", "chunks": [[0, 4]]}
@@ -416,6 +417,27 @@ def test_what_killed_processes_leave_is_found(tmp_path):
         one.finish()
         one.check()
     assert left(tmp_path) == []
+
+
+def test_a_claim_alone_is_nothing(tmp_path):
+    """Of a process that was killed after it had claimed room, and before it had written more."""
+    with open_store(tmp_path, budget=10**7) as store:
+        one = Pass(store, numbers(31))
+        assert one.run(1)
+        home = store._disk.home.directory
+        claim = replace(left(tmp_path)[0].one, num_done=0)
+        prefix = replace(claim.prefix, layers=())
+        fields = home_fields(GEOMETRY, "f00d")
+        staging = torch.zeros(4096, dtype=torch.uint8)
+        write_unfinished(home, fields, replace(claim, prefix=prefix), (), staging)
+        reap_homes(tmp_path)
+        assert len(left(tmp_path)) == 1  # it is in use
+        shutil.copytree(home, tmp_path / "ollm-kv-killed00", copy_function=shutil.copy2)
+        (tmp_path / "ollm-kv-killed00").chmod(0o700)
+        one.checkpoint.drop()
+    assert len(left(tmp_path)) == 1
+    reap_homes(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_home_goes_when_nothing_is_left(tmp_path):
