@@ -22,11 +22,25 @@ from ollm_core.kv.disk.inventory import take_inventory
 ENVIRONMENT = {
     **os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
 }  # fmt: skip
-ALWAYS = (
-    "import functools, sys; import ollm_core.api; import ollm_core.engine.engine as e;"
-    "e.CheckpointPolicy = functools.partial(e.CheckpointPolicy, 300, 0, 1e9);"
-    "from ollm import main; sys.argv[0] = 'ollm'; main()"
-)
+INTERRUPTED = """
+import functools, os, signal, sys, time
+import ollm_core.api, ollm_core.engine.engine as engine
+from ollm_core.cli.main import main
+from ollm_core.cli.streaming import ProgressBar
+
+engine.CheckpointPolicy = functools.partial(engine.CheckpointPolicy, 300, 0, 1e9)
+shown, sent = ProgressBar.__call__, []
+
+def show(self, progress):
+    shown(self, progress)
+    if progress.saved_layers == 3 and not progress.resumed_layers and not sent:
+        sent.append(1)
+        print("sent", time.monotonic(), file=sys.stderr, flush=True)
+        os.kill(os.getpid(), signal.SIGINT)
+
+ProgressBar.__call__ = show
+main(sys.argv[1:])
+"""
 
 
 @pytest.fixture
@@ -89,32 +103,24 @@ def test_ctrl_c_says_how_to_go_on(deep, document, tmp_path, verb):
         verb, deep, "--file", document, *question, "--device", "cpu", "--kv", "disk",
         "--kv-dir", tmp_path / "kv", "--chunk-size", "16", "--max-new-tokens", "2",
     ]  # fmt: skip
-    command = [sys.executable, "-c", ALWAYS, *map(str, arguments)]
-    pipe = subprocess.PIPE
-    process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=pipe, text=True, env=ENVIRONMENT
-    )
-    until = time.monotonic() + 100
-    while not (tmp_path / "kv").exists() or not take_inventory(tmp_path / "kv").unfinished:
-        assert time.monotonic() < until
-        assert process.poll() is None
-        time.sleep(0.01)
-    time.sleep(0.2)  # it is told when it is written
-    began = time.monotonic()
-    process.send_signal(signal.SIGINT)
-    assert process.stderr
-    err = process.stderr.readline()
-    while not err.endswith("error: interrupted\n"):
-        err += process.stderr.readline()
-    seconds = time.monotonic() - began  # the interpreter itself then takes a second to end
-    with process.stderr:
-        err += process.stderr.read()  # communicate would not have what readline has read ahead
-    assert process.wait(100) == 130, err
+    command = [sys.executable, "-c", INTERRUPTED, *map(str, arguments)]
+    quiet, pipe = subprocess.DEVNULL, subprocess.PIPE
+    err = ""
+    with subprocess.Popen(command, stdout=quiet, stderr=pipe, text=True, env=ENVIRONMENT) as run:
+        assert run.stderr
+        for line in run.stderr:
+            if line.startswith("error: interrupted"):  # the interpreter takes a second to end
+                ended = time.monotonic()
+            err += line
+    assert run.returncode == 130, err
     told = re.search(
         r"^error: interrupted\nhint: the same command goes on from layer (\d) of 8$", err, re.M
     )
+    sent = re.search(r"^sent (\S+)$", err, re.M)
     assert told, err
-    assert seconds < 2
+    assert sent, err
+    assert ended - float(sent[1]) < 2
+    assert told[1] == "4"
     [left] = take_inventory(tmp_path / "kv").unfinished
     assert left.one.num_done + 1 == int(told[1])
     done = subprocess.run(
