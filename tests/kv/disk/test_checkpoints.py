@@ -161,15 +161,22 @@ def test_an_interrupted_run_that_went_on_is_undone(tmp_path, geometry, num_kept)
             one = Pass(store, prompt[:num_kept])
             one.run(saving=False)
             one.finish()
-    broken_off(tmp_path, prompt, geometry)
+    broken_off(tmp_path, prompt, geometry, 2)
+    with open_store(tmp_path, geometry) as store:  # what is free has other content then
+        other = Pass(store, numbers(31, seed=7))
+        other.run(saving=False)
+        other.undo()
     with open_store(tmp_path, geometry) as store:
         one = Pass(store, prompt)
-        assert one.first == 1
+        assert one.first == 2
         store.truncate(one.sequence, one.start)
         assert store.num_tokens(one.sequence) == num_kept
-        if num_kept:
-            had = expected_kv(prompt[:num_kept], 0, geometry)
-            assert torch.equal(content(store, 0, one.sequence), had)
+        for layer_idx in range(2) if num_kept else ():
+            first = geometry.first_needed(layer_idx, num_kept)
+            pairs = store.blocks(layer_idx, one.sequence, first=first)
+            found = torch.cat([torch.stack(pair) for pair in pairs], dim=2)
+            had = expected_kv(prompt[:num_kept], layer_idx, geometry)
+            assert torch.equal(found, had[:, :, first:])
         store.reserve(one.sequence, len(prompt))
         one.first = 0
         one.run(saving=False)
@@ -274,7 +281,8 @@ def test_who_reads_all_of_it_another_way_removes_it(tmp_path):
             assert len(left(tmp_path / "other")) == (end == 24)
 
 
-def test_a_prefix_that_is_gone_or_another_is_noticed(tmp_path):
+@pytest.mark.parametrize("changed", [slice(0, 3), slice(8, 9)])
+def test_a_prefix_that_is_gone_or_another_is_noticed(tmp_path, changed):
     """What layers not done would see is then not what those done saw."""
     prompt = numbers(31)
     with open_store(tmp_path) as store:
@@ -292,8 +300,10 @@ def test_a_prefix_that_is_gone_or_another_is_noticed(tmp_path):
         with open_store(tmp_path / "two") as store:
             sequence = store.new_sequence()
             for layer_idx in range(2):
-                keys, values = expected_kv(prompt[:10], layer_idx) + 1e-3 * (not kept_before)
-                store.append(layer_idx, sequence, keys, values)
+                both = expected_kv(prompt[:10], layer_idx)
+                if not kept_before and layer_idx:
+                    both[:, :, changed] += 1e-3
+                store.append(layer_idx, sequence, both[0], both[1])
             store.keep(sequence, 0, prompt[:10])
         if kept_before:
             broken_off(tmp_path / "two", prompt)
