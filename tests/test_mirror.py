@@ -79,6 +79,7 @@ ELSEWHERE = {
     "documents/process": "documents/test_reading.py",
     "kv/disk/admin": "cli/test_cache.py",
     "kv/disk/borrowing": "kv/disk/test_borrowed.py",
+    "kv/disk/held_pass": "kv/disk/test_checkpoints.py",
     "kv/disk/inventory": "cli/test_cache.py",
     "kv/disk/layer_file": "kv/disk/test_storage.py",
     "kv/disk/read_ahead": "kv/disk/test_storage.py",

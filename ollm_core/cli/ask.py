@@ -17,6 +17,7 @@ from ollm_core.cli.options import debug_option, json_option, names_of, options_o
 from ollm_core.cli.output import print_json
 from ollm_core.cli.report import summary
 from ollm_core.cli.sampling import sampling_of, sampling_options
+from ollm_core.cli.signals import Ended
 from ollm_core.cli.streaming import ProgressBar
 from ollm_core.cli.waiting import wait_asleep_beside_others
 from ollm_core.errors import InputError
@@ -103,6 +104,9 @@ def ask(
             )
             seconds = time.perf_counter() - start
             stats = opened.stats
+    except Ended as ended:
+        ended.hint = progress.saved
+        raise
     finally:
         progress.close()
     answers.finish(found)

@@ -17,7 +17,7 @@ from ollm_core.errors import InputError, KVStoreError
 from ollm_core.memory.sizes import format_size, parse_size
 
 if TYPE_CHECKING:
-    from ollm_core.kv.disk.inventory import Inventory, StoredPrefix
+    from ollm_core.kv.disk.inventory import Inventory, StoredPrefix, StoredUnfinished
     from ollm_core.kv.recurrent.snapshots import StoredState
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -47,13 +47,16 @@ def cache() -> None:
 @json_option
 @debug_option
 def list_(kv_dir: Path, as_json: bool) -> None:
-    """Show every cached prefix: its model, tokens, size, when it was last used, pins."""
+    """Show every cached prefix: its model, tokens, size, when it was last used, pins. Prompts that
+    were broken off are shown, too, and how far they are.
+    """
     inventory = _inventory(kv_dir)
     if as_json:
         print_json(
             {
                 "prefixes": [_fields(one) for one in inventory.prefixes],
                 "states": [_state_fields(one) for one in inventory.states],
+                "unfinished": [_unfinished_fields(one) for one in inventory.unfinished],
                 "empty": [str(path) for path in inventory.empty],
                 "remarks": inventory.remarks,
                 "num_bytes": inventory.num_bytes(),
@@ -68,6 +71,8 @@ def list_(kv_dir: Path, as_json: bool) -> None:
     ]  # fmt: skip
     heads = ("ID", "MODEL", "DTYPE", "TOKENS", "SIZE", "STATES", "LAST USED", "")
     _print(kv_dir, heads, rows)
+    for one in inventory.unfinished:
+        click.echo(_unfinished_line(one))
     total = format_size(inventory.num_bytes())
     click.echo(f"total {total}; what prefixes share is counted once", err=True)
     if inventory.states:
@@ -86,10 +91,11 @@ def list_(kv_dir: Path, as_json: bool) -> None:
 @json_option
 @debug_option
 def verify(removing: bool, kv_dir: Path, as_json: bool) -> None:
-    """Check all cached prefixes and states by their checksums. Exits with 1 if one is damaged, and
-    is not removed.
+    """Check all cached prefixes, states and unfinished prompts by their checksums. Exits with 1 if
+    one is damaged, and is not removed.
     """
     from ollm_core.kv.disk.admin import remove as remove_kept
+    from ollm_core.kv.disk.admin import remove_unfinished, verify_unfinished
     from ollm_core.kv.disk.admin import verify as verify_one
     from ollm_core.kv.recurrent.snapshots import verify_state
 
@@ -99,10 +105,14 @@ def verify(removing: bool, kv_dir: Path, as_json: bool) -> None:
     states |= {state.path: state for state in inventory.states}
     damaged_states = {state: found for state in states.values() if (found := verify_state(state))}
     damaged = [one for one in inventory.prefixes if wrong[id(one)]]
-    left = [*map(id, damaged), *damaged_states]
+    broken = {id(one): verify_unfinished(one) for one in inventory.unfinished}
+    damaged_passes = [one for one in inventory.unfinished if broken[id(one)]]
+    left = [*map(id, damaged), *damaged_states, *map(id, damaged_passes)]
+    num_damaged = len(left)
     if removing:
         in_use = remove_kept(damaged)
         left = [*map(id, in_use), *(state for state in damaged_states if not _unlink(state.path))]
+        left += map(id, remove_unfinished(damaged_passes))
     if as_json:
         print_json(
             {
@@ -112,6 +122,10 @@ def verify(removing: bool, kv_dir: Path, as_json: bool) -> None:
                 "states": [
                     {**_state_fields(one), "wrong": damaged_states.get(one, "")}
                     for one in states.values()
+                ],
+                "unfinished": [
+                    {**_unfinished_fields(one), "wrong": broken[id(one)]}
+                    for one in inventory.unfinished
                 ],
                 "remarks": inventory.remarks,
                 "num_left": len(left),
@@ -123,10 +137,10 @@ def verify(removing: bool, kv_dir: Path, as_json: bool) -> None:
             (f"state {one.num_tokens}", damaged_states.get(one, "") or "sound")
             for one in states.values()
         ]
+        rows += [(one.one.id[:_SHOWN], broken[id(one)] or "sound") for one in inventory.unfinished]
         _print(kv_dir, ("ID", "BLOCKS"), rows)
         if removing:
-            gone = len(damaged) + len(damaged_states) - len(left)
-            click.echo(f"removed {gone} of {len(damaged) + len(damaged_states)} damaged ones")
+            click.echo(f"removed {num_damaged - len(left)} of {num_damaged} damaged ones")
         _warn(inventory)
     if left:
         raise click.exceptions.Exit(1)
@@ -139,28 +153,40 @@ def verify(removing: bool, kv_dir: Path, as_json: bool) -> None:
 @json_option
 @debug_option
 def remove(prefix_id: str | None, everything: bool, kv_dir: Path, as_json: bool) -> None:
-    """Remove the cached prefix whose id begins with ID, or all of them, pinned or not. Other files
-    stay.
+    """Remove the cached prefix or unfinished prompt whose id begins with ID, or all of them, pinned
+    or not. Other files stay.
     """
-    from ollm_core.kv.disk.admin import pick, remove_empty
+    from ollm_core.kv.disk.admin import pick, remove_empty, remove_unfinished
     from ollm_core.kv.disk.admin import remove as remove_kept
 
     if (prefix_id is None) != everything:
         raise click.UsageError("give either an ID or --all")
     inventory = _inventory(kv_dir)
     kept = inventory.prefixes
-    wanted = kept if prefix_id is None else pick(kept, prefix_id)
+    begun = inventory.unfinished
+    wanted_begun = [one for one in begun if prefix_id is None or _is_named(one, prefix_id)]
+    wanted = kept
+    if prefix_id is not None:
+        wanted = [] if wanted_begun else pick(kept, prefix_id)
     in_use = remove_kept(wanted)
+    busy = remove_unfinished(wanted_begun)
     if everything:
         remove_empty(inventory.empty)
         for state in inventory.states if not in_use else ():
             _unlink(state.path)
     removed = [one for one in wanted if one not in in_use]
+    gone = [one for one in wanted_begun if one not in busy]
     if as_json:
-        print_json({"removed": [_fields(one) for one in removed], "in_use": len(in_use)})
+        print_json(
+            {
+                "removed": [_fields(one) for one in removed],
+                "removed_unfinished": [_unfinished_fields(one) for one in gone],
+                "in_use": len(in_use) + len(busy),
+            }
+        )
     else:
-        click.echo(f"removed {len(removed)} of {len(kept)} cached prefixes")
-    _check_in_use(in_use)
+        click.echo(f"removed {_counted(len(removed), len(kept), len(gone), len(begun))}")
+    _check_in_use(in_use, busy)
 
 
 @cache.command()
@@ -173,7 +199,8 @@ def remove(prefix_id: str | None, everything: bool, kv_dir: Path, as_json: bool)
 def prune(
     older_than: str | None, most: str | None, model: str | None, kv_dir: Path, as_json: bool
 ) -> None:
-    """Remove cached prefixes by age, by size, or those of one model. Pinned ones stay.
+    """Remove cached prefixes and unfinished prompts by age, by size, or those of one model. Pinned
+    prefixes stay.
 
     With both --older-than and --to, the old ones go until the rest is small enough.
     """
@@ -184,6 +211,7 @@ def prune(
     inventory = _inventory(kv_dir)
     known = {one.fingerprint for one in inventory.prefixes}
     known |= {one.fingerprint for one in inventory.states}
+    known |= {one.fingerprint for one in inventory.unfinished}
     named = [one for one in known if model and one.startswith(model)]
     if model is not None and len(named) > 1:
         raise InputError(f"--model {model}: need 1 model, have {len(named)}")
@@ -199,16 +227,18 @@ def prune(
             {
                 "removed": [_fields(one) for one in done.removed],
                 "removed_states": [_state_fields(one) for one in done.states],
-                "in_use": len(done.in_use),
+                "removed_unfinished": [_unfinished_fields(one) for one in done.unfinished],
+                "in_use": len(done.in_use) + len(done.unfinished_in_use),
                 "remarks": inventory.remarks,
                 "num_bytes": left.num_bytes(),
             }
         )
     else:
-        counted = f"removed {len(done.removed)} of {len(inventory.prefixes)} cached prefixes"
-        click.echo(f"{counted}; {format_size(left.num_bytes())} left")
+        prefixes = len(done.removed), len(inventory.prefixes)
+        counted = _counted(*prefixes, len(done.unfinished), len(inventory.unfinished))
+        click.echo(f"removed {counted}; {format_size(left.num_bytes())} left")
         _warn(inventory)
-    _check_in_use(done.in_use)
+    _check_in_use(done.in_use, done.unfinished_in_use)
 
 
 @cache.command()
@@ -257,10 +287,14 @@ def _warn(inventory: Inventory) -> None:
         click.echo(f"warning: {remark}", err=True)
 
 
-def _check_in_use(in_use: Sequence[StoredPrefix]) -> None:
-    if in_use:
+def _check_in_use(
+    in_use: Sequence[StoredPrefix], unfinished: Sequence[StoredUnfinished] = ()
+) -> None:
+    busy = [f"{len(in_use)} cached prefixes"] if in_use else []
+    busy += [f"{len(unfinished)} unfinished prompts"] if unfinished else []
+    if busy:
         raise KVStoreError(
-            f"{len(in_use)} cached prefixes are in use by another process", hint="try again later"
+            f"{' and '.join(busy)} are in use by another process", hint="try again later"
         )
 
 
@@ -324,4 +358,43 @@ def _state_fields(one: StoredState) -> dict[str, object]:
         "num_tokens": one.num_tokens,
         "num_bytes": one.num_bytes,
         "file": str(one.path),
+    }
+
+
+def _counted(prefixes: int, of: int, unfinished: int, of_unfinished: int) -> str:
+    """How many of what is there, for people."""
+    told = f"{prefixes} of {of} cached prefixes"
+    if of_unfinished:
+        told += f", {unfinished} of {of_unfinished} unfinished prompts"
+    return told
+
+
+def _is_named(one: StoredUnfinished, beginning: str) -> bool:
+    return bool(beginning) and one.one.id.startswith(beginning.lower())
+
+
+def _unfinished_line(one: StoredUnfinished) -> str:
+    """One unfinished prompt for people."""
+    about = one.one
+    how_far = f"{about.num_done} of {about.num_layers} layers done"
+    return (
+        f"unfinished prompt {about.id[:_SHOWN]} of model {one.fingerprint[:_SHOWN]}: "
+        f"{len(about.prefix.token_ids)} tokens, {how_far}, {format_size(one.num_bytes)}, "
+        f"{_date(one.last_used)}"
+    )
+
+
+def _unfinished_fields(one: StoredUnfinished) -> dict[str, object]:
+    """One unfinished prompt as JSON shows it."""
+    about = one.one
+    return {
+        "id": about.id,
+        "model": one.fingerprint,
+        "dtype": one.dtype,
+        "num_tokens": len(about.prefix.token_ids),
+        "num_layers_done": about.num_done,
+        "num_layers": about.num_layers,
+        "num_bytes": one.num_bytes,
+        "written": _date(one.last_used),
+        "directory": str(one.directory),
     }

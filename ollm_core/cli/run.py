@@ -17,6 +17,7 @@ from ollm_core.cli.profile import profile_table
 from ollm_core.cli.refused import what_would_do
 from ollm_core.cli.report import json_report, summary
 from ollm_core.cli.sampling import sampling_of, sampling_options
+from ollm_core.cli.signals import Ended
 from ollm_core.cli.streaming import ProgressBar, StreamedAnswer
 from ollm_core.cli.waiting import wait_asleep_beside_others
 from ollm_core.errors import DoesNotFitError, InputError
@@ -114,6 +115,9 @@ def run(
             )
             seconds = time.perf_counter() - start
             stats = opened.stats
+    except Ended as ended:
+        ended.hint = progress.saved
+        raise
     except DoesNotFitError as error:
         # It names what is missing at that moment; of a draft model a plan knows nothing.
         if error.memory and prompt_ids and options["draft"] != "model":

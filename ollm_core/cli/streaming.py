@@ -27,8 +27,11 @@ class ProgressBar:
         """`model` is the name to show while nothing has been computed."""
         from tqdm import tqdm
 
+        self.saved = ""
+        """How the next run goes on if this one is broken off now, for people; empty if not."""
         self._stage = ""
         self._start = 0.0, 0
+        self._resumed = 0
         self._bar = tqdm(
             desc=f"opening {model}",
             bar_format=_LOADING,
@@ -39,6 +42,11 @@ class ProgressBar:
         )
 
     def __call__(self, progress: Progress) -> None:
+        done, of = progress.saved_layers, progress.num_layers
+        self.saved = f"the same command goes on from {_layer(done, of)}" if done else ""
+        if progress.resumed_layers and not self._resumed:
+            self.line(f"going on from {_layer(progress.resumed_layers, of)}")
+        self._resumed = progress.resumed_layers
         if self._bar.disable:
             return
         if progress.stage == "decode":
@@ -72,6 +80,10 @@ class ProgressBar:
     def close(self) -> None:
         """Take the bar off the screen. May be called twice."""
         self._bar.close()
+
+
+def _layer(num_done: int, num_layers: int) -> str:
+    return f"layer {num_done + 1} of {num_layers}" if num_done < num_layers else "the last layer"
 
 
 class StreamedAnswer:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from ollm_core.contracts.closing import Closing
 
@@ -310,4 +310,52 @@ class KeepsStates(Protocol):
     ) -> None:
         """Store a copy of the state after `num_new` more tokens. Raises KVStoreError for another
         shape or dtype.
+        """
+
+
+class Checkpoint(Protocol):
+    """What is written of one pass while it runs, so that another process can go on with it."""
+
+    @property
+    def num_done(self) -> int:
+        """Layers of the model that `restore` brings back; 0: nothing was found, or written."""
+
+    def restore(self, hidden: list[Tensor]) -> None:
+        """Give the store what the layers done have added, and put the hidden states after them in
+        place of `hidden`, which have their shapes. To be called once, before any layer, if
+        `num_done`. Raises ReadError or DamagedKVError: nothing is found the next time.
+        """
+
+    def save(self, num_done: int, hidden: Sequence[Tensor]) -> bool:
+        """Write `hidden`, each contiguous, and what `num_done` layers have added to the store, in
+        place of what was written before; returns whether it was. What fails is logged, never
+        raised.
+        """
+
+    def finish(self) -> None:
+        """The pass is through and committed: forget what was written, as soon as the store has
+        kept the tokens or is told of another pass.
+        """
+
+    def drop(self) -> None:
+        """Forget what was written: it is of no use."""
+
+
+@runtime_checkable
+class KeepsCheckpoints(Protocol):
+    """What a KVStore with KeepsPrefixes may be able to do beside: keep a pass that is broken off.
+    `find` then gives the beginning after which such a pass can be gone on with.
+    """
+
+    def checkpoint(
+        self,
+        sequence: int,
+        token_ids: Tensor,
+        settings: Mapping[str, Any],
+        dtypes: Collection[torch.dtype],
+    ) -> Checkpoint | None:
+        """The checkpoint of a pass that has been reserved, over `token_ids` [T] after what the
+        sequence has; None if it cannot be kept. What was written by a pass over other tokens or
+        with other `settings`, JSON values that say all that its bits depend on beside the model,
+        is not found. `dtypes` are those that hidden states may have.
         """

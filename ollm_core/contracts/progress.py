@@ -9,7 +9,7 @@ from typing import Literal
 @dataclass(frozen=True, slots=True)
 class Progress:
     """Where a weight pass is, or a reading of the model's files before one. Sent to `on_progress`
-    after every step of work; cheap to ignore.
+    after every step of work, and when more of it is saved; cheap to ignore.
     """
 
     stage: Literal["check", "prefill", "decode"]
@@ -29,6 +29,12 @@ class Progress:
     """Since the model was opened; in "check", of those that are hashed."""
     given_up_bytes: int = 0
     """Of weights that are not kept in this pass, because others took the machine's memory."""
+    num_layers: int = 0
+    """Of the model; 0 in "check"."""
+    resumed_layers: int = 0
+    """Layers of this pass that an earlier run has computed: it went on after them."""
+    saved_layers: int = 0
+    """Layers of this pass that another run would not compute again."""
 
 
 _JSON = {"json": "always"}

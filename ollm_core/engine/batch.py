@@ -24,6 +24,8 @@ class NewTokens:
     num_logits: int = 1
     num_drafted: int = 0
     """How many of the last ones are guesses: the sequence may be cut before any of them."""
+    kept: bool = True
+    """Whether they may be found again, where the store keeps prefixes."""
 
 
 @dataclass(frozen=True, slots=True)

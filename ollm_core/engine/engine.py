@@ -17,6 +17,7 @@ from torch import Tensor
 from ollm_core.contracts.kv import KeepsStates, KVStore
 from ollm_core.contracts.progress import Progress
 from ollm_core.engine.batch import NewTokens, num_new_tokens, stage_of
+from ollm_core.engine.checkpoint import CheckpointPolicy, PassCheckpoint, checkpoint_of
 from ollm_core.engine.counters import Counters
 from ollm_core.engine.finite import require_finite
 from ollm_core.engine.pass_planner import PassPlan, PassPlanner
@@ -56,6 +57,8 @@ class Engine:
         """
         skeleton.bind_norm(weights.norm)
         self.counters = Counters()
+        self.checkpoints = CheckpointPolicy()
+        """Which passes write how far they are, for another run to go on with."""
         self.progress = ProgressReporter(self.counters, weights, on_progress)
         self._skeleton = skeleton
         self._weights = weights
@@ -92,7 +95,8 @@ class Engine:
 
         Raises DoesNotFitError before anything is read, ReadError if the weights cannot be read or
         were changed, NotFiniteError for logits that are no numbers. If a pass fails or is
-        interrupted, the store is as before.
+        interrupted, the store is as before, but that it may keep how far a long prompt was (see
+        `checkpoints`).
         """
         with (
             self._lock,
@@ -129,11 +133,17 @@ class Engine:
         with self._cap(), self._pass_planner.admit(store, work) as plan:
             # All that the pass may take is reserved.
             self.counters.count_kv_on_disk(store.tier_bytes().disk)
-            logits = self._run(store, work, plan, check)
-            self._check_files()
-            require_finite(logits)
+            found = checkpoint_of(
+                store, work, plan, self._skeleton, self._weights, self.checkpoints
+            )
+            checkpoint = PassCheckpoint(found, self.checkpoints, self._check_files)
+            logits = self._run(store, work, plan, check, checkpoint)
+            with checkpoint.dropped_if_it_fails():
+                self._check_files()
+                require_finite(logits)
             for item in work:
                 store.commit(item.sequence)
+            checkpoint.finish()
         seconds, kv_bytes_read = time.perf_counter() - start, store.bytes_read - read_before
         self.counters.count_pass(work, plan, seconds, kv_bytes_read)
         return logits
@@ -174,6 +184,7 @@ class Engine:
         work: Sequence[NewTokens],
         plan: PassPlan,
         check: Callable[[], None] | None,
+        checkpoint: PassCheckpoint,
     ) -> list[Tensor]:
         return WeightPass(
             self._skeleton,
@@ -184,6 +195,7 @@ class Engine:
             progress=self.progress,
             eviction=self.eviction,
             span=self._span,
+            checkpoint=checkpoint,
             check=check,
         ).run()
 

@@ -5,7 +5,7 @@ with, and makes logits of what the last one gives.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -15,8 +15,10 @@ from torch import Tensor
 from ollm_core.contracts.kv import KVStore
 from ollm_core.device.offload import ActivationOffload
 from ollm_core.engine.batch import Chunk, NewTokens
+from ollm_core.engine.checkpoint import PassCheckpoint
 from ollm_core.engine.own_call import OwnCall, own_attention
 from ollm_core.engine.pass_planner import PassPlan
+from ollm_core.engine.progress import PassReport
 from ollm_core.model.own_forward import OwnForward
 from ollm_core.model.skeleton import Skeleton
 from ollm_core.profiling import Span
@@ -36,15 +38,19 @@ class OwnPass:
     plan: PassPlan
     eviction: Eviction | None
     span: Span
+    checkpoint: PassCheckpoint
 
-    def run(self, offload: ActivationOffload, report: Callable[[], None]) -> list[Tensor]:
+    def run(self, offload: ActivationOffload, report: PassReport) -> list[Tensor]:
         """Logits [num_logits, V] of each item of the work; `report` after each step."""
         own, skeleton, weights, work = self.own, self.skeleton, self.weights, self.work
         calls = [self._call(chunk, offload) for chunk in self.plan.chunks]
         widest = max(dtype.itemsize for dtype in own.facts.hidden_dtypes)
         hidden = [offload.store(call.enter(), widest) for call in calls]
         rows = max(len(chunk.rows) * chunk.num_tokens for chunk in self.plan.chunks)
-        for layer_idx in range(len(skeleton.layers)):
+        self.checkpoint.restore(hidden)
+        first_layer = self.checkpoint.first_layer
+        report.go_on(first_layer, first_layer * len(calls))
+        for layer_idx in range(first_layer, len(skeleton.layers)):
             fetch = functools.partial(weights.experts, layer_idx)
             mixture = skeleton.routed.get(layer_idx)
             with (
@@ -64,6 +70,8 @@ class OwnPass:
                     if self.eviction:
                         self.eviction.relieve(layer_idx)
                     report()
+            self.checkpoint.after_layer(layer_idx + 1, hidden)
+            report.saved(self.checkpoint.saved_layers)
         row_logits: list[list[Tensor]] = [[] for _ in work]
         num_logits = sum(item.num_logits for item in work)
         with (

@@ -16,6 +16,7 @@ from torch.nn import functional
 from ollm_core.contracts.kv import KVStore
 from ollm_core.device.offload import ActivationOffload
 from ollm_core.engine.batch import Chunk, NewTokens
+from ollm_core.engine.checkpoint import PassCheckpoint
 from ollm_core.engine.layer_call import LayerCall, PositionEmbeddings
 from ollm_core.engine.own_pass import OwnPass
 from ollm_core.engine.pass_planner import PassPlan
@@ -42,6 +43,8 @@ class WeightPass:
     eviction: Eviction | None
     """Asked after each call of a layer whether kept weights must give way."""
     span: Span
+    checkpoint: PassCheckpoint
+    """Written after a layer, and gone on with where there is one."""
     check: Callable[[], None] | None = None
     """Called with each report of progress; what it raises ends the pass."""
 
@@ -51,7 +54,10 @@ class WeightPass:
         """
         skeleton, weights, device = self.skeleton, self.weights, self.weights.device
         given_up_bytes = self.eviction.shortage.now_bytes if self.eviction else 0
-        report = self.progress.begin(self.work, self._num_reports, given_up_bytes, self.check)
+        num_layers, first_layer = len(skeleton.layers), self.checkpoint.first_layer
+        report = self.progress.begin(
+            self.work, self._num_reports, given_up_bytes, self.check, num_layers
+        )
         offload = ActivationOffload(device, self.plan.hidden_on_host)
         if skeleton.own is not None:
             return self._own(skeleton.own).run(offload, report)
@@ -68,7 +74,9 @@ class WeightPass:
             if skeleton.recurrent
         ]
         rows = max(chunk.num_rows * chunk.num_tokens for chunk in self.plan.chunks)
-        for layer_idx in range(len(skeleton.layers)):
+        self.checkpoint.restore(hidden)
+        report.go_on(first_layer, self._num_steps(first_layer))
+        for layer_idx in range(first_layer, num_layers):
             with (
                 weights.acquire(layer_idx) as parameters,
                 skeleton.bound(layer_idx, parameters, rows),
@@ -91,6 +99,8 @@ class WeightPass:
                     fetch = functools.partial(weights.experts, layer_idx)
                     with self.span("experts", layer_idx=layer_idx):
                         mixture.run(hidden, offload, fetch, report)
+            self.checkpoint.after_layer(layer_idx + 1, hidden)
+            report.saved(self.checkpoint.saved_layers)
         return self._head(hidden, offload, report)
 
     def _own(self, own: OwnForward) -> OwnPass:
@@ -103,6 +113,7 @@ class WeightPass:
             self.plan,
             self.eviction,
             self.span,
+            self.checkpoint,
         )
 
     @property
@@ -111,8 +122,12 @@ class WeightPass:
         experts, and after each shard of the head.
         """
         num_layers = len(self.skeleton.layers)
-        num_calls = (num_layers + len(self.skeleton.mixtures)) * len(self.plan.chunks)
-        return num_calls + len(self.weights.units) - num_layers
+        return self._num_steps(num_layers) + len(self.weights.units) - num_layers
+
+    def _num_steps(self, num_layers: int) -> int:
+        """Reports of the first `num_layers`."""
+        num_mixtures = sum(layer_idx < num_layers for layer_idx in self.skeleton.mixtures)
+        return (num_layers + num_mixtures) * len(self.plan.chunks)
 
     def _embed(self, chunk: Chunk) -> Tensor:
         ids = torch.cat([self.work[row].token_ids[begin:end] for row, begin, end in chunk.spans])

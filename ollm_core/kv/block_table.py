@@ -184,6 +184,48 @@ class BlockManager:
         table.blocks[index] = own
         self.disown(layer_idx, [block])
 
+    def hold(self, layer_idx: int, source: BlockTable, table: BlockTable, first: int) -> int | None:
+        """Let an empty table share the full blocks of another from index `first` on, or what of
+        them comes without a gap before its end. Returns a new block, the last one of the table, for
+        the tokens after them, if there are any: to be written by the caller. Raises DoesNotFitError
+        with the table empty.
+        """
+        num_full, inside = divmod(source.num_tokens, self._block_size)
+        begin = num_full
+        while begin > first and begin - 1 in source.blocks:
+            begin -= 1
+        new = self._storage.allocate({layer_idx: 1}, [])[layer_idx][0] if inside else None
+        table.blocks = {i: source.blocks[i] for i in range(begin, num_full)}
+        self._num_sharers.update((layer_idx, block) for block in table.blocks.values())
+        if new is not None:
+            table.blocks[num_full] = new
+        table.num_tokens = source.num_tokens
+        return new
+
+    def go_on(self, layer_idx: int, source: BlockTable, table: BlockTable) -> None:
+        """Let a table, grown to the length of `source`, have what that has after its own tokens:
+        full blocks, of which there is one, are shared, the tokens after them copied. Raises
+        ReadError or DamagedKVError; the table may be cut to its old length in any case.
+        """
+        num_full, inside = divmod(source.num_tokens, self._block_size)
+        begun = table.num_tokens // self._block_size if table.num_tokens % self._block_size else -1
+        shared = {i: block for i, block in source.blocks.items() if i < num_full}
+        if begun >= 0 and begun not in shared and table.tail is not None:
+            table.tail = self._storage.seal(layer_idx, table.blocks[begun], table.tail)
+        own = [table.blocks.pop(i) for i in shared if i in table.blocks]
+        self._num_sharers.update((layer_idx, block) for block in shared.values())
+        table.blocks |= shared
+        table.num_tokens = num_full * self._block_size
+        self.disown(layer_idx, own)
+        if inside:
+            block = self._next_block(table)
+            if table.tail is None:
+                table.tail = self._storage.open(layer_idx, block)
+            self._storage.load(layer_idx, source.blocks[num_full], table.tail)
+            table.num_tokens = source.num_tokens
+        surplus, table.spares = table.spares, []
+        self.disown(layer_idx, surplus)
+
     def release(self, layer_idx: int, table: BlockTable) -> None:
         """Take back everything that a table has."""
         self._drop_tail(layer_idx, table)

@@ -14,9 +14,9 @@ from ollm_core.contracts.adapter import ModelAdapter
 from ollm_core.contracts.kv import KVGeometry, KVStore
 from ollm_core.device.memory import SHARED, DeviceMemory
 from ollm_core.kv.block_storage import BlockStorage
+from ollm_core.kv.disk.checkpoints import CheckpointingStore
 from ollm_core.kv.disk.directory import default_parent
 from ollm_core.kv.disk.free_space import check_room
-from ollm_core.kv.disk.prefix_cache import PrefixCachingStore
 from ollm_core.kv.disk.storage import DiskKVStore
 from ollm_core.kv.in_memory import DeviceKVStore, HostKVStore
 from ollm_core.kv.simulated_storage import SimulatedDiskStorage, SimulatedMemoryStorage
@@ -82,7 +82,7 @@ def _open_on_host(request: KVRequest, *, memory: DeviceMemory) -> KVStore:
 def _open_on_disk(request: KVRequest, *, memory: DeviceMemory) -> KVStore:
     geometry, device, host = request.geometry, request.device_account, request.host_account
     if request.directory and request.keep:
-        return PrefixCachingStore(
+        return CheckpointingStore(
             geometry,
             host,
             request.directory,

@@ -117,7 +117,8 @@ class LiveText(ABC):
         assert self.sequence is not None
         begin, end = self.num_stored, self.num_stored + num_new
         ids = torch.tensor(self.token_ids[begin:end], dtype=torch.long, device="cpu")
-        return NewTokens(self.sequence, ids, begin, self.num_logits(begin, end))
+        num_logits = self.num_logits(begin, end)
+        return NewTokens(self.sequence, ids, begin, num_logits, kept=self.kept)
 
     def num_logits(self, begin: int, end: int) -> int:
         """Of the tokens from `begin` to `end`, of how many last ones logits are wanted."""

@@ -2,16 +2,21 @@
 
 import json
 import os
+import re
 import time
 from dataclasses import replace
 
 import pytest
-from kept_prefixes import add, kept, numbers, open_store
+import torch
+from kept_prefixes import GEOMETRY, add, expected_kv, kept, numbers, open_store
 from kept_states import PROMPT, keep_a_run
 
+from ollm_core.kv.disk.checkpoints import CheckpointingStore
 from ollm_core.kv.disk.inventory import take_inventory
 from ollm_core.kv.disk.journal import Journal, read_journal
 from ollm_core.kv.disk.marks import mark_used
+from ollm_core.kv.disk.unfinished import read_unfinished, unfinished_files, write_unfinished
+from ollm_core.memory.accounts import MemoryAccount
 
 
 def test_kept_kv(ollm, tiny_chat, tmp_path):
@@ -259,3 +264,101 @@ def test_a_hostile_directory(ollm, kv_dir, tmp_path):
     after = {path: path.is_symlink() or path.is_dir() or path.read_bytes() for path in before}
     assert after == before
     assert lengths(ollm, kv_dir) == []
+
+
+@pytest.fixture
+def begun(kv_dir):
+    """The same, with a prompt of 31 tokens that was broken off after one layer of two."""
+    with CheckpointingStore(GEOMETRY, MemoryAccount("memory", 10**8), kv_dir, "f00d") as store:
+        prompt = numbers(31, 9)
+        sequence, _ = store.find(prompt)
+        store.reserve(sequence, 31)
+        checkpoint = store.checkpoint(sequence, prompt, {}, [torch.float32])
+        keys, values = expected_kv(prompt, 0)
+        store.append(0, sequence, keys, values)
+        assert checkpoint.save(1, [torch.ones(31, 7)])
+        store.truncate(sequence, 0)
+        store.release(sequence)
+    return kv_dir
+
+
+def test_an_unfinished_prompt_is_shown(ollm, begun):
+    """And how far it is; it counts."""
+    code, out, _ = ollm("cache", "list", "--kv-dir", begun)
+    assert code == 0
+    assert re.search(
+        r"^unfinished prompt \w{12} of model f00d: 31 tokens, 1 of 2 layers done", out, re.M
+    )
+    told = json.loads(ollm("cache", "list", "--kv-dir", begun, "--json")[1])
+    [one] = told["unfinished"]
+    assert (one["num_tokens"], one["num_layers_done"], one["num_layers"]) == (31, 1, 2)
+    assert told["num_bytes"] == one["num_bytes"] + sum(
+        prefix["num_bytes"] for prefix in told["prefixes"]
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["remove", "--all"],
+        ["remove", "ID"],
+        ["prune", "--to", "1B"],
+        ["prune", "--older-than", "1h"],
+        ["prune", "--model", "f00d"],
+    ],
+)
+def test_an_unfinished_prompt_is_removed(ollm, begun, arguments):
+    """As prefixes are; not while a process has it."""
+    [one] = take_inventory(begun).unfinished
+    [path] = unfinished_files(one.directory)
+    when = time.time() - 7200
+    raw = path.read_bytes()
+    index = replace(one.one.prefix, seconds=int(when))
+    tensors = [torch.ones(31, 7)]
+    fields, _ = read_unfinished(path)
+    fields.pop("version")
+    staging = torch.zeros(4096, dtype=torch.uint8)
+    write_unfinished(one.directory, fields, replace(one.one, prefix=index), tensors, staging)
+    assert path.read_bytes() != raw
+    arguments = [one.one.id[:8] if word == "ID" else word for word in arguments]
+    with open_store(begun):
+        code, _, err = ollm("cache", *arguments, "--kv-dir", begun)
+        assert code == 2
+        assert "1 unfinished prompts are in use" in err.replace("cached prefixes and ", "")
+    before = len(take_inventory(begun).prefixes)
+    code, out, _ = ollm("cache", *arguments, "--kv-dir", begun)
+    assert code == 0
+    assert "1 of 1 unfinished prompts" in out
+    assert take_inventory(begun).unfinished == []
+    if arguments[-1] in (one.one.id[:8], "1h"):
+        assert len(take_inventory(begun).prefixes) in (before, before - 2)
+
+
+@pytest.mark.parametrize(
+    "arguments", [["prune", "--older-than", "1h"], ["prune", "--model", "beef"]]
+)
+def test_another_unfinished_prompt_stays(ollm, begun, arguments):
+    """That is young, or of another model."""
+    assert ollm("cache", *arguments, "--kv-dir", begun)[0] == 0
+    assert len(take_inventory(begun).unfinished) == 1
+
+
+@pytest.mark.parametrize("where", ["hidden", "block"])
+def test_a_damaged_unfinished_prompt_is_verified_and_removed(ollm, begun, where):
+    """By its checksums."""
+    [one] = take_inventory(begun).unfinished
+    path, place = unfinished_files(one.directory)[0], one.one.file_bytes - 1
+    if where == "block":
+        path = one.directory / "layer-00000.kv"
+        place = 4096 * (1 + one.one.prefix.layers[0].blocks[3]) + 11
+    assert ollm("cache", "verify", "--kv-dir", begun)[0] == 0
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+    code, out, _ = ollm("cache", "verify", "--kv-dir", begun, "--json")
+    assert code == 1
+    assert "not what was written" in json.loads(out)["unfinished"][0]["wrong"]
+    code, out, _ = ollm("cache", "verify", "--remove", "--kv-dir", begun)
+    assert code == 0
+    assert "removed 1 of 1 damaged ones" in out
+    assert take_inventory(begun).unfinished == []

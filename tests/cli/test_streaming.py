@@ -48,3 +48,19 @@ def test_the_bar_shows_each_stage(monkeypatch: pytest.MonkeyPatch, terminal: boo
     first = next(frame for frame in screen.getvalue().split("\r") if "prefill" in frame)
     assert "B/s" not in first  # that of the check
     assert screen.getvalue().endswith("\r")
+
+
+def test_it_says_that_it_goes_on_and_how_the_next_run_would(capsys):
+    """Once, also where there is no terminal; the other is for whoever breaks it off."""
+    bar = ProgressBar("model")
+    bar(Progress("prefill", 0, 96, 3000, 0, 0, num_layers=32))
+    assert bar.saved == ""
+    for steps_done, saved in ((48, 16), (49, 16), (51, 17)):
+        bar(Progress("prefill", steps_done, 96, 3000, 0, 0, 0, 32, 16, saved))
+    assert bar.saved == "the same command goes on from layer 18 of 32"
+    bar(Progress("prefill", 96, 97, 3000, 0, 0, 0, 32, 16, 32))
+    assert bar.saved == "the same command goes on from the last layer"
+    bar(Progress("decode", 0, 97, 1, 1, 0, num_layers=32))
+    assert bar.saved == ""
+    bar.close()
+    assert capsys.readouterr().err == "going on from layer 17 of 32\n"

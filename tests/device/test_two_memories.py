@@ -17,6 +17,7 @@ from ollm_conformance.subject import CHUNK, Subject, greedy
 from ollm_core import DoesNotFitError
 from ollm_core.checkpoint.safetensors import open_checkpoint, read_config
 from ollm_core.device.memory import OwnMemory
+from ollm_core.engine.checkpoint import CheckpointPolicy
 from ollm_core.memory.budgets import NO_LAYER_LIMITS, Budgets, LayerLimits
 from ollm_core.model.spec import inspect_model
 from ollm_core.planning.dry_run import DryRun, Scenario
@@ -106,3 +107,35 @@ def test_every_logit_is_that_of_transformers(subject_of, bus, family, dtype, kv)
     assert used == {1, 2}
     with pytest.raises(DoesNotFitError):
         dry_run.run(Budgets(least.device - 1, least.host), scenario)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_prompt_that_was_broken_off_goes_on(subject_of, bus, tmp_path, family):
+    """Its hidden states, which the device has, are written and read through host memory that is
+    paid for.
+    """
+    subject = subject_of(family)
+    prompt = subject.prompt(300)
+    expected = subject.reference("bfloat16").greedy(prompt, NUM_NEW)
+    options = {"kv": "disk", "kv_dir": tmp_path / "kv", "keep_kv": True}
+    resumed = set()
+
+    def interrupt(progress):
+        resumed.add(progress.resumed_layers)
+        if progress.saved_layers and not progress.resumed_layers:
+            raise KeyboardInterrupt
+
+    for broken_off in (True, False):
+        with subject.open(subject.tiny("bfloat16"), **options) as model:
+            model.engine.checkpoints = CheckpointPolicy(0, 0, 1e9)
+            model.on_progress(interrupt)
+            if broken_off:
+                with pytest.raises(KeyboardInterrupt):
+                    greedy(model, prompt, NUM_NEW)
+            else:
+                tokens, logits = greedy(model, prompt, NUM_NEW)
+        bus.finish()
+        assert not bus.locked
+    assert resumed == {0, 1}
+    assert tokens == expected[0]
+    assert torch.equal(logits, expected[1])

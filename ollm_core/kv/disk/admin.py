@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ollm_core.device.buffers import PAGE, round_up
 from ollm_core.errors import InputError, KVStoreError
 from ollm_core.files.scratch import take_over
@@ -20,11 +22,18 @@ from ollm_core.kv.disk import marks, readers
 from ollm_core.kv.disk.borrowed import tokens_of
 from ollm_core.kv.disk.compaction import compact
 from ollm_core.kv.disk.directory import remove_files
-from ollm_core.kv.disk.inventory import Inventory, StoredPrefix, take_inventory
-from ollm_core.kv.disk.journal import Journal, LayerBlocks, checksum, read_journal
+from ollm_core.kv.disk.inventory import (
+    Inventory,
+    StoredPrefix,
+    StoredUnfinished,
+    take_inventory,
+)
+from ollm_core.kv.disk.journal import Journal, LayerBlocks, Prefix, checksum, read_journal
 from ollm_core.kv.disk.layer_file import open_own
+from ollm_core.kv.disk.unfinished import is_whole, unfinished_files, unfinished_path
 from ollm_core.kv.recurrent.snapshots import StoredState, remove_states
 
+_PIECE = 4 << 20
 _YOUNG = 24 * 3600
 """Seconds for which a state without a prefix stays: a run may keep that when it ends."""
 
@@ -38,22 +47,28 @@ class Pruned:
     """They would have gone."""
     states: list[StoredState] = field(default_factory=list)
     """Without a prefix, and removed."""
+    unfinished: list[StoredUnfinished] = field(default_factory=list)
+    """Unfinished prompts that were removed."""
+    unfinished_in_use: list[StoredUnfinished] = field(default_factory=list)
+    """They would have gone."""
 
 
 def verify(kept: StoredPrefix) -> str:
     """What is wrong with a prefix, or "" if all its blocks are what was written."""
-    total = 0
-    for layer_idx, layer in enumerate(kept.prefix.layers):
-        path = kept.directory / f"layer-{layer_idx:05}.kv"
-        try:
-            total += len(layer.blocks)
-            with ExitStack() as stack:
-                file = open_own(path, os.O_RDONLY)
-                stack.callback(os.close, file)
-                _verify_layer(file, layer, kept.block_bytes[layer_idx], path)
-        except (OSError, KVStoreError) as error:
-            return str(error)
-    return "" if total else "it has no blocks"
+    wrong = _verify_blocks(kept.directory, kept.prefix, kept.block_bytes)
+    return wrong or ("" if kept.prefix.num_blocks else "it has no blocks")
+
+
+def verify_unfinished(begun: StoredUnfinished) -> str:
+    """What is wrong with an unfinished prompt, or "" if all is what was written."""
+    try:
+        whole = is_whole(begun.directory, begun.one, torch.empty(_PIECE, dtype=torch.uint8))
+    except FileNotFoundError:  # it has been finished since it was listed
+        return ""
+    except (OSError, EOFError, KVStoreError) as error:
+        return str(error) or "it has been cut"
+    wrong = "" if whole else "its hidden states are not what was written"
+    return wrong or _verify_blocks(begun.directory, begun.one.prefix, begun.block_bytes)
 
 
 def remove(kept: Sequence[StoredPrefix]) -> list[StoredPrefix]:
@@ -71,7 +86,7 @@ def remove(kept: Sequence[StoredPrefix]) -> list[StoredPrefix]:
             fields, prefixes, _ = read_journal(directory)
             num_layers = len(mine[0].block_bytes)  # others are damaged
             rest = [p for p in prefixes if p.key not in keys and len(p.layers) == num_layers]
-            if rest:
+            if rest or unfinished_files(directory):
                 with Journal(directory, _without_version(fields), create=False) as journal:
                     journal.replace(rest)
                     if not readers.are_there(directory):  # who has just come may be reading
@@ -82,6 +97,29 @@ def remove(kept: Sequence[StoredPrefix]) -> list[StoredPrefix]:
             else:
                 remove_files(directory)
     remove_states_of([one for one in kept if one not in in_use])
+    return in_use
+
+
+def remove_unfinished(unfinished: Sequence[StoredUnfinished]) -> list[StoredUnfinished]:
+    """Remove unfinished prompts; a directory that then has nothing goes too. Returns those that are
+    in use by another process and stay. Raises KVStoreError if it fails.
+    """
+    in_use = []
+    for one in unfinished:
+        with _owning(one.directory) as owned:
+            if not owned:
+                in_use.append(one)
+                continue
+            unfinished_path(one.directory, one.one.key).unlink(missing_ok=True)
+            fields, prefixes, _ = read_journal(one.directory)
+            if prefixes:
+                with Journal(one.directory, _without_version(fields), create=False) as journal:
+                    sizes = one.block_bytes
+                    kept = [prefix for prefix in prefixes if len(prefix.layers) == len(sizes)]
+                    with suppress(OSError, KVStoreError):  # a disk that is full, a damaged file
+                        compact(one.directory, journal, kept, sizes)
+            elif not unfinished_files(one.directory):
+                remove_files(one.directory)
     return in_use
 
 
@@ -126,17 +164,28 @@ def prune(
     unused_for: float | None = None,
     most_bytes: int | None = None,
 ) -> Pruned:
-    """Remove prefixes that are not pinned, least recently used first: of the model whose
-    fingerprint begins with `model`; those not used for so many seconds; until what is left of these
-    models takes `most_bytes`, blocks that are shared counted once. Without either, all of them.
-    Raises KVStoreError if it fails.
+    """Remove prefixes that are not pinned, least recently used first, and before them unfinished
+    prompts: of the model whose fingerprint begins with `model`; those not used for so many seconds;
+    until what is left of these models takes `most_bytes`, blocks that are shared counted once.
+    Without either, all of them. Raises KVStoreError if it fails.
     """
     now, done = time.time(), Pruned()
     of_model = [one for one in inventory.prefixes if one.fingerprint.startswith(model)]
     strays = [one for one in inventory.states if one.fingerprint.startswith(model)]
     done.states.extend(remove_strays(strays, unused_for or 0))
-    left = Inventory(of_model, [one for one in strays if one not in done.states], [], [])
+    begun = [one for one in inventory.unfinished if one.fingerprint.startswith(model)]
+    strays = [one for one in strays if one not in done.states]
+    left = Inventory(of_model, strays, [], [], begun)
     gone: set[tuple[Path, bytes]] = set()
+    for part in begun:
+        is_old = unused_for is None or now - part.last_used > unused_for
+        is_much = most_bytes is None or left.num_bytes(gone) > most_bytes
+        if is_old and is_much:
+            if remove_unfinished([part]):
+                done.unfinished_in_use.append(part)
+            else:
+                done.unfinished.append(part)
+                gone.add((part.directory, part.one.key))
     for one in of_model:
         is_old = unused_for is None or now - one.last_used > unused_for
         is_much = most_bytes is None or left.num_bytes(gone) > most_bytes
@@ -187,6 +236,19 @@ def _owning(directory: Path) -> Iterator[bool]:
     finally:
         if lock is not None:
             os.close(lock)
+
+
+def _verify_blocks(directory: Path, prefix: Prefix, block_bytes: Sequence[int]) -> str:
+    for layer_idx, layer in enumerate(prefix.layers):
+        path = directory / f"layer-{layer_idx:05}.kv"
+        try:
+            with ExitStack() as stack:
+                file = open_own(path, os.O_RDONLY)
+                stack.callback(os.close, file)
+                _verify_layer(file, layer, block_bytes[layer_idx], path)
+        except (OSError, KVStoreError) as error:
+            return str(error)
+    return ""
 
 
 def _verify_layer(file: int, layer: LayerBlocks, block_bytes: int, path: Path) -> None:

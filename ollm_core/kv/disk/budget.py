@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ollm_core.errors import KVStoreError
-from ollm_core.kv.disk.admin import remove, remove_states_of, remove_strays
-from ollm_core.kv.disk.inventory import StoredPrefix, take_inventory
+from ollm_core.kv.disk.admin import remove, remove_states_of, remove_strays, remove_unfinished
+from ollm_core.kv.disk.inventory import StoredPrefix, StoredUnfinished, take_inventory
 from ollm_core.memory.sizes import format_size
 
 logger = logging.getLogger("ollm")
@@ -22,7 +22,9 @@ _LONGEST_WAIT = 30.0
 """Seconds for another process to copy and write what it keeps."""
 
 Drop = Callable[[bytes], bool]
-"""Forgets the prefix with this key in our own home; returns whether it has."""
+"""Forgets the prefix or unfinished prompt with this key in our own home; returns whether it
+has.
+"""
 
 
 @dataclass(slots=True)
@@ -63,20 +65,24 @@ class KeptBudget:
         """How many bytes may be kept in this `turn`. Until there are as many as `needed` says,
         which is asked again after each, prefixes are removed that are not pinned, least recently
         used first: in `home` by `drop`, in other homes unless a process owns or reads them.
-        Prefixes of `home` with the keys `going` are not counted: they will go.
+        What in `home` has one of the keys `going` is not counted: it will go.
         """
         leaving = {(home, key) for key in going}
         inventory = take_inventory(self.parent)
-        taken = inventory.num_bytes(leaving)
+        taken = inventory.num_bytes(leaving, claimed=True)
         if taken + needed() > self.limit:
             gone = remove_strays(inventory.states)
             taken -= sum(state.num_bytes for state in gone)
-        for one in inventory.prefixes:
+        old: list[StoredPrefix | StoredUnfinished] = [*inventory.prefixes, *inventory.unfinished]
+        for one in sorted(old, key=lambda one: one.last_used):
             if taken + needed() <= self.limit:
                 break
-            stays = one.pinned or (one.directory, one.prefix.key) in leaving
+            if isinstance(one, StoredPrefix):
+                stays = one.pinned or (one.directory, one.prefix.key) in leaving
+            else:
+                stays = (one.directory, one.one.key) in leaving
             if not stays and self._remove(one, home, drop):
-                taken = take_inventory(self.parent).num_bytes(leaving)
+                taken = take_inventory(self.parent).num_bytes(leaving, claimed=True)
         return max(self.limit - taken, 0)
 
     def tell(self, num_kept: int) -> None:
@@ -90,8 +96,12 @@ class KeptBudget:
                 num_kept,
             )
 
-    def _remove(self, one: StoredPrefix, home: Path, drop: Drop) -> bool:
+    def _remove(self, one: StoredPrefix | StoredUnfinished, home: Path, drop: Drop) -> bool:
         try:
+            if isinstance(one, StoredUnfinished):
+                if one.directory == home:
+                    return drop(one.one.key)
+                return not remove_unfinished([one])
             if one.directory == home:
                 dropped = drop(one.prefix.key)
                 if dropped:

@@ -18,6 +18,7 @@ from ollm_core.device.buffers import PAGE, round_up
 from ollm_core.kv.disk import readers
 from ollm_core.kv.disk.journal import Journal, Prefix
 from ollm_core.kv.disk.layer_file import open_own
+from ollm_core.kv.disk.unfinished import unfinished_files
 
 
 def compact(
@@ -25,8 +26,11 @@ def compact(
 ) -> list[Prefix]:
     """Let the files have no free slot. `prefixes` are what `journal` holds, `block_bytes` are of
     each layer. For who owns the home and has seen that nobody reads there. Returns the prefixes as
-    they are then. Raises OSError or KVStoreError.
+    they are then. Blocks of an unfinished prompt are not moved: with one, nothing is done. Raises
+    OSError or KVStoreError.
     """
+    if unfinished_files(home):
+        return list(prefixes)
     moved: list[dict[int, int]] = []
     with ExitStack() as stack:
         files = []

@@ -24,7 +24,21 @@ from ollm_core.files.scratch import Scratch, make_directory, reap, take_over
 from ollm_core.kv.disk import marks, readers
 from ollm_core.kv.disk.compaction import compact
 from ollm_core.kv.disk.journal import NAME, Journal, Prefix, read_journal
-from ollm_core.kv.disk.layer_file import MAGIC, LayerFile, header_fields, open_own, storage_error
+from ollm_core.kv.disk.layer_file import (
+    MAGIC,
+    LayerFile,
+    header_fields,
+    open_own,
+    storage_error,
+)
+from ollm_core.kv.disk.unfinished import (
+    Unfinished,
+    read_unfinished,
+    remove_partial,
+    sound_unfinished,
+    unfinished_files,
+    unfinished_path,
+)
 
 PREFIX = "ollm-kv-"
 
@@ -34,7 +48,9 @@ logger = logging.getLogger("ollm")
 
 
 class KVDirectory(Closing):
-    """A directory that this process owns. Closing it removes it, unless it has `prefixes`."""
+    """A directory that this process owns. Closing it removes it, unless it has `prefixes`, or
+    something `unfinished`.
+    """
 
     def __init__(self, directory: Path, lock: int, files: Sequence[LayerFile]) -> None:
         """Made by `make_home` and `open_home`."""
@@ -45,6 +61,8 @@ class KVDirectory(Closing):
         """None if nothing is to be kept."""
         self.prefixes: list[Prefix] = []
         """What is kept, oldest first."""
+        self.unfinished: list[Unfinished] = []
+        """Prompts that can be gone on with."""
         self._lock = lock
 
     def keep(self, prefix: Prefix) -> None:
@@ -59,6 +77,13 @@ class KVDirectory(Closing):
         self.journal.drop(prefix.key)
         self.prefixes.remove(prefix)
         marks.forget(self.directory, prefix.key)
+
+    def drop_unfinished(self, one: Unfinished) -> None:
+        """Forget an unfinished prompt, known or not; after that its blocks may be written again.
+        Raises OSError.
+        """
+        unfinished_path(self.directory, one.key).unlink(missing_ok=True)
+        self.unfinished = [other for other in self.unfinished if other.key != one.key]
 
     def shorten(self, block_bytes: Sequence[int]) -> None:
         """Leave no free slots in the files, `block_bytes` being of each layer, unless somebody
@@ -76,7 +101,7 @@ class KVDirectory(Closing):
         lock, self._lock = self._lock, -1
         with ExitStack() as stack:
             stack.callback(os.close, lock)
-            if not self.prefixes:
+            if not self.prefixes and not self.unfinished:
                 stack.callback(remove_files, self.directory)
             for part in (*self.files, *([self.journal] if self.journal else [])):
                 stack.callback(part.close)
@@ -114,7 +139,7 @@ def make_home(
 
 def open_home(directory: Path, geometry: KVGeometry, fingerprint: str) -> KVDirectory | None:
     """The directory that another store left, if it is free and of the same model; then only its
-    sound prefixes are left in it.
+    sound prefixes and unfinished prompts are left in it.
     """
     with ExitStack() as stack:
         try:
@@ -136,18 +161,22 @@ def open_home(directory: Path, geometry: KVGeometry, fingerprint: str) -> KVDire
                 )
             if useless or len(sound) < len(found):
                 journal.replace(sound)
+            remove_partial(directory)
+            unfinished = sound_unfinished(directory, fields, sound, files, geometry)
             read = readers.are_there(directory)  # maybe what is kept no more
             for layer_idx, file in enumerate(files):
                 if read:
                     file.keep_all()
                 else:
-                    kept = (prefix.layers[layer_idx].blocks for prefix in sound)
+                    kept = [prefix.layers[layer_idx].blocks for prefix in sound]
+                    for one in unfinished:
+                        kept += [layer.blocks for layer in one.prefix.layers[layer_idx:][:1]]
                     file.keep(set(itertools.chain.from_iterable(kept)))
         except (OSError, KVStoreError) as error:
             logger.info("%s: its prefix cache cannot be used: %s", directory, error)
             return None
         home = KVDirectory(directory, lock, files)
-        home.journal, home.prefixes = journal, sound
+        home.journal, home.prefixes, home.unfinished = journal, sound, unfinished
         stack.pop_all()
         return home
 
@@ -233,6 +262,8 @@ def home_fields(geometry: KVGeometry, fingerprint: str) -> dict[str, Any]:
 
 
 def _remove_unkept(directory: Path) -> None:
+    if any(map(_may_go_on, unfinished_files(directory))):
+        return
     try:
         if (directory / NAME).lstat().st_size > PAGE and read_journal(directory)[1]:
             return
@@ -241,6 +272,16 @@ def _remove_unkept(directory: Path) -> None:
     except KVStoreError:  # that of another version may have kept something
         return
     remove_files(directory)
+
+
+def _may_go_on(path: Path) -> bool:
+    """Whether a file of an unfinished prompt is, or may be to another version, more than a claim:
+    a process has then been killed before it wrote anything else.
+    """
+    try:
+        return read_unfinished(path)[1].num_done > 0
+    except (OSError, KVStoreError):
+        return True
 
 
 def _files_in(directory: Path) -> list[Path]:

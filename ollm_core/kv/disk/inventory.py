@@ -5,7 +5,7 @@ from __future__ import annotations
 import stat
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from ollm_core.kv.disk.borrowed import contents_of, tokens_of
 from ollm_core.kv.disk.directory import PREFIX, is_home, strangers_in
 from ollm_core.kv.disk.journal import Prefix, read_journal
 from ollm_core.kv.disk.marks import Marks, read_marks
+from ollm_core.kv.disk.unfinished import Unfinished, read_unfinished, unfinished_files
 from ollm_core.kv.recurrent.snapshots import StoredState, list_states
 
 _MAX_BLOCK_BYTES = 1 << 30
@@ -51,6 +52,35 @@ class StoredPrefix:
 
 
 @dataclass(frozen=True, slots=True)
+class StoredUnfinished:
+    """An unfinished prompt and what its file says of the model."""
+
+    directory: Path
+    fingerprint: str
+    dtype: str
+    block_bytes: tuple[int, ...]
+    """Of each layer that keeps keys and values."""
+    one: Unfinished
+
+    @property
+    def last_used(self) -> int:
+        """When it was last written, in seconds since 1970."""
+        return self.one.prefix.seconds
+
+    @property
+    def num_bytes(self) -> int:
+        """On disk."""
+        sizes = zip(self.one.prefix.layers, self.block_bytes, strict=False)
+        blocks = sum(len(layer.blocks) * round_up(block_bytes) for layer, block_bytes in sizes)
+        return blocks + self.one.file_bytes
+
+    @property
+    def claimed_bytes(self) -> int:
+        """That it takes, and may come to take until its pass is through."""
+        return max(self.num_bytes, self.one.claim_bytes)
+
+
+@dataclass(frozen=True, slots=True)
 class Inventory:
     """What a directory holds."""
 
@@ -64,11 +94,18 @@ class Inventory:
     """
     remarks: list[str]
     """What is damaged or not ours, one line each."""
+    unfinished: list[StoredUnfinished] = field(default_factory=list)
+    """Longest ago written first."""
 
-    def num_bytes(self, without: Collection[tuple[Path, bytes]] = ()) -> int:
-        """Of all that is kept, but for prefixes by directory and key. What several share is counted
-        once.
+    def num_bytes(
+        self, without: Collection[tuple[Path, bytes]] = (), *, claimed: bool = False
+    ) -> int:
+        """Of all that is kept, but for prefixes and unfinished prompts by directory and key. What
+        several prefixes share is counted once. With what unfinished ones may yet take, if
+        `claimed`.
         """
+        passes = (one for one in self.unfinished if (one.directory, one.one.key) not in without)
+        unfinished = sum(one.claimed_bytes if claimed else one.num_bytes for one in passes)
         blocks: dict[tuple[Path, int, int], int] = {}
         states = {state.path: state.num_bytes for state in self.states}
         for one in self.prefixes:
@@ -77,7 +114,7 @@ class Inventory:
                 for layer_idx, block, _ in contents_of([one.prefix]):
                     num_bytes = round_up(one.block_bytes[layer_idx])
                     blocks[one.directory, layer_idx, block] = num_bytes
-        return sum(blocks.values()) + sum(states.values())
+        return sum(blocks.values()) + sum(states.values()) + unfinished
 
 
 def take_inventory(parent: Path) -> Inventory:
@@ -85,6 +122,7 @@ def take_inventory(parent: Path) -> Inventory:
     states, remarks = list_states(parent)
     found: list[StoredPrefix] = []
     empty: list[Path] = []
+    unfinished: list[StoredUnfinished] = []
     for directory in _homes(parent, remarks):
         here: list[StoredPrefix] = []
         try:
@@ -100,11 +138,15 @@ def take_inventory(parent: Path) -> Inventory:
             remarks.append(error.message)
         remarks += [f"{path}: not a file of ollm" for path in strangers_in(directory)]
         found += here
-        if not here and is_home(directory):
+        begun = list(_unfinished(directory, remarks))
+        unfinished += begun
+        if not here and not begun and is_home(directory):
             empty.append(directory)
     led = {state.path for one in found for state in one.states}
     found.sort(key=lambda one: (one.last_used, one.prefix.seconds))
-    return Inventory(found, [one for one in states if one.path not in led], empty, remarks)
+    unfinished.sort(key=lambda one: one.last_used)
+    strays = [one for one in states if one.path not in led]
+    return Inventory(found, strays, empty, remarks, unfinished)
 
 
 def _homes(parent: Path, remarks: list[str]) -> Iterator[Path]:
@@ -142,6 +184,22 @@ def _stored(
                 prefix.key.hex() in marks.pinned,
                 leads,
             )
+
+
+def _unfinished(directory: Path, remarks: list[str]) -> Iterator[StoredUnfinished]:
+    for path in unfinished_files(directory):
+        try:
+            fields, one = read_unfinished(path)
+            sizes = _block_bytes(fields)
+            if len(one.prefix.layers) > len(sizes):
+                raise KVStoreError(f"{path}: the unfinished prompt is damaged")
+        except FileNotFoundError:  # it has just been finished
+            continue
+        except (OSError, KVStoreError) as error:
+            remarks.append(str(error.message if isinstance(error, KVStoreError) else error))
+            continue
+        named = str(fields.get("fingerprint")), str(fields.get("dtype"))
+        yield StoredUnfinished(directory, *named, sizes, one)
 
 
 def _last_used(prefix: Prefix, marks: Marks) -> int:

@@ -40,7 +40,8 @@ _KEPT = struct.Struct("<QQI")
 _LAYER = struct.Struct("<II")
 _KEEP, _DROP = 1, 2
 _KEY_BYTES = 16
-_MAX_PAYLOAD = 64 << 20  # millions of tokens
+MAX_PAYLOAD = 64 << 20
+"""Of one record: millions of tokens."""
 _SWAP = sys.byteorder == "big"
 
 checksum = xxhash.xxh3_64_intdigest
@@ -94,7 +95,7 @@ class Journal(Closing):
             self._file = open_own(self.path, os.O_RDWR)
         try:
             if create:
-                _write_all(self._file, write_header(self._fields), 0)
+                write_all(self._file, write_header(self._fields), 0)
             elif _header(self._file, self.path) != write_header(self._fields):
                 raise KVStoreError(f"{self.path}: made for another model")
             self._size = os.fstat(self._file).st_size
@@ -104,8 +105,8 @@ class Journal(Closing):
 
     def append(self, prefix: Prefix) -> None:
         """Keep `prefix`. Raises OSError, with the journal as it was, also if it is too long."""
-        payload = _packed(prefix)
-        if len(payload) > _MAX_PAYLOAD:
+        payload = pack_prefix(prefix)
+        if len(payload) > MAX_PAYLOAD:
             raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
         self._append(_KEEP, payload)
 
@@ -119,8 +120,8 @@ class Journal(Closing):
         new_path.unlink(missing_ok=True)
         new = open_own(new_path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
         try:
-            records = [_record(_KEEP, _packed(prefix)) for prefix in prefixes]
-            size = _write_all(new, b"".join([write_header(self._fields), *records]), 0)
+            records = [_record(_KEEP, pack_prefix(prefix)) for prefix in prefixes]
+            size = write_all(new, b"".join([write_header(self._fields), *records]), 0)
             os.fdatasync(new)
             new_path.replace(self.path)
         except BaseException:
@@ -138,7 +139,7 @@ class Journal(Closing):
     def _append(self, kind: int, payload: bytes) -> None:
         record = _record(kind, payload)
         try:
-            _write_all(self._file, record, self._size)
+            write_all(self._file, record, self._size)
         except BaseException:
             os.ftruncate(self._file, self._size)
             raise
@@ -159,7 +160,7 @@ def read_journal(directory: Path) -> tuple[dict[str, Any], list[Prefix], int]:
         for kind, payload in _records(file):
             if kind == _DROP:
                 kept.pop(payload, None)
-            elif kind == _KEEP and (prefix := _unpacked(payload)):
+            elif kind == _KEEP and (prefix := unpack_prefix(payload)):
                 kept.pop(prefix.key, None)
                 kept[prefix.key] = prefix, _RECORD.size + len(payload)
         used = PAGE + sum(size for _, size in kept.values())
@@ -176,11 +177,11 @@ def _records(file: int) -> Iterator[tuple[int, bytes]]:
     offset, size = PAGE, os.fstat(file).st_size
     while offset + _RECORD.size <= size:
         try:
-            mark, kind, length, expected = _RECORD.unpack(_read_all(file, _RECORD.size, offset))
+            mark, kind, length, expected = _RECORD.unpack(read_all(file, _RECORD.size, offset))
             offset += _RECORD.size
-            if mark != _MARK or length > min(size - offset, _MAX_PAYLOAD):
+            if mark != _MARK or length > min(size - offset, MAX_PAYLOAD):
                 return
-            payload = _read_all(file, length, offset)
+            payload = read_all(file, length, offset)
         except EOFError:  # it has just been cut
             return
         offset += length
@@ -196,7 +197,8 @@ def _checksum(kind: int, payload: bytes) -> int:
     return checksum(_RECORD.pack(_MARK, kind, len(payload), 0) + payload)
 
 
-def _packed(prefix: Prefix) -> bytes:
+def pack_prefix(prefix: Prefix) -> bytes:
+    """The payload that keeps a prefix."""
     num_tokens, num_layers = len(prefix.token_ids), len(prefix.layers)
     parts = [_KEPT.pack(prefix.seconds, num_tokens, num_layers), _little(prefix.token_ids)]
     for layer in prefix.layers:
@@ -205,7 +207,7 @@ def _packed(prefix: Prefix) -> bytes:
     return b"".join(parts)
 
 
-def _unpacked(payload: bytes) -> Prefix | None:
+def unpack_prefix(payload: bytes) -> Prefix | None:
     """The prefix of a payload, or None if its numbers do not add up."""
     try:
         seconds, num_tokens, num_layers = _KEPT.unpack_from(payload)
@@ -243,12 +245,13 @@ def _little(numbers: array[int]) -> bytes:
 
 def _header(file: int, path: Path) -> bytes:
     try:
-        return _read_all(file, PAGE, 0)
+        return read_all(file, PAGE, 0)
     except EOFError as error:
         raise KVStoreError(f"{path}: not a KV file") from error
 
 
-def _read_all(file: int, num_bytes: int, offset: int) -> bytes:
+def read_all(file: int, num_bytes: int, offset: int) -> bytes:
+    """Bytes of a file from `offset` on. Raises OSError; EOFError if there are fewer."""
     parts = []
     while num_bytes:
         part = os.pread(file, num_bytes, offset)
@@ -260,7 +263,7 @@ def _read_all(file: int, num_bytes: int, offset: int) -> bytes:
     return b"".join(parts)
 
 
-def _write_all(file: int, data: bytes, offset: int) -> int:
+def write_all(file: int, data: bytes | memoryview, offset: int) -> int:
     """Returns the offset after `data`. Raises OSError."""
     rest = memoryview(data)
     while rest:

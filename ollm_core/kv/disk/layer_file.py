@@ -227,6 +227,10 @@ class LayerFile(Closing):
         except OSError as error:
             raise storage_error(error, self.path, "writing") from error
 
+    def sync(self) -> None:
+        """Return when the disk has what was written. Raises OSError."""
+        os.fdatasync(self._file)
+
     def close(self) -> None:
         if self._file >= 0:
             os.close(self._file)

@@ -93,23 +93,28 @@ class PrefixCachingStore(BorrowingStore):
             if num_tokens < least:
                 break
             try:
-                sequence = self.fork(pin.sequence, num_tokens)
+                return self._fork_of(pin, wanted[:num_tokens]), num_tokens
             except DamagedKVError:
                 self._drop_damaged()
             except KVStoreError:  # windows that have moved on: a shorter one may do
                 continue
             except (DoesNotFitError, ReadError) as error:
                 logger.warning("a cached prefix cannot be used: %s", error)
-                return self.new_sequence(), 0
-            else:
-                marks.mark_used(pin.home, pin.prefix.key)
-                self._num_kept[sequence] = num_tokens
-                self._token_ids[sequence] = wanted[:num_tokens].clone()
-                return sequence, num_tokens
+                break
         return self.new_sequence(), 0
 
     def keep(self, sequence: int, start: int, token_ids: Tensor) -> None:
         """See KeepsPrefixes."""
+        self.keep_tokens(sequence, start, token_ids)
+        self.drop_finished(sequence)
+
+    def drop_finished(self, sequence: int) -> None:
+        """What a pass of `sequence` has left that it would have needed to be gone on with may go:
+        all that it gave is kept. By default nothing was left.
+        """
+
+    def keep_tokens(self, sequence: int, start: int, token_ids: Tensor) -> None:
+        """As `keep`, where something else is to be kept of the pass before `drop_finished`."""
         known = self._known(sequence, start)
         if len(known) == start:
             self._token_ids[sequence] = torch.cat([known, token_ids.to(torch.int32)])
@@ -171,6 +176,16 @@ class PrefixCachingStore(BorrowingStore):
                 self._shorten()
         super().close()
 
+    def _fork_of(self, pin: Pin, token_ids: Tensor) -> int:
+        """A new sequence that has `token_ids`, which a kept prefix begins with. Raises as `fork`,
+        and DamagedKVError.
+        """
+        sequence = self.fork(pin.sequence, len(token_ids))
+        marks.mark_used(pin.home, pin.prefix.key)
+        self._num_kept[sequence] = len(token_ids)
+        self._token_ids[sequence] = token_ids.clone()
+        return sequence
+
     def _known(self, sequence: int, num_tokens: int | None = None) -> Tensor:
         none = torch.zeros(0, dtype=torch.int32, device="cpu")
         return self._token_ids.get(sequence, none)[:num_tokens]
@@ -203,19 +218,22 @@ class PrefixCachingStore(BorrowingStore):
             pinned = sequence
         else:
             pinned = super().fork(sequence, num_tokens)  # full blocks: nothing is copied
-        layers = tuple(
+        prefix = Prefix(array("i", token_ids.tolist()), self._layers_of(pinned))
+        self._disk.home.keep(prefix)
+        for pin in self._replaced_by(token_ids):
+            self._drop(pin)
+        self._pins.append(Pin(pinned, prefix, token_ids, self._disk.home.directory))
+
+    def _layers_of(self, sequence: int) -> tuple[LayerBlocks, ...]:
+        """Where each layer has what is stored of a sequence, all of it written."""
+        return tuple(
             LayerBlocks(
                 first,
                 array("I", blocks),
                 array("Q", (self._disk.checksums[layer_idx, block] for block in blocks)),
             )
-            for layer_idx, (first, blocks) in enumerate(self._blocks_of(pinned))
+            for layer_idx, (first, blocks) in enumerate(self._blocks_of(sequence))
         )
-        prefix = Prefix(array("i", token_ids.tolist()), layers)
-        self._disk.home.keep(prefix)
-        for pin in self._replaced_by(token_ids):
-            self._drop(pin)
-        self._pins.append(Pin(pinned, prefix, token_ids, self._disk.home.directory))
 
     def _replaced_by(self, token_ids: Tensor) -> list[Pin]:
         """The prefixes that these tokens begin with, but for those that the user has pinned."""
@@ -232,6 +250,7 @@ class PrefixCachingStore(BorrowingStore):
             return num_tokens
         slots = list(map(round_up, map(self.geometry.block_bytes, range(self.geometry.num_layers))))
         going = [pin.prefix.key for pin in self._replaced_by(self._known(sequence, num_tokens))]
+        going += self._finished_keys(sequence)
 
         def needed() -> int:
             shared = {
@@ -258,6 +277,10 @@ class PrefixCachingStore(BorrowingStore):
             fitting = 0
         self._budget.tell(fitting)
         return fitting
+
+    def _finished_keys(self, sequence: int) -> list[bytes]:
+        """Of what `drop_finished` will drop."""
+        return []
 
     def _evict(self, key: bytes) -> bool:
         """Forget what is kept here by that key; returns whether it was."""
@@ -310,20 +333,29 @@ class PrefixCachingStore(BorrowingStore):
         """Go on in another directory that has more of these tokens, as long as nothing is stored
         here and no other process has that one. Returns whether it did.
         """
-        held = {*(pin.sequence for pin in self._pins), *self._forgotten}
-        if self._loans or any(
-            self._blocks_of(sequence)[0][1] for sequence in self._tables.keys() - held
-        ):
+        return self._may_move() and any(
+            self._move_to(path) for _, path in self._longer(token_ids, 1)
+        )
+
+    def _held(self) -> set[int]:
+        """The sequences that nobody goes on with."""
+        return {*(pin.sequence for pin in self._pins), *self._forgotten}
+
+    def _may_move(self) -> bool:
+        """Whether nothing is stored but what is kept, and nothing read in other homes."""
+        others = self._tables.keys() - self._held()
+        return not (self._loans or any(self._blocks_of(sequence)[0][1] for sequence in others))
+
+    def _move_to(self, path: Path) -> bool:
+        """Go on in another directory, if no other process has it. Only after `_may_move`."""
+        home = open_home(path, self.geometry, self._fingerprint)
+        if home is None:
             return False
-        for _, path in self._longer(token_ids, 1):
-            home = open_home(path, self.geometry, self._fingerprint)
-            if home:
-                self._leave(held)
-                self._forgotten.clear()
-                self._disk.move(home)
-                self._pin_all(home)
-                return True
-        return False
+        self._leave(self._held())
+        self._forgotten.clear()
+        self._disk.move(home)
+        self._pin_all(home)
+        return True
 
     def _pin_all(self, home: KVDirectory) -> None:
         """Hold the blocks of all that is kept in `home`."""

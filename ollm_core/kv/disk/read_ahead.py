@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -81,6 +82,12 @@ class ReadAhead:
                     yield stagings[i % 2].blocks[: len(run)]
             finally:
                 _finish(coming)  # before others get the staging
+
+    @contextmanager
+    def buffer(self) -> Iterator[Tensor]:
+        """A uint8 host buffer for the `with` block. Raises DoesNotFitError."""
+        with self._stagings.lane() as (buffer, _):
+            yield buffer
 
     def clear(self) -> None:
         """Let go of the stagings, when the thread has ended."""

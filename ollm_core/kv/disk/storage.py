@@ -8,7 +8,7 @@ import threading
 import weakref
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -196,6 +196,22 @@ class DiskStorage(BlockStorage):
     def flush(self) -> None:
         """Return when the disk has every sealed block, or has refused one: raises as `check`."""
         self._writes.flush()
+
+    def slot_bytes(self, layer_idx: int) -> int:
+        """What a block of a layer takes on disk."""
+        return self._slot_bytes[layer_idx]
+
+    def sync(self, layer_idx: int) -> None:
+        """Return when the disk has what was written of a layer. Raises OSError."""
+        self._files[layer_idx].sync()
+
+    @contextmanager
+    def staging(self) -> Iterator[Tensor]:
+        """A uint8 host buffer that is paid for, in the `with` block. Raises DoesNotFitError where
+        it is in use.
+        """
+        with self._reads.buffer() as buffer:
+            yield buffer
 
     def write_part(self, layer_idx: int, block: int, tail: Tensor, num_tokens: int) -> None:
         """Write the first `num_tokens` of a tail, and zeros after them, as `block`. The tail is not

@@ -5,14 +5,21 @@ files of their own.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
+import torch
+import xxhash
 from torch import Tensor
 
 from ollm_core.contracts.kv import KVGeometry
 from ollm_core.errors import OllmError
+from ollm_core.kv.disk.checkpoints import CheckpointingStore, DiskCheckpoint
 from ollm_core.kv.disk.prefix_cache import PrefixCachingStore
+from ollm_core.kv.disk.unfinished import as_bytes
 from ollm_core.kv.recurrent.hybrid import HybridKVStore
 from ollm_core.kv.recurrent.snapshots import StateFiles, StateWriter
 from ollm_core.kv.recurrent.states import StateStore
@@ -38,6 +45,7 @@ class PrefixCachingHybridStore(HybridKVStore):
         """See HybridKVStore; `files` is where states are kept."""
         super().__init__(geometry, attention, states)
         self._kept = attention
+        self._num_layers = geometry.num_layers
         self._files = files
         self._keeps = True
         self._ends: dict[int, int] = {}
@@ -66,7 +74,7 @@ class PrefixCachingHybridStore(HybridKVStore):
 
     def keep(self, sequence: int, start: int, token_ids: Tensor) -> None:
         """See KeepsPrefixes."""
-        self._kept.keep(sequence, start, token_ids)
+        self._kept.keep_tokens(sequence, start, token_ids)
         known = self._kept.token_ids(sequence)
         for key in [key for key in self._writers if key[0] == sequence]:
             writer = self._writers.pop(key)
@@ -77,6 +85,20 @@ class PrefixCachingHybridStore(HybridKVStore):
                     writer.drop()
         if len(token_ids) > 1:
             self._keep_end(sequence)
+        self._kept.drop_finished(sequence)
+
+    def checkpoint(
+        self,
+        sequence: int,
+        token_ids: Tensor,
+        settings: Mapping[str, Any],
+        dtypes: Collection[torch.dtype],
+    ) -> DiskCheckpoint | None:
+        """See KeepsCheckpoints."""
+        if not isinstance(self._kept, CheckpointingStore) or not self._keeps:
+            return None
+        states = _States(self._num_layers, self._places, self._states)
+        return self._kept.checkpoint_beside(sequence, token_ids, settings, dtypes, states)
 
     def reserve(self, sequence: int, num_tokens: int, longest: int | None = None) -> None:
         super().reserve(sequence, num_tokens, longest)
@@ -152,3 +174,43 @@ class PrefixCachingHybridStore(HybridKVStore):
     def _drop_writers(self, sequence: int) -> None:
         for key in [key for key in self._writers if key[0] == sequence]:
             self._writers.pop(key).drop()
+
+
+@dataclass(frozen=True, slots=True)
+class _States:
+    """The recurrent states of a model, as a checkpoint has them (see StatesBeside)."""
+
+    num_layers: int
+    places: Mapping[int, int]
+    """Of the layers with keys and values."""
+    store: StateStore
+
+    def num_kept(self, num_done: int) -> int:
+        return sum(layer_idx < num_done for layer_idx in self.places)
+
+    def digest(self, sequence: int) -> bytes:
+        hashed = xxhash.xxh3_128()
+        for layer_idx in self.store.shapes:
+            for value in self.store.state(layer_idx, sequence) or ():
+                hashed.update(as_bytes(value))
+        return hashed.digest()
+
+    def num_bytes(self, num_done: int) -> int:
+        return sum(
+            math.prod(shape) * dtype.itemsize
+            for layer_idx, shapes in self.store.shapes.items()
+            for shape, dtype in shapes
+            if layer_idx < num_done
+        )
+
+    def states(self, sequence: int, num_done: int) -> Iterator[Tensor]:
+        for layer_idx in self.store.shapes:
+            if layer_idx < num_done:
+                yield from self.store.state(layer_idx, sequence) or ()
+
+    def put(self, sequence: int, num_done: int, num_new: int) -> Iterator[Tensor]:
+        for layer_idx, shapes in self.store.shapes.items():
+            if layer_idx < num_done:
+                state = [torch.empty(shape, dtype=dtype) for shape, dtype in shapes]
+                yield from state
+                self.store.put_state(layer_idx, sequence, num_new, state)
