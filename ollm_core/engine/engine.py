@@ -133,10 +133,9 @@ class Engine:
         with self._cap(), self._pass_planner.admit(store, work) as plan:
             # All that the pass may take is reserved.
             self.counters.count_kv_on_disk(store.tier_bytes().disk)
-            found = checkpoint_of(
-                store, work, plan, self._skeleton, self._weights, self.checkpoints
-            )
-            checkpoint = PassCheckpoint(found, self.checkpoints, self._check_files)
+            policy = self.checkpoints
+            found = checkpoint_of(store, work, plan, self._skeleton, self._weights, policy)
+            checkpoint = PassCheckpoint(found, policy, self._check_files)
             logits = self._run(store, work, plan, check, checkpoint)
             with checkpoint.dropped_if_it_fails():
                 self._check_files()
