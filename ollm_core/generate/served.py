@@ -90,6 +90,8 @@ class ServesRequests(OpenedModel):
         """Run requests together to their end; see `ollm_core.serving.offline.run_all`. One alone
         that would not fit in the end is refused before anything is computed.
         """
+        for request in requests:  # what can never run is told before what does not fit
+            self.served.check(request)
         lengths = list(map(_most_tokens, requests))
         longest = lengths[0] if len(requests) == 1 and _has_one_answer(requests[0]) else 0
         with self.open_scheduler(sum(lengths), longest) as scheduler:
