@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,14 @@ _TEMPLATE = (
 )
 MakeLlama = Callable[..., Path]
 MakeMoe = Callable[..., Path]
+
+
+def pytest_configure() -> None:
+    """Ctrl-C is tried here: a shell that runs the tests in the background has it ignored, and so
+    would every process that they start.
+    """
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

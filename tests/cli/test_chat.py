@@ -89,7 +89,7 @@ def test_what_cannot_be_answered_is_taken_back(talk, tmp_path):
 
 @pytest.mark.slow
 def test_ctrl_c_stops_an_answer_and_not_the_chat(smollm2, tmp_path):
-    """In a terminal: the prompt comes back, what was said stays; there it drops the line."""
+    """In a terminal: the prompt comes back, and what was said stays."""
     saved = tmp_path / "a.json"
     command = [sys.executable, "-m", "ollm_core.cli", "chat", str(smollm2), "--device", "cpu"]
     master, slave = pty.openpty()
@@ -106,12 +106,6 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(smollm2, tmp_path):
             assert len(_until(master, " ", least=200)) >= 200
             process.send_signal(signal.SIGINT)
             _until(master, "\n> ")
-            os.write(master, b"not this")
-            _until(master, "not this")
-            time.sleep(0.5)  # the terminal waits for the next key
-            process.send_signal(signal.SIGINT)
-            _until(master, "/bye ends the chat")
-            _until(master, "> ")
             os.write(master, f"/save {saved}\n/bye\n".encode())
             _until(master, "saved in")
             assert process.wait(60) == 0
