@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ollm_core.cli.models import check_known
-from ollm_core.cli.options import debug_option, json_option, names_of, options_of, user_path
+from ollm_core.cli.options import debug_option, json_option, keywords_of, options_of, user_path
 from ollm_core.cli.output import print_json
 from ollm_core.cli.report import summary
 from ollm_core.cli.signals import Ended
@@ -113,7 +113,7 @@ def _run(job: BatchJob, model: str, max_new_tokens: int, options: dict[str, Any]
 
     name = Path(model).name if os.path.isdir(model) else model
     opening = ProgressBar(Path(model).name)
-    loading = {name: options[name] for name in names_of("batch") if name in options}
+    loading = keywords_of("batch", options)
     try:
         with load(model, **loading, on_progress=opening) as opened:
             opening.close()
@@ -145,7 +145,7 @@ def _run_on_ray(
 
     is_directory = os.path.isdir(model)
     path = str(Path(model).absolute()) if is_directory else model
-    loading = {name: options[name] for name in names_of("batch") if name in options}
+    loading = keywords_of("batch", options)
     how: dict[str, Any] = {
         "open_model": functools.partial(load, path, **loading),
         "name": Path(model).name if is_directory else model,

@@ -12,7 +12,7 @@ import click
 from ollm_core.cli.conversation import Conversation
 from ollm_core.cli.inputs import as_text_option
 from ollm_core.cli.models import fetch_if
-from ollm_core.cli.options import debug_option, names_of, options_of, user_path
+from ollm_core.cli.options import debug_option, keywords_of, options_of, user_path
 from ollm_core.cli.output import print_error
 from ollm_core.cli.sampling import sampling_of, sampling_options
 from ollm_core.cli.signals import at_interrupt
@@ -71,7 +71,7 @@ def chat(
     try:
         from ollm_core.api import load
 
-        loading = {name: options[name] for name in names_of("chat") if name in options}
+        loading = keywords_of("chat", options)
         with load(model, **loading, on_progress=progress) as opened:
             progress.close()
             with opened.open_scheduler(_EXPECTED_TOKENS) as scheduler:

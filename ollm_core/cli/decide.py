@@ -11,7 +11,7 @@ import click
 from ollm_core.cli.documents import document_options, read_all
 from ollm_core.cli.inputs import read_text
 from ollm_core.cli.models import fetch_if
-from ollm_core.cli.options import debug_option, json_option, names_of, options_of, user_path
+from ollm_core.cli.options import debug_option, json_option, keywords_of, options_of, user_path
 from ollm_core.cli.output import print_json
 from ollm_core.cli.report import summary
 from ollm_core.cli.streaming import ProgressBar
@@ -70,7 +70,7 @@ def decide(
     try:
         from ollm_core.api import load
 
-        loading = {name: options[name] for name in names_of("decide") if name in options}
+        loading = keywords_of("decide", options)
         with load(model, **loading, on_progress=progress) as opened:
             start = time.perf_counter()
             answers = opened.decide(document, asked)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ollm_core.cli.options import names_of
+from ollm_core.cli.options import keywords_of
 from ollm_core.cli.output import format_time
 from ollm_core.errors import OllmError
 
@@ -21,7 +21,7 @@ def forecast(
     from ollm_core.options import PlanOptions
     from ollm_core.planning.planner import Planner
 
-    known = {name: options[name] for name in names_of("plan") if name in options}
+    known = keywords_of("plan", options)
     known |= {"context": num_prompt_tokens + max_new_tokens, "max_new_tokens": max_new_tokens}
     try:
         found = Planner(model, PlanOptions(**known)).plan(compare=False)

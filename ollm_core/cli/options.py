@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import Field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -37,6 +37,11 @@ def options_of(verb: str) -> Callable[[Command], Command]:
 def names_of(verb: str) -> list[str]:
     """The options that `verb` has a flag for."""
     return [name for name, option in OPTIONS.items() if verb in about(option).verbs]
+
+
+def keywords_of(verb: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Of what a command line gave, the options that `verb` has, as keywords of its function."""
+    return {name: options[name] for name in names_of(verb) if name in options}
 
 
 def help_text(option: Field[Any]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ollm_core.cli.options import names_of
+from ollm_core.cli.options import keywords_of
 from ollm_core.errors import OllmError
 
 
@@ -22,7 +22,7 @@ def what_would_do(
             model,
             context=num_prompt_tokens + max_new_tokens,
             max_new_tokens=max_new_tokens,
-            **{name: options[name] for name in names_of("plan") if name in options},
+            **keywords_of("plan", options),
         )
     except OllmError:
         return ""

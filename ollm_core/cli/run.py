@@ -11,7 +11,14 @@ import click
 
 from ollm_core.cli.inputs import as_text_option, read_text
 from ollm_core.cli.models import fetch_if
-from ollm_core.cli.options import STDIN, debug_option, json_option, names_of, options_of, user_path
+from ollm_core.cli.options import (
+    STDIN,
+    debug_option,
+    json_option,
+    keywords_of,
+    options_of,
+    user_path,
+)
 from ollm_core.cli.output import print_json
 from ollm_core.cli.profile import profile_table
 from ollm_core.cli.refused import what_would_do
@@ -103,7 +110,7 @@ def run(
         from ollm_core.serving.request import Request
 
         measured = Profile() if profile else None
-        loading = {name: options[name] for name in names_of("run") if name in options}
+        loading = keywords_of("run", options)
         with load(model, **loading, on_progress=progress, profile=measured) as opened:
             [prompt_ids] = _encode(
                 opened.tokenizer, text, system, raw, reasoning_effort, allow_special_tokens

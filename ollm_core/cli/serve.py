@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ollm_core.cli.models import fetch_if
-from ollm_core.cli.options import debug_option, names_of, options_of
+from ollm_core.cli.options import debug_option, keywords_of, options_of
 from ollm_core.cli.report import summary
 from ollm_core.cli.streaming import ProgressBar
 from ollm_core.cli.waiting import wait_asleep_beside_others
@@ -114,7 +114,7 @@ def _forecasts(model: str, options: dict[str, Any]) -> Forecasts:
     from ollm_core.planning.planner import Planner
     from ollm_core.server.forecast import Forecast, Forecasts, make_forecasts
 
-    known = {name: options[name] for name in names_of("plan") if name in options}
+    known = keywords_of("plan", options)
     try:
         planner = Planner(model, PlanOptions(**known, max_new_tokens=1))
     except OllmError:
