@@ -38,6 +38,7 @@ from ollm_core.memory.host import HostMemory
 from ollm_core.memory.pair import PerMemory
 from ollm_core.memory.sizes import format_size, parse_size
 from ollm_core.model.fingerprint import identity
+from ollm_core.model.names import remember_name
 from ollm_core.model.spec import ModelSpec, inspect_model
 from ollm_core.options import LoadOptions
 from ollm_core.plugins.factories import DraftRequest, KVRequest
@@ -286,9 +287,13 @@ def _kv_request(
 ) -> KVRequest:
     """What KV stores are made from. Their fingerprint of the model is taken once."""
     checkpoint, exact = spec.checkpoint, pass_planner.exact
-    fingerprint = functools.cache(
-        functools.partial(identity, checkpoint, spec.config, engine.progress.checked, exact=exact)
-    )
+
+    @functools.cache
+    def fingerprint() -> str:
+        found = identity(checkpoint, spec.config, engine.progress.checked, exact=exact)
+        remember_name(found, checkpoint.directory)
+        return found
+
     device, host = accounts.device, accounts.host
     return KVRequest(spec.geometry, device, host, directory, fingerprint, keep, kept_bytes)
 

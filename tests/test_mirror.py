@@ -26,6 +26,7 @@ ELSEWHERE = {
     "contracts/model": "model/test_spec.py",
     "contracts/progress": "engine/test_counters.py",
     "contracts/weights": "weights/test_streamer.py",
+    "files/remembered": "model/test_fingerprint.py",
     "kv/block_storage": "kv/test_block_table.py",
     "kv/block_store": "kv/test_block_table.py",
     "kv/disk/sizes": "kv/disk/test_storage.py",

@@ -129,6 +129,19 @@ def snapshot(repository: str) -> Path | None:
     return None
 
 
+def repository_of(directory: Path) -> str | None:
+    """The hub repository whose snapshot in the hub's cache a directory is."""
+    home = directory.parents[1] if len(directory.parents) > 1 else directory
+    if directory.parent.name != "snapshots" or not home.name.startswith(_PREFIX):
+        return None
+    return _named_by(home)
+
+
+def _named_by(home: Path) -> str:
+    """The repository of a directory in the hub's cache."""
+    return home.name.removeprefix(_PREFIX).replace("--", "/")
+
+
 def partial_of(target: Path) -> Path:
     """Where the files of an unfinished download to `target` lie."""
     return target.with_name(f".{target.name}.partial")
@@ -245,7 +258,7 @@ def _cached() -> Iterator[tuple[str, Path]]:
     """Directories in the hub's cache that may be models."""
     with suppress(OSError):
         for entry in sorted(hub_cache().glob(f"{_PREFIX}*")):
-            name = entry.name.removeprefix(_PREFIX).replace("--", "/")
+            name = _named_by(entry)
             directory = snapshot(name) if is_repository(name) else None
             if directory and (directory / "config.json").is_file():
                 yield name, directory

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -63,16 +63,19 @@ def list_(kv_dir: Path, as_json: bool) -> None:
             }
         )
         return
+    from ollm_core.model.names import known_names
+
+    names = known_names()
     rows = [
-        (one.id[:_SHOWN], one.fingerprint[:_SHOWN], one.dtype, str(len(one.prefix.token_ids)),
-         format_size(one.num_bytes), _states_of(one), _date(one.last_used),
-         "pinned" if one.pinned else "")
+        (one.id[:_SHOWN], names.get(one.fingerprint, one.fingerprint[:_SHOWN]), one.dtype,
+         str(len(one.prefix.token_ids)), format_size(one.num_bytes), _states_of(one),
+         _date(one.last_used), "pinned" if one.pinned else "")
         for one in inventory.prefixes
     ]  # fmt: skip
     heads = ("ID", "MODEL", "DTYPE", "TOKENS", "SIZE", "STATES", "LAST USED", "")
     _print(kv_dir, heads, rows)
     for one in inventory.unfinished:
-        click.echo(_unfinished_line(one))
+        click.echo(_unfinished_line(one, names))
     total = format_size(inventory.num_bytes())
     click.echo(f"total {total}; what prefixes share is counted once", err=True)
     if inventory.states:
@@ -192,7 +195,11 @@ def remove(prefix_id: str | None, everything: bool, kv_dir: Path, as_json: bool)
 @cache.command()
 @click.option("--older-than", metavar="AGE", help="Those not used for so long, as 30d, 12h or 4w.")
 @click.option("--to", "most", metavar="SIZE", help="Least recently used first, down to this size.")
-@click.option("--model", metavar="ID", help="Those of one model, by the start of its MODEL.")
+@click.option(
+    "--model",
+    metavar="MODEL",
+    help="Those of one model, by its name or the start of its fingerprint.",
+)
 @_kv_dir_option
 @json_option
 @debug_option
@@ -209,15 +216,9 @@ def prune(
     if older_than is None and most is None and model is None:
         raise click.UsageError("give --older-than, --to or --model")
     inventory = _inventory(kv_dir)
-    known = {one.fingerprint for one in inventory.prefixes}
-    known |= {one.fingerprint for one in inventory.states}
-    known |= {one.fingerprint for one in inventory.unfinished}
-    named = [one for one in known if model and one.startswith(model)]
-    if model is not None and len(named) > 1:
-        raise InputError(f"--model {model}: need 1 model, have {len(named)}")
     done = prune_kept(
         inventory,
-        model=model or "",
+        models=None if model is None else _models_of(inventory, model),
         unused_for=None if older_than is None else _seconds(older_than),
         most_bytes=None if most is None else parse_size(most),
     )
@@ -280,6 +281,26 @@ def _inventory(kv_dir: Path) -> Inventory:
     if not os.path.isdir(kv_dir):
         raise InputError(f"{kv_dir} is not a directory")
     return take_inventory(kv_dir)
+
+
+def _models_of(inventory: Inventory, model: str) -> list[str]:
+    """The fingerprints that a name stands for, or the one, if any, that begins so. Raises
+    InputError."""
+    from ollm_core.model.names import known_names
+
+    known = {one.fingerprint for one in inventory.prefixes}
+    known |= {one.fingerprint for one in inventory.states}
+    known |= {one.fingerprint for one in inventory.unfinished}
+    fingerprints, names = sorted(known), known_names()
+    if named := [one for one in fingerprints if names.get(one) == model]:
+        return named
+    begun = [one for one in fingerprints if model and one.startswith(model)]
+    if len(begun) > 1:
+        raise InputError(
+            f"--model {model}: need the name of a model or the start of 1 fingerprint, "
+            f"have that of {len(begun)}"
+        )
+    return begun
 
 
 def _warn(inventory: Inventory) -> None:
@@ -373,12 +394,12 @@ def _is_named(one: StoredUnfinished, beginning: str) -> bool:
     return bool(beginning) and one.one.id.startswith(beginning.lower())
 
 
-def _unfinished_line(one: StoredUnfinished) -> str:
-    """One unfinished prompt for people."""
-    about = one.one
+def _unfinished_line(one: StoredUnfinished, names: Mapping[str, str]) -> str:
+    """One unfinished prompt for people, with the name of its model."""
+    about, model = one.one, names.get(one.fingerprint, one.fingerprint[:_SHOWN])
     how_far = f"{about.num_done} of {about.num_layers} layers done"
     return (
-        f"unfinished prompt {about.id[:_SHOWN]} of model {one.fingerprint[:_SHOWN]}: "
+        f"unfinished prompt {about.id[:_SHOWN]} of model {model}: "
         f"{len(about.prefix.token_ids)} tokens, {how_far}, {format_size(one.num_bytes)}, "
         f"{_date(one.last_used)}"
     )

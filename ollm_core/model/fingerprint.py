@@ -15,7 +15,6 @@ import logging
 import os
 import queue
 import re
-import stat
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -28,9 +27,8 @@ from ollm_core.contracts.model import Config
 from ollm_core.contracts.tensors import TensorInfo
 from ollm_core.contracts.weights import ByteSource
 from ollm_core.device.buffers import aligned_buffer, as_memoryview
-from ollm_core.files.paths import cache_directory, is_private
-from ollm_core.files.scratch import replace_file
-from ollm_core.files.untrusted_json import parse_object
+from ollm_core.files.paths import cache_directory
+from ollm_core.files.remembered import Remembered
 from ollm_core.weights.sources.posix import open_source
 
 _PIECE_BYTES = 4 << 20
@@ -44,7 +42,6 @@ _SETTLED_NS = 2_000_000_000
 system's clock, which nothing would show.
 """
 _MOST_ENTRIES = 4096
-_MOST_BYTES = 1 << 20  # of the file that they are in
 _DIGEST = re.compile("[0-9a-f]{64}")
 
 Report = Callable[[int, int], None]
@@ -72,12 +69,13 @@ class FileHashes:
         `least_bytes` are not remembered. `clock` is that of the file system, in nanoseconds.
         """
         self.clock = clock
-        self._path = path or cache_directory() / "identity" / "hashes.json"
+        path = path or cache_directory() / "identity" / "hashes.json"
+        self._known = Remembered(path, _is_digest, _MOST_ENTRIES)
         self._least_bytes = least_bytes
 
     def find(self, files: Mapping[Path, FileState]) -> dict[Path, str]:
         """The hashes that are known of `files`, 64 hex digits each."""
-        known = self._read()
+        known = self._known.read()
         keys = {path: _key(path, state) for path, state in files.items()}
         return {path: known[key] for path, key in keys.items() if key in known}
 
@@ -94,39 +92,11 @@ class FileHashes:
         if not new:
             return
         try:
-            self._write(new)
+            self._known.add(new)
         except OSError as error:
             reason = error.strerror or error
-            logger.warning("%s: hashes cannot be kept there: %s", self._path.parent, reason)
-
-    def _read(self) -> dict[str, str]:
-        """All entries, oldest first; none where the file is not ours alone, or not sound."""
-        try:
-            if not is_private(self._path.parent.lstat()):
-                return {}
-            file = os.open(self._path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-            with open(file, "rb") as opened:
-                found = os.fstat(file)
-                if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid():
-                    return {}
-                if found.st_mode & 0o022 or found.st_size > _MOST_BYTES:
-                    return {}
-                entries = parse_object(opened.read(_MOST_BYTES), strict=True)
-        except (OSError, ValueError):
-            return {}
-        return {key: digest for key, digest in entries.items() if _is_digest(digest)}
-
-    def _write(self, new: Mapping[str, str]) -> None:
-        """Put `new` after what is there now. Of two processes that do so at the same moment, one
-        may hash again. Raises OSError.
-        """
-        directory = self._path.parent
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if not is_private(directory.lstat()):
-            raise PermissionError("it is not a private directory of this user")
-        old = {key: digest for key, digest in self._read().items() if key not in new}
-        entries = list({**old, **new}.items())[-_MOST_ENTRIES:]
-        replace_file(self._path, json.dumps(dict(entries)).encode())
+            where = self._known.path.parent
+            logger.warning("%s: hashes cannot be kept there: %s", where, reason)
 
 
 def identity(

@@ -122,6 +122,24 @@ def test_prune(ollm, kv_dir, arguments, left):
     )
 
 
+def test_models_have_names(ollm, home, kv_dir, tiny_chat):
+    """A model that was opened is shown, and pruned, by what its directory is called."""
+    names = home / ".cache/ollm/identity/names.json"
+    names.parent.mkdir(parents=True, mode=0o700)
+    known = {one.fingerprint for one in take_inventory(kv_dir).prefixes}
+    beef, food = sorted(known)
+    names.write_text(json.dumps({beef: "org/one", food: "bad\x1bname"}))
+    ollm("run", tiny_chat, "--prompt", "a", "--max-new-tokens", 1, "--kv-dir", kv_dir)
+    shown = ollm("cache", "list", "--kv-dir", kv_dir)[1]
+    assert re.findall(r"^\w{12}  (\S+)", shown, re.MULTILINE).count("org/one") == 1
+    assert tiny_chat.name in shown
+    assert food[:12] in shown
+    where = ["--kv-dir", kv_dir]
+    assert ollm("cache", "prune", "--model", "org/one", *where)[0] == 0
+    assert beef not in {one.fingerprint for one in take_inventory(kv_dir).prefixes}
+    assert "removed 0 of 3" in ollm("cache", "prune", "--model", "org/one", *where)[1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [

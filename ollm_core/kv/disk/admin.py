@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -160,20 +160,24 @@ def remove_states_of(gone: Sequence[StoredPrefix]) -> None:
 def prune(
     inventory: Inventory,
     *,
-    model: str = "",
+    models: Collection[str] | None = None,
     unused_for: float | None = None,
     most_bytes: int | None = None,
 ) -> Pruned:
     """Remove prefixes that are not pinned, least recently used first, and before them unfinished
-    prompts: of the model whose fingerprint begins with `model`; those not used for so many seconds;
-    until what is left of these models takes `most_bytes`, blocks that are shared counted once.
-    Without either, all of them. Raises KVStoreError if it fails.
+    prompts: of the models with these fingerprints; those not used for so many seconds; until what
+    is left of these models takes `most_bytes`, blocks that are shared counted once. Without either,
+    all of them. Raises KVStoreError if it fails.
     """
     now, done = time.time(), Pruned()
-    of_model = [one for one in inventory.prefixes if one.fingerprint.startswith(model)]
-    strays = [one for one in inventory.states if one.fingerprint.startswith(model)]
+
+    def asked(one: StoredPrefix | StoredState | StoredUnfinished) -> bool:
+        return models is None or one.fingerprint in models
+
+    of_model = [one for one in inventory.prefixes if asked(one)]
+    strays = [one for one in inventory.states if asked(one)]
     done.states.extend(remove_strays(strays, unused_for or 0))
-    begun = [one for one in inventory.unfinished if one.fingerprint.startswith(model)]
+    begun = [one for one in inventory.unfinished if asked(one)]
     strays = [one for one in strays if one not in done.states]
     left = Inventory(of_model, strays, [], [], begun)
     gone: set[tuple[Path, bytes]] = set()
