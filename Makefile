@@ -9,6 +9,7 @@ FAMILIES := $(filter-out %-transformers,$(wildcard adapters/ollm-adapter-*))
 INSTALLED := $(VENV)/.installed
 MODEL := models/smollm2-135M
 RESULTS := .conformance.json
+APART := .apart.log
 GENERATED := docs/generated
 SUPPORT := $(GENERATED)/support.md
 JOBS ?= 2
@@ -18,7 +19,7 @@ QUESTION := What is the title of this document?
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint format type test soak demo model models support memory options template bench bench-peers gpu clean
+.PHONY: help install lint format type test suites apart soak demo model models support memory options template bench bench-peers gpu clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
@@ -47,12 +48,19 @@ format: install ## let ruff rewrite what it can
 type: install ## mypy --strict
 	$(BIN)/mypy ollm.py ollm_core $(PACKAGES:%=%/src)
 
-test: install model lint type ## lint, types, tests, conformance of every adapter, the wheels
+test: install model lint ## lint, types, tests, conformance of every adapter, the wheels
+	@$(MAKE) --no-print-directory --jobs=2 suites apart
+
+# What keeps all cores busy; beside it, what mostly keeps one, told when it has ended.
+suites: install model
 	$(PYTEST) --dist worksteal -m "not gpu and not soak" --ignore tests/docs/test_tutorial.py tests conformance/tests
 	$(PYTEST) --dist loadscope $(FAMILIES) --ollm-results $(RESULTS)
 	$(BIN)/ollm conformance table $(RESULTS) --check $(SUPPORT)
 	$(PYTEST) --dist worksteal -m "not soak" adapters/ollm-adapter-transformers
-	$(MAKE) template # from wheels, and the tutorial
+
+apart: install
+	@$(MAKE) --no-print-directory type template >$(APART) 2>&1 || { cat $(APART); exit 1; }
+	@tail -n 2 $(APART)
 
 soak: install model ## what takes long: many kills, large batches, every check of two dozen architectures
 	$(PIP) install --quiet --no-compile -c constraints.txt -e '.[ray]'

@@ -53,13 +53,17 @@ def deep(chat, make_llama):
     return directory
 
 
+def write_document(path, num_tokens):
+    """A file of so many tokens."""
+    numbers = torch.randint(3, 199, (num_tokens,), generator=torch.Generator().manual_seed(0))
+    path.write_text(" ".join(map(str, numbers.tolist())))
+    return path
+
+
 @pytest.fixture
 def document(tmp_path):
     """A file of three thousand tokens."""
-    numbers = torch.randint(3, 199, (3000,), generator=torch.Generator().manual_seed(0))
-    path = tmp_path / "document.txt"
-    path.write_text(" ".join(map(str, numbers.tolist())))
-    return path
+    return write_document(tmp_path / "document.txt", 3000)
 
 
 def killed(model, document, directory, num_kills, seed):
@@ -96,12 +100,13 @@ def test_killed_at_many_moments_it_goes_on(deep, document, tmp_path):
 
 
 @pytest.mark.parametrize("verb", ["run", "ask"])
-def test_ctrl_c_says_how_to_go_on(deep, document, tmp_path, verb):
+def test_ctrl_c_says_how_to_go_on(deep, tmp_path, verb):
     """Within two seconds, on one line after the word; the next run does so, and says it."""
+    document = write_document(tmp_path / "document.txt", 600)
     question = ["--prompt", "7 8"] if verb == "run" else ["-q", "7 8"]
     arguments = [
         verb, deep, "--file", document, *question, "--device", "cpu", "--kv", "disk",
-        "--kv-dir", tmp_path / "kv", "--chunk-size", "16", "--max-new-tokens", "2",
+        "--kv-dir", tmp_path / "kv", "--chunk-size", "64", "--max-new-tokens", "2",
     ]  # fmt: skip
     command = [sys.executable, "-c", INTERRUPTED, *map(str, arguments)]
     quiet, pipe = subprocess.DEVNULL, subprocess.PIPE
@@ -128,10 +133,6 @@ def test_ctrl_c_says_how_to_go_on(deep, document, tmp_path, verb):
     )
     assert f"going on from layer {told[1]} of 8" in done.stderr.splitlines()
     assert take_inventory(tmp_path / "kv").unfinished == []
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=True, timeout=100, env=ENVIRONMENT
-    )
-    assert "going on" not in done.stderr
 
 
 def test_ctrl_c_says_nothing_where_there_is_nothing(deep, document, tmp_path):

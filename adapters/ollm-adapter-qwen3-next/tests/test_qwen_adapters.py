@@ -137,11 +137,10 @@ def stored_names(model):
     return names
 
 
-@pytest.mark.parametrize("num_layers", [8, 48])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("num_layers", "dtype"), [(8, torch.float32), (48, torch.bfloat16)])
 def test_many_layers_with_kv_on_disk(tmp_path, num_layers, dtype):
-    """As many layers as the real model has: every logit is that of transformers, in the process
-    that read the prompt and in the next one.
+    """As many layers as the real model has in its dtype: every logit is that of transformers, in
+    the process that read the prompt and in the next one.
     """
     config = config_with(layer_types=None, num_hidden_layers=num_layers, mlp_only_layers=[])
     checkpoint = tmp_path / "model"
