@@ -71,10 +71,18 @@ def test_tokens_are_those_of_rows_that_read_alone(tiny, ids, tmp_path, kv, lengt
             assert 0 < 4.9 * shared < apart
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("lengths", [(1,), (3,), (20,), (1, 5, 12, 3), (60, 33, 1)])
-@pytest.mark.parametrize("kv", ["device", "disk"])
-def test_planned_activations_cover_the_real_ones(make_llama, ids, tmp_path, dtype, lengths, kv):
+@pytest.mark.parametrize(
+    ("dtype", "kv", "lengths"),
+    [
+        ("float32", "device", (1,)),
+        ("float32", "device", (20,)),
+        ("float32", "disk", (60, 33, 1)),
+        ("bfloat16", "device", (1, 5, 12, 3)),
+        ("bfloat16", "disk", (1,)),
+        ("bfloat16", "disk", (3,)),
+    ],
+)
+def test_planned_activations_cover_the_real_ones(make_llama, ids, tmp_path, dtype, kv, lengths):
     """What torch really allocates in a pass is at most what was planned, and at least 60% of it."""
     length = 9 * 256 + 40
     wide = {"hidden_size": 256, "intermediate_size": 64, "num_hidden_layers": 3, "vocab_size": 40,
