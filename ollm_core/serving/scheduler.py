@@ -95,6 +95,18 @@ class Scheduler(Closing):
         """Texts that take part in passes."""
         return len(self._running)
 
+    def num_read(self, request_id: str) -> int | None:
+        """Tokens of a request that are read, of the text of it that has most; None while it waits
+        for its first pass, and after its end. From any thread.
+        """
+        texts = [*self._texts.get(request_id, ())]
+        running = [
+            one
+            for one in [*self._running]
+            if one.sequence is not None and any(text in texts for text in one.texts)
+        ]  # itself, or a beginning that it waits for with others
+        return max((one.num_stored for one in running), default=None)
+
     def step(self) -> list[Event]:
         """Run one weight pass, if there is work; -> what happened. What fails is told in a Failed
         of each request that it concerns; only what is nobody's is raised.

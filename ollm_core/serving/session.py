@@ -115,13 +115,7 @@ class Session(Closing):
         """Tokens of a request that are read, of the text of it that has most; None while it waits
         for its first pass, and after its end. From any thread.
         """
-        texts = [*self._scheduler._texts.get(request_id, ())]
-        running = [
-            one
-            for one in [*self._scheduler._running]
-            if one.sequence is not None and any(text in texts for text in one.texts)
-        ]  # itself, or a beginning that it waits for with others
-        return max((one.num_stored for one in running), default=None)
+        return self._scheduler.num_read(request_id)
 
     def submit(self, request: Request, on_event: Callable[[], None] = lambda: None) -> EventStream:
         """Let a request wait for its turn; its events come in the stream, a refusal too. Raises
