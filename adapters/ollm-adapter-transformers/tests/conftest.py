@@ -13,5 +13,5 @@ def pytest_collection_modifyitems(items):
         if found is None or not hasattr(module, "QUICK"):
             continue
         is_whole = cls.tiny_config["model_type"] in module.WHOLE
-        if not is_whole and found.id not in module.QUICK:
+        if not is_whole and (found.id not in module.QUICK or item.name in module.SPARED):
             item.add_marker(pytest.mark.soak)

@@ -26,6 +26,13 @@ QUICK = frozenset(
     }
 )  # fmt: skip
 """Exact, in every tier, with the tensors that transformers has, and within the plan to the byte."""
+SPARED = frozenset(
+    {
+        "test_decode[float16]", "test_plan[device-False-bfloat16]", "test_plan[disk-True-bfloat16]",
+        "test_tiers[device-float32]", "test_tiers[host-bfloat16]", "test_tiers[host-float32]",
+    }
+)  # fmt: skip
+"""Of these checks, what differs from the rest by code that no type has a part in."""
 
 
 def suite_config(model_type):
@@ -59,6 +66,4 @@ def of_type(model_type):
     return type(name, (OfType,), members)
 
 
-for one in (*WHOLE, *OTHERS):
-    made = of_type(one)
-    globals()[made.__name__] = made
+globals().update({made.__name__: made for made in map(of_type, (*WHOLE, *OTHERS))})

@@ -27,22 +27,16 @@ DIFFER = {
     "ctrl": "positions that are kept in the dtype of its first run",
     "qwen4_exp_text": "an index by blocks of tokens that asks which may be seen",
     "trocr": "a head that makes logits of every token",
-    "bloom": "alibi, and attention that knows no interface",
     "deepseek_v2": "latent attention: keys and values of different sizes",
     "deepseek_v32": "a sparse index beside keys",
-    "falcon_h1": "states beside keys and values in every layer",
-    "gemma2": "scaled embeddings, windows, soft caps",
     "gptj": "a rotary embedding that attention computes, parallel blocks, a head with a bias",
     "jamba": "state-space layers, attention and experts in turns",
     "lfm2": "convolutions alone in some layers",
     "llama4_text": "chunked attention, and a forward that asks where its embedding is",
-    "mamba2": "no layer with keys",
-    "mixtral": "experts that the checkpoint holds one by one",
     "mllama": "layers for images, which a text alone does not call",
     "opt": "learned positions with an offset",
     "recurrent_gemma": "states that modules keep as attributes, beside windows of keys",
     "xlstm": "states in a cache of its own, which layers are given and return anew",
-    "zaya": "layers that hand a value to the next one beside hidden states",
 }
 
 
@@ -75,23 +69,18 @@ def test_passes_in_bfloat16(model_type):
     ("model_type", "chunk_size", "dtype", "precision"),
     [
         ("gpt2", None, torch.float32, "exact"),
-        ("gemma2", None, torch.float32, "exact"),
         ("gemma2", 64, torch.bfloat16, "exact"),  # where its windows begin to slide
         ("mixtral", None, torch.float32, "exact"),
-        ("jamba", None, torch.float32, "exact"),
         ("mamba2", 64, torch.bfloat16, "exact"),  # adds up in float32
         ("qwen4_exp_text", None, torch.float32, "exact"),
         ("glm_moe_dsa", None, torch.float32, "exact"),
         ("recurrent_gemma", None, torch.bfloat16, "exact"),
         ("xlstm", 64, torch.bfloat16, "exact"),
-        ("zaya", 64, torch.bfloat16, "exact"),
         ("trocr", None, torch.float32, "exact"),
         ("xmod", None, torch.float32, "exact"),
         ("zamba2", None, torch.float32, "exact"),
         ("gemma2", 64, torch.bfloat16, "fast"),
-        ("gpt2", None, torch.bfloat16, "fast"),
         ("falcon_h1", 64, torch.bfloat16, "fast"),
-        ("mixtral", None, torch.bfloat16, "fast"),
     ],
 )
 def test_never_more_memory_than_told(model_type, chunk_size, dtype, precision):
