@@ -38,6 +38,14 @@ class About:
     """Verbs that take `choices` alone."""
     least: int | None = None
     """Of a whole number."""
+    variable: str = ""
+    """The one that sets it; empty for OLLM_ and its name."""
+    user_only: bool = False
+    """Whether it is never taken from a project's file, which somebody else may have written: what
+    runs code, opens a server to others, or names what outlives a run.
+    """
+    secret: bool = False
+    """Whether its value is never shown."""
     check: Callable[[str, Any], Any] = lambda _, value: value
     """(name, value) -> the value in the form that is kept. Raises InputError."""
 

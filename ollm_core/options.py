@@ -165,6 +165,8 @@ class ModelOptions:
         "Directory of your models.",
         verbs=(*_BOTH, "convert", "doctor", "import", "list-models", "pull"),
         unset="$OLLM_MODELS, or ~/.cache/ollm/models",
+        variable="OLLM_MODELS",
+        user_only=True,
         check=called_by(lambda value: value and absolute(value)),
     )
     registry: Registry | None = said(
@@ -212,6 +214,7 @@ class LoadOptions(ModelOptions):
         "used with it.",
         verbs=_LOADS,
         unset="a temporary one",
+        user_only=True,
     )
     keep_kv: bool = switch(
         True,
@@ -226,6 +229,7 @@ class LoadOptions(ModelOptions):
         "cache pin`) or that another process uses; what then has no room is not kept.",
         verbs=_LOADS,
         unset="no limit",
+        user_only=True,
     )
     reader: str = offered(
         "auto",
@@ -266,6 +270,7 @@ class LoadOptions(ModelOptions):
         "runs with your rights.",
         "False refuses such a tokenizer. Models that are code of their own are never run.",
         verbs=_LOADS,
+        user_only=True,
     )
     on_progress: Callable[[Progress], None] | None = said(
         None,

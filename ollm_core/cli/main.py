@@ -16,6 +16,7 @@ from ollm_core.cli.ask import ask
 from ollm_core.cli.batch import batch
 from ollm_core.cli.cache import cache
 from ollm_core.cli.chat import chat
+from ollm_core.cli.config import config
 from ollm_core.cli.convert import convert
 from ollm_core.cli.decide import decide
 from ollm_core.cli.doctor import doctor
@@ -62,6 +63,7 @@ for _command in (
     plugins,
     cache,
     doctor,
+    config,
 ):
     cli.add_command(_command)
 

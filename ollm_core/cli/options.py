@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import click
 
 from ollm_core.cli.offered import check_offered
+from ollm_core.cli.settings import Setting
 from ollm_core.files.paths import absolute
 from ollm_core.option_fields import about, default_text
 from ollm_core.options import OPTIONS
@@ -52,7 +53,12 @@ def help_text(option: Field[Any]) -> str:
 
 def _flag(option: Field[Any], verb: str) -> Callable[[Command], Command]:
     known, name = about(option), "--" + option.name.replace("_", "-")
-    settings: dict[str, Any] = {"default": option.default, "help": help_text(option)}
+    settings: dict[str, Any] = {
+        "cls": Setting,
+        "known": known,
+        "default": option.default,
+        "help": help_text(option),
+    }
     if isinstance(option.default, bool):
         settings["is_flag"] = True
         if option.default:

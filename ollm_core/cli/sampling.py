@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from ollm_core.cli.settings import Setting
+
 if TYPE_CHECKING:
     from ollm_core.serving.request import SamplingParams
 
@@ -23,13 +25,22 @@ def sampling_options(command: Command) -> Command:
         (
             click.option(
                 "--temperature",
+                cls=Setting,
                 type=click.FloatRange(0),
                 default=0.0,
                 help="Sampling temperature; 0, the default, is greedy.",
             ),
-            click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help=_TOP_P),
-            click.option("--top-k", type=click.IntRange(1), help=_TOP_K),
-            click.option("--seed", type=int, help="Make sampling repeatable."),
+            click.option(
+                "--top-p",
+                cls=Setting,
+                default=None,
+                type=click.FloatRange(0, 1, min_open=True),
+                help=_TOP_P,
+            ),
+            click.option("--top-k", cls=Setting, default=None, type=click.IntRange(1), help=_TOP_K),
+            click.option(
+                "--seed", cls=Setting, default=None, type=int, help="Make sampling repeatable."
+            ),
         )
     ):
         command = option(command)

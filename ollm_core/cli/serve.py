@@ -24,7 +24,6 @@ from ollm_core.values import parse_tokens
 if TYPE_CHECKING:
     from ollm_core.server.forecast import Forecasts
 
-API_KEY = "OLLM_API_KEY"
 DEFAULT_CONTEXT = 8192
 _NEEDED = ("starlette", "uvicorn", "h11", "python_multipart")
 
@@ -46,9 +45,7 @@ def serve(model: str, pull: bool, max_new_tokens: int, context: str | None, **op
             hint="pip install 'ollm-core[serve]'",
         )
     names = ServerOptions.__dataclass_fields__
-    chosen = {name: options[name] for name in names}
-    chosen["api_key"] = chosen["api_key"] or os.environ.get(API_KEY) or None
-    told = ServerOptions(**chosen)
+    told = ServerOptions(**{name: options[name] for name in names})
     if click.get_current_context().ensure_object(dict).get("debug"):
         _log_requests()
     if not options["device"].startswith("cuda"):
