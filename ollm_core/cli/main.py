@@ -16,6 +16,7 @@ from ollm_core.cli.ask import ask
 from ollm_core.cli.batch import batch
 from ollm_core.cli.cache import cache
 from ollm_core.cli.chat import chat
+from ollm_core.cli.completion import VARIABLE, completion
 from ollm_core.cli.config import config
 from ollm_core.cli.convert import convert
 from ollm_core.cli.decide import decide
@@ -64,6 +65,7 @@ for _command in (
     cache,
     doctor,
     config,
+    completion,
 ):
     cli.add_command(_command)
 
@@ -90,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 
 def _invoke(arguments: Sequence[str], session: dict[str, bool]) -> Any:
-    if "_OLLM_COMPLETE" in os.environ:  # a shell asks
+    if VARIABLE in os.environ:  # a shell asks
         cli.main(list(arguments), prog_name="ollm")
     try:
         with cli.make_context("ollm", list(arguments), obj=session) as context:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import warnings
 from collections.abc import Callable, Mapping
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from click.shell_completion import CompletionItem
 
 from ollm_core.cli.offered import check_offered
 from ollm_core.cli.settings import Setting
@@ -66,6 +68,7 @@ def _flag(option: Field[Any], verb: str) -> Callable[[Command], Command]:
     elif known.takes_plugins(verb):
         settings["metavar"] = f"[{'|'.join(known.choices)}|PLUGIN]"
         settings["callback"] = check_offered(known.hook)
+        settings["shell_complete"] = _those_built_in
     elif known.choices:
         settings["type"] = click.Choice(known.choices)
     elif known.least is not None:
@@ -75,15 +78,31 @@ def _flag(option: Field[Any], verb: str) -> Callable[[Command], Command]:
     return click.option(name, **settings)
 
 
+def _those_built_in(_: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+    assert isinstance(parameter, Setting)
+    return [one for one in parameter.known.choices if one.startswith(incomplete)]
+
+
 def _flag_name(name: str) -> str:
     return "--" + name.replace("_", "-") if name in OPTIONS else f"`{name}`"
 
 
-def user_path(value: str) -> Path:
-    """The type of options that name a file or directory: `~` is expanded, and the path holds
-    wherever the process goes. `-` stays as it is. Raises InputError.
-    """
-    return Path(value) if value == STDIN else absolute(value)
+class _UserPath(click.ParamType):  # type: ignore[type-arg] # generic in newer releases
+    name = "path"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        return Path(value) if os.fspath(value) == STDIN else absolute(value)
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        return [CompletionItem(incomplete, type="file")]
+
+
+user_path = _UserPath()
+"""The type of options that name a file or directory: `~` is expanded, and the path holds wherever
+the process goes. `-` stays as it is. Raises InputError.
+"""
 
 
 def json_option(command: Command) -> Command:
