@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
-PACKAGES := conformance $(wildcard adapters/ollm-adapter-*)
+PACKAGES := conformance $(wildcard adapters/ollm-adapter-*) plugins/llm-ollm
 FAMILIES := $(filter-out %-transformers,$(wildcard adapters/ollm-adapter-*))
 INSTALLED := $(VENV)/.installed
 MODEL := models/smollm2-135M
@@ -53,7 +53,7 @@ test: install model lint ## lint, types, tests, conformance of every adapter, th
 
 # What keeps all cores busy; beside it, what mostly keeps one, told when it has ended.
 suites: install model
-	$(PYTEST) --dist worksteal -m "not gpu and not soak" --ignore tests/docs/test_tutorial.py tests conformance/tests
+	$(PYTEST) --dist worksteal -m "not gpu and not soak" --ignore tests/docs/test_tutorial.py tests conformance/tests plugins
 	$(PYTEST) --dist loadscope $(FAMILIES) --ollm-results $(RESULTS)
 	$(BIN)/ollm conformance table $(RESULTS) --check $(SUPPORT)
 	$(PYTEST) --dist worksteal -m "not soak" adapters/ollm-adapter-transformers

@@ -37,13 +37,13 @@ def complete_models(
     """Models on disk, those of the catalogs with their other names, and directories. No header of a
     file is read, and nothing is asked of the hub.
     """
-    from ollm_core.checkpoint.locate import all_on_disk
+    from ollm_core.checkpoint.locate import models_on_disk
     from ollm_core.plugins.registry import Registry
 
     found: dict[str, str] = {}
     with suppress(OllmError):
         registry = Registry.discover()
-        for one in all_on_disk(context.params.get("models_dir")):
+        for one in models_on_disk(context.params.get("models_dir")):
             known = registry.named(one.name)
             found[known[1].id if known else one.name] = "on disk"
         for _adapter, entry, _plugin in registry.catalog():

@@ -12,7 +12,12 @@ import pytest
 from ollm_conformance.new_adapter import PUBLISHED
 
 ROOT = Path(__file__).parents[2]
-DISTRIBUTIONS = [ROOT, ROOT / "conformance", *sorted((ROOT / "adapters").glob("*"))]
+DISTRIBUTIONS = [
+    ROOT,
+    ROOT / "conformance",
+    *sorted((ROOT / "adapters").glob("*")),
+    *sorted((ROOT / "plugins").glob("*")),
+]
 PROJECTS = {
     path: tomllib.loads((path / "pyproject.toml").read_text())["project"] for path in DISTRIBUTIONS
 }
