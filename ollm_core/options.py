@@ -230,6 +230,7 @@ class LoadOptions(ModelOptions):
         verbs=_LOADS,
         unset="no limit",
         user_only=True,
+        idle=lambda others: others["kv_dir"] is None or not others["keep_kv"],
     )
     reader: str = offered(
         "auto",
@@ -254,6 +255,7 @@ class LoadOptions(ModelOptions):
         verbs=_DRAFTS,
         metavar="DIR_OR_ID",
         unset="none",
+        idle=lambda others: others["draft"] != "model",
     )
     num_draft_tokens: Count | None = counted(
         None,
@@ -263,6 +265,7 @@ class LoadOptions(ModelOptions):
         "they do not. With sampling it is 10, so that a seed repeats a text.",
         verbs=_DRAFTS,
         unset="as many as pay off, up to 10",
+        idle=lambda others: others["draft"] == "none",
     )
     trust_remote_code: bool = switch(
         False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import re
@@ -9,9 +10,10 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import Field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import click
+from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
 from ollm_core.cli.offered import check_offered
@@ -29,12 +31,31 @@ STDIN = "-"
 def options_of(verb: str) -> Callable[[Command], Command]:
     """Every option that `verb` has a flag for, as arguments of the same names."""
 
-    def decorate(command: Command) -> Command:
+    def decorate(function: Command) -> Command:
+        @functools.wraps(function)
+        def command(**options: Any) -> Any:
+            return function(**options | _passed_over(verb, options))
+
         for name in reversed(names_of(verb)):
             command = _flag(OPTIONS[name], verb)(command)
-        return command
+        return cast("Command", command)
 
     return decorate
+
+
+def _passed_over(verb: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options that mean nothing beside the others and that no flag gives: as if not set."""
+    return {
+        name: OPTIONS[name].default
+        for name in names_of(verb)
+        if not is_flag(name) and about(OPTIONS[name]).idle(options)
+    }
+
+
+def is_flag(name: str) -> bool:
+    """Whether the command line that is being run gives an option, and not a variable or a file."""
+    source = click.get_current_context().get_parameter_source(name)
+    return source is ParameterSource.COMMANDLINE
 
 
 def names_of(verb: str) -> list[str]:

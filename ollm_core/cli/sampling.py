@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from ollm_core.cli.options import is_flag
 from ollm_core.cli.settings import Setting
 
 if TYPE_CHECKING:
@@ -55,8 +56,10 @@ def taken_sampling(options: MutableMapping[str, Any]) -> dict[str, Any]:
     given = {name: options.pop(name) for name in _NAMES}
     stated = {name: value for name, value in given.items() if value is not None}
     if stated and not temperature:
-        flags = ", ".join("--" + name.replace("_", "-") for name in stated)
-        raise click.UsageError(f"{flags} needs a --temperature above 0")
+        if names := [name for name in stated if is_flag(name)]:
+            flags = ", ".join("--" + name.replace("_", "-") for name in names)
+            raise click.UsageError(f"{flags} needs a --temperature above 0")
+        return {"temperature": temperature}  # a variable or a file says it for other commands
     return {"temperature": temperature, **stated}
 
 

@@ -269,3 +269,23 @@ def test_misspelled_variables_are_told(ollm: Ollm, monkeypatch):
     monkeypatch.setenv("OLLM_QQ", "")
     assert unknown_variables(VERBS) == {"OLLM_DEVICE_MEMROY": "OLLM_DEVICE_MEMORY"}
     assert "did you mean OLLM_DEVICE_MEMORY?" in ollm("config", "show")[2]
+
+
+def test_a_flag_takes_the_sense_of_what_a_file_says(
+    ollm: Ollm, project: Path, user: Path, chat: Path
+):
+    """Greedy with a file's top_p, no draft with its draft model, no kept cache with its budget:
+    what means nothing then is passed over. As a flag it is refused, as ever.
+    """
+    (project / "ollm.toml").write_text(
+        'temperature = 0.5\ntop_p = 0.9\nseed = 1\ndraft = "lookup"\nnum_draft_tokens = 3\n'
+        'draft_model = "no-such-model"\ndevice = "cpu"\nmax_new_tokens = 2\n'
+    )
+    user.write_text('kv_budget = "1GB"\n')
+    plain = ["run", chat, "--raw", "--prompt", "1 2 3", "--json"]
+    for flags in ([], ["--temperature", "0"], ["--draft", "none", "--temperature", "0"]):
+        code, _, err = ollm(*plain, *flags)
+        assert code == 0, err
+    assert "needs" in ollm(*plain, "--temperature", "0", "--top-p", "0.5")[2]
+    assert "needs" in ollm(*plain, "--draft", "none", "--num-draft-tokens", "2")[2]
+    assert "kv_budget: need a kv_dir" in ollm(*plain, "--kv-budget", "1GB")[2]
