@@ -142,6 +142,9 @@ class ModelOptions:
         "same dtype, several times as fast on most processors, and its memory does not grow with "
         "the context. Nothing is quantised in either.",
         verbs=_BOTH,
+        idle=lambda told, flags: (
+            "attention" in flags and told["attention"] not in ("auto", "exact")
+        ),
     )
     attention: str = choice(
         "auto",
@@ -152,6 +155,9 @@ class ModelOptions:
         "CUDA. auto goes by `precision`: with fast it is blockwise, or flash where `ollm doctor` "
         "measured that to be faster, and exact for families that have no other.",
         verbs=_BOTH,
+        idle=lambda told, flags: (
+            "precision" in flags and (told["precision"], told["attention"]) == ("fast", "exact")
+        ),
     )
     chunk_size: Count | None = counted(
         None,
@@ -230,7 +236,7 @@ class LoadOptions(ModelOptions):
         verbs=_LOADS,
         unset="no limit",
         user_only=True,
-        idle=lambda others: others["kv_dir"] is None or not others["keep_kv"],
+        idle=lambda told, _: told["kv_dir"] is None or not told["keep_kv"],
     )
     reader: str = offered(
         "auto",
@@ -255,7 +261,7 @@ class LoadOptions(ModelOptions):
         verbs=_DRAFTS,
         metavar="DIR_OR_ID",
         unset="none",
-        idle=lambda others: others["draft"] != "model",
+        idle=lambda told, _: told["draft"] != "model",
     )
     num_draft_tokens: Count | None = counted(
         None,
@@ -265,7 +271,7 @@ class LoadOptions(ModelOptions):
         "they do not. With sampling it is 10, so that a seed repeats a text.",
         verbs=_DRAFTS,
         unset="as many as pay off, up to 10",
-        idle=lambda others: others["draft"] == "none",
+        idle=lambda told, _: told["draft"] == "none",
     )
     trust_remote_code: bool = switch(
         False,

@@ -45,10 +45,11 @@ def options_of(verb: str) -> Callable[[Command], Command]:
 
 def _passed_over(verb: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """Options that mean nothing beside the others and that no flag gives: as if not set."""
+    flags = set(filter(is_flag, names_of(verb)))
     return {
         name: OPTIONS[name].default
         for name in names_of(verb)
-        if not is_flag(name) and about(OPTIONS[name]).idle(options)
+        if name not in flags and about(OPTIONS[name]).idle(options, flags)
     }
 
 

@@ -11,7 +11,8 @@ from one_line import is_one_line_error
 
 from ollm_core.cli.main import cli
 from ollm_core.cli.settings import settings_of, unknown_variables
-from ollm_core.options import OPTIONS
+from ollm_core.errors import InputError
+from ollm_core.options import OPTIONS, PlanOptions
 
 Ollm = Callable[..., tuple[int, str, str]]
 VERBS = settings_of(cli)
@@ -289,3 +290,31 @@ def test_a_flag_takes_the_sense_of_what_a_file_says(
     assert "needs" in ollm(*plain, "--temperature", "0", "--top-p", "0.5")[2]
     assert "needs" in ollm(*plain, "--draft", "none", "--num-draft-tokens", "2")[2]
     assert "kv_budget: need a kv_dir" in ollm(*plain, "--kv-budget", "1GB")[2]
+
+
+@pytest.mark.parametrize(
+    ("told", "flags", "expected"),
+    [
+        ('precision = "exact"', [], ("exact", "exact")),
+        ('precision = "exact"', ["--attention", "blockwise"], ("fast", "blockwise")),
+        ('precision = "exact"', ["--attention", "exact"], ("exact", "exact")),
+        ('attention = "exact"', ["--precision", "fast"], ("fast", "auto")),
+        ('attention = "blockwise"', ["--precision", "fast"], ("fast", "blockwise")),
+        ('attention = "exact"', [], ("exact", "exact")),
+    ],
+)
+def test_a_flag_goes_over_what_a_file_says_of_its_pair(
+    ollm: Ollm, project: Path, monkeypatch, told: str, flags: list[str], expected: tuple[str, str]
+):
+    """Precision and attention go by each other."""
+    given = {}
+
+    def stop(model: str, **options: object) -> None:
+        given.update(options)
+        raise InputError("seen")
+
+    monkeypatch.setattr("ollm_core.planning.planner.plan", stop)
+    (project / "ollm.toml").write_text(told)
+    assert "seen" in ollm("plan", "smollm2-135M", *flags)[2]
+    options = PlanOptions(**given)
+    assert (options.precision, options.attention) == expected

@@ -92,7 +92,7 @@ def test_addresses_and_license(directory):
 
 def test_files_that_pages_name_are_there():
     """Every path in code type that begins at the root of the tree."""
-    top = "adapters|benchmarks|conformance|docs|ollm_core|tests"
+    top = "adapters|benchmarks|conformance|docs|examples|ollm_core|tests"
     named = {
         (page.name, path)
         for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("*/README.md")]
