@@ -34,8 +34,9 @@ def completion(context: click.Context, shell: str) -> None:
 def complete_models(
     context: click.Context, _: click.Parameter, incomplete: str
 ) -> list[CompletionItem]:
-    """Models on disk, those of the catalogs with their other names, and directories. No header of a
-    file is read, and nothing is asked of the hub.
+    """Models on disk, those of the catalogs with their other names, or else directories: click's
+    script for bash takes only one kind. No header of a file is read, and nothing is asked of the
+    hub.
     """
     from ollm_core.checkpoint.locate import models_on_disk
     from ollm_core.plugins.registry import Registry
@@ -49,11 +50,12 @@ def complete_models(
         for _adapter, entry, _plugin in registry.catalog():
             names = (entry.id, *entry.aliases)
             found |= {name: found.get(name, entry.repo) for name in names}
-    begun = [name for name in found if name.startswith(incomplete)]
-    return [
-        *(CompletionItem(name, help=found[name]) for name in begun),
-        CompletionItem(incomplete, type="dir"),
+    begun = [
+        CompletionItem(name, help=text)
+        for name, text in found.items()
+        if name.startswith(incomplete)
     ]
+    return begun or [CompletionItem(incomplete, type="dir")]
 
 
 model_argument = click.argument("model", metavar="MODEL", shell_complete=complete_models)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import pty
+import select
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -35,13 +38,13 @@ def offered(tmp_path, *words):
 
 
 def test_models(tmp_path, tiny):
-    """Ids and other names of the catalogs, models on disk, and directories; no torch is loaded."""
+    """Ids and other names of the catalogs, and models on disk; no torch is loaded."""
     (tmp_path / "models").mkdir()
     tiny.rename(tmp_path / "models/smolly")
     found = offered(tmp_path, "plan", "smol")
     assert {("plain", "smolly"), ("plain", "smollm2-135M"), ("plain", "smollm2:135m")} <= set(found)
-    assert all(name.startswith("smol") for kind, name in found if kind == "plain")
-    assert ("dir", "smol") in found
+    assert all(kind == "plain" and name.startswith("smol") for kind, name in found)
+    assert offered(tmp_path, "plan", "./smol") == [("dir", "./smol")]
 
 
 def test_values(tmp_path):
@@ -51,6 +54,42 @@ def test_values(tmp_path):
     assert offered(tmp_path, "run", "x", "--precision", "e") == [("plain", "exact")]
     assert offered(tmp_path, "run", "x", "--file", "d") == [("file", "d")]
     assert ("plain", "doctor") in offered(tmp_path, "do")
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_in_a_real_shell(tmp_path, tiny):
+    """bash, at a terminal of its own, writes the rest of a model's name."""
+    (tmp_path / "models").mkdir()
+    tiny.rename(tmp_path / "models/unmistakable")
+    program = tmp_path / "ollm"
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m ollm_core.cli "$@"\n')
+    program.chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "TERM": "dumb"}
+    terminal, its_end = pty.openpty()
+    shell = subprocess.Popen(
+        ["bash", "--norc", "--noprofile", "-i"],
+        cwd=tmp_path, env=environment, stdin=its_end, stdout=its_end, stderr=its_end,
+        start_new_session=True,
+    )  # fmt: skip
+    os.close(its_end)
+    try:
+        os.write(terminal, b"source <(ollm completion bash); echo rea''dy\n")
+        read_until(terminal, b"ready")
+        os.write(terminal, b"ollm run models/unmis\t")
+        read_until(terminal, b"models/unmistakable ")
+    finally:
+        shell.kill()
+        shell.wait()
+        os.close(terminal)
+
+
+def read_until(terminal, wanted, seconds=60):
+    """Raises AssertionError where it does not come."""
+    told, end = b"", time.monotonic() + seconds
+    while wanted not in told:
+        assert time.monotonic() < end, told
+        if select.select([terminal], [], [], 0.5)[0]:
+            told += os.read(terminal, 4096)
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
