@@ -44,8 +44,9 @@ def cli() -> None:
     """Run large language models that do not fit in your memory: exact answers, a memory limit that
     holds, weights read from the SSD.
 
-    Write sizes as 8GB or 512MiB. Exit codes: 0 done, 2 bad usage or input, 3 does not fit, 4
-    unknown model or plugin, 1 any other error. Errors go to stderr, with --json too.
+    Variables and files set options, too: see ollm config --help. Write sizes as 8GB or 512MiB. Exit
+    codes: 0 done, 2 bad usage or input, 3 does not fit, 4 unknown model or plugin, 1 any other
+    error. Errors go to stderr, with --json too.
     """
 
 
