@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
-PACKAGES := conformance $(wildcard adapters/ollm-adapter-*)
+PACKAGES := conformance $(wildcard adapters/ollm-adapter-*) plugins/llm-ollm
 FAMILIES := $(filter-out %-transformers,$(wildcard adapters/ollm-adapter-*))
 INSTALLED := $(VENV)/.installed
 MODEL := models/smollm2-135M
@@ -19,7 +19,7 @@ QUESTION := What is the title of this document?
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint format type test suites apart soak demo model models support memory options template bench bench-peers gpu clean
+.PHONY: help install lint format type test suites apart soak demo model models support memory options docs template bench bench-peers gpu clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
@@ -53,7 +53,7 @@ test: install model lint ## lint, types, tests, conformance of every adapter, th
 
 # What keeps all cores busy; beside it, what mostly keeps one, told when it has ended.
 suites: install model
-	$(PYTEST) --dist worksteal -m "not gpu and not soak" --ignore tests/docs/test_tutorial.py tests conformance/tests
+	$(PYTEST) --dist worksteal -m "not gpu and not soak" --ignore tests/docs/test_tutorial.py tests conformance/tests plugins
 	$(PYTEST) --dist loadscope $(FAMILIES) --ollm-results $(RESULTS)
 	$(BIN)/ollm conformance table $(RESULTS) --check $(SUPPORT)
 	$(PYTEST) --dist worksteal -m "not soak" adapters/ollm-adapter-transformers
@@ -96,6 +96,11 @@ models: install ## try every causal model type of transformers, and write docs/g
 
 template: install ## built wheels in a fresh environment: suite, `ollm adapter new`, tutorial
 	tests/check_wheels.sh $(BIN)/python
+
+docs: install ## build the documentation site into build/docs; a warning is an error
+	$(PIP) install --quiet --no-compile -c constraints.txt -e '.[docs]'
+	$(BIN)/python -m sphinx -W --keep-going -q -c docs/site -d build/doctrees docs build/docs
+	@echo "build/docs/index.html"
 
 bench: install ## decode and prefill against the disk's own limit
 	$(BIN)/python benchmarks decode

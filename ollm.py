@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from ollm_core import __version__
     from ollm_core.api import load
+    from ollm_core.checkpoint.locate import models_on_disk
     from ollm_core.compat import AutoInference, Inference, file_get_contents
     from ollm_core.contracts.progress import Progress, Stats
     from ollm_core.documents.reading import read_document
@@ -34,6 +35,7 @@ _HOMES = {
     "load": "ollm_core.api",
     "LLM": "ollm_core.llm",
     "SamplingParams": "ollm_core.serving.request",
+    "models_on_disk": "ollm_core.checkpoint.locate",
     "plan": "ollm_core.planning.planner",
     "Plan": "ollm_core.planning.plan",
     "OllmError": "ollm_core.errors",
@@ -65,6 +67,7 @@ __all__ = [
     "__version__",
     "file_get_contents",
     "load",
+    "models_on_disk",
     "plan",
     "read_document",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,11 +10,24 @@ from ollm_core.api import load
 from ollm_core.contracts.closing import Closing
 from ollm_core.errors import InputError
 from ollm_core.serving.offline import Answered
-from ollm_core.serving.request import Counts, FinishReason, Request, SamplingParams, TokenLogprobs
+from ollm_core.serving.request import (
+    Counts,
+    Event,
+    Failed,
+    Finished,
+    FinishReason,
+    NewToken,
+    Request,
+    SamplingParams,
+    TokenLogprobs,
+)
+from ollm_core.serving.scheduler import Scheduler
 from ollm_core.text.prompts import PromptEncoder
 from ollm_core.text.templates import Message
 from ollm_core.values import PathLike
 
+_EXPECTED_TOKENS = 8192
+"""Of all conversations that are streamed, to choose where their keys and values are kept."""
 Prompt = str | Sequence[int] | Mapping[str, Any]
 """A text, token ids, or vLLM's {"prompt": text} or {"prompt_token_ids": ids}."""
 
@@ -55,6 +68,8 @@ class LLM(Closing):
     def __init__(self, model: PathLike, **options: Any) -> None:
         """`model` and `options` are those of `ollm.load`."""
         self.model = load(model, **options)
+        self._scheduler: Scheduler | None = None
+        self._events: dict[str, list[Event]] = {}
 
     def generate(
         self,
@@ -81,8 +96,45 @@ class LLM(Closing):
         ids = PromptEncoder(self.model.tokenizer).of_chats(several)
         return self._run([None] * len(ids), ids, sampling_params)
 
+    def stream(
+        self, messages: Sequence[Message], sampling_params: SamplingParams | None = None
+    ) -> Iterator[NewToken | Finished]:
+        """Answer one conversation token by token: each event has the `text` that is new, the last
+        one also its `reason` and `counts`. What the conversation had before, or another one, is not
+        computed again. One that is not read to its end ends where it is; several may be read in
+        turns, by one thread. Raises as `generate` does.
+        """
+        wanted = sampling_params or SamplingParams()
+        if wanted.n != 1:
+            raise InputError(f"stream: need one answer, have n={wanted.n}")
+        [ids] = PromptEncoder(self.model.tokenizer).of_chats([messages])
+        if self._scheduler is None:
+            self._scheduler = self.model.open_scheduler(_EXPECTED_TOKENS)
+        scheduler, request = self._scheduler, Request(token_ids=ids, wanted=wanted)
+        waiting = self._events[request.request_id] = []
+        scheduler.add(request)
+        try:
+            while True:
+                while not waiting:
+                    if scheduler.is_idle:
+                        raise InputError("stream: the model is closed")
+                    for event in scheduler.step():
+                        self._events.get(event.request_id, []).append(event)
+                event = waiting.pop(0)
+                if isinstance(event, Failed):
+                    raise event.error
+                if isinstance(event, NewToken | Finished):
+                    yield event
+                if isinstance(event, Finished):
+                    return
+        finally:
+            scheduler.cancel(request.request_id)
+            del self._events[request.request_id]
+
     def close(self) -> None:
         """See `ollm.load`."""
+        if self._scheduler is not None:
+            self._scheduler.close()
         self.model.close()
 
     def _run(

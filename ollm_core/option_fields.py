@@ -4,7 +4,7 @@ torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container, Mapping
 from dataclasses import Field, dataclass, field
 from typing import Any, cast
 
@@ -38,6 +38,19 @@ class About:
     """Verbs that take `choices` alone."""
     least: int | None = None
     """Of a whole number."""
+    variable: str = ""
+    """The one that sets it; empty for OLLM_ and its name."""
+    user_only: bool = False
+    """Whether it is never taken from a project's file, which somebody else may have written: what
+    runs code, opens a server to others, or names what outlives a run.
+    """
+    idle: Callable[[Mapping[str, Any], Container[str]], bool] = lambda _, __: False
+    """(all options, names of those that a flag gives) -> whether it means nothing beside the
+    others. A flag is then refused; what a variable or a file says, perhaps for other commands, is
+    passed over.
+    """
+    secret: bool = False
+    """Whether its value is never shown."""
     check: Callable[[str, Any], Any] = lambda _, value: value
     """(name, value) -> the value in the form that is kept. Raises InputError."""
 

@@ -142,6 +142,9 @@ class ModelOptions:
         "same dtype, several times as fast on most processors, and its memory does not grow with "
         "the context. Nothing is quantised in either.",
         verbs=_BOTH,
+        idle=lambda told, flags: (
+            "attention" in flags and told["attention"] not in ("auto", "exact")
+        ),
     )
     attention: str = choice(
         "auto",
@@ -152,6 +155,9 @@ class ModelOptions:
         "CUDA. auto goes by `precision`: with fast it is blockwise, or flash where `ollm doctor` "
         "measured that to be faster, and exact for families that have no other.",
         verbs=_BOTH,
+        idle=lambda told, flags: (
+            "precision" in flags and (told["precision"], told["attention"]) == ("fast", "exact")
+        ),
     )
     chunk_size: Count | None = counted(
         None,
@@ -165,6 +171,8 @@ class ModelOptions:
         "Directory of your models.",
         verbs=(*_BOTH, "convert", "doctor", "import", "list-models", "pull"),
         unset="$OLLM_MODELS, or ~/.cache/ollm/models",
+        variable="OLLM_MODELS",
+        user_only=True,
         check=called_by(lambda value: value and absolute(value)),
     )
     registry: Registry | None = said(
@@ -212,6 +220,7 @@ class LoadOptions(ModelOptions):
         "used with it.",
         verbs=_LOADS,
         unset="a temporary one",
+        user_only=True,
     )
     keep_kv: bool = switch(
         True,
@@ -226,6 +235,8 @@ class LoadOptions(ModelOptions):
         "cache pin`) or that another process uses; what then has no room is not kept.",
         verbs=_LOADS,
         unset="no limit",
+        user_only=True,
+        idle=lambda told, _: told["kv_dir"] is None or not told["keep_kv"],
     )
     reader: str = offered(
         "auto",
@@ -250,6 +261,7 @@ class LoadOptions(ModelOptions):
         verbs=_DRAFTS,
         metavar="DIR_OR_ID",
         unset="none",
+        idle=lambda told, _: told["draft"] != "model",
     )
     num_draft_tokens: Count | None = counted(
         None,
@@ -259,6 +271,7 @@ class LoadOptions(ModelOptions):
         "they do not. With sampling it is 10, so that a seed repeats a text.",
         verbs=_DRAFTS,
         unset="as many as pay off, up to 10",
+        idle=lambda told, _: told["draft"] == "none",
     )
     trust_remote_code: bool = switch(
         False,
@@ -266,6 +279,7 @@ class LoadOptions(ModelOptions):
         "runs with your rights.",
         "False refuses such a tokenizer. Models that are code of their own are never run.",
         verbs=_LOADS,
+        user_only=True,
     )
     on_progress: Callable[[Progress], None] | None = said(
         None,

@@ -42,6 +42,7 @@ class ServerOptions:
         "One that other machines can reach needs an `api_key`.",
         verbs=_VERBS,
         metavar="ADDRESS",
+        user_only=True,
         check=_text,
     )
     port: Count = said(
@@ -58,6 +59,8 @@ class ServerOptions:
         verbs=_VERBS,
         metavar="KEY",
         unset="$OLLM_API_KEY, else none is asked for",
+        user_only=True,
+        secret=True,
         check=_key,
     )
     allowed_hosts: str | None = said(
@@ -67,6 +70,7 @@ class ServerOptions:
         "have them lead here.",
         verbs=_VERBS,
         metavar="NAMES",
+        user_only=True,
         unset="no more",
         check=_text,
     )
@@ -76,6 +80,7 @@ class ServerOptions:
         "* allows all of them, and needs an `api_key`.",
         verbs=_VERBS,
         metavar="ORIGINS",
+        user_only=True,
         unset="none",
         check=_text,
     )
@@ -100,6 +105,7 @@ class ServerOptions:
         "are not done go on when a server is started with it again.",
         verbs=_VERBS,
         unset="there are none",
+        user_only=True,
     )
     files_budget: Size | None = said(
         None,

@@ -89,9 +89,11 @@ def device_name(device: Device) -> str:
     """As `cuda:0`, from a name, a `torch.device`, or the index of a GPU, -1 for the CPU. Raises
     InputError.
     """
+    if isinstance(device, str):
+        return device
     import torch
 
-    if isinstance(device, (str, torch.device)):
+    if isinstance(device, torch.device):
         return str(device)
     index = whole_number(device)
     if index is None or index < -1:

@@ -28,6 +28,7 @@ POINTS = {
     "ollm_adapter_llama": {("ollm.adapters", "llama")},
     "ollm_adapter_qwen3_next": {("ollm.adapters", "qwen3-next")},
     "ollm_adapter_transformers": {("ollm.adapters", "transformers")},
+    "llm_ollm": {("llm", "ollm")},
     NO_HOME: {("ollm.adapters", "mistral")},
 }
 TEMPLATE = "ollm_conformance/template"

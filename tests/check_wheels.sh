@@ -25,7 +25,7 @@ build() { PYTHONPATH=$work/tools "$bin/python" -m build --no-isolation --outdir 
 install --target "$work/tools" build hatchling
 install torch & # beside the builds
 torch=$!
-for directory in "$root" "$root/conformance" "$root"/adapters/*; do build "$directory"; done
+for directory in "$root" "$root/conformance" "$root"/adapters/* "$root"/plugins/*; do build "$directory"; done
 wait "$torch"
 install "$work"/dist/*.whl pytest-xdist
 

@@ -45,6 +45,7 @@ def pytest_configure() -> None:
     """
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ["XDG_CONFIG_HOME"] = os.devnull  # no test goes by the config of who runs it
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

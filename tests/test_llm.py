@@ -62,3 +62,37 @@ def test_wrong_numbers_of_sampling_params(llm):
     with pytest.raises(InputError, match="a prompt needs"):
         llm.generate([{"text": "x"}], GREEDY)
     assert llm.generate([], GREEDY) == []
+
+
+def test_streams(llm):
+    """Token by token, the text of a whole answer; the next turn goes on from what was read, several
+    may be read in turns, and one that is left ends.
+    """
+    question = {"role": "user", "content": "What is the capital of France? One word."}
+    [whole] = llm.chat([question], GREEDY)
+    events = list(llm.stream([question], GREEDY))
+    assert len(events) == 7
+    text = "".join(event.text for event in events)
+    assert text == whole.outputs[0].text
+    assert events[-1].reason == "length"
+    left = llm.stream([question], SamplingParams(temperature=0, max_tokens=200, ignore_eos=True))
+    next(left)
+    more = [question, {"role": "assistant", "content": text}, question]
+    turns = llm.stream(more, GREEDY)
+    first = [next(turns).text, next(left).text]
+    left.close()
+    *rest, end = turns
+    [alone] = llm.chat(more, GREEDY)
+    assert "".join([first[0], *(event.text for event in (*rest, end))]) == alone.outputs[0].text
+    assert end.counts.num_cached_tokens >= len(whole.prompt_token_ids)
+    with pytest.raises(InputError, match="need one answer, have n=2"):
+        next(llm.stream([question], SamplingParams(n=2)))
+
+
+def test_a_stream_of_a_closed_model_ends(smollm2):
+    """With an error, and not never."""
+    with LLM(smollm2, dtype="float32", device="cpu") as llm:
+        stream = llm.stream([{"role": "user", "content": "Hello"}], GREEDY)
+        next(stream)
+    with pytest.raises(InputError, match="closed"):
+        list(stream)

@@ -113,7 +113,7 @@ WHOLE = {
 }
 """Test files that are of no one module, and what they are of."""
 
-OTHER_FOLDERS = {"benchmarks", "docs", "gpu"}
+OTHER_FOLDERS = {"benchmarks", "docs", "examples", "gpu"}
 """What these mirror lies beside `ollm_core`, and the last one needs a GPU."""
 
 

@@ -15,8 +15,9 @@ _HEAD = """# Options
 
 Written from `ollm_core/options.py` by `options_table.py` here (`make options`); a test compares.
 Each option is a keyword of `ollm.load` or `ollm.plan`, and a flag of the verbs that are named
-behind it, spelled with dashes: `device_memory` is `--device-memory`. `ollm run`, `ollm batch` and
-`ollm plan` have a few flags more, which `--help` shows.
+behind it, spelled with dashes: `device_memory` is `--device-memory`. It is also a variable,
+`OLLM_DEVICE_MEMORY`, and a key of config files, but those marked † not of a project's: see
+[configuration.md](../configuration.md). The verbs have a few flags more, which `--help` shows.
 
 A plugin may offer more names where PLUGIN stands. Values may be what you pass to transformers; see
 [running.md](../running.md#values-of-options).
@@ -49,7 +50,7 @@ def _row(option: Field[Any]) -> str:
     known = about(option)
     verbs = ", ".join(f"`{verb}`" for verb in known.verbs)
     cells = (
-        f"`{option.name}`",
+        f"`{option.name}`" + " †" * known.user_only,
         _values(option),
         default_text(option),
         f"{known.help} {known.more}".rstrip(),

@@ -216,7 +216,7 @@ def absent(
     return InputError(f"{name} is not on disk in {models_root(models_dir)}", hint=fetch)
 
 
-def all_on_disk(models_dir: str | os.PathLike[str] | None = None) -> list[OnDisk]:
+def models_on_disk(models_dir: str | os.PathLike[str] | None = None) -> list[OnDisk]:
     """Every model of which all files are here, by name within each place. Reads no headers: that
     the files agree is for a run to say.
     """

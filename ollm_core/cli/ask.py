@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from ollm_core.cli.completion import model_argument
 from ollm_core.cli.documents import document_options, read_all
 from ollm_core.cli.forecast import forecast
 from ollm_core.cli.models import fetch_if
@@ -24,7 +25,7 @@ from ollm_core.errors import InputError
 
 
 @click.command(short_help="Answer many questions on one document.")
-@click.argument("model")
+@model_argument
 @document_options
 @click.option(
     "-q",

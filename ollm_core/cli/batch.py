@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ollm_core.cli.completion import model_argument
 from ollm_core.cli.models import check_known
 from ollm_core.cli.options import debug_option, json_option, keywords_of, options_of, user_path
 from ollm_core.cli.output import print_json
@@ -31,7 +32,7 @@ _SHOWN_SECONDS = 0.1
 
 
 @click.command(short_help="Answer the rows of a file.")
-@click.argument("model")
+@model_argument
 @click.argument("rows", metavar="IN.jsonl", type=user_path)
 @click.argument("output", metavar="OUT.jsonl", type=user_path)
 @click.option(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ollm_core.cli.completion import model_argument
 from ollm_core.cli.conversation import Conversation
 from ollm_core.cli.inputs import as_text_option
 from ollm_core.cli.models import fetch_if
@@ -30,7 +31,7 @@ _QUOTES = '"""'
 
 
 @click.command(short_help="Talk with a model, turn by turn.")
-@click.argument("model")
+@model_argument
 @click.option(
     "--file",
     "files",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ollm_core.cli.completion import model_argument
 from ollm_core.cli.options import debug_option, json_option, options_of, user_path
 from ollm_core.cli.output import print_json
 from ollm_core.memory.sizes import format_size
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @click.command(short_help="Compress the bf16 weights of a model, losslessly.")
-@click.argument("model", metavar="MODEL")
+@model_argument
 @click.option(
     "--out",
     metavar="DIR",

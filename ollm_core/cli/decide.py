@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from ollm_core.cli.completion import model_argument
 from ollm_core.cli.documents import document_options, read_all
 from ollm_core.cli.inputs import read_text
 from ollm_core.cli.models import fetch_if
@@ -23,7 +24,7 @@ _BAR = 24  # characters of a probability of 1
 
 
 @click.command(short_help="Answer typed questions on a document as probabilities.")
-@click.argument("model")
+@model_argument
 @document_options
 @click.argument("questions", metavar="QUESTIONS.json", type=user_path)
 @click.option("--pull", is_flag=True, help="Download MODEL first, if it is not on disk.")

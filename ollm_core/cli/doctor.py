@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from typing import Any
+
 import click
 
+from ollm_core.cli.missing import missing
 from ollm_core.cli.options import debug_option, dtype_option, json_option, options_of
 from ollm_core.cli.output import print_json
 from ollm_core.memory.sizes import format_size
@@ -15,7 +19,9 @@ from ollm_core.memory.sizes import format_size
 @json_option
 @debug_option
 def doctor(device: str, dtype: str, models_dir: str | None, as_json: bool) -> None:
-    """Measure your disk and your device, so that `ollm plan` knows how fast they are."""
+    """Measure your disk and your device, so that `ollm plan` knows how fast they are; and say what
+    is not installed, and what it would bring.
+    """
     from ollm_core.calibration.rates import (
         PRECISIONS,
         as_fields,
@@ -29,6 +35,7 @@ def doctor(device: str, dtype: str, models_dir: str | None, as_json: bool) -> No
     from ollm_core.device.dtypes import DTYPES
     from ollm_core.device.select import pick_device
     from ollm_core.memory.budgets import DEVICE_DEFAULT, HOST_DEFAULT, default_budgets
+    from ollm_core.plugins.registry import Registry
 
     target = pick_device(device)
     root = models_root(models_dir)
@@ -36,10 +43,13 @@ def doctor(device: str, dtype: str, models_dir: str | None, as_json: bool) -> No
     readers = measured_readers(root)
     attention = measured_attention(target, DTYPES[dtype])
     budgets = default_budgets(target)
+    adapters = [one for plugin in Registry.discover().plugins for one in plugin.adapters]
+    lacking = missing(str(target), list(readers), len(adapters))
     if as_json:
         told = {"device": str(target), "dtype": dtype, "kept_in": str(rates_file())}
         defaults = {"device_memory": budgets.device, "host_memory": budgets.host}
-        more = {"readers": dict(readers), "attention": dict(attention)}
+        more: dict[str, Any] = {"readers": dict(readers), "attention": dict(attention)}
+        more |= {"missing": [asdict(one) for one in lacking]}
         print_json({**told, **defaults, **as_fields(rates), **more})
         return
     click.echo(f"disk     {format_size(rates.disk.per_second)}/s, read from {root}")
@@ -70,3 +80,5 @@ def doctor(device: str, dtype: str, models_dir: str | None, as_json: bool) -> No
     click.echo(f"{'':<9}device: {DEVICE_DEFAULT}")
     click.echo(f"{'':<9}host: {HOST_DEFAULT}")
     click.echo(f"saved in {rates_file()}")
+    for i, one in enumerate(lacking):
+        click.echo(f"{'' if i else 'missing':<9}{one.name}: for {one.gain}; {one.hint}")

@@ -74,7 +74,7 @@ def list_models(word: str | None, models_dir: str | None, as_json: bool) -> None
 
 def _rows(registry: Registry, models_dir: str | None) -> list[_Row]:
     """Those on disk first, each part by name."""
-    from ollm_core.checkpoint.locate import HERE, all_on_disk
+    from ollm_core.checkpoint.locate import HERE, models_on_disk
     from ollm_core.checkpoint.safetensors import read_config
 
     rows = {
@@ -88,7 +88,7 @@ def _rows(registry: Registry, models_dir: str | None) -> list[_Row]:
         )
         for adapter, entry, plugin in registry.catalog()
     }
-    for found in all_on_disk(models_dir):
+    for found in models_on_disk(models_dir):
         known = registry.named(found.name.removeprefix(f"{HERE}/"))
         row = rows.get(known[1].id) if known else rows.get(found.name)
         if row is None:

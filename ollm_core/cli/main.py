@@ -16,6 +16,8 @@ from ollm_core.cli.ask import ask
 from ollm_core.cli.batch import batch
 from ollm_core.cli.cache import cache
 from ollm_core.cli.chat import chat
+from ollm_core.cli.completion import VARIABLE, completion
+from ollm_core.cli.config import config
 from ollm_core.cli.convert import convert
 from ollm_core.cli.decide import decide
 from ollm_core.cli.doctor import doctor
@@ -42,8 +44,9 @@ def cli() -> None:
     """Run large language models that do not fit in your memory: exact answers, a memory limit that
     holds, weights read from the SSD.
 
-    Write sizes as 8GB or 512MiB. Exit codes: 0 done, 2 bad usage or input, 3 does not fit, 4
-    unknown model or plugin, 1 any other error. Errors go to stderr, with --json too.
+    Variables and files set options, too: see ollm config --help. Write sizes as 8GB or 512MiB. Exit
+    codes: 0 done, 2 bad usage or input, 3 does not fit, 4 unknown model or plugin, 1 any other
+    error. Errors go to stderr, with --json too.
     """
 
 
@@ -62,6 +65,8 @@ for _command in (
     plugins,
     cache,
     doctor,
+    config,
+    completion,
 ):
     cli.add_command(_command)
 
@@ -88,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 
 def _invoke(arguments: Sequence[str], session: dict[str, bool]) -> Any:
-    if "_OLLM_COMPLETE" in os.environ:  # a shell asks
+    if VARIABLE in os.environ:  # a shell asks
         cli.main(list(arguments), prog_name="ollm")
     try:
         with cli.make_context("ollm", list(arguments), obj=session) as context:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ollm_core.checkpoint.locate import is_repository, may_be_id
+from ollm_core.cli.completion import model_argument
 from ollm_core.cli.options import debug_option, dtype_option, json_option, options_of, user_path
 from ollm_core.cli.output import print_json, print_table
 
@@ -88,7 +89,7 @@ def _fields(plugin: PluginInfo) -> dict[str, object]:
 
 
 @click.command(short_help="Download a model from the Hugging Face hub.")
-@click.argument("model", metavar="MODEL")
+@model_argument
 @options_of("pull")
 @click.option("--force", is_flag=True, help="Download again, even if the model is on disk.")
 @json_option

@@ -29,9 +29,8 @@ def check_offered(hook: str) -> Callable[[click.Context, click.Parameter, str], 
             try:
                 _registry().check_name(hook, value)
             except OllmError as error:
-                raise InputError(
-                    f"{parameter.opts[0]}: {error.message}", hint=error.hint
-                ) from error
+                named = parameter.get_error_hint(context).strip("'")
+                raise InputError(f"{named}: {error.message}", hint=error.hint) from error
         return value
 
     return check

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+import os
 import re
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import Field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import click
+from click.core import ParameterSource
+from click.shell_completion import CompletionItem
 
 from ollm_core.cli.offered import check_offered
+from ollm_core.cli.settings import Setting
 from ollm_core.files.paths import absolute
 from ollm_core.option_fields import about, default_text
 from ollm_core.options import OPTIONS
@@ -26,12 +31,32 @@ STDIN = "-"
 def options_of(verb: str) -> Callable[[Command], Command]:
     """Every option that `verb` has a flag for, as arguments of the same names."""
 
-    def decorate(command: Command) -> Command:
+    def decorate(function: Command) -> Command:
+        @functools.wraps(function)
+        def command(**options: Any) -> Any:
+            return function(**options | _passed_over(verb, options))
+
         for name in reversed(names_of(verb)):
             command = _flag(OPTIONS[name], verb)(command)
-        return command
+        return cast("Command", command)
 
     return decorate
+
+
+def _passed_over(verb: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options that mean nothing beside the others and that no flag gives: as if not set."""
+    flags = set(filter(is_flag, names_of(verb)))
+    return {
+        name: OPTIONS[name].default
+        for name in names_of(verb)
+        if name not in flags and about(OPTIONS[name]).idle(options, flags)
+    }
+
+
+def is_flag(name: str) -> bool:
+    """Whether the command line that is being run gives an option, and not a variable or a file."""
+    source = click.get_current_context().get_parameter_source(name)
+    return source is ParameterSource.COMMANDLINE
 
 
 def names_of(verb: str) -> list[str]:
@@ -52,7 +77,12 @@ def help_text(option: Field[Any]) -> str:
 
 def _flag(option: Field[Any], verb: str) -> Callable[[Command], Command]:
     known, name = about(option), "--" + option.name.replace("_", "-")
-    settings: dict[str, Any] = {"default": option.default, "help": help_text(option)}
+    settings: dict[str, Any] = {
+        "cls": Setting,
+        "known": known,
+        "default": option.default,
+        "help": help_text(option),
+    }
     if isinstance(option.default, bool):
         settings["is_flag"] = True
         if option.default:
@@ -60,6 +90,7 @@ def _flag(option: Field[Any], verb: str) -> Callable[[Command], Command]:
     elif known.takes_plugins(verb):
         settings["metavar"] = f"[{'|'.join(known.choices)}|PLUGIN]"
         settings["callback"] = check_offered(known.hook)
+        settings["shell_complete"] = _those_built_in
     elif known.choices:
         settings["type"] = click.Choice(known.choices)
     elif known.least is not None:
@@ -69,15 +100,31 @@ def _flag(option: Field[Any], verb: str) -> Callable[[Command], Command]:
     return click.option(name, **settings)
 
 
+def _those_built_in(_: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+    assert isinstance(parameter, Setting)
+    return [one for one in parameter.known.choices if one.startswith(incomplete)]
+
+
 def _flag_name(name: str) -> str:
     return "--" + name.replace("_", "-") if name in OPTIONS else f"`{name}`"
 
 
-def user_path(value: str) -> Path:
-    """The type of options that name a file or directory: `~` is expanded, and the path holds
-    wherever the process goes. `-` stays as it is. Raises InputError.
-    """
-    return Path(value) if value == STDIN else absolute(value)
+class _UserPath(click.ParamType):  # type: ignore[type-arg] # generic in newer releases
+    name = "path"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        return Path(value) if os.fspath(value) == STDIN else absolute(value)
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        return [CompletionItem(incomplete, type="file")]
+
+
+user_path = _UserPath()
+"""The type of options that name a file or directory: `~` is expanded, and the path holds wherever
+the process goes. `-` stays as it is. Raises InputError.
+"""
 
 
 def json_option(command: Command) -> Command:

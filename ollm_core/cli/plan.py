@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ollm_core.cli.completion import model_argument
 from ollm_core.cli.models import check_known
 from ollm_core.cli.options import debug_option, json_option, options_of
 from ollm_core.cli.output import format_time, print_json
@@ -27,7 +28,7 @@ _COLUMN = 12
 
 
 @click.command(short_help="Predict the memory and the time of a run.")
-@click.argument("model")
+@model_argument
 @options_of("plan")
 @click.option(
     "--plot",

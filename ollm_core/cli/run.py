@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ollm_core.cli.completion import model_argument
 from ollm_core.cli.inputs import as_text_option, read_text
 from ollm_core.cli.models import fetch_if
 from ollm_core.cli.options import (
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
 
 @click.command(short_help="Answer a prompt with a model.")
-@click.argument("model")
+@model_argument
 @click.option("--prompt", metavar="TEXT", help="Your prompt. Without --prompt and --file, stdin.")
 @click.option(
     "--file",

@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from ollm_core.cli.options import is_flag
+from ollm_core.cli.settings import Setting
+
 if TYPE_CHECKING:
     from ollm_core.serving.request import SamplingParams
 
@@ -23,13 +26,22 @@ def sampling_options(command: Command) -> Command:
         (
             click.option(
                 "--temperature",
+                cls=Setting,
                 type=click.FloatRange(0),
                 default=0.0,
                 help="Sampling temperature; 0, the default, is greedy.",
             ),
-            click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help=_TOP_P),
-            click.option("--top-k", type=click.IntRange(1), help=_TOP_K),
-            click.option("--seed", type=int, help="Make sampling repeatable."),
+            click.option(
+                "--top-p",
+                cls=Setting,
+                default=None,
+                type=click.FloatRange(0, 1, min_open=True),
+                help=_TOP_P,
+            ),
+            click.option("--top-k", cls=Setting, default=None, type=click.IntRange(1), help=_TOP_K),
+            click.option(
+                "--seed", cls=Setting, default=None, type=int, help="Make sampling repeatable."
+            ),
         )
     ):
         command = option(command)
@@ -44,8 +56,10 @@ def taken_sampling(options: MutableMapping[str, Any]) -> dict[str, Any]:
     given = {name: options.pop(name) for name in _NAMES}
     stated = {name: value for name, value in given.items() if value is not None}
     if stated and not temperature:
-        flags = ", ".join("--" + name.replace("_", "-") for name in stated)
-        raise click.UsageError(f"{flags} needs a --temperature above 0")
+        if names := [name for name in stated if is_flag(name)]:
+            flags = ", ".join("--" + name.replace("_", "-") for name in names)
+            raise click.UsageError(f"{flags} needs a --temperature above 0")
+        return {"temperature": temperature}  # a variable or a file says it for other commands
     return {"temperature": temperature, **stated}
 
 

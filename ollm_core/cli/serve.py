@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
 from contextlib import ExitStack
@@ -11,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ollm_core.cli.completion import model_argument
+from ollm_core.cli.missing import EXTRAS
 from ollm_core.cli.models import fetch_if
 from ollm_core.cli.options import debug_option, keywords_of, options_of
 from ollm_core.cli.report import summary
@@ -24,13 +25,11 @@ from ollm_core.values import parse_tokens
 if TYPE_CHECKING:
     from ollm_core.server.forecast import Forecasts
 
-API_KEY = "OLLM_API_KEY"
 DEFAULT_CONTEXT = 8192
-_NEEDED = ("starlette", "uvicorn", "h11", "python_multipart")
 
 
 @click.command(short_help="Answer over HTTP, as OpenAI's and Ollama's servers do.")
-@click.argument("model")
+@model_argument
 @click.option("--pull", is_flag=True, help="Download MODEL first, if it is not on disk.")
 @options_of("serve")
 @debug_option
@@ -40,15 +39,13 @@ def serve(model: str, pull: bool, max_new_tokens: int, context: str | None, **op
     OpenAI's addresses are below /v1, Ollama's below /api. Only this machine is listened to, unless
     --host says otherwise, which needs an API key. Ctrl-C ends it.
     """
-    if missing := [name for name in _NEEDED if importlib.util.find_spec(name) is None]:
+    if absent := EXTRAS["serve"].absent:
         raise OllmError(
-            f"ollm serve: need the package {missing[0]}, have none",
+            f"ollm serve: need the package {absent}, have none",
             hint="pip install 'ollm-core[serve]'",
         )
     names = ServerOptions.__dataclass_fields__
-    chosen = {name: options[name] for name in names}
-    chosen["api_key"] = chosen["api_key"] or os.environ.get(API_KEY) or None
-    told = ServerOptions(**chosen)
+    told = ServerOptions(**{name: options[name] for name in names})
     if click.get_current_context().ensure_object(dict).get("debug"):
         _log_requests()
     if not options["device"].startswith("cuda"):

@@ -70,7 +70,7 @@ class StreamedModel(  # type: ignore[misc]  # torch overloads `to`
         self.tokenizer = tokenizer
         self.training = False
         self.loss_type = "ForCausalLM"
-        self._own(weights, engine, accounts, open_store, kinds, demand, weight_bytes)
+        self._own(weights, engine, accounts, open_store, kinds, demand, weight_bytes, skeleton)
 
     def forward(
         self,

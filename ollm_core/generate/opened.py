@@ -14,10 +14,12 @@ from ollm_core.contracts.drafting import Drafter
 from ollm_core.contracts.kv import CacheKind, KVStore
 from ollm_core.contracts.progress import Progress, Stats
 from ollm_core.engine.engine import Engine
+from ollm_core.errors import UnsupportedError
 from ollm_core.files.paths import absolute
 from ollm_core.generate.cache import SequenceCache
 from ollm_core.memory.accounts import Accounts
 from ollm_core.memory.budgets import layer_limits
+from ollm_core.model.skeleton import Skeleton
 from ollm_core.values import Count, PathLike
 from ollm_core.weights.streamer import TieredStreamer
 
@@ -43,12 +45,14 @@ class OpenedModel(Closing):
         kinds: Sequence[CacheKind],
         demand: Callable[[str], None],
         weight_bytes: int,
+        skeleton: Skeleton,
     ) -> None:
         """To be called once. What is owned is closed with the model, or when it is dropped."""
         self.engine = engine
         self.weights = weights
         self.accounts = accounts
         self.weight_bytes = weight_bytes
+        self._num_parameters = skeleton.num_parameters
         self._open_store = open_store
         self._kinds = kinds
         self._demand = demand
@@ -66,6 +70,14 @@ class OpenedModel(Closing):
     def dtype(self) -> torch.dtype:
         """What it computes in."""
         return self.weights.dtype
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """How many numbers its weights are, as transformers counts them: tied ones once. None can
+        be trained. Raises UnsupportedError for `exclude_embeddings`.
+        """
+        if exclude_embeddings:
+            raise UnsupportedError("num_parameters: embeddings cannot be left out")
+        return 0 if only_trainable else self._num_parameters
 
     def new_cache(
         self,

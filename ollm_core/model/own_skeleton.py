@@ -63,6 +63,7 @@ class OwnSkeleton(Skeleton):
         self.layers: Sequence[nn.Module] = list(model.get_submodule(layout.layers))
         self.rotary_types = [None] * len(self.layers)
         places = dict(_places(model))
+        self.num_parameters = sum(one.numel() for one in model.parameters())
         self.shapes = {name: tuple(owner[leaf].shape) for name, (owner, leaf) in places.items()}
         if products:
             products.expect(max(shape[-1] for shape in self.shapes.values() if len(shape) > 1))

@@ -124,6 +124,7 @@ class Skeleton:
         model = empty_model(config, dtype, ATTENTION_NAME)
         self.config: PreTrainedConfig = model.config
         check_paths(model, layout)
+        self.num_parameters = sum(one.numel() for one in model.parameters())
         self.shapes = {
             name: tuple(parameter.shape)
             for name, parameter in model.named_parameters(remove_duplicate=False)

@@ -47,8 +47,9 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
             "command",
             "commands",
             (
-                "ask", "batch", "bench", "cache", "chat", "convert", "decide", "doctor", "help",
-                "import", "list-models", "plan", "plugins", "pull", "run", "serve",
+                "ask", "batch", "bench", "cache", "chat", "completion", "config", "convert",
+                "decide", "doctor", "help", "import", "list-models", "plan", "plugins", "pull",
+                "run", "serve",
             ),
         ),
     }

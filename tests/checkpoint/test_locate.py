@@ -9,12 +9,12 @@ from safetensors.torch import save_file
 
 from ollm_core import CatalogEntry, InputError, UnknownModelError
 from ollm_core.checkpoint.locate import (
-    all_on_disk,
     hub_cache,
     is_on_disk,
     is_repository,
     local_path,
     locate,
+    models_on_disk,
     models_root,
     resolve,
     snapshot,
@@ -152,14 +152,14 @@ def test_every_name_leads_to_every_place(tiny_registry, tmp_path):
         place = write(where)
         assert [locate(name, tiny_registry, root) for name in names] == [place] * len(names)
     size = (root / "tiny/model.safetensors").stat().st_size
-    assert {(one.name, one.place, one.weight_bytes) for one in all_on_disk(root)} == {
+    assert {(one.name, one.place, one.weight_bytes) for one in models_on_disk(root)} == {
         ("tiny", "models", size),
         ("someone/Tiny-1B", "models", size),
         ("models/tiny", "./models", size),
         ("someone/Tiny-1B", "hub cache", size),
     }
     (root / "tiny/model.safetensors").unlink()
-    assert ("tiny", "models") not in {(one.name, one.place) for one in all_on_disk(root)}
+    assert ("tiny", "models") not in {(one.name, one.place) for one in models_on_disk(root)}
 
 
 def test_snapshot(tmp_path, monkeypatch):

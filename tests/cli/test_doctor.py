@@ -20,6 +20,7 @@ def test_doctor_measures_for_plan(ollm, tmp_path, monkeypatch):
     assert code == 0
     measured = json.loads(out)
     assert measured["disk"]["per_second"] > 1e6
+    assert {"name", "gain", "hint"} == measured["missing"][0].keys()
     code, out, _ = ollm("plan", "smollm2-135M", *options)
     assert code == 0
     assert f"compute {format_size(measured['compute']['per_second'])[:-1]}FLOP/s (measured" in out

@@ -12,7 +12,12 @@ import pytest
 from ollm_conformance.new_adapter import PUBLISHED
 
 ROOT = Path(__file__).parents[2]
-DISTRIBUTIONS = [ROOT, ROOT / "conformance", *sorted((ROOT / "adapters").glob("*"))]
+DISTRIBUTIONS = [
+    ROOT,
+    ROOT / "conformance",
+    *sorted((ROOT / "adapters").glob("*")),
+    *sorted((ROOT / "plugins").glob("*")),
+]
 PROJECTS = {
     path: tomllib.loads((path / "pyproject.toml").read_text())["project"] for path in DISTRIBUTIONS
 }
@@ -87,7 +92,7 @@ def test_addresses_and_license(directory):
 
 def test_files_that_pages_name_are_there():
     """Every path in code type that begins at the root of the tree."""
-    top = "adapters|benchmarks|conformance|docs|ollm_core|tests"
+    top = "adapters|benchmarks|conformance|docs|examples|ollm_core|tests"
     named = {
         (page.name, path)
         for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("*/README.md")]

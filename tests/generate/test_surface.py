@@ -18,7 +18,7 @@ IDS = torch.tensor([[5, 6, 7, 8]])
 SHORT = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None}
 OWN = {
     "can_generate", "device", "dtype", "eval", "forward", "get_experts_implementation",
-    "prepare_inputs_for_generation", "tie_weights", "to", "train",
+    "num_parameters", "prepare_inputs_for_generation", "tie_weights", "to", "train",
 }  # fmt: skip
 
 
@@ -44,7 +44,7 @@ def test_all_else_is_refused(model):
         "generate_batch", "init_continuous_batching", "parameters", "named_parameters", "buffers",
         "state_dict", "load_state_dict", "save_pretrained", "push_to_hub", "from_pretrained",
         "resize_token_embeddings", "get_input_embeddings", "half", "float", "cuda", "cpu",
-        "gradient_checkpointing_enable", "compile", "add_adapter", "load_adapter", "num_parameters",
+        "gradient_checkpointing_enable", "compile", "add_adapter", "load_adapter",
         "get_memory_footprint", "heal_tokens", "modules", "load_custom_generate", "base_model",
         "dequantize",
     }  # fmt: skip
@@ -147,3 +147,14 @@ def test_a_pipeline_of_transformers(chat):
             for one in (model, theirs)
         )
     assert found == expected
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_parameters_are_counted_as_transformers_does(make_llama, reference, tied):
+    """Tied ones once; lm-eval asks for that. None can be trained."""
+    path = make_llama(tie_word_embeddings=tied)
+    with ollm.load(path, device="cpu") as model:
+        assert model.num_parameters() == reference(path, torch.float32).model.num_parameters()
+        assert model.num_parameters(only_trainable=True) == 0
+        with pytest.raises(UnsupportedError, match="cannot be left out"):
+            model.num_parameters(exclude_embeddings=True)
