@@ -38,6 +38,12 @@ def summary(
     read_rate = _rate(stats.weight_bytes_read, stats.read_seconds)
     prefill_rate = _rate(stats.prefill_tokens, stats.prefill_seconds)
     decode_rate = _rate(stats.decode_tokens, stats.decode_seconds)
+    weights_read = (
+        f"{format_size(stats.weight_bytes_read / passes)} per pass, "
+        f"{stats.weight_passes} passes, {format_size(read_rate)}/s ({stats.reader})"
+        if stats.weight_bytes_read
+        else f"none in {stats.weight_passes} passes: all are resident"
+    )
     on_disk = ""
     if stats.kv_tier == "disk":
         on_disk = f", {format_size(stats.kv_disk_bytes)}, {format_size(stats.kv_bytes_read)} read"
@@ -48,8 +54,7 @@ def summary(
         "host memory": f"peak {format_size(stats.host_peak_bytes)} / "
         f"limit {format_size(stats.host_limit_bytes)}; "
         f"whole process {format_size(stats.process_peak_bytes)}",
-        "weights read": f"{format_size(stats.weight_bytes_read / passes)} per pass, "
-        f"{stats.weight_passes} passes, {format_size(read_rate)}/s ({stats.reader})",
+        "weights read": weights_read,
         "prefix cache": f"{stats.cached_tokens} prompt tokens reused",
         "prefill": f"{stats.prefill_tokens} tokens in {stats.prefill_seconds:.1f} s, "
         f"{prefill_rate:.1f} tokens/s",

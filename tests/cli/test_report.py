@@ -1,4 +1,4 @@
-"""What `ollm run` says of a mixture of experts."""
+"""What `ollm run` says of weights that are read, and of a mixture of experts."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from mixtures import open_moe
 
+import ollm
 from ollm_core.cli.report import json_report, summary
 
 
@@ -23,3 +24,15 @@ def test_run_tells_of_experts(make_moe, ids):
     dense = replace(stats, experts_routed=0)
     assert "experts_routed" not in json_report("", [], 30, dense)
     assert "experts" not in summary(dense)
+
+
+def test_weights_that_stay_are_not_read(tiny, ids):
+    """Where all are resident nothing is read again, and nothing is divided by that."""
+    with ollm.load(tiny, device="cpu") as model:
+        model(input_ids=ids(9)[None])
+        model(input_ids=ids(9)[None])
+        told = summary(model.stats)
+    assert "weights read  none in 2 passes: all are resident\n" in told
+    with ollm.load(tiny, device="cpu", device_memory="510kB") as model:
+        model(input_ids=ids(9)[None])
+        assert " per pass, 1 passes, " in summary(model.stats)
