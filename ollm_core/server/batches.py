@@ -20,7 +20,8 @@ from ollm_core.server.service import Service
 from ollm_core.serving.jobs.job import BatchJob, BatchProgress
 from ollm_core.serving.jobs.settings import Settings, model_sample
 from ollm_core.serving.jobs.shared import SharedModel, StoppedError
-from ollm_core.serving.openai.requests import KINDS, RefusedError
+from ollm_core.serving.openai.refused import RefusedError
+from ollm_core.serving.openai.requests import KINDS
 
 logger = logging.getLogger("ollm.server")
 

@@ -80,6 +80,7 @@ class Completions:
             body.kind,
             wants_logprobs=body.asked[0].sampling.logprobs is not None,
             with_usage=body.with_usage,
+            tools=body.asked[0].tools,
         )
         answers = [[Answered() for _ in range(body.num_answers)] for _ in body.asked]
         watch, begun = Stopwatch(self._service.meter), set[int]()
@@ -108,7 +109,7 @@ class Completions:
 def _chunks(chunks: Chunks, index: int, event: object) -> list[dict[str, Any] | None]:
     """Of one event."""
     if isinstance(event, NewToken):
-        return [chunks.token(index, event)]
+        return [*chunks.token(index, event)]
     if isinstance(event, Finished):
         return [*chunks.last(index, event.text, event.reason)]
     return []

@@ -7,20 +7,19 @@ chat, and understood there.
 
 from __future__ import annotations
 
-import secrets
-import time
 from collections.abc import Mapping
 from typing import Any
 
 from ollm_core.files.untrusted_json import show
 from ollm_core.server.answering import Stream, collected, read, reading_body, tell
-from ollm_core.server.client import Client, as_json
-from ollm_core.server.errors import RefusedRequestError
+from ollm_core.server.client import Client
 from ollm_core.server.meter import Stopwatch
+from ollm_core.server.response_events import ResponseWriter
 from ollm_core.server.service import Service
 from ollm_core.serving.offline import Answered
-from ollm_core.serving.openai.requests import RefusedError
+from ollm_core.serving.openai.refused import RefusedError
 from ollm_core.serving.openai.served import Body
+from ollm_core.serving.openai.tools import Said
 
 _AS_THEY_ARE = ("temperature", "top_p", "stream", "service_tier", "seed", "stop")
 _IGNORED = frozenset(
@@ -31,12 +30,17 @@ _IGNORED = frozenset(
 )  # fmt: skip
 _ONLY: Mapping[str, tuple[Any, ...]] = {
     "previous_response_id": (), "conversation": (), "prompt": (), "background": (False,),
-    "tools": ([],), "tool_choice": ("none", "auto"), "truncation": ("disabled",),
+    "truncation": ("disabled",),
     "top_logprobs": (0,), "max_tool_calls": (),
     "reasoning": ({},),
 }  # fmt: skip
 """Fields that are taken where they ask for what happens anyway."""
-_KNOWN = frozenset({"input", "instructions", "max_output_tokens", "text", *_AS_THEY_ARE})
+_KNOWN = frozenset(
+    {
+        "input", "instructions", "max_output_tokens", "text", "tools", "tool_choice",
+        *_AS_THEY_ARE,
+    }
+)  # fmt: skip
 _TEXTS = ("input_text", "output_text")
 
 
@@ -68,10 +72,49 @@ def understood(fields: Mapping[str, Any]) -> dict[str, Any]:
         raise RefusedError(
             f"input: need a text or a list of at least one turn, have {show(turns)}", param="input"
         )
-    messages = [_message(place, one) for place, one in enumerate(turns)]
+    messages: list[dict[str, Any]] = []
     if first is not None:
-        messages.insert(0, {"role": "system", "content": first})
-    return {**chat, "messages": messages}
+        messages.append({"role": "system", "content": first})
+    for place, turn in enumerate(turns):
+        _add(messages, place, turn)
+    return {**chat, **_tools(said), "messages": messages}
+
+
+def _tools(said: Mapping[str, Any]) -> dict[str, Any]:
+    """The functions, in the words of chat."""
+    chat: dict[str, Any] = {}
+    if "tools" in said:
+        tools = said["tools"]
+        chat["tools"] = [_nested(one) for one in tools] if isinstance(tools, list) else tools
+    if "tool_choice" in said:
+        chat["tool_choice"] = _nested(said["tool_choice"])
+    return chat
+
+
+def _nested(tool: Any) -> Any:
+    """A function has its fields in an object of its own."""
+    if not isinstance(tool, dict) or tool.get("type") != "function" or "function" in tool:
+        return tool
+    own = {name: value for name, value in tool.items() if name != "type"}
+    return {"type": "function", "function": own}
+
+
+def _add(messages: list[dict[str, Any]], place: int, turn: Any) -> None:
+    """One more turn: a message, a call of the assistant's, or what one gave."""
+    kind = turn.get("type", "message") if isinstance(turn, dict) else None
+    if kind == "function_call":
+        _check_fields(place, turn, {"type", "id", "call_id", "name", "arguments", "status"})
+        function = {"name": turn.get("name"), "arguments": turn.get("arguments")}
+        call = {"id": turn.get("call_id"), "type": "function", "function": function}
+        if not messages or messages[-1]["role"] != "assistant":
+            messages.append({"role": "assistant", "content": None})
+        messages[-1].setdefault("tool_calls", []).append(call)
+    elif kind == "function_call_output":
+        _check_fields(place, turn, {"type", "id", "call_id", "output", "status"})
+        content, call_id = _content(place, turn.get("output")), turn.get("call_id")
+        messages.append({"role": "tool", "tool_call_id": call_id, "content": content})
+    else:
+        messages.append(_message(place, turn))
 
 
 def _format(text: Any) -> dict[str, Any] | None:
@@ -98,13 +141,21 @@ def _message(place: int, turn: Any) -> dict[str, Any]:
             code="unsupported_parameter",
             param=param,
         )
+    _check_fields(place, turn, {"type", "role", "content", "id", "status", "phase"})
+    return {"role": turn.get("role"), "content": _content(place, turn.get("content"))}
+
+
+def _check_fields(place: int, turn: Mapping[str, Any], known: set[str]) -> None:
     left = {name for name, value in turn.items() if value is not None}
-    if unknown := left - {"type", "role", "content", "id", "status", "phase"}:
+    if unknown := left - known:
+        param = f"input[{place}]"
         raise RefusedError(f"{param}: {show(min(unknown))} is not known", param=param)
-    content = turn.get("content")
+
+
+def _content(place: int, content: Any) -> Any:
     if isinstance(content, list):
-        content = [_part(param, part) for part in content]
-    return {"role": turn.get("role"), "content": content}
+        return [_part(f"input[{place}]", part) for part in content]
+    return content
 
 
 def _part(param: str, part: Any) -> dict[str, Any]:
@@ -127,141 +178,32 @@ class Responding:
         """Raises what is to be told to the client, and ClientGoneError."""
         fields = await client.read_object(self._service.options.max_body_bytes)
         chat = understood(fields)
-        writer = _Writer(self._service.name, fields)
+        writer = ResponseWriter(self._service.name, fields)
         async with reading_body(self._service.read_body("chat", chat)) as reading:
             if chat.get("stream") is True:
-                stream = Stream(self._service, client, writer.failed)
+                stream = Stream(self._service, client, writer.failure)
                 await stream.run(reading, lambda body: self._streamed(stream, body, writer))
             else:
                 body = await read(client, reading)
                 [[answer]] = await collected(client, self._service, body.requests()[0])
-                await tell(client, writer.response(body, answer))
+                writer.add(Said(body.asked[0].tools).add(answer.text, last=True))
+                writer.end(body, answer)
+                await tell(client, writer.ended(body, answer))
 
-    async def _streamed(self, stream: Stream, body: Body, writer: _Writer) -> bytes:
+    async def _streamed(self, stream: Stream, body: Body, writer: ResponseWriter) -> bytes:
         """Tell the answer in events; -> the end."""
         requests, _ = body.requests()
-        answer, watch, num_sent = Answered(), Stopwatch(self._service.meter), 0
+        answer, watch, num_read = Answered(), Stopwatch(self._service.meter), 0
+        said = Said(body.asked[0].tools)
         async with self._service.ask(requests) as asking:
             while not asking.has_ended:
                 for _, event in await stream.events(asking, requests):
                     watch.count(event)
                     answer.add(event)
-                if text := answer.text[num_sent:]:
-                    begin = writer.begin(body) if not stream.has_begun else b""
-                    await stream.write(begin + writer.delta(text))
-                    num_sent += len(text)
-        begin = writer.begin(body) if not stream.has_begun else b""
+                pieces = said.add(answer.text[num_read:], last=asking.has_ended)
+                num_read = len(answer.text)
+                if pieces:
+                    begin = b"" if writer.has_begun else writer.begin(body)
+                    await stream.write(begin + writer.add(pieces))
+        begin = b"" if writer.has_begun else writer.begin(body)
         return begin + writer.end(body, answer)
-
-
-class _Writer:
-    """Writes one response, whole or in events."""
-
-    def __init__(self, model: str, fields: Mapping[str, Any]) -> None:
-        self._id, self._message_id = f"resp_{secrets.token_hex(24)}", f"msg_{secrets.token_hex(24)}"
-        self._created = int(time.time())
-        self._model, self._fields = model, fields
-        self._number = 0
-
-    def response(self, body: Body, answer: Answered | None) -> dict[str, Any]:
-        """The object; without an `answer`, that of one that is being made."""
-        status = "in_progress"
-        if answer is not None:
-            status = "incomplete" if answer.finish_reason == "length" else "completed"
-        sampling = body.asked[0].sampling
-        return {
-            "id": self._id,
-            "object": "response",
-            "created_at": self._created,
-            "status": status,
-            "error": None,
-            "incomplete_details": (
-                {"reason": "max_output_tokens"} if status == "incomplete" else None
-            ),
-            "instructions": self._fields.get("instructions"),
-            "max_output_tokens": sampling.max_tokens,
-            "metadata": self._fields.get("metadata") or {},
-            "model": self._model,
-            "output": [] if answer is None else [self._item(status, answer.text)],
-            "parallel_tool_calls": False,
-            "previous_response_id": None,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "text": self._fields.get("text") or {"format": {"type": "text"}},
-            "tool_choice": "none",
-            "tools": [],
-            "truncation": "disabled",
-            "usage": None if answer is None else _usage(body, answer),
-        }
-
-    def begin(self, body: Body) -> bytes:
-        """The events before the first text."""
-        response = self.response(body, None)
-        return (
-            self._event("response.created", response=response)
-            + self._event("response.in_progress", response=response)
-            + self._event(
-                "response.output_item.added",
-                output_index=0,
-                item={**self._item("in_progress", ""), "content": []},
-            )
-            + self._event("response.content_part.added", **self._place, part=_text(""))
-        )
-
-    def delta(self, text: str) -> bytes:
-        """More of the text."""
-        return self._event("response.output_text.delta", **self._place, delta=text, logprobs=[])
-
-    def end(self, body: Body, answer: Answered) -> bytes:
-        """The events after the last text."""
-        response = self.response(body, answer)
-        status = response["status"]
-        part = _text(answer.text)
-        item = self._item(status, answer.text)
-        return (
-            self._event("response.output_text.done", **self._place, text=answer.text, logprobs=[])
-            + self._event("response.content_part.done", **self._place, part=part)
-            + self._event("response.output_item.done", output_index=0, item=item)
-            + self._event(f"response.{status}", response=response)
-        )
-
-    def failed(self, refused: RefusedRequestError) -> bytes:
-        """The last event of one that fails."""
-        told = refused.fields["error"]
-        return self._event("error", message=told["message"], code=told["code"], param=told["param"])
-
-    @property
-    def _place(self) -> dict[str, Any]:
-        return {"item_id": self._message_id, "output_index": 0, "content_index": 0}
-
-    def _item(self, status: str, text: str) -> dict[str, Any]:
-        return {
-            "id": self._message_id,
-            "type": "message",
-            "status": status,
-            "role": "assistant",
-            "content": [_text(text)],
-        }
-
-    def _event(self, kind: str, **fields: Any) -> bytes:
-        told = {"type": kind, "sequence_number": self._number, **fields}
-        self._number += 1
-        return b"event: " + kind.encode() + b"\ndata: " + as_json(told) + b"\n\n"
-
-
-def _text(text: str) -> dict[str, Any]:
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
-
-
-def _usage(body: Body, answer: Answered) -> dict[str, Any]:
-    num_prompt, num_new = len(body.asked[0].token_ids), len(answer.token_ids)
-    return {
-        "input_tokens": num_prompt,
-        "input_tokens_details": {
-            "cached_tokens": answer.counts.num_cached_tokens,
-            "cache_write_tokens": 0,
-        },
-        "output_tokens": num_new,
-        "output_tokens_details": {"reasoning_tokens": 0},
-        "total_tokens": num_prompt + num_new,
-    }

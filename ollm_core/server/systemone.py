@@ -15,7 +15,7 @@ from ollm_core.server.client import Client
 from ollm_core.server.service import Service
 from ollm_core.serving.asking.decisions import Decision, decisions
 from ollm_core.serving.asking.questions import check_length
-from ollm_core.serving.openai.requests import RefusedError
+from ollm_core.serving.openai.refused import RefusedError
 from ollm_core.serving.request import Choices, Request
 
 _FIELDS = frozenset({"model", "state", "questions", "assets"})

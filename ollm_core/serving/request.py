@@ -54,6 +54,8 @@ class SamplingParams:
     ignore_eos: bool = False
     """Go on after the model's own end."""
     include_stop_str_in_output: bool = False
+    shown_token_ids: Sequence[int] = ()
+    """Special tokens that the text has; it is without the others."""
     seed: int | None = None
     """Repeats a text, whatever runs beside it. None: another one each time."""
     logprobs: int | None = None
@@ -69,6 +71,7 @@ class SamplingParams:
         texts = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         object.__setattr__(self, "stop", texts)
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        object.__setattr__(self, "shown_token_ids", tuple(self.shown_token_ids))
         object.__setattr__(self, "logits_processors", tuple(self.logits_processors))
         for name, least in (("n", 1), ("max_tokens", 1), ("min_tokens", 0)):
             count(name, getattr(self, name), least)

@@ -61,7 +61,7 @@ class GeneratedText(RequestedText):
         )
         stops = dict.fromkeys(() if sampling.ignore_eos else model.stop_texts, True)
         stops |= dict.fromkeys(sampling.stops, sampling.include_stop_str_in_output)
-        self._answer = Answer(model.tokenizer, stops)
+        self._answer = Answer(model.tokenizer, stops, sampling.shown_token_ids)
         self._ends = {*sampling.stop_token_ids, *(() if sampling.ignore_eos else ends)}
         self.draft: list[int] = []
         """Guesses of what comes after all of its tokens, which the next pass checks."""

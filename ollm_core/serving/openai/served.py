@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ollm_core.errors import InputError
+from ollm_core.errors import InputError, UnsupportedError
 from ollm_core.files.untrusted_json import show
 from ollm_core.serving.model import ServedModel
-from ollm_core.serving.openai.requests import Asked, Kind, Reader, RefusedError
+from ollm_core.serving.openai.refused import RefusedError, unsupported
+from ollm_core.serving.openai.requests import Asked, Kind, Reader
 from ollm_core.serving.request import Request, Score
 from ollm_core.serving.structured import Grammars
 
@@ -105,8 +106,7 @@ def read_body(
     for text in texts:
         one = said if kind == "chat" else {**said, "prompt": text}
         asked.append(_checked(reader.read_body(kind, one), model))
-        if schema is not None and grammars is not None:
-            asked[-1] = _following(asked[-1], schema, grammars)
+        asked[-1] = _following(asked[-1], schema, grammars, said)
     if asked[0].sampling.n * len(asked) > MAX_TEXTS:
         raise RefusedError(
             f"n: need at most {MAX_TEXTS} answers to all prompts, "
@@ -152,9 +152,6 @@ def _schema(said: dict[str, Any]) -> dict[str, Any] | None:
     if not isinstance(wanted, dict) or wanted.get("type") not in ("json_object", "json_schema"):
         return None
     del said["response_format"]
-    for name in ("ignore_eos", "min_tokens"):
-        if said.get(name):
-            raise RefusedError(f"{name}: a schema says where the answer ends", param=name)
     if wanted["type"] == "json_object":
         return {"type": "object"}
     told = wanted.get("json_schema")
@@ -167,13 +164,30 @@ def _schema(said: dict[str, Any]) -> dict[str, Any] | None:
     return schema
 
 
-def _following(asked: Asked, schema: Mapping[str, Any], grammars: Grammars) -> Asked:
-    """The same, whose answers follow a schema."""
+def _following(
+    asked: Asked,
+    schema: Mapping[str, Any] | None,
+    grammars: Grammars | None,
+    said: Mapping[str, Any],
+) -> Asked:
+    """The same, whose answers follow a schema, or that of a call that must come."""
+    param = "response_format"
+    if asked.tools is not None:
+        if schema is not None:
+            raise unsupported("response_format: need no tools, or tool_choice 'none'", param)
+        schema, param = (asked.tools.schema() if asked.tools.forced else None), "tools"
+    if schema is None:
+        return asked
+    for name in ("ignore_eos", "min_tokens"):
+        if said.get(name):
+            raise RefusedError(f"{name}: a schema says where the answer ends", param=name)
     try:
+        if grammars is None:
+            raise UnsupportedError(f"{param}: this server follows no schemas")
         processor = grammars.follow(schema, len(asked.token_ids))
     except InputError as error:
         hint = f"; {error.hint}" if error.hint else ""
-        raise RefusedError(f"{error.message}{hint}", param="response_format") from None
+        raise RefusedError(f"{error.message}{hint}", param=param) from None
     return replace(asked, sampling=replace(asked.sampling, logits_processors=(processor,)))
 
 
