@@ -16,6 +16,7 @@ from ollm_core.generate.causal_lm import StreamedModel
 from ollm_core.server.asking import Asking
 from ollm_core.server.errors import stopping
 from ollm_core.server.forecast import Forecasts
+from ollm_core.server.kept import KeptAnswers
 from ollm_core.server.meter import Meter
 from ollm_core.server.places import Places
 from ollm_core.server.progress import PassWatch, standing
@@ -67,6 +68,7 @@ class Service(Closing):
         self.places = Places(
             int(self.options.max_requests), _MOST_BODIES * self.options.max_body_bytes
         )
+        self.kept = KeptAnswers(self.options.keep_budget_bytes, float(self.options.keep_seconds))
         self.meter = Meter()
         self.watch = PassWatch()
         with ExitStack() as stack:
@@ -80,6 +82,7 @@ class Service(Closing):
         """Cancel what runs. May be called twice."""
         self._reading.shutdown(wait=True, cancel_futures=True)
         self.session.close()
+        self.kept.clear()
         self.model.on_progress(None)
 
     async def read(self, work: Callable[[], Made]) -> Made:

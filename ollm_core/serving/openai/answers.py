@@ -61,11 +61,15 @@ class Writer:
             "usage": usage([asked], [answers]),
         }
 
-    def head(self, kind: Kind, *, chunk: bool = False) -> dict[str, Any]:
-        """The fields that all answers have, and all chunks of one: a new id among them."""
-        prefix, name = _OBJECTS[kind]
+    def head(
+        self, kind: Kind, answer_id: str | None = None, *, chunk: bool = False
+    ) -> dict[str, Any]:
+        """The fields that all answers have, and all chunks of one: an id among them, a new one
+        where none is given.
+        """
+        _, name = _OBJECTS[kind]
         return {
-            "id": f"{prefix}-{secrets.token_hex(12)}",
+            "id": answer_id or new_answer_id(kind),
             "object": f"{name}.chunk" if chunk and kind == "chat" else name,
             "created": int(time.time()),
             "model": self._model,
@@ -152,6 +156,11 @@ class Writer:
     def decode(self, token_ids: Sequence[int]) -> str:
         """Their text, control tokens too."""
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=False))
+
+
+def new_answer_id(kind: Kind) -> str:
+    """That nobody can guess."""
+    return f"{_OBJECTS[kind][0]}-{secrets.token_hex(16)}"
 
 
 def told_call(call: Call) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ollm_core.serving.openai.answers import Writer, told_call, told_reason
@@ -22,14 +23,15 @@ class Chunks:
         wants_logprobs: bool,
         with_usage: bool,
         tools: ToolUse | None = None,
+        answer_id: str | None = None,
     ) -> None:
         """`with_usage`: the last chunk has it, and all others say that they have none. Calls of
-        `tools` are told as such, each whole.
+        `tools` are told as such, each whole. `answer_id` is that of all chunks; None: a new one.
         """
         self._writer = writer
         self._kind = kind
         self._wants_logprobs = wants_logprobs
-        self._head = writer.head(kind, chunk=True)
+        self._head = writer.head(kind, answer_id, chunk=True)
         if with_usage:
             self._head["usage"] = None
         self._ends: defaultdict[int, int] = defaultdict(int)
@@ -67,6 +69,19 @@ class Chunks:
     def usage(self, usage: dict[str, Any]) -> dict[str, Any]:
         """The chunk after all choices have ended."""
         return {**self._head, "choices": [], "usage": usage}
+
+    def whole(self, choices: Sequence[dict[str, Any]], usage: Mapping[str, Any]) -> dict[str, Any]:
+        """The same as one object, when all has been told: `choices` are those of one, whose calls
+        have other ids.
+        """
+        told = []
+        for choice in choices:
+            message = dict(choice["message"])
+            if calls := self._answers[choice["index"]].calls:
+                message["tool_calls"] = [told_call(call) for call in calls]
+            told.append({**choice, "message": message})
+        head = {**self._head, "object": "chat.completion"}
+        return {**head, "choices": told, "usage": dict(usage)}
 
     def _said(self, text: str) -> dict[str, Any]:
         return {"delta": {"content": text}} if self._kind == "chat" else {"text": text}
