@@ -65,6 +65,8 @@ ELSEWHERE = {
     "serving/live": "serving/test_scheduler.py",
     "serving/model": "serving/test_scheduler.py",
     "serving/offline": "serving/test_scheduler.py",
+    "serving/openai/fields": "server/test_openapi.py",
+    "serving/openai/limits": "serving/openai/test_served.py",
     "serving/openai/refused": "serving/openai/test_requests.py",
     "serving/prefixes": "serving/test_scheduler.py",
     "serving/texts": "serving/test_scheduler.py",

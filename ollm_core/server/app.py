@@ -22,6 +22,7 @@ from ollm_core.server.kept_routes import KeptRoutes
 from ollm_core.server.metrics import CONTENT_TYPE, metrics_page
 from ollm_core.server.ollama import Generating, Told
 from ollm_core.server.openai import Completions
+from ollm_core.server.openapi import openapi_route
 from ollm_core.server.page import page_routes
 from ollm_core.server.responses import Responding
 from ollm_core.server.service import Service
@@ -55,6 +56,9 @@ def open_app(service: Service, more: Sequence[Route] = ()) -> ASGIApp:
             *KeptRoutes(service).routes(),
             *_told(service),
             *page_routes(service),
+            openapi_route(
+                service.name, with_key=options.api_key is not None, with_files=bool(more)
+            ),
             *more,
         ],
         middleware=middleware,

@@ -20,8 +20,27 @@ from ollm_core.server.errors import ClientGoneError, refusal
 from ollm_core.server.meter import Stopwatch
 from ollm_core.server.service import Service
 from ollm_core.serving.offline import Answered
+from ollm_core.serving.openai.fields import SAMPLING, SHORT, TOOL, message
+from ollm_core.serving.openai.limits import MAX_TOOLS
 from ollm_core.serving.openai.refused import RefusedError
 from ollm_core.serving.openai.requests import Kind
+from ollm_core.serving.openai.schemas import (
+    ANYTHING,
+    OBJECT,
+    SWITCH,
+    TEXT,
+    Field,
+    Fields,
+    any_of,
+    check_body,
+    check_names,
+    ignored,
+    list_of,
+    nullable,
+    object_of,
+    one_of,
+    only,
+)
 from ollm_core.serving.openai.served import Body
 from ollm_core.serving.openai.tools import Said
 from ollm_core.text.templates import ChatTemplate
@@ -37,22 +56,46 @@ _SAMPLING = {
     "temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p",
     "seed": "seed", "stop": "stop", "repeat_penalty": "repetition_penalty",
 }  # fmt: skip
-_IGNORED_OPTIONS = frozenset(
-    {
-        "num_ctx", "num_batch", "num_gpu", "main_gpu", "low_vram", "vocab_only", "use_mmap",
-        "use_mlock", "num_thread", "num_keep", "numa", "f16_kv", "logits_all",
-    }
+_IGNORED_OPTIONS = (
+    "num_ctx", "num_batch", "num_gpu", "main_gpu", "low_vram", "vocab_only", "use_mmap",
+    "use_mlock", "num_thread", "num_keep", "numa", "f16_kv", "logits_all",
 )  # fmt: skip
 """Of how Ollama runs a model."""
-_ONLY: Mapping[str, tuple[Any, ...]] = {
-    "images": ([],), "suffix": ("",), "template": ("",),
-    "think": (False,), "context": ([],), "logprobs": (False,),
-}  # fmt: skip
-_KNOWN: Mapping[Kind, frozenset[str]] = {
-    "chat": frozenset({"model", "messages", "tools", "format", "stream", "options", "keep_alive"}),
-    "completion": frozenset(
-        {"model", "prompt", "system", "raw", "format", "stream", "options", "keep_alive"}
-    ),
+_OPTIONS = object_of(
+    {
+        **{name: nullable(SAMPLING[other]) for name, other in _SAMPLING.items()},
+        "num_predict": {"type": "integer"},
+        "presence_penalty": one_of(0, None),
+        "frequency_penalty": one_of(0, None),
+        **dict.fromkeys(_IGNORED_OPTIONS, ANYTHING),
+    }
+)
+_BOTH: Fields = {
+    "format": Field(any_of(one_of("", "json"), OBJECT)),
+    "stream": Field(SWITCH),
+    "options": Field(_OPTIONS),
+    "images": only([]),
+    "suffix": only(""),
+    "template": only(""),
+    "think": only(False),
+    "context": only([]),
+    "logprobs": only(False),
+    **ignored("model", "keep_alive"),
+}
+FIELDS: Mapping[Kind, Fields] = {
+    "chat": {
+        "messages": Field(
+            list_of(message({"name": nullable(SHORT), "tool_name": nullable(SHORT)}))
+        ),
+        "tools": Field(list_of(TOOL, 0, MAX_TOOLS)),
+        **_BOTH,
+    },
+    "completion": {
+        "prompt": Field(TEXT),
+        "system": Field(TEXT),
+        "raw": Field(SWITCH),
+        **_BOTH,
+    },
 }
 
 
@@ -70,16 +113,13 @@ class Wanted:
 def understood(kind: Kind, body: Mapping[str, Any], *, has_template: bool) -> Wanted:
     """What a body of `/api/chat` or `/api/generate` (a completion) asks. Raises RefusedError."""
     said = {name: value for name, value in body.items() if value is not None}
-    for name, value in said.items():
-        if name in _ONLY and value not in _ONLY[name]:
-            raise RefusedError(f"{name}: is not supported, have {show(value)}", param=name)
-        if name not in _ONLY and name not in _KNOWN[kind]:
-            raise RefusedError(f"{show(name)} in the body is not known", param=name[:100])
+    check_names(FIELDS[kind], said)
     stream, raw = said.get("stream", True), said.get("raw", False)
     for name, value in (("stream", stream), ("raw", raw)):
         if not isinstance(value, bool):
             raise RefusedError(f"{name}: need true or false, have {show(value)}", param=name)
     fields = {**_sampling(said.get("options", {})), **_format(said.get("format", ""))}
+    check_body(FIELDS[kind], body)
     if kind == "chat":
         messages = said.get("messages", [])
         if isinstance(messages, list):

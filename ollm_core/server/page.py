@@ -24,9 +24,10 @@ from ollm_core.server.endpoint import Endpoint
 from ollm_core.server.openai import Completions, failed
 from ollm_core.server.service import Service
 from ollm_core.serving.asking.questions import check_length, question_prompts
+from ollm_core.serving.openai.limits import MAX_TEXTS
 from ollm_core.serving.openai.refused import RefusedError
 from ollm_core.serving.openai.requests import Asked
-from ollm_core.serving.openai.served import MAX_TEXTS, Body
+from ollm_core.serving.openai.served import Body
 from ollm_core.serving.request import SamplingParams
 from ollm_core.text.chat import encode_text
 from ollm_core.text.prompts import PromptEncoder

@@ -20,50 +20,94 @@ from ollm_core.server.meter import Stopwatch
 from ollm_core.server.response_events import ResponseWriter
 from ollm_core.server.service import Service
 from ollm_core.serving.offline import Answered
+from ollm_core.serving.openai.fields import FUNCTION, SERVED, SHORT, TOOL, TOOL_WORDS
+from ollm_core.serving.openai.limits import MAX_TOOLS
+from ollm_core.serving.openai.messages import ROLES
 from ollm_core.serving.openai.refused import RefusedError, switch
+from ollm_core.serving.openai.schemas import (
+    ANYTHING,
+    NOTHING,
+    OBJECT,
+    SWITCH,
+    TEXT,
+    Field,
+    Fields,
+    any_of,
+    check_body,
+    check_names,
+    ignored,
+    list_of,
+    nullable,
+    object_of,
+    one_of,
+    only,
+    whole,
+)
 from ollm_core.serving.openai.served import Body
 from ollm_core.serving.openai.tools import Said
 
 _AS_THEY_ARE = ("temperature", "top_p", "stream", "service_tier", "seed", "stop")
-_IGNORED = frozenset(
-    {
+_TEXTS = ("input_text", "output_text")
+_PART = object_of({"type": one_of(*_TEXTS), "text": TEXT}, ["type", "text"], more=True)
+_CONTENT = any_of(TEXT, list_of(_PART))
+_STATE = {"id": ANYTHING, "status": ANYTHING}
+_TURNS = any_of(
+    object_of(
+        {
+            "type": one_of("message"), "role": one_of(*ROLES), "content": _CONTENT,
+            "phase": ANYTHING, **_STATE,
+        },
+        ["role", "content"], NOTHING,
+    ),
+    object_of(
+        {
+            "type": one_of("function_call"), "call_id": nullable(SHORT), "name": SHORT,
+            "arguments": any_of(TEXT, OBJECT), **_STATE,
+        },
+        ["type", "name", "arguments"], NOTHING,
+    ),
+    object_of(
+        {
+            "type": one_of("function_call_output"), "call_id": nullable(SHORT),
+            "output": _CONTENT, **_STATE,
+        },
+        ["type", "output"], NOTHING,
+    ),
+)  # fmt: skip
+_FORMAT = any_of(
+    object_of({"type": one_of("text", "json_object")}, ["type"], more=True),
+    object_of({"type": one_of("json_schema"), "schema": OBJECT}, ["type", "schema"], more=True),
+)
+_FUNCTION = object_of({"type": one_of("function"), **FUNCTION}, ["type", "name"])
+_NAMED = object_of({"type": one_of("function"), "name": TEXT}, ["type", "name"], more=True)
+FIELDS: Fields = {
+    "input": Field(any_of(TEXT, list_of(_TURNS, 1)), required=True),
+    "instructions": Field(TEXT),
+    "max_output_tokens": Field(whole(1)),
+    "text": Field(object_of({"format": _FORMAT})),
+    "tools": Field(list_of(any_of(_FUNCTION, TOOL), 0, MAX_TOOLS)),
+    "tool_choice": Field(any_of(TOOL_WORDS, _NAMED)),
+    "store": Field(SWITCH),
+    "background": Field(SWITCH),
+    **{name: SERVED["chat"][name] for name in _AS_THEY_ARE},
+    "previous_response_id": only(),
+    "conversation": only(),
+    "prompt": only(),
+    "truncation": only("disabled"),
+    "top_logprobs": only(0),
+    "max_tool_calls": only(),
+    "reasoning": only({}),
+    **ignored(
         "model", "user", "metadata", "safety_identifier", "prompt_cache_key", "include",
         "prompt_cache_retention", "parallel_tool_calls", "stream_options",
-    }
-)  # fmt: skip
-_ONLY: Mapping[str, tuple[Any, ...]] = {
-    "previous_response_id": (), "conversation": (), "prompt": (),
-    "truncation": ("disabled",),
-    "top_logprobs": (0,), "max_tool_calls": (),
-    "reasoning": ({},),
+    ),
 }  # fmt: skip
-"""Fields that are taken where they ask for what happens anyway."""
-_KNOWN = frozenset(
-    {
-        "input", "instructions", "max_output_tokens", "text", "tools", "tool_choice",
-        "store", "background",
-        *_AS_THEY_ARE,
-    }
-)  # fmt: skip
-_TEXTS = ("input_text", "output_text")
 
 
 def understood(fields: Mapping[str, Any]) -> dict[str, Any]:
     """A body in the words of chat. Raises RefusedError, which names the field."""
     said = {name: value for name, value in fields.items() if value is not None}
-    for name, value in said.items():
-        if name in _ONLY and value not in _ONLY[name]:
-            raise RefusedError(
-                f"{name}: is not supported, have {show(value)}",
-                code="unsupported_parameter",
-                param=name,
-            )
-        if name not in _ONLY and name not in _IGNORED and name not in _KNOWN:
-            raise RefusedError(
-                f"{show(name)} in the body is not known",
-                code="unknown_parameter",
-                param=name[:100],
-            )
+    check_names(FIELDS, said)
     chat = {name: said[name] for name in _AS_THEY_ARE if name in said}
     if "max_output_tokens" in said:
         chat["max_completion_tokens"] = said["max_output_tokens"]
@@ -81,6 +125,7 @@ def understood(fields: Mapping[str, Any]) -> dict[str, Any]:
         messages.append({"role": "system", "content": first})
     for place, turn in enumerate(turns):
         _add(messages, place, turn)
+    check_body(FIELDS, fields)
     return {**chat, **_tools(said), "messages": messages}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -217,7 +218,7 @@ def _in_range(
     name: str, value: Any, least: float, most: float, *, least_is_out: bool = False
 ) -> None:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    is_in = is_number and math.isfinite(value) and least <= value <= most
+    is_in = is_number and least <= value <= most and abs(value) <= sys.float_info.max
     if is_in and not (least_is_out and value == least):
         return
     limits = f"above {least}" if least_is_out else f"at least {least}"

@@ -92,7 +92,7 @@ def test_clients_that_probe_find_what_they_look_for(app):
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ({"think": True}, "think: is not supported"),
+        ({"think": True}, "think: need False or nothing"),
         ({"format": "xml"}, "format: need 'json' or a schema"),
         ({"colour": 1}, "'colour' in the body is not known"),
         ({"stream": "yes"}, "stream: need true or false"),

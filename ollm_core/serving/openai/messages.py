@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from ollm_core.files.untrusted_json import parse_object, show
+from ollm_core.serving.openai.limits import MAX_SHORT_CHARS
 from ollm_core.serving.openai.refused import RefusedError, check_text, unsupported
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 MAX_DEPTH = 64
 """Of the arguments of a call."""
-_MAX_ID_CHARS = 512
 _PART = {"type", "text"}
 _FIELDS: Mapping[str, frozenset[str]] = {
     "assistant": frozenset({"role", "content", "tool_calls"}),
@@ -39,7 +39,7 @@ def read_message(number: int, message: Any) -> dict[str, Any]:
     made: dict[str, Any] = {"role": role}
     calls = message.get("tool_calls") if role == "assistant" else None
     made["content"] = _content(param, message.get("content"), may_lack=bool(calls))
-    if calls:
+    if calls is not None and calls != []:
         made["tool_calls"] = _calls(param, calls)
     if role == "tool":
         for name in ("tool_call_id", "name"):
@@ -97,9 +97,9 @@ _TYPES = (None, "function")
 
 
 def _short(param: str, name: str, value: Any) -> str:
-    if not isinstance(value, str) or not 0 < len(value) <= _MAX_ID_CHARS:
+    if not isinstance(value, str) or not 0 < len(value) <= MAX_SHORT_CHARS:
         raise RefusedError(
-            f"{param}: {name}: need a text of 1 to {_MAX_ID_CHARS} characters, have {show(value)}",
+            f"{param}: {name}: need 1 to {MAX_SHORT_CHARS} characters, have {show(value)}",
             param=param,
         )
     check_text(param, value)

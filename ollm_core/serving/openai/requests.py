@@ -15,6 +15,8 @@ from typing import Any, Literal
 
 from ollm_core.errors import ConfigError, InputError
 from ollm_core.files.untrusted_json import parse_object, show
+from ollm_core.serving.openai.fields import ROWS
+from ollm_core.serving.openai.limits import MAX_ANSWERS, MAX_ID_CHARS, MAX_LOGPROBS, WORD
 from ollm_core.serving.openai.messages import read_message
 from ollm_core.serving.openai.refused import (
     RefusedError,
@@ -24,6 +26,7 @@ from ollm_core.serving.openai.refused import (
     switch,
     unsupported,
 )
+from ollm_core.serving.openai.schemas import check_body, check_names
 from ollm_core.serving.openai.tools import ToolUse, read_tools
 from ollm_core.serving.request import SamplingParams
 from ollm_core.text.chat import encode_chat, encode_text
@@ -33,60 +36,12 @@ Kind = Literal["chat", "completion"]
 KINDS: Mapping[str, Kind] = {"/v1/chat/completions": "chat", "/v1/completions": "completion"}
 """By the url of a row."""
 
-MAX_ID_CHARS = 512
-MAX_ANSWERS = 128
-MAX_LOGPROBS = 20
-
 _AS_THEY_ARE = (
     "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "n", "stop", "seed",
     "stop_token_ids", "min_tokens",
 )  # fmt: skip
 _SWITCHES = ("ignore_eos", "include_stop_str_in_output")
-_IGNORED = frozenset(
-    {
-        "model", "user", "metadata", "store", "service_tier", "safety_identifier", "priority",
-        "prompt_cache_key", "prompt_cache_retention", "parallel_tool_calls", "prediction",
-        "stream_options", "request_id",
-    }
-)  # fmt: skip
-"""Fields that do not change an answer. `model` is the one that was opened."""
-_ONLY: Mapping[str, tuple[Any, ...]] = {
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "length_penalty": (1,),
-    "logit_bias": ({},),
-    "stream": (False,),
-    "best_of": (1,),
-    "use_beam_search": (False,),
-    "skip_special_tokens": (True,),
-    "spaces_between_special_tokens": (True,),
-    "bad_words": ([],),
-}
-"""Fields that are taken where they ask for what happens anyway."""
-_ONLY_BY_KIND: Mapping[Kind, Mapping[str, tuple[Any, ...]]] = {
-    "chat": {
-        **_ONLY,
-        "functions": ([],),
-        "function_call": ("none", "auto"),
-        "response_format": ({"type": "text"},),
-        "modalities": (["text"],),
-        "add_generation_prompt": (True,),
-        "continue_final_message": (False,),
-        "add_special_tokens": (False,),
-    },
-    "completion": {**_ONLY, "echo": (False,), "suffix": ("",), "add_special_tokens": (True,)},
-}
-_KNOWN: Mapping[Kind, frozenset[str]] = {
-    "chat": frozenset(
-        {
-            "messages", "max_tokens", "max_completion_tokens", "logprobs", "top_logprobs",
-            "reasoning_effort", "chat_template_kwargs", "tools", "tool_choice",
-            *_AS_THEY_ARE, *_SWITCHES,
-        }
-    ),
-    "completion": frozenset({"prompt", "max_tokens", "logprobs", *_AS_THEY_ARE, *_SWITCHES}),
-}  # fmt: skip
-_WORD = re.compile(r"[A-Za-z0-9_-]{1,32}")
+_WORD = re.compile(WORD)
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +123,7 @@ class Reader:
         asked = self.read_body(kind, body)
         if asked.tools is not None and asked.tools.forced:
             raise unsupported("tool_choice: need 'auto' or 'none' in a row", "tool_choice")
+        check_body(ROWS[kind], body)
         return asked
 
     def read_body(self, kind: Kind, body: Mapping[str, Any]) -> Asked:
@@ -175,18 +131,7 @@ class Reader:
         RefusedError, which names the field.
         """
         said = {name: value for name, value in body.items() if value is not None}
-        only = _ONLY_BY_KIND[kind]
-        for name, value in said.items():
-            if name in only:
-                if value not in only[name]:
-                    wanted = " or ".join(map(repr, only[name]))
-                    raise RefusedError(
-                        f"{name}: need {wanted} or nothing, have {show(value)}",
-                        code="unsupported_parameter",
-                        param=name,
-                    )
-            elif name not in _IGNORED and name not in _KNOWN[kind]:
-                raise _unknown(name, "the body")
+        check_names(ROWS[kind], said)
         sampling = self._sampling(kind, said)
         try:
             if kind == "chat":

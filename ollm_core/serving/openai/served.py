@@ -11,16 +11,14 @@ from typing import Any
 from ollm_core.errors import InputError, UnsupportedError
 from ollm_core.files.untrusted_json import show
 from ollm_core.serving.model import ServedModel
+from ollm_core.serving.openai.fields import SERVED
+from ollm_core.serving.openai.limits import MAX_TEXTS, TIERS
 from ollm_core.serving.openai.refused import RefusedError, unsupported
 from ollm_core.serving.openai.requests import Asked, Kind, Reader
+from ollm_core.serving.openai.schemas import check_body
 from ollm_core.serving.request import Request, Score
 from ollm_core.serving.structured import Grammars
 
-MAX_TEXTS = 256
-"""Answers to all prompts of a body."""
-LATER = 10
-"""The priority of what may wait: it comes after all else."""
-_TIERS = {"auto": 0, "default": 0, "standard": 0, "standard_only": 0, "priority": 0, "flex": LATER}
 _STREAM_OPTIONS = {"include_usage", "include_obfuscation", "continuous_usage_stats"}
 
 
@@ -91,9 +89,9 @@ def read_body(
     stream = _switch(said, "stream")
     with_usage = _with_usage(said.pop("stream_options", None), stream=stream)
     tier = said.pop("service_tier", "auto")
-    if not isinstance(tier, str) or tier not in _TIERS:
+    if not isinstance(tier, str) or tier not in TIERS:
         raise RefusedError(
-            f"service_tier: need one of {', '.join(_TIERS)}, have {show(tier)}",
+            f"service_tier: need one of {', '.join(TIERS)}, have {show(tier)}",
             param="service_tier",
         )
     schema = _schema(said) if kind == "chat" and grammars is not None else None
@@ -120,7 +118,7 @@ def read_body(
         with_usage=with_usage,
         echo=echo,
         answers=answers,
-        priority=_TIERS[tier],
+        priority=TIERS[tier],
     )
     if stream and (body.scored or not answers):
         raise RefusedError(
@@ -128,6 +126,7 @@ def read_body(
             code="unsupported_parameter",
             param="echo",
         )
+    check_body(SERVED[kind], fields)
     return body
 
 

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from ollm_core.files.untrusted_json import depth, show
+from ollm_core.serving.openai.limits import MAX_TOOLS, TOOL_NAME
 from ollm_core.serving.openai.messages import MAX_DEPTH
 from ollm_core.serving.openai.refused import RefusedError, check_text, unsupported
 from ollm_core.text.tool_calls import Call, CallParser, Piece, call_parser
 from ollm_core.text.tool_forms import ToolForm, form_of
 
-MAX_TOOLS = 128
-_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+_NAME = re.compile(TOOL_NAME)
 _FIELDS = {"name", "description", "parameters", "strict"}
 _NOTHING = {"type": "object", "properties": {}, "additionalProperties": False}
 _WORDS = ("none", "auto", "required")

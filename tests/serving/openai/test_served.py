@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from ollm_core.api import load
+from ollm_core.serving.openai.limits import LATER, MAX_TEXTS
 from ollm_core.serving.openai.refused import RefusedError
 from ollm_core.serving.openai.requests import Reader
-from ollm_core.serving.openai.served import LATER, MAX_TEXTS, read_body
+from ollm_core.serving.openai.served import read_body
 from ollm_core.serving.request import SamplingParams, Score
 
 
