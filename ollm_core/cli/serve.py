@@ -91,7 +91,8 @@ def serve(model: str, pull: bool, max_new_tokens: int, context: str | None, **op
                 # Streams are told of the end while there is still somebody to tell them.
                 Listener(app, told, stack.close).run([listener])
             layers = options["device_layers"], options["host_layers"]
-            click.echo("\n" + summary(opened.stats, *layers), err=True)
+            drafting = options["draft"] != "none"
+            click.echo("\n" + summary(opened.stats, *layers, drafting=drafting), err=True)
 
 
 def _log_requests() -> None:

@@ -18,6 +18,12 @@ _OF_MODEL: Mapping[str, tuple[str, str, str]] = {
     "prefill_seconds": ("counter", "prefill_seconds_total", "Of passes that read prompts."),
     "decode_tokens": ("counter", "decode_tokens_total", "Tokens of passes that only decode."),
     "decode_seconds": ("counter", "decode_seconds_total", "Of those passes."),
+    "drafted_tokens": (
+        "counter",
+        "drafted_tokens_total",
+        "Guessed, and checked.",
+    ),
+    "accepted_tokens": ("counter", "drafted_tokens_accepted_total", "Of those, right."),
     "times_short": ("counter", "memory_short_total", "Times that memory ran short."),
     "weight_bytes": ("gauge", "weight_bytes", "Of the model's weights."),
     "resident_bytes": ("gauge", "weight_resident_bytes", "Of those, kept in memory."),
