@@ -21,6 +21,7 @@ from ollm_core.errors import InputError
 from ollm_core.server.answering import Stream, reading_body, tell
 from ollm_core.server.client import READ_SECONDS, Client
 from ollm_core.server.endpoint import Endpoint
+from ollm_core.server.history import SECONDS
 from ollm_core.server.openai import Completions, failed
 from ollm_core.server.service import Service
 from ollm_core.serving.asking.questions import check_length, question_prompts
@@ -61,8 +62,12 @@ def page_routes(service: Service) -> list[Route]:
         path = next(path for path, (other, _) in FILES.items() if other == name)
         return Route(path, told)
 
+    reading = asyncio.Lock()
+
     async def state(_: Request) -> Response:
-        return JSONResponse(_state(service))
+        async with reading:
+            cached = await asyncio.to_thread(service.cached.read)
+        return JSONResponse({**_state(service), "cached": cached})
 
     return [
         *(file(name, kind) for name, kind in FILES.values()),
@@ -80,6 +85,7 @@ def _state(service: Service) -> dict[str, Any]:
     """What the page shows beside answers."""
     accounts = service.model.accounts
     current = service.watch.current
+    service.history.note()
     return {
         "model": service.name,
         "positions": service.served.max_positions,
@@ -88,6 +94,7 @@ def _state(service: Service) -> dict[str, Any]:
             "device": {"used": accounts.device.used, "limit": accounts.device.limit},
             "host": {"used": accounts.host.used, "limit": accounts.host.limit},
         },
+        "history": {"seconds": SECONDS, "samples": service.history.read()},
         "pass": None if current is None else round(current.share, 3),
     }
 
