@@ -17,7 +17,7 @@ from ollm_core.serving.openai.chunks import Chunks
 from ollm_core.serving.openai.refused import switch
 from ollm_core.serving.openai.requests import Kind
 from ollm_core.serving.openai.served import Body
-from ollm_core.serving.request import Finished, NewToken, Request, Scored, TokenLogprobs
+from ollm_core.serving.request import Finished, NewToken, Scored, TokenLogprobs
 
 
 class Completions:
@@ -62,10 +62,14 @@ class Completions:
         asked, scores = body.requests()
         scoring = [one for one in scores if one is not None]
         found = await collected(client, self._service, [*asked, *scoring])
-        answers, scored = found[: len(asked)], [one for [one] in found[len(asked) :]]
-        if not body.answers:
+        answers = found[: len(asked)]
+        if body.answers:
+            scored = [one[0].scored for one in answers]
+        else:
+            of_each = iter(one[0].scored for one in found)
+            scored = [None if one is None else next(of_each) for one in scores]
             answers = [[Answered(finish_reason="length")] for _ in body.asked]
-        await tell(client, self._fields(body, answers, self._echoes(body, scores, scored)))
+        await tell(client, self._fields(body, answers, self._echoes(body, scored)))
 
     def _fields(
         self,
@@ -84,18 +88,14 @@ class Completions:
             return chunks.whole(choices, usage(body.asked, answers))
         return {**bodies[0], "choices": choices, "usage": usage(body.asked, answers)}
 
-    def _echoes(
-        self, body: Body, scores: Sequence[Request | None], scored: Sequence[Answered]
-    ) -> list[Echo | None]:
+    def _echoes(self, body: Body, scored: Sequence[Scored | None]) -> list[Echo | None]:
         """Each prompt again, with what was scored of it."""
         if not body.echo:
             return [None] * len(body.asked)
-        of_each = iter(scored)
         echoes: list[Echo | None] = []
-        for asked, text, score in zip(body.asked, body.prompts, scores, strict=True):
+        for asked, text, found in zip(body.asked, body.prompts, scored, strict=True):
             told: list[TokenLogprobs | None] = []
             if body.scored:
-                found = next(of_each).scored if score is not None else None
                 told = [None, *_told(found, asked.sampling.logprobs or 0)]
             shown = self._service.writer.decode(asked.token_ids) if text is None else text
             echoes.append(Echo(shown, asked.token_ids if body.scored else (), told))

@@ -63,6 +63,11 @@ class SamplingParams:
     """How many of the most likely tokens to tell with each new one, by their log-probability
     before anything of the above changed it; 0: that of the new token alone.
     """
+    prompt_logprobs: int | None = None
+    """How many of the most likely tokens to tell in each place of the prompt, with how likely its
+    own token is there: a Scored event before the first new token. Nothing of the prompt is then
+    taken from the prefix cache.
+    """
     logits_processors: Sequence[LogitsProcessor] = ()
     """Called in this order before the above, as transformers calls its own."""
     choose: Chooser | None = field(default=None, repr=False)
@@ -78,8 +83,9 @@ class SamplingParams:
             count(name, getattr(self, name), least)
         if self.top_k != -1:
             count("top_k", self.top_k, 0)
-        if self.logprobs is not None:
-            count("logprobs", self.logprobs, 0)
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                count(name, getattr(self, name), 0)
         _in_range("temperature", self.temperature, 0, math.inf)
         _in_range("top_p", self.top_p, 0, 1, least_is_out=True)
         _in_range("min_p", self.min_p, 0, 1)

@@ -301,7 +301,7 @@ class Scheduler(Closing):
             begin, end = text.num_stored, text.num_stored + number
             assert text.sequence is not None
             text.note(begin, end, logits)
-            num_drafted = len(logits) - 1 if isinstance(text, GeneratedText) else 0
+            num_drafted = len(text.draft) if isinstance(text, GeneratedText) else 0
             try:
                 if text.num_pending:
                     self._events += [one.reading(end) for one in text.texts]

@@ -16,7 +16,7 @@ from ollm_core.serving.openai.limits import MAX_TEXTS, TIERS
 from ollm_core.serving.openai.refused import RefusedError, unsupported
 from ollm_core.serving.openai.requests import Asked, Kind, Reader
 from ollm_core.serving.openai.schemas import check_body
-from ollm_core.serving.request import Request, Score
+from ollm_core.serving.request import Request, SamplingParams, Score
 from ollm_core.serving.structured import Grammars
 
 _STREAM_OPTIONS = {"include_usage", "include_obfuscation", "continuous_usage_stats"}
@@ -55,12 +55,13 @@ class Body:
 
     def requests(self) -> tuple[list[Request], list[Request | None]]:
         """What is to be answered of each prompt (none without answers), and what is to be scored of
-        it (None where nothing is).
+        it alone (None where nothing is). An answer scores its prompt, too: it is computed once.
         """
-        asked = [
-            Request(token_ids=one.token_ids, wanted=one.sampling, priority=self.priority)
-            for one in self.asked
-        ]
+        if self.answers:
+            return [
+                Request(token_ids=one.token_ids, wanted=self._sampling(one), priority=self.priority)
+                for one in self.asked
+            ], [None] * len(self.asked)
         scores = [
             Request(
                 token_ids=one.token_ids,
@@ -72,7 +73,12 @@ class Body:
             else None
             for one in self.asked
         ]
-        return asked if self.answers else [], scores
+        return [], scores
+
+    def _sampling(self, asked: Asked) -> SamplingParams:
+        if not self.scored:
+            return asked.sampling
+        return replace(asked.sampling, prompt_logprobs=max(asked.sampling.logprobs or 0, 1))
 
 
 def read_body(
