@@ -126,7 +126,7 @@ FORMS = (
         control=("[TOOL_CALLS]",),
     ),
     ToolForm(  # Llama 3
-        marks=('"name"', '"parameters"'),
+        marks=('{"name": ', '"parameters": '),
         arguments="parameters",
     ),
 )  # fmt: skip

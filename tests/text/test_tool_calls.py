@@ -25,7 +25,7 @@ TEMPLATES = {
     "mistral": "[TOOL_CALLS]",
     "mistral args": "[TOOL_CALLS]{{ name }}[ARGS]",
     "gemma": "<|tool_call>call:{{ name }}",
-    "llama": '{"name": "{{ x }}", "parameters": {}}',
+    "llama": '{"name": {{ x }}, "parameters": {}}',
 }
 ONE = ("look", {"where": "Rome, Itálìa", "days": 2})
 TWO = ("go-to.place", {"deep": {"a": [1, None]}})

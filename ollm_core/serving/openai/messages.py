@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ollm_core.files.untrusted_json import parse_object, show
@@ -46,6 +46,19 @@ def read_message(number: int, message: Any) -> dict[str, Any]:
             if message.get(name) is not None:
                 made[name] = _short(param, name, message[name])
     return made
+
+
+def name_results(messages: Sequence[dict[str, Any]]) -> None:
+    """Give each message of what a function gave the function's name, which some chat templates
+    want: clients say which call it was.
+    """
+    names: dict[str, str] = {}
+    for message in messages:
+        for call in message.get("tool_calls", ()):
+            if "id" in call:
+                names[call["id"]] = call["function"]["name"]
+        if message["role"] == "tool" and message.get("tool_call_id") in names:
+            message.setdefault("name", names[message["tool_call_id"]])
 
 
 def _content(param: str, content: Any, *, may_lack: bool) -> str:

@@ -17,7 +17,7 @@ from ollm_core.errors import ConfigError, InputError
 from ollm_core.files.untrusted_json import parse_object, show
 from ollm_core.serving.openai.fields import ROWS
 from ollm_core.serving.openai.limits import MAX_ANSWERS, MAX_ID_CHARS, MAX_LOGPROBS, WORD
-from ollm_core.serving.openai.messages import read_message
+from ollm_core.serving.openai.messages import name_results, read_message
 from ollm_core.serving.openai.refused import (
     RefusedError,
     check_text,
@@ -206,6 +206,7 @@ class Reader:
                 f"messages: need a list of at least one, have {show(messages)}", param="messages"
             )
         shown = [read_message(number, one) for number, one in enumerate(messages)]
+        name_results(shown)
         if any("tool_calls" in one for one in shown) and not template.knows("tool_calls"):
             raise unsupported(
                 "messages: the model's chat template does not take tool_calls", "messages"

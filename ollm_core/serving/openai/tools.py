@@ -131,7 +131,7 @@ def _tool(place: int, tool: Any) -> dict[str, Any]:
             f"{where}: name: need up to 64 letters, digits, and any of _.-, have {show(name)}",
             param="tools",
         )
-    made: dict[str, Any] = {"name": name}
+    made: dict[str, Any] = {"name": name, "description": ""}  # templates add to it
     if about is not None:
         if not isinstance(about, str):
             raise RefusedError(f"{where}: description: need text", param="tools")

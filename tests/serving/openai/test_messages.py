@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ollm_core.serving.openai.messages import read_message
+from ollm_core.serving.openai.messages import name_results, read_message
 from ollm_core.serving.openai.refused import RefusedError
 
 CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
@@ -23,6 +23,16 @@ def test_arguments_of_a_call_are_an_object():
     assert made["tool_calls"][0]["function"] == {"name": "f", "arguments": {"a": 1}}
     gave = {"role": "tool", "tool_call_id": "c1", "name": "f", "content": "2"}
     assert read_message(0, gave) == gave
+
+
+def test_what_a_function_gave_has_its_name():
+    """By the call that it is of; a name that was said stays, and an id of nobody has none."""
+    gave = [{"role": "tool", "tool_call_id": one, "content": ""} for one in ("c1", "c2", "c1")]
+    gave[2]["name"] = "g"
+    said = [{"role": "assistant", "tool_calls": [CALL]}, *gave]
+    messages = [read_message(number, one) for number, one in enumerate(said)]
+    name_results(messages)
+    assert [one.get("name") for one in messages[1:]] == ["f", None, "g"]
 
 
 @pytest.mark.parametrize(
