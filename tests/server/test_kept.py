@@ -228,3 +228,31 @@ def test_they_are_under_the_key(service, app):
     key = {"authorization": "Bearer a-long-key"}
     assert calls(guard, (f"{CHAT}/{answer_id}",))[0].status == 401
     assert calls(guard, (f"{CHAT}/{answer_id}",), headers=key)[0].status == 200
+
+
+def test_the_official_client_fetches_them(service):
+    """By its own methods: in the background, from an event on, a chat by its id, and away."""
+    from openai import NotFoundError, OpenAI
+    from running_server import Running
+
+    with Running(service) as running:
+        client = OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0)
+        made = client.responses.create(
+            model="x", input="hello", background=True, temperature=0, max_output_tokens=8
+        )
+        with client.responses.retrieve(made.id, stream=True) as stream:
+            events = [*stream]
+        with client.responses.retrieve(made.id, stream=True, starting_after=4) as stream:
+            assert [*stream] == events[5:]
+        done = client.responses.retrieve(made.id)
+        assert done.status == "incomplete"
+        assert done.output_text == events[-1].response.output_text
+        assert client.responses.cancel(made.id).id == made.id
+        client.responses.delete(made.id)
+        with pytest.raises(NotFoundError):
+            client.responses.retrieve(made.id)
+        said = [{"role": "user", "content": "hello"}]
+        chat = client.chat.completions.create(model="x", messages=said, store=True, max_tokens=4)
+        assert client.chat.completions.retrieve(chat.id) == chat
+        assert client.chat.completions.delete(chat.id).deleted
+        client.close()
