@@ -179,11 +179,20 @@ def _faults(schema: Schema, value: Any, path: Path) -> Iterator[tuple[Path, str]
         least, most = schema.get("minItems", 0), schema.get("maxItems")
         if len(value) < least or (most is not None and len(value) > most):
             yield path, f"need {least} to {most} items, have {len(value)}"
-        if (items := schema.get("items")) is not None:
+        items = schema.get("items")
+        if items is not None and not _are_ids(items, value):
             for place, one in enumerate(value):
                 yield from _faults(items, one, (*path, place))
     elif _is("number", value):
         yield from _of_number(schema, value, path)
+
+
+def _are_ids(items: Schema, values: Sequence[Any]) -> bool:
+    """Whether these are whole numbers as `items` has them: a prompt may have many."""
+    if items.keys() != {"type", "minimum"} or items["type"] != "integer":
+        return False
+    least = items["minimum"]
+    return all(type(one) is int and one >= least for one in values)
 
 
 def _same(value: Any, other: Any) -> bool:
