@@ -56,7 +56,7 @@ Keywords = ParamSpec("Keywords")
 Chosen = TypeVar("Chosen")
 Made = TypeVar("Made")
 
-_DRAFTS, _TEXTS = ("run", "chat"), ("run", "chat", "ask", "batch", "plan", "serve")
+_DRAFTS, _TEXTS = ("run", "chat", "serve"), ("run", "chat", "ask", "batch", "plan", "serve")
 _LOADS = ("run", "chat", "ask", "decide", "batch", "serve")
 _BOTH = (*_LOADS, "plan")
 """Verbs: those that draft, those that open a model, and those that a plan is made for."""
@@ -251,7 +251,7 @@ class LoadOptions(ModelOptions):
         "ollm_draft_sources",
         "Source of draft tokens.",
         "lookup looks for the last tokens earlier in the text; model asks `draft_model`. Drafts "
-        "change the speed, not the text. Batches go without.",
+        "change the speed, not the text. Texts that share a pass go without.",
         verbs=_DRAFTS,
     )
     draft_model: PathLike | None = said(

@@ -115,6 +115,20 @@ class ServerOptions:
         unset="1GB",
         check=called_by(parse_size),
     )
+    keep_seconds: Count = counted(
+        3600,
+        1,
+        "Seconds that an answer stays after its end, if a client asked to have it kept.",
+        verbs=_VERBS,
+    )
+    keep_budget: Size | None = said(
+        None,
+        "Most bytes of all answers that are kept, in host memory.",
+        verbs=_VERBS,
+        metavar="SIZE",
+        unset="64MB",
+        check=called_by(parse_size),
+    )
     max_connections: Count = counted(512, 1, "Most open connections.", verbs=_VERBS)
 
     def __post_init__(self) -> None:
@@ -137,6 +151,11 @@ class ServerOptions:
     def files_budget_bytes(self) -> int:
         """`files_budget` with its default."""
         return 10**9 if self.files_budget is None else int(self.files_budget)
+
+    @property
+    def keep_budget_bytes(self) -> int:
+        """`keep_budget` with its default."""
+        return 64 * 10**6 if self.keep_budget is None else int(self.keep_budget)
 
     @property
     def hosts(self) -> tuple[str, ...]:

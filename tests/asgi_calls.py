@@ -17,6 +17,7 @@ class Call:
         body: Any = None,
         method: str = "",
         headers: dict[str, str] | None = None,
+        query: bytes = b"",
     ) -> None:
         """`body` is bytes, parts of them (None: no more come), an object for JSON, or None: a
         GET.
@@ -27,7 +28,7 @@ class Call:
         told = {"host": "localhost", **(headers or {})}
         self._scope = {
             "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "path": path,
-            "raw_path": path.encode(), "root_path": "", "query_string": b"", "scheme": "http",
+            "raw_path": path.encode(), "root_path": "", "query_string": query, "scheme": "http",
             "method": method or ("GET" if body is None else "POST"),
             "headers": [(name.encode(), value.encode("latin-1")) for name, value in told.items()],
         }  # fmt: skip

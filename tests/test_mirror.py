@@ -34,6 +34,8 @@ ELSEWHERE = {
     "planning/plan": "planning/test_planner.py",
     "server/answering": "server/test_openai.py",
     "server/errors": "server/test_app.py",
+    "server/kept_routes": "server/test_kept.py",
+    "server/response_events": "server/test_responses.py",
     "server/meter": "server/test_metrics.py",
     "plugins/hookspecs": "plugins/test_loader.py",
     "products/weight": "products/test_products.py",
@@ -63,6 +65,9 @@ ELSEWHERE = {
     "serving/live": "serving/test_scheduler.py",
     "serving/model": "serving/test_scheduler.py",
     "serving/offline": "serving/test_scheduler.py",
+    "serving/openai/fields": "server/test_openapi.py",
+    "serving/openai/limits": "serving/openai/test_served.py",
+    "serving/openai/refused": "serving/openai/test_requests.py",
     "serving/prefixes": "serving/test_scheduler.py",
     "serving/texts": "serving/test_scheduler.py",
     # halves of what is tested at its face
@@ -93,6 +98,7 @@ ELSEWHERE = {
     "products/small_batch": "products/test_products.py",
     "products/trial": "products/test_select.py",
     "text/control_tokens": "text/test_chat.py",
+    "text/tool_forms": "text/test_tool_calls.py",
     "text/template_process": "text/test_templates.py",
     "weights/sources/page_aligned": "weights/sources/test_posix.py",
 }

@@ -74,10 +74,11 @@ def serve(model: str, pull: bool, max_new_tokens: int, context: str | None, **op
             positions = opened.served.max_positions
             most = DEFAULT_CONTEXT if context is None else parse_tokens(context)
             expected = most if positions is None else min(most, positions)
+            kv_dir = None if options["kv_dir"] is None else Path(options["kv_dir"])
             defaults = Defaults(max_tokens=max_new_tokens)
             with ExitStack() as stack:
                 service = stack.enter_context(
-                    Service(opened, name, told, defaults, expected, forecasts)
+                    Service(opened, name, told, defaults, expected, forecasts, kv_dir)
                 )
                 more = []
                 if told.files_dir is not None:
@@ -91,7 +92,8 @@ def serve(model: str, pull: bool, max_new_tokens: int, context: str | None, **op
                 # Streams are told of the end while there is still somebody to tell them.
                 Listener(app, told, stack.close).run([listener])
             layers = options["device_layers"], options["host_layers"]
-            click.echo("\n" + summary(opened.stats, *layers), err=True)
+            drafting = options["draft"] != "none"
+            click.echo("\n" + summary(opened.stats, *layers, drafting=drafting), err=True)
 
 
 def _log_requests() -> None:

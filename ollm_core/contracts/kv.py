@@ -123,6 +123,17 @@ class KVGeometry:
             math.prod(shape) * dtype.itemsize for shape, dtype in self.state_shapes(layer_idx)
         )
 
+    def sequence_bytes(self, num_tokens: int) -> int:
+        """Bytes of the blocks and states of one sequence of so many tokens, all its own."""
+        found = 0
+        for layer_idx, kind in enumerate(self.kinds):
+            if kind.has_keys:
+                first = self.first_needed(layer_idx, num_tokens) // self.block_size
+                num_blocks = -(-num_tokens // self.block_size) - first
+                found += num_blocks * self.block_bytes(layer_idx)
+            found += self.state_bytes(layer_idx)
+        return found
+
     def attention_layers(self) -> KVGeometry:
         """The same for the layers alone that have keys and values."""
         return replace(self, kinds=tuple(one for one in self.kinds if one.has_keys))

@@ -29,7 +29,7 @@ def parse_object(
         raise ValueError(f"not JSON: {error}") from error
     if not isinstance(parsed, dict):
         raise ValueError("must be a JSON object")
-    if max_depth is not None and _depth(parsed, max_depth) > max_depth:
+    if max_depth is not None and depth(parsed, max_depth) > max_depth:
         raise ValueError("JSON nested too deeply")
     return parsed
 
@@ -40,7 +40,7 @@ def show(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _depth(value: object, most: int) -> int:
+def depth(value: object, most: int) -> int:
     """How many objects and lists are in each other; it stops counting after `most`."""
     level, depth = [value], 0
     while level and depth <= most:

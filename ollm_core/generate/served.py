@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import GenerationConfig
 
+from ollm_core.contracts.kv import KVGeometry
 from ollm_core.errors import InputError, UnsupportedError
 from ollm_core.files.paths import absolute
 from ollm_core.generate.opened import OpenedModel
@@ -65,6 +66,10 @@ class ServesRequests(OpenedModel):
             self._drafter,
             self._num_draft_tokens,
         )
+
+    def sequence_bytes(self, num_tokens: int) -> int:
+        """What the KV cache of one text of so many tokens takes, if it shares none of it."""
+        return KVGeometry(tuple(self._kinds), self.dtype, self.device).sequence_bytes(num_tokens)
 
     def open_scheduler(self, num_tokens: int = 0, longest: int = 0) -> Scheduler:
         """A scheduler over a new KV store, closed with the model if not before. `num_tokens` to

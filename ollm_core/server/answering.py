@@ -11,6 +11,7 @@ from typing import Any
 from ollm_core.server.asking import Asking
 from ollm_core.server.client import Client, as_json
 from ollm_core.server.errors import ClientGoneError, RefusedRequestError, refusal, stopping
+from ollm_core.server.kept import PATIENCE_SECONDS, STREAM, Sink
 from ollm_core.server.meter import Stopwatch
 from ollm_core.server.service import Service
 from ollm_core.serving.offline import Answered
@@ -21,13 +22,8 @@ PROGRESS_SECONDS = 1.0
 """Between two comments before the first token."""
 KEEP_ALIVE_SECONDS = 10.0
 """Between two bytes after it."""
-PATIENCE_SECONDS = 30.0
-"""Until an answer that is no stream is begun with white space, so that nobody on the way gives it
-up. From then on what fails can be told by an answer that breaks off alone.
-"""
 _READ_SECONDS = 0.5
 """For a prompt to be read before a stream is begun: what is refused by then has a status."""
-_STREAM = "text/event-stream; charset=utf-8"
 
 
 async def collected(
@@ -93,7 +89,7 @@ class Stream:
     """Server-sent events of one answer. Comments, which clients skip, say how far it is."""
 
     def __init__(
-        self, service: Service, client: Client, failed: Callable[[RefusedRequestError], bytes]
+        self, service: Service, client: Sink, failed: Callable[[RefusedRequestError], bytes]
     ) -> None:
         """`failed` makes the last event of one that fails."""
         self._service, self._client, self._failed = service, client, failed
@@ -112,7 +108,7 @@ class Stream:
         if reading.done():
             headers |= forecast_headers(self._service, reading.result())
         self._service.ask([])  # is it open?
-        await self._client.start(200, _STREAM, headers)
+        await self._client.start(200, STREAM, headers)
         try:
             await self._comment({"state": "received"})
             self._told = -PROGRESS_SECONDS  # where it is, is told soon

@@ -18,9 +18,11 @@ from ollm_core.server.client import Client
 from ollm_core.server.endpoint import Answer, Endpoint
 from ollm_core.server.errors import RefusedRequestError, refusal
 from ollm_core.server.guard import Guard, cors_options
+from ollm_core.server.kept_routes import KeptRoutes
 from ollm_core.server.metrics import CONTENT_TYPE, metrics_page
 from ollm_core.server.ollama import Generating, Told
 from ollm_core.server.openai import Completions
+from ollm_core.server.openapi import openapi_route
 from ollm_core.server.page import page_routes
 from ollm_core.server.responses import Responding
 from ollm_core.server.service import Service
@@ -49,7 +51,16 @@ def open_app(service: Service, more: Sequence[Route] = ()) -> ASGIApp:
     if options.origins:
         middleware.append(Middleware(CORSMiddleware, **cors_options(options.origins)))
     app = Starlette(
-        routes=[*asked, *_told(service), *page_routes(service), *more],
+        routes=[
+            *asked,
+            *KeptRoutes(service).routes(),
+            *_told(service),
+            *page_routes(service),
+            openapi_route(
+                service.name, with_key=options.api_key is not None, with_files=bool(more)
+            ),
+            *more,
+        ],
         middleware=middleware,
         exception_handlers={HTTPException: _refused, Exception: _failed},
     )
@@ -96,6 +107,7 @@ def _told(service: Service) -> list[Route]:
             service.model.stats,
             places=(service.places.num_taken, service.places.number),
             texts=(service.session.num_waiting, service.session.num_running),
+            kept=(service.kept.number, service.kept.num_bytes),
         )
         return Response(text, media_type=CONTENT_TYPE)
 

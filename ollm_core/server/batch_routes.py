@@ -16,7 +16,7 @@ from ollm_core.server.errors import RefusedRequestError
 from ollm_core.server.file_store import FileStore, file_record, new_id
 from ollm_core.server.service import Service
 from ollm_core.server.upload import Upload
-from ollm_core.serving.openai.requests import RefusedError
+from ollm_core.serving.openai.refused import RefusedError
 
 UPLOAD_SECONDS = 3600.0
 """For all of a file to come."""

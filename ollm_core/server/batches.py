@@ -20,7 +20,16 @@ from ollm_core.server.service import Service
 from ollm_core.serving.jobs.job import BatchJob, BatchProgress
 from ollm_core.serving.jobs.settings import Settings, model_sample
 from ollm_core.serving.jobs.shared import SharedModel, StoppedError
-from ollm_core.serving.openai.requests import KINDS, RefusedError
+from ollm_core.serving.openai.requests import KINDS
+from ollm_core.serving.openai.schemas import (
+    OBJECT,
+    TEXT,
+    Field,
+    Fields,
+    check_body,
+    ignored,
+    one_of,
+)
 
 logger = logging.getLogger("ollm.server")
 
@@ -33,6 +42,12 @@ _TIMES = (
     "in_progress_at", "finalizing_at", "completed_at", "failed_at", "cancelling_at",
     "cancelled_at", "expires_at", "expired_at",
 )  # fmt: skip
+FIELDS: Fields = {
+    "input_file_id": Field(TEXT, required=True),
+    "endpoint": Field(one_of(*KINDS), required=True),
+    "metadata": Field(OBJECT),
+    **ignored("completion_window", "output_expires_after"),
+}
 
 
 class Batches(Closing):
@@ -53,14 +68,9 @@ class Batches(Closing):
 
     def create(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         """A batch of a file that is there. Raises RefusedRequestError, RefusedError."""
-        endpoint, input_id = fields.get("endpoint"), fields.get("input_file_id")
-        if endpoint not in KINDS:
-            raise RefusedError(f"endpoint: need {' or '.join(KINDS)}", param="endpoint")
-        if not isinstance(input_id, str):
-            raise RefusedError("input_file_id: need the id of a file", param="input_file_id")
+        check_body(FIELDS, fields)
+        endpoint, input_id = str(fields["endpoint"]), str(fields["input_file_id"])
         metadata = fields.get("metadata")
-        if metadata is not None and not isinstance(metadata, dict):
-            raise RefusedError("metadata: need an object", param="metadata")
         if not self._store.content(input_id).is_file():
             raise RefusedRequestError(404, "there is no such file here", param="input_file_id")
         record: dict[str, Any] = {

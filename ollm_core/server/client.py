@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Coroutine, Mapping, MutableMapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -35,6 +35,7 @@ class Client:
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._headers = {name.lower(): value for name, value in scope["headers"]}
         self.method: str = scope["method"]
+        self.query: bytes = scope.get("query_string", b"")
         self.params: Mapping[str, str] = scope.get("path_params", {})
         """Of the path, by the names that its route gives them."""
         self._receive, self._send = receive, send
@@ -42,6 +43,8 @@ class Client:
         self._has_all = False
         self.hold: Callable[[int], None] = lambda _: None
         """Called with the number of bytes of a body that are kept; it may refuse them."""
+        self.take_place: Callable[[], ExitStack] = ExitStack
+        """Its place among requests, to be given back by who takes it."""
         self.has_started = False
         """Whether it was told a status."""
 

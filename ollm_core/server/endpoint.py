@@ -46,7 +46,7 @@ class Endpoint:
                 with ExitStack() as stack:
                     if self._needs_place:
                         place = stack.enter_context(self._service.places.taken())
-                        client.hold = place.hold
+                        client.hold, client.take_place = place.hold, stack.pop_all
                     await self._answer(client)
             except ClientGoneError:
                 status = _GONE

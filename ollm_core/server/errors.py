@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ollm_core.errors import DoesNotFitError, InputError, OllmError
-from ollm_core.serving.openai.requests import RefusedError
+from ollm_core.serving.openai.refused import RefusedError
 from ollm_core.serving.session import SessionClosedError
 
 _TYPES = {

@@ -143,7 +143,7 @@ def cors_options(origins: Iterable[str]) -> dict[str, Any]:
     """What Starlette's CORSMiddleware is to do."""
     return {
         "allow_origins": list(origins),
-        "allow_methods": ["GET", "POST"],
+        "allow_methods": ["GET", "POST", "DELETE"],
         "allow_headers": ["authorization", "content-type"],
-        "expose_headers": ["retry-after"],
+        "expose_headers": ["retry-after", "ollm-answer-id"],
     }

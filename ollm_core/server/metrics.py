@@ -18,6 +18,12 @@ _OF_MODEL: Mapping[str, tuple[str, str, str]] = {
     "prefill_seconds": ("counter", "prefill_seconds_total", "Of passes that read prompts."),
     "decode_tokens": ("counter", "decode_tokens_total", "Tokens of passes that only decode."),
     "decode_seconds": ("counter", "decode_seconds_total", "Of those passes."),
+    "drafted_tokens": (
+        "counter",
+        "drafted_tokens_total",
+        "Guessed, and checked.",
+    ),
+    "accepted_tokens": ("counter", "drafted_tokens_accepted_total", "Of those, right."),
     "times_short": ("counter", "memory_short_total", "Times that memory ran short."),
     "weight_bytes": ("gauge", "weight_bytes", "Of the model's weights."),
     "resident_bytes": ("gauge", "weight_resident_bytes", "Of those, kept in memory."),
@@ -45,9 +51,16 @@ class _Page:
 
 
 def metrics_page(
-    meter: Meter, stats: Stats, *, places: tuple[int, int], texts: tuple[int, int]
+    meter: Meter,
+    stats: Stats,
+    *,
+    places: tuple[int, int],
+    texts: tuple[int, int],
+    kept: tuple[int, int] = (0, 0),
 ) -> str:
-    """The page. `places` are those that are taken, and all; `texts` those that wait, and run."""
+    """The page. `places` are those that are taken, and all; `texts` those that wait, and run;
+    `kept` are answers, and their bytes.
+    """
     page = _Page()
     ended = {
         f'{{path="{path}",status="{status}"}}': number
@@ -61,6 +74,8 @@ def metrics_page(
         "requests_limit": ("Most of them at once.", places[1]),
         "texts_waiting": ("Texts that are in no pass yet.", texts[0]),
         "texts_running": ("Texts that take part in passes.", texts[1]),
+        "answers_kept": ("Answers that can be fetched again.", kept[0]),
+        "answers_kept_bytes": ("Of those.", kept[1]),
         "prefix_cache_hit_ratio": ("Tokens of prompts that were found in it.", hits),
         "weight_read_bytes_per_new_token": ("Read from storage, in all.", per_token),
     }

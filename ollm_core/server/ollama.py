@@ -8,21 +8,43 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from ollm_core.files.untrusted_json import show
+from ollm_core.files.untrusted_json import parse_object, show
 from ollm_core.server.answering import check
 from ollm_core.server.client import Client, as_json
 from ollm_core.server.errors import ClientGoneError, refusal
 from ollm_core.server.meter import Stopwatch
 from ollm_core.server.service import Service
 from ollm_core.serving.offline import Answered
-from ollm_core.serving.openai.requests import Kind, RefusedError
+from ollm_core.serving.openai.fields import SAMPLING, SHORT, TOOL, message
+from ollm_core.serving.openai.limits import MAX_TOOLS
+from ollm_core.serving.openai.refused import RefusedError
+from ollm_core.serving.openai.requests import Kind
+from ollm_core.serving.openai.schemas import (
+    ANYTHING,
+    OBJECT,
+    SWITCH,
+    TEXT,
+    Field,
+    Fields,
+    any_of,
+    check_body,
+    check_names,
+    ignored,
+    list_of,
+    nullable,
+    object_of,
+    one_of,
+    only,
+)
 from ollm_core.serving.openai.served import Body
+from ollm_core.serving.openai.tools import Said
 from ollm_core.text.templates import ChatTemplate
+from ollm_core.text.tool_calls import Call
 
 API_VERSION = "0.6.4"
 """Of Ollama, whose addresses these are: some clients ask for at least so much."""
@@ -34,22 +56,46 @@ _SAMPLING = {
     "temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p",
     "seed": "seed", "stop": "stop", "repeat_penalty": "repetition_penalty",
 }  # fmt: skip
-_IGNORED_OPTIONS = frozenset(
-    {
-        "num_ctx", "num_batch", "num_gpu", "main_gpu", "low_vram", "vocab_only", "use_mmap",
-        "use_mlock", "num_thread", "num_keep", "numa", "f16_kv", "logits_all",
-    }
+_IGNORED_OPTIONS = (
+    "num_ctx", "num_batch", "num_gpu", "main_gpu", "low_vram", "vocab_only", "use_mmap",
+    "use_mlock", "num_thread", "num_keep", "numa", "f16_kv", "logits_all",
 )  # fmt: skip
 """Of how Ollama runs a model."""
-_ONLY: Mapping[str, tuple[Any, ...]] = {
-    "tools": ([],), "images": ([],), "suffix": ("",), "template": ("",),
-    "think": (False,), "context": ([],), "logprobs": (False,),
-}  # fmt: skip
-_KNOWN: Mapping[Kind, frozenset[str]] = {
-    "chat": frozenset({"model", "messages", "format", "stream", "options", "keep_alive"}),
-    "completion": frozenset(
-        {"model", "prompt", "system", "raw", "format", "stream", "options", "keep_alive"}
-    ),
+_OPTIONS = object_of(
+    {
+        **{name: nullable(SAMPLING[other]) for name, other in _SAMPLING.items()},
+        "num_predict": {"type": "integer"},
+        "presence_penalty": one_of(0, None),
+        "frequency_penalty": one_of(0, None),
+        **dict.fromkeys(_IGNORED_OPTIONS, ANYTHING),
+    }
+)
+_BOTH: Fields = {
+    "format": Field(any_of(one_of("", "json"), OBJECT)),
+    "stream": Field(SWITCH),
+    "options": Field(_OPTIONS),
+    "images": only([]),
+    "suffix": only(""),
+    "template": only(""),
+    "think": only(False),
+    "context": only([]),
+    "logprobs": only(False),
+    **ignored("model", "keep_alive"),
+}
+FIELDS: Mapping[Kind, Fields] = {
+    "chat": {
+        "messages": Field(
+            list_of(message({"name": nullable(SHORT), "tool_name": nullable(SHORT)}))
+        ),
+        "tools": Field(list_of(TOOL, 0, MAX_TOOLS)),
+        **_BOTH,
+    },
+    "completion": {
+        "prompt": Field(TEXT),
+        "system": Field(TEXT),
+        "raw": Field(SWITCH),
+        **_BOTH,
+    },
 }
 
 
@@ -67,18 +113,19 @@ class Wanted:
 def understood(kind: Kind, body: Mapping[str, Any], *, has_template: bool) -> Wanted:
     """What a body of `/api/chat` or `/api/generate` (a completion) asks. Raises RefusedError."""
     said = {name: value for name, value in body.items() if value is not None}
-    for name, value in said.items():
-        if name in _ONLY and value not in _ONLY[name]:
-            raise RefusedError(f"{name}: is not supported, have {show(value)}", param=name)
-        if name not in _ONLY and name not in _KNOWN[kind]:
-            raise RefusedError(f"{show(name)} in the body is not known", param=name[:100])
+    check_names(FIELDS[kind], said)
     stream, raw = said.get("stream", True), said.get("raw", False)
     for name, value in (("stream", stream), ("raw", raw)):
         if not isinstance(value, bool):
             raise RefusedError(f"{name}: need true or false, have {show(value)}", param=name)
     fields = {**_sampling(said.get("options", {})), **_format(said.get("format", ""))}
+    check_body(FIELDS[kind], body)
     if kind == "chat":
         messages = said.get("messages", [])
+        if isinstance(messages, list):
+            messages = [_message(one) for one in messages]
+        if "tools" in said:
+            fields["tools"] = said["tools"]
         return Wanted("chat", {**fields, "messages": messages}, stream, messages == [])
     prompt, system = said.get("prompt", ""), said.get("system", "")
     if not isinstance(prompt, str) or not isinstance(system, str):
@@ -90,6 +137,14 @@ def understood(kind: Kind, body: Mapping[str, Any], *, has_template: bool) -> Wa
     messages = [{"role": "system", "content": system}] if system else []
     messages = [*messages, {"role": "user", "content": prompt}]
     return Wanted("chat", {**fields, "messages": messages}, stream, not prompt)
+
+
+def _message(message: Any) -> Any:
+    """In OpenAI's words: what a function gave has its name under another one."""
+    if not isinstance(message, dict) or "tool_name" not in message:
+        return message
+    renamed = {"tool_name": "name"}
+    return {renamed.get(name, name): value for name, value in message.items()}
 
 
 def _format(wanted: Any) -> dict[str, Any]:
@@ -143,7 +198,7 @@ class Generating:
             await client.start(200, _STREAM)
             await client.write(_line(self._part("")))
         try:
-            answer = await self._answered(client, body, stream=wanted.stream)
+            answer, said = await self._answered(client, body, stream=wanted.stream)
         except ClientGoneError:
             raise
         except Exception as error:  # the client is told, in the stream
@@ -154,11 +209,12 @@ class Generating:
         if wanted.stream:
             await client.write(_line({**self._part(""), **end}), more=False)
         else:
-            await client.tell(200, {**self._part(answer.text), **end})
+            await client.tell(200, {**self._part(said.text, said.calls), **end})
 
-    async def _answered(self, client: Client, body: Body, *, stream: bool) -> Answered:
+    async def _answered(self, client: Client, body: Body, *, stream: bool) -> tuple[Answered, Said]:
         """The answer, which is told as it comes where it is a stream. Raises what has failed."""
-        answer, watch, num_sent = Answered(), Stopwatch(self._service.meter), 0
+        answer, watch, num_read = Answered(), Stopwatch(self._service.meter), 0
+        said = Said(body.asked[0].tools)
         async with self._service.ask(body.requests()[0]) as asking:
             while not asking.has_ended:
                 events = await client.unless_gone(asking.events(KEEP_ALIVE_SECONDS))
@@ -166,18 +222,22 @@ class Generating:
                     watch.count(event)
                     check(event)
                     answer.add(event)
-                text = answer.text[num_sent:]
-                if stream and (text or not events):  # one without text is nothing new
-                    num_sent += len(text)
-                    await client.write(_line(self._part(text)))
-        return answer
+                pieces = said.add(answer.text[num_read:], last=asking.has_ended)
+                num_read = len(answer.text)
+                text = "".join(piece for piece in pieces if isinstance(piece, str))
+                calls = [piece for piece in pieces if isinstance(piece, Call)]
+                if stream and (text or calls or not events):  # one without text is nothing new
+                    await client.write(_line(self._part(text, calls)))
+        return answer, said
 
-    def _part(self, text: str) -> dict[str, Any]:
+    def _part(self, text: str, calls: Sequence[Call] = ()) -> dict[str, Any]:
         said: dict[str, Any] = (
             {"message": {"role": "assistant", "content": text}}
             if self._kind == "chat"
             else {"response": text}
         )
+        if calls:
+            said["message"]["tool_calls"] = [_told_call(one) for one in calls]
         name = {"model": self._service.name, "created_at": _now()}
         return {**name, **said, "done": False}
 
@@ -223,8 +283,12 @@ class Told:
             "template": "" if template is None else template.source,
             "details": self._details(),
             "model_info": info,
-            "capabilities": ["completion"],
+            "capabilities": ["completion", *self._abilities()],
         }
+
+    def _abilities(self) -> list[str]:
+        template = ChatTemplate.of(self._service.tokenizer, for_tools=True)
+        return ["tools"] if template is not None and template.knows("tools") else []
 
     def _model(self) -> dict[str, Any]:
         name = self._service.name
@@ -256,6 +320,11 @@ def _end(body: Body, answer: Answered, nanoseconds: int) -> dict[str, Any]:
         "eval_count": counts.num_new_tokens,
         "eval_duration": round(counts.decode_seconds * 1e9),
     }
+
+
+def _told_call(call: Call) -> dict[str, Any]:
+    """Arguments are an object here."""
+    return {"function": {"name": call.name, "arguments": parse_object(call.arguments.encode())}}
 
 
 def _now() -> str:

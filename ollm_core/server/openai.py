@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ollm_core.server.answering import Stream, collected, read, reading_body, tell
 from ollm_core.server.client import Client, as_json
 from ollm_core.server.errors import RefusedRequestError
+from ollm_core.server.kept import KeptAnswer, follow, tell_whole
 from ollm_core.server.meter import Stopwatch
 from ollm_core.server.service import Service
 from ollm_core.serving.offline import Answered
-from ollm_core.serving.openai.answers import Echo, usage
+from ollm_core.serving.openai.answers import Echo, new_answer_id, usage
 from ollm_core.serving.openai.chunks import Chunks
+from ollm_core.serving.openai.refused import switch
 from ollm_core.serving.openai.requests import Kind
 from ollm_core.serving.openai.served import Body
-from ollm_core.serving.request import Finished, NewToken, Request, Scored, TokenLogprobs
+from ollm_core.serving.request import Finished, NewToken, Scored, TokenLogprobs
 
 
 class Completions:
@@ -27,6 +29,10 @@ class Completions:
     async def __call__(self, client: Client) -> None:
         """Raises what is to be told to the client, and ClientGoneError."""
         fields = await client.read_object(self._service.options.max_body_bytes)
+        store = fields.get("store") if self._kind == "chat" else None
+        if store is not None and switch("store", store):
+            await self._keep(client, fields)
+            return
         async with reading_body(self._service.read_body(self._kind, fields)) as reading:
             if fields.get("stream") is True:
                 stream = Stream(self._service, client, failed)
@@ -34,18 +40,43 @@ class Completions:
             else:
                 await self._whole(client, await read(client, reading))
 
+    async def _keep(self, client: Client, fields: Mapping[str, Any]) -> None:
+        """The answer to be kept; the client is told of it while it is there."""
+        answer_id = new_answer_id(self._kind)
+
+        async def work(kept: KeptAnswer) -> None:
+            stream = Stream(self._service, kept, failed)
+            async with reading_body(self._service.read_body(self._kind, fields)) as reading:
+                await stream.run(
+                    reading, lambda body: self.streamed(stream, body, answer_id, kept.keep)
+                )
+
+        kept = self._service.kept.start(client, answer_id, work)
+        if fields.get("stream") is True:
+            await follow(client, kept)
+        else:
+            await tell_whole(client, kept)
+
     async def _whole(self, client: Client, body: Body) -> None:
         """The answer as one object."""
         asked, scores = body.requests()
         scoring = [one for one in scores if one is not None]
         found = await collected(client, self._service, [*asked, *scoring])
-        answers, scored = found[: len(asked)], [one for [one] in found[len(asked) :]]
-        if not body.answers:
+        answers = found[: len(asked)]
+        if body.answers:
+            scored = [one[0].scored for one in answers]
+        else:
+            of_each = iter(one[0].scored for one in found)
+            scored = [None if one is None else next(of_each) for one in scores]
             answers = [[Answered(finish_reason="length")] for _ in body.asked]
-        await tell(client, self._fields(body, answers, self._echoes(body, scores, scored)))
+        await tell(client, self._fields(body, answers, self._echoes(body, scored)))
 
     def _fields(
-        self, body: Body, answers: Sequence[Sequence[Answered]], echoes: Sequence[Echo | None]
+        self,
+        body: Body,
+        answers: Sequence[Sequence[Answered]],
+        echoes: Sequence[Echo | None],
+        chunks: Chunks | None = None,
     ) -> dict[str, Any]:
         bodies = [
             self._service.writer.body(*each)
@@ -53,33 +84,39 @@ class Completions:
         ]
         choices = [choice for one in bodies for choice in one["choices"]]
         choices = [{**choice, "index": index} for index, choice in enumerate(choices)]
+        if chunks is not None:
+            return chunks.whole(choices, usage(body.asked, answers))
         return {**bodies[0], "choices": choices, "usage": usage(body.asked, answers)}
 
-    def _echoes(
-        self, body: Body, scores: Sequence[Request | None], scored: Sequence[Answered]
-    ) -> list[Echo | None]:
+    def _echoes(self, body: Body, scored: Sequence[Scored | None]) -> list[Echo | None]:
         """Each prompt again, with what was scored of it."""
         if not body.echo:
             return [None] * len(body.asked)
-        of_each = iter(scored)
         echoes: list[Echo | None] = []
-        for asked, text, score in zip(body.asked, body.prompts, scores, strict=True):
+        for asked, text, found in zip(body.asked, body.prompts, scored, strict=True):
             told: list[TokenLogprobs | None] = []
             if body.scored:
-                found = next(of_each).scored if score is not None else None
                 told = [None, *_told(found, asked.sampling.logprobs or 0)]
             shown = self._service.writer.decode(asked.token_ids) if text is None else text
             echoes.append(Echo(shown, asked.token_ids if body.scored else (), told))
         return echoes
 
-    async def streamed(self, stream: Stream, body: Body) -> bytes:
-        """Tell the answer in chunks; -> the end."""
+    async def streamed(
+        self,
+        stream: Stream,
+        body: Body,
+        answer_id: str | None = None,
+        keep: Callable[[Mapping[str, Any]], None] = lambda _: None,
+    ) -> bytes:
+        """Tell the answer in chunks; -> the end. It has this id, and `keep` is given all of it."""
         requests, _ = body.requests()
         chunks = Chunks(
             self._service.writer,
             body.kind,
             wants_logprobs=body.asked[0].sampling.logprobs is not None,
             with_usage=body.with_usage,
+            tools=body.asked[0].tools,
+            answer_id=answer_id,
         )
         answers = [[Answered() for _ in range(body.num_answers)] for _ in body.asked]
         watch, begun = Stopwatch(self._service.meter), set[int]()
@@ -95,6 +132,8 @@ class Completions:
                     made += _chunks(chunks, index, event)
                     answers[place][event.index].add(event)
                 await stream.write(b"".join(_data(one) for one in made if one is not None))
+        if answer_id is not None:
+            keep(self._fields(body, answers, [None] * len(body.asked), chunks))
         end = _data(chunks.usage(usage(body.asked, answers))) if body.with_usage else b""
         return end + b"data: [DONE]\n\n"
 
@@ -108,7 +147,7 @@ class Completions:
 def _chunks(chunks: Chunks, index: int, event: object) -> list[dict[str, Any] | None]:
     """Of one event."""
     if isinstance(event, NewToken):
-        return [chunks.token(index, event)]
+        return [*chunks.token(index, event)]
     if isinstance(event, Finished):
         return [*chunks.last(index, event.text, event.reason)]
     return []

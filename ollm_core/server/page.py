@@ -21,11 +21,14 @@ from ollm_core.errors import InputError
 from ollm_core.server.answering import Stream, reading_body, tell
 from ollm_core.server.client import READ_SECONDS, Client
 from ollm_core.server.endpoint import Endpoint
+from ollm_core.server.history import SECONDS
 from ollm_core.server.openai import Completions, failed
 from ollm_core.server.service import Service
 from ollm_core.serving.asking.questions import check_length, question_prompts
-from ollm_core.serving.openai.requests import Asked, RefusedError
-from ollm_core.serving.openai.served import MAX_TEXTS, Body
+from ollm_core.serving.openai.limits import MAX_TEXTS
+from ollm_core.serving.openai.refused import RefusedError
+from ollm_core.serving.openai.requests import Asked
+from ollm_core.serving.openai.served import Body
 from ollm_core.serving.request import SamplingParams
 from ollm_core.text.chat import encode_text
 from ollm_core.text.prompts import PromptEncoder
@@ -59,8 +62,12 @@ def page_routes(service: Service) -> list[Route]:
         path = next(path for path, (other, _) in FILES.items() if other == name)
         return Route(path, told)
 
+    reading = asyncio.Lock()
+
     async def state(_: Request) -> Response:
-        return JSONResponse(_state(service))
+        async with reading:
+            cached = await asyncio.to_thread(service.cached.read)
+        return JSONResponse({**_state(service), "cached": cached})
 
     return [
         *(file(name, kind) for name, kind in FILES.values()),
@@ -78,6 +85,7 @@ def _state(service: Service) -> dict[str, Any]:
     """What the page shows beside answers."""
     accounts = service.model.accounts
     current = service.watch.current
+    service.history.note()
     return {
         "model": service.name,
         "positions": service.served.max_positions,
@@ -86,6 +94,7 @@ def _state(service: Service) -> dict[str, Any]:
             "device": {"used": accounts.device.used, "limit": accounts.device.limit},
             "host": {"used": accounts.host.used, "limit": accounts.host.limit},
         },
+        "history": {"seconds": SECONDS, "samples": service.history.read()},
         "pass": None if current is None else round(current.share, 3),
     }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +32,9 @@ class PassWatch:
     others.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_step: Callable[[], None] = lambda: None) -> None:
+        """`on_step` is called after each step, in that thread."""
+        self._on_step = on_step
         self._number = -1
         self._began = 0.0
         self._last: Progress | None = None
@@ -41,6 +44,7 @@ class PassWatch:
         if progress.weight_passes != self._number:
             self._number, self._began = progress.weight_passes, time.monotonic()
         self._last = progress
+        self._on_step()
 
     @property
     def current(self) -> Pass | None:

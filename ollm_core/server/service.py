@@ -8,14 +8,18 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any, TypeVar
 
 from ollm_core.contracts.closing import Closing
 from ollm_core.errors import InputError
 from ollm_core.generate.causal_lm import StreamedModel
 from ollm_core.server.asking import Asking
+from ollm_core.server.cached import CachedTexts
 from ollm_core.server.errors import stopping
 from ollm_core.server.forecast import Forecasts
+from ollm_core.server.history import MemoryHistory
+from ollm_core.server.kept import KeptAnswers
 from ollm_core.server.meter import Meter
 from ollm_core.server.places import Places
 from ollm_core.server.progress import PassWatch, standing
@@ -45,10 +49,11 @@ class Service(Closing):
         defaults: Defaults | None = None,
         context: int = 0,
         forecasts: Forecasts | None = None,
+        kv_dir: Path | None = None,
     ) -> None:
         """`name` is what answers call the model; `context` tokens are expected at once; `forecasts`
-        are told to clients. The model stays the caller's. Raises InputError for one without a
-        tokenizer, DoesNotFitError.
+        are told to clients, and what is kept in `kv_dir`. The model stays the caller's. Raises
+        InputError for one without a tokenizer, DoesNotFitError.
         """
         if model.tokenizer is None:
             raise InputError(f"{name} has no tokenizer", hint="add its tokenizer.json")
@@ -67,12 +72,15 @@ class Service(Closing):
         self.places = Places(
             int(self.options.max_requests), _MOST_BODIES * self.options.max_body_bytes
         )
+        self.kept = KeptAnswers(self.options.keep_budget_bytes, float(self.options.keep_seconds))
         self.meter = Meter()
-        self.watch = PassWatch()
+        self.history = MemoryHistory(model.accounts)
+        self.watch = PassWatch(self.history.note)
         with ExitStack() as stack:
             scheduler = stack.enter_context(model.open_scheduler(context))
             self.session = Session(scheduler)
             stack.pop_all()
+        self.cached = CachedTexts(self.session, model.sequence_bytes, kv_dir)
         model.on_progress(self.watch)
         self._reading = ThreadPoolExecutor(1, "reading")
 
@@ -80,6 +88,7 @@ class Service(Closing):
         """Cancel what runs. May be called twice."""
         self._reading.shutdown(wait=True, cancel_futures=True)
         self.session.close()
+        self.kept.clear()
         self.model.on_progress(None)
 
     async def read(self, work: Callable[[], Made]) -> Made:

@@ -15,11 +15,29 @@ from ollm_core.server.client import Client
 from ollm_core.server.service import Service
 from ollm_core.serving.asking.decisions import Decision, decisions
 from ollm_core.serving.asking.questions import check_length
-from ollm_core.serving.openai.requests import RefusedError
+from ollm_core.serving.openai.refused import RefusedError
+from ollm_core.serving.openai.schemas import (
+    OBJECT,
+    TEXT,
+    Field,
+    Fields,
+    any_of,
+    check_body,
+    check_names,
+    ignored,
+    one_of,
+)
 from ollm_core.serving.request import Choices, Request
 
-_FIELDS = frozenset({"model", "state", "questions", "assets"})
 MAX_QUESTIONS = 256
+FIELDS: Fields = {
+    "state": Field(any_of(TEXT, OBJECT, {"type": "array"}), required=True),
+    "questions": Field(
+        {"type": "object", "minProperties": 1, "maxProperties": MAX_QUESTIONS}, required=True
+    ),
+    "assets": Field(one_of([], {}, "", 0, False)),
+    **ignored("model"),
+}
 
 
 class Deciding:
@@ -47,10 +65,7 @@ class Deciding:
         await tell(client, {"model": self._service.name, "answers": found, "usage": usage})
 
     def _decisions(self, fields: Mapping[str, Any]) -> list[Decision]:
-        if unknown := fields.keys() - _FIELDS:
-            raise RefusedError(
-                f"{show(min(unknown))} in the body is not known", code="unknown_parameter"
-            )
+        check_names(FIELDS, {name: one for name, one in fields.items() if one is not None})
         if fields.get("assets"):
             raise RefusedError("assets: this model reads text alone", param="assets")
         state, questions = fields.get("state"), fields.get("questions")
@@ -63,6 +78,7 @@ class Deciding:
                 f"questions: need an object with 1 to {MAX_QUESTIONS} questions by their names",
                 param="questions",
             )
+        check_body(FIELDS, fields)
         text = state if isinstance(state, str) else json.dumps(state, ensure_ascii=False)
         made = decisions(self._service.tokenizer, text, questions)
         check_length([one.token_ids for one in made], self._service.served.max_positions)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from ollm_core.errors import InputError
@@ -14,15 +14,18 @@ class Answer:
     is held back until it is not.
     """
 
-    def __init__(self, tokenizer: Any, stops: Mapping[str, bool]) -> None:
-        """`stops` are the texts that end it, and whether each is part of it. Without a `tokenizer`
-        there is no text. Raises InputError for `stops` then.
+    def __init__(
+        self, tokenizer: Any, stops: Mapping[str, bool], shown: Collection[int] = ()
+    ) -> None:
+        """`stops` are the texts that end it, and whether each is part of it; `shown` are special
+        tokens that it has, which are else left out. Without a `tokenizer` there is no text. Raises
+        InputError for `stops` then.
         """
         if stops and tokenizer is None:
             raise InputError(
                 "stop: need a tokenizer to find texts, have none", hint="use stop_token_ids"
             )
-        self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer)
+        self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer, shown)
         self._stops = dict(stops)
         self._held = ""
         self.stopped_by: str | None = None

@@ -67,6 +67,12 @@ class Prefixes:
                 return sequence, num_tokens
         return None
 
+    def cached(self) -> list[tuple[tuple[int, int], Tensor]]:
+        """Of each, its sequence and length, and its tokens, int32 [T]; the one used last is the
+        last. From any thread.
+        """
+        return [((one.sequence, len(one.token_ids)), one.token_ids) for one in [*self._kept]]
+
     def give_way(self) -> bool:
         """Free the one that was used least lately; False if there is none."""
         if self._kept:

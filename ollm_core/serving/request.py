@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -54,11 +55,18 @@ class SamplingParams:
     ignore_eos: bool = False
     """Go on after the model's own end."""
     include_stop_str_in_output: bool = False
+    shown_token_ids: Sequence[int] = ()
+    """Special tokens that the text has; it is without the others."""
     seed: int | None = None
     """Repeats a text, whatever runs beside it. None: another one each time."""
     logprobs: int | None = None
     """How many of the most likely tokens to tell with each new one, by their log-probability
     before anything of the above changed it; 0: that of the new token alone.
+    """
+    prompt_logprobs: int | None = None
+    """How many of the most likely tokens to tell in each place of the prompt, with how likely its
+    own token is there: a Scored event before the first new token. Nothing of the prompt is then
+    taken from the prefix cache.
     """
     logits_processors: Sequence[LogitsProcessor] = ()
     """Called in this order before the above, as transformers calls its own."""
@@ -69,13 +77,15 @@ class SamplingParams:
         texts = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         object.__setattr__(self, "stop", texts)
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        object.__setattr__(self, "shown_token_ids", tuple(self.shown_token_ids))
         object.__setattr__(self, "logits_processors", tuple(self.logits_processors))
         for name, least in (("n", 1), ("max_tokens", 1), ("min_tokens", 0)):
             count(name, getattr(self, name), least)
         if self.top_k != -1:
             count("top_k", self.top_k, 0)
-        if self.logprobs is not None:
-            count("logprobs", self.logprobs, 0)
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                count(name, getattr(self, name), 0)
         _in_range("temperature", self.temperature, 0, math.inf)
         _in_range("top_p", self.top_p, 0, 1, least_is_out=True)
         _in_range("min_p", self.min_p, 0, 1)
@@ -214,7 +224,7 @@ def _in_range(
     name: str, value: Any, least: float, most: float, *, least_is_out: bool = False
 ) -> None:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    is_in = is_number and math.isfinite(value) and least <= value <= most
+    is_in = is_number and least <= value <= most and abs(value) <= sys.float_info.max
     if is_in and not (least_is_out and value == least):
         return
     limits = f"above {least}" if least_is_out else f"at least {least}"

@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from ollm_core.contracts.closing import Closing
 from ollm_core.contracts.kv import KeepsPrefixes, KeepsStates, KVStore
@@ -106,6 +107,10 @@ class Scheduler(Closing):
             if one.sequence is not None and any(text in texts for text in one.texts)
         ]  # itself, or a beginning that it waits for with others
         return max((one.num_stored for one in running), default=None)
+
+    def cached(self) -> list[tuple[tuple[int, int], Tensor]]:
+        """See `Prefixes.cached`."""
+        return self._prefixes.cached()
 
     def step(self) -> list[Event]:
         """Run one weight pass, if there is work; -> what happened. What fails is told in a Failed
@@ -296,7 +301,7 @@ class Scheduler(Closing):
             begin, end = text.num_stored, text.num_stored + number
             assert text.sequence is not None
             text.note(begin, end, logits)
-            num_drafted = len(logits) - 1 if isinstance(text, GeneratedText) else 0
+            num_drafted = len(text.draft) if isinstance(text, GeneratedText) else 0
             try:
                 if text.num_pending:
                     self._events += [one.reading(end) for one in text.texts]

@@ -7,6 +7,8 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 
+from torch import Tensor
+
 from ollm_core.contracts.closing import Closing
 from ollm_core.errors import OllmError
 from ollm_core.serving.request import Event, Failed, Finished, Request, SamplingParams
@@ -116,6 +118,12 @@ class Session(Closing):
         for its first pass, and after its end. From any thread.
         """
         return self._scheduler.num_read(request_id)
+
+    def cached(self) -> list[tuple[tuple[int, int], Tensor]]:
+        """Texts whose beginnings a request need not compute again, the newest last: what tells
+        them apart, and their token ids, int32 [T]. From any thread.
+        """
+        return self._scheduler.cached()
 
     def submit(self, request: Request, on_event: Callable[[], None] = lambda: None) -> EventStream:
         """Let a request wait for its turn; its events come in the stream, a refusal too. Raises

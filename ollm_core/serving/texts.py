@@ -61,10 +61,14 @@ class GeneratedText(RequestedText):
         )
         stops = dict.fromkeys(() if sampling.ignore_eos else model.stop_texts, True)
         stops |= dict.fromkeys(sampling.stops, sampling.include_stop_str_in_output)
-        self._answer = Answer(model.tokenizer, stops)
+        self._answer = Answer(model.tokenizer, stops, sampling.shown_token_ids)
         self._ends = {*sampling.stop_token_ids, *(() if sampling.ignore_eos else ends)}
         self.draft: list[int] = []
         """Guesses of what comes after all of its tokens, which the next pass checks."""
+        self._told: ToldTokens | None = None
+        """Of its prompt, until they are told; one of several answers tells them."""
+        if sampling.prompt_logprobs is not None and index == 0:
+            self._told = ToldTokens(0, sampling.prompt_logprobs)
 
     @property
     def samples(self) -> bool:
@@ -86,6 +90,21 @@ class GeneratedText(RequestedText):
         more = min(self._sampling.max_tokens - self.num_new, _EXPECTED)
         return len(self.token_ids) + more
 
+    @property
+    def num_to_find(self) -> int:
+        return super().num_to_find if self._told is None else 0
+
+    def part(self, most: int | None) -> int:
+        return super().part(most if self._told is None else self._told.most(self.num_stored, most))
+
+    def num_logits(self, begin: int, end: int) -> int:
+        return 1 if self._told is None else self._told.num_logits(begin, end)
+
+    def note(self, begin: int, end: int, logits: Tensor) -> None:
+        super().note(begin, end, logits)
+        if self._told is not None:
+            self._told.note(self.token_ids, begin, end, logits)
+
     def guess(self, token_ids: Sequence[int]) -> None:
         """Let the next pass check a draft, up to what would end the text."""
         ends = (i for i, token_id in enumerate(token_ids) if token_id in self._ends)
@@ -103,10 +122,15 @@ class GeneratedText(RequestedText):
     def lose_sequence(self) -> None:
         super().lose_sequence()
         self.draft = []
+        if self._told is not None:
+            self._told.forget()
 
     def take(self, logits: Tensor) -> list[Event]:
         """Of a draft what the model says, too, is taken: the text is the same without."""
         events = []
+        if self._told is not None:
+            events.append(self._told.event(self.request.request_id))
+            self._told, logits = None, logits[-1:]
         for row, guess in zip(logits, [*self.draft, None], strict=True):
             events.append(self._next(row))
             if self.ended or self.token_ids[-1] != guess:
@@ -140,11 +164,7 @@ class ScoredText(RequestedText):
 
     def __init__(self, request: Request, order: int, score: Score) -> None:
         super().__init__(request, 0, order)
-        self._first = len(self.token_ids) - score.num_tokens - 1  # whose logits are wanted
-        self._num_top = score.top
-        self._logprobs: list[float] = []
-        self._greedy: list[bool] = []
-        self._top: list[tuple[tuple[int, float], ...]] = []
+        self._told = ToldTokens(len(self.token_ids) - score.num_tokens - 1, score.top)
 
     @property
     def num_to_store(self) -> int:
@@ -152,19 +172,51 @@ class ScoredText(RequestedText):
 
     @property
     def num_to_find(self) -> int:
-        return self._first
+        return self._told.first
 
     def part(self, most: int | None) -> int:
-        # Logits of many tokens take much memory.
-        limit = max(self._first - self.num_stored, 0) + MAX_LOGITS
-        return super().part(limit if most is None else min(most, limit))
+        return super().part(self._told.most(self.num_stored, most))
 
     def num_logits(self, begin: int, end: int) -> int:
-        return max(end - max(begin, self._first), 1)
+        return self._told.num_logits(begin, end)
 
     def note(self, begin: int, end: int, logits: Tensor) -> None:
         super().note(begin, end, logits)
-        targets = self.token_ids[max(begin, self._first) + 1 : end + 1]  # none before the first
+        self._told.note(self.token_ids, begin, end, logits)
+
+    def lose_sequence(self) -> None:
+        super().lose_sequence()
+        self._told.forget()
+
+    def take(self, logits: Tensor) -> list[Event]:
+        self.has_token()
+        self.ended = "stop"
+        return [self._told.event(self.request.request_id)]
+
+
+class ToldTokens:
+    """The log-probabilities of a text's tokens after number `first`, as they are computed."""
+
+    def __init__(self, first: int, num_top: int) -> None:
+        self.first = first
+        """The first token whose logits are wanted."""
+        self._num_top = num_top
+        self._logprobs: list[float] = []
+        self._greedy: list[bool] = []
+        self._top: list[tuple[tuple[int, float], ...]] = []
+
+    def most(self, num_stored: int, most: int | None) -> int:
+        """Tokens of the next part: logits of many take much memory."""
+        limit = max(self.first - num_stored, 0) + MAX_LOGITS
+        return limit if most is None else min(most, limit)
+
+    def num_logits(self, begin: int, end: int) -> int:
+        """Of the tokens from `begin` to `end`, of how many last ones logits are wanted."""
+        return max(end - max(begin, self.first), 1)
+
+    def note(self, token_ids: Sequence[int], begin: int, end: int, logits: Tensor) -> None:
+        """The tokens from `begin` to `end` are computed, with these logits [n, V]."""
+        targets = token_ids[max(begin, self.first) + 1 : end + 1]  # none before the first
         for target, row in zip(targets, logits, strict=False):
             logprobs, greedy = _told(row, [target])
             self._logprobs += logprobs
@@ -172,15 +224,14 @@ class ScoredText(RequestedText):
             if self._num_top:
                 self._top.append(most_likely(torch.log_softmax(row.float(), -1), self._num_top))
 
-    def lose_sequence(self) -> None:
-        super().lose_sequence()
+    def forget(self) -> None:
+        """All is computed again."""
         self._logprobs, self._greedy, self._top = [], [], []
 
-    def take(self, logits: Tensor) -> list[Event]:
-        self.has_token()
-        self.ended = "stop"
+    def event(self, request_id: str) -> Event:
+        """When all are."""
         found = tuple(self._logprobs), tuple(self._greedy), tuple(self._top)
-        return [Scored(self.request.request_id, 0, *found)]
+        return Scored(request_id, 0, *found)
 
 
 class ChoiceText(RequestedText):

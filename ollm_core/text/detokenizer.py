@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 
 class Detokenizer:
     """The text of one answer, without its special tokens."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, shown: Collection[int] = ()) -> None:
+        """`shown` are special tokens that the text has all the same."""
         self._tokenizer = tokenizer
+        special: set[int] = set()
+        if shown:
+            added = tokenizer.added_tokens_decoder.items()
+            special = {*tokenizer.all_special_ids, *(one for one, each in added if each.special)}
+        self._hidden = frozenset(special.difference(shown))
+        self._shows = bool(shown)
         self._token_ids: list[int] = []
         self._given = 0  # tokens whose text is out
         self._context = 0  # where decoding starts: a token's text depends on the one before
@@ -33,4 +40,6 @@ class Detokenizer:
         return text[len(before) :]
 
     def _decode(self, token_ids: list[int]) -> str:
-        return str(self._tokenizer.decode(token_ids, skip_special_tokens=True))
+        if self._shows:
+            token_ids = [one for one in token_ids if one not in self._hidden]
+        return str(self._tokenizer.decode(token_ids, skip_special_tokens=not self._shows))

@@ -61,5 +61,10 @@ class PromptEncoder:
         """
         if self._template is None:
             raise InputError("the model has no chat template", hint="give one text")
-        how = {"allow_special_tokens": self._special}
-        return encode_chats(self._tokenizer, self._template, conversations, self._options, **how)
+        return encode_chats(
+            self._tokenizer,
+            self._template,
+            conversations,
+            self._options,
+            allow_special_tokens=self._special,
+        )

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,10 @@ from ollm_core.errors import ConfigError, OllmError
 from ollm_core.files.untrusted_json import parse_object, show
 from ollm_core.text import template_process
 
-Message = Mapping[str, str]
-"""`role` and `content`."""
+Message = Mapping[str, Any]
+"""`role` and `content`, which are texts; `tool_calls` and what else a template knows of one."""
+Tool = Mapping[str, Any]
+"""A function that the model may call, in OpenAI's form."""
 
 _TEMPLATE_FILE = "chat_template.jinja"
 _WITHOUT = "--raw continues the text without a chat template"
@@ -53,9 +57,10 @@ class ChatTemplate:
     """What it finds beside messages: the special tokens by name."""
 
     @classmethod
-    def of(cls, tokenizer: Any) -> ChatTemplate | None:
-        """The one for plain chat, or None if the checkpoint has none. Raises ConfigError if it is
-        not text, or if there are several and none is the default.
+    def of(cls, tokenizer: Any, *, for_tools: bool = False) -> ChatTemplate | None:
+        """The one for plain chat, or None if the checkpoint has none; `for_tools`: the one for
+        chats with functions, if there are several. Raises ConfigError if it is not text, or if
+        there are several and none is the default.
         """
         directory = Path(str(tokenizer.name_or_path))
         file = directory / _TEMPLATE_FILE
@@ -67,7 +72,7 @@ class ChatTemplate:
                 raise ConfigError(
                     f"{where}: need a chat template named 'default', have {names}", hint=_WITHOUT
                 )
-            source = source["default"]
+            source = source.get("tool_use" if for_tools else "default", source["default"])
         if not source:
             return None
         if not isinstance(source, str):
@@ -77,22 +82,32 @@ class ChatTemplate:
         special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
         return cls(source, where, special)
 
+    def knows(self, name: str) -> bool:
+        """Whether it speaks of a variable or a field of this name, as far as its text tells."""
+        return re.search(rf"\b{re.escape(name)}\b", self.source) is not None
+
     def render(
         self,
         conversations: Sequence[Sequence[Message]],
         options: Mapping[str, Any] | None = None,
         limits: Limits | None = None,
+        tools: Sequence[Sequence[Tool]] | None = None,
     ) -> list[str]:
         """The text of each conversation, up to where the assistant speaks. `options` are variables
-        that some templates know.
+        that some templates know; `tools` are the functions of each conversation.
 
         Raises ConfigError, with the template's own words, if it refuses them, is damaged, or takes
         more than `limits`.
         """
-        known = {**self.variables, **(options or {}), "tools": None, "documents": None}
+        known = {**self.variables, **(options or {}), "documents": None}
         renderings = [
-            {**known, "messages": list(map(dict, messages)), "add_generation_prompt": True}
-            for messages in conversations
+            {
+                **known,
+                "tools": [*given] or None,
+                "messages": list(map(dict, messages)),
+                "add_generation_prompt": True,
+            }
+            for messages, given in zip(conversations, tools or repeat(()), strict=False)
         ]
         request = json.dumps({"template": self.source, "renderings": renderings}).encode()
         answer = self._run(request, limits or Limits())

@@ -27,6 +27,8 @@ def test_bytes_of_each_kind():
     block.fill_(1)
     assert buffer.count_nonzero() == geometry.block_bytes(1)  # 1.0 is 0x3f80
     assert geometry.attention_layers().kinds == KINDS[:2]
+    blocks = 3 * geometry.block_bytes(0) + 2 * geometry.block_bytes(1)  # of 9 tokens, 4 a block
+    assert geometry.sequence_bytes(9) == blocks + geometry.state_bytes(2)
 
 
 @pytest.mark.parametrize("window", [1, 2, 6, 300])

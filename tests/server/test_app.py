@@ -115,7 +115,7 @@ def test_other_sites_are_told_nothing_unless_allowed(service, app):
     assert made.headers["access-control-allow-origin"] == "https://a.example"
     asked = {**told, "access-control-request-method": "POST"}
     [made] = calls(open_to, (CHAT,), headers=asked, method="OPTIONS")
-    assert (made.status, made.headers["access-control-allow-methods"]) == (200, "GET, POST")
+    assert (made.status, made.headers["access-control-allow-methods"]) == (200, "GET, POST, DELETE")
 
 
 def test_no_address_is_a_path(app):

@@ -10,7 +10,7 @@ from asgi_calls import Call, calls
 
 from ollm_core.server import ollama
 from ollm_core.server.ollama import understood
-from ollm_core.serving.openai.requests import RefusedError
+from ollm_core.serving.openai.refused import RefusedError
 
 CHAT, TEXT = "/api/chat", "/api/generate"
 GREEDY = {"temperature": 0, "num_predict": 6}
@@ -92,7 +92,7 @@ def test_clients_that_probe_find_what_they_look_for(app):
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ({"tools": [{}]}, "tools: is not supported"),
+        ({"think": True}, "think: need False or nothing"),
         ({"format": "xml"}, "format: need 'json' or a schema"),
         ({"colour": 1}, "'colour' in the body is not known"),
         ({"stream": "yes"}, "stream: need true or false"),

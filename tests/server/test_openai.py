@@ -10,7 +10,10 @@ import json
 import pytest
 from asgi_calls import Call, calls
 
+from ollm_core.api import load
 from ollm_core.server import answering
+from ollm_core.server.app import open_app
+from ollm_core.server.service import Service
 from ollm_core.serving.request import Request, SamplingParams, Score
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -389,3 +392,26 @@ def test_a_request_has_samplings_own_words(service):
     assert request.wanted == SamplingParams(
         temperature=0, seed=3, top_p=0.5, max_tokens=9, stop="z"
     )
+
+
+def test_drafts_change_no_answer(tiny_chat, app):
+    """Greedy and with a seed, alone and two at once, of functions' schemas, too: only passes."""
+    schema = {"type": "json_schema", "json_schema": {"schema": {"enum": ["abcabcabcabc"]}}}
+    bodies = [
+        said("hello", max_tokens=60, ignore_eos=True),
+        said("ab ab ab ab", max_tokens=40, ignore_eos=True, temperature=0.3, seed=3),
+        said("abcabcabc", max_tokens=30, response_format=schema),
+    ]
+    plain = [text(calls(app, (CHAT, body))[0]) for body in bodies]
+    drafts = {"draft": "lookup", "num_draft_tokens": 4}
+    with (
+        load(tiny_chat, device="cpu", chunk_size=64, **drafts) as model,
+        Service(model, "tiny") as service,
+    ):
+        drafted = open_app(service)
+        assert [text(calls(drafted, (CHAT, body))[0]) for body in bodies] == plain
+        assert model.stats.accepted_tokens > 5
+        together = calls(drafted, *((CHAT, body) for body in bodies))
+        assert [text(one) for one in together] == plain
+        [page] = calls(drafted, ("/metrics",))
+        assert b"ollm_drafted_tokens_accepted_total" in page.data

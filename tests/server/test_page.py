@@ -53,6 +53,24 @@ def test_its_state_is_that_of_the_model(app, model):
     assert fields["requests"] == {"taken": 0, "most": 12}
 
 
+def test_its_state_has_memory_over_time_and_what_is_cached(app, service):
+    """The newest first, with its name, tokens and bytes; nothing of what it says."""
+    body = {"prompt": "swordfish" * 9, "max_tokens": 3, "temperature": 0}
+    calls(app, ("/v1/completions", body))
+    [made] = calls(app, ("/page/state",))
+    fields = made.fields()
+    assert b"swordfish" not in made.data
+    newest = fields["cached"][0]
+    assert newest["tokens"] in (83, 84)
+    assert newest["bytes"] == service.model.sequence_bytes(84) > 0
+    assert newest["place"] == "this run"
+    assert re.fullmatch("[0-9a-f]{8}", newest["name"])
+    ago, device, host = fields["history"]["samples"][-1]
+    assert ago < 60
+    assert 0 < device <= fields["memory"]["device"]["limit"]
+    assert 0 <= host <= fields["memory"]["host"]["limit"]
+
+
 @pytest.mark.parametrize(
     ("name", "data", "text"),
     [
@@ -168,6 +186,23 @@ def test_an_answer_can_be_stopped(sheet, service):
     sheet.click("#stop")
     until(lambda: sheet.inner_text("#state") == "Stopped.")
     until(lambda: not service.places.num_taken)
+
+
+def test_memory_is_drawn_and_cached_texts_are_listed(sheet):
+    """With words for who does not see the plot."""
+    sheet.fill("#questions", "What is drawn?")
+    sheet.fill("#most", "3")
+    sheet.click("#go")
+    until(lambda: sheet.inner_text("#state").startswith("Done."))
+    until(lambda: sheet.query_selector_all("#cached tbody tr"))
+    points = sheet.get_attribute("#device-line", "points").split()
+    assert len(points) >= 2
+    assert points[-1].startswith("600.0,")
+    assert all(0 <= float(one.split(",")[1]) <= 100 for one in points)
+    assert re.match(r"Device memory: .+ of .+, at most .+ in the last \d+ (s|min)",
+                    sheet.inner_text("#device-told"))  # fmt: skip
+    named = sheet.get_attribute("svg", "aria-labelledby").split()
+    assert all(sheet.query_selector(f"#{one}").text_content().strip() for one in named)
 
 
 def test_every_control_has_a_name(sheet):

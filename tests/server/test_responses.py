@@ -11,7 +11,7 @@ from pydantic import TypeAdapter
 
 from ollm_core.errors import ReadError
 from ollm_core.server.responses import understood
-from ollm_core.serving.openai.requests import RefusedError
+from ollm_core.serving.openai.refused import RefusedError
 
 PATH = "/v1/responses"
 BODY = {"model": "x", "input": "hello", "max_output_tokens": 6, "temperature": 0}
@@ -82,11 +82,11 @@ def test_turns_and_instructions_are_a_chat(app):
     [
         ({"input": []}, "input"),
         ({"input": 3}, "input"),
-        ({"input": [{"type": "function_call_output"}]}, "input[0]"),
+        ({"input": [{"type": "reasoning"}]}, "input[0]"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0]"),
         ({"input": [{"role": "user", "content": "x", "colour": 1}]}, "input[0]"),
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
-        ({"tools": [{}]}, "tools"),
+        ({"input": [{"type": "function_call", "colour": 1}]}, "input[0]"),
         ({"text": {"verbosity": "low"}}, "text"),
         ({"text": "x"}, "text"),
         ({"colour": 1}, "colour"),

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from text_requests import finish, greedy, tokens
 
 from ollm_core.errors import DamagedKVError, DoesNotFitError, InputError, NotFiniteError, ReadError
-from ollm_core.serving.offline import run_all
+from ollm_core.serving.offline import Answered, run_all
 from ollm_core.serving.request import (
     Choices,
     Failed,
@@ -19,6 +19,7 @@ from ollm_core.serving.request import (
     Request,
     SamplingParams,
     Score,
+    Scored,
 )
 
 
@@ -299,6 +300,43 @@ def test_scores_are_those_of_the_forward_pass(model, ids):
             rows.topk(2).values,
             atol=1e-4,
         )
+
+
+@pytest.mark.parametrize(("length", "num_answers"), [(20, 1), (300, 1), (70, 3), (1, 1)])
+def test_an_answer_scores_its_prompt_and_computes_it_once(model, ids, length, num_answers):
+    """The same scores as alone, and the same answers; before their first tokens."""
+    prompt = ids(length)
+    plain = greedy(prompt, 6, n=num_answers)
+    alone = Request(token_ids=prompt, wanted=Score(max(length - 1, 1), top=3), keep=False)
+    with model.open_scheduler() as scheduler:
+        [answers] = run_all(scheduler, [plain])
+        [[scored]] = run_all(scheduler, [alone]) if length > 1 else [[None]]
+    request = greedy(prompt, 6, n=num_answers, prompt_logprobs=3)
+    passes = {}
+    model.on_progress(lambda one: passes.update({one.weight_passes: one.num_new_tokens}))
+    with model.open_scheduler() as scheduler:
+        scheduler.add(request)
+        events = finish(scheduler)
+    computed = sum(passes.values())
+    found = [Answered() for _ in range(num_answers)]
+    for event in events:
+        found[event.index].add(event)
+    assert [one.token_ids for one in found] == [one.token_ids for one in answers]
+    if length > 1:
+        assert found[0].scored.logprobs == pytest.approx(scored.scored.logprobs, abs=1e-4)
+        assert found[0].scored.greedy == scored.scored.greedy
+        both = [one.scored.top for one in (found[0], scored)]
+        assert [[token for token, _ in place] for place in both[0]] == [
+            [token for token, _ in place] for place in both[1]
+        ]
+    else:
+        assert found[0].scored.logprobs == ()
+    assert [one.scored for one in found[1:]] == [None] * (num_answers - 1)
+    if num_answers == 1:
+        assert computed == length + 5  # the first new token is the prompt's
+    first = next(event for event in events if isinstance(event, NewToken) and not event.index)
+    told = next(event for event in events if isinstance(event, Scored))
+    assert events.index(told) < events.index(first)
 
 
 def test_choices_are_the_next_tokens_probabilities(model, ids):

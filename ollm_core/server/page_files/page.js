@@ -57,9 +57,64 @@ async function look() {
       find(`${name}-meter`).value = limit ? used / limit : 0;
       find(`${name}-text`).textContent = `${size(used)} of ${size(limit)}`;
     }
+    draw();
+    list();
   } catch (error) {
     if (find("key-form").hidden) say("state", "The server does not answer.", true);
   }
+}
+
+// Memory over time, and what is cached.
+
+const SHOWN = 8;
+let shownCached = "";
+
+function draw() {
+  const { samples } = state.history;
+  const seconds = Math.min(state.history.seconds, Math.max(60, ...samples.map((one) => one[0])));
+  document.querySelector(".frame .past").textContent = `${time(seconds)} ago`;
+  ["device", "host"].forEach((name, place) => {
+    const { used, limit } = state.memory[name];
+    const all = [...samples.map((one) => [one[0], one[place + 1]]), [0, used]];
+    // Time goes to the right, and what was used stays so until the next sample.
+    const points = all.flatMap(([ago, bytes], index) => {
+      const x = 600 * (1 - Math.min(ago / seconds, 1));
+      const y = 99 - 97 * Math.min(limit ? bytes / limit : 0, 1);
+      const before = index ? 99 - 97 * Math.min(limit ? all[index - 1][1] / limit : 0, 1) : y;
+      return [`${x.toFixed(1)},${before.toFixed(1)}`, `${x.toFixed(1)},${y.toFixed(1)}`];
+    });
+    find(`${name}-line`).setAttribute("points", points.join(" "));
+    const most = Math.max(...all.map((one) => one[1]));
+    const title = name === "device" ? "Device memory" : "Host memory";
+    const told = `${title}: ${size(used)} of ${size(limit)}, at most ${size(most)} in the last ${time(seconds)}`;
+    if (find(`${name}-told`).textContent !== told) find(`${name}-told`).textContent = told;
+  });
+}
+
+function list() {
+  const known = JSON.stringify(state.cached);
+  if (known === shownCached) return;
+  shownCached = known;
+  const rows = state.cached.slice(0, SHOWN).map((one) => {
+    const row = document.createElement("tr");
+    const name = document.createElement("th");
+    name.scope = "row";
+    name.textContent = one.name;
+    row.append(name);
+    for (const words of [one.tokens.toLocaleString(), size(one.bytes), one.place]) {
+      const cell = document.createElement("td");
+      cell.textContent = words;
+      row.append(cell);
+    }
+    return row;
+  });
+  find("cached").hidden = !rows.length;
+  find("cached").tBodies[0].replaceChildren(...rows);
+  const number = state.cached.length;
+  const more = number > SHOWN ? ` The ${SHOWN} newest of ${number}.` : "";
+  find("cached-told").textContent = number
+    ? `What a question begins with alike is not read again.${more}`
+    : "Nothing is cached yet. What a later question begins with alike is not read again.";
 }
 
 // The document.

@@ -22,7 +22,8 @@ from ollm_core.serving.jobs.id_table import IdTable
 from ollm_core.serving.jobs.rows import AnswersRequests, Outcome, RowAnswerer, TakenRow
 from ollm_core.serving.jobs.settings import Settings, SettingsFile, differences
 from ollm_core.serving.openai.answers import answer_line, error_line
-from ollm_core.serving.openai.requests import Defaults, RefusedError, Row, read_row
+from ollm_core.serving.openai.refused import RefusedError
+from ollm_core.serving.openai.requests import Defaults, Row, read_row
 from ollm_core.serving.request import Event, NewToken
 
 _DONE, _COUNTED, _TAKEN = 1, 2, 4  # marks of a row: answered, met by the first walk, by the second

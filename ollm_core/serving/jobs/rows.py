@@ -14,7 +14,8 @@ from ollm_core.errors import DoesNotFitError, InputError, ReadError, one_line
 from ollm_core.serving.model import ServedModel
 from ollm_core.serving.offline import Steps, run_each
 from ollm_core.serving.openai.answers import Writer
-from ollm_core.serving.openai.requests import Asked, Defaults, Reader, RefusedError, Row
+from ollm_core.serving.openai.refused import RefusedError
+from ollm_core.serving.openai.requests import Asked, Defaults, Reader, Row
 from ollm_core.serving.request import Event, Request, SamplingParams
 
 PRIORITY = 1

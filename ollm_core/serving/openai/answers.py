@@ -10,7 +10,9 @@ from typing import Any
 
 from ollm_core.serving.offline import Answered
 from ollm_core.serving.openai.requests import Asked, Kind
-from ollm_core.serving.request import TokenLogprobs
+from ollm_core.serving.openai.tools import Said
+from ollm_core.serving.request import FinishReason, TokenLogprobs
+from ollm_core.text.tool_calls import Call
 
 _BROKEN = "\ufffd"
 """What a tokenizer decodes a part of a character to."""
@@ -48,41 +50,51 @@ class Writer:
         """The body of the answers to one prompt, none of which failed; of completions, each after
         the `echo`, if there is one.
         """
-        choice = self._chat if asked.kind == "chat" else self._completion
-        wants_logprobs = asked.sampling.logprobs is not None
         return {
             **self.head(asked.kind),
             "choices": [
-                choice(index, one, echo, wants_logprobs=wants_logprobs)
+                self._chat(index, one, asked)
+                if asked.kind == "chat"
+                else self._completion(index, one, asked, echo)
                 for index, one in enumerate(answers)
             ],
             "usage": usage([asked], [answers]),
         }
 
-    def head(self, kind: Kind, *, chunk: bool = False) -> dict[str, Any]:
-        """The fields that all answers have, and all chunks of one: a new id among them."""
-        prefix, name = _OBJECTS[kind]
+    def head(
+        self, kind: Kind, answer_id: str | None = None, *, chunk: bool = False
+    ) -> dict[str, Any]:
+        """The fields that all answers have, and all chunks of one: an id among them, a new one
+        where none is given.
+        """
+        _, name = _OBJECTS[kind]
         return {
-            "id": f"{prefix}-{secrets.token_hex(12)}",
+            "id": answer_id or new_answer_id(kind),
             "object": f"{name}.chunk" if chunk and kind == "chat" else name,
             "created": int(time.time()),
             "model": self._model,
             "system_fingerprint": None,
         }
 
-    def _chat(
-        self, index: int, answer: Answered, _: Echo | None, *, wants_logprobs: bool
-    ) -> dict[str, Any]:
+    def _chat(self, index: int, answer: Answered, asked: Asked) -> dict[str, Any]:
+        said = Said(asked.tools)
+        said.add(answer.text, last=True)
+        text = (said.text or None) if said.calls else said.text
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if said.calls:
+            message["tool_calls"] = [told_call(call) for call in said.calls]
+        wants_logprobs = asked.sampling.logprobs is not None
         return {
             "index": index,
-            "message": {"role": "assistant", "content": answer.text, "refusal": None},
+            "message": message,
             "logprobs": self.listed(answer.token_ids, answer.logprobs) if wants_logprobs else None,
-            "finish_reason": answer.finish_reason,
+            "finish_reason": told_reason(answer.finish_reason, said.calls),
         }
 
     def _completion(
-        self, index: int, answer: Answered, echo: Echo | None, *, wants_logprobs: bool
+        self, index: int, answer: Answered, asked: Asked, echo: Echo | None
     ) -> dict[str, Any]:
+        wants_logprobs = asked.sampling.logprobs is not None
         echo = echo or Echo("", ())
         token_ids, told = [*echo.token_ids, *answer.token_ids], [*echo.told, *answer.logprobs]
         return {
@@ -144,6 +156,22 @@ class Writer:
     def decode(self, token_ids: Sequence[int]) -> str:
         """Their text, control tokens too."""
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=False))
+
+
+def new_answer_id(kind: Kind) -> str:
+    """That nobody can guess."""
+    return f"{_OBJECTS[kind][0]}-{secrets.token_hex(16)}"
+
+
+def told_call(call: Call) -> dict[str, Any]:
+    """A call in the form of chats."""
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": call.call_id, "type": "function", "function": function}
+
+
+def told_reason(reason: FinishReason | None, calls: Sequence[Call]) -> str | None:
+    """Why an answer has ended; one that has called something waits for what that gives."""
+    return "tool_calls" if calls and reason == "stop" else reason
 
 
 def usage(asked: Sequence[Asked], answers: Sequence[Sequence[Answered]]) -> dict[str, Any]:

@@ -10,11 +10,24 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ollm_core.errors import ConfigError, InputError
 from ollm_core.files.untrusted_json import parse_object, show
+from ollm_core.serving.openai.fields import ROWS
+from ollm_core.serving.openai.limits import MAX_ANSWERS, MAX_ID_CHARS, MAX_LOGPROBS, WORD
+from ollm_core.serving.openai.messages import name_results, read_message
+from ollm_core.serving.openai.refused import (
+    RefusedError,
+    check_text,
+    is_number,
+    is_unicode,
+    switch,
+    unsupported,
+)
+from ollm_core.serving.openai.schemas import check_body, check_names
+from ollm_core.serving.openai.tools import ToolUse, read_tools
 from ollm_core.serving.request import SamplingParams
 from ollm_core.text.chat import encode_chat, encode_text
 from ollm_core.text.templates import ChatTemplate
@@ -23,73 +36,12 @@ Kind = Literal["chat", "completion"]
 KINDS: Mapping[str, Kind] = {"/v1/chat/completions": "chat", "/v1/completions": "completion"}
 """By the url of a row."""
 
-MAX_ID_CHARS = 512
-MAX_ANSWERS = 128
-MAX_LOGPROBS = 20
-ROLES = ("system", "developer", "user", "assistant", "tool", "function")
-
 _AS_THEY_ARE = (
     "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "n", "stop", "seed",
     "stop_token_ids", "min_tokens",
 )  # fmt: skip
 _SWITCHES = ("ignore_eos", "include_stop_str_in_output")
-_IGNORED = frozenset(
-    {
-        "model", "user", "metadata", "store", "service_tier", "safety_identifier", "priority",
-        "prompt_cache_key", "prompt_cache_retention", "parallel_tool_calls", "prediction",
-        "stream_options", "request_id",
-    }
-)  # fmt: skip
-"""Fields that do not change an answer. `model` is the one that was opened."""
-_ONLY: Mapping[str, tuple[Any, ...]] = {
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "length_penalty": (1,),
-    "logit_bias": ({},),
-    "stream": (False,),
-    "best_of": (1,),
-    "use_beam_search": (False,),
-    "skip_special_tokens": (True,),
-    "spaces_between_special_tokens": (True,),
-    "bad_words": ([],),
-}
-"""Fields that are taken where they ask for what happens anyway."""
-_ONLY_BY_KIND: Mapping[Kind, Mapping[str, tuple[Any, ...]]] = {
-    "chat": {
-        **_ONLY,
-        "tools": ([],),
-        "functions": ([],),
-        "tool_choice": ("none", "auto"),
-        "function_call": ("none", "auto"),
-        "response_format": ({"type": "text"},),
-        "modalities": (["text"],),
-        "add_generation_prompt": (True,),
-        "continue_final_message": (False,),
-        "add_special_tokens": (False,),
-    },
-    "completion": {**_ONLY, "echo": (False,), "suffix": ("",), "add_special_tokens": (True,)},
-}
-_KNOWN: Mapping[Kind, frozenset[str]] = {
-    "chat": frozenset(
-        {
-            "messages", "max_tokens", "max_completion_tokens", "logprobs", "top_logprobs",
-            "reasoning_effort", "chat_template_kwargs", *_AS_THEY_ARE, *_SWITCHES,
-        }
-    ),
-    "completion": frozenset({"prompt", "max_tokens", "logprobs", *_AS_THEY_ARE, *_SWITCHES}),
-}  # fmt: skip
-_WORD = re.compile(r"[A-Za-z0-9_-]{1,32}")
-
-
-class RefusedError(InputError):
-    """A row or a body that cannot be answered: `code` and `param` are those of OpenAI's errors."""
-
-    def __init__(
-        self, message: str, *, code: str = "invalid_request", param: str | None = None
-    ) -> None:
-        super().__init__(message)
-        self.code = code
-        self.param = param
+_WORD = re.compile(WORD)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +69,8 @@ class Asked:
     token_ids: Sequence[int]
     """The prompt."""
     sampling: SamplingParams
+    tools: ToolUse | None = None
+    """Functions that the answers may call."""
 
 
 def read_row(line: bytes) -> Row:
@@ -129,7 +83,7 @@ def read_row(line: bytes) -> Row:
         reason = " ".join(str(error).split())[:200]
         raise RefusedError(f"the line {_begun(reason)}", code="invalid_json_line") from None
     name = fields.get("custom_id")
-    if not isinstance(name, str) or not 0 < len(name) <= MAX_ID_CHARS or not _is_unicode(name):
+    if not isinstance(name, str) or not 0 < len(name) <= MAX_ID_CHARS or not is_unicode(name):
         raise RefusedError(
             f"custom_id: need a text of 1 to {MAX_ID_CHARS} characters, have {show(name)}",
             code="missing_custom_id",
@@ -145,6 +99,7 @@ class Reader:
         """Raises ConfigError for a chat template that is none."""
         self._tokenizer = tokenizer
         self._template = ChatTemplate.of(tokenizer)
+        self._for_tools = ChatTemplate.of(tokenizer, for_tools=True)
         self._defaults = defaults or Defaults()
 
     def read(self, row: Row) -> Asked:
@@ -165,45 +120,39 @@ class Reader:
         body = fields.get("body")
         if not isinstance(body, dict):
             raise RefusedError(f"body: need a JSON object, have {show(body)}", param="body")
-        return self.read_body(kind, body)
+        asked = self.read_body(kind, body)
+        if asked.tools is not None and asked.tools.forced:
+            raise unsupported("tool_choice: need 'auto' or 'none' in a row", "tool_choice")
+        check_body(ROWS[kind], body)
+        return asked
 
     def read_body(self, kind: Kind, body: Mapping[str, Any]) -> Asked:
         """What a body asks. A field that is null counts as one that is not there. Raises
         RefusedError, which names the field.
         """
         said = {name: value for name, value in body.items() if value is not None}
-        only = _ONLY_BY_KIND[kind]
-        for name, value in said.items():
-            if name in only:
-                if value not in only[name]:
-                    wanted = " or ".join(map(repr, only[name]))
-                    raise RefusedError(
-                        f"{name}: need {wanted} or nothing, have {show(value)}",
-                        code="unsupported_parameter",
-                        param=name,
-                    )
-            elif name not in _IGNORED and name not in _KNOWN[kind]:
-                raise _unknown(name, "the body")
+        check_names(ROWS[kind], said)
         sampling = self._sampling(kind, said)
         try:
-            token_ids = self._chat(said) if kind == "chat" else self._text(said.get("prompt"))
+            if kind == "chat":
+                return self._chat(said, sampling)
+            return Asked(kind, self._text(said.get("prompt")), sampling)
         except RefusedError:
             raise
         except (InputError, ConfigError) as error:  # of the template, or of control tokens
             raise RefusedError(error.message, code="invalid_prompt") from error
-        return Asked(kind, token_ids, sampling)
 
     def _sampling(self, kind: Kind, said: Mapping[str, Any]) -> SamplingParams:
         chosen: dict[str, Any] = {"temperature": self._defaults.temperature}
         chosen |= {name: said[name] for name in _AS_THEY_ARE if name in said}
         for name in _SWITCHES:
             if name in said:
-                chosen[name] = _switch(name, said[name])
+                chosen[name] = switch(name, said[name])
         for name in ("stop", "stop_token_ids"):
             value = chosen.get(name, [])
             if not isinstance(value, list) and not (name == "stop" and isinstance(value, str)):
                 raise RefusedError(f"{name}: need a list, have {show(value)}", param=name)
-        if not all(_is_id(one) for one in chosen.get("stop_token_ids", [])):
+        if not all(is_number(one) for one in chosen.get("stop_token_ids", [])):
             raise RefusedError("stop_token_ids: need token ids", param="stop_token_ids")
         limits = {said[one] for one in _limits(said)}
         if len(limits) > 1:
@@ -216,7 +165,7 @@ class Reader:
         try:
             sampling = SamplingParams(**chosen)
             for text in sampling.stops:
-                _check_text("stop", text)
+                check_text("stop", text)
         except RefusedError:
             raise
         except InputError as error:
@@ -231,9 +180,9 @@ class Reader:
         if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
             prompt = prompt[0]
         if isinstance(prompt, str):
-            _check_text("prompt", prompt)
+            check_text("prompt", prompt)
             return encode_text(self._tokenizer, prompt)
-        if isinstance(prompt, list) and all(_is_id(one) for one in prompt):
+        if isinstance(prompt, list) and all(is_number(one) for one in prompt):
             return prompt
         if isinstance(prompt, list) and all(isinstance(one, str | list) for one in prompt):
             raise RefusedError(
@@ -245,8 +194,9 @@ class Reader:
             f"prompt: need a text or a list of token ids, have {show(prompt)}", param="prompt"
         )
 
-    def _chat(self, said: Mapping[str, Any]) -> Sequence[int]:
-        if self._template is None:
+    def _chat(self, said: Mapping[str, Any], sampling: SamplingParams) -> Asked:
+        template = self._for_tools if said.get("tools") else self._template
+        if template is None:
             raise RefusedError(
                 "the model has no chat template: use /v1/completions", code="no_chat_template"
             )
@@ -255,9 +205,25 @@ class Reader:
             raise RefusedError(
                 f"messages: need a list of at least one, have {show(messages)}", param="messages"
             )
-        shown = [_message(number, one) for number, one in enumerate(messages)]
-        variables = self._variables(said, self._template)
-        return encode_chat(self._tokenizer, self._template, shown, variables)
+        shown = [read_message(number, one) for number, one in enumerate(messages)]
+        name_results(shown)
+        if any("tool_calls" in one for one in shown) and not template.knows("tool_calls"):
+            raise unsupported(
+                "messages: the model's chat template does not take tool_calls", "messages"
+            )
+        use = read_tools(said, template.source)
+        variables = self._variables(said, template)
+        tools = () if use is None else use.tools
+        token_ids = encode_chat(self._tokenizer, template, shown, variables, tools=tools)
+        if use is not None:
+            token_ids += self._tokenizer(use.opening, add_special_tokens=False)["input_ids"]
+            sampling = replace(sampling, shown_token_ids=self._ids_of(use.form.control))
+        return Asked("chat", token_ids, sampling, use)
+
+    def _ids_of(self, tokens: Sequence[str]) -> list[int]:
+        """Of those that are tokens of their own."""
+        known = self._tokenizer.get_added_vocab()
+        return [known[token] for token in tokens if token in known]
 
     def _variables(self, said: Mapping[str, Any], template: ChatTemplate) -> dict[str, Any]:
         """What the template is told beside messages. It must know each, and none may be a text that
@@ -279,7 +245,7 @@ class Reader:
                 raise RefusedError(
                     f"chat_template_kwargs: cannot set {show(name)}", param=param[name]
                 )
-            if not re.search(rf"\b{re.escape(name)}\b", template.source):
+            if not template.knows(name):
                 raise RefusedError(
                     f"{name}: the model's chat template does not ask for it",
                     code="unsupported_parameter",
@@ -299,7 +265,7 @@ def _limits(said: Mapping[str, Any]) -> list[str]:
     """The fields that say how long an answer may be. Raises RefusedError for what is no number."""
     names = [name for name in ("max_completion_tokens", "max_tokens") if name in said]
     for name in names:
-        if not _is_id(said[name]) or said[name] < 1:
+        if not is_number(said[name]) or said[name] < 1:
             raise RefusedError(
                 f"{name}: need a whole number of at least 1, have {show(said[name])}", param=name
             )
@@ -312,82 +278,21 @@ def _logprobs(kind: Kind, said: Mapping[str, Any]) -> int | None:
     """
     name, number = "logprobs", said.get("logprobs")
     if kind == "chat":
-        wanted = _switch("logprobs", said.get("logprobs", False))
+        wanted = switch("logprobs", said.get("logprobs", False))
         name, number = "top_logprobs", said.get("top_logprobs", 0 if wanted else None)
         if number is not None and not wanted:
             raise RefusedError("top_logprobs: need logprobs to be true", param="top_logprobs")
-    if number is not None and (not _is_id(number) or number > MAX_LOGPROBS):
+    if number is not None and (not is_number(number) or number > MAX_LOGPROBS):
         raise RefusedError(
             f"{name}: need a whole number from 0 to {MAX_LOGPROBS}, have {show(number)}", param=name
         )
     return number
 
 
-def _message(number: int, message: Any) -> dict[str, str]:
-    """One message with its content as one text."""
-    param = f"messages[{number}]"
-    if not isinstance(message, dict):
-        raise RefusedError(f"{param}: need a JSON object, have {show(message)}", param=param)
-    for name, value in message.items():
-        if name not in ("role", "content") and value not in (None, [], {}):
-            raise RefusedError(
-                f"{param}: {show(name)} is not supported", code="unsupported_parameter", param=param
-            )
-    role, content = message.get("role"), message.get("content")
-    if role not in ROLES:
-        raise RefusedError(
-            f"{param}: role: need one of {', '.join(ROLES)}, have {show(role)}", param=param
-        )
-    if isinstance(content, list):
-        content = "".join(_part(param, part) for part in content)
-    if not isinstance(content, str):
-        raise RefusedError(f"{param}: content: need text, have {show(content)}", param=param)
-    _check_text(param, content)
-    return {"role": role, "content": content}
-
-
-def _part(param: str, part: Any) -> str:
-    is_text = isinstance(part, dict) and part.get("type") == "text" and part.keys() == _PART
-    if not is_text or not isinstance(part["text"], str):
-        raise RefusedError(
-            f"{param}: content: need parts of type 'text', have {show(part)}",
-            code="unsupported_parameter",
-            param=param,
-        )
-    return str(part["text"])
-
-
-_PART = {"type", "text"}
-
-
-def _switch(name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise RefusedError(f"{name}: need true or false, have {show(value)}", param=name)
-    return value
-
-
 def _unknown(name: str, where: str) -> RefusedError:
     return RefusedError(
         f"{show(name)} in {where} is not known", code="unknown_parameter", param=name[:100]
     )
-
-
-def _check_text(name: str, text: str) -> None:
-    if not _is_unicode(text):
-        raise RefusedError(f"{name}: need Unicode text, have a lone surrogate", param=name)
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _is_id(value: Any) -> bool:
-    """Whether this is a whole number that is not negative."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _begun(reason: str) -> str:

@@ -8,18 +8,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ollm_core.errors import InputError
+from ollm_core.errors import InputError, UnsupportedError
 from ollm_core.files.untrusted_json import show
 from ollm_core.serving.model import ServedModel
-from ollm_core.serving.openai.requests import Asked, Kind, Reader, RefusedError
-from ollm_core.serving.request import Request, Score
+from ollm_core.serving.openai.fields import SERVED
+from ollm_core.serving.openai.limits import MAX_TEXTS, TIERS
+from ollm_core.serving.openai.refused import RefusedError, unsupported
+from ollm_core.serving.openai.requests import Asked, Kind, Reader
+from ollm_core.serving.openai.schemas import check_body
+from ollm_core.serving.request import Request, SamplingParams, Score
 from ollm_core.serving.structured import Grammars
 
-MAX_TEXTS = 256
-"""Answers to all prompts of a body."""
-LATER = 10
-"""The priority of what may wait: it comes after all else."""
-_TIERS = {"auto": 0, "default": 0, "standard": 0, "standard_only": 0, "priority": 0, "flex": LATER}
 _STREAM_OPTIONS = {"include_usage", "include_obfuscation", "continuous_usage_stats"}
 
 
@@ -56,12 +55,13 @@ class Body:
 
     def requests(self) -> tuple[list[Request], list[Request | None]]:
         """What is to be answered of each prompt (none without answers), and what is to be scored of
-        it (None where nothing is).
+        it alone (None where nothing is). An answer scores its prompt, too: it is computed once.
         """
-        asked = [
-            Request(token_ids=one.token_ids, wanted=one.sampling, priority=self.priority)
-            for one in self.asked
-        ]
+        if self.answers:
+            return [
+                Request(token_ids=one.token_ids, wanted=self._sampling(one), priority=self.priority)
+                for one in self.asked
+            ], [None] * len(self.asked)
         scores = [
             Request(
                 token_ids=one.token_ids,
@@ -73,7 +73,12 @@ class Body:
             else None
             for one in self.asked
         ]
-        return asked if self.answers else [], scores
+        return [], scores
+
+    def _sampling(self, asked: Asked) -> SamplingParams:
+        if not self.scored:
+            return asked.sampling
+        return replace(asked.sampling, prompt_logprobs=max(asked.sampling.logprobs or 0, 1))
 
 
 def read_body(
@@ -90,9 +95,9 @@ def read_body(
     stream = _switch(said, "stream")
     with_usage = _with_usage(said.pop("stream_options", None), stream=stream)
     tier = said.pop("service_tier", "auto")
-    if not isinstance(tier, str) or tier not in _TIERS:
+    if not isinstance(tier, str) or tier not in TIERS:
         raise RefusedError(
-            f"service_tier: need one of {', '.join(_TIERS)}, have {show(tier)}",
+            f"service_tier: need one of {', '.join(TIERS)}, have {show(tier)}",
             param="service_tier",
         )
     schema = _schema(said) if kind == "chat" and grammars is not None else None
@@ -105,8 +110,7 @@ def read_body(
     for text in texts:
         one = said if kind == "chat" else {**said, "prompt": text}
         asked.append(_checked(reader.read_body(kind, one), model))
-        if schema is not None and grammars is not None:
-            asked[-1] = _following(asked[-1], schema, grammars)
+        asked[-1] = _following(asked[-1], schema, grammars, said)
     if asked[0].sampling.n * len(asked) > MAX_TEXTS:
         raise RefusedError(
             f"n: need at most {MAX_TEXTS} answers to all prompts, "
@@ -120,7 +124,7 @@ def read_body(
         with_usage=with_usage,
         echo=echo,
         answers=answers,
-        priority=_TIERS[tier],
+        priority=TIERS[tier],
     )
     if stream and (body.scored or not answers):
         raise RefusedError(
@@ -128,6 +132,7 @@ def read_body(
             code="unsupported_parameter",
             param="echo",
         )
+    check_body(SERVED[kind], fields)
     return body
 
 
@@ -152,9 +157,6 @@ def _schema(said: dict[str, Any]) -> dict[str, Any] | None:
     if not isinstance(wanted, dict) or wanted.get("type") not in ("json_object", "json_schema"):
         return None
     del said["response_format"]
-    for name in ("ignore_eos", "min_tokens"):
-        if said.get(name):
-            raise RefusedError(f"{name}: a schema says where the answer ends", param=name)
     if wanted["type"] == "json_object":
         return {"type": "object"}
     told = wanted.get("json_schema")
@@ -167,13 +169,30 @@ def _schema(said: dict[str, Any]) -> dict[str, Any] | None:
     return schema
 
 
-def _following(asked: Asked, schema: Mapping[str, Any], grammars: Grammars) -> Asked:
-    """The same, whose answers follow a schema."""
+def _following(
+    asked: Asked,
+    schema: Mapping[str, Any] | None,
+    grammars: Grammars | None,
+    said: Mapping[str, Any],
+) -> Asked:
+    """The same, whose answers follow a schema, or that of a call that must come."""
+    param = "response_format"
+    if asked.tools is not None:
+        if schema is not None:
+            raise unsupported("response_format: need no tools, or tool_choice 'none'", param)
+        schema, param = (asked.tools.schema() if asked.tools.forced else None), "tools"
+    if schema is None:
+        return asked
+    for name in ("ignore_eos", "min_tokens"):
+        if said.get(name):
+            raise RefusedError(f"{name}: a schema says where the answer ends", param=name)
     try:
+        if grammars is None:
+            raise UnsupportedError(f"{param}: this server follows no schemas")
         processor = grammars.follow(schema, len(asked.token_ids))
     except InputError as error:
         hint = f"; {error.hint}" if error.hint else ""
-        raise RefusedError(f"{error.message}{hint}", param="response_format") from None
+        raise RefusedError(f"{error.message}{hint}", param=param) from None
     return replace(asked, sampling=replace(asked.sampling, logits_processors=(processor,)))
 
 

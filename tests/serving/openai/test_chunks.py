@@ -24,8 +24,8 @@ def token(text: str, token_id: int = 50) -> NewToken:
 def test_a_chat_begins_with_its_role(writer):
     """Then pieces, the rest, and the reason; a token without text yet is nothing."""
     chunks = Chunks(writer, "chat", wants_logprobs=False, with_usage=False)
-    made = [chunks.first(0), chunks.token(0, token("a")), *chunks.last(0, "b", "stop")]
-    assert chunks.token(0, token("")) is None
+    made = [chunks.first(0), *chunks.token(0, token("a")), *chunks.last(0, "b", "stop")]
+    assert chunks.token(0, token("")) == []
     assert [one["choices"][0]["delta"] for one in made] == [
         {"role": "assistant", "content": ""}, {"content": "a"}, {"content": "b"}, {},
     ]  # fmt: skip
@@ -41,7 +41,7 @@ def test_places_in_a_completion_follow_its_echo(writer):
     assert chunks.first(1) is None
     assert chunks.first(0, "abc")["choices"][0]["text"] == "abc"
     offsets = [
-        chunks.token(index, token(""))["choices"][0]["logprobs"]["text_offset"]
+        chunks.token(index, token(""))[0]["choices"][0]["logprobs"]["text_offset"]
         for index in (0, 0, 1)
     ]
     assert offsets == [[3], [4], [0]]

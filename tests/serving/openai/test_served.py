@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 
 from ollm_core.api import load
-from ollm_core.serving.openai.requests import Reader, RefusedError
-from ollm_core.serving.openai.served import LATER, MAX_TEXTS, read_body
+from ollm_core.serving.openai.limits import LATER, MAX_TEXTS
+from ollm_core.serving.openai.refused import RefusedError
+from ollm_core.serving.openai.requests import Reader
+from ollm_core.serving.openai.served import read_body
 from ollm_core.serving.request import SamplingParams, Score
 
 
@@ -31,15 +33,18 @@ def test_each_prompt_is_asked(read):
 
 
 def test_an_echo_is_scored_where_log_probabilities_are_wanted(read):
-    """Each token but the first, with the likeliest; nothing of a prompt of one token."""
+    """Each token but the first, with the likeliest, by the answer itself or alone; nothing of a
+    prompt of one token.
+    """
     fields = {"prompt": [[5, 6, 7], [7]], "echo": True}
     requests, scores = read("completion", **fields, logprobs=0, max_tokens=4).requests()
     assert [request.wanted.max_tokens for request in requests] == [4, 4]
-    assert scores[0].wanted == Score(2, top=1)
-    assert scores[1] is None
+    assert [request.wanted.prompt_logprobs for request in requests] == [1, 1]
+    assert scores == [None, None]
     requests, scores = read("completion", **fields, logprobs=3, max_tokens=0).requests()
     assert requests == []
     assert scores[0].wanted == Score(2, top=3)
+    assert scores[1] is None
     assert read("completion", **fields).requests()[1] == [None, None]
 
 
