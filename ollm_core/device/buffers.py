@@ -41,16 +41,20 @@ def round_up(num_bytes: int, unit: int = PAGE) -> int:
     return -(-num_bytes // unit) * unit
 
 
-def aligned_buffer(num_bytes: int, lock: Lock | None = None) -> Tensor:
-    """A uint8 tensor of `num_bytes`, page-aligned, on huge pages where the kernel gives them.
+def aligned_buffer(num_bytes: int, lock: Lock | None = None, *, huge: bool = True) -> Tensor:
+    """A uint8 tensor of `num_bytes`, page-aligned, on `huge` pages where the kernel gives them.
     Its whole pages are locked by `lock`.
+
+    Reads from disk and products are quicker on huge pages. But the kernel must find and clear whole
+    ones, which takes longer than a read where memory is full of cached files: for what is filled
+    once, small ones come sooner.
 
     The memory is private and anonymous: Python's default for an anonymous map is shared memory,
     which gets no huge pages. It is mapped at once and taken from the machine as it is touched; it
     goes back when the last tensor that views it does.
     """
     size = max(round_up(num_bytes), PAGE)
-    want_huge = size >= HUGE_PAGE
+    want_huge = huge and size >= HUGE_PAGE
     mapped = (mmap.mmap if lock is None else _LockedMap)(
         -1, size + (HUGE_PAGE if want_huge else 0), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     )

@@ -38,9 +38,9 @@ class DeviceMemory(ABC):
         """Bytes of buffers for reading from disk, by the memory that they count in."""
 
     @abstractmethod
-    def host_buffer(self, num_bytes: int) -> Tensor:
+    def host_buffer(self, num_bytes: int, *, huge: bool = True) -> Tensor:
         """Host memory, page-aligned, for bytes that the device is to have. All that is locked is
-        made here.
+        made here. `huge`: see `aligned_buffer`; what is locked has huge pages.
         """
 
     @abstractmethod
@@ -70,8 +70,8 @@ class SharedMemory(DeviceMemory):
     def reads(self, num_bytes: int) -> PerMemory[int]:
         return PerMemory(num_bytes, 0)
 
-    def host_buffer(self, num_bytes: int) -> Tensor:
-        return aligned_buffer(num_bytes)
+    def host_buffer(self, num_bytes: int, *, huge: bool = True) -> Tensor:
+        return aligned_buffer(num_bytes, huge=huge)
 
     def host_tensor(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         return torch.empty(tuple(shape), dtype=dtype)
@@ -100,7 +100,7 @@ class OwnMemory(DeviceMemory):
     def reads(self, num_bytes: int) -> PerMemory[int]:
         return PerMemory(0, num_bytes)
 
-    def host_buffer(self, num_bytes: int) -> Tensor:
+    def host_buffer(self, num_bytes: int, *, huge: bool = True) -> Tensor:
         return self.bus.host_buffer(num_bytes)
 
     def host_tensor(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:

@@ -332,8 +332,11 @@ class TieredStreamer(WeightStreamer):
             self._ring = None
 
     def _read(self, unit: WeightUnit) -> tuple[Tensor, Sequence[int]]:
-        """Into host memory."""
-        buffer = self.memory.host_buffer(self._source.buffer_bytes(unit.tensors))
+        """Into host memory, to be kept. Beside units that are streamed it does not pay to wait for
+        huge pages: what is gained in each pass is hidden behind reading.
+        """
+        num_bytes, streams = self._source.buffer_bytes(unit.tensors), self._ring is not None
+        buffer = self.memory.host_buffer(num_bytes, huge=not streams)
         return buffer, self._source.read(unit.tensors, as_memoryview(buffer))
 
     def _load(self, unit: WeightUnit) -> list[Tensor]:

@@ -33,3 +33,11 @@ def test_no_huge_page_past_the_end(num_bytes):
     assert "hg" in flags_at(begin)
     assert "hg" in flags_at(begin + whole - 1)
     assert "hg" not in flags_at(begin + whole)
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="Linux tells of maps")
+def test_small_pages():
+    """For what is filled once."""
+    buffer = aligned_buffer(2 * HUGE_PAGE, huge=False)
+    assert buffer.data_ptr() % PAGE == 0
+    assert "hg" not in flags_at(buffer.data_ptr())
