@@ -87,6 +87,7 @@ CAUGHT_BY = {
     "remembers_embedding_rows": "memory.plan",
     "remembers_the_angles_of_the_first_row": "batches.left-padded",
     "reorders_beams_in_place": "caches.released",
+    "rounds_sums_in_half": "precision.sums",
     "short_prompts_lie_on_the_left": "exact.short-passes",
     "stays_reserved_after_failure": "failure.read-error",
     "stops_at_the_first_stop_token": "language.stop-config",

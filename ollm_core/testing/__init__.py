@@ -29,6 +29,7 @@ from ollm_core.plugins.validation import check_capability, told
 from ollm_core.products.select import without_instructions
 from ollm_core.serving.request import Finished, NewToken, Request, SamplingParams
 from ollm_core.serving.scheduler import Scheduler
+from ollm_core.testing.attention import AttendedToken, attended_tokens
 from ollm_core.testing.declarations import (
     as_opened,
     check_declarations,
@@ -43,6 +44,7 @@ from ollm_core.testing.runs import (
     bound_parameters,
     hold_weights,
     run_pass,
+    save_each_layer,
     share_traces,
     weight_tensors,
 )
@@ -54,6 +56,7 @@ __all__ = [
     "DTYPE_BYTES",
     "PAGE",
     "STORED_DTYPES",
+    "AttendedToken",
     "Attention",
     "Checkpoint",
     "Closing",
@@ -82,6 +85,7 @@ __all__ = [
     "aligned_buffer",
     "as_memoryview",
     "as_opened",
+    "attended_tokens",
     "bound_parameters",
     "check_capability",
     "check_declarations",
@@ -99,6 +103,7 @@ __all__ = [
     "plan_run",
     "read_config",
     "run_pass",
+    "save_each_layer",
     "share_traces",
     "supports",
     "told",

@@ -7,6 +7,7 @@ from ollm_conformance.adapter.caches import Caches
 from ollm_conformance.adapter.claimed import Claimed
 from ollm_conformance.adapter.configs import Configs
 from ollm_conformance.adapter.declaration import Declaration
+from ollm_conformance.adapter.drawn import Drawn
 from ollm_conformance.adapter.exact import Exact
 from ollm_conformance.adapter.experts import Experts
 from ollm_conformance.adapter.failures import BatchFailure
@@ -21,6 +22,7 @@ from ollm_conformance.adapter.packed import Numbers
 from ollm_conformance.adapter.planned import Planned
 from ollm_conformance.adapter.precision import Precision
 from ollm_conformance.adapter.released import Released
+from ollm_conformance.adapter.resumed import Resumed
 from ollm_conformance.adapter.robust import Failure, Isolation
 from ollm_conformance.adapter.serving import Serving
 from ollm_conformance.adapter.sizes import Sizes
@@ -42,6 +44,7 @@ class AdapterConformance(
     Unstated,
     Stray,
     Varied,
+    Drawn,
     Numbers,
     Foreign,
     Exact,
@@ -60,6 +63,7 @@ class AdapterConformance(
     Isolation,
     Failure,
     BatchFailure,
+    Resumed,
     Language,
     Stops,
     Walks,
