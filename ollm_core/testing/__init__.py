@@ -27,6 +27,7 @@ from ollm_core.planning.dry_run import DryRun
 from ollm_core.plugins.registry import Registry, supports
 from ollm_core.plugins.validation import check_capability, told
 from ollm_core.products.select import without_instructions
+from ollm_core.serving.offline import Answered
 from ollm_core.serving.request import Finished, NewToken, Request, SamplingParams
 from ollm_core.serving.scheduler import Scheduler
 from ollm_core.testing.attention import AttendedToken, attended_tokens
@@ -43,6 +44,7 @@ from ollm_core.testing.reads import counted_reads, failing_reads
 from ollm_core.testing.runs import (
     bound_parameters,
     hold_weights,
+    limit_running,
     run_pass,
     save_each_layer,
     share_traces,
@@ -56,6 +58,7 @@ __all__ = [
     "DTYPE_BYTES",
     "PAGE",
     "STORED_DTYPES",
+    "Answered",
     "AttendedToken",
     "Attention",
     "Checkpoint",
@@ -96,6 +99,7 @@ __all__ = [
     "described_tensors",
     "failing_reads",
     "hold_weights",
+    "limit_running",
     "logical_tensors",
     "open_checkpoint",
     "open_dry_run",

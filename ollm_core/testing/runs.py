@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, MutableMapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from ollm_core.engine.batch import NewTokens
 from ollm_core.engine.checkpoint import CheckpointPolicy, can_go_on
 from ollm_core.generate.causal_lm import StreamedModel
 from ollm_core.planning.dry_run import DryRun
+from ollm_core.serving.scheduler import Scheduler
 
 _ROOM = 1 << 29
 
@@ -24,6 +26,11 @@ def run_pass(model: StreamedModel, store: KVStore, work: Sequence[NewTokens]) ->
     [num_logits, V] of each. Raises what a pass raises, and the store is then as before.
     """
     return model.engine.run(store, work)
+
+
+def limit_running(scheduler: Scheduler, number: int) -> None:
+    """Let at most so many texts of a scheduler run at a time: others wait."""
+    scheduler._model = replace(scheduler._model, max_running=number)
 
 
 def save_each_layer(model: StreamedModel) -> bool:

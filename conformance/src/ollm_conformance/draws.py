@@ -101,16 +101,22 @@ class Dealt:
         )
 
 
-def deal(config: Config, draw: random.Random, num: int) -> list[Dealt]:
-    """`num` of them, which together have every value of every group as far as so many can."""
+def deal(config: Config, draw: random.Random, num_all: int, num_few: int) -> list[Dealt]:
+    """`num_all` of them with a value of every group: together they have as many values of each as
+    so many can. Then `num_few`, among which the groups are dealt out, so that what one value does
+    is not hidden by another's.
+    """
     inner = config.get("text_config")
     text = inner if isinstance(inner, Mapping) else config
-    hands: list[list[Changes]] = [[] for _ in range(num)]
-    for values in _groups(text, text_view(config), draw):
-        deck = [values[i % len(values)] for i in range(max(num, len(values)))]
+    hands: list[list[Changes]] = [[] for _ in range(num_all + num_few)]
+    groups = [values for values in _groups(text, text_view(config), draw) if values]
+    draw.shuffle(groups)
+    for number, values in enumerate(groups):
+        deck = [values[i % len(values)] for i in range(max(num_all, len(values)))]
         draw.shuffle(deck)
-        for hand, one in zip(hands, deck, strict=False):
+        for hand, one in zip(hands[:num_all], deck, strict=False):
             hand.append(one)
+        hands[num_all + number % num_few].append(deck[-1])
     return [Dealt(tuple(hand)) for hand in hands]
 
 
@@ -131,6 +137,7 @@ def _groups(config: Config, known: Config, draw: random.Random) -> Iterator[list
     if is_size(known.get(LINEAR_HEADS[0])):
         yield [dict(zip(LINEAR_HEADS, heads, strict=True)) for heads in _LINEAR_HEADS]
         yield [dict(zip(LINEAR_DIMS, dims, strict=True)) for dims in ((8, 24), (16, 16), (24, 8))]
+    yield from _ropes(config, known)
     for key in sorted(known):
         if not computes_nothing(key):
             values = list(_values(key, config, known, draw))
@@ -143,9 +150,12 @@ def _widths(config: Config, known: Config) -> Iterator[list[Changes]]:
     unit = 32 if known.get("quantization_config") else 8
     if heads := list(_heads(config, known, unit)):
         yield heads
-    for key, value in config.items():
-        if INNER.search(key) and is_size(value):
-            yield [{key: size} for size in _INNER if size % unit == 0]
+    inner = [key for key, value in config.items() if INNER.search(key) and is_size(value)]
+    for key in inner:
+        yield [{key: size} for size in _INNER if size % unit == 0]
+    hidden_key = next((key for key in HIDDEN if is_size(config.get(key))), None)
+    if inner and hidden_key:  # as wide as the model, which a transform may take for another thing
+        yield [{}, dict.fromkeys(inner, config[hidden_key]) | {hidden_key: config[hidden_key]}]
     if is_size(config.get("vocab_size")):
         special = [v for k, v in config.items() if k.endswith("_token_id") and type(v) is int]
         yield [{"vocab_size": n} for n in _VOCABULARIES if n > max(special, default=0)]
@@ -217,6 +227,16 @@ def _values(key: str, config: Config, known: Config, draw: random.Random) -> Ite
         yield from ([], [0], [1, 3], [2, 10])
     elif isinstance(value, float) and value > 0 and key in config:
         yield from (value / 2, value, value * 2)
+
+
+def _ropes(config: Config, known: Config) -> Iterator[list[Changes]]:
+    """The same rotary embedding in the words of transformers 5, alone and beside older ones."""
+    rope = known.get("rope_parameters")
+    if not isinstance(rope, Mapping) or "rope_parameters" in config or "rope_theta" not in rope:
+        return
+    stated = {"rope_parameters": dict(rope)}
+    older = {key: LEFT_OUT for key in ("rope_scaling", "rope_theta") if key in config}
+    yield [{}, stated | older, stated | {"rope_scaling": LEFT_OUT}]
 
 
 def _lists(kinds: Sequence[str], draw: random.Random) -> Iterator[list[str]]:

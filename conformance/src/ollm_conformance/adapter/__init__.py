@@ -24,6 +24,7 @@ from ollm_conformance.adapter.precision import Precision
 from ollm_conformance.adapter.released import Released
 from ollm_conformance.adapter.resumed import Resumed
 from ollm_conformance.adapter.robust import Failure, Isolation
+from ollm_conformance.adapter.sampled import Sampled
 from ollm_conformance.adapter.serving import Serving
 from ollm_conformance.adapter.sizes import Sizes
 from ollm_conformance.adapter.stored import Stored
@@ -56,6 +57,7 @@ class AdapterConformance(
     Batches,
     Drafts,
     Serving,
+    Sampled,
     Experts,
     Memory,
     Hidden,

@@ -24,7 +24,7 @@ from ollm_conformance.subject import Reference, Subject, run_pieces
 from ollm_core import UnsupportedError
 from ollm_core.testing import STORED_DTYPES, described_tensors, supports
 
-_NUM = 6
+_NUM_ALL, _NUM_FEW = 5, 4
 _FEW = 9
 """Tokens that show whether transformers runs a model at all."""
 _BLOCKWISE = 1e-3
@@ -57,9 +57,9 @@ class Drawn(AdapterSuite):
     )
     def test_drawn(self, subject: Subject) -> None:
         draw = random.Random(run_seed())
-        runs = _runs(subject, draw, _NUM)
+        runs = _runs(subject, draw, _NUM_ALL + _NUM_FEW)
         ran = 0
-        for dealt, run in zip(deal(subject.config, draw, _NUM), runs, strict=True):
+        for dealt, run in zip(deal(subject.config, draw, _NUM_ALL, _NUM_FEW), runs, strict=True):
             dealt = _possible(subject, dealt)
             try:
                 ran += _same(subject, dealt, run)

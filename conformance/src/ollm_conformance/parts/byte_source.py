@@ -167,7 +167,7 @@ class ByteSourceConformance(SourceSize):
             size = SIZES[file]
             return st.integers(0, size - 1).flatmap(
                 lambda start: st.tuples(
-                    st.just(file), st.just(start), st.integers(1, min(size - start, 80_000))
+                    st.just(file), st.just(start), st.integers(0, min(size - start, 80_000))
                 )
             )
 
