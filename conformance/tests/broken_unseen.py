@@ -8,6 +8,7 @@ from unseen_b import UNSEEN as SECOND_ROUND
 from unseen_c import UNSEEN as THIRD_ROUND
 from unseen_d import UNSEEN as FOURTH_ROUND
 from unseen_e import UNSEEN as FIFTH_ROUND
+from unseen_f import UNSEEN as SIXTH_ROUND
 
 CAUGHT_BY = {
     "BeginAddsUp": "drafter.begin",
@@ -19,6 +20,7 @@ CAUGHT_BY = {
     "DropsFurtherLayers": "weights.swallowed",
     "EightHeadsUnlessSaid": "configs.unstated",
     "ExpertsByTheirNames": "experts.many",
+    "ForgetsTheLastRead": "byte-source.any-layout",
     "FurtherTokenIsForeign": "weights.superfluous",
     "FusedInFloat32": "weights.scratch",
     "HottestExpertsFirst": "weight-streamer.experts",
@@ -32,11 +34,14 @@ CAUGHT_BY = {
     "LetsWindowsAlternate": "configs.windows",
     "ListedTypesNotRead": "configs.windows",
     "ListsPackedAsHalves": "declaration.stored-bytes",
+    "OldRopeWins": "configs.drawn",
     "OneFlagForAllBiases": "weights.flags",
     "OneFlagForBiases": "weights.flags",
     "OneTinyConfig": "declaration.new-objects",
+    "OneTokenMoreAtTimes": "drafter.answer",
     "OnlyAWholeDraftIsLookedAtForTheEnd": "walk.rows",
     "OnlyNewTokensAreCounted": "exact.last-position",
+    "OutputBiasOfTheMLP": "configs.drawn",
     "PaddedEndsNotRefused": "batches.padded-ends",
     "PlansTheTiedHead": "declaration.stored-tensors",
     "PositionsLeftOut": "configs.unstated",
@@ -44,7 +49,10 @@ CAUGHT_BY = {
     "RemembersKinds": "configs.windows",
     "RowsRepeatedAsAWhole": "caches.fork",
     "SeedsEverything": "drafter.process",
+    "ShortReadsRepeated": "byte-source.short-reads",
     "SparseStepNotRead": "configs.dense-layers",
+    "SquareExpertsTurned": "configs.drawn",
+    "StacksHaveNoOrder": "configs.drawn",
     "StateInTheModelsDtype": "caches.kinds",
     "StatesInHalf": "caches.kinds",
     "StrayBiasesIgnored": "weights.swallowed",
@@ -55,9 +63,11 @@ CAUGHT_BY = {
     "TiedOutsideTheText": "configs.whole",
     "TiesWhatIsLost": "weights.tied-head",
     "TurnsWindowsOn": "configs.windows",
+    "ValueHeadsAreKeyHeads": "configs.drawn",
     "WantsTheEmbeddingsName": "weights.tied-head",
     "WholePromptsAreRestored": "walk.rows",
     "WindowAsPublished": "caches.kinds",
+    "WindowsAfterTheFirstOfThem": "configs.drawn",
     "WindowsBeginEarlier": "configs.windows",
     "WindowsLeftOutOfThePlan": "memory.plan",
     "beams_change_places_one_by_one": "caches.released",
@@ -70,6 +80,7 @@ CAUGHT_BY = {
     "drafts_past_the_end": "walk.rows",
     "ends_by_config_alone": "language.stop-config",
     "finds_out_when_it_gets_there": "memory.generate",
+    "first_come_first_served": "serving.order",
     "first_row_is_finite": "failure.not-finite-row",
     "forgets_when_the_window_is_just_full": "exact.window-edges",
     "forks_do_not_own_windows": "memory.sequences",
@@ -78,16 +89,22 @@ CAUGHT_BY = {
     "hands_out_nan": "failure.not-finite",
     "items_of_all_batches_not_counted": "walk.rows",
     "kept_by_config_alone": "caches.other-weights",
+    "kept_when_dropped": "serving.cancel",
     "knows_models_by_weights_alone": "caches.other-weights",
     "last_position_refused": "exact.last-position",
+    "lengths_of_the_first_row": "exact.last-position",
+    "logprobs_after_temperature": "serving.sampling",
     "looks_at_the_first_file": "failure.overwritten",
     "mask_read_where_rows_begin": "batches.right-padded",
+    "minimum_with_the_prompt": "serving.sampling",
     "options_stay_for_the_next_call": "language.stop",
     "passes_draw_a_number": "isolation.random-state",
+    "picked_rows_are_moved": "batches.picked",
     "remembers_embedding_rows": "memory.plan",
     "remembers_the_angles_of_the_first_row": "batches.left-padded",
     "reorders_beams_in_place": "caches.released",
     "rounds_sums_in_half": "precision.sums",
+    "seed_of_the_place": "serving.sampling",
     "short_prompts_lie_on_the_left": "exact.short-passes",
     "stays_reserved_after_failure": "failure.read-error",
     "stops_at_the_first_stop_token": "language.stop-config",
@@ -101,6 +118,13 @@ CAUGHT_BY = {
 
 BROKEN_UNSEEN = [
     Broken(one.name, one.sentence, one.suite, CAUGHT_BY[one.name])
-    for one in [*FIRST_ROUND, *SECOND_ROUND, *THIRD_ROUND, *FOURTH_ROUND, *FIFTH_ROUND]
+    for one in [
+        *FIRST_ROUND,
+        *SECOND_ROUND,
+        *THIRD_ROUND,
+        *FOURTH_ROUND,
+        *FIFTH_ROUND,
+        *SIXTH_ROUND,
+    ]
     if one.name in CAUGHT_BY
 ]

@@ -19,6 +19,7 @@ from ollm_conformance.adapter.kept import KeptKV
 from ollm_conformance.adapter.language import Language
 from ollm_conformance.adapter.memory import Memory
 from ollm_conformance.adapter.packed import Numbers
+from ollm_conformance.adapter.picked import Picked
 from ollm_conformance.adapter.planned import Planned
 from ollm_conformance.adapter.precision import Precision
 from ollm_conformance.adapter.released import Released
@@ -55,6 +56,7 @@ class AdapterConformance(
     KeptKV,
     Released,
     Batches,
+    Picked,
     Drafts,
     Serving,
     Sampled,
