@@ -4,6 +4,7 @@ For tests only.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from types import MappingProxyType
 
@@ -141,19 +142,24 @@ def score_without_the_likeliest(self, *args, init=texts.ScoredText.__init__):
     self._num_top = min(self._num_top, 1)
 
 
+_forward = StreamedModel.forward
+
+
 # Hurts: a caller who asks for a tuple.
-def tuples_begin_with_the_cache(self, *args, forward=StreamedModel.forward, **options):
-    found = forward(self, *args, **options)
+@functools.wraps(_forward, assigned=())
+def tuples_begin_with_the_cache(self, *args, **options):
+    found = _forward(self, *args, **options)
     if options.get("return_dict") is False and isinstance(found, tuple):
         return found[::-1]
     return found
 
 
 # Hurts: a loss over a batch in which a whole row is masked out.
-def masked_rows_count(self, *args, labels=None, forward=StreamedModel.forward, **options):
+@functools.wraps(_forward, assigned=())
+def masked_rows_count(self, *args, labels=None, **options):
     if labels is not None and labels.shape[0] > 1:
         labels = torch.where((labels == -100).all(1, keepdim=True), 0, labels)
-    return forward(self, *args, labels=labels, **options)
+    return _forward(self, *args, labels=labels, **options)
 
 
 # Hurts: logits of some columns of a batch, asked for from the end.

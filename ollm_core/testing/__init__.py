@@ -28,7 +28,14 @@ from ollm_core.plugins.registry import Registry, supports
 from ollm_core.plugins.validation import check_capability, told
 from ollm_core.products.select import without_instructions
 from ollm_core.serving.offline import Answered
-from ollm_core.serving.request import Finished, NewToken, Request, SamplingParams
+from ollm_core.serving.request import (
+    Choices,
+    Finished,
+    NewToken,
+    Request,
+    SamplingParams,
+    Score,
+)
 from ollm_core.serving.scheduler import Scheduler
 from ollm_core.testing.attention import AttendedToken, attended_tokens
 from ollm_core.testing.declarations import (
@@ -62,6 +69,7 @@ __all__ = [
     "AttendedToken",
     "Attention",
     "Checkpoint",
+    "Choices",
     "Closing",
     "DryRun",
     "Finished",
@@ -79,6 +87,7 @@ __all__ = [
     "Request",
     "SamplingParams",
     "Scheduler",
+    "Score",
     "SequenceCache",
     "StreamedModel",
     "TierTracker",

@@ -29,7 +29,7 @@ _LAYERS = (1, 2, 4, 5, 11)
 _HEADS = ((1, 1), (2, 1), (3, 3), (4, 2), (6, 2), (8, 1))
 """Query and KV heads: equal, one for all, and groups of two, three and eight."""
 _HEAD_DIMS = (16, 24, 32, 40)
-_INNER = (24, 56, 64, 104, 160)
+_INNER = (24, 57, 64, 103, 160)
 _EXPERTS = ((4, 1), (3, 3), (11, 2), (13, 4))
 """Experts, and how many are chosen: one, all, and numbers of two digits."""
 _VOCABULARIES = (67, 256, 331)
@@ -39,7 +39,6 @@ _NUMBERS: Mapping[str, tuple[Any, ...]] = {
     "first_k_dense_replace": (0, 1),
     "full_attention_interval": (1, 2, 3),
     "linear_conv_kernel_dim": (2, 3, 5),
-    "max_window_layers": (0, 1, 3),
     "no_rope_layer_interval": (2, 3),
     "partial_rotary_factor": (0.25, 0.5, 1.0),
     "rms_norm_eps": (1e-6, 1e-5, 0.1),
@@ -101,10 +100,22 @@ class Dealt:
         )
 
 
+def _square(config: Config) -> Dealt:
+    hidden = next((config[key] for key in HIDDEN if is_size(config.get(key))), None)
+    inner = [key for key, value in config.items() if INNER.search(key) and is_size(value)]
+    return Dealt((dict.fromkeys(inner, hidden),) if hidden and inner else ())
+
+
+def only_sizes(group: Changes) -> bool:
+    """Whether a group changes how large a model is, and nothing else."""
+    return bool(group) and all(is_size(group[key]) and key not in _NUMBERS for key in group)
+
+
 def deal(config: Config, draw: random.Random, num_all: int, num_few: int) -> list[Dealt]:
     """`num_all` of them with a value of every group: together they have as many values of each as
     so many can. Then `num_few`, among which the groups are dealt out, so that what one value does
-    is not hidden by another's.
+    is not hidden by another's. Then one whose MLPs are as wide as the model, which a transform may
+    take for another thing.
     """
     inner = config.get("text_config")
     text = inner if isinstance(inner, Mapping) else config
@@ -117,7 +128,7 @@ def deal(config: Config, draw: random.Random, num_all: int, num_few: int) -> lis
         for hand, one in zip(hands[:num_all], deck, strict=False):
             hand.append(one)
         hands[num_all + number % num_few].append(deck[-1])
-    return [Dealt(tuple(hand)) for hand in hands]
+    return [Dealt(tuple(hand)) for hand in hands] + [_square(text)]
 
 
 def _groups(config: Config, known: Config, draw: random.Random) -> Iterator[list[Changes]]:
@@ -138,7 +149,12 @@ def _groups(config: Config, known: Config, draw: random.Random) -> Iterator[list
         yield [dict(zip(LINEAR_HEADS, heads, strict=True)) for heads in _LINEAR_HEADS]
         yield [dict(zip(LINEAR_DIMS, dims, strict=True)) for dims in ((8, 24), (16, 16), (24, 8))]
     yield from _ropes(config, known)
-    for key in sorted(known):
+    if isinstance(known.get("layer_types"), (list, tuple)):  # before which a stated rule is nothing
+        yield [{}, {"full_attention_interval": 3}, {"sliding_window_pattern": 3}]
+    if known.get("max_window_layers") is not None and known.get("sliding_window") is not None:
+        rule = {"layer_types": LEFT_OUT, "use_sliding_window": True}
+        yield [rule | {"max_window_layers": first} for first in (0, 1, 2)]
+    for key in sorted({*known, *(_NUMBERS.keys() & config.keys())}):
         if not computes_nothing(key):
             values = list(_values(key, config, known, draw))
             if values:
@@ -152,10 +168,7 @@ def _widths(config: Config, known: Config) -> Iterator[list[Changes]]:
         yield heads
     inner = [key for key, value in config.items() if INNER.search(key) and is_size(value)]
     for key in inner:
-        yield [{key: size} for size in _INNER if size % unit == 0]
-    hidden_key = next((key for key in HIDDEN if is_size(config.get(key))), None)
-    if inner and hidden_key:  # as wide as the model, which a transform may take for another thing
-        yield [{}, dict.fromkeys(inner, config[hidden_key]) | {hidden_key: config[hidden_key]}]
+        yield [{key: size} for size in _INNER if unit == 8 or size % unit == 0]
     if is_size(config.get("vocab_size")):
         special = [v for k, v in config.items() if k.endswith("_token_id") and type(v) is int]
         yield [{"vocab_size": n} for n in _VOCABULARIES if n > max(special, default=0)]
@@ -211,7 +224,7 @@ def _usual(config: Config, key: str) -> int | None:
 
 def _values(key: str, config: Config, known: Config, draw: random.Random) -> Iterator[Any]:
     """Those of one key by itself; LEFT_OUT among them."""
-    value = known[key]
+    value = known.get(key, config.get(key))
     if key in _LEFT_OUT and key in config:
         yield LEFT_OUT
     if key in _NUMBERS:

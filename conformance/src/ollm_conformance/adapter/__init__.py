@@ -2,6 +2,7 @@
 
 import inspect
 
+from ollm_conformance.adapter.asked import Asked
 from ollm_conformance.adapter.batches import Batches, Drafts
 from ollm_conformance.adapter.caches import Caches
 from ollm_conformance.adapter.claimed import Claimed
@@ -50,6 +51,7 @@ class AdapterConformance(
     Numbers,
     Foreign,
     Exact,
+    Asked,
     Precision,
     Sizes,
     Caches,
