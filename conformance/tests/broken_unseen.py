@@ -9,6 +9,7 @@ from unseen_c import UNSEEN as THIRD_ROUND
 from unseen_d import UNSEEN as FOURTH_ROUND
 from unseen_e import UNSEEN as FIFTH_ROUND
 from unseen_f import UNSEEN as SIXTH_ROUND
+from unseen_g import UNSEEN as SEVENTH_ROUND
 
 CAUGHT_BY = {
     "BeginAddsUp": "drafter.begin",
@@ -126,15 +127,18 @@ CAUGHT_BY = {
     "zero_layers_are_any_number": "memory.layers",
 }
 
+ROUNDS = (
+    FIRST_ROUND,
+    SECOND_ROUND,
+    THIRD_ROUND,
+    FOURTH_ROUND,
+    FIFTH_ROUND,
+    SIXTH_ROUND,
+    SEVENTH_ROUND,
+)
 BROKEN_UNSEEN = [
     Broken(one.name, one.sentence, one.suite, CAUGHT_BY[one.name])
-    for one in [
-        *FIRST_ROUND,
-        *SECOND_ROUND,
-        *THIRD_ROUND,
-        *FOURTH_ROUND,
-        *FIFTH_ROUND,
-        *SIXTH_ROUND,
-    ]
+    for mutants in ROUNDS
+    for one in mutants
     if one.name in CAUGHT_BY
 ]
