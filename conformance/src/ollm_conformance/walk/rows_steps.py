@@ -37,7 +37,7 @@ class RowSteps(World):
             num_rows, num_new = len(slot.rows), 1 if draw.random() < 0.5 else self.length(draw)
             lengths = [num_new] * num_rows
         else:
-            num_rows = draw.choice([1, 1, 2, 3, 5]) if self.can("batch") else 1
+            num_rows = draw.choice([1, 1, 2, 3]) if self.can("batch") else 1
             lengths = [self.length(draw) for _ in range(num_rows)]
         width = max(lengths)
         ids, mask = torch.zeros(num_rows, width, dtype=torch.long), torch.ones(num_rows, width)
