@@ -55,12 +55,15 @@ class PlainSource(ByteSource):
 
     def fetch(self, path, offset, part):
         """Bring the bytes at `offset` into `part`."""
-        try:
-            count = os.preadv(self.files[path], [part], offset)
-        except OSError as error:
-            raise ReadError(f"{path}: {error.strerror}") from error
-        if count < len(part):
-            raise ReadError(f"{path}: ends at byte {offset + count}")
+        done = 0
+        while done < len(part):
+            try:
+                count = os.preadv(self.files[path], [part[done:]], offset + done)
+            except OSError as error:
+                raise ReadError(f"{path}: {error.strerror}") from error
+            if not count:
+                raise ReadError(f"{path}: ends at byte {offset + done}")
+            done += count
 
     def buffer_bytes(self, tensors):
         return self.places(tensors)[1]

@@ -154,13 +154,15 @@ class Qwen3Moe(Qwen3):
 
     name = "qwen3-moe"
     model_types = ("qwen3_moe",)
-    defaults = MappingProxyType({"num_key_value_heads": 4})
+    defaults = MappingProxyType({"num_key_value_heads": 4, "sliding_window": 4096})
 
     def layout(self, config):
         return replace(super().layout(config), experts="mlp.experts")
 
     def layer_types(self, config):
-        return super().layer_types({**config, "layer_types": None, "sliding_window": None})
+        window = config.get("sliding_window") if config.get("use_sliding_window") else None
+        kind = "full_attention" if window is None else "sliding_attention"
+        return (kind,) * read_size(config, "num_hidden_layers", 1000)
 
     def layer_parameters(self, config, layer_idx):
         names = super().layer_parameters(config, layer_idx)

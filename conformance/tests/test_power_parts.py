@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from batches import batches_of, told
 from broken_parts import BROKEN_PARTS, GOOD_PARTS
-from power import first_failure, outcomes
+from power import first_failures, outcomes
 
 from ollm_conformance.checks import MARK
+
+BATCHES = batches_of(BROKEN_PARTS)
 
 
 def checks_of(suite):
@@ -16,12 +19,13 @@ def checks_of(suite):
     return {mark.args[0].id for mark in marks if mark.name == MARK}
 
 
-@pytest.mark.parametrize("part", BROKEN_PARTS, ids=lambda part: f"{part.check}:{part.name}")
-def test_each_fault_is_found(part):
+@pytest.mark.parametrize("batch", BATCHES, ids=told)
+def test_each_fault_is_found(batch):
     """The meant check, run alone, fails on what it expected and did not get."""
-    result = first_failure(part.suite, part.check)
-    assert result, part.fault
-    assert "expected" in result.detail, result.detail
+    found = first_failures([(part.suite, part.check) for part in batch])
+    for part, result in zip(batch, found, strict=True):
+        assert result, f"{part.name}: {part.fault}"
+        assert "expected" in result.detail, f"{part.name}: {result.detail}"
 
 
 @pytest.mark.parametrize("suite", GOOD_PARTS, ids=lambda suite: suite.__mro__[1].__name__)

@@ -115,18 +115,26 @@ def checkpoint_of(
     if not isinstance(store, KeepsCheckpoints) or len(work) != 1:
         return None
     [item] = work
-    own = skeleton.own
     if (
         not item.kept
         or item.num_drafted
         or len(item.token_ids) < policy.least_tokens
         or stage_of(work) != "prefill"
-        or (own is not None and own.facts.shares)  # what layers hand on is nowhere written
+        or not can_go_on(skeleton)
     ):
         return None
+    own = skeleton.own
     dtypes = {weights.dtype} if own is None else own.facts.hidden_dtypes
     settings = bits_depend_on(plan, skeleton, weights.device)
     return store.checkpoint(item.sequence, item.token_ids, settings, dtypes)
+
+
+def can_go_on(skeleton: Skeleton) -> bool:
+    """Whether hidden states, and what layers remember, are all that the layers not done need: what
+    else they hand on is nowhere written.
+    """
+    own = skeleton.own
+    return own is None or not (own.facts.shares or own.facts.handed)
 
 
 def bits_depend_on(plan: PassPlan, skeleton: Skeleton, device: torch.device) -> Mapping[str, Any]:

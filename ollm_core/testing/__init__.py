@@ -27,8 +27,17 @@ from ollm_core.planning.dry_run import DryRun
 from ollm_core.plugins.registry import Registry, supports
 from ollm_core.plugins.validation import check_capability, told
 from ollm_core.products.select import without_instructions
-from ollm_core.serving.request import Finished, NewToken, Request, SamplingParams
+from ollm_core.serving.offline import Answered
+from ollm_core.serving.request import (
+    Choices,
+    Finished,
+    NewToken,
+    Request,
+    SamplingParams,
+    Score,
+)
 from ollm_core.serving.scheduler import Scheduler
+from ollm_core.testing.attention import AttendedToken, attended_tokens
 from ollm_core.testing.declarations import (
     as_opened,
     check_declarations,
@@ -42,7 +51,9 @@ from ollm_core.testing.reads import counted_reads, failing_reads
 from ollm_core.testing.runs import (
     bound_parameters,
     hold_weights,
+    limit_running,
     run_pass,
+    save_each_layer,
     share_traces,
     weight_tensors,
 )
@@ -54,8 +65,11 @@ __all__ = [
     "DTYPE_BYTES",
     "PAGE",
     "STORED_DTYPES",
+    "Answered",
+    "AttendedToken",
     "Attention",
     "Checkpoint",
+    "Choices",
     "Closing",
     "DryRun",
     "Finished",
@@ -73,6 +87,7 @@ __all__ = [
     "Request",
     "SamplingParams",
     "Scheduler",
+    "Score",
     "SequenceCache",
     "StreamedModel",
     "TierTracker",
@@ -82,6 +97,7 @@ __all__ = [
     "aligned_buffer",
     "as_memoryview",
     "as_opened",
+    "attended_tokens",
     "bound_parameters",
     "check_capability",
     "check_declarations",
@@ -92,6 +108,7 @@ __all__ = [
     "described_tensors",
     "failing_reads",
     "hold_weights",
+    "limit_running",
     "logical_tensors",
     "open_checkpoint",
     "open_dry_run",
@@ -99,6 +116,7 @@ __all__ = [
     "plan_run",
     "read_config",
     "run_pass",
+    "save_each_layer",
     "share_traces",
     "supports",
     "told",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, MutableMapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,8 +13,10 @@ from ollm_core.contracts.kv import KVStore
 from ollm_core.contracts.model import Layout
 from ollm_core.contracts.tensors import TensorInfo
 from ollm_core.engine.batch import NewTokens
+from ollm_core.engine.checkpoint import CheckpointPolicy, can_go_on
 from ollm_core.generate.causal_lm import StreamedModel
 from ollm_core.planning.dry_run import DryRun
+from ollm_core.serving.scheduler import Scheduler
 
 _ROOM = 1 << 29
 
@@ -23,6 +26,20 @@ def run_pass(model: StreamedModel, store: KVStore, work: Sequence[NewTokens]) ->
     [num_logits, V] of each. Raises what a pass raises, and the store is then as before.
     """
     return model.engine.run(store, work)
+
+
+def limit_running(scheduler: Scheduler, number: int) -> None:
+    """Let at most so many texts of a scheduler run at a time: others wait."""
+    scheduler._model = replace(scheduler._model, max_running=number)
+
+
+def save_each_layer(model: StreamedModel) -> bool:
+    """Let long prompts of a model, with KV on disk that is kept, write how far they are after each
+    layer, however quick that was. Returns whether they can be gone on with: not where layers hand
+    on more than hidden states.
+    """
+    model.engine.checkpoints = CheckpointPolicy(least_tokens=1, after_seconds=0, share=float("inf"))
+    return can_go_on(model.engine._skeleton)
 
 
 def share_traces(

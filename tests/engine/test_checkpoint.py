@@ -381,23 +381,28 @@ LONG = NewTokens(3, torch.zeros(900, dtype=torch.long), 0)
 
 
 @pytest.mark.parametrize(
-    ("work", "shares", "asked"),
+    ("work", "hands_on", "asked"),
     [
-        ([LONG], False, True),
-        ([replace(LONG, start=5)], False, True),
+        ([LONG], "", True),
+        ([replace(LONG, start=5)], "", True),
         ([LONG], None, True),
-        ([LONG], True, False),  # what layers hand on is nowhere written
-        ([LONG, replace(LONG, sequence=4)], False, False),
-        ([replace(LONG, kept=False)], False, False),
-        ([replace(LONG, num_drafted=1)], False, False),
-        ([replace(LONG, token_ids=LONG.token_ids[:500])], False, False),
-        ([replace(LONG, start=5, num_logits=900)], False, False),  # no prompt
+        ([LONG], "shares", False),  # what layers hand on is nowhere written
+        ([LONG], "handed", False),
+        ([LONG, replace(LONG, sequence=4)], "", False),
+        ([replace(LONG, kept=False)], "", False),
+        ([replace(LONG, num_drafted=1)], "", False),
+        ([replace(LONG, token_ids=LONG.token_ids[:500])], "", False),
+        ([replace(LONG, start=5, num_logits=900)], "", False),  # no prompt
     ],
 )
-def test_which_passes_can_be_gone_on_with(work, shares, asked):
+def test_which_passes_can_be_gone_on_with(work, hands_on, asked):
     """One sequence's long prompt, of which all that layers need is written."""
-    facts = SimpleNamespace(shares=shares, hidden_dtypes=frozenset({torch.float32}))
-    own = None if shares is None else SimpleNamespace(facts=facts)
+    facts = SimpleNamespace(
+        shares=hands_on == "shares",
+        handed={1: 2} if hands_on == "handed" else {},
+        hidden_dtypes=frozenset({torch.float32}),
+    )
+    own = None if hands_on is None else SimpleNamespace(facts=facts)
     skeleton = SimpleNamespace(own=own, products=None)
     weights = SimpleNamespace(dtype=torch.bfloat16, device=torch.device("cpu"))
     store, policy = Asked(), CheckpointPolicy(least_tokens=600)

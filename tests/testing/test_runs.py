@@ -13,6 +13,7 @@ from ollm_core.testing import (
     open_checkpoint,
     read_config,
     run_pass,
+    save_each_layer,
     share_traces,
 )
 
@@ -56,3 +57,13 @@ def test_traces_are_shared_by_key(tiny):
     assert first[0] > 0
     assert second == first
     assert third == first * 2
+
+
+def test_each_layer_can_be_saved(tiny, tmp_path):
+    """However quick a pass is, it writes how far it is after each layer."""
+    saved = []
+    with ollm.load(tiny, device="cpu", device_memory="1GB", kv="disk", kv_dir=tmp_path) as model:
+        assert save_each_layer(model)
+        model.on_progress(lambda progress: saved.append(progress.saved_layers))
+        model(input_ids=torch.arange(10, 20).repeat(30)[None], logits_to_keep=1)
+        assert sorted({*saved}) == [*range(model.config.num_hidden_layers + 1)]

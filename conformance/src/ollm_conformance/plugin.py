@@ -25,7 +25,8 @@ from ollm_conformance.checks import (
 from ollm_conformance.results import Outcome, Result, merged, write_json
 
 _RESULTS: pytest.StashKey[list[Result]] = pytest.StashKey()
-_PROPERTY = "ollm_result"
+RESULT = "ollm_result"
+"""Of the properties of a report, the one with the fields of a Result."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -83,7 +84,7 @@ class _Collector:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         for name, value in report.user_properties:
-            if name == _PROPERTY and isinstance(value, dict):
+            if name == RESULT and isinstance(value, dict):
                 self._results.append(Result(**value))
 
 
@@ -126,7 +127,7 @@ def pytest_runtest_makereport(
     if report.failed:
         report.sections.insert(0, ("conformance", _explanation(item, found, call)))
     if report.when == "call" or not report.passed:
-        report.user_properties.append((_PROPERTY, asdict(_result(item, found, report, call))))
+        report.user_properties.append((RESULT, asdict(_result(item, found, report, call))))
     return report
 
 

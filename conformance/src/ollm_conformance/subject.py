@@ -226,18 +226,18 @@ class Subject:
             write_random(directory, {**self.config, **(changes or {})}, dtype, shards=shards)
         return directory
 
-    def checkpoint(self, config: Config) -> Path:
-        """The directory of a random checkpoint in float32 whose config.json is `config`, word for
+    def checkpoint(self, config: Config, dtype: str = "float32") -> Path:
+        """The directory of a random checkpoint in `dtype` whose config.json is `config`, word for
         word but for its dtype: nothing that it does not state is filled in.
         """
         stated: dict[str, Any] = copy.deepcopy(dict(config))
         stated.pop("torch_dtype", None)
-        stated["dtype"] = "float32"
+        stated["dtype"] = dtype
         words = json.dumps(stated)
         name = hashlib.sha256(json.dumps(stated, sort_keys=True).encode()).hexdigest()[:16]
         directory = self.directory / f"config-{name}"
         if not directory.is_dir():
-            write_random(directory, stated, "float32")
+            write_random(directory, stated, dtype)
             (directory / "config.json").write_text(words)
         return directory
 

@@ -72,7 +72,7 @@ class Qwen3MoeAdapter(QwenMoe):
 
     name = "qwen3-moe"
     model_types = ("qwen3_moe",)
-    defaults = MappingProxyType({"num_key_value_heads": 4})
+    defaults = MappingProxyType({"num_key_value_heads": 4, "sliding_window": 4096})
 
     def layer_types(self, config: Config) -> Sequence[str]:
         """See DecoderAdapter. This family knows a window for all layers, or none."""

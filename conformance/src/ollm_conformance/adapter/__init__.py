@@ -2,11 +2,13 @@
 
 import inspect
 
+from ollm_conformance.adapter.asked import Asked
 from ollm_conformance.adapter.batches import Batches, Drafts
 from ollm_conformance.adapter.caches import Caches
 from ollm_conformance.adapter.claimed import Claimed
 from ollm_conformance.adapter.configs import Configs
 from ollm_conformance.adapter.declaration import Declaration
+from ollm_conformance.adapter.drawn import Drawn
 from ollm_conformance.adapter.exact import Exact
 from ollm_conformance.adapter.experts import Experts
 from ollm_conformance.adapter.failures import BatchFailure
@@ -18,10 +20,13 @@ from ollm_conformance.adapter.kept import KeptKV
 from ollm_conformance.adapter.language import Language
 from ollm_conformance.adapter.memory import Memory
 from ollm_conformance.adapter.packed import Numbers
+from ollm_conformance.adapter.picked import Picked
 from ollm_conformance.adapter.planned import Planned
 from ollm_conformance.adapter.precision import Precision
 from ollm_conformance.adapter.released import Released
+from ollm_conformance.adapter.resumed import Resumed
 from ollm_conformance.adapter.robust import Failure, Isolation
+from ollm_conformance.adapter.sampled import Sampled
 from ollm_conformance.adapter.serving import Serving
 from ollm_conformance.adapter.sizes import Sizes
 from ollm_conformance.adapter.stored import Stored
@@ -42,17 +47,21 @@ class AdapterConformance(
     Unstated,
     Stray,
     Varied,
+    Drawn,
     Numbers,
     Foreign,
     Exact,
+    Asked,
     Precision,
     Sizes,
     Caches,
     KeptKV,
     Released,
     Batches,
+    Picked,
     Drafts,
     Serving,
+    Sampled,
     Experts,
     Memory,
     Hidden,
@@ -60,6 +69,7 @@ class AdapterConformance(
     Isolation,
     Failure,
     BatchFailure,
+    Resumed,
     Language,
     Stops,
     Walks,

@@ -43,6 +43,8 @@ class AdapterSuite:
     """How a model is opened; for testing the suite itself."""
     dry_run: ClassVar[type[DryRun]] = DryRun
     """How a model is planned; for testing the suite itself."""
+    shrinking_seconds: ClassVar[float] = 5
+    """For so long a random walk, or a random config, that fails is made smaller."""
 
     @classmethod
     def subject_name(cls, config: pytest.Config) -> str:

@@ -12,11 +12,13 @@ from ollm_conformance.checks import check
 from ollm_conformance.compare import same_tokens, same_within
 from ollm_conformance.subject import Subject
 from ollm_core.testing import (
+    Choices,
     Finished,
     NewToken,
     Request,
     SamplingParams,
     Scheduler,
+    Score,
     StreamedModel,
 )
 
@@ -106,21 +108,45 @@ class Serving(AdapterSuite):
     @check(
         "serving.score",
         "The score of a continuation is the log-probability of each of its tokens in a forward "
-        "pass over the whole text, however many are scored together.",
+        "pass over the whole text, however many are scored together, with the likeliest tokens "
+        "there; choices are as likely as among all tokens; answers to one prompt differ.",
         look=_LOOK,
         needs=["batch"],
     )
     def test_score(self, subject: Subject) -> None:
         prompt = subject.prompt(130)
         continuations = [subject.prompt(n, seed=n) for n in (1, 40, 300, 7)]
+        texts = [torch.cat([prompt, continuation]) for continuation in continuations]
+        choices = tuple(range(7, subject.vocab_size, 5))
+        several = SamplingParams(n=3, max_tokens=8, ignore_eos=True, temperature=2.0, seed=3)
         with subject.open() as model:
             found = model.score(prompt.tolist(), [one.tolist() for one in continuations])
-        for continuation, logprobs in zip(continuations, found, strict=True):
-            text = torch.cat([prompt, continuation])
+            scores = [
+                Request(token_ids=text.tolist(), wanted=Score(len(one), top=3), keep=False)
+                for text, one in zip(texts, continuations, strict=True)
+            ]
+            chosen = Request(token_ids=prompt.tolist(), wanted=Choices(choices), keep=False)
+            sampled = Request(token_ids=prompt.tolist(), wanted=several, keep=False)
+            *told, [choice], answers = model.answer([*scores, chosen, sampled])
+        for text, continuation, logprobs, [score] in zip(
+            texts, continuations, found, told, strict=True
+        ):
             logits = subject.reference().run(text)[len(prompt) - 1 : -1]
-            expected = logits.log_softmax(-1).gather(1, continuation[:, None])[:, 0]
+            true = logits.log_softmax(-1)
+            expected = true.gather(1, continuation[:, None])[:, 0]
             what = f"log-probabilities of {len(continuation)} tokens after {len(prompt)}"
             same_within(torch.tensor(logprobs), expected, 1e-4, what)
+            assert score.scored is not None, f"{what}: expected a score, got none"
+            likeliest = [[value for _, value in top] for top in score.scored.top]
+            same_within(torch.tensor(likeliest), true.topk(3).values, 1e-4, f"{what}: likeliest")
+        assert choice.scored is not None, "choices: expected a score, got none"
+        last = subject.reference().run(prompt, last_only=True)[0].log_softmax(-1)
+        same_within(
+            torch.tensor(choice.scored.logprobs), last[list(choices)], 1e-4,
+            f"log-probabilities of {len(choices)} choices",
+        )  # fmt: skip
+        number = len({tuple(answer.token_ids) for answer in answers})
+        assert number == 3, f"3 answers to one prompt: expected others, got {number}"
 
 
 def _request(

@@ -15,7 +15,7 @@ from ollm_conformance.checks import check, does_not_apply
 from ollm_conformance.compare import refused, same_bits, same_tokens, same_within
 from ollm_conformance.models import model_config
 from ollm_conformance.rounding import rounded_alike
-from ollm_conformance.subject import Reference, Subject, greedy, run_pieces
+from ollm_conformance.subject import Reference, Subject, greedy, left_padded, run_pieces
 from ollm_core import InputError, KVStoreError
 from ollm_core.testing import read_config, supports
 
@@ -135,7 +135,8 @@ class Sizes(AdapterSuite):
     @check(
         "exact.last-position",
         "A prompt, a text that grows on a cache and one that is generated may fill every position "
-        "of the model, with transformers' bits; one token more is refused, and the cache stays.",
+        "of the model, with transformers' bits; one token more is refused, in whichever row of a "
+        "batch, and the cache stays.",
         look="layout(), text_config(): max_position_embeddings",
     )
     def test_last_position(self, subject: Subject) -> None:
@@ -164,6 +165,16 @@ class Sizes(AdapterSuite):
             same_tokens(tokens, reference.greedy(pieces[0], 10)[0], f"{told}: generated tokens")
             with refused(InputError, f"{told}: 12 new tokens after {len(pieces[0])}"):
                 greedy(model, pieces[0], 12)
+            if supports(subject.adapter, "batch"):
+                for full in (0, 1):
+                    rows = [prompt, prompt[:20]] if full == 0 else [prompt[:20], prompt]
+                    ids, mask = left_padded(rows)
+                    cache = model.new_cache()
+                    model(input_ids=ids, attention_mask=mask, past_key_values=cache)
+                    what = f"{told}: a token after a batch whose row {full} fills it"
+                    with refused(InputError, what):
+                        model(input_ids=ids[:, :1], past_key_values=cache)
+                    cache.close()
 
 
 def _windows(subject: Subject) -> list[int]:

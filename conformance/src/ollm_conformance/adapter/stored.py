@@ -43,13 +43,13 @@ class Stored(AdapterSuite):
         ignored = {part for name in unused for part in logical.stored(name)}
         held = {t.name: (t.dtype, t.shape) for t in checkpoint.values() if t.name not in ignored}
         said = _said(adapter, config, kept_names(subject, config), dtype)
-        _same_forms(said, held, f"tiny checkpoint in {dtype}")
+        same_forms(said, held, f"tiny checkpoint in {dtype}")
         for tied in (True, False):
             flipped = {**config, "tie_word_embeddings": tied}
             names = kept_names(subject, flipped)
             said = _said(adapter, flipped, names, dtype)
             what = f"tie_word_embeddings = {tied}, {dtype}"
-            _same_forms(said, names.stored(STORED_DTYPES[dtype]), what)
+            same_forms(said, names.stored(STORED_DTYPES[dtype]), what)
 
     @check(
         "declaration.stored-bytes",
@@ -72,7 +72,7 @@ class Stored(AdapterSuite):
                 f"be one of {', '.join(STORED_DTYPES)}, got {dtype!r}"
             )
             said = _said(adapter, config, names, dtype)
-            _same_forms(said, names.stored(STORED_DTYPES[dtype]), entry.id)
+            same_forms(said, names.stored(STORED_DTYPES[dtype]), entry.id)
             total = sum(DTYPE_BYTES[kind] * prod(shape) for kind, shape in said.values())
             used = entry.weight_bytes - entry.ignored_bytes
             assert used == total, (
@@ -89,7 +89,7 @@ def _said(adapter: ModelAdapter, config: Config, names: Names, dtype: str) -> Ma
     return said
 
 
-def _same_forms(said: Mapping[str, Form], held: Mapping[str, Form], what: str) -> None:
+def same_forms(said: Mapping[str, Form], held: Mapping[str, Form], what: str) -> None:
     """Raises AssertionError at the first tensor that differs."""
     for name in sorted(said.keys() | held.keys()):
         one, other = said.get(name), held.get(name)

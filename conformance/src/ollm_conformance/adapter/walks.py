@@ -22,7 +22,7 @@ class Walks(AdapterSuite):
         look=_LOOK,
     )
     def test_walk_rows(self, subject: Subject) -> None:
-        walk(subject, ROWS, num_steps=_num_steps(subject, 72))
+        walk(subject, ROWS, _num_steps(subject, 72), self.shrinking_seconds)
 
     @check(
         "walk.sequences",
@@ -31,7 +31,7 @@ class Walks(AdapterSuite):
         look=_LOOK,
     )
     def test_walk_sequences(self, subject: Subject) -> None:
-        walk(subject, SEQUENCES, num_steps=_num_steps(subject, 48))
+        walk(subject, SEQUENCES, _num_steps(subject, 48), self.shrinking_seconds)
 
     @check(
         "walk.damage",

@@ -28,6 +28,7 @@ from ollm_conformance.parts.base import (
 )
 from ollm_conformance.parts.source_size import SourceSize
 from ollm_conformance.seeds import drawn, run_seed
+from ollm_conformance.short_reads import short_reads
 from ollm_core import ByteSource, OllmError, ReadError, TensorInfo
 from ollm_core.testing import PAGE, aligned_buffer, as_memoryview
 
@@ -167,7 +168,7 @@ class ByteSourceConformance(SourceSize):
             size = SIZES[file]
             return st.integers(0, size - 1).flatmap(
                 lambda start: st.tuples(
-                    st.just(file), st.just(start), st.integers(1, min(size - start, 80_000))
+                    st.just(file), st.just(start), st.integers(0, min(size - start, 80_000))
                 )
             )
 
@@ -269,6 +270,18 @@ class ByteSourceConformance(SourceSize):
                         f"{what}: expected the file's name, got {line}"
                     )
                 files.check(source, [(0, 10, 5000)], "another file after the error")
+
+    @check(
+        "byte-source.short-reads",
+        "Where the operating system gives less than was asked for, the rest is read, too.",
+        look="the count that os.preadv returns: go on behind it",
+    )
+    def test_short_reads(self) -> None:
+        with self.opened() as (source, files), short_reads() as cut:
+            for what, places in LAYOUTS.items():
+                files.check(source, places, f"{what}, in short reads")
+        if not cut:
+            does_not_apply("it reads otherwise than by the functions of `os`")
 
     @check(
         "byte-source.failing-storage",

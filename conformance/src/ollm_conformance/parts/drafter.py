@@ -33,14 +33,16 @@ class DrafterConformance(DrafterSuite):
     @check(
         "drafter.answer",
         "A draft is at most as many token ids of the vocabulary as were asked for, or none, "
-        "whatever the text.",
+        "whatever the text and however long.",
         look="what is returned: a tensor of integers [n] or a sequence of int; num_tokens; ids "
         "that are computed",
     )
     def test_answer(self) -> None:
+        again = random_text(7, self.vocab_size, 7).repeat(20)
+        grown = {f"{n} tokens of a text that repeats itself": again[:n] for n in range(len(again))}
         with self.opened() as opened:
-            for name, text in texts(self.vocab_size).items():
-                for num_tokens in (1, 2, MOST, 0):
+            for name, text in {**texts(self.vocab_size), **grown}.items():
+                for num_tokens in (3,) if name in grown else (1, 2, MOST, 0):
                     what = f"{num_tokens} tokens after {name}"
                     found = opened.draft(text, num_tokens, what)
                     assert len(found) <= num_tokens, (

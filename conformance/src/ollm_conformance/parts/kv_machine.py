@@ -160,8 +160,13 @@ class KVStoreMachine(RuleBasedStateMachine):
 
     @invariant()
     def nothing_is_lost(self) -> None:
-        """Without sequences a store holds what it held when it was opened."""
-        used = self.account.used
+        """Without sequences a store holds what it held when it was opened; it never tells of more
+        memory than it holds.
+        """
+        used, tiers = self.account.used, self.store.tier_bytes()
+        assert tiers.device + tiers.host <= used, (
+            f"expected at most the {used} bytes of memory that are reserved to be told, got {tiers}"
+        )
         assert self.pairs or used == self.opened.empty_bytes, (
             f"expected {self.opened.empty_bytes} bytes held without sequences, got {used}"
         )

@@ -22,12 +22,12 @@ ROWS: Mapping[str, int] = {
 SEQUENCES: Mapping[str, int] = {"run": 5, "part": 4, "back": 2, "drop": 1, "hold": 1}
 """Steps on sequences."""
 
-_SHRINKING_SECONDS = 5
 
-
-def walk(subject: Subject, steps: Mapping[str, int], num_steps: int) -> None:
+def walk(
+    subject: Subject, steps: Mapping[str, int], num_steps: int, shrinking_seconds: float
+) -> None:
     """Take `num_steps` random steps on a new model, each kind at least once. Raises AssertionError
-    with the fewest steps that were found to go wrong.
+    with the fewest steps that were found to go wrong, looked for so long.
     """
     draw = random.Random(run_seed())
     names = [*steps, *draw.choices(list(steps), list(steps.values()), k=num_steps - len(steps))]
@@ -36,7 +36,9 @@ def walk(subject: Subject, steps: Mapping[str, int], num_steps: int) -> None:
     failed = _take(subject, drawn)
     if failed is None:
         return
-    told, error = _shrink(subject, drawn[: len(failed[0])], failed)
+    told, error = _shrink(
+        subject, drawn[: len(failed[0])], failed, time.monotonic() + shrinking_seconds
+    )
     steps_told = "; ".join(f"{place + 1}. {one}" for place, one in enumerate(told))
     raise AssertionError(
         f"seed {run_seed()}: {_one_line(error)} - after these steps: {steps_told}"
@@ -70,9 +72,8 @@ def _take(subject: Subject, steps: Sequence[Step]) -> _Failed | None:
     return None
 
 
-def _shrink(subject: Subject, steps: list[Step], failed: _Failed) -> _Failed:
-    """Leave out steps as long as the walk still fails, for some seconds."""
-    until = time.monotonic() + _SHRINKING_SECONDS
+def _shrink(subject: Subject, steps: list[Step], failed: _Failed, until: float) -> _Failed:
+    """Leave out steps as long as the walk still fails, until then."""
     size = max(len(steps) // 2, 1)
     while size:
         place = 0
