@@ -225,7 +225,7 @@ def transformers_replaced(*args, **options):
 
 
 def thread_left(*args, **options):
-    thread = threading.Thread(target=threading.Event().wait, name="ollm-left", daemon=True)
+    thread = threading.Thread(target=threading.Event().wait, name="left", daemon=True)
     thread.start()
     return ollm.load(*args, **options)
 

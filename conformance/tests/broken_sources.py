@@ -14,7 +14,7 @@ from broken import BrokenPart
 
 from ollm_conformance import ByteSourceConformance
 from ollm_core import ByteSource, ReadError
-from ollm_core.device.buffers import PAGE, round_up
+from ollm_core.device.buffers import HUGE_PAGE, PAGE, round_up
 from ollm_core.weights.sources.posix import DirectSource
 
 
@@ -101,6 +101,17 @@ class ZerosForErrors(PlainSource):
 class ShortReadUnnoticed(PlainSource):
     def fetch(self, path, offset, part):
         os.preadv(self.files[path], [part], offset)
+
+
+class ShortReadRefused(PlainSource):
+    def fetch(self, path, offset, part):
+        try:
+            count = os.preadv(self.files[path], [part], offset)
+        except OSError as error:
+            raise ReadError(f"{path}: {error.strerror}") from error
+        if count < len(part) < HUGE_PAGE:
+            raise ReadError(f"{path}: too short")
+        super().fetch(path, offset + count, part[count:])
 
 
 class RawErrors(PlainSource):
@@ -300,6 +311,8 @@ BROKEN_SOURCES = [
         ("zeros-for-errors", "A read that fails gives zeros.", ZerosForErrors, "shrunk-file"),
         ("short-read", "A read that brings too little goes unnoticed.",
          ShortReadUnnoticed, "shrunk-file"),
+        ("short-read-refused", "A read that brings too little is an error.",
+         ShortReadRefused, "short-reads"),
         ("raw-errors", "Errors of the operating system come through as they are.",
          RawErrors, "failing-storage"),
         ("off-by-a-page", "Far offsets are read a page too early.", OffByAPage, "bytes"),

@@ -185,6 +185,7 @@ def test_every_option_that_opens_doors_is_known():
         "precision", "attention", "chunk_size", "keep_kv", "reader", "draft", "draft_model",
         "num_draft_tokens", "context", "batch", "max_new_tokens", "port", "max_requests",
         "max_body", "files_budget", "max_connections", "temperature", "top_p", "top_k", "seed",
+        "keep_budget", "keep_seconds",  # of answers in memory, which go with the server
     }  # fmt: skip
     free = {
         key
