@@ -224,8 +224,12 @@ def transformers_replaced(*args, **options):
     return model
 
 
+LEFT_ENDS = threading.Event()
+"""Set, it ends the threads that were left."""
+
+
 def thread_left(*args, **options):
-    thread = threading.Thread(target=threading.Event().wait, name="left", daemon=True)
+    thread = threading.Thread(target=LEFT_ENDS.wait, name="ollm-left", daemon=True)
     thread.start()
     return ollm.load(*args, **options)
 
