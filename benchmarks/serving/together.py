@@ -158,7 +158,10 @@ def theirs(args: argparse.Namespace, name: str) -> dict[str, Any]:
         os.sync()
         drop_from_cache(path for path in args.checkpoint.rglob("*") if path.is_file())
         try:
-            run = result_of(command, cap=args.cap, seconds=SECONDS, environ=environ())
+            with tempfile.TemporaryFile("w+") as errors:  # llama.cpp says thousands of lines
+                run = result_of(
+                    command, cap=args.cap, seconds=SECONDS, environ=environ(), errors=errors
+                )
         except ChildError as error:
             found[f"batch {batch}"] = {"failed": str(error)}
             say(f"{peer.title}, batch of {batch}: {error}")
