@@ -19,6 +19,7 @@ ELSEWHERE = {
     # what has no code of its own to try: names, data, abstract classes and thin faces
     "api": "test_loader.py",
     "attention/options": "attention/test_kernels.py",
+    "cli/kept": "cli/test_cache.py",
     "cli/options": "test_options.py",
     "contracts/adapter": "plugins/test_decoder.py",
     "contracts/attention": "attention/test_exact.py",

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-import datetime
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from ollm_core.cli.kept import (
+    PREFIX_HEADS,
+    SHOWN,
+    prefix_fields,
+    prefix_row,
+    state_fields,
+    unfinished_fields,
+    unfinished_line,
+)
 from ollm_core.cli.options import debug_option, json_option, user_path
 from ollm_core.cli.output import print_json, print_table
 from ollm_core.errors import InputError, KVStoreError
@@ -18,11 +26,9 @@ from ollm_core.memory.sizes import format_size, parse_size
 
 if TYPE_CHECKING:
     from ollm_core.kv.disk.inventory import Inventory, StoredPrefix, StoredUnfinished
-    from ollm_core.kv.recurrent.snapshots import StoredState
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-_SHOWN = 12  # digits of an id or fingerprint
 _AGE = re.compile(r"(\d{1,6}(?:\.\d{1,3})?)\s*([mhdw])")
 _SECONDS = {"m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
@@ -54,9 +60,9 @@ def list_(kv_dir: Path, as_json: bool) -> None:
     if as_json:
         print_json(
             {
-                "prefixes": [_fields(one) for one in inventory.prefixes],
-                "states": [_state_fields(one) for one in inventory.states],
-                "unfinished": [_unfinished_fields(one) for one in inventory.unfinished],
+                "prefixes": [prefix_fields(one) for one in inventory.prefixes],
+                "states": [state_fields(one) for one in inventory.states],
+                "unfinished": [unfinished_fields(one) for one in inventory.unfinished],
                 "empty": [str(path) for path in inventory.empty],
                 "remarks": inventory.remarks,
                 "num_bytes": inventory.num_bytes(),
@@ -66,16 +72,10 @@ def list_(kv_dir: Path, as_json: bool) -> None:
     from ollm_core.model.names import known_names
 
     names = known_names()
-    rows = [
-        (one.id[:_SHOWN], names.get(one.fingerprint, one.fingerprint[:_SHOWN]), one.dtype,
-         str(len(one.prefix.token_ids)), format_size(one.num_bytes), _states_of(one),
-         _date(one.last_used), "pinned" if one.pinned else "")
-        for one in inventory.prefixes
-    ]  # fmt: skip
-    heads = ("ID", "MODEL", "DTYPE", "TOKENS", "SIZE", "STATES", "LAST USED", "")
-    _print(kv_dir, heads, rows)
+    rows = [prefix_row(one, names) for one in inventory.prefixes]
+    _print(kv_dir, PREFIX_HEADS, rows)
     for one in inventory.unfinished:
-        click.echo(_unfinished_line(one, names))
+        click.echo(unfinished_line(one, names))
     total = format_size(inventory.num_bytes())
     click.echo(f"total {total}; what prefixes share is counted once", err=True)
     if inventory.states:
@@ -120,14 +120,14 @@ def verify(removing: bool, kv_dir: Path, as_json: bool) -> None:
         print_json(
             {
                 "prefixes": [
-                    {**_fields(one), "wrong": wrong[id(one)]} for one in inventory.prefixes
+                    {**prefix_fields(one), "wrong": wrong[id(one)]} for one in inventory.prefixes
                 ],
                 "states": [
-                    {**_state_fields(one), "wrong": damaged_states.get(one, "")}
+                    {**state_fields(one), "wrong": damaged_states.get(one, "")}
                     for one in states.values()
                 ],
                 "unfinished": [
-                    {**_unfinished_fields(one), "wrong": broken[id(one)]}
+                    {**unfinished_fields(one), "wrong": broken[id(one)]}
                     for one in inventory.unfinished
                 ],
                 "remarks": inventory.remarks,
@@ -135,12 +135,12 @@ def verify(removing: bool, kv_dir: Path, as_json: bool) -> None:
             }
         )
     else:
-        rows = [(one.id[:_SHOWN], wrong[id(one)] or "sound") for one in inventory.prefixes]
+        rows = [(one.id[:SHOWN], wrong[id(one)] or "sound") for one in inventory.prefixes]
         rows += [
             (f"state {one.num_tokens}", damaged_states.get(one, "") or "sound")
             for one in states.values()
         ]
-        rows += [(one.one.id[:_SHOWN], broken[id(one)] or "sound") for one in inventory.unfinished]
+        rows += [(one.one.id[:SHOWN], broken[id(one)] or "sound") for one in inventory.unfinished]
         _print(kv_dir, ("ID", "BLOCKS"), rows)
         if removing:
             click.echo(f"removed {num_damaged - len(left)} of {num_damaged} damaged ones")
@@ -182,8 +182,8 @@ def remove(prefix_id: str | None, everything: bool, kv_dir: Path, as_json: bool)
     if as_json:
         print_json(
             {
-                "removed": [_fields(one) for one in removed],
-                "removed_unfinished": [_unfinished_fields(one) for one in gone],
+                "removed": [prefix_fields(one) for one in removed],
+                "removed_unfinished": [unfinished_fields(one) for one in gone],
                 "in_use": len(in_use) + len(busy),
             }
         )
@@ -226,9 +226,9 @@ def prune(
     if as_json:
         print_json(
             {
-                "removed": [_fields(one) for one in done.removed],
-                "removed_states": [_state_fields(one) for one in done.states],
-                "removed_unfinished": [_unfinished_fields(one) for one in done.unfinished],
+                "removed": [prefix_fields(one) for one in done.removed],
+                "removed_states": [state_fields(one) for one in done.states],
+                "removed_unfinished": [unfinished_fields(one) for one in done.unfinished],
                 "in_use": len(done.in_use) + len(done.unfinished_in_use),
                 "remarks": inventory.remarks,
                 "num_bytes": left.num_bytes(),
@@ -270,9 +270,9 @@ def _pin(prefix_id: str, kv_dir: Path, as_json: bool, *, pinned: bool) -> None:
     pin_kept(wanted, pinned=pinned)
     changed = pick(_inventory(kv_dir).prefixes, wanted[0].id)
     if as_json:
-        print_json({"prefixes": [_fields(one) for one in changed]})
+        print_json({"prefixes": [prefix_fields(one) for one in changed]})
     else:
-        click.echo(f"{'pinned' if pinned else 'unpinned'} {wanted[0].id[:_SHOWN]}")
+        click.echo(f"{'pinned' if pinned else 'unpinned'} {wanted[0].id[:SHOWN]}")
 
 
 def _inventory(kv_dir: Path) -> Inventory:
@@ -342,46 +342,6 @@ def _seconds(age: str) -> float:
     return float(found[1]) * _SECONDS[found[2]]
 
 
-def _states_of(one: StoredPrefix) -> str:
-    return format_size(sum(state.num_bytes for state in one.states)) if one.states else "-"
-
-
-def _date(seconds: int) -> str:
-    try:
-        when = datetime.datetime.fromtimestamp(seconds, datetime.UTC)
-    except (ValueError, OverflowError, OSError):
-        return "?"
-    return when.strftime("%Y-%m-%d %H:%M UTC")
-
-
-def _fields(one: StoredPrefix) -> dict[str, object]:
-    """One prefix as JSON shows it."""
-    return {
-        "id": one.id,
-        "model": one.fingerprint,
-        "dtype": one.dtype,
-        "num_tokens": len(one.prefix.token_ids),
-        "num_bytes": one.num_bytes,
-        "kept": _date(one.prefix.seconds),
-        "last_used": _date(one.last_used),
-        "pinned": one.pinned,
-        "num_states": len(one.states),
-        "state_bytes": sum(state.num_bytes for state in one.states),
-        "directory": str(one.directory),
-    }
-
-
-def _state_fields(one: StoredState) -> dict[str, object]:
-    """One recurrent state as JSON shows it."""
-    return {
-        "model": one.fingerprint,
-        "dtype": one.dtype,
-        "num_tokens": one.num_tokens,
-        "num_bytes": one.num_bytes,
-        "file": str(one.path),
-    }
-
-
 def _counted(prefixes: int, of: int, unfinished: int, of_unfinished: int) -> str:
     """How many of what is there, for people."""
     told = f"{prefixes} of {of} cached prefixes"
@@ -392,30 +352,3 @@ def _counted(prefixes: int, of: int, unfinished: int, of_unfinished: int) -> str
 
 def _is_named(one: StoredUnfinished, beginning: str) -> bool:
     return bool(beginning) and one.one.id.startswith(beginning.lower())
-
-
-def _unfinished_line(one: StoredUnfinished, names: Mapping[str, str]) -> str:
-    """One unfinished prompt for people, with the name of its model."""
-    about, model = one.one, names.get(one.fingerprint, one.fingerprint[:_SHOWN])
-    how_far = f"{about.num_done} of {about.num_layers} layers done"
-    return (
-        f"unfinished prompt {about.id[:_SHOWN]} of model {model}: "
-        f"{len(about.prefix.token_ids)} tokens, {how_far}, {format_size(one.num_bytes)}, "
-        f"{_date(one.last_used)}"
-    )
-
-
-def _unfinished_fields(one: StoredUnfinished) -> dict[str, object]:
-    """One unfinished prompt as JSON shows it."""
-    about = one.one
-    return {
-        "id": about.id,
-        "model": one.fingerprint,
-        "dtype": one.dtype,
-        "num_tokens": len(about.prefix.token_ids),
-        "num_layers_done": about.num_done,
-        "num_layers": about.num_layers,
-        "num_bytes": one.num_bytes,
-        "written": _date(one.last_used),
-        "directory": str(one.directory),
-    }
