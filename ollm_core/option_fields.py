@@ -90,7 +90,7 @@ def counted(default: int | None, least: int, help: str, more: str = "", **known:
     return said(default, help, more, least=least, check=check, **known)
 
 
-def size(default: None, help: str, more: str, **known: Any) -> Any:
+def size(default: None, help: str, more: str = "", **known: Any) -> Any:
     """A number of bytes."""
     return said(default, help, more, metavar="SIZE", check=called_by(parse_size), **known)
 

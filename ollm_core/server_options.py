@@ -6,8 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from ollm_core.errors import InputError
-from ollm_core.memory.sizes import parse_size
-from ollm_core.option_fields import about, called_by, counted, directory, said
+from ollm_core.option_fields import about, counted, directory, said, size
 from ollm_core.values import Count, PathLike, Size
 
 _VERBS = ("serve",)
@@ -90,13 +89,11 @@ class ServerOptions:
         "Most requests at once, running or waiting; more are told to come again later.",
         verbs=_VERBS,
     )
-    max_body: Size | None = said(
+    max_body: Size | None = size(
         None,
         "Most bytes of a request.",
         verbs=_VERBS,
-        metavar="SIZE",
         unset="16MiB",
-        check=called_by(parse_size),
     )
     files_dir: PathLike | None = directory(
         None,
@@ -107,13 +104,11 @@ class ServerOptions:
         unset="there are none",
         user_only=True,
     )
-    files_budget: Size | None = said(
+    files_budget: Size | None = size(
         None,
         "Most bytes of all files that clients have sent.",
         verbs=_VERBS,
-        metavar="SIZE",
         unset="1GB",
-        check=called_by(parse_size),
     )
     keep_seconds: Count = counted(
         3600,
@@ -121,13 +116,11 @@ class ServerOptions:
         "Seconds that an answer stays after its end, if a client asked to have it kept.",
         verbs=_VERBS,
     )
-    keep_budget: Size | None = said(
+    keep_budget: Size | None = size(
         None,
         "Most bytes of all answers that are kept, in host memory.",
         verbs=_VERBS,
-        metavar="SIZE",
         unset="64MB",
-        check=called_by(parse_size),
     )
     max_connections: Count = counted(512, 1, "Most open connections.", verbs=_VERBS)
 
