@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import pytest
+
 from ollm_conformance import AdapterConformance
 
 
@@ -53,3 +55,16 @@ def unseen(sentence, adapter, **attributes):
     """An `Unseen` for an adapter class; `attributes` go to its test class."""
     made = broken_adapter("", sentence, adapter, **attributes)
     return Unseen(made.name, made.sentence, made.suite)
+
+
+def while_it_runs(owner, name, fault):
+    """A fixture for a test class: `name` of `owner` is `fault` while its tests run."""
+
+    @pytest.fixture(autouse=True, scope="class")
+    @classmethod
+    def broken(cls):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(owner, name, fault)
+            yield
+
+    return broken

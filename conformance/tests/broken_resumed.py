@@ -4,8 +4,7 @@ tests only.
 
 from __future__ import annotations
 
-import pytest
-from broken import broken_adapter
+from broken import broken_adapter, while_it_runs
 
 from ollm_adapter_llama import LlamaAdapter
 from ollm_adapter_qwen3_next import Qwen3MoeAdapter, Qwen3NextAdapter
@@ -19,18 +18,13 @@ from ollm_core.kv.recurrent.prefix_cache import _States
 def in_core(sentence, adapter, owner, name, fault, check="failure.resumed"):
     """A core in which `name` of `owner` is `fault`, with a good adapter."""
 
-    @pytest.fixture(autouse=True, scope="class")
-    @classmethod
-    def broken(cls):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(owner, name, fault)
-            yield
-
     def load():
         """Names the mutant."""
 
     load.__name__ = fault.__name__
-    made = broken_adapter(check, sentence, adapter, load=load, broken=broken)
+    made = broken_adapter(
+        check, sentence, adapter, load=load, broken=while_it_runs(owner, name, fault)
+    )
     del made.suite.load
     return made
 

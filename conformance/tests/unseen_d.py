@@ -8,9 +8,8 @@ import functools
 from dataclasses import replace
 from types import MappingProxyType
 
-import pytest
 import torch
-from broken import Unseen, unseen
+from broken import Unseen, unseen, while_it_runs
 from families import Granite, Qwen3, Qwen3Moe
 from unseen_d_parts import (
     DirectoryLeftOpenSuite,
@@ -196,14 +195,7 @@ def caches_held_by_the_model(self, *args, new_cache=StreamedModel.new_cache, **o
 def core(sentence, adapter, owner, name, fault):
     """An `Unseen` in which `name` of `owner` is `fault` while its suite runs."""
 
-    @pytest.fixture(autouse=True, scope="class")
-    @classmethod
-    def broken(cls):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(owner, name, fault)
-            yield
-
-    made = unseen(sentence, adapter, broken=broken)
+    made = unseen(sentence, adapter, broken=while_it_runs(owner, name, fault))
     title = getattr(fault, "__func__", fault).__name__
     return replace(made, name=title)
 
