@@ -15,6 +15,7 @@ import torch
 from ollm_core.attention.trial import blocks_work, flash_works
 from ollm_core.calibration.attention import measure_attention, measure_blocks
 from ollm_core.calibration.disk import measure_readers
+from ollm_core.calibration.fresh_memory import measure_fresh_memory
 from ollm_core.calibration.layer import measure_layer
 from ollm_core.calibration.products import ROWS, measure_products
 from ollm_core.calibration.timing import least_seconds
@@ -36,6 +37,7 @@ _ASSUMED = {  # on the low side of what such machines have
     "cpu memory": 10e9,
     "cuda memory": 250e9,
     "cuda bus": 12e9,
+    "fresh": 2e9,
     "cpu compute float32": 50e9,
     "cpu compute float16": 20e9,
     "cpu compute bfloat16": 20e9,
@@ -80,6 +82,10 @@ class Rates:
     """FLOP of attention in blocks per second, by the size of a head and by new tokens; empty where
     it was not measured: as products.
     """
+    fresh: Rate
+    """Bytes of host memory that were not used before: the system finds their pages and clears them
+    when a weight is loaded to stay.
+    """
     bus: Rate | None = None
     """Bytes from host memory to the device; None where they are one."""
 
@@ -122,6 +128,7 @@ def find_rates(
             for size in HEAD_SIZES
             if (rates := _by_rows(here.get(f"blocks {name} {size}")))
         },
+        fresh=rate(here, "fresh", "fresh"),
         bus=None if kind == "cpu" else rate(here, "bus", "cuda bus"),
     )
 
@@ -155,6 +162,7 @@ def measure_rates(directory: Path, device: torch.device, dtype: torch.dtype) -> 
     for size in HEAD_SIZES:
         blocks = measure_blocks(device, dtype, size)
         here[f"blocks {name} {size}"] = {str(rows): rate for rows, rate in blocks.items()}
+    here["fresh"] = measure_fresh_memory()
     if device.type != "cpu":
         here["bus"] = _bus_rate(device)
         here[f"attention {name}"] = measure_attention(device, dtype)

@@ -55,7 +55,10 @@ def doctor(device: str, dtype: str, models_dir: str | None, as_json: bool) -> No
     click.echo(f"disk     {format_size(rates.disk.per_second)}/s, read from {root}")
     each = ", ".join(f"{name} {format_size(rate)}/s" for name, rate in readers.items())
     click.echo(f"reader   {max(readers, key=lambda name: readers[name])} is the fastest: {each}")
-    click.echo(f"memory   {format_size(rates.memory.per_second)}/s of {dtype} weights on {target}")
+    click.echo(
+        f"memory   {format_size(rates.memory.per_second)}/s of {dtype} weights on {target}, "
+        f"{format_size(rates.fresh.per_second)}/s of the host where it was not used before"
+    )
     if rates.bus is not None:
         click.echo(f"bus      {format_size(rates.bus.per_second)}/s from host to {target}")
     click.echo(f"compute  {rates.compute.per_second / 1e9:.4g} GFLOP/s in {dtype} on {target}")

@@ -60,7 +60,13 @@ class PassCost:
     converting_seconds: float = 0.0
     """Of making weights from what is stored, where that takes more than moving them."""
     loaded_bytes: float = 0.0
-    """Of `disk_bytes`, weights that are loaded to stay: while they are, nothing is computed."""
+    """Of `disk_bytes`, weights that are loaded to stay, into memory that was not used before: while
+    they are, nothing is computed.
+    """
+    past_bytes: float = 0.0
+    """Of `disk_bytes`, KV. A layer asks for it and waits; what it computes beside the reading of
+    later blocks is little.
+    """
 
     def seconds(self, rates: Rates) -> dict[str, float]:
         """By what would limit the pass if the rest were free."""
@@ -80,8 +86,9 @@ class PassCost:
         device = products + memory + own + self.converting_seconds
         device += self.attention / flop_rate(blocks, self.new_tokens)
         name = "memory" if reading + memory > device / 2 else "compute"
-        if rates.bus is None:  # a GPU computes while the host loads
-            device += self.loaded_bytes / rates.disk.per_second
+        if rates.bus is None:  # a GPU computes while the host loads and reads
+            device += (self.loaded_bytes + self.past_bytes) / rates.disk.per_second
+            device += self.loaded_bytes / rates.fresh.per_second
         found = {"disk": self.disk_bytes / rates.disk.per_second, name: device}
         if rates.bus is not None:
             found["bus"] = self.bus_bytes / rates.bus.per_second
@@ -147,9 +154,10 @@ class Estimate:
             scores = scenario.batch * self._num_heads * pairs * self._itemsize
             copies += _SCORE_PASSES * scores
         num_chunks = scenario.batch * len(past)
+        kv_in_files = kv * TIERS[run.kv_tier].in_files
         blocks = pairs / min(run.chunk_size, scenario.prompt_tokens) / _BLOCK_TOKENS
         return PassCost(
-            disk_bytes=weights + kv * TIERS[run.kv_tier].in_files,
+            disk_bytes=weights + kv_in_files,
             bus_bytes=weights + kv * (run.kv_tier != "device"),
             memory_bytes=copies,
             products=self._products(num_tokens, num_chunks, scenario.batch, distinct),
@@ -162,6 +170,7 @@ class Estimate:
             + scenario.batch * pairs / _BLOCK_TOKENS * self._num_heads * self._head_dim,
             converting_seconds=self._seconds + distinct * self._expert_seconds,
             loaded_bytes=run.held.resident_bytes,
+            past_bytes=kv_in_files,
         )
 
     def token(self, run: DryRunResult, scenario: Scenario) -> PassCost:
@@ -172,6 +181,7 @@ class Estimate:
         on_device = held.num_device_experts / every
         kept = on_device + held.num_host_experts / every
         kv = batch * self._kv_bytes(scenario.context)
+        kv_in_files = kv * TIERS[run.kv_tier].in_files
         read = held.streamed_bytes + distinct * (1 - kept) * self._expert_stored
         moved = distinct * (1 - on_device) * self._expert_stored
         seen = sum(self._span(kind, scenario.context) for kind in self._kinds)
@@ -179,7 +189,7 @@ class Estimate:
         if run.attention == "exact":
             copies += kv + batch * self._exact_bytes(scenario.context)
         return PassCost(
-            disk_bytes=read + kv * TIERS[run.kv_tier].in_files,
+            disk_bytes=read + kv_in_files,
             bus_bytes=held.streamed_bytes
             + held.dense_host_bytes
             + moved
@@ -194,6 +204,7 @@ class Estimate:
             numbers=batch * self._outputs,
             converting_seconds=held.converting_seconds
             + distinct * (1 - on_device) * self._expert_seconds,
+            past_bytes=kv_in_files,
         )
 
     def kv_bytes(self, scenario: Scenario) -> int:

@@ -113,6 +113,19 @@ def test_what_is_multiplied_and_by_how_many_rows(dry_run_of):
     assert token.layer_calls == 2 * LAYERS + 3 * LAYERS * 610 / 256 / 4
     assert prompt.numbers == 600 * token.numbers + 3 * pairs / 256 * 4 * 16
     assert prompt.loaded_bytes == run.held.resident_bytes > 0 == token.loaded_bytes
+    assert prompt.past_bytes == 0 == token.past_bytes
+
+
+def test_kv_in_files_is_waited_for(dry_run_of):
+    """All of it at each step, and that of earlier chunks of a prompt."""
+    dry_run = dry_run_of("bfloat16")
+    estimate = Estimate(dry_run.spec)
+    scenario = Scenario(610, 10, kv="disk", attention="blockwise", chunk_size=256)
+    run = dry_run.run(ROOMY, scenario)
+    token = estimate.token(run, scenario)
+    assert token.past_bytes == estimate.kv_bytes(scenario) == token.disk_bytes > 0
+    earlier = (256 + 512) / 610
+    assert estimate.prompt(run, scenario).past_bytes == earlier * token.past_bytes
 
 
 def test_seconds_add_up_on_the_device_and_not_with_the_disk():
@@ -125,6 +138,7 @@ def test_seconds_add_up_on_the_device_and_not_with_the_disk():
         states=Rate(5.0, ""),
         products={1: 4.0, 8: 16.0},
         blocks={64: {1: 2.0, 512: 8.0}, 128: {1: 7.0}},
+        fresh=Rate(200.0, ""),
     )
     cost = PassCost(
         disk_bytes=300,
@@ -139,9 +153,13 @@ def test_seconds_add_up_on_the_device_and_not_with_the_disk():
         numbers=10,
         converting_seconds=0.5,
         loaded_bytes=50,
+        past_bytes=25,
     )
     device = 20 / 10 + 2 * 6 * 2 / 4 + 2 * 8 / 16 + 4 / 2 + 6 / 2 + 10 / 5 + 0.5
-    assert cost.seconds(rates) == {"disk": 3, "memory": device + 0.5}
+    waiting = 50 / 100 + 50 / 200 + 25 / 100
+    assert cost.seconds(rates) == {"disk": 3, "memory": device + waiting}
     assert cost.seconds(replace(rates, products={1: 64.0}))["compute"] < device
+    uploaded = replace(rates, bus=Rate(50.0, ""))
+    assert cost.seconds(uploaded) == {"disk": 3, "bus": 0, "memory": device}
     exact = replace(cost, exact_attention=True)
-    assert exact.seconds(rates)["memory"] == device + 0.5 - 4 / 2 + 4 / 4
+    assert exact.seconds(rates)["memory"] == device + waiting - 4 / 2 + 4 / 4
