@@ -36,6 +36,7 @@ ELSEWHERE = {
     "server/answering": "server/test_openai.py",
     "server/errors": "server/test_app.py",
     "server/kept_routes": "server/test_kept.py",
+    "server/response_bodies": "server/test_responses.py",
     "server/response_events": "server/test_responses.py",
     "server/meter": "server/test_metrics.py",
     "plugins/hookspecs": "plugins/test_loader.py",

@@ -92,7 +92,7 @@ def planned() -> Iterator[tuple[Row, Plan, Plan]]:
         Rate(each, "stated") for each in (DISK, MEMORY, COMPUTE, BUS, LAYER, STATES)
     )
     products = products_of(memory, compute, torch.bfloat16)
-    rates = Rates(disk, memory, compute, layer, states, products, {}, bus)
+    rates = Rates(disk, memory, compute, layer, states, products, {}, fresh=memory, bus=bus)
     for model, rows in groupby(ROWS, lambda row: row.model):
         planner = Planner(model, PlanOptions(device="cuda", rates=rates))
         for row in rows:

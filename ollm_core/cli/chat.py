@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from ollm_core.generate.causal_lm import StreamedModel
     from ollm_core.serving.request import SamplingParams
     from ollm_core.serving.scheduler import Scheduler
+    from ollm_core.text.answer_form import AnswerForm
 
 _EXPECTED_TOKENS = 8192
 _QUOTES = '"""'
@@ -100,7 +102,7 @@ def _talk(
             talk.say(line)
             try:
                 [prompt] = encoder.of_chats([talk.messages])
-                text = _answer(opened, scheduler, prompt, sampling)
+                text = _answer(opened, scheduler, prompt, encoder.answer_form(prompt), sampling)
             except BaseException:
                 talk.take_back()
                 raise
@@ -110,16 +112,25 @@ def _talk(
 
 
 def _answer(
-    opened: StreamedModel, scheduler: Scheduler, prompt: Sequence[int], sampling: SamplingParams
+    opened: StreamedModel,
+    scheduler: Scheduler,
+    prompt: Sequence[int],
+    form: AnswerForm,
+    sampling: SamplingParams,
 ) -> str:
-    """Print the answer as it is made; -> its text, as far as it came. Raises what it failed by."""
+    """Print the answer as it is made; -> its text, as far as it came, without what the model
+    thought. Raises what it failed by.
+    """
     from ollm_core.serving.offline import Answered
     from ollm_core.serving.request import Request
+    from ollm_core.text.answer_form import Said
 
     progress = ProgressBar("")
     opened.on_progress(progress)
-    request = Request(token_ids=prompt, wanted=sampling)
-    shown, found = StreamedAnswer(progress, silent=False), Answered()
+    wanted = replace(sampling, shown_token_ids=form.control_ids(opened.tokenizer))
+    request = Request(token_ids=prompt, wanted=wanted)
+    said, found = Said(form), Answered()
+    shown = StreamedAnswer(progress, said, silent=False)
     try:
         with at_interrupt(lambda: scheduler.cancel(request.request_id)):
             scheduler.add(request)
@@ -132,7 +143,7 @@ def _answer(
         progress.close()
     if found.error is not None:
         raise found.error
-    return found.text
+    return said.text
 
 
 class _DroppedError(Exception):

@@ -8,14 +8,16 @@ from ollm_core.memory.sizes import format_size
 
 if TYPE_CHECKING:
     from ollm_core.contracts.progress import Stats
+    from ollm_core.text.answer_form import Said
 
 
 def json_report(
-    text: str, token_ids: list[int], num_prompt_tokens: int, stats: Stats, drafting: bool = False
+    said: Said, token_ids: list[int], num_prompt_tokens: int, stats: Stats, drafting: bool = False
 ) -> dict[str, object]:
     """The fields of `--json`. Those that are counters alone are named where Stats declares them."""
     return {
-        "text": text,
+        "text": said.text,
+        **({"reasoning": said.thoughts} if said.thoughts else {}),
         "token_ids": token_ids,
         "num_prompt_tokens": num_prompt_tokens,
         "num_cached_tokens": stats.cached_tokens,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,7 @@ from ollm_core.errors import DoesNotFitError, InputError
 from ollm_core.files.paths import check_writable_file
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from ollm_core.text.prompts import PromptEncoder
 
 
 @click.command(short_help="Answer a prompt with a model.")
@@ -109,14 +110,19 @@ def run(
         from ollm_core.api import load
         from ollm_core.profiling import Profile
         from ollm_core.serving.request import Request
+        from ollm_core.text.answer_form import Said
 
         measured = Profile() if profile else None
         loading = keywords_of("run", options)
         with load(model, **loading, on_progress=progress, profile=measured) as opened:
-            [prompt_ids] = _encode(
-                opened.tokenizer, text, system, raw, reasoning_effort, allow_special_tokens
-            ).tolist()
-            answer = StreamedAnswer(progress, silent=as_json)
+            encoder = _encoder(
+                opened.tokenizer, system, raw, reasoning_effort, allow_special_tokens
+            )
+            [prompt_ids] = encoder.of_texts([text])
+            form = encoder.answer_form(prompt_ids)
+            sampling = replace(sampling, shown_token_ids=form.control_ids(opened.tokenizer))
+            said = Said(form)
+            answer = StreamedAnswer(progress, said, silent=as_json)
             start = time.perf_counter()
             [[found]] = opened.answer(
                 [Request(token_ids=prompt_ids, wanted=sampling)], on_event=answer.add
@@ -137,7 +143,7 @@ def run(
     if profile and measured:
         measured.write(profile)
     if as_json:
-        print_json(json_report(found.text, found.token_ids, len(prompt_ids), stats, drafting))
+        print_json(json_report(said, found.token_ids, len(prompt_ids), stats, drafting))
     else:
         asked = options["device_layers"], options["host_layers"]
         click.echo("\n" + summary(stats, *asked, drafting=drafting), err=True)
@@ -162,19 +168,15 @@ def _user_text(prompt: str | None, file: Path | None, as_text: bool) -> str:
     return text
 
 
-def _encode(
+def _encoder(
     tokenizer: Any,
-    text: str,
     system: str | None,
     raw: bool,
-    reasoning_effort: str | None = None,
-    allow_special_tokens: bool = False,
-) -> Tensor:
-    """Token ids [1, T] of what the model is to read."""
-    import torch
-
+    reasoning_effort: str | None,
+    allow_special_tokens: bool,
+) -> PromptEncoder:
     from ollm_core.text.prompts import PromptEncoder
 
     options = {"reasoning_effort": reasoning_effort} if reasoning_effort else None
     how = {"raw": raw, "allow_special_tokens": allow_special_tokens}
-    return torch.tensor(PromptEncoder(tokenizer, system, options, **how).of_texts([text]))
+    return PromptEncoder(tokenizer, system, options, **how)

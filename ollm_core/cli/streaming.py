@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import click
 
 from ollm_core.contracts.progress import Progress
 from ollm_core.memory.sizes import format_size
 from ollm_core.serving.request import Event, Finished, NewToken
+from ollm_core.text.thoughts import Thought
+
+if TYPE_CHECKING:
+    from ollm_core.text.answer_form import Said
+    from ollm_core.text.tool_calls import Piece
 
 _BAR = "{desc} {percentage:3.0f}% |{bar}| {elapsed}<{remaining}{postfix}"
 _LOADING = "{desc} {elapsed}"
@@ -87,21 +94,34 @@ def _layer(num_done: int, num_layers: int) -> str:
 
 
 class StreamedAnswer:
-    """Writes an answer to stdout as soon as its characters are whole."""
+    """Writes an answer to stdout as soon as its characters are whole; what the model thinks before
+    it, dimmed, to stderr.
+    """
 
-    def __init__(self, progress: ProgressBar, *, silent: bool) -> None:
+    def __init__(self, progress: ProgressBar, said: Said, *, silent: bool) -> None:
+        """`said` takes the answer apart, and has what came so far."""
         self._progress = progress
+        self._said = said
         self._silent = silent
+        self._thinks = False
 
     def add(self, event: Event) -> None:
         """Called with what happens to its request."""
         if isinstance(event, NewToken):
             self._progress.close()
-            self._write(event.text)
+            self._write(self._said.add(event.text))
         elif isinstance(event, Finished):
-            self._write(event.text + "\n")
+            self._write([*self._said.add(event.text, last=True), "\n"])
 
-    def _write(self, text: str) -> None:
-        if text and not self._silent:
-            click.echo(text, nl=False)
-            sys.stdout.flush()
+    def _write(self, pieces: Sequence[Piece]) -> None:
+        if self._silent:
+            return
+        for piece in pieces:
+            if isinstance(piece, Thought):
+                click.secho(piece.text, nl=False, err=True, dim=True)
+            elif isinstance(piece, str):
+                if self._thinks:
+                    click.echo("\n", err=True)
+                click.echo(piece, nl=False)
+                sys.stdout.flush()
+            self._thinks = isinstance(piece, Thought)

@@ -64,8 +64,8 @@ class PassCost:
     they are, nothing is computed.
     """
     past_bytes: float = 0.0
-    """Of `disk_bytes`, KV. A layer asks for it and waits; what it computes beside the reading of
-    later blocks is little.
+    """Of `disk_bytes`, KV of a step. A layer asks for it and waits; what it computes with one token
+    beside the reading of later blocks is little.
     """
 
     def seconds(self, rates: Rates) -> dict[str, float]:
@@ -154,10 +154,9 @@ class Estimate:
             scores = scenario.batch * self._num_heads * pairs * self._itemsize
             copies += _SCORE_PASSES * scores
         num_chunks = scenario.batch * len(past)
-        kv_in_files = kv * TIERS[run.kv_tier].in_files
         blocks = pairs / min(run.chunk_size, scenario.prompt_tokens) / _BLOCK_TOKENS
         return PassCost(
-            disk_bytes=weights + kv_in_files,
+            disk_bytes=weights + kv * TIERS[run.kv_tier].in_files,
             bus_bytes=weights + kv * (run.kv_tier != "device"),
             memory_bytes=copies,
             products=self._products(num_tokens, num_chunks, scenario.batch, distinct),
@@ -170,7 +169,6 @@ class Estimate:
             + scenario.batch * pairs / _BLOCK_TOKENS * self._num_heads * self._head_dim,
             converting_seconds=self._seconds + distinct * self._expert_seconds,
             loaded_bytes=run.held.resident_bytes,
-            past_bytes=kv_in_files,
         )
 
     def token(self, run: DryRunResult, scenario: Scenario) -> PassCost:

@@ -42,8 +42,9 @@ from ollm_core.serving.openai.schemas import (
     only,
 )
 from ollm_core.serving.openai.served import Body
-from ollm_core.serving.openai.tools import Said
+from ollm_core.text.answer_form import AnswerForm, Said
 from ollm_core.text.templates import ChatTemplate
+from ollm_core.text.thoughts import Thought
 from ollm_core.text.tool_calls import Call
 
 API_VERSION = "0.6.4"
@@ -77,7 +78,7 @@ _BOTH: Fields = {
     "images": only([]),
     "suffix": only(""),
     "template": only(""),
-    "think": only(False),
+    "think": Field(any_of(SWITCH, one_of("low", "medium", "high"))),
     "context": only([]),
     "logprobs": only(False),
     **ignored("model", "keep_alive"),
@@ -110,7 +111,7 @@ class Wanted:
     """Only whether the model is there is asked."""
 
 
-def understood(kind: Kind, body: Mapping[str, Any], *, has_template: bool) -> Wanted:
+def understood(kind: Kind, body: Mapping[str, Any], template: ChatTemplate | None) -> Wanted:
     """What a body of `/api/chat` or `/api/generate` (a completion) asks. Raises RefusedError."""
     said = {name: value for name, value in body.items() if value is not None}
     check_names(FIELDS[kind], said)
@@ -119,6 +120,7 @@ def understood(kind: Kind, body: Mapping[str, Any], *, has_template: bool) -> Wa
         if not isinstance(value, bool):
             raise RefusedError(f"{name}: need true or false, have {show(value)}", param=name)
     fields = {**_sampling(said.get("options", {})), **_format(said.get("format", ""))}
+    fields |= _thinking(said.get("think"), template)
     check_body(FIELDS[kind], body)
     if kind == "chat":
         messages = said.get("messages", [])
@@ -130,7 +132,7 @@ def understood(kind: Kind, body: Mapping[str, Any], *, has_template: bool) -> Wa
     prompt, system = said.get("prompt", ""), said.get("system", "")
     if not isinstance(prompt, str) or not isinstance(system, str):
         raise RefusedError("prompt and system: need texts", param="prompt")
-    if raw or not has_template:
+    if raw or template is None:
         if system:
             raise RefusedError("system: need a chat template, have none", param="system")
         return Wanted("completion", {**fields, "prompt": prompt}, stream, not prompt)
@@ -158,6 +160,21 @@ def _format(wanted: Any) -> dict[str, Any]:
     return {"response_format": {"type": "json_schema", "json_schema": {"schema": wanted}}}
 
 
+def _thinking(wanted: Any, template: ChatTemplate | None) -> dict[str, Any]:
+    """Whether the model is to think, or how much, where its template lets one say so."""
+    is_level = isinstance(wanted, str)
+    thinks = template is not None and AnswerForm.of(template.source).has_thoughts
+    if wanted and not thinks:
+        raise RefusedError("think: the model's chat template knows of no thoughts", param="think")
+    if template is None or wanted is None:
+        return {}
+    if is_level and template.knows("reasoning_effort"):
+        return {"reasoning_effort": wanted}
+    if template.knows("enable_thinking"):
+        return {"chat_template_kwargs": {"enable_thinking": bool(wanted)}}
+    return {}
+
+
 def _sampling(options: Any) -> dict[str, Any]:
     if not isinstance(options, dict):
         raise RefusedError(f"options: need an object, have {show(options)}", param="options")
@@ -182,13 +199,13 @@ class Generating:
 
     def __init__(self, service: Service, kind: Kind) -> None:
         self._service, self._kind = service, kind
-        self._has_template = ChatTemplate.of(service.tokenizer) is not None
+        self._template = ChatTemplate.of(service.tokenizer)
 
     async def __call__(self, client: Client) -> None:
         """Raises what is to be told to the client, and ClientGoneError."""
         began = time.monotonic_ns()
         fields = await client.read_object(self._service.options.max_body_bytes)
-        wanted = understood(self._kind, fields, has_template=self._has_template)
+        wanted = understood(self._kind, fields, self._template)
         if wanted.is_empty:
             done = {"done": True, "done_reason": "load"}
             await client.tell(200, {**self._part(""), **done})
@@ -209,12 +226,12 @@ class Generating:
         if wanted.stream:
             await client.write(_line({**self._part(""), **end}), more=False)
         else:
-            await client.tell(200, {**self._part(said.text, said.calls), **end})
+            await client.tell(200, {**self._part(said.text, said.calls, said.thoughts), **end})
 
     async def _answered(self, client: Client, body: Body, *, stream: bool) -> tuple[Answered, Said]:
         """The answer, which is told as it comes where it is a stream. Raises what has failed."""
         answer, watch, num_read = Answered(), Stopwatch(self._service.meter), 0
-        said = Said(body.asked[0].tools)
+        said = Said(body.asked[0].form)
         async with self._service.ask(body.requests()[0]) as asking:
             while not asking.has_ended:
                 events = await client.unless_gone(asking.events(KEEP_ALIVE_SECONDS))
@@ -226,16 +243,19 @@ class Generating:
                 num_read = len(answer.text)
                 text = "".join(piece for piece in pieces if isinstance(piece, str))
                 calls = [piece for piece in pieces if isinstance(piece, Call)]
-                if stream and (text or calls or not events):  # one without text is nothing new
-                    await client.write(_line(self._part(text, calls)))
+                thoughts = "".join(piece.text for piece in pieces if isinstance(piece, Thought))
+                if stream and (pieces or not events):  # one without text is nothing new
+                    await client.write(_line(self._part(text, calls, thoughts)))
         return answer, said
 
-    def _part(self, text: str, calls: Sequence[Call] = ()) -> dict[str, Any]:
+    def _part(self, text: str, calls: Sequence[Call] = (), thoughts: str = "") -> dict[str, Any]:
         said: dict[str, Any] = (
             {"message": {"role": "assistant", "content": text}}
             if self._kind == "chat"
             else {"response": text}
         )
+        if thoughts:
+            said.get("message", said)["thinking"] = thoughts
         if calls:
             said["message"]["tool_calls"] = [_told_call(one) for one in calls]
         name = {"model": self._service.name, "created_at": _now()}
@@ -288,7 +308,10 @@ class Told:
 
     def _abilities(self) -> list[str]:
         template = ChatTemplate.of(self._service.tokenizer, for_tools=True)
-        return ["tools"] if template is not None and template.knows("tools") else []
+        if template is None:
+            return []
+        tools = ["tools"] if template.knows("tools") else []
+        return [*tools, *(["thinking"] if AnswerForm.of(template.source).has_thoughts else [])]
 
     def _model(self) -> dict[str, Any]:
         name = self._service.name

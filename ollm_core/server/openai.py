@@ -115,7 +115,7 @@ class Completions:
             body.kind,
             wants_logprobs=body.asked[0].sampling.logprobs is not None,
             with_usage=body.with_usage,
-            tools=body.asked[0].tools,
+            form=body.asked[0].form,
             answer_id=answer_id,
         )
         answers = [[Answered() for _ in range(body.num_answers)] for _ in body.asked]

@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from ollm_core.server import batches, kept_routes, ollama, responses, systemone
+from ollm_core.server import batches, kept_routes, ollama, response_bodies, systemone
 from ollm_core.server.batch_routes import PURPOSES
 from ollm_core.serving.openai.fields import SERVED
 from ollm_core.serving.openai.schemas import (
@@ -87,6 +87,7 @@ _MESSAGE = object_of(
     {
         "role": one_of("assistant"),
         "content": nullable(TEXT),
+        "reasoning_content": TEXT,
         "tool_calls": list_of(_CALL, 1),
     },
     ["role", "content"],
@@ -164,7 +165,10 @@ _ALL: Mapping[tuple[str, str], Operation] = {
         about="Go on with texts", answer=_COMPLETION, fields=SERVED["completion"], types=[_EVENTS]
     ),
     ("post", "/v1/responses"): Operation(
-        about="Answer a chat in turns", answer=_RESPONSE, fields=responses.FIELDS, types=[_EVENTS]
+        about="Answer a chat in turns",
+        answer=_RESPONSE,
+        fields=response_bodies.FIELDS,
+        types=[_EVENTS],
     ),
     ("get", kept_routes.CHAT): Operation(
         about="An answer that was kept", answer=_CHAT, types=[_EVENTS], query=_FOLLOWED

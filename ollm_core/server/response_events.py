@@ -11,21 +11,25 @@ from ollm_core.server.client import as_json
 from ollm_core.server.errors import RefusedRequestError
 from ollm_core.serving.offline import Answered
 from ollm_core.serving.openai.served import Body
+from ollm_core.text.thoughts import Thought
 from ollm_core.text.tool_calls import Call, Piece
 
 
 class ResponseWriter:
-    """Its output is messages and calls of functions, in the order in which they come."""
+    """Its output is thoughts, messages and calls of functions, in the order in which they come."""
 
-    def __init__(self, model: str, fields: Mapping[str, Any]) -> None:
-        """`fields` are the body's own."""
+    def __init__(self, model: str, fields: Mapping[str, Any], tokenizer: Any) -> None:
+        """`fields` are the body's own; `tokenizer` counts what is thought."""
+        self._tokenizer = tokenizer
         self.response_id = f"resp_{secrets.token_hex(24)}"
         self._created = int(time.time())
         self._model, self._fields = model, fields
         self._number = 0
         self._output: list[dict[str, Any]] = []
         self._text: str | None = None
-        """Of the message that goes on, which is the last of the output."""
+        """Of the message or thought that goes on, which is the last of the output."""
+        self._thinks = False
+        """Whether that is a thought."""
         self.has_begun = False
 
     # The object.
@@ -60,7 +64,7 @@ class ResponseWriter:
             "tool_choice": fields.get("tool_choice") or ("auto" if tools else "none"),
             "tools": fields.get("tools") or [],
             "truncation": "disabled",
-            "usage": None if answer is None or body is None else _usage(body, answer),
+            "usage": None if answer is None or body is None else self._usage(body, answer),
         }
 
     def ended(self, body: Body, answer: Answered) -> dict[str, Any]:
@@ -71,6 +75,26 @@ class ResponseWriter:
         """The object of one that fails."""
         error = {"code": refused.code or "server_error", "message": refused.message}
         return {**self.response(body, "failed", None), "error": error}
+
+    def _usage(self, body: Body, answer: Answered) -> dict[str, Any]:
+        num_prompt, num_new = len(body.asked[0].token_ids), len(answer.token_ids)
+        thoughts = "".join(
+            part["text"]
+            for one in self._output
+            if one["type"] == "reasoning"
+            for part in one["content"]
+        )
+        num_thought = len(self._tokenizer(thoughts, add_special_tokens=False)["input_ids"])
+        return {
+            "input_tokens": num_prompt,
+            "input_tokens_details": {
+                "cached_tokens": answer.counts.num_cached_tokens,
+                "cache_write_tokens": 0,
+            },
+            "output_tokens": num_new,
+            "output_tokens_details": {"reasoning_tokens": min(num_thought, num_new)},
+            "total_tokens": num_prompt + num_new,
+        }
 
     # Its events.
 
@@ -84,14 +108,22 @@ class ResponseWriter:
 
     def add(self, pieces: Sequence[Piece]) -> bytes:
         """More of its output."""
-        return b"".join(
-            self._call(one) if isinstance(one, Call) else self._said(one) for one in pieces
-        )
+        events = b""
+        for one in pieces:
+            if isinstance(one, Call):
+                events += self._call(one)
+            elif isinstance(one, Thought):
+                events += self._thought(one.text)
+            else:
+                events += self._said(one)
+        return events
 
     def end(self, body: Body, answer: Answered) -> bytes:
         """The events after its output, which has at least a message without text."""
         status = _status(answer)
-        events = self._said("") if not self._output else b""
+        has_answer = any(one["type"] != "reasoning" for one in self._output)
+        is_cut = status == "incomplete" and bool(self._output)  # in the middle of a thought
+        events = b"" if has_answer or is_cut else self._said("")
         events += self._close(status)
         return events + self._event(f"response.{status}", response=self.ended(body, answer))
 
@@ -100,8 +132,19 @@ class ResponseWriter:
         told = refused.fields["error"]
         return self._event("error", message=told["message"], code=told["code"], param=told["param"])
 
-    def _said(self, text: str) -> bytes:
+    def _thought(self, text: str) -> bytes:
         events = b""
+        if not self._thinks:
+            events += self._close("completed")
+            self._text, self._thinks = "", True
+            self._output.append(_reasoning(_new_id("rs"), "in_progress", []))
+            events += self._item("added", self._output[-1])
+        self._text = (self._text or "") + text
+        self._output[-1] = _reasoning(self._item_id, "in_progress", [self._text])
+        return events + self._event("response.reasoning_text.delta", **self._place, delta=text)
+
+    def _said(self, text: str) -> bytes:
+        events = self._close("completed") if self._thinks else b""
         if self._text is None:
             self._text = ""
             item = _message(_new_id("msg"), "in_progress", "")
@@ -117,10 +160,15 @@ class ResponseWriter:
         )
 
     def _close(self, status: str) -> bytes:
-        """The events after the text of a message, if one goes on."""
+        """The events after the text of a message or a thought, if one goes on."""
         text, self._text = self._text, None
+        thinks, self._thinks = self._thinks, False
         if text is None:
             return b""
+        if thinks:
+            self._output[-1] = _reasoning(self._item_id, status, [text])
+            done = self._event("response.reasoning_text.done", **self._place, text=text)
+            return done + self._item("done", self._output[-1])
         self._output[-1] = _message(self._item_id, status, text)
         return (
             self._event("response.output_text.done", **self._place, text=text, logprobs=[])
@@ -186,19 +234,11 @@ def _message(item_id: str, status: str, text: str) -> dict[str, Any]:
     }
 
 
+def _reasoning(item_id: str, status: str, texts: Sequence[str]) -> dict[str, Any]:
+    content = [{"type": "reasoning_text", "text": text} for text in texts]
+    made = {"id": item_id, "type": "reasoning", "status": status, "summary": []}
+    return {**made, "content": content}
+
+
 def _part(text: str) -> dict[str, Any]:
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
-
-
-def _usage(body: Body, answer: Answered) -> dict[str, Any]:
-    num_prompt, num_new = len(body.asked[0].token_ids), len(answer.token_ids)
-    return {
-        "input_tokens": num_prompt,
-        "input_tokens_details": {
-            "cached_tokens": answer.counts.num_cached_tokens,
-            "cache_write_tokens": 0,
-        },
-        "output_tokens": num_new,
-        "output_tokens_details": {"reasoning_tokens": 0},
-        "total_tokens": num_prompt + num_new,
-    }

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ollm_core.errors import InputError
+from ollm_core.text.answer_form import AnswerForm
 from ollm_core.text.chat import encode_chats, encode_text
 from ollm_core.text.templates import ChatTemplate, Message
 
@@ -54,6 +55,12 @@ class PromptEncoder:
             return [encode_text(self._tokenizer, text, **how) for text in texts]
         before = [{"role": "system", "content": self._system}] if self._system else []
         return self.of_chats([[*before, {"role": "user", "content": text}] for text in texts])
+
+    def answer_form(self, prompt: Sequence[int]) -> AnswerForm:
+        """How the model writes answers to a prompt, of token ids, that was made here."""
+        if self._template is None:
+            return AnswerForm()
+        return AnswerForm.after(self._tokenizer, self._template, prompt)
 
     def of_chats(self, conversations: Sequence[Sequence[Message]]) -> list[list[int]]:
         """The token ids of each conversation, up to where the assistant speaks. Raises InputError

@@ -14,6 +14,7 @@ from typing import Any
 from transformers.utils.chat_parsing import ResponseParser, parse_response
 
 from ollm_core.files.untrusted_json import parse_object
+from ollm_core.text.thoughts import Thought
 from ollm_core.text.tool_forms import ToolForm
 
 _ID_CHARS = string.ascii_letters + string.digits
@@ -37,8 +38,8 @@ class Call:
     call_id: str = field(default_factory=new_call_id)
 
 
-Piece = str | Call
-"""A part of an answer: more of its text, or a call."""
+Piece = str | Call | Thought
+"""A part of an answer: more of its text, a call, or a thought."""
 
 
 class CallParser(ABC):
@@ -64,7 +65,7 @@ class CallParser(ABC):
         """The same without the white space around calls."""
         told: list[Piece] = []
         for piece in pieces:
-            if isinstance(piece, Call):
+            if not isinstance(piece, str):
                 self._space, self._has_called = "", True
                 told.append(piece)
                 continue
@@ -175,10 +176,3 @@ class BareCalls(CallParser):
     def _read(self, text: str) -> Call:
         found = parse_object(text.encode(), strict=True)
         return self._call(found.get("name"), found.get(self._form.arguments))
-
-
-def call_parser(
-    form: ToolForm, tools: Sequence[Mapping[str, Any]], *, forced: bool = False
-) -> CallParser:
-    """For one answer; `forced`: it is the JSON object of a call, without marks."""
-    return BareCalls(form, tools) if forced or not form.open else MarkedCalls(form, tools)

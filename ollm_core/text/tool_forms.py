@@ -37,6 +37,8 @@ class ToolForm:
     """Whether the object stands in a list."""
     control: tuple[str, ...] = ()
     """What of the form may be control tokens, which texts of answers else leave out."""
+    has_channels: bool = False
+    """Whether answers are messages on channels, which `harmony` reads."""
 
 
 FORMS = (
@@ -124,6 +126,15 @@ FORMS = (
         opening="[TOOL_CALLS]",
         in_list=True,
         control=("[TOOL_CALLS]",),
+    ),
+    ToolForm(  # gpt-oss
+        marks=("<|channel|>", "<|message|>"),
+        open="<|channel|>",
+        control=(
+            "<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|constrain|>", "<|return|>",
+            "<|call|>",
+        ),
+        has_channels=True,
     ),
     ToolForm(  # Llama 3
         marks=('{"name": ', '"parameters": '),

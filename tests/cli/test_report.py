@@ -8,6 +8,7 @@ from mixtures import open_moe
 
 import ollm
 from ollm_core.cli.report import json_report, summary
+from ollm_core.text.answer_form import AnswerForm, Said
 
 
 def test_run_tells_of_experts(make_moe, ids):
@@ -17,12 +18,13 @@ def test_run_tells_of_experts(make_moe, ids):
     with open_moe(make_moe("mixtral")) as model:
         model(input_ids=ids(30)[None])
         stats = model.stats
-    told = json_report("", [], 30, stats)
+    said = Said(AnswerForm())
+    told = json_report(said, [], 30, stats)
     assert told["experts_routed"] == told["experts_read"] + told["experts_hit"] > 0
     assert told["expert_bytes_read"] == stats.expert_bytes_read > 0
     assert f"{stats.experts_routed} routed, " in summary(stats)
     dense = replace(stats, experts_routed=0)
-    assert "experts_routed" not in json_report("", [], 30, dense)
+    assert "experts_routed" not in json_report(said, [], 30, dense)
     assert "experts" not in summary(dense)
 
 

@@ -117,15 +117,15 @@ def test_what_is_multiplied_and_by_how_many_rows(dry_run_of):
 
 
 def test_kv_in_files_is_waited_for(dry_run_of):
-    """All of it at each step, and that of earlier chunks of a prompt."""
+    """At each step; a prompt's chunks compute long enough beside its reading."""
     dry_run = dry_run_of("bfloat16")
     estimate = Estimate(dry_run.spec)
     scenario = Scenario(610, 10, kv="disk", attention="blockwise", chunk_size=256)
     run = dry_run.run(ROOMY, scenario)
     token = estimate.token(run, scenario)
     assert token.past_bytes == estimate.kv_bytes(scenario) == token.disk_bytes > 0
-    earlier = (256 + 512) / 610
-    assert estimate.prompt(run, scenario).past_bytes == earlier * token.past_bytes
+    prompt = estimate.prompt(run, scenario)
+    assert prompt.past_bytes == 0 < prompt.disk_bytes
 
 
 def test_seconds_add_up_on_the_device_and_not_with_the_disk():

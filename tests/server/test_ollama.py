@@ -11,8 +11,10 @@ from asgi_calls import Call, calls
 from ollm_core.server import ollama
 from ollm_core.server.ollama import understood
 from ollm_core.serving.openai.refused import RefusedError
+from ollm_core.text.templates import ChatTemplate
 
 CHAT, TEXT = "/api/chat", "/api/generate"
+PLAIN = ChatTemplate("{{ messages }}", "here", {})
 GREEDY = {"temperature": 0, "num_predict": 6}
 
 
@@ -92,7 +94,8 @@ def test_clients_that_probe_find_what_they_look_for(app):
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ({"think": True}, "think: need False or nothing"),
+        ({"think": True}, "think: the model's chat template knows of no thoughts"),
+        ({"think": "much"}, "think: "),
         ({"format": "xml"}, "format: need 'json' or a schema"),
         ({"colour": 1}, "'colour' in the body is not known"),
         ({"stream": "yes"}, "stream: need true or false"),
@@ -104,13 +107,13 @@ def test_clients_that_probe_find_what_they_look_for(app):
 def test_what_is_not_supported_is_refused(body, message):
     """And not left out in silence."""
     with pytest.raises(RefusedError, match=message):
-        understood("chat", body, has_template=True)
+        understood("chat", body, PLAIN)
 
 
 def test_options_have_their_names_in_openais_words():
     """Ollama's defaults hold where nothing is said; how it runs a model is nothing here."""
     options = {"repeat_penalty": 1.2, "stop": ["x"], "seed": 4, "num_ctx": 4096, "num_predict": -1}
-    fields = understood("chat", {"options": options}, has_template=True).fields
+    fields = understood("chat", {"options": options}, PLAIN).fields
     assert fields == {
         "temperature": 0.8, "top_k": 40, "top_p": 0.9, "repetition_penalty": 1.2, "stop": ["x"],
         "seed": 4, "messages": [],

@@ -10,7 +10,7 @@ from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
 from ollm_core.errors import ReadError
-from ollm_core.server.responses import understood
+from ollm_core.server.response_bodies import understood
 from ollm_core.serving.openai.refused import RefusedError
 
 PATH = "/v1/responses"
@@ -82,7 +82,9 @@ def test_turns_and_instructions_are_a_chat(app):
     [
         ({"input": []}, "input"),
         ({"input": 3}, "input"),
-        ({"input": [{"type": "reasoning"}]}, "input[0]"),
+        ({"input": [{"type": "reasoning", "content": "x"}]}, "input[0]"),
+        ({"input": [{"type": "reasoning", "colour": 1}]}, "input[0]"),
+        ({"reasoning": {"effort": [3]}}, "reasoning"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0]"),
         ({"input": [{"role": "user", "content": "x", "colour": 1}]}, "input[0]"),
         ({"previous_response_id": "resp_1"}, "previous_response_id"),

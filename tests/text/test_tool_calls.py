@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from ollm_core.text.tool_calls import Call, call_parser
+from ollm_core.text.tool_calls import BareCalls, Call, MarkedCalls
 from ollm_core.text.tool_forms import FORMS, form_of
 
 
@@ -26,6 +26,7 @@ TEMPLATES = {
     "mistral args": "[TOOL_CALLS]{{ name }}[ARGS]",
     "gemma": "<|tool_call>call:{{ name }}",
     "llama": '{"name": {{ x }}, "parameters": {}}',
+    "harmony": "<|channel|>commentary to=functions.x<|message|>",
 }
 ONE = ("look", {"where": "Rome, Itálìa", "days": 2})
 TWO = ("go-to.place", {"deep": {"a": [1, None]}})
@@ -93,6 +94,11 @@ ANSWERS = [
     ("llama", '{"a": 1} is JSON', ['{"a": 1} is JSON']),
     ("llama", "The sky is {blue}.\n", ["The sky is {blue}.\n"]),
 ]  # fmt: skip
+
+
+def call_parser(form, tools, *, forced=False):
+    """For one answer."""
+    return (MarkedCalls if form.open and not forced else BareCalls)(form, tools)
 
 
 def said(pieces):

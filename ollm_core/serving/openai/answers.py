@@ -10,8 +10,8 @@ from typing import Any
 
 from ollm_core.serving.offline import Answered
 from ollm_core.serving.openai.requests import Asked, Kind
-from ollm_core.serving.openai.tools import Said
 from ollm_core.serving.request import FinishReason, TokenLogprobs
+from ollm_core.text.answer_form import Said
 from ollm_core.text.tool_calls import Call
 
 _BROKEN = "\ufffd"
@@ -77,10 +77,12 @@ class Writer:
         }
 
     def _chat(self, index: int, answer: Answered, asked: Asked) -> dict[str, Any]:
-        said = Said(asked.tools)
+        said = Said(asked.form)
         said.add(answer.text, last=True)
         text = (said.text or None) if said.calls else said.text
         message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if said.thoughts:
+            message["reasoning_content"] = said.thoughts
         if said.calls:
             message["tool_calls"] = [told_call(call) for call in said.calls]
         wants_logprobs = asked.sampling.logprobs is not None

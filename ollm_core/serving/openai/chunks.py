@@ -8,8 +8,9 @@ from typing import Any
 
 from ollm_core.serving.openai.answers import Writer, told_call, told_reason
 from ollm_core.serving.openai.requests import Kind
-from ollm_core.serving.openai.tools import Said, ToolUse
 from ollm_core.serving.request import FinishReason, NewToken
+from ollm_core.text.answer_form import AnswerForm, Said
+from ollm_core.text.tool_calls import Call
 
 
 class Chunks:
@@ -22,11 +23,12 @@ class Chunks:
         *,
         wants_logprobs: bool,
         with_usage: bool,
-        tools: ToolUse | None = None,
+        form: AnswerForm | None = None,
         answer_id: str | None = None,
     ) -> None:
-        """`with_usage`: the last chunk has it, and all others say that they have none. Calls of
-        `tools` are told as such, each whole. `answer_id` is that of all chunks; None: a new one.
+        """`with_usage`: the last chunk has it, and all others say that they have none. By
+        `form`, thoughts are told as such, and calls, each whole. `answer_id` is that of all chunks;
+        None: a new one.
         """
         self._writer = writer
         self._kind = kind
@@ -35,7 +37,7 @@ class Chunks:
         if with_usage:
             self._head["usage"] = None
         self._ends: defaultdict[int, int] = defaultdict(int)
-        self._answers: defaultdict[int, Said] = defaultdict(lambda: Said(tools))
+        self._answers: defaultdict[int, Said] = defaultdict(lambda: Said(form or AnswerForm()))
 
     def first(self, index: int, echo: str = "") -> dict[str, Any] | None:
         """What a choice begins with, if anything: who speaks, or the prompt again."""
@@ -88,14 +90,17 @@ class Chunks:
 
     def _pieces(self, index: int, text: str, *, last: bool = False) -> list[dict[str, Any]]:
         """What a choice goes on with."""
-        answer, told = self._answers[index], []
+        answer = self._answers[index]
+        told: list[dict[str, Any]] = []
         number = len(answer.calls)
         for piece in answer.add(text, last=last):
-            if isinstance(piece, str):
-                told.append(self._said(piece))
-            else:
+            if isinstance(piece, Call):
                 told.append({"delta": {"tool_calls": [{"index": number, **told_call(piece)}]}})
                 number += 1
+            elif isinstance(piece, str):
+                told.append(self._said(piece))
+            else:
+                told.append({"delta": {"reasoning_content": piece.text}})
         return told
 
     def _chunk(

@@ -16,6 +16,7 @@ from ollm_core.serving.openai.limits import (
     TOOL_NAME,
     WORD,
 )
+from ollm_core.serving.openai.messages import THOUGHTS
 from ollm_core.serving.openai.schemas import (
     ANYTHING,
     OBJECT,
@@ -66,19 +67,21 @@ _SPOKEN = one_of("system", "developer", "user", "function")
 def message(more: Mapping[str, Schema]) -> Schema:
     """One message; `more` are fields of what a function gave."""
     gave = {"role": one_of("tool"), "content": CONTENT, "tool_call_id": nullable(SHORT), **more}
-    assistant = one_of("assistant")
+    assistant = {
+        "role": one_of("assistant"), **dict.fromkeys(THOUGHTS, nullable(TEXT)),
+    }  # fmt: skip
     return any_of(
         _message({"role": _SPOKEN, "content": CONTENT}, ["content"]),
         _message(
             {
-                "role": assistant,
+                **assistant,
                 "content": CONTENT,
                 "tool_calls": any_of(_CALLS, one_of([], None)),
             },
             ["content"],
         ),
         _message(
-            {"role": assistant, "content": nullable(CONTENT), "tool_calls": _CALLS},
+            {**assistant, "content": nullable(CONTENT), "tool_calls": _CALLS},
             ["tool_calls"],
         ),
         _message(gave, ["content"]),

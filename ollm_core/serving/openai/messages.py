@@ -9,12 +9,14 @@ from ollm_core.files.untrusted_json import parse_object, show
 from ollm_core.serving.openai.limits import MAX_SHORT_CHARS
 from ollm_core.serving.openai.refused import RefusedError, check_text, unsupported
 
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+"""What clients, and chat templates, call the thoughts of an assistant's message."""
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 MAX_DEPTH = 64
 """Of the arguments of a call."""
 _PART = {"type", "text"}
 _FIELDS: Mapping[str, frozenset[str]] = {
-    "assistant": frozenset({"role", "content", "tool_calls"}),
+    "assistant": frozenset({"role", "content", "tool_calls", *THOUGHTS}),
     "tool": frozenset({"role", "content", "tool_call_id", "name"}),
 }
 _CALL = {"id", "type", "function", "index"}
@@ -41,6 +43,8 @@ def read_message(number: int, message: Any) -> dict[str, Any]:
     made["content"] = _content(param, message.get("content"), may_lack=bool(calls))
     if calls is not None and calls != []:
         made["tool_calls"] = _calls(param, calls)
+    if role == "assistant" and (thoughts := _thoughts(param, message)):
+        made |= dict.fromkeys(THOUGHTS, thoughts)
     if role == "tool":
         for name in ("tool_call_id", "name"):
             if message.get(name) is not None:
@@ -70,6 +74,17 @@ def _content(param: str, content: Any, *, may_lack: bool) -> str:
         raise RefusedError(f"{param}: content: need text, have {show(content)}", param=param)
     check_text(param, content)
     return content
+
+
+def _thoughts(param: str, message: Mapping[str, Any]) -> str:
+    for name in THOUGHTS:
+        text = message.get(name)
+        if text is not None and not isinstance(text, str):
+            raise RefusedError(f"{param}: {name}: need text, have {show(text)}", param=param)
+        if text:
+            check_text(param, text)
+            return str(text)
+    return ""
 
 
 def _part(param: str, part: Any) -> str:

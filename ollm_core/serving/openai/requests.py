@@ -29,6 +29,7 @@ from ollm_core.serving.openai.refused import (
 from ollm_core.serving.openai.schemas import check_body, check_names
 from ollm_core.serving.openai.tools import ToolUse, read_tools
 from ollm_core.serving.request import SamplingParams
+from ollm_core.text.answer_form import AnswerForm
 from ollm_core.text.chat import encode_chat, encode_text
 from ollm_core.text.templates import ChatTemplate
 
@@ -42,6 +43,7 @@ _AS_THEY_ARE = (
 )  # fmt: skip
 _SWITCHES = ("ignore_eos", "include_stop_str_in_output")
 _WORD = re.compile(WORD)
+_PLAIN = AnswerForm()
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +73,11 @@ class Asked:
     sampling: SamplingParams
     tools: ToolUse | None = None
     """Functions that the answers may call."""
+    form: AnswerForm = _PLAIN
+    """How the model writes them."""
+    opening: Sequence[int] = ()
+    """What is written for the model where an answer must follow a grammar from its first token on.
+    """
 
 
 def read_row(line: bytes) -> Row:
@@ -215,15 +222,14 @@ class Reader:
         variables = self._variables(said, template)
         tools = () if use is None else use.tools
         token_ids = encode_chat(self._tokenizer, template, shown, variables, tools=tools)
+        form = AnswerForm.after(self._tokenizer, template, token_ids)
+        opening = form.opening
         if use is not None:
-            token_ids += self._tokenizer(use.opening, add_special_tokens=False)["input_ids"]
-            sampling = replace(sampling, shown_token_ids=self._ids_of(use.form.control))
-        return Asked("chat", token_ids, sampling, use)
-
-    def _ids_of(self, tokens: Sequence[str]) -> list[int]:
-        """Of those that are tokens of their own."""
-        known = self._tokenizer.get_added_vocab()
-        return [known[token] for token in tokens if token in known]
+            form = replace(form, calls=use.form, tools=use.forced or use.tools)
+            opening += use.opening
+        sampling = replace(sampling, shown_token_ids=form.control_ids(self._tokenizer))
+        opening_ids = self._tokenizer(opening, add_special_tokens=False)["input_ids"]
+        return Asked("chat", token_ids, sampling, use, form, opening_ids)
 
     def _variables(self, said: Mapping[str, Any], template: ChatTemplate) -> dict[str, Any]:
         """What the template is told beside messages. It must know each, and none may be a text that

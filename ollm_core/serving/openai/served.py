@@ -189,11 +189,17 @@ def _following(
     try:
         if grammars is None:
             raise UnsupportedError(f"{param}: this server follows no schemas")
-        processor = grammars.follow(schema, len(asked.token_ids))
+        token_ids = [*asked.token_ids, *asked.opening]
+        processor = grammars.follow(schema, len(token_ids))
     except InputError as error:
         hint = f"; {error.hint}" if error.hint else ""
         raise RefusedError(f"{error.message}{hint}", param=param) from None
-    return replace(asked, sampling=replace(asked.sampling, logits_processors=(processor,)))
+    return replace(
+        asked,
+        token_ids=token_ids,
+        sampling=replace(asked.sampling, shown_token_ids=(), logits_processors=(processor,)),
+        form=replace(asked.form, is_bound=True),
+    )
 
 
 def _prompts(said: Mapping[str, Any]) -> list[Any]:

@@ -11,7 +11,6 @@ from ollm_core.files.untrusted_json import depth, show
 from ollm_core.serving.openai.limits import MAX_TOOLS, TOOL_NAME
 from ollm_core.serving.openai.messages import MAX_DEPTH
 from ollm_core.serving.openai.refused import RefusedError, check_text, unsupported
-from ollm_core.text.tool_calls import Call, CallParser, Piece, call_parser
 from ollm_core.text.tool_forms import ToolForm, form_of
 
 _NAME = re.compile(TOOL_NAME)
@@ -37,10 +36,6 @@ class ToolUse:
         """What is written for the model before a call that must come."""
         return self.form.opening if self.forced else ""
 
-    def parser(self) -> CallParser:
-        """For one answer."""
-        return call_parser(self.form, self.forced or self.tools, forced=bool(self.forced))
-
     def schema(self) -> dict[str, Any]:
         """Of a call that must come."""
         calls, known = [], {}
@@ -62,27 +57,6 @@ class ToolUse:
         if self.form.in_list:
             one = {"type": "array", "items": one, "minItems": 1, "maxItems": 1}
         return {**one, "$defs": known}
-
-
-class Said:
-    """What one answer says, and what it wants called, as it grows."""
-
-    def __init__(self, tools: ToolUse | None) -> None:
-        self.text = ""
-        self.calls: list[Call] = []
-        self._parser = None if tools is None else tools.parser()
-
-    def add(self, text: str, *, last: bool = False) -> list[Piece]:
-        """More of the answer; -> what is new and certain."""
-        pieces: list[Piece] = [text] if text else []
-        if self._parser is not None:
-            pieces = [*self._parser.add(text), *(self._parser.finish() if last else [])]
-        for piece in pieces:
-            if isinstance(piece, Call):
-                self.calls.append(piece)
-            else:
-                self.text += piece
-        return pieces
 
 
 def read_tools(said: Mapping[str, Any], template: str) -> ToolUse | None:
