@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import io
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -158,11 +159,17 @@ class _Questions:
             raise RefusedError(
                 f"questions: need at most {MAX_TEXTS}, have {len(questions)}", param="questions"
             )
-        sampling = SamplingParams(temperature=0, max_tokens=fields.get("max_tokens", 256))
-        prompts = question_prompts(PromptEncoder(self._service.tokenizer), document, questions)
+        encoder = PromptEncoder(self._service.tokenizer)
+        prompts = question_prompts(encoder, document, questions)
         check_length(prompts, self._service.served.max_positions)
+        forms = [encoder.answer_form(one) for one in prompts]
+        shown = [one.control_ids(self._service.tokenizer) for one in forms]
+        sampling = SamplingParams(temperature=0, max_tokens=fields.get("max_tokens", 256))
         return Body(
-            asked=[Asked("chat", one, sampling) for one in prompts],
+            asked=[
+                Asked("chat", prompt, replace(sampling, shown_token_ids=ids), form=form)
+                for prompt, form, ids in zip(prompts, forms, shown, strict=True)
+            ],
             prompts=[None] * len(prompts),
             stream=True,
             with_usage=True,

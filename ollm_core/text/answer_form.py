@@ -14,7 +14,6 @@ from ollm_core.text.tool_calls import BareCalls, Call, MarkedCalls, Piece
 from ollm_core.text.tool_forms import ToolForm
 from ollm_core.text.tool_forms import form_of as tool_form_of
 
-
 _END_TOKENS = 16  # of a prompt: enough for what opens a thought
 
 

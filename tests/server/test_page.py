@@ -5,14 +5,19 @@ from __future__ import annotations
 import re
 import shutil
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from asgi_calls import calls
 from running_server import Running
+from thinking_model import ANSWER, THOUGHT, make_thinking
 
+from ollm_core.api import load
 from ollm_core.server import page
 from ollm_core.server.page import FILES
+from ollm_core.server.service import Service
+from ollm_core.serving.openai.requests import Defaults
 
 CHROMIUM = shutil.which("chromium")
 
@@ -138,8 +143,8 @@ def until(is_so):
         time.sleep(0.02)
 
 
-@pytest.fixture
-def sheet(service):
+@contextmanager
+def shown(service):
     """The page in a browser; nothing it logs is an error."""
     playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
     if CHROMIUM is None:
@@ -151,10 +156,17 @@ def sheet(service):
         sheet.on("pageerror", lambda error: faults.append(str(error)))
         sheet.on("console", lambda told: faults.append(told.text))
         sheet.goto(running.url)
-        until(lambda: sheet.inner_text("#model") == "tiny")
+        until(lambda: sheet.inner_text("#model") == service.name)
         yield sheet
         browser.close()
         assert faults == []
+
+
+@pytest.fixture
+def sheet(service):
+    """The page in a browser."""
+    with shown(service) as sheet:
+        yield sheet
 
 
 def test_a_person_asks_by_keyboard(sheet):
@@ -176,6 +188,22 @@ def test_a_person_asks_by_keyboard(sheet):
         "#file", {"name": "b.txt", "mimeType": "text/plain", "buffer": b"x" * 300}
     )
     until(lambda: "more than the model's 256" in sheet.inner_text("#file-told"))
+
+
+def test_what_a_model_thinks_is_folded_away(tmp_path):
+    """It stands before the answer, for who opens it."""
+    with (
+        load(make_thinking(tmp_path / "thinking"), device="cpu") as model,
+        Service(model, "thinking", None, Defaults(max_tokens=60)) as service,
+        shown(service) as sheet,
+    ):
+        sheet.fill("#questions", "1 + 2?")
+        sheet.click("#go")
+        until(lambda: sheet.inner_text("#state").startswith("Done."))
+        assert sheet.inner_text("#answers li > p:first-of-type") == ANSWER
+        assert not sheet.is_visible("#answers details p")
+        sheet.click("#answers summary")
+        assert sheet.inner_text("#answers details p") == THOUGHT
 
 
 def test_an_answer_can_be_stopped(sheet, service):

@@ -166,6 +166,20 @@ function card(question) {
   return { place, took, ended: false };
 }
 
+// What the model thinks before it answers, open as long as it does.
+function think(shown, more) {
+  if (!shown.thoughts) {
+    const box = document.createElement("details");
+    const name = document.createElement("summary");
+    name.textContent = "Thoughts";
+    shown.thoughts = document.createElement("p");
+    box.append(name, shown.thoughts);
+    box.open = true;
+    shown.place.before(box);
+  }
+  shown.thoughts.textContent += more;
+}
+
 function tell(progress) {
   const bar = find("progress");
   if (progress.state === "decoding") return;
@@ -203,9 +217,15 @@ async function write(questions, cards, most, signal) {
       if (found.error) throw new Error(found.error.message);
       for (const { index, delta, finish_reason: reason } of found.choices) {
         const shown = cards[index];
+        if (delta.reasoning_content) {
+          find("progress").hidden = true;
+          say("state", "Thinking …");
+          think(shown, delta.reasoning_content);
+        }
         if (delta.content) {
           find("progress").hidden = true;
           say("state", "Answering …");
+          if (shown.thoughts && !shown.place.textContent) shown.thoughts.parentNode.open = false;
           shown.place.textContent += delta.content;
         }
         if (reason) {
