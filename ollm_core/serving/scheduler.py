@@ -292,11 +292,12 @@ class Scheduler(Closing):
                 raise _CancelledError
 
         engine = self._model.engine
-        start, read_before = time.perf_counter(), engine.read_seconds
+        start, (read_before, waited_before) = time.perf_counter(), engine.reading_seconds
         rows = engine.run(self._store, [text.work(number) for text, number in chosen], check)
         num_tokens = sum(number for _, number in chosen)
         seconds = time.perf_counter() - start
-        self._budget.measured(num_tokens, seconds, engine.read_seconds - read_before)
+        read, waited = engine.reading_seconds
+        self._budget.measured(num_tokens, seconds, read - read_before, waited - waited_before)
         for (text, number), logits in zip(chosen, rows, strict=True):
             begin, end = text.num_stored, text.num_stored + number
             assert text.sequence is not None
