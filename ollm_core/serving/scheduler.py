@@ -24,7 +24,7 @@ from ollm_core.errors import (
     NotFiniteError,
     OllmError,
 )
-from ollm_core.serving.admission import begin, best_known, shared_beginning
+from ollm_core.serving.admission import begin, best_known, num_kept, shared_beginning
 from ollm_core.serving.live import LiveText, RequestedText, SharedPrefix
 from ollm_core.serving.lone_drafts import LoneDrafts
 from ollm_core.serving.model import ServedModel
@@ -107,6 +107,12 @@ class Scheduler(Closing):
             if one.sequence is not None and any(text in texts for text in one.texts)
         ]  # itself, or a beginning that it waits for with others
         return max((one.num_stored for one in running), default=None)
+
+    def num_kept(self, token_ids: Sequence[int]) -> int:
+        """How many tokens of a prompt were read before: for this scheduler, or for those that have
+        left what they read in the store's prefix cache.
+        """
+        return num_kept(as_tensor(token_ids[:-1]), self._store, self._prefixes)
 
     def cached(self) -> list[tuple[tuple[int, int], Tensor]]:
         """See `Prefixes.cached`."""
