@@ -2,18 +2,20 @@
 
 usage: together.py [CHECKPOINT] [--questions 16 --document 8192 | --rows 32] [--new 16]
                    [--alone 3] [--throttle 1.0] [--cap 1500] [--peers llamacpp,accelerate]
-                   [--rounds 1] [--json FILE]
+                   [--rounds 1] [--slow-reading] [--json FILE]
 
 Without CHECKPOINT, the random Llama of 2.57 GB in models/random-llama, written if it is not there.
-`--questions` are asked about one document, which is read and kept on disk before; `--rows` have
-nothing in common. Each answer is greedy, of `--new` tokens, and its tokens must be the same alone
-and beside others (in float32; in bfloat16 rounding may choose another, which is told). One after
-another, `--alone` of them are run and the rate is theirs: they are alike.
+`--questions` are asked about one document. Before, a first process reads it for another question
+and keeps it on disk, and a second process asks one more: the time to the first token of both.
+`--rows` have nothing in common. Each answer is greedy, of `--new` tokens, and its tokens must be
+the same alone and beside others (in float32; in bfloat16 rounding may choose another, which is
+told). One after another, `--alone` of them are run and the rate is theirs: they are alike. The
+host's memory holds the KV of 32 rows: a block of 256 tokens each.
 
 Each measurement is a process of its own, under the cap of memory, which counts the page cache, and
-with the disk throttled to so many GB/s by the kernel (0: not throttled; both need root). The
-document is read once, without the throttle. A peer of `--peers` generates what `--rows` are, one,
-and all in one batch, cold before every pass, with the same throttle.
+with the disk throttled to so many GB/s by the kernel (0: not throttled; both need root). The first
+two processes are not throttled, or both with `--slow-reading`. A peer of `--peers` generates what
+`--rows` are, one, and all in one batch, cold before every pass, with the same throttle.
 
 The last line on stdout is the record as JSON; the report for people goes to stderr.
 """
@@ -48,10 +50,15 @@ SHORTEST, LONGEST = 20, 60
 PROMPT = 128
 """Tokens of a row."""
 SECONDS = 3600
+MEASURED = ("first", "second", "together", "alone")
+RECORDED = ("questions", "document", "rows", "new", "alone", "throttle", "slow_reading", "cap")
+"""Arguments that stand in the record."""
 
 
 def prompts(args: argparse.Namespace) -> list[list[int]]:
-    """The token ids of every request: the same everywhere, all below 49,000."""
+    """The token ids of every request: the same everywhere, all below 49,000. On a document, those
+    of the first and the second process come last.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def tokens(number: int) -> list[int]:
@@ -61,18 +68,25 @@ def prompts(args: argparse.Namespace) -> list[list[int]]:
         return [tokens(PROMPT) for _ in range(args.rows)]
     document, last = tokens(args.document), max(args.questions - 1, 1)
     lengths = [SHORTEST + (LONGEST - SHORTEST) * number // last for number in range(args.questions)]
+    lengths += [LONGEST, LONGEST]  # of the first and the second process
     return [document + tokens(length) for length in lengths]
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """One measurement in this process: `read` the document, all `together`, or each `alone`."""
+    """One measurement in this process: the `first` question on the document, or the `second`, all
+    `together`, or each `alone`.
+    """
     wanted = SamplingParams(
         temperature=0.0, max_tokens=args.new, min_tokens=args.new, ignore_eos=True
     )
-    asked = [Request(token_ids=ids, wanted=wanted, keep=False) for ids in prompts(args)]
-    if args.child == "read":
+    texts, is_fast = prompts(args), False
+    num_asked = args.rows or args.questions
+    asked = [Request(token_ids=ids, wanted=wanted, keep=False) for ids in texts[:num_asked]]
+    if args.child in ("first", "second"):
+        is_fast = not args.slow_reading
         once = SamplingParams(temperature=0.0, max_tokens=1)
-        asked = [Request(token_ids=asked[0].token_ids[: args.document], wanted=once)]
+        ids = texts[num_asked + (args.child == "second")]
+        asked = [Request(token_ids=ids, wanted=once)]
     options: dict[str, Any] = {"kv": "disk", "kv_dir": args.kv_dir} if args.kv_dir else {}
     with ollm.load(
         args.checkpoint,
@@ -84,7 +98,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     ) as model:
         groups = [[one] for one in asked[: args.alone]] if args.child == "alone" else [asked]
         found, seconds = [], []
-        with throttled(args.checkpoint, int(args.throttle * 1e9) if args.child != "read" else 0):
+        with throttled(args.checkpoint, 0 if is_fast else int(args.throttle * 1e9)):
             before, bytes_before = model.stats, read_from_storage()
             for group in groups:
                 start = time.perf_counter()
@@ -110,6 +124,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 def child(args: argparse.Namespace, what: str, kv_dir: Path | None) -> dict[str, Any]:
     """A measurement in a process of its own."""
     command = [*script("together"), str(args.checkpoint), "--child", what]
+    if args.slow_reading:
+        command += ["--slow-reading"]
     for name in ("new", "alone", "throttle", "dtype", "device_memory", "host_memory"):
         command += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
     if args.rows:
@@ -126,12 +142,16 @@ def ours(args: argparse.Namespace, kv_dir: Path | None) -> list[dict[str, Any]]:
     """Together and alone in turns."""
     rounds = []
     for number in range(args.rounds):
+        run: dict[str, Any] = {}
         if number == 0 and kv_dir:
-            read = child(args, "read", kv_dir)
-            say(f"the document was read in {read['seconds'][0]:.1f} s")
-        run = {what: child(args, what, kv_dir) for what in ("together", "alone")}
-        if number == 0 and kv_dir:
-            run["read"] = read
+            first, second = (child(args, what, kv_dir) for what in ("first", "second"))
+            share = round(second["seconds"][0] / first["seconds"][0], 4)
+            run |= {"first": first, "second": second, "second_to_first": share}
+            say(
+                f"first token of the first process after {first['seconds'][0]:.1f} s, of the "
+                f"second after {second['seconds'][0]:.2f} s: {share:.1%}"
+            )
+        run |= {what: child(args, what, kv_dir) for what in ("together", "alone")}
         together, alone = run["together"], run["alone"]
         run["same_tokens"] = together["tokens"][: len(alone["tokens"])] == alone["tokens"]
         run["times"] = round(together["tokens_per_second"] / alone["tokens_per_second"], 2)
@@ -187,14 +207,19 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--new", type=int, default=16, help="tokens of each answer")
     parser.add_argument("--alone", type=int, default=3, help="requests run one after another")
     parser.add_argument("--throttle", type=float, default=1.0, help="GB/s; 0: none")
+    parser.add_argument(
+        "--slow-reading", action="store_true", help="throttle the first two processes, too"
+    )
     parser.add_argument("--cap", type=int, default=1500, help="MiB, page cache included; 0: none")
     parser.add_argument("--device-memory", default="700MB")
-    parser.add_argument("--host-memory", default="400MB")
+    parser.add_argument("--host-memory", default="500MB")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--peers", default="", help=f"with --rows, of {', '.join(PEERS)}")
     parser.add_argument("--json", type=Path, help="write the record to this file")
-    parser.add_argument("--child", choices=("read", "together", "alone"), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--child", choices=("first", "second", "together", "alone"), help=argparse.SUPPRESS
+    )
     parser.add_argument("--kv-dir", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.peers = [name for name in args.peers.split(",") if name]
@@ -223,7 +248,16 @@ def main() -> None:
         "cache": "under the cap; dropped before each measurement",
         **{
             name: getattr(args, name)
-            for name in ("questions", "document", "rows", "new", "alone", "throttle", "cap")
+            for name in (
+                "questions",
+                "document",
+                "rows",
+                "new",
+                "alone",
+                "throttle",
+                "slow_reading",
+                "cap",
+            )
         },
         "rounds": rounds,
         "peers": {name: theirs(args, name) for name in args.peers},

@@ -85,7 +85,7 @@ def ask(
         asked,
         len(files),
         progress,
-        lambda num_tokens: forecast(model, options, num_tokens, max_new_tokens),
+        lambda num_tokens, num_kept: forecast(model, options, num_tokens, max_new_tokens, num_kept),
         silent=as_json,
     )
     try:
@@ -101,6 +101,7 @@ def ask(
                 system=system,
                 map_reduce=map_reduce,
                 on_prompts=answers.begin,
+                on_kept=answers.kept,
                 on_event=answers.add,
             )
             seconds = time.perf_counter() - start
@@ -126,19 +127,23 @@ class _Answers:
         questions: Sequence[str],
         num_files: int,
         progress: ProgressBar,
-        expected: Callable[[int], str],
+        expected: Callable[[int, int], str],
         *,
         silent: bool,
     ) -> None:
-        """`expected` says how long a prompt of so many tokens will take."""
+        """`expected` says how long a prompt of so many tokens will take, of which so many are
+        kept.
+        """
         self._expected = expected
         self._questions = questions
         self._num_files = num_files
         self._progress = progress
         self._silent = silent
+        self._num_tokens = 0
 
     def begin(self, num_tokens: int, num_parts: int) -> None:
         """How long the longest prompt is, and how many parts the document is read in."""
+        self._num_tokens = num_tokens
         if self._silent:
             return
         documents = "1 document" if self._num_files == 1 else f"{self._num_files} documents"
@@ -146,7 +151,14 @@ class _Answers:
         questions = "1 question" if number == 1 else f"{number} questions"
         parts = f", read in {num_parts} parts" if num_parts > 1 else ""
         self._progress.line(f"{num_tokens:,} tokens with {documents}, {questions}{parts}")
-        if num_parts == 1 and (expected := self._expected(num_tokens)):
+
+    def kept(self, num_tokens: int) -> None:
+        """So many tokens of the longest prompt were read before."""
+        if self._silent:
+            return
+        if num_tokens:
+            self._progress.line(f"{num_tokens:,} of them are kept")
+        if expected := self._expected(self._num_tokens, num_tokens):
             self._progress.line(expected)
 
     def add(self, event: Any) -> None:

@@ -6,14 +6,15 @@ import logging
 import os
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from ollm_core.cli.completion import model_argument
+from ollm_core.cli.forecast import forecasts_of
 from ollm_core.cli.missing import EXTRAS
 from ollm_core.cli.models import fetch_if
-from ollm_core.cli.options import debug_option, keywords_of, options_of
+from ollm_core.cli.options import debug_option, options_of
 from ollm_core.cli.report import summary
 from ollm_core.cli.streaming import ProgressBar
 from ollm_core.cli.waiting import wait_asleep_beside_others
@@ -21,9 +22,6 @@ from ollm_core.errors import OllmError
 from ollm_core.options import LoadOptions
 from ollm_core.server_options import ServerOptions
 from ollm_core.values import parse_tokens
-
-if TYPE_CHECKING:
-    from ollm_core.server.forecast import Forecasts
 
 DEFAULT_CONTEXT = 8192
 
@@ -62,7 +60,7 @@ def serve(model: str, pull: bool, max_new_tokens: int, context: str | None, **op
         from ollm_core.server.service import Service
         from ollm_core.serving.openai.requests import Defaults
 
-        forecasts = _forecasts(model, options)
+        forecasts = forecasts_of(model, options)
         name = Path(model).name if os.path.isdir(model) else model
         loading = {one: options[one] for one in LoadOptions.__dataclass_fields__ if one in options}
         progress = ProgressBar(name)
@@ -103,27 +101,3 @@ def _log_requests() -> None:
     logger = logging.getLogger("ollm.server")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
-
-
-def _forecasts(model: str, options: dict[str, Any]) -> Forecasts:
-    """How long prompts will take; none where the model cannot be planned."""
-    from dataclasses import replace
-
-    from ollm_core.options import PlanOptions
-    from ollm_core.planning.planner import Planner
-    from ollm_core.server.forecast import Forecast, Forecasts, make_forecasts
-
-    known = keywords_of("plan", options)
-    try:
-        planner = Planner(model, PlanOptions(**known, max_new_tokens=1))
-    except OllmError:
-        return Forecasts()
-
-    def plan(num_tokens: int) -> Forecast | None:
-        try:
-            found = planner.plan(replace(planner.options, context=num_tokens + 1), compare=False)
-        except OllmError:
-            return None
-        return Forecast(num_tokens, found.prefill_seconds, found.fits)
-
-    return make_forecasts(planner.positions - 1, plan)

@@ -67,6 +67,10 @@ class Stats:
     """Read from storage by the weight streamer, loading of resident weights not counted."""
     read_seconds: float = 0.0
     """Time the reading engine spent reading those."""
+    waited_seconds: float = 0.0
+    """Time that passes have waited for weights, the loading of resident ones included. Beside a
+    GPU, the host's.
+    """
     reader: str = ""
     """The reading engine in use, by name."""
     kv_tier: str = ""

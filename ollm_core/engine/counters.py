@@ -91,6 +91,7 @@ class Counters:
             process_peak_bytes=peak_process_bytes(),
             weight_bytes_read=weights.bytes_read,
             read_seconds=weights.read_seconds,
+            waited_seconds=weights.waited_seconds,
             reader=weights.reader,
             attention=plan.attention if plan else "",
             chunk_size=plan.chunk_size if plan else 0,

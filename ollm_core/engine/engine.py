@@ -80,9 +80,9 @@ class Engine:
             stack.callback(self._weights.close)
 
     @property
-    def read_seconds(self) -> float:
-        """Time that the reading engine has spent on weights."""
-        return self._weights.read_seconds
+    def reading_seconds(self) -> tuple[float, float]:
+        """Time that weights were read, those that stay included, and that passes waited for it."""
+        return self._weights.reading_seconds
 
     def run(
         self,

@@ -90,16 +90,21 @@ class ServesRequests(OpenedModel):
         return scheduler
 
     def answer(
-        self, requests: Sequence[Request], on_event: Callable[[Event], None] = lambda _: None
+        self,
+        requests: Sequence[Request],
+        on_event: Callable[[Event], None] = lambda _: None,
+        on_open: Callable[[Scheduler], None] = lambda _: None,
     ) -> list[list[Answered]]:
         """Run requests together to their end; see `ollm_core.serving.offline.run_all`. One alone
-        that would not fit in the end is refused before anything is computed.
+        that would not fit in the end is refused before anything is computed. `on_open` is told the
+        scheduler before that.
         """
         for request in requests:  # what can never run is told before what does not fit
             self.served.check(request)
         lengths = list(map(_most_tokens, requests))
         longest = lengths[0] if len(requests) == 1 and _has_one_answer(requests[0]) else 0
         with self.open_scheduler(sum(lengths), longest) as scheduler:
+            on_open(scheduler)
             return run_all(scheduler, requests, on_event)
 
     def batch(
@@ -164,11 +169,13 @@ class ServesRequests(OpenedModel):
         system: str | None = None,
         map_reduce: bool = False,
         on_prompts: Callable[[int, int], None] = lambda _, __: None,
+        on_kept: Callable[[int], None] = lambda _: None,
         on_event: Callable[[Event], None] = lambda _: None,
     ) -> list[Answered]:
         """Answer questions on one document, in their order: it is computed once, and all answers
         are made together. The default is greedy. `on_prompts` is told, before anything is computed,
-        the tokens of the longest prompt, and the number of parts that the document is read in.
+        the tokens of the longest prompt, and the number of parts that the document is read in; then
+        `on_kept`, if it is one, how many tokens of that prompt were read before.
 
         A document past the model's positions raises InputError; with `map_reduce` it is read in
         parts, each question is asked of each, and then of the answers. That is no longer the
@@ -179,6 +186,7 @@ class ServesRequests(OpenedModel):
         prompts = question_prompts(encoder, document, questions)
         positions = self.served.max_positions
         longest = max(map(len, prompts))
+        parts: list[str] = []
         if map_reduce and positions is not None and longest + sampling.max_tokens > positions:
             room = positions - sampling.max_tokens - self._around(encoder, questions)
             parts = part_texts(cut_document(document, room, self._num_tokens))
@@ -188,7 +196,12 @@ class ServesRequests(OpenedModel):
         else:
             check_length(prompts, positions)
             on_prompts(longest, 1)
-        found = self.answer(_alike(prompts, sampling), on_event)
+
+        def opened(scheduler: Scheduler) -> None:
+            if not parts:
+                on_kept(scheduler.num_kept(max(prompts, key=len)))
+
+        found = self.answer(_alike(prompts, sampling), on_event, opened)
         return [answers[0] for answers in found]
 
     def _reduced(

@@ -150,11 +150,13 @@ class Stream:
 
 def forecast_headers(service: Service, body: Body) -> dict[str, str]:
     """What is known of an answer before it begins: tokens of its longest prompt, and by the plan
-    the seconds until its first token, if nothing of it was read before and nobody else asks.
+    the seconds until its first token, if nobody else asks. What this run has read of it before
+    takes none.
     """
-    longest = max(len(one.token_ids) for one in body.asked)
-    headers = {"ollm-prompt-tokens": str(longest)}
-    if (forecast := service.forecasts.of(longest)) is not None:
+    longest = max((one.token_ids for one in body.asked), key=len)
+    headers = {"ollm-prompt-tokens": str(len(longest))}
+    num_kept = service.cached.num_kept(longest)
+    if (forecast := service.forecasts.of(len(longest), num_kept)) is not None:
         headers["ollm-forecast-seconds"] = f"{forecast.seconds:.1f}"
     return headers
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ollm_core.errors import OllmError
+from ollm_core.kv.disk.borrowed import common
 from ollm_core.kv.disk.inventory import take_inventory
+from ollm_core.serving.prefixes import as_tensor
 from ollm_core.serving.session import Session
 
 MAX_TOLD = 64
@@ -30,6 +32,11 @@ class CachedTexts:
         self._names: dict[tuple[int, int], str] = {}
         self._on_disk: list[dict[str, Any]] = []
         self._looked = -_DISK_SECONDS
+
+    def num_kept(self, token_ids: Sequence[int]) -> int:
+        """How many of the first tokens of a prompt this run has read before."""
+        prompt = as_tensor(token_ids[:-1])
+        return max((common(ids, prompt) for _, ids in self._session.cached()), default=0)
 
     def read(self) -> list[dict[str, Any]]:
         """Those at hand, then those that a later start finds too; each the newest first. Takes

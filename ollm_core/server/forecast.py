@@ -5,7 +5,7 @@ listens, since a plan beside weight passes would take their processor.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 FIRST = 256
@@ -14,13 +14,17 @@ FIRST = 256
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """Of a prompt that nothing is known of."""
+    """Of one prompt."""
 
     num_tokens: int
     seconds: float
     """Until its first token, if it runs alone."""
     fits: bool
     """In the memory limits."""
+    pass_seconds: float = 0.0
+    """Of each pass after that, which makes a token."""
+    is_guess: bool = False
+    """The machine was not measured."""
 
 
 class Forecasts:
@@ -30,13 +34,22 @@ class Forecasts:
         """`planned` are in the order of their lengths."""
         self._planned = [Forecast(0, 0.0, True), *planned]
 
-    def of(self, num_tokens: int) -> Forecast | None:
-        """One of a prompt of so many tokens; None past the longest that was planned."""
+    def of(self, num_tokens: int, num_kept: int = 0) -> Forecast | None:
+        """One of a prompt of so many tokens, of which the first `num_kept` were read before; None
+        past the longest that was planned.
+        """
+        whole, kept = self._at(num_tokens), self._at(num_kept)
+        if not num_kept or whole is None or kept is None:
+            return whole
+        # What is left is read in a pass, which also reads what is kept.
+        return replace(whole, seconds=max(whole.seconds - kept.seconds, whole.pass_seconds))
+
+    def _at(self, num_tokens: int) -> Forecast | None:
         for shorter, longer in pairwise(self._planned):
             if num_tokens <= longer.num_tokens:
                 share = (num_tokens - shorter.num_tokens) / (longer.num_tokens - shorter.num_tokens)
                 seconds = shorter.seconds + share * (longer.seconds - shorter.seconds)
-                return Forecast(num_tokens, seconds, longer.fits)
+                return replace(longer, num_tokens=num_tokens, seconds=seconds)
         return None
 
 

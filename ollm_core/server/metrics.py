@@ -13,6 +13,7 @@ _OF_MODEL: Mapping[str, tuple[str, str, str]] = {
     "weight_passes": ("counter", "weight_passes_total", "Passes over the weights."),
     "weight_bytes_read": ("counter", "weight_read_bytes_total", "Of weights, read from storage."),
     "read_seconds": ("counter", "weight_read_seconds_total", "Spent reading those."),
+    "waited_seconds": ("counter", "weight_waited_seconds_total", "That passes waited for weights."),
     "kv_bytes_read": ("counter", "kv_read_bytes_total", "Of keys and values, read."),
     "prefill_tokens": ("counter", "prefill_tokens_total", "Tokens of prompts that were computed."),
     "prefill_seconds": ("counter", "prefill_seconds_total", "Of passes that read prompts."),

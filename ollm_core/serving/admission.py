@@ -45,6 +45,16 @@ def best_known(text: LiveText, running: Sequence[LiveText], prefixes: Prefixes) 
     return max((*live, prefixes.longest(text.prompt)), default=0)
 
 
+def num_kept(token_ids: Tensor, store: KVStore, prefixes: Prefixes) -> int:
+    """With how many of its tokens, int32 [T], a text would begin."""
+    longest = prefixes.longest(token_ids)
+    if isinstance(store, KeepsPrefixes):
+        sequence, num_found = store.find(token_ids)
+        store.release(sequence)
+        longest = max(longest, num_found)
+    return longest
+
+
 def begin(
     text: LiveText, store: KVStore, running: Sequence[LiveText], prefixes: Prefixes
 ) -> tuple[int, int, int]:

@@ -24,7 +24,7 @@ from ollm_core.errors import (
     NotFiniteError,
     OllmError,
 )
-from ollm_core.serving.admission import begin, best_known, shared_beginning
+from ollm_core.serving.admission import begin, best_known, num_kept, shared_beginning
 from ollm_core.serving.live import LiveText, RequestedText, SharedPrefix
 from ollm_core.serving.lone_drafts import LoneDrafts
 from ollm_core.serving.model import ServedModel
@@ -107,6 +107,12 @@ class Scheduler(Closing):
             if one.sequence is not None and any(text in texts for text in one.texts)
         ]  # itself, or a beginning that it waits for with others
         return max((one.num_stored for one in running), default=None)
+
+    def num_kept(self, token_ids: Sequence[int]) -> int:
+        """How many tokens of a prompt were read before: for this scheduler, or for those that have
+        left what they read in the store's prefix cache.
+        """
+        return num_kept(as_tensor(token_ids[:-1]), self._store, self._prefixes)
 
     def cached(self) -> list[tuple[tuple[int, int], Tensor]]:
         """See `Prefixes.cached`."""
@@ -292,11 +298,12 @@ class Scheduler(Closing):
                 raise _CancelledError
 
         engine = self._model.engine
-        start, read_before = time.perf_counter(), engine.read_seconds
+        start, (read_before, waited_before) = time.perf_counter(), engine.reading_seconds
         rows = engine.run(self._store, [text.work(number) for text, number in chosen], check)
         num_tokens = sum(number for _, number in chosen)
         seconds = time.perf_counter() - start
-        self._budget.measured(num_tokens, seconds, engine.read_seconds - read_before)
+        read, waited = engine.reading_seconds
+        self._budget.measured(num_tokens, seconds, read - read_before, waited - waited_before)
         for (text, number), logits in zip(chosen, rows, strict=True):
             begin, end = text.num_stored, text.num_stored + number
             assert text.sequence is not None

@@ -52,6 +52,8 @@ class Ring(Closing):
         self.slots = [Slot(memory.host_buffer(slot_bytes)) for _ in range(num_slots)]
         self.bytes_read = 0
         self.read_seconds = 0.0
+        self.waited_seconds = 0.0
+        """That `take` has waited."""
         self._units = units
         self._source = source
         self._order: list[int] = []
@@ -98,7 +100,9 @@ class Ring(Closing):
             self._changed.notify_all()
         while True:
             with self._changed:
+                start = time.perf_counter()
                 self._changed.wait_for(lambda: self._ready or self._error or self._closed)
+                self.waited_seconds += time.perf_counter() - start
                 if self._error and not self._ready:  # what was read before it is still good
                     error, self._error = self._error, None
                     self._paused = True

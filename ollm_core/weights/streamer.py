@@ -4,6 +4,7 @@ disk. `placement` says which are resident.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -74,6 +75,8 @@ class TieredStreamer(WeightStreamer):
         self._ring: Ring | None = None
         self._streamed_bytes = 0
         self._read_seconds = 0.0
+        self._waited_seconds = 0.0
+        self._loading_seconds = 0.0
         self._experts = self.resident.experts
         self._prefetch_to_device: DevicePrefetch | None = None
         self._device_loader: DeviceLoader | None = None
@@ -166,6 +169,19 @@ class TieredStreamer(WeightStreamer):
         """Time the reading engine spent on `bytes_read`."""
         streaming = self._read_seconds + (self._ring.read_seconds if self._ring else 0.0)
         return streaming + self._experts.counters.read_seconds
+
+    @property
+    def waited_seconds(self) -> float:
+        """Time that passes have waited for the disk: for `bytes_read`, and for what is kept when it
+        is loaded. Where the device computes beside the host, the host waits for that, too.
+        """
+        waiting = self._waited_seconds + (self._ring.waited_seconds if self._ring else 0.0)
+        return waiting + self._loading_seconds + self._experts.counters.waited_seconds
+
+    @property
+    def reading_seconds(self) -> tuple[float, float]:
+        """Time that the reading engine spent, on what is kept, too, and `waited_seconds`."""
+        return self.read_seconds + self._loading_seconds, self.waited_seconds
 
     @property
     def uploads(self) -> UploadCounters:
@@ -329,6 +345,7 @@ class TieredStreamer(WeightStreamer):
             self._ring.close()
             self._streamed_bytes += self._ring.bytes_read
             self._read_seconds += self._ring.read_seconds
+            self._waited_seconds += self._ring.waited_seconds
             self._ring = None
 
     def _read(self, unit: WeightUnit) -> tuple[Tensor, Sequence[int]]:
@@ -337,15 +354,26 @@ class TieredStreamer(WeightStreamer):
         """
         num_bytes, streams = self._source.buffer_bytes(unit.tensors), self._ring is not None
         buffer = self.memory.host_buffer(num_bytes, huge=not streams)
-        return buffer, self._source.read(unit.tensors, as_memoryview(buffer))
+        with self._loading():
+            return buffer, self._source.read(unit.tensors, as_memoryview(buffer))
+
+    @contextmanager
+    def _loading(self) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._loading_seconds += time.perf_counter() - start
 
     def _load(self, unit: WeightUnit) -> list[Tensor]:
         """To be kept on the device. Views of the buffer stay views only where all are: it is freed
         otherwise.
         """
-        buffer, offsets = (
-            self._device_loader.read(unit) if self._device_loader else self._read(unit)
-        )
+        if self._device_loader is None:
+            buffer, offsets = self._read(unit)
+        else:
+            with self._loading():
+                buffer, offsets = self._device_loader.read(unit)
         found = unit.build(buffer, offsets, self.dtype)
         if unit.copied_bytes(self.dtype, packed=self._device_loader is not None) == 0:
             return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from one_line import is_one_line_error
@@ -42,6 +43,27 @@ def test_ask(ollm, tiny_chat, document):
     assert "\n## who is it?\n\n" in out
     assert "tokens with 1 document, 2 questions" in err
     assert "weights read" in err
+
+
+def test_what_is_kept_is_told_and_not_forecast(ollm, tiny_chat, document, tmp_path, monkeypatch):
+    """A second process says how much of the document it need not read."""
+    asked = []
+    monkeypatch.setattr(
+        "ollm_core.cli.ask.forecast", lambda *_: asked.append(_) or f"{_[2]} less {_[4]}"
+    )
+    arguments = [
+        "ask", tiny_chat, "--file", document, "-q", "why?", "--device", "cpu",
+        "--max-new-tokens", 2, "--kv-dir", tmp_path / "kv",
+    ]  # fmt: skip
+    _, _, first = ollm(*arguments)
+    _, _, second = ollm(*arguments)
+    num_tokens = int(re.match(r"(\d+) tokens", first)[1])
+    assert "kept" not in first
+    assert f"\n{num_tokens} less 0\n" in first
+    num_kept = int(re.search(r"(\d+) of them are kept", second)[1])
+    assert 0 < num_kept < num_tokens
+    assert f"\n{num_tokens} less {num_kept}\n" in second
+    assert f"{num_kept} prompt tokens reused" in second
 
 
 def test_one_question_is_answered_as_it_is_made(ollm, tiny_chat, document):

@@ -18,6 +18,15 @@ def test_between_two_it_is_a_line(num_tokens, seconds, fits):
     assert forecasts.of(201) is None
 
 
+@pytest.mark.parametrize(
+    ("num_tokens", "num_kept", "seconds"), [(100, 40, 6), (150, 100, 20), (150, 149, 3), (50, 0, 5)]
+)
+def test_what_was_read_before_is_not_read_again(num_tokens, num_kept, seconds):
+    """At least a pass is left."""
+    forecasts = Forecasts([Forecast(100, 10.0, True, 3.0), Forecast(200, 50.0, True, 3.0)])
+    assert forecasts.of(num_tokens, num_kept).seconds == seconds
+
+
 def test_without_a_plan_there_is_none():
     """And nothing is made up."""
     assert Forecasts().of(1) is None

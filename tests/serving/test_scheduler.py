@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from text_requests import finish, greedy, tokens
 
+from ollm_core.engine.batch import num_new_tokens
 from ollm_core.errors import DamagedKVError, DoesNotFitError, InputError, NotFiniteError, ReadError
 from ollm_core.serving.offline import Answered, run_all
 from ollm_core.serving.request import (
@@ -115,6 +118,52 @@ def test_a_long_prompt_is_read_in_parts_while_others_decode(model, ids, alone):
     assert all(part % 64 == 0 for part in parts)
     assert tokens(events, short) == alone(ids(20, 1), 12)
     assert tokens(events, long) == alone(ids(400, 2), 2)
+
+
+class SlowDisk:
+    """A clock by which a pass takes as long as it reads or computes, whichever is longer: real
+    passes of a model whose weights come from a slow disk.
+    """
+
+    def __init__(self, monkeypatch, engine, read_seconds: float, tokens_per_second: float) -> None:
+        self.passes: list[int] = []
+        self._now = self._read = self._waited = 0.0
+        run = engine.run
+
+        def timed(store, work, check=None):
+            found = run(store, work, check)
+            computing = num_new_tokens(work) / tokens_per_second
+            self.passes.append(num_new_tokens(work))
+            self._now += max(computing, read_seconds)
+            self._read += read_seconds
+            self._waited += max(read_seconds - computing, 0.0)
+            return found
+
+        clock = SimpleNamespace(perf_counter=lambda: self._now)
+        monkeypatch.setattr("ollm_core.serving.scheduler.time", clock)
+        monkeypatch.setattr(engine, "run", timed)
+        both = property(lambda _: (self._read, self._waited))
+        monkeypatch.setattr(type(engine), "reading_seconds", both)
+
+
+def test_prompts_are_read_as_fast_as_a_slow_disk_hides_it(model, ids, alone, monkeypatch):
+    """20 prompts of 128 tokens come while a text decodes; 600 tokens are computed while the weights
+    are read. What waits for the disk is no computing: passes soon have as many, and never so many
+    that the text waits for them.
+    """
+    disk = SlowDisk(monkeypatch, model.engine, read_seconds=2.0, tokens_per_second=300)
+    chat, rows = greedy(ids(20), 9), [greedy(ids(128, seed), 2) for seed in range(1, 21)]
+    with model.open_scheduler() as scheduler:
+        scheduler.add(chat)
+        events = scheduler.step()
+        for row in rows:
+            scheduler.add(row)
+        events += finish(scheduler)
+    reading = [size for size in disk.passes if size > 20]
+    assert len(reading) <= 6  # 5 if all had 600, 10 if all had 256
+    assert max(disk.passes) <= 600 + len(rows)
+    monkeypatch.undo()
+    assert tokens(events, rows[-1]) == alone(ids(128, 20), 2)
 
 
 def test_a_lone_prompt_is_one_pass(model, ids):

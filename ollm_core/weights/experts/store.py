@@ -4,6 +4,7 @@ them.
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -42,6 +43,8 @@ class ExpertCounters:
     replaced: int = 0
     """Experts that were kept in the place of another."""
     read_seconds: float = 0.0
+    waited_seconds: float = 0.0
+    """That layers have waited for them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,7 +300,9 @@ class ExpertStore(Closing):
                     if group is not None:
                         group[0].release(group[1])
                         group = None
+                    start = time.perf_counter()
                     came = next(filled)
+                    self.counters.waited_seconds += time.perf_counter() - start
                     buffer = came.buffer
                     if self._uploads is not None:
                         sent = self._uploads[0].send(*came.parts)
