@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from ollm_core.cli.output import print_json
 from ollm_core.cli.report import summary
 from ollm_core.cli.sampling import sampling_of, sampling_options
 from ollm_core.cli.signals import Ended
-from ollm_core.cli.streaming import ProgressBar
+from ollm_core.cli.streaming import ProgressBar, StreamedAnswer
 from ollm_core.cli.waiting import wait_asleep_beside_others
 from ollm_core.errors import InputError
 
@@ -93,6 +92,7 @@ def ask(
 
         loading = keywords_of("ask", options)
         with load(model, **loading, on_progress=progress) as opened:
+            answers.open(opened.tokenizer, system)
             start = time.perf_counter()
             found = opened.ask(
                 document,
@@ -140,6 +140,19 @@ class _Answers:
         self._progress = progress
         self._silent = silent
         self._num_tokens = 0
+        self._streamed: StreamedAnswer | None = None
+
+    def open(self, tokenizer: Any, system: str | None) -> None:
+        """Get ready for how the model writes its answers. Raises InputError, ConfigError."""
+        from ollm_core.text.answer_form import Said
+        from ollm_core.text.prompts import PromptEncoder
+
+        if len(self._questions) > 1 or self._silent:
+            return
+        encoder = PromptEncoder(tokenizer, system)
+        [prompt] = encoder.of_texts(self._questions)
+        said = Said(encoder.answer_form(prompt))
+        self._streamed = StreamedAnswer(self._progress, said, silent=False)
 
     def begin(self, num_tokens: int, num_parts: int) -> None:
         """How long the longest prompt is, and how many parts the document is read in."""
@@ -163,21 +176,12 @@ class _Answers:
 
     def add(self, event: Any) -> None:
         """Called with what happens."""
-        from ollm_core.serving.request import Finished, NewToken
-
-        if not isinstance(event, NewToken | Finished) or self._silent:
-            return
-        if len(self._questions) == 1 and event.text:
-            self._progress.close()
-            click.echo(event.text, nl=False)
-            sys.stdout.flush()
+        if self._streamed:
+            self._streamed.add(event)
 
     def finish(self, found: Sequence[Any]) -> None:
         """All are complete."""
-        if self._silent:
-            return
-        if len(found) == 1:
-            click.echo()
+        if self._silent or self._streamed:
             return
         for question, answer in zip(self._questions, found, strict=True):
             click.echo(f"## {question}\n\n{answer.text.strip()}\n")
@@ -202,6 +206,7 @@ def _report(
             {
                 "question": question,
                 "text": answer.text,
+                **({"reasoning": answer.thoughts} if answer.thoughts else {}),
                 "token_ids": answer.token_ids,
                 "finish_reason": answer.finish_reason,
                 "num_prompt_tokens": answer.counts.num_prompt_tokens,

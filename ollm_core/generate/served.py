@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from ollm_core.serving.offline import Answered, run_all
 from ollm_core.serving.openai.requests import Defaults
 from ollm_core.serving.request import Choices, Event, Request, SamplingParams, Score
 from ollm_core.serving.scheduler import Scheduler
+from ollm_core.text.answer_form import Said
 from ollm_core.text.generation_config import for_run
 from ollm_core.text.prompts import PromptEncoder
 from ollm_core.values import PathLike
@@ -175,7 +177,8 @@ class ServesRequests(OpenedModel):
         """Answer questions on one document, in their order: it is computed once, and all answers
         are made together. The default is greedy. `on_prompts` is told, before anything is computed,
         the tokens of the longest prompt, and the number of parts that the document is read in; then
-        `on_kept`, if it is one, how many tokens of that prompt were read before.
+        `on_kept`, if it is one, how many tokens of that prompt were read before. `on_event` is told
+        what the model writes, its thoughts with the rest; answers have them apart.
 
         A document past the model's positions raises InputError; with `map_reduce` it is read in
         parts, each question is asked of each, and then of the answers. That is no longer the
@@ -201,8 +204,26 @@ class ServesRequests(OpenedModel):
             if not parts:
                 on_kept(scheduler.num_kept(max(prompts, key=len)))
 
-        found = self.answer(_alike(prompts, sampling), on_event, opened)
-        return [answers[0] for answers in found]
+        return self._answered(encoder, prompts, sampling, on_event, opened)
+
+    def _answered(
+        self,
+        encoder: PromptEncoder,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams,
+        on_event: Callable[[Event], None] = lambda _: None,
+        on_open: Callable[[Scheduler], None] = lambda _: None,
+    ) -> list[Answered]:
+        """One answer to each prompt, and what the model thought of it apart."""
+        form = encoder.answer_form(prompts[0])
+        shown = [*sampling.shown_token_ids, *form.control_ids(self.tokenizer)]
+        requests = _alike(prompts, replace(sampling, shown_token_ids=shown))
+        found = [answers[0] for answers in self.answer(requests, on_event, on_open)]
+        for answer in found:
+            said = Said(form)
+            said.add(answer.text, last=True)
+            answer.text, answer.thoughts = said.text, said.thoughts
+        return found
 
     def _reduced(
         self,
@@ -214,7 +235,7 @@ class ServesRequests(OpenedModel):
         """Ask each question of each part; -> prompts that ask it of the answers."""
         asked = [part_question(question) for question in questions]
         prompts = [one for part in parts for one in question_prompts(encoder, part, asked)]
-        found = [answers[0].text for answers in self.answer(_alike(prompts, sampling))]
+        found = [answer.text for answer in self._answered(encoder, prompts, sampling)]
         of_each = [found[place :: len(questions)] for place in range(len(questions))]
         return encoder.of_texts(list(map(combining, questions, of_each)))
 

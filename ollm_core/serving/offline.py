@@ -37,6 +37,8 @@ class Answered:
     """One answer to a request."""
 
     text: str = ""
+    thoughts: str = ""
+    """What the model said to itself before, where somebody has taken that apart."""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     """Of each token, where they were asked for."""

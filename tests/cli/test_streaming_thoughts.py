@@ -28,6 +28,23 @@ def test_a_run_shows_thoughts_on_stderr(ollm, thinking):
     assert out.strip().startswith(THOUGHT)
 
 
+def test_answers_to_questions_are_without(ollm, thinking, tmp_path):
+    """Of one, shown as it comes; of several, not shown; from Python beside the text."""
+    document = tmp_path / "a.txt"
+    document.write_text("One and two.")
+    asked = ["ask", thinking, "--file", document, "--device", "cpu", "-q", "1 + 2?"]
+    code, out, err = ollm(*asked)
+    assert code == 0, err
+    assert out == f"{ANSWER}\n"
+    assert THOUGHT in err
+    _, out, err = ollm(*asked, "-q", "2 + 1?")
+    assert out.count(ANSWER) == 2
+    assert THOUGHT not in out + err
+    _, out, _ = ollm(*asked, "--json")
+    [answer] = json.loads(out)["answers"]
+    assert (answer["text"], answer["reasoning"]) == (ANSWER, THOUGHT)
+
+
 def test_a_chat_goes_on_without_its_thoughts(ollm, thinking, tmp_path, monkeypatch):
     """Its messages have what was said."""
     saved = tmp_path / "talk.json"
