@@ -1,5 +1,5 @@
 """Runs `ollm batch` again and again and kills it with -9 at moments of chance, until so many kills
-have hit. Each run is a process of its own, forked from one that has torch imported.
+have hit.
 
     python batch_kills.py MODEL IN.jsonl DIRECTORY NUM_KILLS SEED
 
@@ -10,69 +10,32 @@ was never killed.
 from __future__ import annotations
 
 import json
-import os
 import random
-import signal
 import sys
 import time
 from pathlib import Path
 
-import ollm_core.api
-import ollm_core.serving.jobs.job  # noqa: F401 # once, for all processes
-from ollm_core.cli.main import main
-
-
-def start(model: str, rows: str, output: Path, log: Path) -> int:
-    """-> the process."""
-    child = os.fork()
-    if child:
-        return child
-    code = 70
-    try:
-        with log.open("ab") as file:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
-        arguments = ["batch", model, rows, str(output), "--device", "cpu", "--dtype", "float32"]
-        main(arguments)
-    except SystemExit as end:
-        code = end.code or 0
-    finally:
-        os._exit(code)
-
-
-def wait(child: int, seconds: float, settings: Path | None = None) -> bool:
-    """Whether it ended by itself, well; else it is killed after so long, or so long after it has
-    opened its output.
-    """
-    until = time.monotonic() + seconds
-    while time.monotonic() < until or not (settings is None or settings.exists()):
-        if settings is not None and not settings.exists():
-            until = time.monotonic() + seconds
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            assert status == 0, f"exit status {status}"
-            return True
-        time.sleep(0.001)
-    os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
-    if os.WIFSIGNALED(status):
-        return False
-    assert status == 0, f"exit status {status}"
-    return True
+from killed_runs import ends, start
 
 
 def run(model: str, rows: str, directory: Path, num_kills: int, seed: int) -> dict:
     """See above."""
     chance, log = random.Random(seed), directory / "log"
     outputs = [directory / "whole.jsonl"]
+
+    def begin(output: Path) -> int:
+        arguments = ["batch", model, rows, str(output), "--device", "cpu", "--dtype", "float32"]
+        return start(arguments, log)
+
     began = time.monotonic()
-    assert wait(start(model, rows, outputs[0], log), 300)
+    assert ends(begin(outputs[0]), 300)
     whole = time.monotonic() - began
     kills, output = 0, directory / "out1.jsonl"
     while kills < num_kills or output.exists():
         seconds = chance.random() * whole if kills < num_kills else 300
-        child = start(model, rows, output, log)
-        if wait(child, seconds, output.with_name(f"{output.name}.job") if kills % 4 else None):
+        # Most of them count from the moment that a run has opened its output.
+        opened = output.with_name(f"{output.name}.job").exists if kills % 4 else lambda: True
+        if ends(begin(output), seconds, opened):
             outputs.append(output)
             output = directory / f"out{len(outputs)}.jsonl"
         else:

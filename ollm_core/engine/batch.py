@@ -74,11 +74,11 @@ def num_new_tokens(work: Sequence[NewTokens]) -> int:
 
 
 def stage_of(work: Sequence[NewTokens]) -> Literal["prefill", "decode"]:
-    """Whether a pass reads a prompt. A draft is not one: it goes on from stored tokens, and all of
-    its logits are wanted.
+    """Whether a pass reads a prompt: more than one token of a sequence, and those after the first
+    no drafts, which go on from stored tokens.
     """
     reads_prompt = any(
-        len(item.token_ids) > 1 and (item.start == 0 or item.num_logits < len(item.token_ids))
+        len(item.token_ids) > 1 and (item.start == 0 or len(item.token_ids) > 1 + item.num_drafted)
         for item in work
     )
     return "prefill" if reads_prompt else "decode"

@@ -47,7 +47,9 @@ class SamplingParams:
     max_tokens: int = 256
     """Most new tokens."""
     min_tokens: int = 0
-    """New tokens before which the text does not end."""
+    """New tokens before which the text does not end: neither the model's end nor `stop_token_ids`
+    are chosen.
+    """
     stop: str | Sequence[str] = ()
     """Texts that end the answer, and are not part of it."""
     stop_token_ids: Sequence[int] = ()

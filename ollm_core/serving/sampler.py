@@ -122,10 +122,11 @@ def _processors(
     ends = None if sampling.ignore_eos else torch.tensor(end_ids, device=device)
     if model.bad_words_ids:
         found.append(NoBadWordsLogitsProcessor(model.bad_words_ids, ends))
-    if sampling.min_tokens and ends is not None and len(ends):
+    stops = [*sampling.stop_token_ids, *(() if sampling.ignore_eos else end_ids)]
+    if sampling.min_tokens and stops:
         found.append(
             MinNewTokensLengthLogitsProcessor(
-                num_prompt_tokens, sampling.min_tokens, ends, device=str(device)
+                num_prompt_tokens, sampling.min_tokens, stops, device=str(device)
             )
         )
     if model.suppress_tokens:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 
+import pytest
 import torch
 from ragged_pass import alone
 
 import ollm
-from ollm_core.engine.batch import NewTokens, cut_chunks
+from ollm_core.engine.batch import NewTokens, cut_chunks, stage_of
 
 
 def test_ragged_pass_equals_each_alone(tiny, ids):
@@ -22,6 +23,23 @@ def test_ragged_pass_equals_each_alone(tiny, ids):
         assert model.stats.weight_passes == passes + 1
     for one, other in zip(found, expected, strict=True):
         assert torch.allclose(one, other, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("num_new", "start", "num_logits", "num_drafted", "stage"),
+    [
+        (9, 0, 1, 0, "prefill"),
+        (1, 9, 1, 0, "decode"),
+        (4, 9, 4, 3, "decode"),
+        (4, 0, 4, 3, "prefill"),  # whatever is drafted after nothing
+        (9, 64, 1, 0, "prefill"),
+        (9, 64, 9, 0, "prefill"),  # a later part of a prompt that is scored
+    ],
+)
+def test_what_a_pass_is_for(ids, num_new, start, num_logits, num_drafted, stage):
+    """Prompts and their parts, or one token more and the draft after it."""
+    token = NewTokens(0, ids(1), 5)
+    assert stage_of([token, NewTokens(1, ids(num_new), start, num_logits, num_drafted)]) == stage
 
 
 def test_chunks_cover_every_token_once(ids):

@@ -392,7 +392,7 @@ LONG = NewTokens(3, torch.zeros(900, dtype=torch.long), 0)
         ([replace(LONG, kept=False)], "", False),
         ([replace(LONG, num_drafted=1)], "", False),
         ([replace(LONG, token_ids=LONG.token_ids[:500])], "", False),
-        ([replace(LONG, start=5, num_logits=900)], "", False),  # no prompt
+        ([replace(LONG, start=5, num_logits=900)], "", True),  # a part of one that is scored
     ],
 )
 def test_which_passes_can_be_gone_on_with(work, hands_on, asked):

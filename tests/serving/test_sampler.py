@@ -70,6 +70,15 @@ def test_what_the_checkpoint_must_not_say(ids):
     assert logits.tolist() == list(range(8))  # the model's own are not changed
 
 
+@pytest.mark.parametrize(("ignore_eos", "first"), [(False, 4), (True, 5)])
+def test_what_ends_a_text_is_not_chosen_before_min_tokens(ignore_eos, first):
+    """The model's end, unless it is ignored, and token ids of one's own; as vLLM has it."""
+    more = {"stop_token_ids": [7, 6], "ignore_eos": ignore_eos, "temperature": 0}
+    choose = sampler(GenerationConfig(), ends=(5,), min_tokens=2, **more)
+    assert choose.choose([1, 1], torch.arange(8.0))[0] == first
+    assert choose.choose([1, 1, 4, 4], torch.arange(8.0))[0] == 7
+
+
 def test_log_probabilities_are_the_models_own():
     """Before temperature and the like; the new token's own and the most likely ones."""
     logits = torch.tensor([0.0, 3.0, 1.0, 2.0])
