@@ -42,13 +42,25 @@ class _Gathered:
     """By the pattern that they match, in transformers' order."""
 
 
-def plan_weights(tree: Tree, tensor_names: Sequence[str], *, is_part: bool) -> WeightPlan:
-    """`is_part`: the checkpoint holds a larger model, of which the others are ignored. Raises
-    CheckpointError for a tensor that is missing or foreign, UnsupportedError for a conversion that
-    cannot be done piece by piece.
+def plan_weights(
+    tree: Tree,
+    tensor_names: Sequence[str],
+    *,
+    is_part: bool,
+    renamed: Mapping[str, str],
+    ignored: Sequence[str],
+) -> WeightPlan:
+    """`is_part`: the checkpoint holds a larger model, of which the others are ignored. `renamed`
+    and `ignored` are those of the FamilyAdapter. Raises CheckpointError for a tensor that is
+    missing or foreign, UnsupportedError for a conversion that cannot be done piece by piece.
     """
     model, state = tree.model, tree.state
-    stored = {name: _without_part(name) if is_part else name for name in tensor_names}
+    superfluous = {name for name in tensor_names if any(re.search(one, name) for one in ignored)}
+    stored = {
+        name: _as_transformers(name, is_part, renamed)
+        for name in tensor_names
+        if name not in superfluous
+    }
     if len(set(stored.values())) < len(stored):
         raise CheckpointError("two tensors of the checkpoint are one of the language model's")
     gathered, foreign = _gather(model, state, stored)
@@ -84,11 +96,12 @@ def plan_weights(tree: Tree, tensor_names: Sequence[str], *, is_part: bool) -> W
     wrong = [
         name
         for name in unused
-        if not (is_part and _LANGUAGE.search(name) is None)
+        if name not in superfluous
+        and not (is_part and _LANGUAGE.search(name) is None)
         and not any(re.search(pattern, name) for pattern in patterns)
-        and name not in aliases
+        and stored[name] not in aliases
         and name not in _renamed_to(gathered, aliases)
-        and not _is_buffer(tree, name)
+        and not _is_buffer(tree, stored[name])
     ]
     if wrong:
         raise CheckpointError(
@@ -115,9 +128,11 @@ def saved_tensors(tree: Tree, dtype: str) -> dict[str, tuple[str, tuple[int, ...
     return {name: (dtype, tuple(value.shape)) for name, value in saved.items()}
 
 
-def _without_part(name: str) -> str:
-    """The name of a tensor in a checkpoint of the language model alone."""
-    return re.sub(r"(^|\.)(language_model|text_model)\.", r"\1", name, count=1)
+def _as_transformers(name: str, is_part: bool, renamed: Mapping[str, str]) -> str:
+    """The name of a tensor in a checkpoint that transformers saved of the language model alone."""
+    for pattern, instead in renamed.items():
+        name = re.sub(pattern, instead, name)
+    return re.sub(r"(^|\.)(language_model|text_model)\.", r"\1", name, count=1) if is_part else name
 
 
 def _gather(
@@ -134,7 +149,7 @@ def _gather(
     prefix = model.base_model_prefix
     gathered: dict[str, _Gathered] = {}
     foreign: list[str] = []
-    for tensor in sorted(stored, key=dot_natural_key):
+    for tensor in sorted(stored, key=lambda name: dot_natural_key(stored[name])):
         given = stored[tensor]
         name, pattern = rename_source_key(given, renamings, converters, prefix, state)  # type: ignore[arg-type]
         if name not in state and given in state:
