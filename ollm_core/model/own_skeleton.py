@@ -138,7 +138,10 @@ class OwnSkeleton(Skeleton):
             reason = "its layers share keys and values, which are kept for one prompt at once"
             limits["chunked-prefill"] = limits["batch"] = Capability("unsupported", reason)
         if not self.own.facts.continues:
-            reason = "in transformers its layers begin anew with each call of several tokens"
+            reason = (
+                "in transformers its layers begin anew with each call of several tokens: "
+                "the only chunk_size is 1"
+            )
             limits["chunked-prefill"] = Capability("unsupported", reason)
         return limits
 

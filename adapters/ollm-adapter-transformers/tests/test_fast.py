@@ -9,7 +9,7 @@ import torch
 from trial import CHUNK, run_ours, run_reference, run_reference_greedy, saved, steps
 
 import ollm
-from ollm_core import UnsupportedError
+from ollm_core import DoesNotFitError, UnsupportedError
 from ollm_core.testing import NewTokens, without_instructions
 
 DIFFER = {
@@ -167,10 +167,28 @@ def test_layers_that_begin_anew(model_type):
             ollm.load(directory, device="cpu", chunk_size=CHUNK)
         with ollm.load(directory, device="cpu") as ours:
             found = run_ours(ours, ids, [580, 600])
+        _goes_token_by_token(model, directory, ids)
         most = 5e-5 * float(expected.abs().max())
         assert (found - expected[:, [0, -1]]).abs().max() <= most
         wrong = run_reference(model, ids, [580, 600])
         assert (wrong - expected[:, [0, -1]]).abs().max() > 5 * most
+
+
+def _goes_token_by_token(model, directory, ids):
+    """In memory in which a whole prompt does not fit, as its refusal says, bit for bit."""
+    options = {"device": "cpu", "precision": "exact", "attention": "exact"}
+    with pytest.raises(DoesNotFitError) as refused:
+        ollm.load(directory, **options, device_memory=1)
+    ids, little = ids[:, :60], refused.value.needed_bytes
+    with (
+        ollm.load(directory, **options, device_memory=little) as ours,
+        pytest.raises(DoesNotFitError, match="chunk_size=1, one token after the other") as refused,
+    ):
+        run_ours(ours, ids, [60])
+    whole = refused.value.needed_bytes
+    with ollm.load(directory, **options, device_memory=whole - 1, chunk_size=1) as ours:
+        found = run_ours(ours, ids, [60])
+    assert torch.equal(found, run_reference(model, ids, [*range(1, 61)])[:, -1:])
 
 
 @pytest.mark.parametrize("model_type", ["jamba", "lfm2", "phi3"])
