@@ -139,6 +139,12 @@ class Workspace:
             self._known_handed[key] = tuple(torch.empty_like(one) for one in found)
         return self._known_handed[key]
 
+    def shared_bytes(self, num_tokens: int) -> int:
+        """What layers keep of `num_tokens` for later ones that share their keys and values."""
+        own = self._skeleton.own
+        numbers = 0 if own is None else own.facts.shared_numbers
+        return num_tokens * numbers * self._geometry.dtype.itemsize
+
     @property
     def vocab_size(self) -> int:
         """Logits of one token."""

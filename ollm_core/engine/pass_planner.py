@@ -270,6 +270,8 @@ class PassPlanner:
             layers[call] = max(layers.get(call, 0), past)
             handed.append(self._workspace.handed_bytes(*shape, past, attention))
         hidden += sum(handed)
+        if len(chunks) > 1:  # of what was there before, too
+            hidden += self._workspace.shared_bytes(num_tokens + sum(one.start for one in work))
         layer = max(
             self._workspace.layer_bytes(
                 num_rows, num_new, past, attention, shared, self._weights.spare_bytes

@@ -72,7 +72,7 @@ class _Follower:
         self._handed: dict[int, int | str] = {}
         self._sizes: list[tuple[torch.Size, torch.dtype]] = []
         self._hidden_dtypes = {dtype}
-        self._shares = False
+        self._shared: dict[int, int] = {}
         self._continues = True
         self._uses: set[str] = set()
         self._shape: tuple[tuple[int, ...], tuple[int, ...]] = (), ()
@@ -88,7 +88,7 @@ class _Follower:
             tuple(self._returned),
             self._handed,
             tuple(self._places),
-            self._shares,
+            sum(self._shared.values()),
             self._continues,
             "embedding" in self._uses,
             self._dtype,
@@ -206,7 +206,7 @@ class _Follower:
         """The layer itself."""
         self._note_handed(layer_idx, arguments)
         shared = [one for one in arguments.options.values() if isinstance(one, MutableMapping)]
-        before = [len(one) for one in shared]
+        before = [set(one) for one in shared]
         layer, places = self._own.layers[layer_idx], self._places[layer_idx]
         if places.argument is not None:
             states = tuple(self._states[layer_idx])
@@ -214,7 +214,9 @@ class _Follower:
         held = dict(attributes_of(layer))
         output = self._own.call_layer(layer_idx, hidden, arguments)
         self._note_states(layer_idx, held, arguments, output)
-        self._shares |= before != [len(one) for one in shared]
+        for mapping, known in zip(shared, before, strict=True):
+            for key in mapping.keys() - known:
+                self._note_shared(layer_idx, mapping[key])
         first = output if isinstance(output, Tensor) else output[0]
         if not isinstance(first, Tensor) or first.shape != hidden.shape:
             raise self._own.error(f"has a layer {layer_idx} that gives no hidden states")
@@ -246,6 +248,12 @@ class _Follower:
             self._places[layer_idx] = places
         given = None if places.argument is None else arguments.at(places.argument)
         self._states[layer_idx] = places.taken(layer, given, output)
+
+    def _note_shared(self, layer_idx: int, pair: Any) -> None:
+        """What a layer has put where later ones find it: keys and values [1, G, T, D]."""
+        if any(not isinstance(one, Tensor) or one.dim() != 4 for one in pair):
+            raise self._own.error("hands something else to later layers than keys and values")
+        self._shared[layer_idx] = sum(one.shape[1] * one.shape[3] for one in pair)
 
     def _note_handed(self, layer_idx: int, arguments: LayerArguments) -> None:
         """Of what the layer before has returned beside hidden states, what this one is given."""

@@ -85,8 +85,10 @@ class Facts:
     """
     places: tuple[StatePlaces, ...]
     """Where each layer keeps states beside the cache."""
-    shares: bool
-    """Whether layers hand something to later ones in a dictionary, as keys that these share."""
+    shared_numbers: int
+    """Numbers for each token in the keys and values that layers hand to later ones in a dictionary,
+    which have none of their own.
+    """
     continues: bool
     """Whether layers go on from their states with several tokens in one call. Some of transformers'
     do so with one token alone, and with more begin anew.
@@ -103,6 +105,11 @@ class Facts:
     """Numbers in the hidden states of one token between layers."""
     converted: Mapping[str, torch.dtype]
     """Constants that the model converts when it is first run, and keeps so, by name."""
+
+    @property
+    def shares(self) -> bool:
+        """Whether there are any of these."""
+        return self.shared_numbers > 0
 
     def hidden_shape(self, num_rows: int, num_tokens: int) -> tuple[int, ...]:
         """That of hidden states between layers, mostly [R, T, C]."""

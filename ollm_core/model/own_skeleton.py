@@ -134,9 +134,6 @@ class OwnSkeleton(Skeleton):
         if self.blockwise.refusal:
             reason = f"{_LAID_OUT} {self.blockwise.refusal}"
             limits["blockwise-attention"] = Capability("unsupported", reason)
-        if self.own.facts.shares:
-            reason = "its layers share keys and values, which are kept for one prompt at once"
-            limits["chunked-prefill"] = limits["batch"] = Capability("unsupported", reason)
         if not self.own.facts.continues:
             reason = (
                 "in transformers its layers begin anew with each call of several tokens: "
