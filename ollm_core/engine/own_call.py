@@ -12,7 +12,7 @@ from ollm_core.contracts.attention import Attention
 from ollm_core.contracts.kv import KVStore
 from ollm_core.device.offload import ActivationOffload
 from ollm_core.engine.own_cache import HandleCache, LaidOutCache, OwnCache
-from ollm_core.engine.shared_keys import SharedKeys, check_shared, mappings_in
+from ollm_core.engine.shared_keys import SharedKeys, check_shared, pretend_shared
 from ollm_core.model.own_forward import LayerArguments, OwnForward
 
 Embed = Callable[[Tensor], Tensor]
@@ -59,7 +59,7 @@ class OwnCall:
         self._alone = alone
         self._arguments: Mapping[int, LayerArguments] = {}
         self._shared: SharedKeys | None = None
-        if own.facts.shares and not alone:
+        if own.facts.shared and not alone:
             self._shared = SharedKeys(self._offload, None if before is None else before._shared)
         positions = torch.arange(start, start + ids.shape[1], device=ids.device)
         self._positions = positions.expand(ids.shape[0], -1)
@@ -85,6 +85,17 @@ class OwnCall:
                 self._arguments = found
             return hidden
 
+    def pretend_shared(self, layer_idx: int, dtype: torch.dtype) -> None:
+        """Let a layer find what those before it would have handed on in a mapping."""
+        facts, num_new = self._own.facts, self._ids.shape[1]
+        pairs = [one for one in facts.shared if one.layer_idx < layer_idx]
+        windows = [facts.memories[one.layer_idx].kind.window for one in pairs]
+        pasts = [self._start if one is None else min(self._start, one - 1) for one in windows]
+        like = torch.empty(len(self._sequences), 0, dtype=dtype, device=self._ids.device)
+        lengths = [past + num_new for past in pasts]
+        if pairs:
+            pretend_shared(pairs, self._arguments[layer_idx], lengths, like)
+
     def run(self, layer_idx: int, hidden: Tensor) -> Tensor:
         """Run a layer: [R, T, C] -> the same."""
         if layer_idx not in self._own.facts.called:
@@ -105,10 +116,10 @@ class OwnCall:
                 arguments = arguments.replaced(dict(zip(places, fetched, strict=True)))
             if self._shared:
                 self._shared.fill(arguments)
-            given = [pair for one in mappings_in(arguments).values() for pair in one.values()]
+            given = [pair for one in arguments.mappings.values() for pair in one.values()]
             with self._cache.around(layer_idx, hidden, self._ids.shape[1]) as apart:
                 output, handed = self._own.call(layer_idx, hidden, arguments, apart)
-                if self._own.facts.shares:
+                if self._own.facts.shared:
                     check_shared(arguments, given, self._cache.answer)
             if self._shared:
                 self._shared.keep(arguments, self._ids.shape[1])

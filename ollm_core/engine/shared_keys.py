@@ -4,16 +4,15 @@ mapping that the model's forward gives to all of them.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ollm_core.device.offload import ActivationOffload
 from ollm_core.errors import UnsupportedError
-from ollm_core.model.own_forward import LayerArguments
+from ollm_core.model.own_forward import LayerArguments, SharedPair
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,14 +38,14 @@ class SharedKeys:
 
     def fill(self, arguments: LayerArguments) -> None:
         """Give a layer what those before it have handed on."""
-        mappings = mappings_in(arguments)
+        mappings = arguments.mappings
         for (place, key), kept in self._kept.items():
             pair = (self._whole(place, key, kept, number) for number in range(len(kept.parts)))
             mappings[place][key] = tuple(pair)
 
     def keep(self, arguments: LayerArguments, num_new: int) -> None:
         """Take what the layer has handed on, after a call with `num_new` tokens."""
-        for place, mapping in mappings_in(arguments).items():
+        for place, mapping in arguments.mappings.items():
             for key, pair in mapping.items():
                 if (place, key) not in self._kept:
                     length = pair[0].shape[2]
@@ -79,10 +78,16 @@ class SharedKeys:
             chunk = chunk._before
 
 
-def mappings_in(arguments: LayerArguments) -> Mapping[str, MutableMapping[Any, Any]]:
-    """The mappings that a layer is called with, by the names of its options."""
-    options = arguments.options.items()
-    return {name: value for name, value in options if isinstance(value, MutableMapping)}
+def pretend_shared(
+    pairs: Sequence[SharedPair], arguments: LayerArguments, lengths: Sequence[int], like: Tensor
+) -> None:
+    """Let a layer find `pairs` [R, G, T, D], of as many tokens as `lengths` says, that nobody has
+    handed on, in the dtype of `like` [R, 0].
+    """
+    for pair, length in zip(pairs, lengths, strict=True):
+        shapes = [(like.shape[0], heads, length, size) for heads, size in pair.sizes]
+        made = tuple(like.new_empty(shape) for shape in shapes)
+        arguments.mappings[pair.place][pair.key] = made
 
 
 def check_shared(
@@ -91,7 +96,7 @@ def check_shared(
     """Raises UnsupportedError for a layer that has put something else into a mapping, of which
     `before` are the values, than the pair that its cache has given as `answer`.
     """
-    for mapping in mappings_in(arguments).values():
+    for mapping in arguments.mappings.values():
         for pair in mapping.values():
             if any(pair is one for one in before):
                 continue

@@ -10,7 +10,7 @@ opened, by `follow_forward`.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,6 +44,12 @@ class LayerArguments:
         options = sorted((name, value is not None) for name, value in self.options.items())
         return *(one is not None for one in self.args), *options
 
+    @property
+    def mappings(self) -> Mapping[str, MutableMapping[Any, Any]]:
+        """Those of `options` in which layers may hand something to later ones."""
+        options = self.options.items()
+        return {name: value for name, value in options if isinstance(value, MutableMapping)}
+
     def at(self, place: int | str) -> Any:
         """One of `args` by its number, or of `options` by its name; None if it is not there."""
         if isinstance(place, str):
@@ -68,6 +74,20 @@ Answer = Callable[[int, Tensor, LayerArguments], Any]
 
 
 @dataclass(frozen=True, slots=True)
+class SharedPair:
+    """Keys and values that a layer hands to later ones, which have none of their own."""
+
+    layer_idx: int
+    """Of the layer that hands them on."""
+    place: str
+    """Which option of the layers is the mapping that they find them in."""
+    key: Hashable
+    """And where in it."""
+    sizes: tuple[tuple[int, int], ...]
+    """Heads, and numbers in each head of one token: of keys, then of values."""
+
+
+@dataclass(frozen=True, slots=True)
 class Facts:
     """What is known of a forward that was followed."""
 
@@ -85,10 +105,8 @@ class Facts:
     """
     places: tuple[StatePlaces, ...]
     """Where each layer keeps states beside the cache."""
-    shared_numbers: int
-    """Numbers for each token in the keys and values that layers hand to later ones in a dictionary,
-    which have none of their own.
-    """
+    shared: tuple[SharedPair, ...]
+    """What layers hand to later ones in a mapping, in their order."""
     continues: bool
     """Whether layers go on from their states with several tokens in one call. Some of transformers'
     do so with one token alone, and with more begin anew.
@@ -107,9 +125,9 @@ class Facts:
     """Constants that the model converts when it is first run, and keeps so, by name."""
 
     @property
-    def shares(self) -> bool:
-        """Whether there are any of these."""
-        return self.shared_numbers > 0
+    def shared_numbers(self) -> int:
+        """Numbers for each token in what layers hand on so."""
+        return sum(heads * size for one in self.shared for heads, size in one.sizes)
 
     def hidden_shape(self, num_rows: int, num_tokens: int) -> tuple[int, ...]:
         """That of hidden states between layers, mostly [R, T, C]."""
