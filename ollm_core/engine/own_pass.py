@@ -90,7 +90,8 @@ class OwnPass:
                     for place, row in enumerate(chunk.rows):
                         row_logits[row].append(logits[place])
         report()
-        whole = [torch.cat(chunks) if len(chunks) > 1 else chunks[0] for chunks in row_logits]
+        # Copies, as callers may change them: what is made in inference mode nobody may.
+        whole = [torch.cat(chunks) for chunks in row_logits]
         return [row[-item.num_logits :] for item, row in zip(work, whole, strict=True)]
 
     def _call(self, chunk: Chunk, offload: ActivationOffload, before: OwnCall | None) -> OwnCall:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig
+from transformers.cache_utils import DynamicLayer
 
 from ollm_core.contracts.model import Layout
 from ollm_core.errors import UnsupportedError
@@ -215,11 +216,13 @@ class OwnForward:
     def new_cache(self) -> DynamicCache:
         """An empty cache as transformers makes it for the model. Of some decoders it has as many
         layers as the encoder that they were taken from: those that are too many are left out, and
-        whoever asked for one would not find it.
+        whoever asked for one would not find it. In transformers 5.17 the last layers of some have
+        none, as they take the keys of others.
         """
         cache = new_cache(self.model.config)
         self.num_caches = len(cache.layers)
         del cache.layers[self.num_layers :]
+        cache.layers += [DynamicLayer() for _ in range(self.num_layers - self.num_caches)]
         return cache
 
     def new_layer(self, layer_idx: int) -> Any:

@@ -239,7 +239,7 @@ def _give_buffers(model: Any) -> None:
         like = module._buffers[name]
         unset = float("nan") if like.dtype.is_floating_point else like.dtype != torch.bool and -1
         module._buffers[name] = torch.full_like(like, unset, device="cpu")
-    with torch.no_grad():
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):  # some draw numbers
         model.initialize_weights()  # of a parent, too, which may set those of its layers
     for path, name, module in given:
         value = module._buffers[name]

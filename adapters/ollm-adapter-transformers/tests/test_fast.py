@@ -53,10 +53,10 @@ def prompts(num_rows, num_tokens):
     return torch.randint(3, 250, (num_rows, num_tokens), generator=torch.Generator().manual_seed(0))
 
 
-def greedy(model, ids, num_new):
+def greedy(model, ids, num_new, **options):
     """The new tokens."""
     found = model.generate(
-        ids, max_new_tokens=num_new, do_sample=False, eos_token_id=None, pad_token_id=0
+        ids, max_new_tokens=num_new, do_sample=False, eos_token_id=None, pad_token_id=0, **options
     )
     return found[0, ids.shape[1] :].tolist()
 
@@ -171,7 +171,7 @@ def test_layers_that_begin_anew(model_type):
         most = 5e-5 * float(expected.abs().max())
         assert (found - expected[:, [0, -1]]).abs().max() <= most
         wrong = run_reference(model, ids, [580, 600])
-        assert (wrong - expected[:, [0, -1]]).abs().max() > 5 * most
+        assert (wrong - expected[:, [0, -1]]).abs().max() > 2 * most
 
 
 def _goes_token_by_token(model, directory, ids):
@@ -201,3 +201,6 @@ def test_lookup(model_type):
         with ollm.load(directory, device="cpu", draft="lookup", num_draft_tokens=4) as ours:
             assert greedy(ours, ids, 40) == expected
             assert ours.stats.drafted_tokens > 0
+            changed = greedy(ours, ids, 20, repetition_penalty=1.3)  # which writes into logits
+        with ollm.load(directory, device="cpu", draft="none") as ours:
+            assert greedy(ours, ids, 20, repetition_penalty=1.3) == changed

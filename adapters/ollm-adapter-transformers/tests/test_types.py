@@ -271,7 +271,7 @@ def test_refuses_frequencies_that_depend_on_the_length(rope_type):
     ("model_type", "reason"),
     [
         ("minimax", "keeps its past in a MiniMaxCache, not in transformers' usual cache"),
-        ("longcat_flash", "has 8 caches for 4 layers"),
+        ("longcat_flash", "caches for"),
         ("blt", "transformers makes no cache for a blt model"),
         ("jetmoe", r", in JetMoeTopKGating.forward"),
         ("gemma4_assistant", "Gemma4AssistantForCausalLM takes no cache of transformers"),

@@ -9,11 +9,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from ollm_adapter_transformers.recognise import check_config, is_composite, language_config
+from ollm_adapter_transformers.recognise import (
+    check_config,
+    is_composite,
+    language_config,
+    with_numbers,
+)
 from ollm_core import CacheKind, Config, Layout, ModelAdapter, WeightPlan
 
 if TYPE_CHECKING:
     from ollm_adapter_transformers.tree import Tree
+
+
+_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""Of tensors, as safetensors and as config.json name them."""
 
 
 class FamilyAdapter(ModelAdapter):
@@ -78,7 +87,8 @@ class FamilyAdapter(ModelAdapter):
         """As transformers saves a model."""
         from ollm_adapter_transformers.stored import saved_tensors
 
-        return saved_tensors(self._tree(config), dtype)
+        stated = _DTYPES.get(dtype, "") or _stated_dtype(config)
+        return saved_tensors(self._tree({**config, "dtype": stated} if stated else config), dtype)
 
     def built_model(self, config: Config, dtype: Any) -> Any | None:
         """That of the tree, once: what it is run by changes it."""
@@ -94,7 +104,7 @@ class FamilyAdapter(ModelAdapter):
 
         dtype = getattr(torch, _stated_dtype(config) or self.unstated_dtype, None)
         known = dtype if isinstance(dtype, torch.dtype) else torch.float32
-        return build_tree(config, known, self.paths)
+        return build_tree(with_numbers(config), known, self.paths)
 
 
 class _Trees:
