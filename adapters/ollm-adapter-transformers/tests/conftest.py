@@ -12,10 +12,6 @@ def pytest_collection_modifyitems(items):
         module = getattr(item, "module", None)
         if found is None or not hasattr(module, "QUICK"):
             continue
-        model_type, name = cls.tiny_config["model_type"], item.name
-        if model_type in module.WHOLE:
-            is_spared = name in module.LONG and model_type != module.WHOLE[0]
-        else:
-            is_spared = found.id not in module.QUICK or name in module.SPARED
-        if is_spared:
+        is_whole = cls.tiny_config["model_type"] in module.WHOLE
+        if not is_whole and (found.id not in module.QUICK or item.name in module.SPARED):
             item.add_marker(pytest.mark.soak)

@@ -188,6 +188,14 @@ def test_refuses_absurd_numbers(key, value):
         adapter.layout({**adapter.tiny_config(), "model_type": "llama", key: value})
 
 
+def test_opening_draws_no_numbers():
+    """NemotronH makes some anew when its weights are initialised."""
+    with saved("nemotron_h", torch.bfloat16) as (_, directory):
+        before = torch.get_rng_state()
+        ollm.load(directory, device="cpu").close()
+        assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_what_core_finds_is_told():
     """Caches and limits of a model that is left to its own forward, as the suite asks for them."""
     adapter = TransformersAdapter()
