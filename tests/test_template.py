@@ -66,12 +66,17 @@ def _entry_point(project):
 
 
 def test_default_answers_make_an_adapter(installed):
-    """It loads as a plugin and declares what transformers builds from its configs."""
-    _, registry = installed
+    """It loads as a plugin, and its module declares nothing but names; the tensors are those that
+    transformers builds from its configs.
+    """
+    project, registry = installed
     assert [(plugin.name, plugin.status) for plugin in registry.plugins] == [("mistral", "ok")]
-    adapter = registry.adapter_for({"model_type": "mistral"})
+    (module,) = project.glob("src/*/__init__.py")
+    assert len(module.read_text().splitlines()) <= 40
     ((_, entry, _),) = registry.catalog()
-    for config in (adapter.tiny_config(), entry.config):
+    tiny = registry.adapter_for({"model_type": "mistral"}).tiny_config()
+    for config in (tiny, entry.config):
+        adapter = registry.adapter_for(config)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
                 AutoConfig.for_model(**copy.deepcopy(dict(config)))
@@ -80,13 +85,7 @@ def test_default_answers_make_an_adapter(installed):
         plan = adapter.weights(config, names)
         assert plan.parameters.keys() == names
         assert not plan.ignored
-        (kind,) = set(adapter.caches(config))
-        attention = model.model.layers[0].self_attn
-        assert kind.num_kv_heads * kind.head_dim == attention.k_proj.out_features
-        assert kind.window is model.config.sliding_window is None
     assert entry.num_parameters == sum(p.numel() for p in model.parameters())
-    without = {k: v for k, v in entry.config.items() if k != "sliding_window"}
-    assert adapter.caches(without)[0].window == AutoConfig.for_model(**without).sliding_window
 
 
 def test_its_model_is_exact(installed, reference, ids, tmp_path):

@@ -46,21 +46,20 @@ class Workspace:
         self._known_mixtures: dict[tuple[int, int, bool], tuple[int, int, int]] = {}
         # One layer of each kind: what it remembers, and what it is made of.
         kinds: dict[Hashable, list[int]] = {}
+        shared = () if skeleton.own is None else skeleton.own.facts.shared
         for layer_idx, (layer, cache) in enumerate(
             zip(skeleton.layers, geometry.kinds, strict=True)
         ):
             made_of = tuple((name, value.shape) for name, value in layer.named_parameters())
             mixture = skeleton.mixtures.get(layer_idx) or skeleton.routed.get(layer_idx)
             experts = mixture and mixture.slice_shapes
-            kinds.setdefault((cache, type(layer), made_of, experts), []).append(layer_idx)
+            found = sum(one.layer_idx < layer_idx for one in shared)  # of what others hand on
+            kinds.setdefault((cache, type(layer), made_of, experts, found), []).append(layer_idx)
         self._alike: Mapping[int, Sequence[int]] = {one[0]: one for one in kinds.values()}
         """By the first of each kind, the layers that take as much."""
         self._bends = {kind.window - 1 for kind in geometry.kinds if kind.window is not None}
         self._grows = skeleton.grows
         """Whether something beside block-wise attention is as long as the past."""
-        if skeleton.own is not None and skeleton.own.facts.shares:
-            every = range(len(skeleton.layers))
-            self._alike = {every[-1]: every}  # the last one, traced with all before it
 
     @classmethod
     def of(cls, spec: ModelSpec, proven: set[str] | None = None) -> Workspace:
@@ -138,6 +137,12 @@ class Workspace:
             self._trace_own(own, 0, *key, attention, dtype, found)
             self._known_handed[key] = tuple(torch.empty_like(one) for one in found)
         return self._known_handed[key]
+
+    def shared_bytes(self, num_tokens: int) -> int:
+        """What layers keep of `num_tokens` for later ones that share their keys and values."""
+        own = self._skeleton.own
+        numbers = 0 if own is None else own.facts.shared_numbers
+        return num_tokens * numbers * self._geometry.dtype.itemsize
 
     @property
     def vocab_size(self) -> int:
@@ -391,12 +396,8 @@ class Workspace:
                 return traced(call)
 
         def traced(call: OwnCall) -> Tensor:
-            states = call.enter()
-            if own.facts.shares:  # of those before, too
-                for earlier in range(layer_idx):
-                    states = call.run(earlier, states)
-                return call.run(layer_idx, states)
-            del states  # as `hidden` and `before`, these are counted elsewhere
+            call.enter()  # what it returns, as `hidden` and `before`, is counted elsewhere
+            call.pretend_shared(layer_idx, dtype)
             call.handed = [*before]
             output = call.run(layer_idx, hidden)
             if handed is not None:

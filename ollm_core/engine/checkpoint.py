@@ -134,7 +134,7 @@ def can_go_on(skeleton: Skeleton) -> bool:
     else they hand on is nowhere written.
     """
     own = skeleton.own
-    return own is None or not (own.facts.shares or own.facts.handed)
+    return own is None or not (own.facts.shared or own.facts.handed)
 
 
 def bits_depend_on(plan: PassPlan, skeleton: Skeleton, device: torch.device) -> Mapping[str, Any]:

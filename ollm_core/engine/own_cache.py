@@ -37,6 +37,8 @@ class OwnCache(Cache, ABC):
         self._sequences = tuple(sequences)
         self._start = start
         self._layer_idx = -1
+        self.answer: tuple[Tensor, Tensor] | None = None
+        """What the layer that is called was given for its keys and values, in whole."""
         self._keeping = nullcontext() if store.in_place else torch.inference_mode(mode=False)
         self._like = torch.empty(0, device=own.device)
         for layer_idx in own.facts.called:
@@ -60,7 +62,7 @@ class OwnCache(Cache, ABC):
             yield apart
             self._end(layer_idx, num_new, apart)
         finally:
-            self._layer_idx = -1
+            self._layer_idx, self.answer = -1, None
             self._drop()
             pretend(self._fresh(layer_idx), self._start, len(self._sequences), self._like)
 
@@ -142,6 +144,7 @@ class LaidOutCache(OwnCache):
         found: tuple[Tensor, Tensor] = super().update(
             key_states, value_states, layer_idx, *args, **kwargs
         )
+        self.answer = found
         return found
 
     def update_indexer(self, indexer_key_states: Tensor, layer_idx: int) -> Tensor:

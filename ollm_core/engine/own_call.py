@@ -12,6 +12,7 @@ from ollm_core.contracts.attention import Attention
 from ollm_core.contracts.kv import KVStore
 from ollm_core.device.offload import ActivationOffload
 from ollm_core.engine.own_cache import HandleCache, LaidOutCache, OwnCache
+from ollm_core.engine.shared_keys import SharedKeys, check_shared, pretend_shared
 from ollm_core.model.own_forward import LayerArguments, OwnForward
 
 Embed = Callable[[Tensor], Tensor]
@@ -35,11 +36,13 @@ class OwnCall:
         *,
         alone: bool,
         offload: ActivationOffload | None = None,
+        before: OwnCall | None = None,
     ) -> None:
         """`ids` [R, T] come after `start` tokens of each of `sequences`. `attention` None: the
         model's own, eager one, over a past laid out. `alone`: there is no other chunk, so what
         layers are called with may be kept from one to the next. What layers hand on beside hidden
-        states waits where `offload` has it; None: on the device.
+        states waits where `offload` has it; None: on the device. `before` is the call of the chunk
+        before, of the same sequences; None: there is none in this pass.
         """
         self._offload = offload or ActivationOffload(ids.device, on_host=False)
         self.handed: list[Tensor] = []
@@ -55,6 +58,9 @@ class OwnCall:
         self._embed = embed
         self._alone = alone
         self._arguments: Mapping[int, LayerArguments] = {}
+        self._shared: SharedKeys | None = None
+        if own.facts.shared and not alone:
+            self._shared = SharedKeys(self._offload, None if before is None else before._shared)
         positions = torch.arange(start, start + ids.shape[1], device=ids.device)
         self._positions = positions.expand(ids.shape[0], -1)
         self._cache: OwnCache = (
@@ -79,6 +85,17 @@ class OwnCall:
                 self._arguments = found
             return hidden
 
+    def pretend_shared(self, layer_idx: int, dtype: torch.dtype) -> None:
+        """Let a layer find what those before it would have handed on in a mapping."""
+        facts, num_new = self._own.facts, self._ids.shape[1]
+        pairs = [one for one in facts.shared if one.layer_idx < layer_idx]
+        windows = [facts.memories[one.layer_idx].kind.window for one in pairs]
+        pasts = [self._start if one is None else min(self._start, one - 1) for one in windows]
+        like = torch.empty(len(self._sequences), 0, dtype=dtype, device=self._ids.device)
+        lengths = [past + num_new for past in pasts]
+        if pairs:
+            pretend_shared(pairs, self._arguments[layer_idx], lengths, like)
+
     def run(self, layer_idx: int, hidden: Tensor) -> Tensor:
         """Run a layer: [R, T, C] -> the same."""
         if layer_idx not in self._own.facts.called:
@@ -97,8 +114,15 @@ class OwnCall:
                 fetched = map(self._offload.fetch, self.handed)
                 places = self._own.facts.handed.values()
                 arguments = arguments.replaced(dict(zip(places, fetched, strict=True)))
+            if self._shared:
+                self._shared.fill(arguments)
+            given = [pair for one in arguments.mappings.values() for pair in one.values()]
             with self._cache.around(layer_idx, hidden, self._ids.shape[1]) as apart:
                 output, handed = self._own.call(layer_idx, hidden, arguments, apart)
+                if self._own.facts.shared:
+                    check_shared(arguments, given, self._cache.answer)
+            if self._shared:
+                self._shared.keep(arguments, self._ids.shape[1])
             if layer_idx < self._own.num_layers - 1:
                 if self._offload.on_host and self.handed:
                     pairs = zip(self.handed, handed, strict=True)
@@ -110,7 +134,7 @@ class OwnCall:
 
     def leave(self, hidden: Tensor, num_logits: int) -> Tensor:
         """Logits [R, n, V] at the last positions."""
-        self._arguments, self.handed = {}, []
+        self._arguments, self.handed, self._shared = {}, [], None
         with self._computing():
             self._cache.rewind()
             return self._own.leave(

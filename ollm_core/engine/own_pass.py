@@ -43,7 +43,9 @@ class OwnPass:
     def run(self, offload: ActivationOffload, report: PassReport) -> list[Tensor]:
         """Logits [num_logits, V] of each item of the work; `report` after each step."""
         own, skeleton, weights, work = self.own, self.skeleton, self.weights, self.work
-        calls = [self._call(chunk, offload) for chunk in self.plan.chunks]
+        calls: list[OwnCall] = []
+        for chunk in self.plan.chunks:
+            calls.append(self._call(chunk, offload, calls[-1] if chunk.begin else None))
         widest = max(dtype.itemsize for dtype in own.facts.hidden_dtypes)
         hidden = [offload.store(call.enter(), widest) for call in calls]
         rows = max(len(chunk.rows) * chunk.num_tokens for chunk in self.plan.chunks)
@@ -88,10 +90,11 @@ class OwnPass:
                     for place, row in enumerate(chunk.rows):
                         row_logits[row].append(logits[place])
         report()
-        whole = [torch.cat(chunks) if len(chunks) > 1 else chunks[0] for chunks in row_logits]
+        # Copies, as callers may change them: what is made in inference mode nobody may.
+        whole = [torch.cat(chunks) for chunks in row_logits]
         return [row[-item.num_logits :] for item, row in zip(work, whole, strict=True)]
 
-    def _call(self, chunk: Chunk, offload: ActivationOffload) -> OwnCall:
+    def _call(self, chunk: Chunk, offload: ActivationOffload, before: OwnCall | None) -> OwnCall:
         work = [self.work[row] for row in chunk.rows]
         ids = torch.stack([item.token_ids[chunk.begin : chunk.end] for item in work])
         return OwnCall(
@@ -102,6 +105,7 @@ class OwnPass:
             work[0].start + chunk.begin,
             self.weights.embed,
             own_attention(self.plan.attention, self.weights.device),
-            alone=len(self.plan.chunks) == 1 or self.own.facts.shares,
+            alone=len(self.plan.chunks) == 1,
             offload=offload,
+            before=before,
         )

@@ -43,6 +43,8 @@ class Policy:
     """What "auto" takes."""
     may_chunk: bool = True
     """Whether the family allows a prompt in chunks."""
+    may_step: bool = False
+    """Whether it allows one token at a time where it does not allow chunks."""
     may_use_blocks: bool = True
     """Whether the family allows block-wise attention."""
 
@@ -55,7 +57,10 @@ class Policy:
         """
         if attention not in ("auto", "exact"):
             require(spec.adapter, "blockwise-attention")
-        if chunk_size is not None:
+        may_chunk = supports(spec.adapter, "chunked-prefill")
+        own = spec.skeleton.own
+        may_step = not may_chunk and own is not None and not own.facts.continues
+        if chunk_size is not None and not (may_step and chunk_size == 1):
             require(spec.adapter, "chunked-prefill")
         if attention == "flash":
             require_flash(spec.device, spec.dtype, here=False)
@@ -63,7 +68,8 @@ class Policy:
             blocks if (attention, blocks) == ("blockwise", "products") else attention,
             chunk_size,
             blocks=blocks,
-            may_chunk=supports(spec.adapter, "chunked-prefill"),
+            may_chunk=may_chunk,
+            may_step=may_step,
             may_use_blocks=supports(spec.adapter, "blockwise-attention"),
         )
 
@@ -197,7 +203,7 @@ class PassPlanner:
         first = 2048 if self._memory.is_own else 512
         sizes = [self._policy.chunk_size or first]
         if not self._policy.may_chunk:
-            sizes = [max(longest, first)]
+            sizes = [self._policy.chunk_size or max(longest, first)]
         while (
             self._policy.may_chunk
             and self._policy.chunk_size is None
@@ -264,6 +270,8 @@ class PassPlanner:
             layers[call] = max(layers.get(call, 0), past)
             handed.append(self._workspace.handed_bytes(*shape, past, attention))
         hidden += sum(handed)
+        if len(chunks) > 1:  # of what was there before, too
+            hidden += self._workspace.shared_bytes(num_tokens + sum(one.start for one in work))
         layer = max(
             self._workspace.layer_bytes(
                 num_rows, num_new, past, attention, shared, self._weights.spare_bytes
@@ -327,10 +335,12 @@ class PassPlanner:
         after = f" after {past}" if past else ""
         account = self._accounts.device if missing.device else self._accounts.host
         needed = account.limit + (missing.device or missing.host)
+        steps = self._policy.may_step and self._policy.chunk_size is None
+        instead = ", or chunk_size=1, one token after the other" if steps else ""
         return DoesNotFitError(
             f"{account.name}: need {format_size(needed)} for a pass over {num_tokens} new "
             f"tokens{after}, limit {format_size(account.limit)}",
-            hint=f"allow at least {needed} bytes, or fewer tokens at once",
+            hint=f"allow at least {needed} bytes, or fewer tokens at once{instead}",
             memory=account.name,
             needed_bytes=needed,
         )

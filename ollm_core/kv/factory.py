@@ -18,7 +18,10 @@ from ollm_core.kv.disk.directory import check_parent, default_parent, reap_homes
 from ollm_core.kv.disk.prefix_cache import PrefixCachingStore
 from ollm_core.kv.recurrent.hybrid import HybridKVStore
 from ollm_core.kv.recurrent.no_keys import NoKeysStore
-from ollm_core.kv.recurrent.prefix_cache import PrefixCachingHybridStore
+from ollm_core.kv.recurrent.prefix_cache import (
+    PrefixCachingHybridStore,
+    PrefixCachingLayersStore,
+)
 from ollm_core.kv.recurrent.snapshots import StateFiles, reap_states
 from ollm_core.kv.recurrent.states import state_store
 from ollm_core.kv.tiers import TIERS, check_tier
@@ -130,9 +133,9 @@ def _hybrid(
     accounts = PerMemory(request.device_account, request.host_account)
     states = state_store(tier, geometry, accounts, memory)
     kept = geometry.attention_layers()
-    if not any(kind.states for kind in geometry.kinds):  # some keep nothing: no state to save
-        request = replace(request, keep=False)
     attention = open_store(replace(request, geometry=kept)) if kept.kinds else NoKeysStore(geometry)
+    if isinstance(attention, PrefixCachingStore) and not states.shapes:
+        return PrefixCachingLayersStore(geometry, attention, states)
     if isinstance(attention, PrefixCachingStore) and request.directory is not None:
         try:
             files = StateFiles(request.directory, geometry, request.fingerprint())

@@ -81,7 +81,7 @@ class _Probe:
 
     def look(self, max_positions: int) -> bool:
         """Whether something beside attention grows. Raises NotSeen."""
-        if self._own.facts.shares:
+        if self._own.facts.shared:
             raise NotSeen("its layers share keys and values")
         if any(self._own.facts.places):
             raise NotSeen("its layers keep states beside the cache")

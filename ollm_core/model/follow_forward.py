@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import traceback
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -19,7 +19,14 @@ from ollm_core.errors import UnsupportedError, one_line
 from ollm_core.memory.tracker import OneExpertTaken, OperationMode, tensors_in
 from ollm_core.model.layer_memory import LayerMemory, remembered
 from ollm_core.model.operation_modes import AllAreTrue, Marks
-from ollm_core.model.own_forward import Facts, LayerArguments, OwnForward, Run, as_returned
+from ollm_core.model.own_forward import (
+    Facts,
+    LayerArguments,
+    OwnForward,
+    Run,
+    SharedPair,
+    as_returned,
+)
 from ollm_core.model.own_states import StatePlaces, attributes_of, states_in
 
 _TRIED = 5
@@ -72,7 +79,7 @@ class _Follower:
         self._handed: dict[int, int | str] = {}
         self._sizes: list[tuple[torch.Size, torch.dtype]] = []
         self._hidden_dtypes = {dtype}
-        self._shares = False
+        self._shared: dict[tuple[str, Hashable], SharedPair] = {}
         self._continues = True
         self._uses: set[str] = set()
         self._shape: tuple[tuple[int, ...], tuple[int, ...]] = (), ()
@@ -88,7 +95,7 @@ class _Follower:
             tuple(self._returned),
             self._handed,
             tuple(self._places),
-            self._shares,
+            tuple(self._shared.values()),
             self._continues,
             "embedding" in self._uses,
             self._dtype,
@@ -205,8 +212,7 @@ class _Follower:
     def _real(self, layer_idx: int, hidden: Tensor, arguments: LayerArguments) -> Any:
         """The layer itself."""
         self._note_handed(layer_idx, arguments)
-        shared = [one for one in arguments.options.values() if isinstance(one, MutableMapping)]
-        before = [len(one) for one in shared]
+        before = {place: set(one) for place, one in arguments.mappings.items()}
         layer, places = self._own.layers[layer_idx], self._places[layer_idx]
         if places.argument is not None:
             states = tuple(self._states[layer_idx])
@@ -214,7 +220,9 @@ class _Follower:
         held = dict(attributes_of(layer))
         output = self._own.call_layer(layer_idx, hidden, arguments)
         self._note_states(layer_idx, held, arguments, output)
-        self._shares |= before != [len(one) for one in shared]
+        for place, mapping in arguments.mappings.items():
+            for key in mapping.keys() - before[place]:
+                self._note_shared(layer_idx, place, key, mapping[key])
         first = output if isinstance(output, Tensor) else output[0]
         if not isinstance(first, Tensor) or first.shape != hidden.shape:
             raise self._own.error(f"has a layer {layer_idx} that gives no hidden states")
@@ -246,6 +254,13 @@ class _Follower:
             self._places[layer_idx] = places
         given = None if places.argument is None else arguments.at(places.argument)
         self._states[layer_idx] = places.taken(layer, given, output)
+
+    def _note_shared(self, layer_idx: int, place: str, key: Hashable, pair: Any) -> None:
+        """What a layer has put where later ones find it: keys and values [1, G, T, D]."""
+        if any(not isinstance(one, Tensor) or one.dim() != 4 for one in pair):
+            raise self._own.error("hands something else to later layers than keys and values")
+        sizes = tuple((one.shape[1], one.shape[3]) for one in pair)
+        self._shared[place, key] = SharedPair(layer_idx, place, key, sizes)
 
     def _note_handed(self, layer_idx: int, arguments: LayerArguments) -> None:
         """Of what the layer before has returned beside hidden states, what this one is given."""

@@ -4,6 +4,7 @@ a run, and put back into one for a call.
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,10 @@ _KNOWN = frozenset(
         "LinearAttentionAndSlidingWindowAttentionLayer",
     }
 )
+
+
+_WINDOWS = ("attention_chunk_size", "sliding_window")
+"""What transformers' cache asks every config for, though not all classes of models know it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,12 +136,29 @@ def new_cache(config: PreTrainedConfig) -> DynamicCache:
     Raises UnsupportedError if it makes none.
     """
     try:
-        return DynamicCache(config=config)
+        return DynamicCache(config=_without_stray(config.get_text_config(decoder=True)))
     except Exception as error:
         raise UnsupportedError(
             f"transformers makes no cache for a {config.model_type} model: {one_line(error)}",
             hint="a model keeps its past in transformers' own cache; this one is not made so",
         ) from error
+
+
+def _without_stray(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The same without windows that its class does not know, which no mask of the model goes by."""
+    kind = type(config)
+    stray = [name for name in _WINDOWS if name in vars(config) and name not in _fields(kind)]
+    if not stray or any(name in vars(kind()) for name in stray):
+        return config
+    config = copy.copy(config)
+    for name in stray:
+        delattr(config, name)
+    return config
+
+
+def _fields(kind: type) -> Sequence[str]:
+    """What a config's class says that it knows."""
+    return tuple(getattr(kind, "__dataclass_fields__", ()))
 
 
 def layer_maker(like: Any) -> Callable[[], Any]:

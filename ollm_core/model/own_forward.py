@@ -10,7 +10,7 @@ opened, by `follow_forward`.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig
+from transformers.cache_utils import DynamicLayer
 
 from ollm_core.contracts.model import Layout
 from ollm_core.errors import UnsupportedError
@@ -44,6 +45,12 @@ class LayerArguments:
         options = sorted((name, value is not None) for name, value in self.options.items())
         return *(one is not None for one in self.args), *options
 
+    @property
+    def mappings(self) -> Mapping[str, MutableMapping[Any, Any]]:
+        """Those of `options` in which layers may hand something to later ones."""
+        options = self.options.items()
+        return {name: value for name, value in options if isinstance(value, MutableMapping)}
+
     def at(self, place: int | str) -> Any:
         """One of `args` by its number, or of `options` by its name; None if it is not there."""
         if isinstance(place, str):
@@ -68,6 +75,20 @@ Answer = Callable[[int, Tensor, LayerArguments], Any]
 
 
 @dataclass(frozen=True, slots=True)
+class SharedPair:
+    """Keys and values that a layer hands to later ones, which have none of their own."""
+
+    layer_idx: int
+    """Of the layer that hands them on."""
+    place: str
+    """Which option of the layers is the mapping that they find them in."""
+    key: Hashable
+    """And where in it."""
+    sizes: tuple[tuple[int, int], ...]
+    """Heads, and numbers in each head of one token: of keys, then of values."""
+
+
+@dataclass(frozen=True, slots=True)
 class Facts:
     """What is known of a forward that was followed."""
 
@@ -85,8 +106,8 @@ class Facts:
     """
     places: tuple[StatePlaces, ...]
     """Where each layer keeps states beside the cache."""
-    shares: bool
-    """Whether layers hand something to later ones in a dictionary, as keys that these share."""
+    shared: tuple[SharedPair, ...]
+    """What layers hand to later ones in a mapping, in their order."""
     continues: bool
     """Whether layers go on from their states with several tokens in one call. Some of transformers'
     do so with one token alone, and with more begin anew.
@@ -103,6 +124,11 @@ class Facts:
     """Numbers in the hidden states of one token between layers."""
     converted: Mapping[str, torch.dtype]
     """Constants that the model converts when it is first run, and keeps so, by name."""
+
+    @property
+    def shared_numbers(self) -> int:
+        """Numbers for each token in what layers hand on so."""
+        return sum(heads * size for one in self.shared for heads, size in one.sizes)
 
     def hidden_shape(self, num_rows: int, num_tokens: int) -> tuple[int, ...]:
         """That of hidden states between layers, mostly [R, T, C]."""
@@ -190,11 +216,13 @@ class OwnForward:
     def new_cache(self) -> DynamicCache:
         """An empty cache as transformers makes it for the model. Of some decoders it has as many
         layers as the encoder that they were taken from: those that are too many are left out, and
-        whoever asked for one would not find it.
+        whoever asked for one would not find it. In transformers 5.17 the last layers of some have
+        none, as they take the keys of others.
         """
         cache = new_cache(self.model.config)
         self.num_caches = len(cache.layers)
         del cache.layers[self.num_layers :]
+        cache.layers += [DynamicLayer() for _ in range(self.num_layers - self.num_caches)]
         return cache
 
     def new_layer(self, layer_idx: int) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from ollm_core.attention.select import EAGER_NAME, register_attention
 from ollm_core.contracts.kv import CacheKind
 from ollm_core.contracts.model import Capability, Config, Layout
 from ollm_core.errors import UnsupportedError
-from ollm_core.model.blockwise_probe import probe_blockwise
+from ollm_core.model.blockwise_probe import Blockwise, probe_blockwise
 from ollm_core.model.follow_forward import follow_forward
 from ollm_core.model.moe import Mixture
 from ollm_core.model.outside_layers import OutsideLayers
@@ -111,9 +112,6 @@ class OwnSkeleton(Skeleton):
         self._place_buffers(torch.device("meta"))
         mixtures = list(self.routed.values())
         self.own.facts = follow_forward(self.own, dtype, mixtures)
-        self.blockwise = probe_blockwise(self.own, self.layers, mixtures, self.max_positions)
-        """Whether its layers can attend block by block."""
-        self.grows = self.blockwise.grows
         if any(kind.states for kind in self.kinds):
             refuse_kernels()
         self._buffers = [
@@ -127,6 +125,17 @@ class OwnSkeleton(Skeleton):
         """What each layer remembers."""
         return tuple(memory.kind for memory in self.own.facts.memories)
 
+    @functools.cached_property
+    def blockwise(self) -> Blockwise:
+        """Whether its layers can attend block by block, looked at when it is first asked for."""
+        with self.on_meta():
+            mixtures = list(self.routed.values())
+            return probe_blockwise(self.own, self.layers, mixtures, self.max_positions)
+
+    @property
+    def grows(self) -> bool:
+        return self.blockwise.grows
+
     @property
     def limits(self) -> Mapping[str, Capability]:
         """What the model cannot do."""
@@ -134,11 +143,11 @@ class OwnSkeleton(Skeleton):
         if self.blockwise.refusal:
             reason = f"{_LAID_OUT} {self.blockwise.refusal}"
             limits["blockwise-attention"] = Capability("unsupported", reason)
-        if self.own.facts.shares:
-            reason = "its layers share keys and values, which are kept for one prompt at once"
-            limits["chunked-prefill"] = limits["batch"] = Capability("unsupported", reason)
         if not self.own.facts.continues:
-            reason = "in transformers its layers begin anew with each call of several tokens"
+            reason = (
+                "in transformers its layers begin anew with each call of several tokens: "
+                "the only chunk_size is 1"
+            )
             limits["chunked-prefill"] = Capability("unsupported", reason)
         return limits
 
@@ -230,7 +239,7 @@ def _give_buffers(model: Any) -> None:
         like = module._buffers[name]
         unset = float("nan") if like.dtype.is_floating_point else like.dtype != torch.bool and -1
         module._buffers[name] = torch.full_like(like, unset, device="cpu")
-    with torch.no_grad():
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):  # some draw numbers
         model.initialize_weights()  # of a parent, too, which may set those of its layers
     for path, name, module in given:
         value = module._buffers[name]

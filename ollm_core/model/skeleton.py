@@ -96,8 +96,6 @@ class Skeleton:
     """Parameters that are not in the dtype to compute in, by name."""
     outer: tuple[str, ...] = ()
     """Names of what is bound with the norm, where it is more than that."""
-    grows = False
-    """Whether what is computed beside block-wise attention takes more memory for a longer past."""
     routed: Mapping[int, Mixture] = MappingProxyType({})
     """Layers with routed experts that are called whole."""
 
@@ -145,6 +143,11 @@ class Skeleton:
         self._slots = [Slots(layer) for layer in self.layers]
         self.outside: OutsideLayers = watch_outside(model, layout, self.rotary_types)
         """What the family computes between embedding, layers, norm and head."""
+
+    @property
+    def grows(self) -> bool:
+        """Whether what is computed beside block-wise attention takes more for a longer past."""
+        return False
 
     def embeddings(
         self, rotary: nn.Module, layer_idx: int, hidden: Tensor, positions: Tensor

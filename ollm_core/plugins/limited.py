@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from ollm_core.contracts.adapter import ModelAdapter
 from ollm_core.contracts.kv import CacheKind
-from ollm_core.contracts.model import Capability, Config, Layout
+from ollm_core.contracts.model import Capability, CatalogEntry, Config, Layout
 from ollm_core.contracts.tensors import WeightPlan
 
 
@@ -24,6 +24,9 @@ class LimitedAdapter(ModelAdapter):
     @property
     def capabilities(self) -> Mapping[str, Capability]:
         return {**self._limits, **self._adapter.capabilities}
+
+    def catalog(self) -> Sequence[CatalogEntry]:
+        return self._adapter.catalog()
 
     def text_config(self, config: Config) -> Config:
         return self._adapter.text_config(config)

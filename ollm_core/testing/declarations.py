@@ -12,7 +12,7 @@ import torch
 from ollm_core.checkpoint.safetensors import open_checkpoint, read_config
 from ollm_core.contracts.adapter import ModelAdapter
 from ollm_core.contracts.kv import CacheKind
-from ollm_core.contracts.model import Capability, Config, Layout
+from ollm_core.contracts.model import Config, Layout
 from ollm_core.engine.activations import Workspace
 from ollm_core.errors import OllmError
 from ollm_core.files.untrusted_json import parse_object
@@ -46,28 +46,31 @@ def as_opened(adapter: ModelAdapter, config: Config) -> ModelAdapter:
     """
     try:
         text_config = text_config_of(adapter, config)
-        if not layout_of(adapter, text_config).own_forward:
+        one = adapter.for_model(config)
+        if not layout_of(one, text_config).own_forward:
             return adapter
-        return _Opened(adapter, text_config)
+        return _Opened(one, text_config)
     except OllmError:
         return adapter
 
 
 class _Opened(LimitedAdapter):
     def __init__(self, adapter: ModelAdapter, text_config: Config) -> None:
-        self._looked_at = functools.lru_cache(maxsize=None)(self._look_at)
+        self._kinds = functools.lru_cache(maxsize=None)(self._look_at)
         self._adapter = adapter
-        super().__init__(adapter, self._looked_at(_stated(text_config))[1])
+        super().__init__(adapter, self._followed(text_config).limits)
 
     def caches(self, config: Config) -> Sequence[CacheKind]:
-        return self._looked_at(_stated(config))[0]
+        return self._kinds(_stated(config))
 
-    def _look_at(self, stated: str) -> tuple[Sequence[CacheKind], Mapping[str, Capability]]:
-        config = parse_object(stated.encode())
-        found = OwnSkeleton(
-            config, self._adapter.layout(config), torch.bfloat16, torch.device("meta")
-        )
-        return found.kinds, found.limits
+    def _look_at(self, stated: str) -> Sequence[CacheKind]:
+        return self._followed(parse_object(stated.encode())).kinds
+
+    def _followed(self, config: Config) -> OwnSkeleton:
+        dtype, device = torch.bfloat16, torch.device("meta")
+        layout = self._adapter.layout(config)
+        model = self._adapter.built_model(config, dtype)
+        return OwnSkeleton(config, layout, dtype, device, model=model)
 
 
 def _stated(config: Config) -> str:

@@ -192,7 +192,7 @@ def test_what_is_seen():
     assert facts.width == 32
     assert facts.hidden_shape(2, 7) == (2, 7, 32)
     assert not facts.uses_embedding
-    assert not facts.shares
+    assert not facts.shared
     assert followed(Shifted).uses_embedding
 
 

@@ -33,12 +33,14 @@ def main(module: str, name: str, path: str) -> None:
 
 
 def read_declarations(adapter: ModelAdapter) -> None:
-    """Ask an adapter everything; one that claims the rest, what it says before it looks at a model
-    of transformers.
+    """Ask an adapter everything; one that looks at each model of transformers by itself, what it
+    says before.
     """
+    from ollm_core import ModelAdapter  # where `sys.path` is the caller's
+
     adapter.catalog()
     config = adapter.tiny_config()
-    if adapter.claims_rest:
+    if type(adapter).for_model is not ModelAdapter.for_model:
         return
     adapter.layout(config)
     adapter.caches(config)

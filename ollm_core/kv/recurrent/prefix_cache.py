@@ -30,6 +30,27 @@ SPACING = 8192
 logger = logging.getLogger("ollm")
 
 
+class PrefixCachingLayersStore(HybridKVStore):
+    """See KeepsPrefixes: of a model that has no states, but layers that remember nothing."""
+
+    def __init__(
+        self, geometry: KVGeometry, attention: PrefixCachingStore, states: StateStore
+    ) -> None:
+        """See HybridKVStore; `states` are of no layer."""
+        super().__init__(geometry, attention, states)
+        self._kept = attention
+
+    def find(self, token_ids: Tensor) -> tuple[int, int]:
+        """See KeepsPrefixes."""
+        sequence, num_tokens = self._kept.find(token_ids)
+        self._states.add(sequence)
+        return sequence, num_tokens
+
+    def keep(self, sequence: int, start: int, token_ids: Tensor) -> None:
+        """See KeepsPrefixes."""
+        self._kept.keep(sequence, start, token_ids)
+
+
 class PrefixCachingHybridStore(HybridKVStore):
     """See KeepsPrefixes. A kept prefix is of use where there is a state: after each prompt, after
     the last text, and within a long prompt at some edges of chunks.

@@ -80,19 +80,19 @@ def _is_class_of_part(model_type: str) -> bool:
 
 def language_config(config: Config) -> Config:
     """The part of a config that is a causal language model's by itself; else all of it."""
-    found: Config = _numbers(dict(_text_part(config) or config))
+    found: Config = with_numbers(dict(_text_part(config) or config))
     return found
 
 
-def _numbers(value: Any) -> Any:
-    """A part of config.json with the numbers that JSON does not have, as transformers writes
-    them.
+def with_numbers(value: Any) -> Any:
+    """A part of config.json with the numbers that JSON does not have, which transformers writes as
+    objects.
     """
     if isinstance(value, dict):
         if value.keys() == {"__float__"} and value["__float__"] in _NUMBERS:
             return float(value["__float__"])
-        return {key: _numbers(one) for key, one in value.items()}
-    return [_numbers(one) for one in value] if isinstance(value, list) else value
+        return {key: with_numbers(one) for key, one in value.items()}
+    return [with_numbers(one) for one in value] if isinstance(value, list) else value
 
 
 def _text_part(config: Config) -> Config | None:

@@ -27,9 +27,9 @@ class Tree:
     """Names of all buffers."""
 
 
-def build_tree(config: Config, dtype: torch.dtype) -> Tree:
-    """Raises ConfigError if transformers cannot build a model, UnsupportedError for a tree without
-    the usual parts.
+def build_tree(config: Config, dtype: torch.dtype, told: Mapping[str, str]) -> Tree:
+    """What paths of the layout are `told` is not looked for. Raises ConfigError if transformers
+    cannot build a model, UnsupportedError for a tree without the usual parts.
     """
     model = empty_model(config, dtype)
     for module in model.modules():
@@ -42,23 +42,21 @@ def build_tree(config: Config, dtype: torch.dtype) -> Tree:
         raise _error(model, "has no plain input embedding")
     if head is None or getattr(head, "weight", None) is None:
         raise _error(model, "has no output head of one module")
-    path, layers = _layers(model, paths[id(embedding)])
-    layout = Layout(
-        len(layers),
-        embedding=paths[id(embedding)],
-        layers=path,
-        norm="",
-        head=paths[id(head)],
-        rotary="",
-        experts=next((inside for layer in layers for inside in _experts(layer)), ""),
-        own_forward=True,
-    )
+    path, layers = _layers(model, paths[id(embedding)], told.get("layers", ""))
+    seen = {
+        "embedding": paths[id(embedding)],
+        "layers": path,
+        "head": paths[id(head)],
+        "experts": next((inside for layer in layers for inside in _experts(layer)), ""),
+    }
+    layout = Layout(len(layers), norm="", rotary="", own_forward=True, **{**seen, **told})
     return Tree(model, layout, dict(model.state_dict()), frozenset(dict(model.named_buffers())))
 
 
-def _layers(model: Any, embedding: str) -> tuple[str, nn.ModuleList]:
-    """The list of layers: of those that are in no other list, one of as many as the config says,
-    the nearest to the embedding, and of these the one with most parameters.
+def _layers(model: Any, embedding: str, told: str) -> tuple[str, nn.ModuleList]:
+    """The list of layers: the one that is `told`, else of those that are in no other list one of as
+    many as the config says, the nearest to the embedding, and of these the one with most
+    parameters.
     """
     lists: dict[str, nn.ModuleList] = {}
     for path, module in model.named_modules():
@@ -67,6 +65,10 @@ def _layers(model: Any, embedding: str) -> tuple[str, nn.ModuleList]:
             lists[path] = module
     if not lists:
         raise _error(model, "has no list of layers")
+    if told:
+        if told not in lists:
+            raise _error(model, f"has no list of layers {told!a}; it has {', '.join(lists)}")
+        return told, lists[told]
 
     wanted = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
 

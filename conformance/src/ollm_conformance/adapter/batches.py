@@ -95,6 +95,8 @@ class Batches(AdapterSuite):
                 what = f"{len(new)} tokens of one of {len(order)} forks, after {len(texts[i])}"
                 _same_as_alone(subject, torch.cat([texts[i], new]), logits, what)
             kinds = {kind.kind for kind in subject.adapter.caches(subject.config)}
+            # A model's own forward reads the blocks of each row by itself.
+            blocks &= not subject.adapter.layout(subject.config).own_forward
             if kv == "disk" and blocks and kinds <= {"full", "recurrent"}:
                 for item in work:
                     store.truncate(item.sequence, item.start)
