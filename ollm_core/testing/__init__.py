@@ -27,6 +27,7 @@ from ollm_core.planning.dry_run import DryRun
 from ollm_core.plugins.registry import Registry, supports
 from ollm_core.plugins.validation import check_capability, told
 from ollm_core.products.select import without_instructions
+from ollm_core.profiling import Profile
 from ollm_core.serving.offline import Answered
 from ollm_core.serving.request import (
     Choices,
@@ -82,6 +83,7 @@ __all__ = [
     "Parameter",
     "PlannedRun",
     "PluginError",
+    "Profile",
     "Progress",
     "Registry",
     "Request",
