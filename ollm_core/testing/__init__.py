@@ -22,6 +22,7 @@ from ollm_core.errors import NotFiniteError, PluginError
 from ollm_core.files.untrusted_json import parse_object
 from ollm_core.generate.cache import SequenceCache
 from ollm_core.generate.causal_lm import StreamedModel
+from ollm_core.model.outside_layers import remembering_outside
 from ollm_core.model.skeleton import check_paths
 from ollm_core.planning.dry_run import DryRun
 from ollm_core.plugins.registry import Registry, supports
@@ -117,6 +118,7 @@ __all__ = [
     "parse_object",
     "plan_run",
     "read_config",
+    "remembering_outside",
     "run_pass",
     "save_each_layer",
     "share_traces",
