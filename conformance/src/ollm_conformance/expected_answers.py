@@ -81,12 +81,13 @@ class Expected:
         prompt = torch.tensor(request.token_ids)
         text = torch.cat([prompt, torch.tensor(tokens, dtype=torch.long)])
         logits = self.reference.run(text)[len(prompt) - 1 : len(text) - 1]
-        own = () if wanted.ignore_eos else self.ends  # which min_tokens keeps from coming
+        own = () if wanted.ignore_eos else self.ends
+        late = sorted({*own, *wanted.stop_token_ids})  # which min_tokens keeps from coming
         make: Any = self.reference.model._get_logits_processor
         samples = wanted.temperature > 0 and wanted.choose is None
         plain, whole = (
             make(
-                _as_transformers_has_it(wanted, sorted(own), samples=chance), len(prompt), None,
+                _as_transformers_has_it(wanted, late, samples=chance), len(prompt), None,
                 None, LogitsProcessorList(wanted.logits_processors),
             )
             for chance in (False, samples)

@@ -131,7 +131,7 @@ def _asked_for_more(
     never = max({*range(5, vocab_size)} - said)
     more = replace(
         wanted, logprobs=1, prompt_logprobs=0, stop=(*wanted.stops, "no such text"),
-        stop_token_ids=(*wanted.stop_token_ids, never),
+        stop_token_ids=(*wanted.stop_token_ids, *(() if wanted.min_tokens else (never,))),
     )  # fmt: skip
     return replace(request, wanted=more, priority=1, request_id=f"{request.request_id} again")
 
