@@ -142,7 +142,7 @@ def scores_of_the_last_part(scheduler):
     real = ScoredText.note
 
     def note(text, begin, end, logits):
-        real(text, begin, end, logits.flip(0) if begin > text._first else logits)
+        real(text, begin, end, logits.flip(0) if begin > text._told.first else logits)
 
     real_add = scheduler.add
 

@@ -10,6 +10,7 @@ from unseen_d import UNSEEN as FOURTH_ROUND
 from unseen_e import UNSEEN as FIFTH_ROUND
 from unseen_f import UNSEEN as SIXTH_ROUND
 from unseen_g import UNSEEN as SEVENTH_ROUND
+from unseen_h import UNSEEN as EIGHTH_ROUND
 
 CAUGHT_BY = {
     "BeginAddsUp": "drafter.begin",
@@ -28,6 +29,7 @@ CAUGHT_BY = {
     "HottestExpertsFirst": "weight-streamer.experts",
     "IntervalBeforeTheList": "configs.drawn",
     "KeptLayersNeverGo": "memory.planned",
+    "KnownByFileName": "byte-source.bytes",
     "KnowsNoOldRope": "configs.unstated",
     "KnowsOneKeyOfExperts": "configs.unstated",
     "LayersByTheirFirstDigits": "configs.many-layers",
@@ -35,6 +37,7 @@ CAUGHT_BY = {
     "LeavesTwoThreads": "codec.process",
     "LetsLongropeIn": "configs.rope-types",
     "LetsWindowsAlternate": "configs.windows",
+    "LinearIsUnknown": "configs.rope-types",
     "ListedTypesNotRead": "configs.windows",
     "ListsPackedAsHalves": "declaration.stored-bytes",
     "LongOnesAreStretched": "configs.drawn",
@@ -84,18 +87,23 @@ CAUGHT_BY = {
     "choices_share_all": "serving.score",
     "compares_the_start_of_each_block": "caches.other-prompt",
     "convolution_stays_ahead": "failure.batch-cancelled",
+    "drafts_go_on_after_the_end": "serving.sampling",
     "drafts_past_the_end": "walk.rows",
     "ends_by_config_alone": "language.stop-config",
     "finds_out_when_it_gets_there": "memory.generate",
+    "first_answer_is_cancelled": "serving.sampling",
     "first_come_first_served": "serving.order",
+    "first_listed_stop_ends": "serving.sampling",
     "first_row_is_finite": "failure.not-finite-row",
     "forgets_when_the_window_is_just_full": "exact.window-edges",
     "forks_do_not_own_windows": "memory.sequences",
     "forks_share_their_states": "walk.sequences",
     "frees_blocks_twice": "caches.released",
+    "greedy_comes_before_choose": "serving.sampling",
     "hands_out_nan": "failure.not-finite",
     "items_of_all_batches_not_counted": "walk.rows",
     "kept_by_config_alone": "caches.other-weights",
+    "kept_in_16_bits": "caches.large-tokens",
     "kept_when_dropped": "serving.cancel",
     "knows_models_by_weights_alone": "caches.other-weights",
     "last_position_refused": "exact.last-position",
@@ -105,26 +113,34 @@ CAUGHT_BY = {
     "mask_read_where_rows_begin": "batches.right-padded",
     "masked_rows_count": "exact.forward",
     "minimum_with_the_prompt": "serving.sampling",
+    "no_end_at_all": "serving.sampling",
     "one_generator_for_all_answers": "serving.score",
     "options_stay_for_the_next_call": "language.stop",
     "passes_draw_a_number": "isolation.random-state",
     "picked_rows_are_moved": "batches.picked",
+    "positions_are_taken": "exact.arguments",
     "remembers_embedding_rows": "memory.plan",
     "remembers_the_angles_of_the_first_row": "batches.left-padded",
     "reorders_beams_in_place": "caches.released",
     "rounds_sums_in_half": "precision.sums",
     "score_without_the_likeliest": "serving.score",
+    "scores_find_one_more": "serving.sampling",
     "seed_of_the_place": "serving.sampling",
+    "seed_zero_is_none": "serving.sampling",
     "short_prompts_lie_on_the_left": "exact.short-passes",
     "stays_reserved_after_failure": "failure.read-error",
     "stops_at_the_first_stop_token": "language.stop-config",
     "tails_not_accounted": "caches.released",
     "takes_padding_to_be_on_the_left": "batches.right-padded",
     "three_rows_have_one_past": "batches.left-padded",
+    "top_k_of_one_is_none": "serving.sampling",
     "tuples_begin_with_the_cache": "exact.forward",
+    "turns_are_given_whole": "drafts.stop",
     "unseals_nothing_on_disk": "drafts.verify",
     "usual_scale_of_one_token": "exact.long",
+    "what_gave_way_stays": "serving.bounded",
     "zero_layers_are_any_number": "memory.layers",
+    "zero_of_the_prompt_is_none": "serving.sampling",
 }
 
 ROUNDS = (
@@ -135,6 +151,7 @@ ROUNDS = (
     FIFTH_ROUND,
     SIXTH_ROUND,
     SEVENTH_ROUND,
+    EIGHTH_ROUND,
 )
 BROKEN_UNSEEN = [
     Broken(one.name, one.sentence, one.suite, CAUGHT_BY[one.name])

@@ -139,7 +139,7 @@ def choices_share_all(self, logits, finish=texts.ChoiceText.take):
 # Hurts: whoever asks a score for its likeliest tokens.
 def score_without_the_likeliest(self, *args, init=texts.ScoredText.__init__):
     init(self, *args)
-    self._num_top = min(self._num_top, 1)
+    self._told._num_top = min(self._told._num_top, 1)
 
 
 _forward = StreamedModel.forward

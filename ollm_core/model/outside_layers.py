@@ -11,8 +11,9 @@ nothing for it.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,6 +105,24 @@ def apply(operations: Sequence[Operation], values: Tensor) -> Tensor:
     return values
 
 
+_KNOWN: ContextVar[MutableMapping[Hashable, OutsideLayers] | None] = ContextVar(
+    "what was seen of models before", default=None
+)
+
+
+@contextmanager
+def remembering_outside(known: MutableMapping[Hashable, OutsideLayers]) -> Iterator[None]:
+    """In the `with`, a model is not watched of which `known`, which is empty at first, has what was
+    seen of another of its class, config, dtype and layout: for tests that open one model again and
+    again.
+    """
+    token = _KNOWN.set(known)
+    try:
+        yield
+    finally:
+        _KNOWN.reset(token)
+
+
 def watch_outside(
     model: nn.Module, layout: Layout, rotary_types: Sequence[str | None]
 ) -> OutsideLayers:
@@ -113,6 +132,18 @@ def watch_outside(
     UnsupportedError, naming it, for anything that core would leave out.
     """
     _give_buffers(model, layout)
+    known = _KNOWN.get()
+    if known is None:
+        return _watch(model, layout, rotary_types)
+    config: Any = model.config
+    dtype = next(model.parameters()).dtype
+    key = type(model), config.to_json_string(), dtype, layout, tuple(rotary_types)
+    if key not in known:
+        known[key] = _watch(model, layout, rotary_types)
+    return known[key]
+
+
+def _watch(model: nn.Module, layout: Layout, rotary_types: Sequence[str | None]) -> OutsideLayers:
     try:
         first, other = (_Watched(model, layout, rotary_types).run(n) for n in _LENGTHS)
     except UnsupportedError:

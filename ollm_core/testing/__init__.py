@@ -22,11 +22,13 @@ from ollm_core.errors import NotFiniteError, PluginError
 from ollm_core.files.untrusted_json import parse_object
 from ollm_core.generate.cache import SequenceCache
 from ollm_core.generate.causal_lm import StreamedModel
+from ollm_core.model.outside_layers import remembering_outside
 from ollm_core.model.skeleton import check_paths
 from ollm_core.planning.dry_run import DryRun
 from ollm_core.plugins.registry import Registry, supports
 from ollm_core.plugins.validation import check_capability, told
 from ollm_core.products.select import without_instructions
+from ollm_core.profiling import Profile
 from ollm_core.serving.offline import Answered
 from ollm_core.serving.request import (
     Choices,
@@ -82,6 +84,7 @@ __all__ = [
     "Parameter",
     "PlannedRun",
     "PluginError",
+    "Profile",
     "Progress",
     "Registry",
     "Request",
@@ -115,6 +118,7 @@ __all__ = [
     "parse_object",
     "plan_run",
     "read_config",
+    "remembering_outside",
     "run_pass",
     "save_each_layer",
     "share_traces",

@@ -15,7 +15,7 @@ import ollm
 from ollm_conformance.models import random_model
 from ollm_core import DecoderAdapter, Layout, UnsupportedError
 from ollm_core.attention.select import ATTENTION_NAME, register_attention
-from ollm_core.model.outside_layers import watch_outside
+from ollm_core.model.outside_layers import remembering_outside, watch_outside
 from ollm_core.plugins.registry import Registry
 
 SIZES = {
@@ -194,3 +194,19 @@ def test_a_forward_that_does_more_is_refused(more, told: str):
     model.model.forward = forward
     with pytest.raises(UnsupportedError, match=re.escape(told)):
         watch_outside(model, Layout(3), [None] * 3)
+
+
+def test_what_was_seen_is_remembered_for_tests():
+    """Of one config, dtype and layout alone; outside of the block a model is watched again."""
+    known: dict = {}
+    config = config_of("granite")
+    other = {**config, "embedding_multiplier": 3.0}
+    with remembering_outside(known):
+        assert seen(config) == seen(config) == OUTSIDE["granite"]
+        assert len(known) == 1
+        assert seen(other) == "mul(3.0); ; ; div(8.0)"
+        assert seen(config, dtype=torch.bfloat16) == OUTSIDE["granite"]
+        assert len(known) == 3
+        known[next(iter(known))] = "what it was told"
+        assert seen(config) == "what it was told"
+    assert seen(config) == OUTSIDE["granite"]

@@ -36,6 +36,7 @@ from ollm_core.testing import (
     open_checkpoint,
     open_dry_run,
     read_config,
+    remembering_outside,
     share_traces,
     supports,
 )
@@ -180,6 +181,7 @@ class Subject:
         self._dry_runs: dict[tuple[Path, str], DryRun] = {}
         self._references: dict[tuple[Path, str], Reference] = {}
         self._traces: dict[Hashable, Any] = {}
+        self._outside: dict[Hashable, Any] = {}
         self._least_to_open: dict[tuple[str, ...], int] = {}
         self._made: dict[tuple[Hashable, ...], Any] = {}
         self._num_kv_directories = 0
@@ -261,7 +263,8 @@ class Subject:
         if options.get("kv") == "disk":
             options.setdefault("kv_dir", self.new_directory())
         directory = directory or self.tiny()
-        model = self._load(directory, **options)
+        with remembering_outside(self._outside):
+            model = self._load(directory, **options)
         share_traces(model, self._traces, (directory / "config.json").read_text())
         return model
 
@@ -269,7 +272,8 @@ class Subject:
         """What plans runs of the model in `directory` on a CPU."""
         key = directory, dtype
         if key not in self._dry_runs:
-            found = open_dry_run(self.adapter, directory, self.registry, dtype, self._dry_run)
+            with remembering_outside(self._outside):
+                found = open_dry_run(self.adapter, directory, self.registry, dtype, self._dry_run)
             share_traces(found, self._traces, (directory / "config.json").read_text())
             self._dry_runs[key] = found
         return self._dry_runs[key]

@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 
 from ollm_conformance.adapter.base import AdapterSuite
+from ollm_conformance.arguments import argument_values
 from ollm_conformance.checks import check
 from ollm_conformance.compare import same_bits, same_within
-from ollm_conformance.subject import Subject
+from ollm_conformance.subject import Subject, left_padded
+from ollm_core import OllmError
 
 _MASKED = -100
 """A label that does not count."""
@@ -46,6 +48,45 @@ class Asked(AdapterSuite):
                 assert isinstance(found, tuple), f"{what}: expected a tuple, got {type(found)}"
                 assert len(found) == number, f"{what}: expected {number} parts, got {len(found)}"
                 same_bits(found[0], whole.logits, f"{what}: logits")
+            model.config.return_dict = False
+            found = model(input_ids=ids[:1])
+            assert isinstance(found, tuple), "config.return_dict = False: expected a tuple"
+            model.config.return_dict = True
             used = model(input_ids=ids[:1], use_cache=True).past_key_values
             length = used.get_seq_length()
             assert length == 30, f"use_cache=True: expected a cache of 30 tokens, got {length}"
+
+    @check(
+        "exact.arguments",
+        "Whatever argument of transformers a call is given, what comes out is what transformers "
+        "gives for it, every part of it, or the call is refused in one line.",
+        look="core calls the model: an adapter has no part in it; run exact.resident first",
+        needs=["batch"],
+    )
+    def test_arguments(self, subject: Subject) -> None:
+        reference = subject.reference().model
+        ids, mask = left_padded([subject.prompt(n, seed=n) for n in (9, 20)])
+        always = {"input_ids": ids, "attention_mask": mask}
+        sizes = reference.config.get_text_config()
+        with subject.open() as model:
+            for name, values in argument_values(mask, sizes.hidden_size).items():
+                for number, value in enumerate(values):
+                    what = f"{name}, value {number} of {len(values)}"
+                    try:
+                        found = model(**always, **{name: value})
+                    except OllmError:
+                        assert number, f"{what}: expected what says nothing to be taken, got none"
+                        continue
+                    known = name != "no_such_argument" and (name, value) != ("use_cache", None)
+                    given = {name: value} if known else {}
+                    with torch.no_grad():
+                        expected = reference(**always, **{"use_cache": False} | given)
+                    missing = expected.keys() - found.keys()
+                    assert not missing, f"{what}: expected {sorted(missing)}, got {[*found]}"
+                    real = mask.bool()
+                    if name == "logits_to_keep":
+                        real = (
+                            real[:, value] if isinstance(value, torch.Tensor) else real[:, -value:]
+                        )
+                    what = f"logits, given {what}"
+                    same_within(found.logits[real], expected.logits[real], 1e-4, what)

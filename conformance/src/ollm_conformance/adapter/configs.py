@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from transformers import DynamicCache
 
 from ollm_conformance.adapter.base import AdapterSuite
@@ -13,7 +14,7 @@ from ollm_conformance.checks import check, does_not_apply
 from ollm_conformance.compare import refused
 from ollm_conformance.features import features
 from ollm_conformance.kinds import same_kinds
-from ollm_conformance.models import meta_model, model_config, text_view
+from ollm_conformance.models import meta_model, model_config, random_model, text_view
 from ollm_conformance.small_catalog import SmallEntry, small_catalog
 from ollm_conformance.subject import Subject
 from ollm_conformance.without_data import same_full_size
@@ -46,6 +47,8 @@ _REFUSED: Mapping[str, dict[str, Any]] = {
 }
 """Whose frequencies depend on the longest position so far: a prompt in chunks would differ."""
 """Parameters with which each type changes what is computed, in a tiny model too."""
+_USUAL = ("default", "linear", "yarn")
+"""Types that fine-tunes of any family may have."""
 
 
 class Configs(AdapterSuite):
@@ -104,7 +107,8 @@ class Configs(AdapterSuite):
     @check(
         "configs.rope-types",
         "With each rotary embedding that the adapter declares, logits are those of transformers, "
-        "bit for bit; those that depend on the length of the prompt are refused.",
+        "bit for bit; plain ones and those that are stretched for long texts are among them where "
+        "transformers has them, and those that depend on the length of the prompt are refused.",
         look="`rope_types` of the adapter, and text_config(), which must keep their parameters",
     )
     def test_rope_types(self, subject: Subject) -> None:
@@ -123,11 +127,27 @@ class Configs(AdapterSuite):
             old = {"type" if key == "rope_type" else key: value for key, value in old.items()}
             what = f"tiny_config() with rope_scaling {old}"
             same_model(subject, {**config, "rope_scaling": old}, what, steps=1)
+        for rope_type in [one for one in _USUAL if one not in adapter.rope_types]:
+            config = with_rope(subject.config, rope_type)
+            assert config is None or not _runs(config), (
+                f"rope_types: expected {rope_type!r} among them, which transformers runs for this "
+                f"family, got {', '.join(adapter.rope_types)}"
+            )
         for rope_type in _REFUSED.keys() - set(adapter.rope_types):
             config = with_rope(subject.config, rope_type)
             if config is not None:
                 with refused(OllmError, f"layout() of tiny_config() with rope type {rope_type}"):
                     adapter.layout(adapter.text_config(config))
+
+
+def _runs(config: Config) -> bool:
+    """Whether transformers runs such a model."""
+    try:
+        with torch.no_grad():
+            random_model(config)(torch.arange(5, 14)[None])
+    except Exception:  # noqa: BLE001 - whatever transformers says of such a config
+        return False
+    return True
 
 
 def with_rope(config: Config, rope_type: str) -> dict[str, Any] | None:

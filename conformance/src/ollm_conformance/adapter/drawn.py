@@ -19,6 +19,7 @@ from ollm_conformance.draws import Dealt, deal, only_sizes
 from ollm_conformance.kinds import same_kinds
 from ollm_conformance.models import DTYPES, random_model
 from ollm_conformance.naming import kept_names
+from ollm_conformance.options import OF_THE_SUITE, load_values
 from ollm_conformance.seeds import run_seed
 from ollm_conformance.subject import Reference, Subject, run_pieces
 from ollm_core import UnsupportedError
@@ -53,7 +54,7 @@ class Drawn(AdapterSuite):
         "configs.drawn",
         "Whatever flags, sizes, ratios, lists and keys left out a config of the family has, many "
         "others than the tiny one's at a time, caches, parameters, stored tensors and the logits "
-        "of a run in any dtype, tier, chunks and passes, with any layers kept, are transformers'.",
+        "of a run with any options of `load` in any passes are transformers'.",
         look="what goes by the config: layer_parameters(), source(), caches(), layer_types(), "
         "text_config(); the message names the fewest changes that were found to show it",
     )
@@ -79,21 +80,21 @@ class Drawn(AdapterSuite):
 
 
 def _runs(subject: Subject, draw: random.Random, num: int) -> Iterator[Run]:
-    """Each dtype, tier and number of kept layers in some of them."""
+    """Each value of each option of `load` in some of them."""
     tiers = [tier for tier in ("device", "host", "disk") if supports(subject.adapter, f"kv-{tier}")]
     chunked = supports(subject.adapter, "chunked-prefill")
-    decks = [
-        _shuffled(draw, num, values)
-        for values in (("float32", "bfloat16"), tiers, (None, 0, 1), (7, 33, 64, 100, 200))
-    ]
-    for dtype, tier, layers, chunk_size in zip(*decks, strict=True):
-        options = {"kv": tier}
-        if layers is not None:
-            options["device_layers"] = layers
-        if chunked:
-            options["chunk_size"] = chunk_size
+    drafts = supports(subject.adapter, "drafts") and supports(subject.adapter, "truncate")
+    values = load_values(tiers, chunked=chunked, drafts=drafts)
+    decks = {
+        name: _shuffled(draw, num, values[name]) for name in sorted(values.keys() - OF_THE_SUITE)
+    }
+    for number in range(num):
+        options = {name: decks[name][number] for name in sorted(decks)}
+        given = {name: value for name, value in options.items() if value is not None}
+        if "profile" in given:
+            given["profile"] = given["profile"]()
         later = (1, draw.randrange(2, 12), 1) if chunked else (1, 1)
-        yield Run(dtype, (draw.randrange(20, 140), *later), options)
+        yield Run(given.pop("dtype"), (draw.randrange(20, 140), *later), given)
 
 
 def _shuffled(draw: random.Random, num: int, values: Any) -> list[Any]:
@@ -164,12 +165,13 @@ def _same(subject: Subject, dealt: Dealt, run: Run) -> bool:
         said = described_tensors(subject.adapter, text, names.parameters, stored)
         if said is not None:
             same_forms(said, names.stored(stored), "planned without its files")
-        with subject.open(directory, **run.options) as model:
+        with subject.open(directory, dtype=run.dtype, **run.options) as model:
             found = run_pieces(model, pieces)
             same_parameters(subject, model, text, reference, "weights")
         same_bits(found, expected, "logits")
         if run.dtype == "float32" and supports(subject.adapter, "blockwise-attention"):
-            with subject.open(directory, attention="blockwise", **run.options) as model:
+            blocks = run.options | {"attention": "blockwise", "precision": "fast"}
+            with subject.open(directory, **blocks) as model:
                 same_within(run_pieces(model, pieces), expected, _BLOCKWISE, "block-wise logits")
     except AssertionError:
         raise

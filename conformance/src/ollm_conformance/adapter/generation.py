@@ -20,6 +20,8 @@ from ollm_core.testing import StreamedModel, parse_object
 
 _NUM_NEW = 12
 _PROMPT = 50
+_MORE = 3
+"""Tokens of a further turn."""
 
 
 class Stops(AdapterSuite):
@@ -160,6 +162,10 @@ def _ends(
     logits = model(input_ids=text[None, length:], past_key_values=cache).logits[0]
     wanted = _in_pieces(subject.reference(), text.split([len(prompt), *rest]))
     same_within(logits, wanted, 1e-4, f"logits of a second turn after {what}")
+    third = torch.cat([text, second.flip(0)])
+    found = generate(model, third[None], _MORE, past_key_values=cache, **options)
+    tokens = subject.reference().greedy(third, _MORE)[0]
+    same_tokens(found[0, len(third) :].tolist(), tokens, f"tokens of a third turn after {what}")
     cache.close()
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import shutil
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ollm_conformance.adapter.base import AdapterSuite
@@ -15,6 +16,7 @@ from ollm_conformance.checks import check
 from ollm_conformance.compare import same_bits, same_within
 from ollm_conformance.found_again import ask_again, not_misled
 from ollm_conformance.subject import Subject
+from ollm_core import KeepsPrefixes
 from ollm_core.testing import StreamedModel
 
 _CHUNK = 64
@@ -58,6 +60,33 @@ class KeptKV(AdapterSuite):
                     same_within(found, expected, 1e-4, f"logits of {what}")
                 else:
                     same_bits(found, expected, f"logits of {what}")
+
+    @check(
+        "caches.large-tokens",
+        "Of a kept prompt nothing is used for one whose tokens are others by any power of two, "
+        "however large vocabularies are.",
+        look="core: what the KV of a prompt is found by",
+        needs=["kv-disk"],
+    )
+    def test_large_tokens(self, subject: Subject) -> None:
+        prompt = subject.prompt(_BLOCK + 9)
+        options: dict[str, Any] = {"kv": "disk", "kv_dir": subject.new_directory()}
+        with subject.open(keep_kv=True, **options) as model:
+            _last_logits(model, prompt)
+            cache = model.new_cache()
+            store = cache.store
+            assert isinstance(store, KeepsPrefixes), "expected a store that keeps prefixes"
+            for bits in range(8, 31):
+                other = prompt + (1 << bits)
+                for token_ids in (other, torch.where(torch.arange(len(prompt)) < 5, other, prompt)):
+                    sequence, num_found = store.find(token_ids)
+                    assert num_found == 0, (
+                        f"tokens that are larger by 2^{bits}, all or the first: expected none to "
+                        f"be found, got {num_found}"
+                    )
+                    store.release(sequence)
+            _, num_found = store.find(prompt)
+            assert num_found, "the same tokens: expected them to be found, got none"
 
     @check(
         "caches.other-dtype",

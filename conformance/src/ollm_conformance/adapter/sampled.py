@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessorList
+from torch import Tensor
 
 from ollm_conformance.adapter.base import AdapterSuite
 from ollm_conformance.checks import check
-from ollm_conformance.compare import same_tokens, same_within
+from ollm_conformance.compare import same_tokens
+from ollm_conformance.expected_answers import Expected, told
 from ollm_conformance.seeds import run_seed
 from ollm_conformance.subject import Subject
+from ollm_conformance.wishes import SEED, Words, requests, single_requests
 from ollm_core.testing import (
     Answered,
     NewToken,
     Request,
     SamplingParams,
-    StreamedModel,
+    Scheduler,
     limit_running,
+    supports,
 )
 
-_NUM = 10
-_NEAR = 1e-3
-"""Of the scale of the logits: rows that share a call have other last bits."""
+_AHEAD = 4
+"""Tokens of a draft."""
+_MOST_STEPS = 1000
 
 
 class Sampled(AdapterSuite):
@@ -33,33 +36,41 @@ class Sampled(AdapterSuite):
 
     @check(
         "serving.sampling",
-        "Whatever options requests have that run together, each token is one that transformers' "
-        "own processors allow, a greedy one the most likely of them, log-probabilities are the "
-        "model's own, texts end where they should, and a seed says the same again beside others.",
+        "Whatever options requests have that join, decode and leave together, or are cancelled, "
+        "each token is one that transformers' own processors allow, a greedy one the likeliest of "
+        "them; log-probabilities, texts and ends are those that were asked for, and what chance "
+        "has no part in, or a seed, is the same again alone and with drafts.",
         look="core chooses tokens: an adapter has no part in it; run exact.decode first",
         needs=["batch"],
     )
     def test_sampling(self, subject: Subject) -> None:
-        draw = random.Random(run_seed())
+        draw, words = random.Random(run_seed()), Words(subject.vocab_size)
+        documents = [subject.prompt(130, seed=number) for number in (100, 101)]
+        asked = requests(subject.vocab_size, documents, draw)
+        singles = single_requests(subject.vocab_size, draw)
         with subject.open() as model:
-            model.generation_config.eos_token_id = [*range(6, subject.vocab_size, 4)]  # often said
-            requests = [_drawn(subject, draw, number) for number in range(_NUM)]
-            answers = [one for [one] in model.answer(requests)]
-            for request, answer in zip(requests, answers, strict=True):
-                _check_answer(subject, model, request, answer)
-            # The same again, beside fewer, in another order, and with an end that never comes.
-            seeded = [number for number in range(_NUM) if number % 2]
-            again = []
-            for number in reversed(seeded):
-                wanted = _wanted(requests[number])
-                never = {*range(5, subject.vocab_size)} - {*answers[number].token_ids}
-                if not wanted.min_tokens:  # which leaves ends out
-                    wanted = replace(wanted, stop_token_ids=[*wanted.stop_token_ids, min(never)])
-                again.append(replace(requests[number], wanted=wanted, request_id=f"again {number}"))
-            repeated = [one for [one] in model.answer(again)]
-        for number, one in zip(reversed(seeded), repeated, strict=True):
-            what = f"tokens by {_told(_wanted(requests[number]))}, said again beside others"
-            same_tokens(one.token_ids, answers[number].token_ids, what)
+            model.tokenizer = words.tokenizer()
+            model.generation_config.eos_token_id = [*range(14, subject.vocab_size, 9)]
+            with model.open_scheduler() as scheduler:
+                answers = _in_any_order(scheduler, [*asked, *singles], _to_cancel(subject), draw)
+            expected = Expected(subject.reference(), words, model.served.end_ids)
+            for request in (*asked, *singles):
+                expected.check(request, answers[request.request_id])
+            again = [request for request in asked if _repeats(request)]
+            again += [one for one in singles if _repeats(one) and _seed(one) != SEED]
+            if supports(subject.adapter, "drafts") and supports(subject.adapter, "truncate"):
+                model.draft_with(_KnowsMore([*again, *singles], answers), _AHEAD)
+            for request in again:
+                [found] = model.answer([_asked_for_more(request, answers, subject.vocab_size)])
+                for one, before in zip(found, answers[request.request_id], strict=True):
+                    what = f"tokens {told(request)}, said again alone"
+                    same_tokens(one.token_ids, before.token_ids, what)
+                    assert one.text == before.text, (
+                        f"{what}: expected the text {before.text!r}, got {one.text!r}"
+                    )
+            for request in _ended_inside(singles, answers, words):
+                [found] = model.answer([request])
+                expected.check(request, found)
 
     @check(
         "serving.order",
@@ -96,103 +107,110 @@ class Sampled(AdapterSuite):
         assert not found, f"keep=False: expected nothing to be found again, got {found} tokens"
 
 
-def _drawn(subject: Subject, draw: random.Random, number: int) -> Request:
-    """One of each two samples."""
-    length = draw.choice([1, 30, 100, 130])
-    ends = [draw.randrange(5, subject.vocab_size) for _ in range(draw.choice([0, 1, 40]))]
-    options: dict[str, Any] = {
-        "temperature": 0,
-        "repetition_penalty": draw.choice([1.0, 1.3]),
-        "max_tokens": draw.choice([6, 9]),
-        "min_tokens": draw.choice([0, 4]),
-        "stop_token_ids": ends,
-        "ignore_eos": draw.random() < 0.3,
-        "logprobs": draw.choice([None, 0, 3]),
-    }
-    if number % 2:
-        options |= {
-            "temperature": draw.choice([0.6, 1.0, 2.5]),
-            "top_k": draw.choice([0, 3]),
-            "top_p": draw.choice([1.0, 0.5]),
-            "min_p": draw.choice([0.0, 0.2]),
-            "seed": draw.randrange(1000),
-        }
-    prompt = subject.prompt(length, seed=number).tolist()
-    return Request(token_ids=prompt, wanted=SamplingParams(**options), keep=False)
+def _repeats(request: Request) -> bool:
+    """Whether its answers are the same each time."""
+    wanted = request.wanted
+    if not isinstance(wanted, SamplingParams):
+        return False
+    return not wanted.temperature or wanted.seed is not None or wanted.choose is not None
 
 
-def _wanted(request: Request) -> SamplingParams:
-    assert isinstance(request.wanted, SamplingParams), "as it was drawn"
-    return request.wanted
+def _seed(request: Request) -> int | None:
+    return request.wanted.seed if isinstance(request.wanted, SamplingParams) else None
 
 
-def _told(wanted: SamplingParams) -> str:
-    """The options that differ from the usual ones."""
-    usual = SamplingParams()
-    told = {name: getattr(wanted, name) for name in vars(usual)}
-    told["stop_token_ids"] = (
-        f"{len(wanted.stop_token_ids)} of them" if wanted.stop_token_ids else ()
-    )
-    kept = (f"{k} = {v}" for k, v in told.items() if v != getattr(usual, k))
-    return ", ".join(kept)
-
-
-def _check_answer(
-    subject: Subject, model: StreamedModel, request: Request, answer: Answered
-) -> None:
-    """Each token against what transformers computes and allows there, and where the text ends."""
-    wanted, tokens = _wanted(request), answer.token_ids
-    what = f"after {len(request.token_ids)} tokens by {_told(wanted)}"
-    prompt = torch.tensor(request.token_ids)
-    text = torch.cat([prompt, torch.tensor(tokens, dtype=torch.long)])
-    reference = subject.reference()
-    logits = reference.run(text)[len(prompt) - 1 : len(text) - 1]
-    own = () if wanted.ignore_eos else model.served.end_ids  # which min_tokens keeps from coming
-    ends = {*wanted.stop_token_ids, *own}
-    make: Any = reference.model._get_logits_processor
-    plain, whole = (
-        make(
-            _as_transformers_has_it(wanted, sorted(own), samples=samples), len(prompt), None, None,
-            LogitsProcessorList(),
-        )
-        for samples in (False, wanted.temperature > 0)
+def _asked_for_more(
+    request: Request, answers: dict[str, list[Answered]], vocab_size: int
+) -> Request:
+    """The same, with options that change nothing of this text: ends that never come, and more that
+    is told of each token.
+    """
+    wanted = request.wanted
+    assert isinstance(wanted, SamplingParams), "as what is repeated"
+    said = {token for answer in answers[request.request_id] for token in answer.token_ids}
+    never = max({*range(5, vocab_size)} - said)
+    more = replace(
+        wanted, logprobs=1, prompt_logprobs=0, stop=(*wanted.stops, "no such text"),
+        stop_token_ids=(*wanted.stop_token_ids, *(() if wanted.min_tokens else (never,))),
     )  # fmt: skip
-    slack = _NEAR * float(logits.abs().max())
-    for place, (token, row) in enumerate(zip(tokens, logits, strict=True)):
-        here, ids = f"{what}: token {place}", text[None, : len(prompt) + place]
-        scores = plain(ids, row[None].clone())[0]
-        allowed = scores[whole(ids, row[None].clone())[0] > -torch.inf]
-        least = float(allowed.min() if wanted.temperature else allowed.max())
-        assert float(scores[token]) >= least - slack, (
-            f"{here}: expected a token that is allowed there, got {token} with a score of "
-            f"{float(scores[token]):.4g}, where {least:.4g} is the least"
+    return replace(request, wanted=more, priority=1, request_id=f"{request.request_id} again")
+
+
+def _ended_inside(
+    asked: Sequence[Request], answers: dict[str, list[Answered]], words: Words
+) -> list[Request]:
+    """Two of them that end by a text, two tokens after the first of a draft."""
+    found = []
+    for request in asked:
+        tokens, wanted = answers[request.request_id][0].token_ids, request.wanted
+        if len(tokens) > _AHEAD and _repeats(request) and isinstance(wanted, SamplingParams):
+            stop = words.of(tokens[_AHEAD - 1], wanted)
+            if stop and tokens.index(tokens[_AHEAD - 1]) == _AHEAD - 1:
+                name = f"{request.request_id} ended"
+                found.append(replace(request, wanted=replace(wanted, stop=stop), request_id=name))
+    return found[:2]
+
+
+def _to_cancel(subject: Subject) -> list[Request]:
+    """What would go on for long."""
+    wanted = SamplingParams(n=3, temperature=0, max_tokens=60, ignore_eos=True)
+    prompts = [subject.prompt(number, seed=number).tolist() for number in (9, 70)]
+    return [Request(token_ids=prompt, wanted=wanted) for prompt in prompts]
+
+
+def _in_any_order(
+    scheduler: Scheduler,
+    asked: Sequence[Request],
+    cancelled: Sequence[Request],
+    draw: random.Random,
+) -> dict[str, list[Answered]]:
+    """The answers by request: some are asked while others decode, and some are cancelled."""
+    found: dict[str, list[Answered]] = {}
+    coming = draw.sample([*asked, *cancelled], len(asked) + len(cancelled))
+    going = {request.request_id: 2 + draw.randrange(4) for request in cancelled}
+    ended: set[tuple[str, int]] = set()
+    num_steps = 0
+    while coming or not scheduler.is_idle:
+        num_steps += 1
+        assert num_steps < _MOST_STEPS, f"expected all to end, {scheduler.num_running} have not"
+        while coming and (scheduler.is_idle or draw.random() < 0.6):
+            request = coming.pop()
+            wanted = request.wanted
+            number = wanted.n if isinstance(wanted, SamplingParams) else 1
+            found[request.request_id] = [Answered() for _ in range(number)]
+            scheduler.add(request)
+        for name in [one for one in going if one in found]:
+            going[name] -= 1
+            if not going[name]:
+                scheduler.cancel(name)
+        for event in scheduler.step():
+            key = event.request_id, event.index
+            assert key not in ended, f"{key[0]}: expected nothing after its last event, got {event}"
+            answer = found[event.request_id][event.index]
+            if isinstance(event, NewToken):
+                gone = going.get(event.request_id, 1) < 1
+                assert not gone, f"a request that was cancelled: expected no more, got {event}"
+            if answer.add(event):
+                ended.add(key)
+    for request in cancelled:
+        reasons = [answer.finish_reason for answer in found[request.request_id]]
+        assert reasons == ["cancelled"] * 3, (
+            f"3 answers that were cancelled: expected all to end so, got {reasons}"
         )
-        if wanted.logprobs is not None:
-            told, true = answer.logprobs[place], row.log_softmax(-1)
-            found = torch.tensor([told.logprob, *(value for _, value in told.top)])
-            best = true.topk(wanted.logprobs).values
-            same_within(found, torch.cat([true[token][None], best]), 1e-4, f"{here}: logprobs")
-    ended = [n for n, token in enumerate(tokens, 1) if token in ends and n >= wanted.min_tokens]
-    reason, length = ("stop", ended[0]) if ended else ("length", wanted.max_tokens)
-    assert (answer.finish_reason, len(tokens)) == (reason, length), (
-        f"{what}: expected an end by {reason} after {length} tokens, got {answer.finish_reason} "
-        f"after {len(tokens)}"
-    )
+    return found
 
 
-def _as_transformers_has_it(
-    wanted: SamplingParams, ends: list[int], *, samples: bool
-) -> GenerationConfig:
-    """The same options; those of sampling if it `samples`."""
-    config = GenerationConfig(
-        do_sample=samples,
-        temperature=wanted.temperature or 1.0,
-        top_k=wanted.top_k,
-        top_p=wanted.top_p,
-        min_p=wanted.min_p or None,
-        repetition_penalty=wanted.repetition_penalty,
-        min_new_tokens=wanted.min_tokens or None,
-        eos_token_id=ends or None,
-    )
-    config._eos_token_tensor = torch.tensor(ends) if ends else None
-    return config
+class _KnowsMore:
+    """A draft source that knows each answer, and more than that."""
+
+    def __init__(self, asked: Sequence[Request], answers: dict[str, list[Answered]]) -> None:
+        self._texts = [
+            torch.tensor([*request.token_ids, *answer.token_ids, *answer.token_ids, 5, 5])
+            for request in asked
+            for answer in answers[request.request_id]
+        ]
+
+    def __call__(self, token_ids: Tensor, num_tokens: int) -> Tensor:
+        length = len(token_ids)
+        known = (text for text in self._texts if torch.equal(text[:length], token_ids))
+        return next(known, token_ids)[length : length + num_tokens]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from itertools import pairwise
 
 import pytest
 import torch
@@ -20,9 +21,12 @@ from ollm_core.testing import (
     Scheduler,
     Score,
     StreamedModel,
+    limit_running,
 )
 
 _LOOK = "caches() and the layers: what a row remembers is its own, whoever is beside it"
+_MANY = (70, 82)
+_MOST_STEPS = 1000
 _TIERS = pytest.mark.parametrize("kv", ["device", "disk"])
 
 
@@ -106,6 +110,28 @@ class Serving(AdapterSuite):
                 )
 
     @check(
+        "serving.bounded",
+        "However many requests were answered, what is kept of them for others takes no more "
+        "memory than after the first seventy.",
+        look=_LOOK,
+        needs=["batch"],
+    )
+    def test_bounded(self, subject: Subject) -> None:
+        held = []
+        with subject.open() as model, model.open_scheduler() as scheduler:
+            limit_running(scheduler, 6)
+            for first, end in pairwise((0, *_MANY)):
+                for number in range(first, end):
+                    prompt = subject.prompt(2, seed=number)
+                    scheduler.add(_request(prompt.tolist(), 1))
+                _finish(scheduler, defaultdict(list))
+                held.append(_held(model))
+        assert held[1] <= held[0], (
+            f"after {_MANY[0]} requests {held[0]} bytes of KV and states were held: expected as "
+            f"many after {_MANY[1]}, got {held[1]}"
+        )
+
+    @check(
         "serving.score",
         "The score of a continuation is the log-probability of each of its tokens in a forward "
         "pass over the whole text, however many are scored together, with the likeliest tokens "
@@ -180,10 +206,12 @@ def _note(scheduler: Scheduler, tokens: dict[str, list[int]]) -> list[Finished]:
 
 def _finish(scheduler: Scheduler, tokens: dict[str, list[int]]) -> list[Finished]:
     """Take steps until nothing is left to do, as `_note` does."""
-    ends = []
-    while not scheduler.is_idle:
+    ends: list[Finished] = []
+    for _ in range(_MOST_STEPS):
+        if scheduler.is_idle:
+            return ends
         ends += _note(scheduler, tokens)
-    return ends
+    raise AssertionError(f"expected all to end, {scheduler.num_running} have not")
 
 
 def _held(model: StreamedModel) -> int:

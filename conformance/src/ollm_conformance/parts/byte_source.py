@@ -65,8 +65,9 @@ class Files:
         self.content = [
             torch.randint(0, 256, (size,), generator=generator, dtype=torch.uint8) for size in SIZES
         ]
-        self.paths = [directory / f"{i}.bin" for i in range(len(SIZES))]
+        self.paths = [directory / f"{i}" / "weights.bin" for i in range(len(SIZES))]
         for path, content in zip(self.paths, self.content, strict=True):
+            path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content.numpy().tobytes())
 
     def tensors(self, places: Sequence[Place]) -> list[TensorInfo]:
