@@ -13,6 +13,7 @@ import torch
 
 from ollm_core.device.dtypes import HALF
 from ollm_core.errors import one_line
+from ollm_core.products.primitives import bound_primitives
 from ollm_core.products.products import CpuProducts
 from ollm_core.products.small_batch import SmallBatch, load_kernel
 from ollm_core.products.trial import trial
@@ -29,6 +30,8 @@ def choose_products(dtype: torch.dtype, device: torch.device, precision: str) ->
     instructions for products in `dtype` torch's own are taken but for one row. On others it has no
     fast kernel: it multiplies one number after another.
     """
+    if device.type == "cpu":
+        bound_primitives()
     if precision == "exact" or dtype not in HALF or device.type != "cpu":
         return None
     kernel = _small_batch() if dtype == torch.bfloat16 else None
