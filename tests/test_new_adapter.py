@@ -116,7 +116,7 @@ def test_a_project_is_made_and_what_comes_next_is_told(new, tmp_path):
     (project,) = tmp_path.iterdir()
     assert project.name == "ollm-adapter-olmo2"
     module = (project / "src/ollm_adapter_olmo2/__init__.py").read_text()
-    assert "class Olmo(DecoderAdapter)" in module
+    assert "class Olmo(FamilyAdapter)" in module
     assert 'model_types = ("olmo2",)' in module
     assert "Copyright (c) Ada" in (project / "LICENSE").read_text()
     assert project.stat().st_mode & 0o777 == 0o777 & ~_umask()
@@ -260,23 +260,23 @@ def test_an_update_arrives_and_edits_stay(new, repository, tmp_path):
     project = tmp_path / "ollm-adapter-olmo2"
     git(project, "init", "--quiet")
     module = project / "src/ollm_adapter_olmo2/__init__.py"
-    edit(module, '        yield "input_layernorm.weight"\n', '        yield "own.weight"\n')
+    edit(module, "        return tiny()\n", "        return own_tiny()\n")
     (project / "src/ollm_adapter_olmo2/own.py").write_text("own = True\n")
     commit(project, "Ours")
     template = repository / TEMPLATE.relative_to(ROOT) / "project"
     edit(template / ".github/workflows/ci.yml.jinja", '"3.13"', '"3.13", "3.14"')
     edit(
         template / "src/{{ package }}/__init__.py.jinja",
-        '    """Dense decoder: grouped-query',
-        '    """The {{ family }} decoder: grouped-query',
+        '    """What a model is made of',
+        '    """What an {{ family }} model is made of',
     )
     commit(repository, "Second")
     git(repository, "tag", "v99.0.0")
     run_copier("update", "--defaults", project)
     assert '"3.13", "3.14"' in (project / ".github/workflows/ci.yml").read_text()
     text = module.read_text()
-    assert '"""The olmo2 decoder: grouped-query' in text
-    assert 'yield "own.weight"' in text
+    assert '"""What an olmo2 model is made of' in text
+    assert "return own_tiny()" in text
     assert "<<<<<<<" not in text
     changed = {
         ".copier-answers.yml",

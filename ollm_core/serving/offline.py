@@ -37,8 +37,6 @@ class Answered:
     """One answer to a request."""
 
     text: str = ""
-    thoughts: str = ""
-    """What the model said to itself before, where somebody has taken that apart."""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     """Of each token, where they were asked for."""
@@ -47,6 +45,8 @@ class Answered:
     finish_reason: FinishReason | None = None
     counts: Counts = field(default_factory=Counts)
     error: Exception | None = None
+    thoughts: str = ""
+    """What the model said to itself before, where somebody has taken that apart."""
 
     def add(self, event: Event) -> bool:
         """Take note of an event; -> whether it is the last one."""

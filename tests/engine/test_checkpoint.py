@@ -398,7 +398,7 @@ LONG = NewTokens(3, torch.zeros(900, dtype=torch.long), 0)
 def test_which_passes_can_be_gone_on_with(work, hands_on, asked):
     """One sequence's long prompt, of which all that layers need is written."""
     facts = SimpleNamespace(
-        shares=hands_on == "shares",
+        shared=("keys of layer 1",) if hands_on == "shares" else (),
         handed={1: 2} if hands_on == "handed" else {},
         hidden_dtypes=frozenset({torch.float32}),
     )
