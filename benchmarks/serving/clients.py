@@ -21,7 +21,6 @@ import argparse
 import itertools
 import os
 import statistics
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -31,6 +30,7 @@ import torch
 
 import ollm
 from benchmarks import MODELS
+from benchmarks.peers.compare import say
 from benchmarks.peers.copies import prepare
 from benchmarks.serving.server import Streamed, serving, stream
 from benchmarks.tools.children import result_of, script
@@ -109,11 +109,6 @@ def told(found: list[Streamed], seconds: float) -> dict[str, Any]:
         "first_token_seconds": [round(one.first_token_seconds, 2) for one in found],
         "texts": [one.text for one in found],
     }
-
-
-def say(text: str) -> None:
-    """To people, at once."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def parse() -> argparse.Namespace:

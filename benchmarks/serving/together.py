@@ -26,7 +26,6 @@ import argparse
 import json
 import os
 import shutil
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -36,6 +35,7 @@ import torch
 
 import ollm
 from benchmarks import MODELS, ROOT
+from benchmarks.peers.compare import say
 from benchmarks.peers.copies import prepare
 from benchmarks.peers.environments import PEERS
 from benchmarks.peers.programs import environ, program_of
@@ -191,11 +191,6 @@ def theirs(args: argparse.Namespace, name: str) -> dict[str, Any]:
         found[f"batch {batch}"] = run
         say(f"{peer.title}, batch of {batch}: {run['tokens_per_second']:.3f} tokens/s")
     return found
-
-
-def say(text: str) -> None:
-    """To people, at once."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def parse() -> argparse.Namespace:

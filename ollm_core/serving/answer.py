@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from ollm_core.errors import InputError
-from ollm_core.text.detokenizer import Detokenizer
+from ollm_core.text.detokenizer import Detokenizer, begun_at_end
 
 
 class Answer:
@@ -55,12 +55,6 @@ class Answer:
             at, self.stopped_by = found
             self._held = ""
             return text[: at + len(self.stopped_by) * self._stops[self.stopped_by]]
-        end = len(text) - max(_begun(text, stop) for stop in self._stops)
+        end = len(text) - max(begun_at_end(text, stop) for stop in self._stops)
         self._held = text[end:]
         return text[:end]
-
-
-def _begun(text: str, stop: str) -> int:
-    """How many of the last characters of `text` are the first ones of `stop`."""
-    most = min(len(stop) - 1, len(text))
-    return next((n for n in range(most, 0, -1) if text.endswith(stop[:n])), 0)

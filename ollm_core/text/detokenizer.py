@@ -43,3 +43,9 @@ class Detokenizer:
         if self._shows:
             token_ids = [one for one in token_ids if one not in self._hidden]
         return str(self._tokenizer.decode(token_ids, skip_special_tokens=not self._shows))
+
+
+def begun_at_end(text: str, mark: str) -> int:
+    """How many characters at the end of `text` may be the beginning of `mark`."""
+    most = min(len(text), len(mark) - 1)
+    return next((n for n in range(most, 0, -1) if mark.startswith(text[-n:])), 0)

@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ollm_core.files.untrusted_json import parse_object
-from ollm_core.text.thoughts import Thought, begun_at_end
+from ollm_core.text.detokenizer import begun_at_end
+from ollm_core.text.thoughts import Thought
 from ollm_core.text.tool_calls import CallParser, Piece
 from ollm_core.text.tool_forms import ToolForm
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ollm_core.text.detokenizer import begun_at_end
+
 
 @dataclass(frozen=True, slots=True)
 class Thought:
@@ -93,9 +95,3 @@ class ThoughtParser:
         kept = text.rstrip()
         self._held = text[len(kept) :] + self._held
         return [kept] if kept else []
-
-
-def begun_at_end(text: str, mark: str) -> int:
-    """How many characters at the end of `text` may be the beginning of `mark`."""
-    most = min(len(text), len(mark) - 1)
-    return next((n for n in range(most, 0, -1) if mark.startswith(text[-n:])), 0)
