@@ -11,10 +11,10 @@ PAGE = (ROOT / "docs/comparison.md").read_text()
 SECTIONS = dict(part.split("\n", 1) for part in PAGE.split("\n## ")[1:])
 
 
-def record(section):
-    """The one that a section links."""
-    (name,) = re.findall(r"\]\(\.\./(benchmarks/results/[\w.-]+\.json)\)", SECTIONS[section])
-    return json.loads((ROOT / name).read_text())
+def records(section):
+    """Those that a section links, in its order."""
+    names = re.findall(r"\]\(\.\./(benchmarks/results/[\w.-]+\.json)\)", SECTIONS[section])
+    return [json.loads((ROOT / name).read_text()) for name in names]
 
 
 def rows(section):
@@ -28,7 +28,7 @@ def rows(section):
 def test_decoding():
     """Every program of the record with every round, and the conditions."""
     section = "Decoding a model larger than memory"
-    told, found = record(section), rows(section)
+    (told,), found = records(section), rows(section)
     assert found.keys() == set(told["titles"].values())
     keys = {"decode_tok_s": "{:.2f}", "prefill_s": "{:.1f}", "read_mb_per_pass": "{:,.0f}",
             "peak_anon_mb": "{:,.0f}"}  # fmt: skip
@@ -49,12 +49,22 @@ def test_decoding():
 
 
 def test_prefill():
-    """Each length."""
-    told, found = record("Prefill"), rows("Prefill")
+    """Each length of both records: all instructions, then AVX2 alone, every round."""
+    told, found = records("Prefill"), rows("Prefill")
+    assert [one["avx2"] for one in told] == [False, True]
+    lengths = told[0]["prompts"].keys()
     expected = {
         f"{int(length):,}": [
-            f"{one['runs'][name][0]['prefill_s']:.1f} s" for name in ("ollm-core", "llamacpp-avx2")
+            ", ".join(f"{run['prefill_s']:.1f}" for run in runs) + " s"
+            for one in told
+            for runs in one["prompts"][length]["runs"].values()
         ]
-        for length, one in told["prompts"].items()
+        for length in lengths
     }
     assert found == expected
+    assert all(one["prompts"].keys() == lengths for one in told)
+    assert all(
+        next(iter(length["runs"])) == "ollm-core"
+        for one in told
+        for length in one["prompts"].values()
+    )
