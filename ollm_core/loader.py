@@ -21,6 +21,7 @@ from ollm_core.checkpoint.safetensors import Checkpoint, open_checkpoint, read_c
 from ollm_core.contracts.drafting import Drafter
 from ollm_core.contracts.weights import ByteSource
 from ollm_core.device.memory import DeviceMemory, memory_of
+from ollm_core.device.openmp import openmp_threads_end
 from ollm_core.device.select import pick_device
 from ollm_core.drafting.draft_memory import DraftAccounts, DraftMemory
 from ollm_core.drafting.draft_model import ModelDrafter, check_vocabulary
@@ -73,6 +74,7 @@ class Runtime:
     """Held during each pass of either."""
 
 
+@openmp_threads_end()
 def open_model(path_or_id: PathLike, options: LoadOptions, registry: Registry) -> StreamedModel:
     """The model, with its draft source. Raises an OllmError with nothing left open."""
     # Where it runs, and in how much memory.
@@ -81,8 +83,7 @@ def open_model(path_or_id: PathLike, options: LoadOptions, registry: Registry) -
     budgets = stated_budgets(device, options.device_memory, options.host_memory)
     accounts = open_accounts(budgets)
     cap = AllocatorCap(accounts.device, device) if device.type == "cuda" else nullcontext
-    dtype = dtype_name(options.dtype)
-    precision, reader = options.precision, options.reader
+    dtype, precision, reader = dtype_name(options.dtype), options.precision, options.reader
     runtime = Runtime(registry, device, dtype, precision, reader, memory_of(device), cap)
     kv_dir = find_directory(options.kv_dir)
 
@@ -138,9 +139,8 @@ def open_model(path_or_id: PathLike, options: LoadOptions, registry: Registry) -
         # What drafts for it.
         drafter: Drafter | None = None
         if options.draft_model is not None:
-            drafter = open_drafter(
-                runtime, model, resolve(options.draft_model, registry, options.models_dir)
-            )
+            draft = resolve(options.draft_model, registry, options.models_dir)
+            drafter = open_drafter(runtime, model, draft)
         elif options.draft == "lookup":
             drafter = LookupDrafter()
         elif offer := registry.check_name("ollm_draft_sources", options.draft):

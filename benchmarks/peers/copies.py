@@ -1,5 +1,5 @@
 """What peers need beside a checkpoint of `make_checkpoint.py`: the same weights as GGUF, for
-llama.cpp, and a tokenizer, which others will not open a model without. No text is ever encoded.
+llama.cpp, and a tokenizer, which others will not open a model without.
 
 Nothing here loads more than one tensor at a time.
 """
@@ -37,22 +37,26 @@ _NAMES = {
 
 def prepare(checkpoint: Path, say: Callable[[str], None]) -> None:
     """Write the random Llama of 2.57 GB to `checkpoint` if it is not there, and what peers need
-    beside it.
+    beside it. A tokenizer that is there stays.
     """
     if not (checkpoint / "config.json").exists():
         say(f"writing {checkpoint}, 2.57 GB")
         write_checkpoint(checkpoint, Shape())
     (checkpoint / "peers").mkdir(exist_ok=True)
-    write_tokenizer(checkpoint)
+    if not (checkpoint / "tokenizer.json").exists():
+        write_tokenizer(checkpoint)
 
 
 def write_tokenizer(checkpoint: Path) -> None:
-    """A tokenizer of one word beside the special ones, that every transformers can load."""
+    """A tokenizer that every transformers can load: a word for each token id, `w7` for 7."""
     special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
-    vocabulary = {token: token_id for token_id, token in enumerate([*special.values(), "word"])}
+    size = json.loads((checkpoint / "config.json").read_text())["vocab_size"]
+    words = [*special.values(), *(f"w{token_id}" for token_id in range(len(special), size))]
+    vocabulary = {word: token_id for token_id, word in enumerate(words)}
     model = {"type": "WordLevel", "vocab": vocabulary, "unk_token": "<unk>"}
-    tokenizer = {"version": "1.0", "added_tokens": [], "model": model}
-    (checkpoint / "tokenizer.json").write_text(json.dumps(tokenizer, indent=1))
+    split = {"type": "WhitespaceSplit"}
+    tokenizer = {"version": "1.0", "added_tokens": [], "pre_tokenizer": split, "model": model}
+    (checkpoint / "tokenizer.json").write_text(json.dumps(tokenizer))
     told = {"tokenizer_class": "PreTrainedTokenizerFast", **special}
     (checkpoint / "tokenizer_config.json").write_text(json.dumps(told, indent=1))
 

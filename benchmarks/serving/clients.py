@@ -106,7 +106,8 @@ def told(found: list[Streamed], seconds: float) -> dict[str, Any]:
         "new_tokens": num_new,
         "tokens_per_second": round(num_new / seconds, 4),
         "first_byte_seconds": [round(one.first_byte_seconds, 3) for one in found],
-        "first_token_seconds": [round(one.first_token_seconds, 2) for one in found],
+        "first_token_seconds": [round(one.token_seconds[0], 2) for one in found],
+        "step_seconds": [round(b - a, 4) for a, b in itertools.pairwise(found[0].token_seconds)],
         "texts": [one.text for one in found],
     }
 
@@ -144,7 +145,7 @@ def main() -> None:
     one = told(*at_once(args, 1))
     several = told(*at_once(args, args.clients))
     pass_seconds = statistics.median(without["token_seconds"])
-    steps = (one["seconds"] - one["first_token_seconds"][0]) / (args.new - 1)
+    steps = statistics.median(one["step_seconds"])
     several["same_texts"] = several["texts"][0] == one["texts"][0]
     times = several["tokens_per_second"] / one["tokens_per_second"]
     say(

@@ -81,7 +81,8 @@ class Streamed:
 
     status: int
     first_byte_seconds: float
-    first_token_seconds: float = 0.0
+    token_seconds: list[float] = field(default_factory=list)
+    """When each piece of text came, since the beginning."""
     seconds: float = 0.0
     texts: list[str] = field(default_factory=list)
     completion_tokens: int = 0
@@ -115,9 +116,9 @@ def stream(server: Server, path: str, body: Mapping[str, Any]) -> Streamed:
 def _take(found: Streamed, event: Mapping[str, Any], began: float) -> None:
     for choice in event.get("choices", ()):
         text = choice.get("text") or choice.get("delta", {}).get("content") or ""
-        if text and not found.texts:
-            found.first_token_seconds = time.perf_counter() - began
-        found.texts.append(text)
+        if text:
+            found.token_seconds.append(time.perf_counter() - began)
+            found.texts.append(text)
     if usage := event.get("usage"):
         found.completion_tokens = usage["completion_tokens"]
         found.prompt_tokens = usage["prompt_tokens"]

@@ -18,6 +18,7 @@ from transformers.generation.candidate_generator import CandidateGenerator
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.streamers import BaseStreamer
 
+from ollm_core.device.openmp import openmp_threads_end
 from ollm_core.drafting.candidates import DraftCandidates
 from ollm_core.drafting.controller import draft_length
 from ollm_core.drafting.text_drafts import NUM_DRAFT_TOKENS, TextDrafts, begin_text
@@ -106,6 +107,7 @@ class GenerationHooks(OpenedModel):
             ) from error
         return criteria
 
+    @openmp_threads_end()
     def _sample(
         self,
         input_ids: Tensor,

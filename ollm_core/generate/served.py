@@ -11,6 +11,7 @@ from typing import Any
 from transformers import GenerationConfig
 
 from ollm_core.contracts.kv import KVGeometry
+from ollm_core.device.openmp import openmp_threads_end
 from ollm_core.errors import InputError, UnsupportedError
 from ollm_core.files.paths import absolute
 from ollm_core.generate.opened import OpenedModel
@@ -91,6 +92,7 @@ class ServesRequests(OpenedModel):
             raise
         return scheduler
 
+    @openmp_threads_end()
     def answer(
         self,
         requests: Sequence[Request],

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from torch import Tensor
 
 from ollm_core.contracts.closing import Closing
+from ollm_core.device.openmp import release_openmp_threads
 from ollm_core.errors import OllmError
 from ollm_core.serving.request import Event, Failed, Finished, Request, SamplingParams
 from ollm_core.serving.scheduler import Scheduler
@@ -94,6 +95,7 @@ class Session(Closing):
         self._streams: weakref.WeakValueDictionary[str, EventStream] = weakref.WeakValueDictionary()
         self._closed = False
         self._lock = threading.Lock()
+        release_openmp_threads()  # of the thread that has opened the model: another computes now
         # Not by the name of the library's own threads: it may wait for them.
         self._thread = threading.Thread(target=self._work, name="serving", daemon=True)
         self._thread.start()

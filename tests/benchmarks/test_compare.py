@@ -12,7 +12,7 @@ import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from benchmarks.peers.compare import OURS, compete, conclude, main, summary
-from benchmarks.peers.copies import write_gguf, write_tokenizer
+from benchmarks.peers.copies import prepare, write_gguf, write_tokenizer
 from benchmarks.peers.environments import LLAMACPP_AVX2, PEERS, BuildError, Peer, environment_of
 from benchmarks.peers.programs import Program
 from benchmarks.tools.children import ChildError, result_of
@@ -172,5 +172,13 @@ def test_the_gguf_has_the_same_weights(tmp_path):
     assert read.keys() == written.keys()
     for name, tensor in written.items():
         assert torch.equal(tensor.float(), read[name].float()), name
-    assert AutoTokenizer.from_pretrained(tmp_path).eos_token == "</s>"
+    assert AutoTokenizer.from_pretrained(tmp_path).decode([7, 127]) == "w7 w127"
     assert open_tokenizer(tmp_path).unk_token == "<unk>"  # ours opens it too
+
+
+def test_a_tokenizer_that_is_there_stays(tmp_path):
+    """Whoever measures a model of their own finds it as it was."""
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "tokenizer.json").write_text("theirs")
+    prepare(tmp_path, print)
+    assert (tmp_path / "tokenizer.json").read_text() == "theirs"
