@@ -77,7 +77,8 @@ def _planned(
             return None
         rates = (found.rates.disk, found.rates.memory, found.rates.compute)
         assumed = any(rate.source == "assumed" for rate in rates)
+        disk = 0.0 if found.rates.disk.source == "assumed" else found.rates.disk.per_second
         token = 1 / found.tokens_per_second if found.fits else 0.0
-        return Forecast(num_tokens, found.prefill_seconds, found.fits, token, assumed)
+        return Forecast(num_tokens, found.prefill_seconds, found.fits, token, assumed, disk)
 
     return planner.positions, plan

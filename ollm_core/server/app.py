@@ -108,6 +108,7 @@ def _told(service: Service) -> list[Route]:
             places=(service.places.num_taken, service.places.number),
             texts=(service.session.num_waiting, service.session.num_running),
             kept=(service.kept.number, service.kept.num_bytes),
+            disk_bytes_per_second=service.forecasts.disk_bytes_per_second,
         )
         return Response(text, media_type=CONTENT_TYPE)
 

@@ -25,6 +25,8 @@ class Forecast:
     """Of each pass after that, which makes a token."""
     is_guess: bool = False
     """The machine was not measured."""
+    disk_bytes_per_second: float = 0.0
+    """What the disk was measured to give; 0.0 where it was not."""
 
 
 class Forecasts:
@@ -33,6 +35,11 @@ class Forecasts:
     def __init__(self, planned: Sequence[Forecast] = ()) -> None:
         """`planned` are in the order of their lengths."""
         self._planned = [Forecast(0, 0.0, True), *planned]
+
+    @property
+    def disk_bytes_per_second(self) -> float:
+        """What the disk was measured to give; 0.0 where it was not."""
+        return self._planned[-1].disk_bytes_per_second
 
     def of(self, num_tokens: int, num_kept: int = 0) -> Forecast | None:
         """One of a prompt of so many tokens, of which the first `num_kept` were read before; None

@@ -58,9 +58,11 @@ def metrics_page(
     places: tuple[int, int],
     texts: tuple[int, int],
     kept: tuple[int, int] = (0, 0),
+    disk_bytes_per_second: float = 0.0,
 ) -> str:
     """The page. `places` are those that are taken, and all; `texts` those that wait, and run;
-    `kept` are answers, and their bytes.
+    `kept` are answers, and their bytes. `disk_bytes_per_second` is what the disk was measured to
+    give, 0.0 if it was not.
     """
     page = _Page()
     ended = {
@@ -70,6 +72,7 @@ def metrics_page(
     page.add("counter", "requests_total", "Requests that have ended.", ended)
     hits = _ratio(meter.num_cached_tokens, meter.num_prompt_tokens)
     per_token = _ratio(stats.weight_bytes_read, meter.num_new_tokens)
+    share = _ratio(stats.weight_bytes_read, stats.read_seconds * disk_bytes_per_second)
     gauges: Mapping[str, tuple[str, float]] = {
         "requests": ("Requests, running or waiting.", places[0]),
         "requests_limit": ("Most of them at once.", places[1]),
@@ -79,6 +82,7 @@ def metrics_page(
         "answers_kept_bytes": ("Of those.", kept[1]),
         "prefix_cache_hit_ratio": ("Tokens of prompts that were found in it.", hits),
         "weight_read_bytes_per_new_token": ("Read from storage, in all.", per_token),
+        "weight_read_disk_ratio": ("Speed of reading weights, of the disk's; 0: unknown.", share),
     }
     counters: Mapping[str, tuple[str, float]] = {
         "prompt_tokens_total": ("Tokens of answered prompts.", meter.num_prompt_tokens),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 
+from ollm_core.calibration import rates
 from ollm_core.cli.forecast import forecast, forecasts_of
 from ollm_core.cli.output import format_time
 
@@ -36,3 +38,13 @@ def test_what_is_quick_or_cannot_be_planned_is_not(smollm2, tiny_chat):
     assert forecast(str(smollm2), {"device": "cpu", "device_memory": "1MB"}, 7000, 64) == ""
     assert forecast("no-such-id", {"device": "cpu"}, 100, 4) == ""
     assert forecasts_of("no-such-id", {"device": "cpu"}).of(1) is None
+
+
+def test_the_disks_speed_is_told_where_it_was_measured(home, tiny_chat):
+    """And nothing that is assumed."""
+    options = {"device": "cpu", "device_memory": "200MB"}
+    assert forecasts_of(str(tiny_chat), options).disk_bytes_per_second == 0.0
+    rates.rates_file().parent.mkdir(parents=True)
+    kept = {rates._disk_key(tiny_chat): {"disk": 3e9, "date": "2026-11-28"}}
+    rates.rates_file().write_text(json.dumps(kept))
+    assert forecasts_of(str(tiny_chat), options).disk_bytes_per_second == 3e9

@@ -42,8 +42,10 @@ def test_the_page_is_in_prometheus_text_format():
     meter.requests["/v1/x", 200] = 3
     meter.num_prompt_tokens, meter.num_cached_tokens, meter.num_new_tokens = 200, 50, 10
     meter.next_token.add(0.25)
-    stats = Stats(weight_bytes_read=1000, device_peak_bytes=7, device_limit_bytes=9)
-    page = metrics_page(meter, stats, places=(2, 64), texts=(1, 5))
+    stats = Stats(
+        weight_bytes_read=1000, read_seconds=2.0, device_peak_bytes=7, device_limit_bytes=9
+    )
+    page = metrics_page(meter, stats, places=(2, 64), texts=(1, 5), disk_bytes_per_second=2000.0)
     labels = r"(?:\{[a-z]+=\"[^\"]+\"(?:,[a-z]+=\"[^\"]+\")*\})?"
     samples = dict(re.findall(rf"^(ollm_[a-z_]+{labels}) (\S+)$", page, re.M))
     assert len(samples) == sum(not line.startswith("#") for line in page.splitlines())
@@ -53,6 +55,7 @@ def test_the_page_is_in_prometheus_text_format():
         'ollm_requests_total{path="/v1/x",status="200"}': 3, "ollm_requests": 2,
         "ollm_requests_limit": 64, "ollm_texts_waiting": 1, "ollm_texts_running": 5,
         "ollm_prefix_cache_hit_ratio": 0.25, "ollm_weight_read_bytes_per_new_token": 100,
+        "ollm_weight_read_disk_ratio": 0.25,
         'ollm_next_token_seconds{quantile="0.99"}': 0.25, "ollm_next_token_seconds_count": 1,
         "ollm_device_memory_peak_bytes": 7, "ollm_device_memory_limit_bytes": 9,
     }  # fmt: skip
@@ -64,3 +67,4 @@ def test_a_page_of_nothing():
     """Before the first request."""
     page = metrics_page(Meter(), Stats(), places=(0, 1), texts=(0, 0))
     assert "ollm_prefix_cache_hit_ratio 0.0" in page
+    assert "ollm_weight_read_disk_ratio 0.0" in page
