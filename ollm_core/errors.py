@@ -101,7 +101,12 @@ class DamagedKVError(ReadError):
     """A block of KV on disk is not what was written. The message names file and block."""
 
 
+def words(error: BaseException) -> str:
+    """What an error says in one line, where it is known who says it."""
+    return " ".join(str(error).split())
+
+
 def one_line(error: BaseException) -> str:
     """An error in one line, with its type unless it speaks for itself."""
-    text = " ".join(str(error).split())
+    text = words(error)
     return text if isinstance(error, OllmError) else f"{type(error).__name__}: {text}".strip(": ")

@@ -11,7 +11,7 @@ from starlette.routing import Route
 from ollm_core.files.untrusted_json import show
 from ollm_core.server.batches import Batches
 from ollm_core.server.client import Client
-from ollm_core.server.endpoint import Answer, Endpoint
+from ollm_core.server.endpoint import Answer, Endpoint, routes_of
 from ollm_core.server.errors import RefusedRequestError
 from ollm_core.server.file_store import FileStore, file_record, new_id
 from ollm_core.server.service import Service
@@ -43,10 +43,7 @@ class BatchRoutes:
             ("GET", "/v1/batches/{id}"): self._batch,
             ("POST", "/v1/batches/{id}/cancel"): self._cancel,
         }
-        return [
-            Route(path, self._endpoint(path, answer), methods=[method])
-            for (method, path), answer in answers.items()
-        ]
+        return routes_of({key: self._endpoint(key[1], one) for key, one in answers.items()})
 
     def _endpoint(self, path: str, answer: Answer) -> Endpoint:
         return Endpoint(self._service, path, answer, needs_place=answer == self._upload)
@@ -82,11 +79,11 @@ class BatchRoutes:
         await client.tell(200, _listed([*self._store.records("file")]))
 
     async def _file(self, client: Client) -> None:
-        await client.tell(200, self._store.read(client.params["id"]))
+        await client.tell(200, self._store.read(client.params["id"], "file"))
 
     async def _remove(self, client: Client) -> None:
         file_id = client.params["id"]
-        self._store.read(file_id)
+        self._store.read(file_id, "file")
         if self._batches.uses(file_id):
             raise RefusedRequestError(409, "a batch uses the file", code="file_in_use")
         self._store.remove(file_id)
@@ -94,7 +91,7 @@ class BatchRoutes:
 
     async def _content(self, client: Client) -> None:
         file_id = client.params["id"]
-        size = self._store.read(file_id)["bytes"]
+        size = self._store.read(file_id, "file")["bytes"]
         await client.drain()
         with self._store.content(file_id).open("rb") as file:
             await client.start(200, "application/octet-stream", {"content-length": str(size)})

@@ -71,8 +71,12 @@ class Batches(Closing):
         check_body(FIELDS, fields)
         endpoint, input_id = str(fields["endpoint"]), str(fields["input_file_id"])
         metadata = fields.get("metadata")
-        if not self._store.content(input_id).is_file():
-            raise RefusedRequestError(404, "there is no such file here", param="input_file_id")
+        try:
+            self._store.read(input_id, "file")  # a whole one, whose upload has ended
+        except RefusedRequestError:
+            raise RefusedRequestError(
+                404, "there is no such file here", param="input_file_id"
+            ) from None
         record: dict[str, Any] = {
             "id": new_id("batch"),
             "object": "batch",
@@ -101,7 +105,7 @@ class Batches(Closing):
 
     def get(self, batch_id: str) -> dict[str, Any]:
         """How far one is. Raises RefusedRequestError."""
-        return shown(self._store.read(batch_id))
+        return shown(self._store.read(batch_id, "batch"))
 
     def listed(self) -> list[dict[str, Any]]:
         """All, the newest first."""
@@ -110,7 +114,7 @@ class Batches(Closing):
     def cancel(self, batch_id: str) -> dict[str, Any]:
         """End one; what is answered stays. Raises RefusedRequestError."""
         with self._lock:
-            record = self._store.read(batch_id)
+            record = self._store.read(batch_id, "batch")
             if record["status"] not in ACTIVE:
                 raise RefusedRequestError(
                     409, f"the batch is {record['status']}", code="batch_ended"
@@ -150,7 +154,7 @@ class Batches(Closing):
     def _run(self, batch_id: str) -> None:
         model = SharedModel(self._service.served, self._service.session)
         with self._lock:
-            record = self._store.read(batch_id)
+            record = self._store.read(batch_id, "batch")
             if record["status"] == "cancelling":
                 self._end(record, "cancelled")
                 return
@@ -162,7 +166,7 @@ class Batches(Closing):
             self._answer(record, model)
         except StoppedError:
             with self._lock:
-                if self._store.read(batch_id)["status"] == "cancelling":
+                if self._store.read(batch_id, "batch")["status"] == "cancelling":
                     self._end(record, "cancelled")
         except (OllmError, OSError) as error:
             told = error.message if isinstance(error, OllmError) else "the storage failed"
@@ -197,7 +201,7 @@ class Batches(Closing):
                 written = time.monotonic()
                 record["request_counts"] = counts(progress, before + progress.num_failed)
                 with self._lock:
-                    if self._store.read(record["id"])["status"] == "in_progress":
+                    if self._store.read(record["id"], "batch")["status"] == "in_progress":
                         self._store.write(record)
 
             note(job.progress)

@@ -1,4 +1,4 @@
-"""Runs one route for one client: within its place, with refusals in its protocol's form, counted
+"""Runs routes, each for one client: within its place, with refusals in its protocol's form, counted
 and logged. No log line has anything that a client has sent but the path of its route.
 """
 
@@ -6,9 +6,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import ExitStack, suppress
 
+from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from ollm_core.server.client import Client
@@ -65,3 +66,23 @@ class Endpoint:
         fields = refused.ollama_fields if self._ollama else refused.fields
         with suppress(ClientGoneError):
             await client.tell(refused.status, fields, refused.headers)
+
+
+def routes_of(endpoints: Mapping[tuple[str, str], Endpoint]) -> list[Route]:
+    """A route for each path of (method, path), which knows all of its methods: another one is
+    refused with their names.
+    """
+    by_path: dict[str, dict[str, Endpoint]] = {}
+    for (method, path), endpoint in endpoints.items():
+        by_path.setdefault(path, {})[method] = endpoint
+    return [Route(path, _ByMethod(found), methods=[*found]) for path, found in by_path.items()]
+
+
+class _ByMethod:
+    def __init__(self, endpoints: Mapping[str, Endpoint]) -> None:
+        self._endpoints = dict(endpoints)
+        if "GET" in endpoints:  # for which the same is done, and no body sent
+            self._endpoints["HEAD"] = endpoints["GET"]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._endpoints[scope["method"]](scope, receive, send)

@@ -86,15 +86,15 @@ class FileStore(Closing):
         data = json.dumps(dict(record)).encode()
         replace_file(self._record(str(record["id"])), data)
 
-    def read(self, record_id: str) -> dict[str, Any]:
-        """A record. Raises RefusedRequestError if there is none."""
+    def read(self, record_id: str, kind: str) -> dict[str, Any]:
+        """The record of a "file" or a "batch". Raises RefusedRequestError if there is none."""
         path = self._record(record_id)
         try:
             with path.open("rb") as opened:
                 found = parse_object(opened.read(_MAX_FIELDS_BYTES), strict=True)
         except (OSError, ValueError):
             raise _unknown() from None
-        if found.get("id") != record_id:
+        if found.get("id") != record_id or not record_id.startswith(f"{kind}-"):
             raise _unknown()
         return found
 
@@ -103,14 +103,14 @@ class FileStore(Closing):
         found = []
         for path in self.directory.glob(f"{kind}-*.json"):
             with suppress(RefusedRequestError):
-                found.append(self.read(path.name.removesuffix(".json")))
+                found.append(self.read(path.name.removesuffix(".json"), kind))
         found.sort(key=lambda one: (-int(one.get("created_at", 0)), str(one["id"])))
         return iter(found[:MAX_LISTED])
 
-    def remove(self, record_id: str) -> None:
-        """A record and its content. Raises RefusedRequestError if there is none."""
-        self.read(record_id)
-        for path in (self._record(record_id), self.content(record_id)):
+    def remove(self, file_id: str) -> None:
+        """A file and its record. Raises RefusedRequestError if there is none."""
+        self.read(file_id, "file")
+        for path in (self._record(file_id), self.content(file_id)):
             path.unlink(missing_ok=True)
 
     def _record(self, record_id: str) -> Path:

@@ -11,7 +11,7 @@ from starlette.routing import Route
 
 from ollm_core.files.untrusted_json import show
 from ollm_core.server.client import Client, as_json
-from ollm_core.server.endpoint import Answer, Endpoint
+from ollm_core.server.endpoint import Answer, Endpoint, routes_of
 from ollm_core.server.errors import RefusedRequestError
 from ollm_core.server.kept import KeptAnswer, follow, stop, tell_whole
 from ollm_core.server.service import Service
@@ -41,10 +41,12 @@ class KeptRoutes:
             ("DELETE", RESPONSE): self._remove(RESPONSE),
             ("POST", CANCEL): self._cancel,
         }
-        return [
-            Route(path, Endpoint(self._service, path, answer, needs_place=False), methods=[method])
-            for (method, path), answer in answers.items()
-        ]
+        return routes_of(
+            {
+                (method, path): Endpoint(self._service, path, answer, needs_place=False)
+                for (method, path), answer in answers.items()
+            }
+        )
 
     def _get(self, client: Client, path: str) -> KeptAnswer:
         answer_id = client.params["id"]

@@ -72,6 +72,12 @@ def test_a_file_is_sent_read_batched_and_removed(app):
         assert done["status"] in ("validating", "in_progress", "completed"), done
     [output] = calls(app, (f"/v1/files/{done['output_file_id']}/content",))
     assert output.fields()["custom_id"] == "r1"
+    wrong = calls(
+        app, (f"/v1/batches/{file_id}",), (f"/v1/batches/{file_id}/cancel", {}),
+        (f"/v1/files/{done['id']}",), (f"/v1/files/{done['id']}/content",),
+    )  # fmt: skip
+    wrong += calls(app, (f"/v1/files/{done['id']}",), method="DELETE")
+    assert [one.status for one in wrong] == [404] * 5  # neither is the other
     [again] = calls(app, (f"/v1/batches/{done['id']}/cancel", {}))
     assert again.status == 409
     [removed] = calls(app, (f"/v1/files/{file_id}",), method="DELETE")
@@ -95,6 +101,17 @@ def test_what_is_refused_leaves_nothing(app, store, monkeypatch, body, status):
     monkeypatch.setattr("ollm_core.server.client._DRAIN_SECONDS", 0.05)
     assert sent(app, body).status == status
     assert [path.name for path in Path(store.directory).iterdir()] == ["lock"]
+
+
+def test_another_method_is_refused_with_those_there_are(app):
+    """All of a path's, whichever was registered first."""
+    for path, expected in (
+        ("/v1/files", {"GET", "HEAD", "POST"}), ("/v1/batches", {"GET", "HEAD", "POST"}),
+        ("/v1/files/file-1", {"GET", "HEAD", "DELETE"}), ("/v1/batches/1/cancel", {"POST"}),
+    ):  # fmt: skip
+        [refused] = calls(app, (path,), method="PATCH")
+        assert refused.status == 405
+        assert set(refused.headers["allow"].split(", ")) == expected
 
 
 def test_no_path_leads_out(app):

@@ -12,7 +12,8 @@ from asgi_calls import calls
 from ollm_core.server.app import open_app
 from ollm_core.server.batch_routes import BatchRoutes
 from ollm_core.server.batches import Batches, counts
-from ollm_core.server.file_store import FileStore, new_id
+from ollm_core.server.errors import RefusedRequestError
+from ollm_core.server.file_store import FileStore, file_record, new_id
 from ollm_core.serving.jobs.job import BatchProgress
 
 
@@ -33,8 +34,10 @@ def opened(service, tmp_path):
 def add(store, rows) -> str:
     """A file of rows."""
     file_id = new_id("file")
+    data = "".join(json.dumps(one) + "\n" for one in rows).encode()
     with store.create(file_id) as file:
-        file.write("".join(json.dumps(one) + "\n" for one in rows).encode())
+        file.write(data)
+    store.write(file_record(file_id, "batch", "rows.jsonl", len(data)))
     return file_id
 
 
@@ -58,6 +61,16 @@ def lines(store, file_id) -> dict:
     return {one["custom_id"]: one for one in found}
 
 
+def test_a_file_that_is_still_sent_is_none(opened):
+    """Its record comes when it is whole."""
+    store, batches, _ = opened
+    file_id = new_id("file")
+    store.create(file_id).close()
+    with pytest.raises(RefusedRequestError) as refused:
+        batches.create({"endpoint": "/v1/completions", "input_file_id": file_id})
+    assert (refused.value.status, refused.value.param) == (404, "input_file_id")
+
+
 def test_rows_are_answered_as_requests_are(opened, app):
     """And those that cannot be are told in the error file."""
     store, batches, _ = opened
@@ -74,7 +87,7 @@ def test_rows_are_answered_as_requests_are(opened, app):
     assert text == alone.fields()["choices"][0]["text"]
     assert answers.keys() == {"r1", "r3"}
     assert lines(store, done["error_file_id"])["r2"]["error"]["param"] == "n"
-    assert store.read(done["output_file_id"])["purpose"] == "batch_output"
+    assert store.read(done["output_file_id"], "file")["purpose"] == "batch_output"
     assert [one["id"] for one in batches.listed()] == [made["id"]]
 
 
@@ -85,7 +98,7 @@ def test_one_that_is_cancelled_keeps_what_it_has(opened, gate):
     made = batches.create(wanted(store, rows))
     waits = batches.create(wanted(store, [row(9)]))
     end = time.monotonic() + 30
-    while not store.content(store.read(made["id"])["files"][0]).is_file():
+    while not store.content(store.read(made["id"], "batch")["files"][0]).is_file():
         assert time.monotonic() < end
         time.sleep(0.005)
     gate.shut()
@@ -107,7 +120,7 @@ def test_a_batch_goes_on_after_the_server_was_stopped(opened, service, gate):
     """With exactly the rows that are left; none is told to have failed."""
     store, batches, _ = opened
     made = batches.create(wanted(store, [row(n, 1 + 40 * (n > 2)) for n in range(6)]))
-    output = store.content(store.read(made["id"])["files"][0])
+    output = store.content(store.read(made["id"], "batch")["files"][0])
     end = time.monotonic() + 30
     while not output.is_file() or not output.stat().st_size:
         assert time.monotonic() < end
@@ -129,7 +142,7 @@ def test_what_ends_a_batch_is_told(opened):
     fields = wanted(store, [row(1)])
     blocked = batches.create(fields)
     until(batches, blocked["id"], "completed")
-    record = store.read(blocked["id"])
+    record = store.read(blocked["id"], "batch")
     record |= {"status": "in_progress"}
     store.content(record["files"][0]).write_text('{"custom_id": "r7"}\n')
     store.content(record["files"][0]).with_name(record["files"][0] + ".job").unlink(missing_ok=True)

@@ -36,7 +36,7 @@ def add(store: FileStore, data: bytes) -> str:
 )  # fmt: skip
 def test_what_is_no_id_is_no_file(store: FileStore, name: str):
     """It never comes to a path."""
-    for use in (store.content, store.read, store.remove, store.create):
+    for use in (store.content, lambda one: store.read(one, "file"), store.remove, store.create):
         with pytest.raises(RefusedRequestError) as refused:
             use(name)
         assert refused.value.status == 404
@@ -53,13 +53,13 @@ def test_files_are_this_users_alone(store: FileStore):
 def test_records_are_listed_and_removed(store: FileStore):
     """The newest first; a client's name is data."""
     first, second = add(store, b"abc"), add(store, b"defg")
-    store.write({**store.read(second), "created_at": 2_000_000_000_0})
+    store.write({**store.read(second, "file"), "created_at": 2_000_000_000_0})
     assert [one["id"] for one in store.records("file")] == [second, first]
-    assert store.read(first)["filename"] == "../../etc/passwd"
+    assert store.read(first, "file")["filename"] == "../../etc/passwd"
     store.remove(first)
     assert not store.content(first).exists()
     with pytest.raises(RefusedRequestError):
-        store.read(first)
+        store.read(first, "file")
 
 
 def test_a_damaged_record_is_none(store: FileStore):

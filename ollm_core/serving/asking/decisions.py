@@ -14,7 +14,7 @@ from typing import Any
 
 import jinja2.sandbox
 
-from ollm_core.errors import InputError, UnsupportedError, one_line
+from ollm_core.errors import InputError, UnsupportedError, words
 from ollm_core.text.prompts import PromptEncoder
 
 MAX_QUESTIONS = 4096
@@ -55,7 +55,7 @@ def decisions(tokenizer: Any, document: str, questions: Mapping[str, Any]) -> li
     try:
         parsed = parse({name: _named(one) for name, one in questions.items()}, config)
     except ValueError as error:
-        raise InputError(one_line(error)) from error
+        raise InputError(words(error)) from error
     encoder = PromptEncoder(tokenizer, options={"enable_thinking": False})
     texts = [template.render(state=document, question=one) for one in parsed]
     found = []
@@ -63,7 +63,7 @@ def decisions(tokenizer: Any, document: str, questions: Mapping[str, Any]) -> li
         try:
             labels = label_token_ids(tokenizer, tuple(one.labels))
         except ValueError as error:
-            raise InputError(f"question {one.name!r}: {one_line(error)}") from error
+            raise InputError(f"question {one.name!r}: {words(error)}") from error
         found.append(Decision(one, token_ids, tuple(labels)))
     return found
 

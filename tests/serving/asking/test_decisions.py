@@ -81,7 +81,7 @@ def test_control_tokens_in_a_document_are_text(tokenizer):
         ({}, "need an object with at least one question"),
         ([1], "need an object"),
         ({"a": {"type": "maybe"}}, "`type` must be one of"),
-        ({"a": 3}, "`type` must be one of"),
+        ({"a": 3}, "^Question .a.: `type` must be one of"),
         ({"a": {"type": "choice"}}, "'a'"),
         ({"a": {"type": "choice", "criteria": {str(n): None for n in range(27)}}}, "at most 26"),
         ({str(n): {"type": "noul"} for n in range(4097)}, "need at most 4096, have 4097"),
