@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -127,7 +126,7 @@ def _answer(
 
     progress = ProgressBar("")
     opened.on_progress(progress)
-    wanted = replace(sampling, shown_token_ids=form.control_ids(opened.tokenizer))
+    wanted = sampling.showing(form.control_ids(opened.tokenizer))
     request = Request(token_ids=prompt, wanted=wanted)
     said, found = Said(form), Answered()
     shown = StreamedAnswer(progress, said, silent=False)

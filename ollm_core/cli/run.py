@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -120,7 +119,7 @@ def run(
             )
             [prompt_ids] = encoder.of_texts([text])
             form = encoder.answer_form(prompt_ids)
-            sampling = replace(sampling, shown_token_ids=form.control_ids(opened.tokenizer))
+            sampling = sampling.showing(form.control_ids(opened.tokenizer))
             said = Said(form)
             answer = StreamedAnswer(progress, said, silent=as_json)
             start = time.perf_counter()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -218,8 +217,7 @@ class ServesRequests(OpenedModel):
     ) -> list[Answered]:
         """One answer to each prompt, and what the model thought of it apart."""
         form = encoder.answer_form(prompts[0])
-        shown = [*sampling.shown_token_ids, *form.control_ids(self.tokenizer)]
-        requests = _alike(prompts, replace(sampling, shown_token_ids=shown))
+        requests = _alike(prompts, sampling.showing(form.control_ids(self.tokenizer)))
         found = [answers[0] for answers in self.answer(requests, on_event, on_open)]
         for answer in found:
             said = Said(form)

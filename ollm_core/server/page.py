@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import io
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +166,7 @@ class _Questions:
         sampling = SamplingParams(temperature=0, max_tokens=fields.get("max_tokens", 256))
         return Body(
             asked=[
-                Asked("chat", prompt, replace(sampling, shown_token_ids=ids), form=form)
+                Asked("chat", prompt, sampling.showing(ids), form=form)
                 for prompt, form, ids in zip(prompts, forms, shown, strict=True)
             ],
             prompts=[None] * len(prompts),

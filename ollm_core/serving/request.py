@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from ollm_core.errors import InputError
@@ -104,6 +104,10 @@ class SamplingParams:
             raise InputError(
                 f"min_tokens is {self.min_tokens}, expected at most max_tokens, {self.max_tokens}"
             )
+
+    def showing(self, token_ids: Iterable[int]) -> SamplingParams:
+        """These, with so many more special tokens in the text."""
+        return replace(self, shown_token_ids=(*self.shown_token_ids, *token_ids))
 
     @property
     def stops(self) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ import pytest
 
 from ollm_core.api import load
 from ollm_core.contracts.progress import Progress
+from ollm_core.server import answering
 from ollm_core.server.app import open_app
 from ollm_core.server.forecast import Forecast, Forecasts
 from ollm_core.server.service import Service
@@ -67,6 +68,12 @@ def gate(service) -> Iterator[Gate]:
     yield made
     made.open()
     service.model.on_progress(service.watch)
+
+
+@pytest.fixture(autouse=True)
+def _long_readings(monkeypatch) -> None:
+    """A busy machine may take long to read a body, whose refusal then still has a status."""
+    monkeypatch.setattr(answering, "_READ_SECONDS", 60.0)
 
 
 @pytest.fixture

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from ollm_core.errors import InputError
@@ -39,6 +41,13 @@ def test_forms_that_vllm_takes():
     """One stop text or several, -1 for all tokens."""
     assert SamplingParams(stop="end").stops == ("end",)
     assert SamplingParams(stop=["a", "b"], top_k=-1).stops == ("a", "b")
+
+
+def test_more_special_tokens_are_shown():
+    """Beside those that were asked for; all else stays."""
+    wanted = SamplingParams(temperature=0.5, shown_token_ids=[3])
+    assert wanted.showing([7, 9]) == replace(wanted, shown_token_ids=(3, 7, 9))
+    assert wanted.shown_token_ids == (3,)
 
 
 def test_requests_have_names_of_their_own():

@@ -227,7 +227,7 @@ class Reader:
         if use is not None:
             form = replace(form, calls=use.form, tools=use.forced or use.tools)
             opening += use.opening
-        sampling = replace(sampling, shown_token_ids=form.control_ids(self._tokenizer))
+        sampling = sampling.showing(form.control_ids(self._tokenizer))
         opening_ids = self._tokenizer(opening, add_special_tokens=False)["input_ids"]
         return Asked("chat", token_ids, sampling, use, form, opening_ids)
 
