@@ -234,10 +234,10 @@ class PassPlanner:
         """Rows that have their first block in common, where they may be packed: in the order in
         which they share most.
         """
-        may_pack = self._workspace.packs and self._policy.may_chunk and attention != "exact"
+        may_pack = self._workspace.rows.packs and self._policy.may_chunk and attention != "exact"
         if not may_pack or len({len(item.token_ids) for item in work}) == 1:
             return []
-        runs = self._workspace.runs(store, work)
+        runs = self._workspace.rows.runs(store, work)
         rows = sorted(
             {row for run in runs for row in run.rows},
             key=lambda row: [number for number, run in enumerate(runs) if row in run.rows],
@@ -245,8 +245,8 @@ class PassPlanner:
         return [tuple(row for row in rows if row in run.rows) for run in runs if run.first == 0]
 
     def _sharing(self, store: KVStore, work: Sequence[NewTokens], chunk: Chunk) -> Sharing | None:
-        """How the rows of a chunk share what they have stored, as `Workspace.sharing` says."""
-        return self._workspace.sharing(store, [work[row] for row in chunk.rows], chunk.lengths)
+        """How the rows of a chunk share what they have stored, as `RowSharing.of` says."""
+        return self._workspace.rows.of(store, [work[row] for row in chunk.rows], chunk.lengths)
 
     def _needed(
         self,
