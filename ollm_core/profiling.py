@@ -152,5 +152,8 @@ class _ProfiledSource(ByteSource):
     def bytes_read(self) -> int:
         return self._source.bytes_read
 
+    def take_turns(self, with_others: bool) -> None:
+        self._source.take_turns(with_others)
+
     def close(self) -> None:
         self._source.close()

@@ -39,6 +39,11 @@ class ByteSource(Closing):
     def bytes_read(self) -> int:
         """Bytes asked of the storage since this source was opened."""
 
+    def take_turns(self, with_others: bool) -> None:
+        """Whether others read the same disk from now on, and wait for what they read: then it is
+        asked for little at a time, so that they get in between. By default nothing changes.
+        """
+
 
 class WeightStreamer(Closing):
     """Gives out parameters in the order of a weight pass, and reads ahead: after the last unit

@@ -5,7 +5,7 @@ all.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ from ollm_core.attention.trial import require_flash
 from ollm_core.contracts.kv import KVStore
 from ollm_core.engine.activations import Workspace
 from ollm_core.engine.batch import Chunk, NewTokens, cut_chunks
+from ollm_core.engine.row_steps import round_rows, round_sharing, row_steps
 from ollm_core.engine.traced_cache import APART, Sharing
 from ollm_core.errors import DoesNotFitError
 from ollm_core.memory.accounts import Accounts
@@ -149,12 +150,14 @@ class PassPlanner:
                 yield plan
             undo.pop_all()
 
-    def choose(self, store: KVStore, work: Sequence[NewTokens]) -> tuple[PassPlan, PerMemory[int]]:
-        """How a pass over `work` would run, and what its KV would take. Holds nothing. Raises
-        DoesNotFitError.
+    def choose(
+        self, store: KVStore, work: Sequence[NewTokens], step: int = 1
+    ) -> tuple[PassPlan, PerMemory[int]]:
+        """How a pass over `work` would run, and what its KV would take; with a `step`, as much as
+        that or more. Holds nothing. Raises DoesNotFitError.
         """
         smallest: PerMemory[int] | None = None
-        for plan in self._candidates(store, work):
+        for plan in self._candidates(store, work, step):
             growth = self._growth(store, work, plan)
             missing = self._missing(added(plan.needed, growth))
             if not any(missing):
@@ -164,12 +167,14 @@ class PassPlanner:
         raise self._refusal(work, smallest)
 
     def fits(self, store: KVStore, work: Sequence[NewTokens]) -> bool:
-        """Whether `admit` would let a pass over `work` through. Holds nothing."""
-        try:
-            self.choose(store, work)
-        except DoesNotFitError:
-            return False
-        return True
+        """Whether `admit` would let a pass over `work` through. Holds nothing. Numbers of rows are
+        asked about only as closely as it takes: what is traced for one does for many.
+        """
+        for step in row_steps(len(work)):
+            with suppress(DoesNotFitError):
+                self.choose(store, work, step)
+                return True
+        return False
 
     def set_aside(self, kind: str, num_bytes: PerMemory[int]) -> None:
         """Reserve `num_bytes` for what stands beside the model; kept weights give way to it. Raises
@@ -195,7 +200,9 @@ class PassPlanner:
             host.reserve(kind, num_bytes.host)
             undo.pop_all()
 
-    def _candidates(self, store: KVStore, work: Sequence[NewTokens]) -> Iterator[PassPlan]:
+    def _candidates(
+        self, store: KVStore, work: Sequence[NewTokens], step: int
+    ) -> Iterator[PassPlan]:
         longest = max(len(item.token_ids) for item in work)
         attention = self._policy.attention
         if attention == "auto":
@@ -224,7 +231,7 @@ class PassPlanner:
                     ways.insert(0, (chunks, known))  # where there is memory to compute so
             for hidden_on_host in (False, True):
                 for cut, shared in ways:
-                    needed = self._needed(work, cut, attention, hidden_on_host, shared)
+                    needed = self._needed(work, cut, attention, hidden_on_host, shared, step)
                     shares = any(one.runs for one in shared)
                     yield PassPlan(cut, size, attention, hidden_on_host, needed, shares)
 
@@ -234,10 +241,10 @@ class PassPlanner:
         """Rows that have their first block in common, where they may be packed: in the order in
         which they share most.
         """
-        may_pack = self._workspace.packs and self._policy.may_chunk and attention != "exact"
+        may_pack = self._workspace.rows.packs and self._policy.may_chunk and attention != "exact"
         if not may_pack or len({len(item.token_ids) for item in work}) == 1:
             return []
-        runs = self._workspace.runs(store, work)
+        runs = self._workspace.rows.runs(store, work)
         rows = sorted(
             {row for run in runs for row in run.rows},
             key=lambda row: [number for number, run in enumerate(runs) if row in run.rows],
@@ -245,8 +252,8 @@ class PassPlanner:
         return [tuple(row for row in rows if row in run.rows) for run in runs if run.first == 0]
 
     def _sharing(self, store: KVStore, work: Sequence[NewTokens], chunk: Chunk) -> Sharing | None:
-        """How the rows of a chunk share what they have stored, as `Workspace.sharing` says."""
-        return self._workspace.sharing(store, [work[row] for row in chunk.rows], chunk.lengths)
+        """How the rows of a chunk share what they have stored, as `RowSharing.of` says."""
+        return self._workspace.rows.of(store, [work[row] for row in chunk.rows], chunk.lengths)
 
     def _needed(
         self,
@@ -255,8 +262,9 @@ class PassPlanner:
         attention: str,
         on_host: bool,
         sharing: Sequence[Sharing],
+        step: int,
     ) -> PerMemory[Mapping[str, int]]:
-        """`sharing` is that of each of `chunks`."""
+        """`sharing` is that of each of `chunks`, whose rows are rounded up to `step`."""
         num_tokens = sum(len(item.token_ids) for item in work)
         hidden = num_tokens * self._hidden_bytes
         shapes: dict[tuple[int, int], int] = {}
@@ -265,6 +273,8 @@ class PassPlanner:
         for chunk, shared in zip(chunks, sharing, strict=True):
             past = max(work[row].start for row in chunk.rows) + chunk.begin
             shape = chunk.num_rows, chunk.num_tokens
+            if chunk.num_tokens == 1 and not chunk.lengths:
+                shape, shared = (round_rows(shape[0], step), 1), round_sharing(shared, step)
             shapes[shape] = max(shapes.get(shape, 0), past)
             call = *shape, shared
             layers[call] = max(layers.get(call, 0), past)
@@ -278,7 +288,7 @@ class PassPlanner:
             )
             for (num_rows, num_new, shared), past in layers.items()
         )
-        largest = max(chunk.num_rows * chunk.num_tokens for chunk in chunks)
+        largest = max(num_rows * num_new for num_rows, num_new in shapes)
         experts, offloaded = self._workspace.mixture_bytes(num_tokens, len(chunks), largest)
         num_logits = sum(item.num_logits for item in work)
         # Logits in parts and whole, the highest, the normalised rows, float32 copies to choose

@@ -196,6 +196,10 @@ class TieredStreamer(WeightStreamer):
         """The name of the reading engine."""
         return self._source.name
 
+    def take_turns(self, with_others: bool) -> None:
+        """See ByteSource."""
+        self._source.take_turns(with_others)
+
     def fit(self, device_bytes: int, host_bytes: int) -> None:
         """Hold at most `device_bytes` and `host_bytes` beside `fixed_device_bytes`, as much as is
         useful of it.

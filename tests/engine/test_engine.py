@@ -213,3 +213,16 @@ def test_close_frees_everything(tiny, ids):
     with pytest.raises(InputError, match="closed"):
         model(input_ids=ids(5)[None])
     assert not [t for t in threading.enumerate() if t.name.startswith("ollm")]
+
+
+@pytest.mark.parametrize("kv", ["host", "disk"])
+def test_weights_take_turns_with_kv_on_the_same_disk(tiny, ids, tmp_path, kv):
+    """A block of KV waits for a part of a layer's weights then, not for all of them."""
+    with ollm.load(tiny, device="cpu", kv_dir=tmp_path) as model:
+        told, real = [], model.weights._source.take_turns
+        model.weights._source.take_turns = lambda now: (told.append(now), real(now))
+        for tier in (kv, "host"):
+            cache = model.new_cache(tier)
+            model(input_ids=ids(300)[None], past_key_values=cache, logits_to_keep=1)
+            cache.close()
+    assert told == [kv == "disk", False]

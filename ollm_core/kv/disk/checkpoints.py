@@ -154,10 +154,7 @@ class CheckpointingStore(PassHoldingStore):
         new = [i for i in range(num_kept) if tables[i].num_tokens != len(checkpoint.token_ids)]
         for layer_idx in new:
             source = self._tables[sequence][layer_idx]
-            block = self._manager.hold(layer_idx, source, tables[layer_idx], first)
-            if block is not None and source.tail is not None:
-                inside = source.num_tokens % self.block_size
-                self._disk.write_part(layer_idx, block, source.tail, inside)
+            self.copy_end(layer_idx, source, tables[layer_idx], first)
         self._disk.flush()
         for layer_idx in new:
             self._disk.sync(layer_idx)

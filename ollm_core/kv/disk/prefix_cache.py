@@ -31,7 +31,8 @@ logger = logging.getLogger("ollm")
 class PrefixCachingStore(BorrowingStore):
     """A DiskKVStore whose sequences are kept when it is closed (see KeepsPrefixes).
 
-    Full blocks are kept as soon as they are there, so that a process that is killed has kept them.
+    Full blocks are kept as soon as they are there, so that a process that is killed has kept them;
+    at the end of a pass that could have been gone on with, the tokens after them, too.
     A kept block is never written again: a sequence that goes on inside it has a copy of its own.
     While others read what this store keeps, it also keeps the blocks of what it has forgotten.
 
@@ -122,6 +123,8 @@ class PrefixCachingStore(BorrowingStore):
         num_full = num_tokens - num_tokens % self.block_size
         if num_full > self._num_kept.get(sequence, 0) and self.keeps(sequence):
             self._guarded(sequence, num_full)
+        if num_tokens > self._num_kept.get(sequence, 0) and self._finished_keys(sequence):
+            self._keep_end(sequence, num_tokens)
 
     def keeps(self, sequence: int) -> bool:
         """Whether what a sequence adds is kept: not if it is less than what it has borrowed."""
@@ -199,10 +202,24 @@ class PrefixCachingStore(BorrowingStore):
             self._keeps = False
             logger.warning("the prefix cache is not saved: %s", error)
 
-    def _keep(self, sequence: int, num_tokens: int) -> None:
+    def _keep_end(self, sequence: int, num_tokens: int) -> None:
+        """Keep all tokens of a sequence that goes on, those in its last block too. What fails costs
+        no more than these.
+        """
+        if not self.keeps(sequence) or num_tokens != self.num_tokens(sequence):
+            return
+        num_full = self._num_kept.get(sequence, 0)
+        try:
+            with self.turn():
+                self._keep(sequence, num_tokens, goes_on=True)
+        except (OllmError, OSError) as error:
+            self._num_kept[sequence] = num_full
+            logger.info("the end of a prompt is kept when all is done: %s", error)
+
+    def _keep(self, sequence: int, num_tokens: int, *, goes_on: bool = False) -> None:
         """Write the first `num_tokens` of a sequence into the journal, and drop the prefixes that
-        they begin with. A part of a block is kept only when the store is closing: the sequence must
-        not go on after that. Raises OllmError or OSError.
+        they begin with. A part of a block is where the sequence has it, unless it `goes_on` in it:
+        a copy is then kept. Raises OllmError or OSError.
         """
         self._num_kept[sequence] = num_tokens
         num_tokens = self._within_budget(sequence, num_tokens)
@@ -212,17 +229,34 @@ class PrefixCachingStore(BorrowingStore):
             return
         self._copy_borrowed(sequence)
         self._disk.flush()
-        if num_tokens % self.block_size:
+        if not num_tokens % self.block_size:
+            pinned = super().fork(sequence, num_tokens)  # full blocks: nothing is copied
+        elif goes_on:
+            pinned = self._with_copied_end(sequence)
+        else:
             super().truncate(sequence, num_tokens)  # no unknown tokens in its last block
             self._write_tails(sequence)
             pinned = sequence
-        else:
-            pinned = super().fork(sequence, num_tokens)  # full blocks: nothing is copied
         prefix = Prefix(array("i", token_ids.tolist()), self._layers_of(pinned))
         self._disk.home.keep(prefix)
         for pin in self._replaced_by(token_ids):
             self._drop(pin)
         self._pins.append(Pin(pinned, prefix, token_ids, self._disk.home.directory))
+
+    def _with_copied_end(self, sequence: int) -> int:
+        """A new sequence that has all of another, its last block as a copy on disk. Raises
+        OllmError or OSError.
+        """
+        copied = self.new_sequence()
+        try:
+            for layer_idx, (source, table) in enumerate(
+                zip(self._tables[sequence], self._tables[copied], strict=True)
+            ):
+                self.copy_end(layer_idx, source, table, 0)
+        except BaseException:
+            super().release(copied)
+            raise
+        return copied
 
     def _layers_of(self, sequence: int) -> tuple[LayerBlocks, ...]:
         """Where each layer has what is stored of a sequence, all of it written."""
@@ -360,10 +394,3 @@ class PrefixCachingStore(BorrowingStore):
     def _pin_all(self, home: KVDirectory) -> None:
         """Hold the blocks of all that is kept in `home`."""
         self._pins = self._hold(home.prefixes, home.directory)
-
-    def _write_tails(self, sequence: int) -> None:
-        for layer_idx, table in enumerate(self._tables[sequence]):
-            if table.tail is not None:
-                num_tokens = table.num_tokens % self.block_size
-                block = table.blocks[table.num_tokens // self.block_size]
-                self._disk.write_part(layer_idx, block, table.tail, num_tokens)

@@ -22,6 +22,7 @@ from ollm_core.device.memory import SHARED, DeviceMemory, memory_of
 from ollm_core.errors import DamagedKVError, DoesNotFitError, OllmError, ReadError
 from ollm_core.kv.block_storage import BlockStorage
 from ollm_core.kv.block_store import BlockKVStore
+from ollm_core.kv.block_table import BlockTable
 from ollm_core.kv.buffer_pool import Charges
 from ollm_core.kv.disk.borrowed import BorrowedHome
 from ollm_core.kv.disk.directory import KVDirectory, make_home
@@ -343,6 +344,23 @@ class DiskKVStore(BlockKVStore):
         memory = memory or memory_of(geometry.device)
         storage = self._disk = DiskStorage(geometry, account, home, staging_bytes, memory)
         super().__init__(geometry, storage, device_account, memory)
+
+    def copy_end(self, layer_idx: int, source: BlockTable, table: BlockTable, first: int) -> None:
+        """Let an empty table share the blocks of another from index `first` on, and have a copy on
+        disk of the tokens in its tail. Raises OllmError or OSError.
+        """
+        block = self._manager.hold(layer_idx, source, table, first)
+        if block is not None and source.tail is not None:
+            inside = source.num_tokens % self.block_size
+            self._disk.write_part(layer_idx, block, source.tail, inside)
+
+    def _write_tails(self, sequence: int) -> None:
+        """Write what is in the tails of a sequence where it will stay."""
+        for layer_idx, table in enumerate(self._tables[sequence]):
+            if table.tail is not None:
+                num_tokens = table.num_tokens % self.block_size
+                block = table.blocks[table.num_tokens // self.block_size]
+                self._disk.write_part(layer_idx, block, table.tail, num_tokens)
 
 
 def _close_homes(homes: list[KVDirectory], borrowed: dict[int, BorrowedHome]) -> None:

@@ -16,6 +16,7 @@ from ollm_core.weights.sources.kvikio import KvikioSource
 from ollm_core.weights.sources.page_aligned import PageAlignedSource, Run
 
 _MAX_READ = 1 << 30  # the kernel caps one call just below 2 GiB
+_TURN_BYTES = 16 << 20  # of one call beside others, who wait for it: a few milliseconds
 
 READERS = ("direct", "mmap", "kvikio")
 """The built-in engines by name."""
@@ -23,7 +24,7 @@ READERS = ("direct", "mmap", "kvikio")
 
 class DirectSource(PageAlignedSource):
     """O_DIRECT: the disk writes into the buffer itself, past the page cache. One call per run where
-    it can be.
+    it can be: a disk serves calls in their order, so that a small one waits for all of a large one.
     """
 
     name = "direct"
@@ -33,6 +34,7 @@ class DirectSource(PageAlignedSource):
         O_DIRECT.
         """
         super().__init__()
+        self._most = _MAX_READ
         self._files: dict[Path, int] = {}
         try:
             for path in paths:
@@ -49,13 +51,16 @@ class DirectSource(PageAlignedSource):
         while done < run.needed:
             try:
                 count = os.preadv(
-                    self._files[run.path], [buffer[done : done + _MAX_READ]], run.offset + done
+                    self._files[run.path], [buffer[done : done + self._most]], run.offset + done
                 )
             except OSError as error:
                 raise ReadError(f"{run.path}: reading failed: {error.strerror}") from error
             if count <= 0 or (count % PAGE and done + count < run.needed):
                 raise run.ended(run.offset + done + max(count, 0))
             done += count
+
+    def take_turns(self, with_others: bool) -> None:
+        self._most = _TURN_BYTES if with_others else _MAX_READ
 
     def close(self) -> None:
         while self._files:

@@ -6,11 +6,13 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import save_file
 from weight_units import unit_of
 
 from ollm_conformance import ByteSourceConformance
 from ollm_core import InputError, ReadError
+from ollm_core.checkpoint.safetensors import open_checkpoint
 from ollm_core.device.buffers import aligned_buffer, as_memoryview
 from ollm_core.weights.sources.posix import DirectSource, MmapSource, open_source
 
@@ -44,6 +46,30 @@ def test_a_file_that_shrank_names_its_end(saved):
             buffer = aligned_buffer(source.buffer_bytes(unit.tensors))
             with pytest.raises(ReadError, match=r"model\.safetensors: ends at byte"):
                 source.read(unit.tensors, as_memoryview(buffer))
+
+
+def test_beside_others_a_run_is_read_in_parts(tmp_path, monkeypatch):
+    """The same bytes, in calls of at most 16 MiB while somebody else waits for the disk."""
+    values = torch.randint(0, 256, (37 << 20,), dtype=torch.uint8)
+    save_file({"large": values}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    tensors = unit_of(open_checkpoint(tmp_path), "large").tensors
+    sizes, real = [], os.preadv
+
+    def preadv(file, buffers, offset):
+        sizes.append(len(buffers[0]))
+        return real(file, buffers, offset)
+
+    with DirectSource([tmp_path / "model.safetensors"]) as source:
+        monkeypatch.setattr(os, "preadv", preadv)
+        for with_others, num_calls in ((False, 1), (True, 3), (False, 1)):
+            source.take_turns(with_others)
+            sizes.clear()
+            buffer = aligned_buffer(source.buffer_bytes(tensors))
+            [offset] = source.read(tensors, as_memoryview(buffer))
+            assert torch.equal(buffer[offset : offset + len(values)], values)
+            assert len(sizes) == num_calls
+            assert not with_others or max(sizes) == 16 << 20
 
 
 def test_mmap_where_direct_is_refused(saved):
