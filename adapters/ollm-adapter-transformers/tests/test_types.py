@@ -229,6 +229,17 @@ def test_plans_a_model_without_keys_on_disk():
     assert plan.disk_bytes == 0
 
 
+def test_a_cache_that_a_model_makes_is_not_kept():
+    """Of xLSTM: what is left of a run is in the accounts."""
+    with (
+        saved("xlstm", torch.float32) as (_, directory),
+        ollm.load(directory, device="cpu") as ours,
+    ):
+        run_ours(ours, torch.randint(3, 250, (1, 20)), [16, 20])
+        gc.collect()
+        assert not [one for one in gc.get_objects() if type(one).__name__ == "xLSTMCache"]
+
+
 def test_refuses_a_prompt_that_a_model_would_take_in_parts():
     """xLSTM calls its layers again for each so many tokens."""
     with saved("xlstm", torch.float32, max_inference_chunksize=16) as (model, directory):
