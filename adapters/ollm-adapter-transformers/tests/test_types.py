@@ -26,6 +26,7 @@ from ollm_core.testing import (
     Registry,
     TierTracker,
     as_opened,
+    check_model,
     read_config,
     without_instructions,
 )
@@ -186,6 +187,14 @@ def test_refuses_absurd_numbers(key, value):
     adapter = TransformersAdapter()
     with pytest.raises(ConfigError, match=f"{key} must be an integer up to"):
         adapter.layout({**adapter.tiny_config(), "model_type": "llama", key: value})
+
+
+def test_refuses_numbers_that_cannot_be_initialised():
+    """xLSTM divides by the number of layers that it does not make."""
+    config = {**tiny_config("xlstm").to_dict(), "num_hidden_layers": -1}
+    adapter = TransformersAdapter()
+    with pytest.raises(ConfigError, match="cannot initialise a xlstm model"):
+        check_model(config, adapter.layout(config))
 
 
 def test_opening_draws_no_numbers():
