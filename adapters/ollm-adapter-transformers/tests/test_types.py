@@ -263,6 +263,24 @@ def test_refuses_a_prompt_that_a_model_would_take_in_parts():
             run_ours(ours, ids, [40])
 
 
+@pytest.mark.parametrize("model_type", ["bart", "trocr", "xglm"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_loss(model_type, dtype):
+    """The first two compare labels with the logits of their own positions, and take no number of
+    items for them; the last one does as most.
+    """
+    with saved(model_type, dtype) as (model, directory):
+        ids = torch.randint(3, 250, (2, 20))
+        labels = ids.clone()
+        labels[0, :7] = -100
+        with ollm.load(directory, device="cpu", precision="exact", dtype=str(dtype)[6:]) as ours:
+            for more in ({}, {"num_items_in_batch": 7}):
+                with torch.no_grad():
+                    expected = model(input_ids=ids, labels=labels, **more).loss
+                found = ours(input_ids=ids, labels=labels, **more).loss
+                torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("model_type", ["t5", "bart"])
 def test_refuses_encoder_decoders(model_type):
     """Before anything is built; the decoder of one says that it is none."""

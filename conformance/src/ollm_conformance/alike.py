@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from ollm_conformance.compare import same_bits
 from ollm_conformance.kinds import same_kinds
-from ollm_conformance.past import Past
 from ollm_conformance.subject import Reference, Subject
 from ollm_core import Config
 from ollm_core.testing import StreamedModel, bound_parameters
@@ -23,7 +23,7 @@ class ShortRun:
     """What transformers makes of a prompt of 50 tokens and of some steps after it."""
 
     reference: Reference
-    cache: Past
+    cache: DynamicCache
     inputs: list[Tensor]
     """Tokens [T] of the prompt, then of each step."""
     logits: list[Tensor]

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 import ollm
 from ollm_conformance.forms import reference_options
@@ -92,7 +92,7 @@ class Reference:
         self,
         ids: Tensor,
         chunk_size: int | None = None,
-        cache: Past | None = None,
+        cache: DynamicCache | None = None,
         *,
         last_only: bool = False,
     ) -> Tensor:
@@ -105,6 +105,7 @@ class Reference:
         if cache is None and key in self._known:
             return self._known[key]
         used = self.new_cache() if cache is None else cache
+        assert isinstance(used, Past), "a cache of `new_cache`"
         ids = ids.to(self.model.device)
         found: list[Tensor] = []
         for chunk in ids.split(chunk_size):
@@ -120,7 +121,7 @@ class Reference:
         self,
         pieces: Sequence[Tensor],
         chunk_size: int | None = None,
-        cache: Past | None = None,
+        cache: DynamicCache | None = None,
     ) -> Tensor:
         """Logits [T, V] of `pieces` [n] of tokens, one after the other on one cache, each in chunks
         of its own, after what is in `cache`.
