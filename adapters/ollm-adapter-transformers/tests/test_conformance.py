@@ -41,6 +41,7 @@ SPARED = frozenset(
 
 _EACH_CHUNK = "a layer that is run whole asks for its experts in each chunk"
 _PADDING = "in transformers padding on the left changes what it says of a text; here it does not"
+_NUMBERS = "it reads what JSON has no number for as transformers writes it"
 _NO_KEYS = "without keys and values nothing is kept on disk: states stay in memory"
 _OWN_CACHE = "it looks at the cache that transformers makes for any model, which is another"
 _ENCODER = "transformers' cache has a layer for each that the encoder would have"
@@ -55,14 +56,16 @@ EXPECTED = {
         "experts.routed-only": _EACH_CHUNK,
     },
     "gpt_oss": {"experts.routed-only": _EACH_CHUNK, "weights.read-once": _EACH_CHUNK},
-    "granitemoehybrid": {"experts.routed-only": _EACH_CHUNK},
+    "granitemoehybrid": {
+        "configs.unstated": _NUMBERS,
+        "experts.routed-only": _EACH_CHUNK,
+        "weights.read-once": _EACH_CHUNK,
+    },
     "mixtral": {
         "experts.routed-only": _EACH_CHUNK,
         "weights.read-once": _EACH_CHUNK,
     },
-    "falcon_h1": {
-        "configs.unstated": "it reads what JSON has no number for as transformers writes it"
-    },
+    "falcon_h1": {"configs.unstated": _NUMBERS},
     "recurrent_gemma": {"exact.arguments": _PADDING},
     "xlstm": {
         "caches.damaged": _NO_KEYS,
