@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -21,7 +22,7 @@ from ollm_core.generate.arguments import refuse_others
 from ollm_core.generate.cache import SequenceCache
 from ollm_core.generate.hooks import GenerationHooks
 from ollm_core.generate.limits import check_tokens
-from ollm_core.generate.loss import room_for_loss
+from ollm_core.generate.loss import compares_own_positions, room_for_loss
 from ollm_core.generate.opened import OpenStore
 from ollm_core.generate.padding import PaddedBatch, padded_batch
 from ollm_core.generate.served import ServesRequests
@@ -129,7 +130,10 @@ class StreamedModel(  # type: ignore[misc]  # torch overloads `to`
             loss = None
             if labels is not None:
                 size = self.config.vocab_size
-                loss = self.loss_function(logits=logits, labels=labels, vocab_size=size, **options)
+                if compares_own_positions(self.config):
+                    loss = cross_entropy(logits.view(-1, size), labels.view(-1))
+                else:
+                    loss = self.loss_function(logits, labels, size, **options)
         keep = cache if past_key_values is not None or use_cache else None
         found = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=keep)
         as_dict = self.config.return_dict if return_dict is None else return_dict

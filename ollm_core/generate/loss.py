@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 
 from ollm_core.errors import InputError, UnsupportedError
 from ollm_core.generate.opened import OpenedModel
@@ -25,6 +28,8 @@ def room_for_loss(
 ) -> Iterator[None]:
     """Check labels, and hold the memory that their loss takes."""
     config = model.config
+    if compares_own_positions(config):
+        shift_labels = labels
     check_labels(labels, shift_labels, batch, config.vocab_size)
     if getattr(config, "output_router_logits", False):
         raise UnsupportedError(
@@ -38,6 +43,19 @@ def room_for_loss(
             yield
     finally:
         model.accounts.device.release(MemoryKind.LOSS, needed.device)
+
+
+def compares_own_positions(config: PreTrainedConfig) -> bool:
+    """Whether transformers' class of a model compares labels with the logits of their own
+    positions, whatever else it is told: decoders that were taken from encoder-decoders, which do
+    not call its `loss_function`.
+    """
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return False
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    forward = inspect.unwrap(kind.forward)
+    called = forward.__code__.co_names
+    return "CrossEntropyLoss" in called and "loss_function" not in called
 
 
 def check_labels(

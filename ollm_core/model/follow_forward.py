@@ -144,8 +144,8 @@ class _Follower:
             if start and called != self._called:
                 raise own.error("calls other layers from step to step")
             self._called = called
-            if own.makes_cache and isinstance(own.made_cache, Cache):
-                self._check_cache(type(own.made_cache).__name__)
+            if own.makes_cache and own.made_cache and issubclass(own.made_cache, Cache):
+                self._check_cache(own.made_cache.__name__)
             if start == 0:
                 self._given = {i: one.present for i, one in run.found.items()}
                 self._memories = self._remembered(cache)

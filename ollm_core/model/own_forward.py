@@ -173,8 +173,8 @@ class OwnForward:
         """
         self.num_caches = 0
         """Layers of the cache that transformers makes for the model."""
-        self.made_cache: object = None
-        """What the last run has made so."""
+        self.made_cache: type | None = None
+        """The kind that the last run has made so. The cache itself is not kept."""
         self.layers = layers
         self._run: Run | None = None
         self._forwards: list[Callable[..., Any]] = [layer.forward for layer in layers]
@@ -320,7 +320,8 @@ class OwnForward:
             options["logits_to_keep"] = run.num_logits
         with self._running(run):
             output = self.model(input_ids=ids, **options)
-        self.made_cache = getattr(output, self._cache_name, None) if self.makes_cache else None
+        if self.makes_cache:
+            self.made_cache = type(getattr(output, self._cache_name, None))
         logits: Tensor = output["logits"] if isinstance(output, Mapping) else output[0]
         return logits
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ollm_core.attention.select import EAGER_NAME, register_attention
 from ollm_core.contracts.kv import CacheKind
 from ollm_core.contracts.model import Capability, Config, Layout
-from ollm_core.errors import UnsupportedError
+from ollm_core.errors import ConfigError, UnsupportedError, one_line
 from ollm_core.model.blockwise_probe import Blockwise, probe_blockwise
 from ollm_core.model.follow_forward import follow_forward
 from ollm_core.model.moe import Mixture
@@ -227,7 +227,7 @@ def _kept_dtype(name: str, dtype: torch.dtype, plan: Mapping[str, torch.dtype]) 
 def _give_buffers(model: Any) -> None:
     """Values for the buffers that are in no checkpoint, as transformers initialises them when it
     loads a model: on the CPU, whose powers and quotients are those of any device there. Raises
-    UnsupportedError for one that is left without.
+    ConfigError if it cannot, UnsupportedError for one that is left without.
     """
     given = [
         (path, name, module)
@@ -239,8 +239,14 @@ def _give_buffers(model: Any) -> None:
         like = module._buffers[name]
         unset = float("nan") if like.dtype.is_floating_point else like.dtype != torch.bool and -1
         module._buffers[name] = torch.full_like(like, unset, device="cpu")
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):  # some draw numbers
-        model.initialize_weights()  # of a parent, too, which may set those of its layers
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):  # some draw numbers
+            model.initialize_weights()  # of a parent, too, which may set those of its layers
+    except Exception as error:
+        raise ConfigError(
+            f"transformers cannot initialise a {model.config.model_type} model of config.json: "
+            f"{one_line(error)}"
+        ) from error
     for path, name, module in given:
         value = module._buffers[name]
         if value.is_meta or (value.dtype.is_floating_point and bool(value.isnan().any())):

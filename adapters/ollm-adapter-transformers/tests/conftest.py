@@ -1,4 +1,6 @@
-"""Which checks of the suite are left to `make soak`: all but a few, of all but some types."""
+"""Which checks of the suite are left to `make soak`: all but a few, of all but some types; and
+single cases that are known to fail.
+"""
 
 import pytest
 
@@ -12,6 +14,9 @@ def pytest_collection_modifyitems(items):
         module = getattr(item, "module", None)
         if found is None or not hasattr(module, "QUICK"):
             continue
-        is_whole = cls.tiny_config["model_type"] in module.WHOLE
-        if not is_whole and (found.id not in module.QUICK or item.name in module.SPARED):
+        model_type = cls.tiny_config["model_type"]
+        is_quick = found.id in module.QUICK and item.name not in module.SPARED
+        if model_type in module.SLOW or (model_type not in module.WHOLE and not is_quick):
             item.add_marker(pytest.mark.soak)
+        if reason := module.CASES.get(model_type, {}).get(item.name):
+            item.add_marker(pytest.mark.xfail(reason=reason, strict=True))

@@ -1,7 +1,7 @@
-"""The conformance suite on two dozen architectures that differ, each a tiny model of the walk.
+"""The conformance suite on architectures that differ, each a tiny model of the walk.
 
-Mistral runs every check of the core level, the others those of `QUICK`; all of theirs run by
-`make soak`.
+Mistral runs every check of the core level, others those of `QUICK`, and some none; all of theirs
+run by `make soak`.
 """
 
 import json
@@ -19,6 +19,8 @@ OTHERS = (
     "llama4_text", "mamba2", "mixtral", "nemotron_h", "olmo2", "phi3", "qwen2_moe",
     "qwen4_exp_text", "starcoder2", "zaya",
 )  # fmt: skip
+SLOW = ("bart", "glm", "recurrent_gemma", "xlstm")
+"""Types of which `make soak` runs every check, and CI none: `test_types` has them."""
 QUICK = frozenset(
     {
         "caches.kinds", "caches.tiers", "declaration.pure", "exact.decode", "memory.host",
@@ -38,15 +40,43 @@ SPARED = frozenset(
 
 
 _EACH_CHUNK = "a layer that is run whole asks for its experts in each chunk"
+_PADDING = "in transformers padding on the left changes what it says of a text; here it does not"
+_NUMBERS = "it reads what JSON has no number for as transformers writes it"
+_NO_KEYS = "without keys and values nothing is kept on disk: states stay in memory"
+_OWN_CACHE = "it looks at the cache that transformers makes for any model, which is another"
+_ENCODER = "transformers' cache has a layer for each that the encoder would have"
 EXPECTED = {
+    "bart": {
+        "configs.many-layers": "the number of its layers is called otherwise",
+        "configs.unstated": _ENCODER,
+        "exact.arguments": _PADDING,
+    },
     "deepseek_v3": {
         "experts.many": "11 experts are not in two groups",
         "experts.routed-only": _EACH_CHUNK,
     },
     "gpt_oss": {"experts.routed-only": _EACH_CHUNK, "weights.read-once": _EACH_CHUNK},
+    "granitemoehybrid": {
+        "configs.unstated": _NUMBERS,
+        "experts.routed-only": _EACH_CHUNK,
+        "weights.read-once": _EACH_CHUNK,
+    },
     "mixtral": {
         "experts.routed-only": _EACH_CHUNK,
         "weights.read-once": _EACH_CHUNK,
+    },
+    "falcon_h1": {"configs.unstated": _NUMBERS},
+    "recurrent_gemma": {"exact.arguments": _PADDING},
+    "xlstm": {
+        "caches.damaged": _NO_KEYS,
+        "caches.large-tokens": _NO_KEYS,
+        "caches.other-dtype": _NO_KEYS,
+        "caches.reopen": _NO_KEYS,
+        "configs.many-layers": _OWN_CACHE,
+        "configs.unstated": "a number of layers and one of blocks that contradict each other",
+        "exact.arguments": _PADDING,
+        "walk.damage": _NO_KEYS,
+        "walk.rows": _NO_KEYS,
     },
     "qwen4_exp_text": {
         "caches.kinds": "its index is kept as one more head",
@@ -55,18 +85,45 @@ EXPECTED = {
     },
 }
 """What fails, and why, by type."""
+CASES = {
+    "recurrent_gemma": {
+        "test_plan[device-True-bfloat16]": "beside windows it fills layers without keys with some",
+    },
+    "xlstm": {
+        "test_bytes[device]": "states are not counted beside keys and values",
+        "test_bytes[host]": "states are not counted beside keys and values",
+        "test_tied_head[True]": "transformers' class has a head of its own, whatever is said",
+    },
+}
+"""The same of single cases of a check."""
+
+
+CHANGES = {
+    "bart": {
+        "tie_word_embeddings": False,  # else it says its last token again
+        "decoder_ffn_dim": 384,  # a layer should take more than logits
+        "forced_eos_token_id": None,  # `generate` would end with it
+    },
+    "xlstm": {"ffn_proj_factor": 24.0},  # the same
+}
+"""What a type has otherwise here, for what the suite's prompts and sizes are made for."""
 
 
 def suite_config(model_type):
-    """The tiny config of a type as config.json has it, with room for the suite's prompts. What JSON
-    has no number for is left to transformers.
+    """The tiny config of a type as config.json has it, with room for the suite's prompts, which is
+    stated even where there is no end to it. What JSON has no number for is left to transformers, as
+    what would say once more how many layers there are.
     """
-    config = json.loads(tiny_config(model_type).to_json_string(use_diff=False))
-    for key in ("transformers_version", "architectures"):
-        del config[key]
+    tiny = tiny_config(model_type)
+    config = json.loads(tiny.to_json_string(use_diff=False))
+    for key in ("transformers_version", "architectures", "num_blocks"):
+        config.pop(key, None)
+    if not hasattr(tiny.get_text_config(), "max_position_embeddings"):
+        config["max_position_embeddings"] = 2048
     for key in ("max_position_embeddings", "n_positions"):
         if key in config:
             config[key] = 2048
+    config |= CHANGES.get(model_type, {})
     return {key: value for key, value in config.items() if "__float__" not in json.dumps(value)}
 
 
@@ -89,4 +146,4 @@ def of_type(model_type):
     return type(name, (OfType,), members)
 
 
-globals().update({made.__name__: made for made in map(of_type, (*WHOLE, *OTHERS))})
+globals().update({made.__name__: made for made in map(of_type, (*WHOLE, *OTHERS, *SLOW))})

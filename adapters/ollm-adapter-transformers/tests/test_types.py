@@ -26,6 +26,7 @@ from ollm_core.testing import (
     Registry,
     TierTracker,
     as_opened,
+    check_model,
     read_config,
     without_instructions,
 )
@@ -188,6 +189,14 @@ def test_refuses_absurd_numbers(key, value):
         adapter.layout({**adapter.tiny_config(), "model_type": "llama", key: value})
 
 
+def test_refuses_numbers_that_cannot_be_initialised():
+    """xLSTM divides by the number of layers that it does not make."""
+    config = {**tiny_config("xlstm").to_dict(), "num_hidden_layers": -1}
+    adapter = TransformersAdapter()
+    with pytest.raises(ConfigError, match="cannot initialise a xlstm model"):
+        check_model(config, adapter.layout(config))
+
+
 def test_opening_draws_no_numbers():
     """NemotronH makes some anew when its weights are initialised."""
     with saved("nemotron_h", torch.bfloat16) as (_, directory):
@@ -229,6 +238,17 @@ def test_plans_a_model_without_keys_on_disk():
     assert plan.disk_bytes == 0
 
 
+def test_a_cache_that_a_model_makes_is_not_kept():
+    """Of xLSTM: what is left of a run is in the accounts."""
+    with (
+        saved("xlstm", torch.float32) as (_, directory),
+        ollm.load(directory, device="cpu") as ours,
+    ):
+        run_ours(ours, torch.randint(3, 250, (1, 20)), [16, 20])
+        gc.collect()
+        assert not [one for one in gc.get_objects() if type(one).__name__ == "xLSTMCache"]
+
+
 def test_refuses_a_prompt_that_a_model_would_take_in_parts():
     """xLSTM calls its layers again for each so many tokens."""
     with saved("xlstm", torch.float32, max_inference_chunksize=16) as (model, directory):
@@ -241,6 +261,24 @@ def test_refuses_a_prompt_that_a_model_would_take_in_parts():
             pytest.raises(UnsupportedError, match="takes 32 tokens in several parts"),
         ):
             run_ours(ours, ids, [40])
+
+
+@pytest.mark.parametrize("model_type", ["bart", "trocr", "xglm"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_loss(model_type, dtype):
+    """The first two compare labels with the logits of their own positions, and take no number of
+    items for them; the last one does as most.
+    """
+    with saved(model_type, dtype) as (model, directory):
+        ids = torch.randint(3, 250, (2, 20))
+        labels = ids.clone()
+        labels[0, :7] = -100
+        with ollm.load(directory, device="cpu", precision="exact", dtype=str(dtype)[6:]) as ours:
+            for more in ({}, {"num_items_in_batch": 7}):
+                with torch.no_grad():
+                    expected = model(input_ids=ids, labels=labels, **more).loss
+                found = ours(input_ids=ids, labels=labels, **more).loss
+                torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("model_type", ["t5", "bart"])

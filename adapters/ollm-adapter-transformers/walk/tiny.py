@@ -111,7 +111,7 @@ _PLAIN: Mapping[str, int] = {
     "num_experts": EXPERTS, "num_local_experts": EXPERTS, "n_routed_experts": EXPERTS,
     "moe_num_experts": EXPERTS, "num_routed_experts": EXPERTS, "zero_expert_num": 2,
     "q_lora_rank": 24, "kv_lora_rank": 16, "o_lora_rank": 8, "index_head_dim": 16,
-    "index_n_heads": 2, "index_topk": 16,
+    "index_n_heads": 16, "index_topk": 16,
     "mamba_d_state": 8, "state_size": 8, "ssm_state_size": 8, "mamba_d_head": 32,
     "mamba_head_dim": 32, "time_step_rank": 4, "mamba_dt_rank": 4, "mamba_d_ssm": 128,
     "chunk_size": 64, "mamba_chunk_size": 64, "mamba_expand": 2,

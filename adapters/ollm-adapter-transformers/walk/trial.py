@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -14,17 +13,13 @@ import torch
 from tiny import tiny_config
 from torch import Tensor
 
+from ollm_conformance.past import PastCalls
+
 PROMPT, STEPS, CHUNK = 75, 4, 64
 """Tokens of the prompt, more than a window of the tiny models; of decoding; and of a chunk."""
 
 ONE_BY_ONE = "the only chunk_size is 1"
 """What is said of a model whose layers begin anew with each call of several tokens."""
-
-OWN_CACHE = ("xlstm",)
-"""Types that take no other cache than the one that they make."""
-
-KEEPS_STATES = ("recurrent_gemma",)
-"""Types whose modules keep states beyond a sequence; a run without a cache makes them forget."""
 
 
 @contextlib.contextmanager
@@ -61,25 +56,10 @@ def reference(kind: Any, directory: Any, dtype: torch.dtype) -> Any:
 
 def run_reference(model: Any, ids: Tensor, cuts: Sequence[int]) -> Tensor:
     """Logits [B, n, V] at the last position of each call, of tokens up to each of `cuts`."""
-    from transformers import DynamicCache
-
-    cache, found, start = DynamicCache(config=model.config), [], 0
-    if model.config.model_type in OWN_CACHE:
-        cache = None
-    parameters = inspect.signature(model.forward).parameters
-    name = "cache_params" if "cache_params" in parameters else "past_key_values"
-    with torch.no_grad():
-        if model.config.model_type in KEEPS_STATES:
-            model(input_ids=ids[:, :1], use_cache=False)
-        for end in cuts:
-            options = {name: cache, "use_cache": True}
-            if "position_ids" in parameters:
-                options["position_ids"] = torch.arange(start, end)[None].expand(len(ids), -1)
-            if "logits_to_keep" in parameters:
-                options["logits_to_keep"] = 1
-            output = model(input_ids=ids[:, start:end], **options)
-            found.append(output.logits[:, -1:])
-            start, cache = end, getattr(output, name, None) or cache
+    calls = PastCalls(model)
+    past, found = calls.new_past(), []
+    for start, end in zip((0, *cuts), cuts, strict=False):
+        found.append(calls.call(ids[:, start:end], past, last_only=True))
     return torch.cat(found, dim=1)
 
 

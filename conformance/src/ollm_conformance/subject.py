@@ -7,7 +7,6 @@ from __future__ import annotations
 import copy
 import functools
 import hashlib
-import inspect
 import json
 import os
 import re
@@ -23,6 +22,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 import ollm
 from ollm_conformance.forms import reference_options
 from ollm_conformance.models import DTYPES, model_config, write_random
+from ollm_conformance.past import Past, PastCalls
 from ollm_conformance.seeds import drawn
 from ollm_core import Config, DoesNotFitError, ModelAdapter
 from ollm_core.testing import (
@@ -64,14 +64,13 @@ class Reference:
             **reference_options(read_config(directory)),
         )
         self.model: PreTrainedModel = model.eval().to(device)
-        names = inspect.signature(type(model).forward).parameters
-        self._cache_name = "cache_params" if "cache_params" in names else "past_key_values"
         with torch.no_grad():
             for parameter in self.model.parameters():
                 # In bfloat16 transformers 5.17 leaves what it has unpacked, whatever is asked for.
                 wanted = dtype if parameter.dtype == torch.bfloat16 else parameter.dtype
                 # A copy, for aligned memory, as a fresh model has.
                 parameter.data = parameter.data.to(wanted, copy=True)
+        self._calls = PastCalls(self.model)
         self._chunk_size = chunk_size
         self._known: dict[tuple[tuple[int, ...], int, bool], Tensor] = {}
         self._continued: dict[tuple[tuple[int, ...], int], Tensor] = {}
@@ -81,14 +80,14 @@ class Reference:
         """The same weights, computed with in float64: what rounding does shows against it."""
         found = copy.copy(self)
         found.model = copy.deepcopy(self.model).double()
+        found._calls = PastCalls(found.model)
         found._known, found._continued = {}, {}
         return found
 
-    def new_cache(self) -> DynamicCache:
+    def new_cache(self) -> Past:
         """An empty cache of the right kind for each layer."""
-        return DynamicCache(config=self.model.config)
+        return self._calls.new_past()
 
-    @torch.no_grad()
     def run(
         self,
         ids: Tensor,
@@ -98,23 +97,21 @@ class Reference:
         last_only: bool = False,
     ) -> Tensor:
         """Logits [T, V] of `ids` [T], after what is in `cache`; of the last token alone with
-        `last_only`, as `generate` asks for them.
+        `last_only`, as `generate` asks for them. A model that would begin anew in the middle of a
+        text goes on token by token.
         """
         chunk_size = chunk_size or self._chunk_size
         key = tuple(ids.tolist()), chunk_size, last_only
         if cache is None and key in self._known:
             return self._known[key]
         used = self.new_cache() if cache is None else cache
+        assert isinstance(used, Past), "a cache of `new_cache`"
         ids = ids.to(self.model.device)
-        found = [
-            self.model(
-                input_ids=chunk[None],
-                use_cache=True,
-                logits_to_keep=int(last_only),
-                **{self._cache_name: used},
-            ).logits[0]
-            for chunk in ids.split(chunk_size)
-        ]
+        found: list[Tensor] = []
+        for chunk in ids.split(chunk_size):
+            alone = used.num_tokens and len(chunk) > 1 and self._calls.begins_anew
+            pieces = chunk.split(1) if alone else (chunk,)
+            found += (self._calls.call(one[None], used, last_only=last_only)[0] for one in pieces)
         logits = found[-1] if last_only else torch.cat(found)
         if cache is None:
             self._known[key] = logits
