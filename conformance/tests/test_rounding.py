@@ -18,7 +18,7 @@ _CHUNK = 64
 _WIDE = {
     "num_hidden_layers": 11, "hidden_size": 256, "num_attention_heads": 8,
     "num_key_value_heads": 1, "head_dim": 24, "num_local_experts": 11, "num_experts_per_tok": 2,
-    "experts_per_token": 2, "intermediate_size": 64, "vocab_size": 256,
+    "experts_per_token": 2, "intermediate_size": 64, "vocab_size": 256, "sliding_window": 20,
     "layer_types": ["sliding_attention", "full_attention"] * 5 + ["sliding_attention"],
 }  # fmt: skip
 
