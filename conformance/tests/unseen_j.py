@@ -4,20 +4,19 @@ generation config says, what fails among others. For tests only.
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
 from types import MappingProxyType
 
 import torch
 from broken import unseen
-from broken_drafters import suite_of as drafter_suite_of
-from broken_kv_stores import disk_suite_of, suite_of
+from broken_kv_stores import suite_of
 from families import Gemma2, Qwen3, Qwen3Moe
 from unseen_d import core, part
 
 from ollm_adapter_llama import LlamaAdapter
-from ollm_core.drafting.lookup import LookupDrafter
 from ollm_core.generate.cache import SequenceCache
 from ollm_core.generate.padding import PaddedBatch
-from ollm_core.kv.disk.storage import DiskKVStore
 from ollm_core.kv.in_memory import DeviceKVStore
 from ollm_core.serving import sampler
 from ollm_core.serving.scheduler import Scheduler
@@ -91,24 +90,6 @@ class ChargesStay(DeviceKVStore):
         self._storage._charges.give = give_less
 
 
-# Hurts: a text that is cut in the middle of a block and goes on, on disk.
-class CutsToWholeBlocks(DiskKVStore):
-    def truncate(self, sequence, num_tokens):
-        super().truncate(sequence, num_tokens)
-        for layer in range(2):
-            table = self._tables[sequence][layer] if hasattr(self, "_tables") else None
-            if table is not None and table.tail is not None and num_tokens % 7 == 3:
-                table.tail[..., -1:, :] = 0
-
-
-# Hurts: a text of one token, as an empty prompt with a beginning mark.
-class OneTokenIsGuessed(LookupDrafter):
-    def __call__(self, token_ids, num_tokens):
-        if len(token_ids) == 1 and num_tokens:
-            return token_ids.clone()
-        return super().__call__(token_ids, num_tokens)
-
-
 # Hurts: a batch of prompts of other lengths, whose KV is kept on disk.
 def kept_where_padding_was(self, kept, token_ids):
     before, self.kept = self.kept, [torch.cat(p) for p in zip(self.kept, kept, strict=True)]
@@ -170,8 +151,6 @@ def padding_has_logits(self, rows, spread=PaddedBatch.spread):
 
 # Hurts: a model whose generation_config.json has a penalty.
 def checkpoint_penalty_ignored(sampling, model, *args, make=sampler._processors):
-    import copy
-
     model = copy.copy(model)
     model.repetition_penalty = None
     return make(sampling, model, *args)
@@ -179,8 +158,6 @@ def checkpoint_penalty_ignored(sampling, model, *args, make=sampler._processors)
 
 # Hurts: a model that must not begin its answer with a blank.
 def begin_is_of_the_prompt(sampling, model, num_prompt_tokens, *args, make=sampler._processors):
-    import copy
-
     if model.begin_suppress_tokens and num_prompt_tokens > 1:
         model = copy.copy(model)
         model.begin_suppress_tokens = None
@@ -200,10 +177,13 @@ UNSEEN = [
     unseen("windows begin one layer later than max_window_layers", WindowsBeginLater),
     unseen("every Gemma is tied", AlwaysTied),
     unseen("experts that are not counted are eight", EightExpertsByDefault),
-    part("growth is said to be one block less", suite_of(GrowthIsRoundedDown)),
-    part("at most 64 KiB are given back at a time", suite_of(ChargesStay)),
-    part("the end of a tail is lost where a text is cut", disk_suite_of(CutsToWholeBlocks)),
-    part("after one token the same is guessed", drafter_suite_of(lambda _: OneTokenIsGuessed())),
+    replace(
+        part("growth is said to be one block less", suite_of(GrowthIsRoundedDown)),
+        name="GrowthIsRoundedDown",
+    ),
+    replace(
+        part("at most 64 KiB are given back at a time", suite_of(ChargesStay)), name="ChargesStay"
+    ),
     core(
         "padding counts where KV is kept", LlamaAdapter, SequenceCache, "extend",
         kept_where_padding_was,
@@ -240,6 +220,3 @@ UNSEEN = [
         LlamaAdapter, Scheduler, "_restart", damage_fails_at_once,
     ),
 ]  # fmt: skip
-for _one, _name in zip(UNSEEN[6:10], ("GrowthIsRoundedDown", "ChargesStay", "CutsToWholeBlocks",
-                                      "OneTokenIsGuessed"), strict=True):  # fmt: skip
-    object.__setattr__(_one, "name", _name)
