@@ -18,6 +18,7 @@ from ollm_core.generate.arguments import FINE
 from ollm_core.generate.causal_lm import StreamedModel
 from ollm_core.options import LoadOptions
 from ollm_core.serving.request import Choices, Request, SamplingParams, Score, Wanted
+from ollm_core.text.generation_config import RUN_FIELDS
 
 VOCABULARY = 256
 DRAW = random.Random(0)
@@ -41,6 +42,15 @@ def test_every_option_of_a_request_has_values():
     assert {type(one) for one in wanted} == set(typing.get_args(Wanted))
     assert names(Score) == {"num_tokens", "top"}
     assert names(Choices) == {"token_ids"}
+
+
+def test_every_rule_of_a_checkpoint_has_values():
+    """Those of generation_config.json for the tokens of any answer; where texts end is said by
+    other checks.
+    """
+    ends = {"bos_token_id", "eos_token_id", "pad_token_id", "stop_strings"}
+    ruled = wishes.checkpoint_values(VOCABULARY, random.Random(0))
+    assert ruled.keys() == {*RUN_FIELDS} - ends
 
 
 def test_every_value_is_dealt():

@@ -4,7 +4,8 @@ where it ends.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -28,10 +29,14 @@ class Expected:
     reference: Reference
     words: Words
     ends: tuple[int, ...]
+    stated: Mapping[str, Any] = field(default_factory=dict)
+    """What the checkpoint's generation config says of any answer."""
 
     def check(self, request: Request, answers: list[Answered]) -> None:
         """Raises AssertionError unless these may be the answers."""
         what = f"after {len(request.token_ids)} tokens, {told(request)}"
+        if self.stated:
+            what += f", {' and '.join(self.stated)} in generation_config.json"
         wanted = request.wanted
         for answer in answers:
             assert answer.error is None, f"{what}: expected an answer, got {answer.error!r}"
@@ -87,8 +92,8 @@ class Expected:
         samples = wanted.temperature > 0 and wanted.choose is None
         plain, whole = (
             make(
-                _as_transformers_has_it(wanted, late, samples=chance), len(prompt), None,
-                None, LogitsProcessorList(wanted.logits_processors),
+                _as_transformers_has_it(wanted, late, self.stated, samples=chance),
+                len(prompt), None, None, LogitsProcessorList(wanted.logits_processors),
             )
             for chance in (False, samples)
         )  # fmt: skip
@@ -163,9 +168,12 @@ def told(request: Request) -> str:
 
 
 def _as_transformers_has_it(
-    wanted: SamplingParams, ends: list[int], *, samples: bool
+    wanted: SamplingParams, ends: list[int], stated: Mapping[str, Any], *, samples: bool
 ) -> GenerationConfig:
-    """The same options; those of sampling if it `samples`."""
+    """The same options, before what is `stated`; those of sampling if it `samples`."""
+    rules = dict(stated)
+    if wanted.repetition_penalty != 1.0:
+        rules["repetition_penalty"] = wanted.repetition_penalty
     chance: dict[str, Any] = {
         "temperature": wanted.temperature,
         "top_k": max(wanted.top_k, 0),
@@ -175,7 +183,7 @@ def _as_transformers_has_it(
     config = GenerationConfig(
         do_sample=samples,
         **(chance if samples else {}),
-        repetition_penalty=wanted.repetition_penalty,
+        **rules,
         min_new_tokens=wanted.min_tokens or None,
         eos_token_id=ends or None,
     )

@@ -15,6 +15,11 @@ from ollm_core import Config
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _LOUD, _QUIET = 1.0, 0.3  # a layer adds numbers of about the size of 1
+_SPREAD = 0.2
+_WIDE = 64
+"""Rows of more weights have smaller ones: their sums are no larger. Else attention is the sharper
+the wider a model is, and after ten layers a rounding error is as large as what is wrong.
+"""
 
 
 def model_config(config: Config) -> Any:
@@ -53,9 +58,9 @@ def random_model(config: Config) -> PreTrainedModel:
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.dim() > 1:
-                parameter.copy_(noise * 0.2)
+                parameter.copy_(noise * _SPREAD * min(1.0, (_WIDE / parameter.shape[-1]) ** 0.5))
             else:
-                parameter.add_(noise * 0.2)
+                parameter.add_(noise * _SPREAD)
         _quieten_tied_rows(model)
     return model
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import functools
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -129,6 +129,32 @@ def single_requests(vocab_size: int, draw: random.Random) -> list[Request]:
             wanted = SamplingParams(**(fields | {name: value}))
             found.append(Request(token_ids=prompt, wanted=wanted, keep=False))
     return found
+
+
+def checkpoint_values(vocab_size: int, draw: random.Random) -> Mapping[str, Sequence[Any]]:
+    """Values of what generation_config.json says of the tokens of any answer, each such that most
+    answers are other ones by it.
+    """
+    ids = range(13, vocab_size)
+    most = sorted(draw.sample(ids, len(ids) * 2 // 3))
+    return {
+        "repetition_penalty": (4.0, 0.3),
+        "no_repeat_ngram_size": (1,),
+        "bad_words_ids": ([*([one] for one in most[1:]), [most[0], most[1]]],),
+        "suppress_tokens": (most,),
+        "begin_suppress_tokens": (most,),
+    }
+
+
+def ruled_requests(vocab_size: int, draw: random.Random) -> list[Request]:
+    """A greedy one, one by chance, and one with a penalty of its own, after a prompt that has a
+    third of all tokens.
+    """
+    prompt = draw.sample(range(13, vocab_size), (vocab_size - 13) // 3)
+    greedy = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    chance = replace(greedy, temperature=2.5, seed=SEED)
+    wanted = (greedy, chance, replace(greedy, repetition_penalty=1.3))
+    return [Request(token_ids=prompt, wanted=one, keep=False) for one in wanted]
 
 
 def _dealt(

@@ -14,12 +14,13 @@ from ollm_conformance.adapter.base import AdapterSuite
 from ollm_conformance.adapter.stored import same_forms
 from ollm_conformance.alike import same_parameters
 from ollm_conformance.checks import check
-from ollm_conformance.compare import same_bits, same_within
+from ollm_conformance.compare import same_bits
 from ollm_conformance.draws import Dealt, deal, only_sizes
 from ollm_conformance.kinds import same_kinds
 from ollm_conformance.models import DTYPES, random_model
 from ollm_conformance.naming import kept_names
 from ollm_conformance.options import OF_THE_SUITE, load_values
+from ollm_conformance.rounding import within_rounding
 from ollm_conformance.seeds import run_seed
 from ollm_conformance.subject import Reference, Subject, run_pieces
 from ollm_core import UnsupportedError
@@ -31,7 +32,9 @@ _NUM_ALL_SLOW, _NUM_FEW_SLOW = 3, 2
 _FEW = 9
 """Tokens that show whether transformers runs a model at all."""
 _BLOCKWISE = 1e-3
-"""Of the scale, in float32: what is wrong differs by far more."""
+"""Of the scale, in float32: what is wrong differs by far more. So may rounding, where a model makes
+much of it: see `within_rounding`.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +175,9 @@ def _same(subject: Subject, dealt: Dealt, run: Run) -> bool:
         if run.dtype == "float32" and supports(subject.adapter, "blockwise-attention"):
             blocks = run.options | {"attention": "blockwise", "precision": "fast"}
             with subject.open(directory, **blocks) as model:
-                same_within(run_pieces(model, pieces), expected, _BLOCKWISE, "block-wise logits")
+                found = run_pieces(model, pieces)
+            what = "block-wise logits"
+            within_rounding(found, expected, _BLOCKWISE, reference, pieces, what)
     except AssertionError:
         raise
     except Exception as error:

@@ -15,13 +15,21 @@ from ollm_conformance.compare import same_tokens
 from ollm_conformance.expected_answers import Expected, told
 from ollm_conformance.seeds import run_seed
 from ollm_conformance.subject import Subject
-from ollm_conformance.wishes import SEED, Words, requests, single_requests
+from ollm_conformance.wishes import (
+    SEED,
+    Words,
+    checkpoint_values,
+    requests,
+    ruled_requests,
+    single_requests,
+)
 from ollm_core.testing import (
     Answered,
     NewToken,
     Request,
     SamplingParams,
     Scheduler,
+    StreamedModel,
     limit_running,
     supports,
 )
@@ -37,9 +45,10 @@ class Sampled(AdapterSuite):
     @check(
         "serving.sampling",
         "Whatever options requests have that join, decode and leave together, or are cancelled, "
-        "each token is one that transformers' own processors allow, a greedy one the likeliest of "
-        "them; log-probabilities, texts and ends are those that were asked for, and what chance "
-        "has no part in, or a seed, is the same again alone and with drafts.",
+        "each token is one that transformers' own processors allow, those of the checkpoint's "
+        "generation config too, a greedy one the likeliest of them; log-probabilities, texts and "
+        "ends are those that were asked for, and what chance has no part in, or a seed, is the "
+        "same again alone and with drafts.",
         look="core chooses tokens: an adapter has no part in it; run exact.decode first",
         needs=["batch"],
     )
@@ -71,6 +80,7 @@ class Sampled(AdapterSuite):
             for request in _ended_inside(singles, answers, words):
                 [found] = model.answer([request])
                 expected.check(request, found)
+            _by_the_checkpoint(subject, model, expected, draw)
 
     @check(
         "serving.order",
@@ -105,6 +115,21 @@ class Sampled(AdapterSuite):
             model(input_ids=torch.tensor(prompts[0])[None], logits_to_keep=1)
             found = model.stats.cached_tokens
         assert not found, f"keep=False: expected nothing to be found again, got {found} tokens"
+
+
+def _by_the_checkpoint(
+    subject: Subject, model: StreamedModel, expected: Expected, draw: random.Random
+) -> None:
+    """What generation_config.json says holds for any answer, but where a request says otherwise."""
+    asked = ruled_requests(subject.vocab_size, draw)
+    for name, values in checkpoint_values(subject.vocab_size, draw).items():
+        before = getattr(model.generation_config, name)
+        for value in values:
+            setattr(model.generation_config, name, value)
+            ruled = replace(expected, stated={name: value})
+            for request, found in zip(asked, model.answer(asked), strict=True):
+                ruled.check(request, found)
+        setattr(model.generation_config, name, before)
 
 
 def _repeats(request: Request) -> bool:
