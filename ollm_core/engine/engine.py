@@ -132,8 +132,7 @@ class Engine:
         self._expect(store, work)
         with self._cap(), self._pass_planner.admit(store, work) as plan:
             # All that the pass may take is reserved.
-            kv_on_disk = store.tier_bytes().disk
-            self.counters.count_kv_on_disk(kv_on_disk)
+            self.counters.count_kv_on_disk(kv_on_disk := store.tier_bytes().disk)
             self._weights.take_turns(kv_on_disk > 0)
             policy = self.checkpoints
             found = checkpoint_of(store, work, plan, self._skeleton, self._weights, policy)

@@ -10,7 +10,6 @@ from contextlib import ExitStack
 from typing import Any
 
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -22,7 +21,7 @@ from ollm_core.generate.arguments import refuse_others
 from ollm_core.generate.cache import SequenceCache
 from ollm_core.generate.hooks import GenerationHooks
 from ollm_core.generate.limits import check_tokens
-from ollm_core.generate.loss import compares_own_positions, room_for_loss
+from ollm_core.generate.loss import room_for_loss
 from ollm_core.generate.opened import OpenStore
 from ollm_core.generate.padding import PaddedBatch, padded_batch
 from ollm_core.generate.served import ServesRequests
@@ -114,11 +113,13 @@ class StreamedModel(  # type: ignore[misc]  # torch overloads `to`
         batch = padded_batch(input_ids, attention_mask, past, logits_to_keep)
         refuse_others(others, batch)
         check_tokens(batch, self.config)
-        options = {"shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch}
+        beside = shift_labels, num_items_in_batch
         with ExitStack() as stack:
+            loss_of: Callable[[Tensor], Tensor] | None = None
             if labels is not None:
-                stack.enter_context(room_for_loss(self, labels, shift_labels, batch))
-            elif any(value is not None for value in options.values()):
+                room = room_for_loss(self, self.loss_function, batch, labels, *beside)
+                loss_of = stack.enter_context(room)
+            elif any(value is not None for value in beside):
                 raise InputError("shift_labels and num_items_in_batch need labels")
             cache = past_key_values
             if cache is None:
@@ -127,13 +128,7 @@ class StreamedModel(  # type: ignore[misc]  # torch overloads `to`
                 if not use_cache:
                     stack.callback(cache.close)
             logits = self._pass(batch, cache)
-            loss = None
-            if labels is not None:
-                size = self.config.vocab_size
-                if compares_own_positions(self.config):
-                    loss = cross_entropy(logits.view(-1, size), labels.view(-1))
-                else:
-                    loss = self.loss_function(logits, labels, size, **options)
+            loss = loss_of(logits) if loss_of else None
         keep = cache if past_key_values is not None or use_cache else None
         found = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=keep)
         as_dict = self.config.return_dict if return_dict is None else return_dict

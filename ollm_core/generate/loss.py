@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,13 +24,27 @@ IGNORED = -100
 
 @contextmanager
 def room_for_loss(
-    model: OpenedModel, labels: Tensor, shift_labels: Tensor | None, batch: PaddedBatch
-) -> Iterator[None]:
-    """Check labels, and hold the memory that their loss takes."""
+    model: OpenedModel,
+    loss_function: Callable[..., Tensor],
+    batch: PaddedBatch,
+    labels: Tensor,
+    shift_labels: Tensor | None,
+    num_items_in_batch: int | Tensor | None,
+) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Check labels, and hold the memory that their loss takes. What is given tells it of logits
+    [B, T, V], by the model's own `loss_function`.
+    """
     config = model.config
-    if compares_own_positions(config):
-        shift_labels = labels
-    check_labels(labels, shift_labels, batch, config.vocab_size)
+    own = compares_own_positions(config)
+    check_labels(labels, labels if own else shift_labels, batch, config.vocab_size)
+
+    def loss_of(logits: Tensor) -> Tensor:
+        size = config.vocab_size
+        if own:
+            return functional.cross_entropy(logits.view(-1, size), labels.view(-1))
+        others = {"shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch}
+        return loss_function(logits=logits, labels=labels, vocab_size=size, **others)
+
     if getattr(config, "output_router_logits", False):
         raise UnsupportedError(
             "labels: this model's loss counts how its routers choose, too",
@@ -40,7 +54,7 @@ def room_for_loss(
     model.engine.set_aside(MemoryKind.LOSS, needed)
     try:
         with torch.no_grad():
-            yield
+            yield loss_of
     finally:
         model.accounts.device.release(MemoryKind.LOSS, needed.device)
 
