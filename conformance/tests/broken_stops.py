@@ -42,6 +42,14 @@ def smallest_stop_only(model, generate, ids, options):
 
 
 @generating
+def largest_stop_only(model, generate, ids, options):
+    stops = options.get("eos_token_id")
+    return generate(
+        ids, **{**options, "eos_token_id": max(stops) if isinstance(stops, list) else stops}
+    )
+
+
+@generating
 def first_stop_ends_all_rows(model, generate, ids, options):
     found, stops = generate(ids, **options), options.get("eos_token_id")
     if not isinstance(stops, list):
@@ -158,6 +166,7 @@ def _llama(check, sentence, load):
 BROKEN_STOPS = [
     _llama("language.stop-list", "Only the first stop token counts.", first_stop_only),
     _llama("language.stop-list", "Only the smallest stop token counts.", smallest_stop_only),
+    _llama("language.stop-list", "Only the largest stop token counts.", largest_stop_only),
     _llama("language.stop-rows", "One row's stop ends all rows.", first_stop_ends_all_rows),
     _llama("language.stop-rows", "Rows go on after their stop.", rows_go_on_after_their_stop),
     _llama("language.stop-config", "One stop of the file counts.", one_stop_of_the_file),

@@ -87,12 +87,12 @@ def _moved_by_rounding(reference: Reference, pieces: Sequence[Tensor]) -> Tensor
     logits, generator = true.run_pieces(pieces), drawn(2)
     found = logits.new_zeros(len(logits))
     for _ in range(_NUM_MOVED):
-        moved = copy.copy(true)
-        moved.model = copy.deepcopy(true.model)
+        model = copy.deepcopy(true.model)
         with torch.no_grad():
-            for parameter in moved.model.parameters():
+            for parameter in model.parameters():
                 noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
                 parameter.mul_(1 + _MOVED_BY * noise)
+        moved = true.with_model(model)
         found = found.maximum((moved.run_pieces(pieces) - logits).abs().amax(-1))
     return found
 

@@ -78,10 +78,14 @@ class Reference:
     @functools.cached_property
     def in_float64(self) -> Reference:
         """The same weights, computed with in float64: what rounding does shows against it."""
+        return self.with_model(copy.deepcopy(self.model).double())
+
+    def with_model(self, model: PreTrainedModel) -> Reference:
+        """The same for another model, of which nothing is known yet."""
         found = copy.copy(self)
-        found.model = copy.deepcopy(self.model).double()
-        found._calls = PastCalls(found.model)
+        found.model, found._calls = model, PastCalls(model)
         found._known, found._continued = {}, {}
+        vars(found).pop("in_float64", None)
         return found
 
     def new_cache(self) -> Past:
