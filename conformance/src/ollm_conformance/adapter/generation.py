@@ -36,12 +36,7 @@ class Stops(AdapterSuite):
     def test_stop_list(self, subject: Subject) -> None:
         prompt, tokens, early, late = _text(subject, _PROMPT)
         never = sorted({*range(subject.vocab_size)} - {*tokens})
-        listed = [
-            tokens[early],
-            tokens[late],
-            never[0],
-            never[-1],
-        ]  # which are no stop of this text
+        listed = [tokens[early], tokens[late], never[0], never[-1]]
         with subject.open() as model:
             for stops in (listed, listed[::-1]):
                 found = generate(model, prompt[None], _NUM_NEW, eos_token_id=stops)

@@ -145,8 +145,10 @@ class ByteSourceConformance(SourceSize):
     )
     def test_bytes(self) -> None:
         with self.opened() as (source, files):
-            for what, places in LAYOUTS.items():
-                files.check(source, places, what)
+            for with_others in (False, True):
+                source.take_turns(with_others)
+                for what, places in LAYOUTS.items():
+                    files.check(source, places, f"{what}, beside others" if with_others else what)
 
     @check(
         "byte-source.order",
