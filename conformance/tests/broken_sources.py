@@ -291,6 +291,18 @@ class OnePlaceForAllThreads(PlainSource):
             done += count
 
 
+class OneTurnOnly(PlainSource):
+    """Beside others it reads the first pages of a place and leaves the rest."""
+
+    most = 1 << 62
+
+    def take_turns(self, with_others):
+        self.most = PAGE if with_others else 1 << 62
+
+    def fetch(self, path, offset, part):
+        super().fetch(path, offset, part[: self.most])
+
+
 class PlaceInAnyFile(PlainSource):
     """The last place that was read is known, but not of which file it was."""
 
@@ -318,6 +330,7 @@ BROKEN_SOURCES = [
         ("off-by-a-page", "Far offsets are read a page too early.", OffByAPage, "bytes"),
         ("first-file-only", "Small tensors are read from the first file.",
          FirstFileOnly, "bytes"),
+        ("one-turn-only", "Beside others a place is read in part.", OneTurnOnly, "bytes"),
         ("sorted-offsets", "Offsets come in the order of the file.", SortedOffsets, "order"),
         ("overlaps-lost", "Tensors that overlap in the file spoil each other.",
          OverlapsLost, "any-layout"),
