@@ -16,9 +16,10 @@ from ollm_core import Config
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _LOUD, _QUIET = 1.0, 0.3  # a layer adds numbers of about the size of 1
 _SPREAD = 0.2
-_WIDE = 64
-"""Rows of more weights have smaller ones: their sums are no larger. Else attention is the sharper
-the wider a model is, and after ten layers a rounding error is as large as what is wrong.
+_WIDE, _LIKE = 128, 64
+"""Rows of more weights than the first have smaller ones, so that their sums are as large as those
+of the second. Else attention is the sharper the wider a model is, and after ten layers a rounding
+error is as large as what is wrong.
 """
 
 
@@ -58,7 +59,9 @@ def random_model(config: Config) -> PreTrainedModel:
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.dim() > 1:
-                parameter.copy_(noise * _SPREAD * min(1.0, (_WIDE / parameter.shape[-1]) ** 0.5))
+                width = parameter.shape[-1]
+                narrower = 1.0 if width <= _WIDE else (_LIKE / width) ** 0.5
+                parameter.copy_(noise * _SPREAD * narrower)
             else:
                 parameter.add_(noise * _SPREAD)
         _quieten_tied_rows(model)

@@ -21,7 +21,8 @@ class Language(AdapterSuite):
     def test_stop(self, subject: Subject) -> None:
         prompt = subject.prompt(50)
         tokens = subject.reference().greedy(prompt, 20)[0]
-        last = max(i for i in range(20) if tokens[i] not in tokens[:i])
+        # Others come after it, where it does not end the text.
+        last = max(i for i in range(16) if tokens[i] not in tokens[:i])
         plain: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
         with subject.open() as model:
             before = model.generate(prompt[None], **plain)  # type: ignore[misc]
