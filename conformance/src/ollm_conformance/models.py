@@ -16,7 +16,7 @@ from ollm_core import Config
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _LOUD, _QUIET = 1.0, 0.3  # a layer adds numbers of about the size of 1
 _SPREAD = 0.2
-_WIDE, _LIKE = 128, 64
+_WIDE, _LIKE = 192, 64
 """Rows of more weights than the first have smaller ones, so that their sums are as large as those
 of the second. Else attention is the sharper the wider a model is, and after ten layers a rounding
 error is as large as what is wrong.
