@@ -36,6 +36,8 @@ class _Only:
         self._first_alone = first_alone
         self.failures: dict[str, Result] = {}
         """By the name of a class, what the first check said that failed."""
+        self.unprepared: dict[str, str] = {}
+        """Likewise, what went wrong before the first check ran."""
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_pycollect_makeitem(
@@ -50,6 +52,12 @@ class _Only:
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
         if self._first_alone and _class_of(item.nodeid) in self.failures:
             pytest.skip(f"{NOT_APPLICABLE}another case has failed")
+
+    def pytest_exception_interact(self, node: pytest.Item, call: pytest.CallInfo[object]) -> None:
+        if call.excinfo is None or call.when != "setup":
+            return
+        if not isinstance(call.excinfo.value, AssertionError):  # which is what the suite says
+            self.unprepared.setdefault(_class_of(node.nodeid), call.excinfo.exconly())
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         for result in (Result(**found) for name, found in report.user_properties if name == RESULT):
@@ -77,7 +85,8 @@ def outcomes(suite: type, checks: Sequence[str] = ()) -> dict[str, Outcome]:
 
 def first_failures(meant: Sequence[tuple[type, str]]) -> list[Result | None]:
     """Of each suite and check, run in this process, what the first case to fail said; None if none
-    did. Pytest starts once for all of them, which is most of what a quick check costs.
+    did. Pytest starts once for all of them, which is most of what a quick check costs. Raises
+    AssertionError where a fault could not be made, as of what core has moved.
     """
     suites = {f"Test{number}": suite for number, (suite, _) in enumerate(meant)}
     only = _Only(
@@ -88,6 +97,7 @@ def first_failures(meant: Sequence[tuple[type, str]]) -> list[Result | None]:
         _run(suites, ["--tb=no"], only)
     finally:
         AdapterSuite.shrinking_seconds = before
+    assert not only.unprepared, "\n".join(only.unprepared.values())  # it was never asked
     return [only.failures.get(name) for name in suites]
 
 

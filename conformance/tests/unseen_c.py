@@ -27,7 +27,7 @@ from ollm_adapter_llama import LlamaAdapter
 from ollm_adapter_qwen3_next import Qwen3MoeAdapter, Qwen3NextAdapter, Qwen35Adapter
 from ollm_conformance import AdapterConformance
 from ollm_core import read_size
-from ollm_core.drafting import lookup as core_drafts
+from ollm_core.drafting import candidates
 from ollm_core.generate import causal_lm, hooks, padding
 from ollm_core.generate.cache import SequenceCache
 from ollm_core.generate.causal_lm import StreamedModel
@@ -158,21 +158,11 @@ def padded_ends_not_refused(patch):
 # Hurts: a text with drafts that a stop string or a criterion of the caller's should end: where its
 # end was guessed in the middle of a draft, it goes on beyond. (transformers cuts at end tokens.)
 def only_a_whole_draft_is_looked_at_for_the_end(patch):
-    drafted = core_drafts.DraftCandidates._drafted
+    def whole(self, input_ids, draft):
+        drafted = torch.cat([input_ids, draft.to(input_ids.device)[None]], dim=1)
+        return drafted[:, :-1] if bool(self._stopping_criteria(drafted, None).any()) else drafted
 
-    def whole(self, input_ids):
-        criteria = self._stopping_criteria
-        self._stopping_criteria = lambda ids, scores: torch.zeros(len(ids), dtype=torch.bool)
-        try:
-            candidates = drafted(self, input_ids)
-        finally:
-            self._stopping_criteria = criteria
-        num_new = candidates.shape[1] - input_ids.shape[1]
-        if num_new and bool(criteria(candidates, None).any()):
-            return candidates[:, :-1]
-        return candidates
-
-    patch.setattr(core_drafts.DraftCandidates, "_drafted", whole)
+    patch.setattr(candidates.DraftCandidates, "_before_end", whole)
 
 
 # Hurts: a server that resets one cache for each conversation: the keys of all earlier ones stay in
