@@ -11,7 +11,7 @@ from ollm_core.attention.blockwise import most_blocks
 from ollm_core.contracts.kv import KVGeometry
 from ollm_core.device.buffers import round_up
 from ollm_core.engine.batch import Steps
-from ollm_core.engine.layer_trace import LayerTrace, Shape
+from ollm_core.engine.layer_trace import LayerTrace, TracedCall
 from ollm_core.engine.row_sharing import RowSharing
 from ollm_core.engine.traced_cache import APART, Sharing
 from ollm_core.model.skeleton import Skeleton
@@ -30,8 +30,8 @@ class Workspace:
         self._layers = LayerTrace(skeleton, geometry)
         self.rows = RowSharing(skeleton, geometry)
         """How rows of a call share what is stored."""
-        self._known: dict[Shape, int] = {}
-        self._known_packed: dict[Shape, int] = {}
+        self._known: dict[TracedCall, int] = {}
+        self._known_packed: dict[TracedCall, int] = {}
         self._known_mixtures: dict[tuple[int, int, bool], tuple[int, int, int]] = {}
         # One layer of each kind: what it remembers, and what it is made of.
         kinds: dict[Hashable, list[int]] = {}
@@ -104,7 +104,7 @@ class Workspace:
         past = round_up(num_past, self._geometry.block_size)
         if attention != "exact" and not self._grows:
             past = min(past, self._geometry.block_size)
-        return self._remembered(-1 - num_logits, num_rows, num_new, past, attention, APART)
+        return self._remembered(TracedCall(-1 - num_logits, num_rows, num_new, past, attention))
 
     def handed_bytes(self, num_rows: int, num_new: int, num_past: int, attention: str) -> int:
         """What layers hand to the next one beside hidden states, for `num_new` tokens in each of
@@ -147,53 +147,47 @@ class Workspace:
         shape = num_rows, num_new, num_past, attention, sharing
         return max(
             max(
-                self._one_layer(one, *shape) - min((spare[i] for i in alike if spare), default=0), 0
+                self._one_layer(TracedCall(one, *shape))
+                - min((spare[i] for i in alike if spare), default=0),
+                0,
             )
             for one, alike in self._alike.items()
         )
 
-    def _one_layer(
-        self,
-        layer_idx: int,
-        num_rows: int,
-        num_new: int,
-        num_past: int,
-        attention: str,
-        sharing: Sharing,
-    ) -> int:
+    def _one_layer(self, call: TracedCall) -> int:
+        layer_idx, _, num_new, num_past, attention, sharing = call
         block_size, window = self._geometry.block_size, self._geometry.kinds[layer_idx].window
-        shape = layer_idx, num_rows, num_new
         if self._skeleton.own is not None and attention == "exact":
             window = None  # masks of all layers are made together
         if layer_idx in self._skeleton.recurrent:
-            return self._remembered(*shape, min(num_past, 1), attention, APART)
+            return self._remembered(call._replace(num_past=min(num_past, 1), sharing=APART))
         below, above = num_past // block_size * block_size, round_up(num_past, block_size)
         if window is not None and not self._grows:
             # As many as are ever seen: their first block is then as long as any that is cut.
             apart = Sharing(lengths=sharing.lengths)
-            return self._remembered(*shape, min(above, window - 1), attention, apart)
+            return self._remembered(call._replace(num_past=min(above, window - 1), sharing=apart))
         if attention != "exact" and not self._grows:
             most = most_blocks(min(sharing.lengths, default=num_new)) * block_size
             if sharing.runs:
                 above = sharing.num_own
                 sharing = replace(sharing, num_own=0)
-            return self._remembered(*shape, min(above, most), attention, sharing)
+            return self._remembered(call._replace(num_past=min(above, most), sharing=sharing))
         # What an operation takes is a line in num_past. The peak is the highest of such lines, so
         # between two lengths it lies on or below the straight line from one peak to the other.
         # The lines have a bend where a window begins to slide.
         below = max([below, *(bend for bend in self._bends if bend <= num_past)])
         above = min([above, *(bend for bend in self._bends if bend >= num_past)])
-        least = self._remembered(*shape, below, attention, APART)
-        most = self._remembered(*shape, above, attention, APART)
+        least = self._remembered(call._replace(num_past=below, sharing=APART))
+        most = self._remembered(call._replace(num_past=above, sharing=APART))
         return least + -(-(most - least) * (num_past - below) // max(above - below, 1))
 
-    def _remembered(self, *key: *Shape) -> int:
-        known = self._known_packed if key[-1].lengths else self._known
-        if key not in known:
+    def _remembered(self, call: TracedCall) -> int:
+        known = self._known_packed if call.sharing.lengths else self._known
+        if call not in known:
             if known is self._known_packed and len(known) == _MOST_PACKED:
                 known.clear()
-            known[key] = self._layers.peak(*key)
-        return known[key]
+            known[call] = self._layers.peak(call)
+        return known[call]
 
     def mixture_bytes(self, num_tokens: int, num_chunks: int, largest: int) -> tuple[int, int]:
         """What the MLP of a layer with routed experts takes for `num_tokens` in `num_chunks` of at

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -21,8 +21,17 @@ from ollm_core.model.moe import Mixture, RoutedChunk
 from ollm_core.model.own_forward import OwnForward
 from ollm_core.model.skeleton import Skeleton
 
-Shape = tuple[int, int, int, int, str, Sharing]
-"""layer_idx, num_rows, num_new, num_past, attention, sharing"""
+
+class TracedCall(NamedTuple):
+    """One call of a layer, by all that its memory depends on."""
+
+    layer_idx: int
+    """Where the model's own forward is followed: -1 - n for its end, with n logits."""
+    num_rows: int
+    num_new: int
+    num_past: int
+    attention: str
+    sharing: Sharing = APART
 
 
 class LayerTrace:
@@ -33,27 +42,12 @@ class LayerTrace:
         self._geometry = geometry
         self._known_handed: dict[tuple[int, int, int], Sequence[Tensor]] = {}
 
-    def peak(
-        self,
-        layer_idx: int,
-        num_rows: int,
-        num_new: int,
-        num_past: int,
-        attention: str,
-        sharing: Sharing,
-    ) -> int:
-        """Peak bytes of a layer, its output counted, its input and its weights not. For a negative
-        `layer_idx`, see `_own_peak`.
-        """
+    def peak(self, call: TracedCall) -> int:
+        """Peak bytes of a layer, its output counted, its input and its weights not."""
         if self._skeleton.own is not None:
             own = self._skeleton.own
-            return max(
-                self._own_peak(own, layer_idx, num_rows, num_new, num_past, attention, dtype)
-                for dtype in own.facts.hidden_dtypes
-            )
-        forward = self._skeleton.chunk_forward(layer_idx)
-        shape = layer_idx, num_rows, num_new, num_past
-        return traced_peak(self._call(*shape, attention, forward, sharing))
+            return max(self._own_peak(own, call, dtype) for dtype in own.facts.hidden_dtypes)
+        return traced_peak(self._run(call, self._skeleton.chunk_forward(call.layer_idx)))
 
     def mixture(self, mixture: Mixture, num_tokens: int, alone: bool) -> tuple[int, int, int]:
         """Peak bytes for one chunk, bytes offloaded per token, and per chunk beside those. For one
@@ -88,7 +82,7 @@ class LayerTrace:
         if key not in self._known_handed:
             dtype = max(own.facts.hidden_dtypes, key=lambda one: one.itemsize)
             found: list[Tensor] = []
-            self._own_peak(own, 0, *key, attention, dtype, found)
+            self._own_peak(own, TracedCall(0, *key, attention), dtype, found)
             self._known_handed[key] = tuple(torch.empty_like(one) for one in found)
         return self._known_handed[key]
 
@@ -104,7 +98,7 @@ class LayerTrace:
                 continue
             whole, halves = (
                 called_operations(
-                    self._call(layer_idx, 1, 1, 1, "blockwise", forward),
+                    self._run(TracedCall(layer_idx, 1, 1, 1, "blockwise"), forward),
                     mixture.dense_parameters,
                 )
                 for forward in (mixture.whole, mixture.halves)
@@ -115,11 +109,7 @@ class LayerTrace:
     def _own_peak(
         self,
         own: OwnForward,
-        layer_idx: int,
-        num_rows: int,
-        num_new: int,
-        num_past: int,
-        attention: str,
+        one: TracedCall,
         hidden_dtype: torch.dtype,
         handed: list[Tensor] | None = None,
     ) -> int:
@@ -127,6 +117,7 @@ class LayerTrace:
         the end of that forward, with -1 - n logits, for a negative `layer_idx`. Either is given
         hidden states in `hidden_dtype`. What the layer hands on is added to `handed`.
         """
+        layer_idx, num_rows, num_new, num_past, attention, _ = one
         meta, dtype, skeleton = torch.device("meta"), self._geometry.dtype, self._skeleton
         ids = torch.zeros(num_rows, num_new, dtype=torch.long, device=meta)
         store = TracedStore(self._geometry, num_past)
@@ -200,19 +191,11 @@ class LayerTrace:
 
         return serve
 
-    def _call(
-        self,
-        layer_idx: int,
-        num_rows: int,
-        num_new: int,
-        num_past: int,
-        attention: str,
-        forward: Callable[..., Tensor],
-        sharing: Sharing = APART,
-    ) -> Callable[[], Tensor]:
+    def _run(self, call: TracedCall, forward: Callable[..., Tensor]) -> Callable[[], Tensor]:
         """A call of `forward`, of a layer on the meta device, to be traced; what it is given is
         there before.
         """
+        layer_idx, num_rows, num_new, num_past, attention, sharing = call
         hidden_size: int = self._skeleton.config.hidden_size
         hidden = torch.empty(
             num_rows, num_new, hidden_size, dtype=self._geometry.dtype, device="meta"

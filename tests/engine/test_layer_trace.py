@@ -7,8 +7,7 @@ import torch
 
 import ollm
 from ollm_core.engine.batch import NewTokens
-from ollm_core.engine.layer_trace import LayerTrace
-from ollm_core.engine.traced_cache import APART
+from ollm_core.engine.layer_trace import LayerTrace, TracedCall
 from ollm_core.memory.tracker import AllocationTracker
 
 WIDE = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 2}
@@ -30,7 +29,7 @@ def test_a_traced_layer_takes_what_a_real_one_does(make_llama, ids, attention):
         cache.store.truncate(work[0].sequence, 0)
         with AllocationTracker("cpu") as tracker:
             model.engine.run(cache.store, work)
-        peak = trace_of(model).peak(0, 1, 512, 0, attention, APART)
+        peak = trace_of(model).peak(TracedCall(0, 1, 512, 0, attention))
     hidden = 512 * 256 * 4
     assert peak <= tracker.peak <= peak + 3 * hidden
 
@@ -39,7 +38,7 @@ def test_rows_of_a_step_each_take_as_much(make_llama):
     """One token of each: a line in the rows."""
     with ollm.load(make_llama(torch.float32, **WIDE), device="cpu") as model:
         trace = trace_of(model)
-        peaks = [trace.peak(1, rows, 1, 256, "exact", APART) for rows in (20, 40, 60)]
+        peaks = [trace.peak(TracedCall(1, rows, 1, 256, "exact")) for rows in (20, 40, 60)]
     assert 0 < peaks[1] - peaks[0] == peaks[2] - peaks[1]
 
 
